@@ -1,0 +1,23 @@
+"""Errors meant for the person at the terminal: one sentence that names what is wrong and what is allowed."""
+
+
+class UserError(Exception):
+    """Wrong configuration or input files. Commands print the message without a traceback and exit with 2."""
+
+
+class BadRecord(Exception):
+    """One unusable training record. It is skipped and counted under `reason`; the run goes on.
+
+    Attributes:
+      reason: short machine-readable name, a metrics key (for example `missing_image`).
+      where: file and record the message is about.
+    """
+
+    def __init__(self, reason: str, where: str, detail: str):
+        super().__init__(f"{where}: {detail}")
+        self.reason = reason
+        self.where = where
+        self.detail = detail
+
+    def __reduce__(self):
+        return BadRecord, (self.reason, self.where, self.detail)
