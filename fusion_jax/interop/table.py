@@ -1,0 +1,202 @@
+"""One declarative table between published tensor names and our parameter paths, read in both directions.
+
+A row says: published name, our path (or several, for fused tensors), transform. `{i}` runs over decoder layers, `{e}` over
+exchange layers, `{v}` over encoder layers; on our side the same letter names the place of that layer in its stack.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion_jax.errors import UserError
+from fusion_jax.models.config import FusionConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """Published tensor `name` of `shape`; `paths` are ours, (path, index in the stack or None), in fused order."""
+
+    name: str
+    shape: tuple[int, ...]
+    paths: tuple[tuple[str, int | None], ...]
+    transform: str
+
+
+# A published Linear stores (out, in); ours is (in, out).
+_VISION = "model.vision_tower.vision_tower.vision_model."
+_VISION_LAYER = [
+    ("layer_norm1.weight", "norm1/scale", "same"),
+    ("layer_norm1.bias", "norm1/bias", "same"),
+    ("self_attn.q_proj.weight", "query/kernel", "linear"),
+    ("self_attn.q_proj.bias", "query/bias", "same"),
+    ("self_attn.k_proj.weight", "key/kernel", "linear"),
+    ("self_attn.k_proj.bias", "key/bias", "same"),
+    ("self_attn.v_proj.weight", "value/kernel", "linear"),
+    ("self_attn.v_proj.bias", "value/bias", "same"),
+    ("self_attn.out_proj.weight", "out/kernel", "linear"),
+    ("self_attn.out_proj.bias", "out/bias", "same"),
+    ("layer_norm2.weight", "norm2/scale", "same"),
+    ("layer_norm2.bias", "norm2/bias", "same"),
+    ("mlp.fc1.weight", "mlp/in/kernel", "linear"),
+    ("mlp.fc1.bias", "mlp/in/bias", "same"),
+    ("mlp.fc2.weight", "mlp/out/kernel", "linear"),
+    ("mlp.fc2.bias", "mlp/out/bias", "same"),
+]
+_PROJECTOR = [
+    ("0.weight", "in/kernel", "linear"),
+    ("0.bias", "in/bias", "same"),
+    ("2.weight", "out/kernel", "linear"),
+    ("2.bias", "out/bias", "same"),
+]
+_EXCHANGE = [
+    ("proj_in.weight", "in", "linear"),
+    ("proj_context.weight", "context/kernel", "linear"),
+    ("cross_attn.q_proj.0.weight", "query_norm/scale", "same"),
+    ("cross_attn.q_proj.0.bias", "query_norm/bias", "same"),
+    ("cross_attn.q_proj.1.weight", "query/kernel", "linear"),
+    ("cross_attn.k_proj.0.weight", "key_norm/scale", "same"),
+    ("cross_attn.k_proj.0.bias", "key_norm/bias", "same"),
+    ("cross_attn.k_proj.1.weight", "key/kernel", "linear"),
+    ("cross_attn.v_proj.0.weight", "value_norm/scale", "same"),
+    ("cross_attn.v_proj.0.bias", "value_norm/bias", "same"),
+    ("cross_attn.v_proj.1.weight", "value/kernel", "linear"),
+    ("cross_attn.o_proj.weight", "out/kernel", "linear"),
+    ("norm.weight", "norm/scale", "same"),
+    ("norm.bias", "norm/bias", "same"),
+    ("proj_out.linear_1.weight", "mlp/in/kernel", "linear"),
+    ("proj_out.linear_2.weight", "mlp/out/kernel", "linear"),
+]
+_LLM_LAYER = [
+    ("input_layernorm.weight", ("attention_norm/scale",), "same"),
+    ("self_attn.o_proj.weight", ("out/kernel",), "linear"),
+    ("post_attention_layernorm.weight", ("mlp_norm/scale",), "same"),
+    ("mlp.down_proj.weight", ("down/kernel",), "linear"),
+]
+_SPLIT = [
+    ("self_attn.q_proj.weight", ("query/kernel",), "linear"),
+    ("self_attn.k_proj.weight", ("key/kernel",), "linear"),
+    ("self_attn.v_proj.weight", ("value/kernel",), "linear"),
+    ("mlp.gate_proj.weight", ("gate/kernel",), "linear"),
+    ("mlp.up_proj.weight", ("up/kernel",), "linear"),
+]
+_FUSED = [
+    ("self_attn.qkv_proj.weight", ("query/kernel", "key/kernel", "value/kernel"), "linear"),
+    ("mlp.gate_up_proj.weight", ("gate/kernel", "up/kernel"), "linear"),
+]
+_BIASES = [(f"self_attn.{n}_proj.bias", (f"{ours}/bias",), "same") for n, ours in zip("qkv", ("query", "key", "value"))]
+
+
+def _places(config: FusionConfig) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(path prefix, index in the stack) of every decoder layer and of every exchange layer."""
+    layers, exchanges = [], []
+    for s, stack in enumerate(config.stacks()):
+        for block in range(stack.blocks):
+            if stack.exchange:
+                exchanges.append((f"llm/stack_{s}/exchange", block))
+            layers += [(f"llm/stack_{s}/layer_{j}", block) for j in range(stack.layers)]
+    return layers, exchanges
+
+
+def published_rows(config: FusionConfig, shapes: Mapping[str, tuple[int, ...]], fused: bool) -> list[Row]:
+    """The whole table for one model.
+
+    Args:
+      config: the model.
+      shapes: our parameter shapes by path ("llm/norm/scale"), stacked blocks included.
+      fused: whether the published names fuse q, k, v and gate, up (Phi) or keep them apart (Llama).
+
+    Returns:
+      A row per published tensor.
+    """
+    rows = []
+
+    def add(name: str, prefix: str, paths: tuple[str, ...], transform: str, index: int | None = None):
+        full = tuple((f"{prefix}{path}", index) for path in paths)
+        parts = [_published_shape(config, path, shapes[path][index is not None :], transform) for path, _ in full]
+        rows.append(Row(name, (sum(p[0] for p in parts), *parts[0][1:]), full, transform))
+
+    add(_VISION + "embeddings.patch_embedding.weight", "vision/patch_embedding/", ("kernel",), "patch")
+    add(_VISION + "embeddings.patch_embedding.bias", "vision/patch_embedding/", ("bias",), "same")
+    add(_VISION + "embeddings.position_embedding.weight", "vision/", ("position_embedding",), "same")
+    for v in range(config.vision.layers):
+        for name, path, transform in _VISION_LAYER:
+            add(f"{_VISION}encoder.layers.{v}.{name}", "vision/layers/layer/", (path,), transform, v)
+    for name, path, transform in _PROJECTOR:
+        add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
+        if config.needs_back_projection:
+            add(f"model.aux_projector.{name}", "text_to_vision/", (path,), transform)
+    layers, exchanges = _places(config)
+    for i, (prefix, index) in enumerate(layers):
+        for name, paths, transform in _LLM_LAYER + (_FUSED if fused else _SPLIT):
+            add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
+        for name, paths, transform in _BIASES if config.llm.qkv_bias else ():
+            add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
+    for e, (prefix, index) in enumerate(exchanges):
+        for name, path, transform in _EXCHANGE:
+            add(f"model.vision_sampler_layers.{e}.layers.0.{name}", prefix + "/", (path,), transform, index)
+    add("model.embed_tokens.weight", "llm/", ("embedding",), "vocab")
+    add("model.norm.weight", "llm/norm/", ("scale",), "same")
+    if not config.llm.tied_head:
+        add("lm_head.weight", "llm/", ("head",), "head")
+    return rows
+
+
+def _published_shape(config: FusionConfig, path: str, ours: tuple[int, ...], transform: str) -> tuple[int, ...]:
+    if transform == "linear":
+        return ours[::-1]
+    if transform == "patch":
+        return (ours[1], 3, config.vision.patch_size, config.vision.patch_size)
+    if transform in ("vocab", "head"):
+        return (config.llm.vocab_size, config.llm.width)
+    return ours
+
+
+def to_ours(
+    row: Row, tensor: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Yields (path, index in the stack, array) for one published tensor."""
+    start = 0
+    for path, index in row.paths:
+        shape = shapes[path][index is not None :]
+        rows = shape[-1] if row.transform == "linear" else tensor.shape[0]
+        part = tensor[start : start + rows]
+        start += rows
+        if row.transform == "linear":
+            part = part.T
+        elif row.transform == "patch":
+            part = part.transpose(2, 3, 1, 0).reshape(shape)
+        elif row.transform in ("vocab", "head"):
+            padded = shape[1] if row.transform == "head" else shape[0]
+            part = np.pad(part, ((0, padded - part.shape[0]), (0, 0)))
+            part = part.T if row.transform == "head" else part
+        yield path, index, part
+
+
+def to_published(row: Row, get, config: FusionConfig) -> np.ndarray:
+    """The published tensor of a row. `get(path, index)` returns our array."""
+    parts = []
+    for path, index in row.paths:
+        part = get(path, index)
+        if row.transform in ("linear", "head"):
+            part = part.T
+        elif row.transform == "patch":
+            p = config.vision.patch_size
+            part = part.reshape(p, p, 3, -1).transpose(3, 2, 0, 1)
+        if row.transform in ("vocab", "head"):
+            part = part[: config.llm.vocab_size]
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+
+
+def check_complete(rows: list[Row], found: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str) -> None:
+    """Raises UserError naming the first missing, left-over or wrongly shaped tensor. `ignored` are known extras."""
+    expected = {row.name: row.shape for row in rows}
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not name.endswith(ignored)]
+    for problem, names in (("lacks", missing), ("has the unknown tensor", extra)):
+        if names:
+            raise UserError(f"{where} {problem} {names[0]}" + (f" and {len(names) - 1} more." if names[1:] else "."))
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(found[name])}; the config asks for {shape}.")

@@ -1,0 +1,137 @@
+"""Losses: cross-entropy on supervised positions only, and the dual-semantic mapping loss.
+
+Every loss is a sum over this (micro)batch; the caller divides by the count of the *global* batch, so that the mean is the
+same however the batch is packed, accumulated or sharded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fusion_jax.data.layout import NO_CROP, Batch
+from fusion_jax.models.fusion import Visual
+
+# Positions whose logits exist at a time; (CHUNK, V) float32 is the loss's working memory.
+CHUNK = 512
+
+
+def _chunk(index, order, hidden, targets, weights, size):
+    rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+    return rows, hidden[rows], targets[rows], weights[rows]
+
+
+def _chunk_loss(hidden, kernel, targets, weights, vocab_size):
+    """Sum of weighted CE over one chunk and d(sum)/d(logits)."""
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+    real = jnp.arange(logits.shape[-1]) < vocab_size
+    logits = jnp.where(real, logits, -jnp.inf)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # Positions without weight may hold anything; where() keeps their values out of the sum.
+    loss = jnp.sum(jnp.where(weights > 0, (log_total - chosen) * weights, 0.0))
+    d_logits = jnp.exp(logits - log_total[:, None])
+    d_logits = d_logits.at[jnp.arange(len(targets)), targets].add(-1.0) * weights[:, None]
+    return loss, d_logits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, kernel, targets, weights, vocab_size):
+    return _run(hidden, kernel, targets, weights, vocab_size, with_gradient=False)[0]
+
+
+def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
+    """One loop over chunks of supervised positions; the gradient comes along, so no logits are kept or made twice."""
+    count = hidden.shape[0]
+    size = min(CHUNK, count)
+    padding = -count % size
+    # Supervised positions first: the loop runs only over as many chunks as they fill.
+    order = jnp.argsort(weights <= 0, stable=True)
+    order = jnp.pad(order, (0, padding), constant_values=count)  # beyond the end: reads are clamped, writes dropped
+    hidden = hidden.astype(kernel.dtype)
+    supervised = jnp.sum(weights > 0)
+    chunks = (supervised + size - 1) // size
+
+    def body(i, carry):
+        loss, d_hidden, d_kernel = carry
+        rows, h, t, w = _chunk(i, order, hidden, targets, weights, size)
+        w = jnp.where(i * size + jnp.arange(size) < supervised, w, 0.0)
+        part, d_logits = _chunk_loss(h, kernel, t, w, vocab_size)
+        if with_gradient:
+            d_logits = d_logits.astype(kernel.dtype)
+            d_hidden = d_hidden.at[rows].set(jnp.dot(d_logits, kernel.T), mode="drop")
+            d_kernel = d_kernel + jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
+        return loss + part, d_hidden, d_kernel
+
+    zeros = (jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)) if with_gradient else (None, None)
+    return jax.lax.fori_loop(0, chunks, body, (jnp.float32(0), *zeros))
+
+
+def _forward(hidden, kernel, targets, weights, vocab_size):
+    loss, d_hidden, d_kernel = _run(hidden, kernel, targets, weights, vocab_size, with_gradient=True)
+    return loss, (d_hidden, d_kernel.astype(kernel.dtype), jnp.zeros((), hidden.dtype))
+
+
+def _backward(vocab_size, residuals, g):
+    d_hidden, d_kernel, like = residuals
+    return (d_hidden * g).astype(like.dtype), d_kernel * g.astype(d_kernel.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def cross_entropy_sum(
+    hidden: Float[Array, "B S D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    vocab_size: int,
+) -> Float[Array, ""]:
+    """Weighted sum of next-token cross-entropies, float32.
+
+    Logits exist only for supervised positions (weight > 0), a chunk at a time. Differentiable in `hidden` and `kernel`.
+
+    Args:
+      hidden: after the final norm. kernel: output head in the compute dtype, padded columns masked here.
+      targets: token to predict at each position. weights: 0 where it does not count.
+      vocab_size: real columns of `kernel`.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _cross_entropy(flat, kernel, targets.reshape(-1), weights.reshape(-1), vocab_size)
+
+
+def _cosine_distance(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    norms = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
+    # The floor stands under the root: a zero vector then has a finite gradient.
+    return 1.0 - jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(norms, 1e-16))
+
+
+def mapping_loss_sums(
+    visual: Visual, crop_kind: Int[Array, "B N"], text_mask: Bool[Array, "B N T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Dual-semantic mapping loss (paper section 3.3): sums of 1 - cos, both sides with gradient.
+
+    Returns:
+      v2t: over real question tokens, embedding against the encoder's output projected to text;
+      t2v: over patches of all crops that exist, patch embedding against the image projected to text and back.
+    """
+    v2t = t2v = jnp.float32(0)
+    if visual.question is not None:
+        distance = _cosine_distance(visual.question, visual.question_features)
+        v2t = jnp.sum(jnp.where(text_mask & (crop_kind != NO_CROP)[..., None], distance, 0.0))
+    if visual.patches is not None:
+        distance = _cosine_distance(visual.patches, visual.patch_features)
+        t2v = jnp.sum(jnp.where((crop_kind != NO_CROP)[..., None], distance, 0.0))
+    return v2t, t2v
+
+
+def counts(batch: Batch, patches: int) -> dict[str, Float[Array, ""]]:
+    """What the sums are divided by: supervised tokens, question tokens, patches of existing crops."""
+    exists = batch.crop_kind != NO_CROP
+    return {
+        "ce": jnp.sum(batch.loss_weights),
+        "v2t": jnp.sum(batch.crop_text_mask & exists[..., None]).astype(jnp.float32),
+        "t2v": jnp.sum(exists).astype(jnp.float32) * patches,
+    }

@@ -1,0 +1,319 @@
+"""Model configurations: frozen dataclasses, the two presets, the published variants.
+
+Every difference between the published weights' arithmetic (`released`) and the paper's text (`paper`) is one
+named field of `FusionConfig`, so that an ablation is a line. Nothing here touches JAX devices.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from fusion_jax.errors import UserError
+
+# Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
+QUADRANTS = 4
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP / SigLIP2 vision tower. `layers` counts the layers that are kept (the published code drops the last)."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1536
+    mlp_dim: int = 6144
+    layers: int = 39
+    heads: int = 16
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _check(self.width % self.heads == 0, f"vision.heads={self.heads} does not divide vision.width={self.width}.")
+        _check(
+            self.layers >= 2,
+            f"vision.layers={self.layers} must be at least 2: the taps need a shallow and a deep half.",
+        )
+        _check(
+            0 < self.patch_size <= self.image_size,
+            f"vision.patch_size={self.patch_size} must be between 1 and vision.image_size={self.image_size}.",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches per side. The patch convolution has no padding, so 384/14 gives 27."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def early_layers(self) -> int:
+        """Layers of the shallow half, in which attention between text and image is restricted."""
+        return self.layers // 2
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is default, llama3 or longrope.
+
+    llama3: `factor`, `low_freq_factor`, `high_freq_factor`, `original_length`.
+    longrope: `short_factors`, `long_factors` (head_dim/2 each), `original_length`, `max_length`.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+    max_length: int = 131072
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        kinds = ("default", "llama3", "longrope")
+        _check(self.kind in kinds, f"llm.rope.kind={self.kind!r} is unknown; allowed: {', '.join(kinds)}.")
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Llama-family decoder. `head_dim` 0 means width / heads."""
+
+    vocab_size: int = 32064
+    width: int = 3072
+    mlp_dim: int = 8192
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    tied_head: bool = False
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        _check(
+            self.head_dim > 0 or self.width % self.heads == 0,
+            f"llm.heads={self.heads} does not divide llm.width={self.width} (or set llm.head_dim).",
+        )
+        _check(self.heads % self.kv_heads == 0, f"llm.kv_heads={self.kv_heads} does not divide llm.heads={self.heads}.")
+        _check(self.per_head % 2 == 0, f"llm head size {self.per_head} is odd; rotary embedding needs an even one.")
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rope, name)
+            if self.rope.kind == "longrope":
+                _check(
+                    len(factors) == self.per_head // 2,
+                    f"llm.rope.{name} has {len(factors)} values; the head size {self.per_head} needs {self.per_head // 2}.",
+                )
+
+    @property
+    def per_head(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding inside: a multiple of 128, so that it shards; padded logits are masked."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """Semantic exchange layers after decoder layers start, start + stride, ... (`layers` of them; 0 is allowed)."""
+
+    start: int = 0
+    stride: int = 3
+    layers: int = 10
+    heads: int = 16
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of `blocks` equal superblocks, each of `layers` decoder layers, with an exchange after its first or none."""
+
+    blocks: int
+    layers: int
+    exchange: bool
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """The whole model.
+
+    Fields beyond the three parts:
+      text_guided: A, the question's tokens enter the encoder.
+      mapping_loss_weight: B, lambda of the dual-semantic mapping loss; 0 also drops its projection.
+      semantic_exchange: C, latent tokens and exchange layers.
+      latent_counts: the set of l^2 that training draws from.
+      image_tokens: tokens per image in the LLM; 0 keeps one per patch, otherwise a square, resized after the projector.
+      mask: early encoder layers. `paper`: image queries do not see text. `released`: they do, and every text query
+        attends uniformly.
+      taps: `paper`: shallow and deep mean. `released`: last state, shallow mean, deep mean.
+      context: exchange keys/values from four unguided `quadrants` of the image or from the `image` tokens themselves.
+      latent_init: `pooled` image features or `learned` tables, one per l^2.
+      text_only: `zero_image`: a conversation without image carries a zero image and zero latents. `none`: neither.
+      hide_question_id_zero: question tokens with id 0 count as padding (published code; id 0 is "!" in Llama-3).
+    """
+
+    vision: VisionConfig = VisionConfig()
+    llm: LLMConfig = LLMConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
+    text_guided: bool = True
+    mapping_loss_weight: float = 0.1
+    semantic_exchange: bool = True
+    latent_counts: tuple[int, ...] = (4, 16, 36, 64, 144)
+    image_tokens: int = 0
+    mask: str = "paper"
+    taps: str = "paper"
+    context: str = "image"
+    latent_init: str = "learned"
+    text_only: str = "none"
+    hide_question_id_zero: bool = False
+
+    def __post_init__(self):
+        choices = {
+            "mask": ("paper", "released"),
+            "taps": ("paper", "released"),
+            "context": ("image", "quadrants"),
+            "latent_init": ("learned", "pooled"),
+            "text_only": ("none", "zero_image"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            _check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+        for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
+            _check(math.isqrt(count) ** 2 == count and count > 0, f"model: {count} tokens are not a square grid l x l.")
+        _check(
+            not self.semantic_exchange or len(self.latent_counts) > 0,
+            "model.latent_counts is empty; give at least one l^2, or set model.semantic_exchange=False.",
+        )
+        _check(
+            self.mapping_loss_weight >= 0, f"model.mapping_loss_weight={self.mapping_loss_weight} must not be negative."
+        )
+        e, depth = self.exchange, self.llm.layers
+        if e.layers and self.semantic_exchange:
+            last = e.start + (e.layers - 1) * e.stride
+            _check(
+                e.stride >= 1 and e.start >= 0 and last < depth,
+                f"model.exchange: layers={e.layers} from start={e.start} with stride={e.stride} ends after decoder "
+                f"layer {last}, but llm.layers={depth} has layers 0 to {depth - 1}.",
+            )
+            _check(
+                self.llm.width % e.heads == 0,
+                f"model.exchange.heads={e.heads} does not divide llm.width={self.llm.width}.",
+            )
+
+    @property
+    def exchange_layers(self) -> int:
+        return self.exchange.layers if self.semantic_exchange else 0
+
+    @property
+    def uses_quadrants(self) -> bool:
+        return self.context == "quadrants" and self.semantic_exchange
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.image_tokens or self.vision.patches
+
+    @property
+    def tap_count(self) -> int:
+        return 3 if self.taps == "released" else 2
+
+    @property
+    def needs_back_projection(self) -> bool:
+        """Whether the text-to-vision MLP exists: it guides the encoder (A) and serves the mapping loss (B)."""
+        return self.text_guided or self.mapping_loss_weight > 0
+
+    def stacks(self) -> tuple[Stack, ...]:
+        """How the decoder is cut into scans.
+
+        The published 32 layers with exchanges after 0, 3, ..., 27:
+
+            10 x [layer exchange layer layer]   then   2 x [layer]
+
+        A start above 0 adds plain layers in front; a last group that is cut short is a scan of one.
+        """
+        e, depth, count = self.exchange, self.llm.layers, self.exchange_layers
+        if count == 0:
+            return (Stack(depth, 1, False),)
+        whole = min(count, (depth - e.start) // e.stride)
+        rest = depth - e.start - whole * e.stride
+        plan = [Stack(e.start, 1, False), Stack(whole, e.stride, True)]
+        plan.append(Stack(1, rest, True) if count > whole else Stack(rest, 1, False))
+        return tuple(s for s in plan if s.blocks and s.layers)
+
+
+RELEASED = {
+    "mask": "released",
+    "taps": "released",
+    "context": "quadrants",
+    "latent_init": "pooled",
+    "text_only": "zero_image",
+    "hide_question_id_zero": True,
+}
+PAPER = {
+    "mask": "paper",
+    "taps": "paper",
+    "context": "image",
+    "latent_init": "learned",
+    "text_only": "none",
+    "hide_question_id_zero": False,
+}
+PRESETS = {"released": RELEASED, "paper": PAPER}
+
+SO400M = VisionConfig(384, 14, 1152, 4304, 26, 16)
+GIANT = VisionConfig(384, 16, 1536, 6144, 39, 16)
+
+# LongRoPE factors are read from the LLM's own config.json; these stand in where no weights are at hand (shapes only).
+PHI35_MINI = LLMConfig(
+    vocab_size=32013,
+    width=3072,
+    mlp_dim=8192,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    rope=RopeConfig("longrope", 10000.0, original_length=4096, short_factors=(1.0,) * 48, long_factors=(1.0,) * 48),
+)
+LLAMA31_8B = LLMConfig(
+    vocab_size=128258,
+    width=4096,
+    mlp_dim=14336,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    rope=RopeConfig("llama3", 500000.0),
+)
+LLMS = {"3b": PHI35_MINI, "8b": LLAMA31_8B}
+
+
+def _variant(vision: VisionConfig, preset: dict, **changes) -> dict[str, FusionConfig]:
+    return {size: FusionConfig(vision=vision, llm=llm, **preset, **changes) for size, llm in LLMS.items()}
+
+
+# name -> size -> config. FLARE-L follows the paper's text; the FUSION family reproduces the published weights.
+VARIANTS: dict[str, dict[str, FusionConfig]] = {
+    "flare_l": _variant(GIANT, PAPER),
+    "fusion": _variant(SO400M, RELEASED),
+    "fusion_x": _variant(GIANT, RELEASED),
+    # 16x16 tokens agree with the published count of ~308 visual tokens; a comment in the published code says 12x12.
+    "fusion_l": _variant(GIANT, RELEASED, image_tokens=256),
+}
+
+
+def replace(config: FusionConfig, **changes) -> FusionConfig:
+    """`dataclasses.replace` that reaches into the parts: `replace(c, **{"llm.layers": 4, "mask": "paper"})`."""
+    nested: dict[str, dict] = {}
+    flat = {}
+    for key, value in changes.items():
+        head, _, tail = key.partition(".")
+        if tail:
+            nested.setdefault(head, {})[tail] = value
+        else:
+            flat[head] = value
+    for head, inner in nested.items():
+        flat[head] = replace(flat.get(head, getattr(config, head)), **inner)
+    return dataclasses.replace(config, **flat)

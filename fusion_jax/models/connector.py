@@ -1,0 +1,69 @@
+"""Between the two spaces: grids of visual tokens, adaptive pooling and windows, bilinear resizing.
+
+Adaptive cells as everywhere in this model: cell i of `cells` over `size` covers [floor(i size / cells),
+ceil((i + 1) size / cells)), so neighbours overlap where `cells` does not divide `size`. All grids are row-major.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def adaptive_cells(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (cells, widest) that each cell covers and their validity (cells, widest)."""
+    start = np.arange(cells) * size // cells
+    stop = -(-(np.arange(cells) + 1) * size // cells)
+    index = start[:, None] + np.arange((stop - start).max())[None]
+    return np.minimum(index, size - 1), index < stop[:, None]
+
+
+def adaptive_max_pool(grid: Float[Array, "N h w D"], cells: int) -> Float[Array, "N c c D"]:
+    """Adaptive max pooling to cells x cells, one axis at a time (a maximum over a rectangle is separable)."""
+    for axis in (1, 2):
+        size = grid.shape[axis]
+        if size % cells == 0:  # equal cells: no gather
+            shape = (*grid.shape[:axis], cells, size // cells, *grid.shape[axis + 1 :])
+            grid = grid.reshape(shape).max(axis + 1)
+        else:
+            index, valid = adaptive_cells(size, cells)
+            taken = jnp.take(grid, jnp.asarray(index.ravel()), axis=axis)
+            taken = taken.reshape(*grid.shape[:axis], *index.shape, *grid.shape[axis + 1 :])
+            valid = valid.reshape((1,) * axis + index.shape + (1,) * (grid.ndim - axis - 1))
+            grid = jnp.where(valid, taken, -jnp.inf).max(axis + 1)
+    return grid
+
+
+def windows(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """For a size x size grid: flat indices (cells^2, M) of each window's tokens and their validity (cells^2, M)."""
+    index, valid = adaptive_cells(size, cells)
+    flat = index[:, None, :, None] * size + index[None, :, None, :]
+    both = valid[:, None, :, None] & valid[None, :, None, :]
+    return flat.reshape(cells**2, -1), both.reshape(cells**2, -1)
+
+
+def stitch_quadrants(quadrants: Float[Array, "N 4 P D"]) -> Float[Array, "N twice_h twice_w D"]:
+    """Top left, top right, bottom left, bottom right, each h x h, to one 2h x 2h grid."""
+    n, _, patches, width = quadrants.shape
+    side = int(patches**0.5)
+    x = quadrants.reshape(n, 2, 2, side, side, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, 2 * side, 2 * side, width)
+
+
+def _bilinear(size: int, out: int) -> np.ndarray:
+    """Interpolation matrix (out, size): half-pixel centres, edges clamped, no antialiasing."""
+    centre = np.clip((np.arange(out) + 0.5) * size / out - 0.5, 0, size - 1)
+    low = np.floor(centre).astype(int)
+    high = np.minimum(low + 1, size - 1)
+    matrix = np.zeros((out, size), np.float32)
+    np.add.at(matrix, (np.arange(out), low), 1 - (centre - low))
+    np.add.at(matrix, (np.arange(out), high), centre - low)
+    return matrix
+
+
+def resize_tokens(tokens: Float[Array, "N P D"], count: int) -> Float[Array, "N count D"]:
+    """Bilinear resize of a square grid of tokens to `count` tokens (FUSION-L)."""
+    n, patches, width = tokens.shape
+    side, out = int(patches**0.5), int(count**0.5)
+    matrix = jnp.asarray(_bilinear(side, out), tokens.dtype)
+    grid = tokens.reshape(n, side, side, width)
+    return jnp.einsum("oh,pw,nhwd->nopd", matrix, matrix, grid).reshape(n, count, width)

@@ -1,0 +1,214 @@
+"""The whole model: encoder led by the question, projectors, latents, decoder with exchange.
+
+`init(config, key)` gives the parameters, `Fusion(config).apply(...)` runs one of the methods; nothing else of Flax is
+needed outside this folder.
+"""
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE, Batch
+from fusion_jax.models import connector, layers, llm
+from fusion_jax.models.config import QUADRANTS, FusionConfig
+from fusion_jax.models.exchange import ExchangePlan
+from fusion_jax.models.vision import VisionEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Visual:
+    """What the encoder side hands to the decoder and the mapping loss; N images a row, P patches, T question tokens.
+
+    Attributes:
+      image_tokens: (B, N, P', D) tokens that enter the sequence (P' differs from P where they are resized).
+      context: (B, N, C, D) keys/values of the exchange, None without exchange.
+      latents: (B, R, L, D) initial latents, None without.
+      question: (B, N, T, D) LLM embeddings of the question; question_features: (B, N, T, D) the same tokens out of
+        the encoder, projected to text. None without text guidance.
+      patches: (B, N, P, Dv) state 0 of the image; patch_features: (B, N, P, Dv) the image out of the encoder,
+        projected to text and back. None without mapping loss.
+    """
+
+    image_tokens: Float[Array, "B N P D"]
+    context: Float[Array, "B N C D"] | None
+    latents: Float[Array, "B R L D"] | None
+    question: Float[Array, "B N T D"] | None
+    question_features: Float[Array, "B N T D"] | None
+    patches: Float[Array, "B N P Dv"] | None
+    patch_features: Float[Array, "B N P Dv"] | None
+
+
+class Fusion(nn.Module):
+    """See the module docstring. Methods take a `Batch`; all are pure functions of (parameters, batch)."""
+
+    config: FusionConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        d, dv = c.llm.width, c.vision.width
+        self.vision = VisionEncoder(c, self.dtype, self.remat)
+        self.vision_to_text = layers.MLP(d, d, layers.gelu_erf, True, self.dtype)
+        if c.needs_back_projection:
+            self.text_to_vision = layers.MLP(dv, dv, layers.gelu_erf, True, self.dtype)
+        if c.semantic_exchange and c.latent_init == "learned":
+            self.latent_tables = {
+                str(count): self.param(
+                    f"latents_{count}",
+                    nn.with_logical_partitioning(layers.normal(), ("patches", "embed")),
+                    (count, d),
+                    jnp.float32,
+                )
+                for count in c.latent_counts
+            }
+        self.llm = llm.Decoder(c, self.dtype, self.remat)
+
+    def encode(self, batch: Batch) -> Visual:
+        """Everything before the decoder. The batch must have at least one image slot (N >= 1)."""
+        c = self.config
+        b, n = batch.crop_kind.shape
+        blank = batch.crop_kind == ZERO_IMAGE
+        views = {"guided": self.vision.embed(_merge(batch.crops), _merge(blank))}
+        if c.uses_quadrants:
+            views["plain"] = self.vision.embed(
+                _merge(_merge(batch.quadrants)), jnp.repeat(blank.reshape(-1), QUADRANTS)
+            )
+        patches = views["guided"]
+        question = text = mask = None
+        if c.text_guided:
+            question = self.llm.embed(batch.crop_text)
+            text, mask = _merge(self.text_to_vision(question)), _merge(batch.crop_text_mask)
+        taps = self.vision(views, text, mask)
+
+        features = self.vision_to_text(taps["guided"])
+        whole, question_features = features[:, : c.vision.patches], features[:, c.vision.patches :]
+        tokens = connector.resize_tokens(whole, c.image_tokens) if c.image_tokens else whole
+        tokens = tokens.reshape(b, n, *tokens.shape[1:])
+        context = latents = None
+        if c.semantic_exchange:
+            if c.uses_quadrants:
+                plain = self.vision_to_text(taps["plain"])
+                grid = connector.stitch_quadrants(plain.reshape(b * n, QUADRANTS, *plain.shape[1:]))
+                pooled = connector.adaptive_max_pool(grid, 3 * math.isqrt(batch.latent_count))
+                context = pooled.reshape(b, n, -1, pooled.shape[-1])
+            else:
+                context = tokens
+            latents = self._initial_latents(batch, context)
+        back = self.text_to_vision(whole) if c.mapping_loss_weight > 0 else None
+        return Visual(
+            image_tokens=tokens,
+            context=context,
+            latents=latents,
+            question=question,
+            question_features=None if question is None else question_features.reshape(question.shape),
+            patches=None if back is None else patches.reshape(b, n, *patches.shape[1:]),
+            patch_features=None if back is None else back.reshape(b, n, *back.shape[1:]),
+        )
+
+    def _initial_latents(self, batch: Batch, context) -> Float[Array, "B R L D"]:
+        c = self.config
+        b, rounds = batch.round_end.shape
+        count = batch.latent_count
+        if c.latent_init == "learned":
+            table = self.latent_tables[str(count)].astype(self.dtype)
+            return jnp.broadcast_to(table, (b, rounds, *table.shape))
+        # Cells of the l x l grid are unions of those of the context's grid, so pooling it again is exact.
+        n, side = context.shape[1], math.isqrt(context.shape[2])
+        grid = context.reshape(b * n, side, side, -1)
+        pooled = connector.adaptive_max_pool(grid, math.isqrt(count)).reshape(b, n, count, -1)
+        pooled = jnp.where((batch.crop_kind == PIXELS)[..., None, None], pooled, 0)
+        return jnp.take_along_axis(pooled, jnp.maximum(batch.round_image, 0)[..., None, None], axis=1)
+
+    def exchange_plan(self, batch: Batch, encoded: Visual) -> ExchangePlan | None:
+        if self.config.exchange_layers == 0 or batch.round_end.shape[1] == 0:
+            return None
+        side = math.isqrt(encoded.context.shape[2])
+        index, mask = map(jnp.asarray, connector.windows(side, math.isqrt(batch.latent_count)))
+        return ExchangePlan(encoded.context, index, mask, batch.round_image, batch.round_end, batch.latent_start)
+
+    def assemble(self, batch: Batch, encoded: Visual) -> Float[Array, "B S D"]:
+        """The decoder's input: text embeddings, and the visual table's entries at visual places."""
+        text = self.llm.embed(batch.tokens)
+        tables = [_merge_inner(encoded.image_tokens)]
+        if encoded.latents is not None:
+            tables.append(_merge_inner(encoded.latents))
+        table = jnp.concatenate(tables, axis=1)
+        visual = jnp.take_along_axis(table, jnp.maximum(batch.visual_index, 0)[..., None], axis=1)
+        return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
+
+    def __call__(self, batch: Batch, cache: llm.Cache | None = None):
+        """One forward pass (with a cache: the prefill).
+
+        Returns:
+          hidden: (B, S, D) after the final norm; encoded: Visual or None; cache: filled, or None.
+        """
+        encoded = plan = None
+        if batch.crop_kind.shape[1]:
+            encoded = self.encode(batch)
+            plan = self.exchange_plan(batch, encoded)
+            x = self.assemble(batch, encoded)
+        else:
+            x = self.llm.embed(batch.tokens)
+        hidden, cache = self.llm(x, batch.segment_ids, batch.positions, plan, cache)
+        return hidden, encoded, cache
+
+    def decode(self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: llm.Cache):
+        """One more token a row. Returns float32 logits (B, V) and the cache."""
+        x = self.llm.embed(tokens[:, None])
+        hidden, cache = self.llm(x, jnp.ones_like(tokens)[:, None], positions[:, None], None, cache)
+        return self.llm.logits(hidden[:, 0]), cache
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        return self.llm.logits(hidden)
+
+
+def _merge(x):
+    """(A, B, ...) to (A B, ...)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _merge_inner(x):
+    """(A, B, C, D) to (A, B C, D)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def head_kernel(config: FusionConfig, params) -> Float[Array, "D V"]:
+    """The output head (D, padded vocabulary) out of the parameters."""
+    decoder = params["llm"]
+    return decoder["embedding"].T if config.llm.tied_head else decoder["head"]
+
+
+def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
+    """A batch of the smallest legal shape, all zeros: for initialisation and shape inference."""
+    latents = config.latent_counts[0] if config.semantic_exchange else 0
+    length = config.tokens_per_image + latents + 2
+    size, rounds = config.vision.image_size, int(config.semantic_exchange)
+    quadrants = QUADRANTS if config.uses_quadrants else 0
+    integers = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    return Batch(
+        **integers,
+        loss_weights=np.zeros((rows, length), np.float32),
+        visual_index=np.full((rows, length), -1, np.int32),
+        crops=np.zeros((rows, 1, size, size, 3), np.uint8),
+        crop_kind=np.full((rows, 1), NO_CROP, np.int32),
+        quadrants=np.zeros((rows, 1, quadrants, size, size, 3), np.uint8),
+        crop_text=np.zeros((rows, 1, int(config.text_guided)), np.int32),
+        crop_text_mask=np.zeros((rows, 1, int(config.text_guided)), bool),
+        round_image=np.zeros((rows, rounds), np.int32),
+        round_end=np.zeros((rows, rounds), np.int32),
+        latent_start=np.zeros((rows, rounds), np.int32),
+        latent_count=latents,
+    )
+
+
+def init(config: FusionConfig, key: jax.Array):
+    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis."""
+    return nn.unbox(jax.jit(Fusion(config).init)(key, example_batch(config))["params"])

@@ -1,0 +1,163 @@
+"""Small layers shared by the encoder and the decoder: parameters, dense, norms, MLPs, rotary embedding.
+
+Parameters are float32 masters with logical axis names; compute happens in `dtype`, norms in float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.models.config import RopeConfig
+
+Init = Callable[..., jax.Array]
+
+
+def normal(stddev: float = 0.02) -> Init:
+    return nn.initializers.normal(stddev)
+
+
+def fan_in() -> Init:
+    """Truncated normal with variance 1 / fan-in: trains from scratch at any width."""
+    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """y = x W + b with W (inputs, features), the last axis contracted."""
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Init = fan_in()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+                (self.features,),
+                jnp.float32,
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias; statistics and arithmetic in float32, result in the input's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (x.shape[-1],), jnp.float32
+        )
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm; arithmetic in float32, result in the input's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
+        )
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def gelu_erf(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear."""
+
+    hidden: int
+    features: int
+    activation: Callable[[Array], Array]
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        x = Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, name="in")(x)
+        return Dense(self.features, ("mlp", "embed"), self.use_bias, self.dtype, name="out")(self.activation(x))
+
+
+def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(short, long, scale): inverse frequencies (per_head / 2,) below and beyond the original length; cos/sin factor."""
+    base = rope.theta ** -(np.arange(0, per_head, 2, dtype=np.float64) / per_head)
+    if rope.kind == "default":
+        return base, base, 1.0
+    if rope.kind == "longrope":
+        ratio = rope.max_length / rope.original_length
+        scale = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
+        return base / np.array(rope.short_factors), base / np.array(rope.long_factors), scale
+    # Llama-3: low frequencies are divided by `factor`, high ones kept, a linear blend between the two wavelengths.
+    wavelength = 2 * math.pi / base
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    blend = (rope.original_length / wavelength - low) / (high - low)
+    mixed = (1 - blend) * base / rope.factor + blend * base
+    scaled = np.where(
+        wavelength > rope.original_length / low,
+        base / rope.factor,
+        np.where(wavelength < rope.original_length / high, base, mixed),
+    )
+    return scaled, scaled, 1.0
+
+
+def rotary(
+    rope: RopeConfig, per_head: int, positions: Int[Array, "B S"], longest: Int[Array, ""] | None = None
+) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    """cos and sin of the rotary angles, float32, the LongRoPE attention factor included.
+
+    Args:
+      positions: position of each token within its own example.
+      longest: largest position that decides between LongRoPE's short and long factors; by default that of
+        `positions`. The published rule looks at the whole batch: from `original_length` on, long factors for all.
+    """
+    short, long, scale = _inverse_frequencies(rope, per_head)
+    frequencies = jnp.asarray(short, jnp.float32)
+    if rope.kind == "longrope":
+        longest = positions.max() if longest is None else longest
+        frequencies = jnp.where(longest >= rope.original_length, jnp.asarray(long, jnp.float32), frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def apply_rotary(
+    x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+) -> Float[Array, "B S H d"]:
+    """Rotate-half form: the first half of the head dimension pairs with the second."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

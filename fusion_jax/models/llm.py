@@ -1,0 +1,183 @@
+"""Llama-family decoder with semantic exchange layers between its layers, and its key/value cache."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.models import attention, layers
+from fusion_jax.models.config import FusionConfig, LLMConfig
+from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
+from fusion_jax.models.remat import remat
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, one buffer for all layers.
+
+    Attributes:
+      keys, values: (layers, B, capacity, G, d), rotary embedding applied.
+      segments: (B, capacity) int32, 1 where a slot holds a real token.
+      length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
+    """
+
+    keys: Float[Array, "layers B C G d"]
+    values: Float[Array, "layers B C G d"]
+    segments: Int[Array, "B C"]
+    length: Int[Array, ""]
+
+
+def empty_cache(config: LLMConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+    """A cache for `capacity` tokens a row."""
+    shape = (config.layers, batch, capacity, config.kv_heads, config.per_head)
+    return Cache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), jnp.int32), jnp.int32(0)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Shared:
+    """What every layer of one forward pass reads."""
+
+    cos: Float[Array, "B S half"]
+    sin: Float[Array, "B S half"]
+    segments: Int[Array, "B S"]
+    cached_segments: Int[Array, "B C"] | None
+    slot: Int[Array, ""] | None
+    plan: ExchangePlan | None
+
+
+class DecoderLayer(nn.Module):
+    """RMSNorm, grouped-query attention with rotary embedding, RMSNorm, SwiGLU."""
+
+    config: LLMConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x, buffers, index, shared: _Shared):
+        c = self.config
+        batch, length, _ = x.shape
+
+        def heads(name: str, count: int):
+            y = layers.Dense(count * c.per_head, ("embed", "heads"), c.qkv_bias, self.dtype, name=name)(y_in)
+            return y.reshape(batch, length, count, c.per_head)
+
+        y_in = layers.RMSNorm(c.norm_eps, name="attention_norm")(x)
+        q = layers.apply_rotary(heads("query", c.heads), shared.cos, shared.sin)
+        k = layers.apply_rotary(heads("key", c.kv_heads), shared.cos, shared.sin)
+        v = heads("value", c.kv_heads)
+        if buffers is not None:
+            start = (index, 0, shared.slot, 0, 0)
+            buffers = tuple(jax.lax.dynamic_update_slice(b, a[None], start) for b, a in zip(buffers, (k, v)))
+        if buffers is not None and length == 1:
+            k, v = (jax.lax.dynamic_index_in_dim(b, index, 0, keepdims=False) for b in buffers)
+            y = attention.attention(q, k, v, shared.segments, shared.cached_segments)
+        else:
+            y = attention.attention(q, k, v, shared.segments, shared.segments, causal=True)
+        x = x + layers.Dense(c.width, ("heads", "embed"), dtype=self.dtype, name="out")(y.reshape(batch, length, -1))
+
+        y = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="gate")(y)
+        up = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="up")(y)
+        x = x + layers.Dense(c.width, ("mlp", "embed"), dtype=self.dtype, name="down")(jax.nn.silu(gate) * up)
+        return x, buffers
+
+
+class Superblock(nn.Module):
+    """[layer, exchange, layer, ...]: `layers` decoder layers with an exchange after the first, or none."""
+
+    config: FusionConfig
+    layers: int
+    exchange: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, carry, shared: _Shared):
+        x, buffers, index = carry
+        for i in range(self.layers):
+            x, buffers = DecoderLayer(self.config.llm, self.dtype, name=f"layer_{i}")(x, buffers, index + i, shared)
+            if i == 0 and self.exchange and shared.plan is not None:
+                x = SemanticExchange(self.config.exchange.heads, self.dtype, name="exchange")(x, shared.plan)
+        return (x, buffers, index + self.layers), None
+
+
+class Decoder(nn.Module):
+    """Embedding, superblocks, final norm, head."""
+
+    config: FusionConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config.llm
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(layers.normal(), ("vocab", "embed")),
+            (c.padded_vocab, c.width),
+            jnp.float32,
+        )
+        if not c.tied_head:
+            self.head = self.param(
+                "head",
+                nn.with_logical_partitioning(layers.normal(), ("embed", "vocab")),
+                (c.width, c.padded_vocab),
+                jnp.float32,
+            )
+        block = remat(Superblock, self.remat)
+        self.stacks = [
+            nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=stack.blocks,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(self.config, stack.layers, stack.exchange, self.dtype, name=f"stack_{i}")
+            for i, stack in enumerate(self.config.stacks())
+        ]
+        self.norm = layers.RMSNorm(c.norm_eps)
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """(D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
+        return self.embedding.T if self.config.llm.tied_head else self.head
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits over the real vocabulary."""
+        kernel = self.head_kernel()[:, : self.config.llm.vocab_size].astype(self.dtype)
+        return jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        plan: ExchangePlan | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Hidden states after the final norm.
+
+        With a cache: several tokens are a prefill, which starts at an empty cache; one token is a decode step.
+        """
+        c = self.config.llm
+        cos, sin = layers.rotary(c.rope, c.per_head, positions)
+        buffers = cached = slot = None
+        if cache is not None:
+            slot = cache.length
+            cached = jax.lax.dynamic_update_slice(cache.segments, segments, (0, slot))
+            buffers = (cache.keys, cache.values)
+        shared = _Shared(cos, sin, segments, cached, slot, plan)
+        carry = (x.astype(self.dtype), buffers, jnp.int32(0))
+        for stack in self.stacks:
+            carry, _ = stack(carry, shared)
+        x, buffers, _ = carry
+        if cache is not None:
+            cache = Cache(*buffers, cached, slot + segments.shape[1])
+        return self.norm(x), cache

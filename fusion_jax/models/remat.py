@@ -1,0 +1,33 @@
+"""Named rematerialisation policies: what a layer keeps for its backward pass.
+
+| policy | kept | cost |
+|---|---|---|
+| none | everything | most memory |
+| dots | results of matrix products and attention | elementwise work again |
+| attention | layer inputs and attention outputs | one forward of the matrix products again |
+| full | layer inputs | one whole forward again |
+"""
+
+import flax.linen as nn
+import jax
+
+from fusion_jax.errors import UserError
+
+_policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names("attention")
+POLICIES = {
+    "none": None,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
+    "attention": _attention,
+    "full": _policies.nothing_saveable,
+}
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`module` wrapped for use inside a scan. Raises UserError for an unknown policy name."""
+    if policy not in POLICIES:
+        raise UserError(f"remat={policy!r} is unknown; allowed: {', '.join(POLICIES)}.")
+    if policy == "none":
+        return module
+    # Inside a scan XLA cannot undo the rematerialisation by common-subexpression elimination, so no barrier is needed.
+    return nn.remat(module, policy=POLICIES[policy], prevent_cse=False)

@@ -1,0 +1,178 @@
+"""Text-guided SigLIP encoder (paper section 3.1): the question's tokens join the patches and both update layer by layer.
+
+Who sees whom (rows query, columns key; padding of the text is never seen):
+
+                 early half, `paper`   early half, `released`   late half
+                 image  text           image  text              image  text
+         image     x     .               x     x                  x     x
+         text      x     x            uniform over both           x     x
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from fusion_jax.models import attention, layers
+from fusion_jax.models.config import FusionConfig, VisionConfig
+from fusion_jax.models.remat import remat
+
+
+def normalise(crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N H W 3"]:
+    """uint8 pixels to [-1, 1]; a blank crop is 0.0, the mid-grey that no uint8 gives."""
+    pixels = crops.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.where(blank[:, None, None, None], 0.0, pixels)
+
+
+def patchify(pixels: Float[Array, "N H W 3"], patch: int) -> Float[Array, "N P pixels"]:
+    """Row-major patches, each flattened as (row, column, channel). Pixels beyond the last whole patch are cut off."""
+    n, height, width, channels = pixels.shape
+    rows, columns = height // patch, width // patch
+    x = pixels[:, : rows * patch, : columns * patch]
+    x = x.reshape(n, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, rows * columns, patch * patch * channels)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer on image tokens alone or on [image | text]."""
+
+    config: VisionConfig
+    mask: str
+    dtype: DTypeLike
+
+    def setup(self):
+        c = self.config
+        project = {"use_bias": True, "dtype": self.dtype}
+        self.norm1 = layers.LayerNorm(c.norm_eps)
+        self.query = layers.Dense(c.width, ("embed", "heads"), **project)
+        self.key = layers.Dense(c.width, ("embed", "heads"), **project)
+        self.value = layers.Dense(c.width, ("embed", "heads"), **project)
+        self.out = layers.Dense(c.width, ("heads", "embed"), **project)
+        self.norm2 = layers.LayerNorm(c.norm_eps)
+        self.mlp = layers.MLP(c.mlp_dim, c.width, layers.gelu_tanh, True, self.dtype)
+
+    def _attend(self, x, text_segments, early):
+        n, length, _ = x.shape
+        q, k, v = (f(x).reshape(n, length, self.config.heads, -1) for f in (self.query, self.key, self.value))
+        if text_segments is None:
+            return attention.attention(q, k, v)
+        patches = length - text_segments.shape[1]
+        image_segments = jnp.ones((n, patches), jnp.int32)
+        visible_to_text = jnp.concatenate([image_segments, text_segments], 1)
+        visible_to_image = visible_to_text
+        q_text = q[:, patches:]
+        if self.mask == "paper":
+            hidden = jnp.where(early, 0, text_segments)
+            visible_to_image = jnp.concatenate([image_segments, hidden], 1)
+        else:
+            # One constant score for all keys, as the published code gives early text queries, is a query of zeros.
+            q_text = jnp.where(early, 0, q_text).astype(q.dtype)
+        image = attention.attention(q[:, :patches], k, v, image_segments, visible_to_image)
+        text = attention.attention(q_text, k, v, text_segments, visible_to_text)
+        return jnp.concatenate([image, text], 1)
+
+    def __call__(self, x, text_segments, early):
+        """x (N, P or P+T, D); text_segments (N, T), 1 real and 0 padding, or None; early: bool scalar."""
+        y = self._attend(self.norm1(x), text_segments, early)
+        x = x + self.out(y.reshape(x.shape))
+        return x + self.mlp(self.norm2(x))
+
+
+@dataclass(frozen=True)
+class _TapWeights:
+    """Per layer, the weight of its *input* state in the shallow and in the deep mean."""
+
+    shallow: np.ndarray
+    deep: np.ndarray
+
+    @classmethod
+    def of(cls, config: VisionConfig) -> "_TapWeights":
+        # With K layers and h = K // 2: shallow is the mean of states 0..h-1, deep of h..2h-1; state k enters layer k.
+        half, state = config.early_layers, np.arange(config.layers)
+        shallow = (state < half) / half
+        deep = ((state >= half) & (state < 2 * half)) / half
+        return cls(shallow.astype(np.float32), deep.astype(np.float32))
+
+
+class _EncoderStep(nn.Module):
+    """Scan body: one layer over the plain and the guided crops, so that its weights are fetched once for both."""
+
+    config: VisionConfig
+    mask: str
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, carry, per_layer, text_segments):
+        early, shallow, deep = per_layer
+        layer = EncoderLayer(self.config, self.mask, self.dtype, name="layer")
+        new = {}
+        for view, (x, x_shallow, x_deep) in carry.items():
+            segments = text_segments if view == "guided" else None
+            sums = x_shallow + (shallow * x).astype(x.dtype), x_deep + (deep * x).astype(x.dtype)
+            new[view] = (layer(x, segments, early), *sums)
+        return new, None
+
+
+class VisionEncoder(nn.Module):
+    """The tower: patches in, tapped states out."""
+
+    config: FusionConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config.vision
+        self.patch_embedding = layers.Dense(c.width, ("pixels", "embed"), True, self.dtype)
+        self.position_embedding = self.param(
+            "position_embedding",
+            nn.with_logical_partitioning(layers.normal(), ("patches", "embed")),
+            (c.patches, c.width),
+            jnp.float32,
+        )
+        scan = nn.scan(
+            remat(_EncoderStep, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.layers = scan(c, self.config.mask, self.dtype)
+
+    def embed(self, crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N P D"]:
+        """State 0 of the image: patch + position embedding."""
+        patches = patchify(normalise(crops, blank), self.config.vision.patch_size)
+        return self.patch_embedding(patches) + self.position_embedding.astype(self.dtype)
+
+    def __call__(
+        self,
+        views: dict[str, Float[Array, "_N _P D"]],
+        text: Float[Array, "G T D"] | None,
+        text_mask: Bool[Array, "G T"] | None,
+    ) -> dict[str, Float[Array, "_N _L taps"]]:
+        """Runs the layers over every view at once.
+
+        Args:
+          views: state 0 of the `guided` crops and, if any, of the `plain` ones.
+          text: projected question tokens that join the guided crops after the position embedding, without positions.
+          text_mask: which of them are real.
+
+        Returns:
+          Per view the concatenated taps; guided: (G, P + T, taps D), plain: (N, P, taps D).
+        """
+        c = self.config.vision
+        segments: Int[Array, "G T"] | None = None
+        if text is not None:
+            views = {**views, "guided": jnp.concatenate([views["guided"], text.astype(self.dtype)], 1)}
+            segments = text_mask.astype(jnp.int32)
+        weights = _TapWeights.of(c)
+        early = np.arange(c.layers) < c.early_layers
+        carry = {view: (x, jnp.zeros_like(x), jnp.zeros_like(x)) for view, x in views.items()}
+        per_layer = jax.tree.map(jnp.asarray, (early, weights.shallow, weights.deep))
+        carry, _ = self.layers(carry, per_layer, segments)
+        order = (0, 1, 2) if self.config.taps == "released" else (1, 2)
+        return {view: jnp.concatenate([states[i] for i in order], -1) for view, states in carry.items()}
