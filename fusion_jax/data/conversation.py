@@ -1,0 +1,276 @@
+"""Conversations as token ids: chat templates, placeholders, labels and the question tokens for the encoder.
+
+One round of an image conversation in the Phi-3 template, with its labels:
+
+    <|user|> <vision_start> LATENTS <vision_end> <vision_start> IMAGE <vision_end> \\n  two cats?  <|end|> \\n
+      -100       -100        -100       -100          -100       -100     -100   -100  -100 ...     -100  -100
+
+    <|assistant|>  Yes  .  <|end|>
+       -400         id  id   id            -400: the last token before an answer, the place of H_P
+
+The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
+from fusion_jax.errors import BadRecord, UserError
+
+IMAGE = -200  # in input_ids: here go the image's tokens
+LATENTS = -300  # in input_ids: here go one round's latents
+IGNORE = -100  # in labels: not supervised
+ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
+
+IMAGE_TAG = "<image>"  # how records say where the image belongs
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say this; no tokenizer takes it
+_LATENTS_TAG = "<latent_image>"  # only in the readable prompt
+
+
+@dataclass(frozen=True)
+class Template:
+    """The fixed text around a conversation's turns.
+
+    Attributes:
+      name: key in `TEMPLATES`.
+      system: what comes before the first round.
+      question: before a question and its placeholders.
+      answer: after the question; its last token is the place of H_P.
+      end: closes an answer, and is supervised with it.
+      between: after a closed answer when another round follows; not supervised.
+      stops: tokens that end an answer while generating, where the tokenizer has them.
+    """
+
+    name: str
+    system: str
+    question: str
+    answer: str
+    end: str
+    between: str
+    stops: tuple[str, ...]
+
+
+TEMPLATES = {
+    "phi3": Template(
+        name="phi3",
+        system="<|system|>\nYou are a helpful AI assistant.<|end|>\n",
+        question="<|user|>\n",
+        answer="<|end|>\n<|assistant|>\n",
+        end="<|end|>",
+        between="\n",
+        stops=("<|end|>", "<|endoftext|>"),
+    ),
+    "llama3": Template(
+        name="llama3",
+        system=(
+            "<|start_header_id|>system<|end_header_id|>\n\n"
+            "You are a helpful, highly intelligent language and vision assistant. You are able to understand the "
+            "visual content that the user provides, and assist the user with a variety of tasks using natural "
+            "language. Whenever an image is present in the conversation, very carefully examine it and consider its "
+            "content when formulating your response.<|eot_id|>"
+        ),
+        question="<|start_header_id|>user<|end_header_id|>\n\n",
+        answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        between="",
+        stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One conversation in token ids.
+
+    Attributes:
+      input_ids: (S,) token ids, with IMAGE and LATENTS where visual tokens go.
+      labels: (S,) the id where the token is supervised, ANSWER_START on the last token before each answer, else IGNORE.
+      instructs: (T,) the question tokens of all rounds, BOS in front; [0] in a conversation without an image.
+      rounds: number of questions.
+      prompt: the readable text, with tags for placeholders and without BOS.
+    """
+
+    input_ids: Int32[np.ndarray, "S"]
+    labels: Int32[np.ndarray, "S"]
+    instructs: Int32[np.ndarray, "T"]
+    rounds: int
+    prompt: str
+
+
+def find_template(name: str) -> Template:
+    """The template of that name; UserError naming the allowed ones if there is none."""
+    if name not in TEMPLATES:
+        raise UserError(f"Unknown conversation template {name!r}; allowed are {', '.join(sorted(TEMPLATES))}.")
+    return TEMPLATES[name]
+
+
+def encode_conversation(
+    turns: Sequence[Mapping[str, str]],
+    tokenizer: Tokenizer,
+    template: Template,
+    has_image: bool,
+    *,
+    latents: bool = True,
+    latents_without_image: bool = True,
+    where: str = "conversation",
+) -> Encoded:
+    """A finished conversation, for training.
+
+    Args:
+      turns: `{"from": "human" | "gpt", "value": text}`, human first, gpt last. A leading gpt turn is dropped.
+      tokenizer: as loaded.
+      template: an entry of `TEMPLATES`, made for the tokenizer's model.
+      has_image: whether the record comes with an image. Its place is where a human turn says `<image>`, moved to the
+        front of that turn, or else the first human turn.
+      latents: put a latent placeholder into each round.
+      latents_without_image: do so also when there is no image.
+      where: named in errors.
+
+    Raises:
+      BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
+        several_images, image_tag_in_answer, image_tag_without_image.
+      UserError: the tokenizer lacks a token of the template.
+    """
+    rounds = _rounds(turns, has_image, finished=True, where=where)
+    return _encode(rounds, tokenizer, template, has_image, latents and (has_image or latents_without_image))
+
+
+def encode_prompt(
+    turns: Sequence[Mapping[str, str]],
+    tokenizer: Tokenizer,
+    template: Template,
+    has_image: bool,
+    *,
+    latents: bool = True,
+    latents_without_image: bool = True,
+    where: str = "conversation",
+) -> Encoded:
+    """A conversation that waits for its next answer, for generation: `turns` ends with a human turn.
+
+    The ids are those of the same conversation in training, up to the last answer; the last one is where H_P is read.
+    Arguments and errors as for `encode_conversation`.
+    """
+    rounds = _rounds(turns, has_image, finished=False, where=where)
+    return _encode(rounds, tokenizer, template, has_image, latents and (has_image or latents_without_image))
+
+
+def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
+    """Ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS."""
+    ids = {tokenizer.token_id(template.end), tokenizer.eos_id}
+    return tuple(sorted(ids | {tokenizer.token_id(stop) for stop in template.stops if tokenizer.has_token(stop)}))
+
+
+def _rounds(turns, has_image: bool, finished: bool, where: str) -> list[tuple[str, str | None]]:
+    """Validated (question, answer) pairs; the answer of an unfinished last round is None, and the one question that
+    carries the image starts with IMAGE_TAG and a newline."""
+    if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
+        raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
+    if not turns:
+        raise BadRecord("empty_conversation", where, "the conversation has no turns")
+    for k, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or turn.get("from") not in ("human", "gpt"):
+            raise BadRecord("bad_turns", where, f"turn {k} must have 'from' set to 'human' or 'gpt'")
+        if not isinstance(turn.get("value"), str):
+            raise BadRecord("bad_turns", where, f"turn {k} must have a text as 'value'")
+        if _LONE_SURROGATE.search(turn["value"]):
+            raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is no text")
+    turns = turns[1:] if turns[0]["from"] == "gpt" else turns
+    if not turns:
+        raise BadRecord("empty_conversation", where, "the conversation has no human turn")
+    for k, turn in enumerate(turns):
+        if turn["from"] != ("human", "gpt")[k % 2]:
+            raise BadRecord("bad_turns", where, f"two {turn['from']} turns follow each other")
+    if finished and len(turns) % 2:
+        raise BadRecord("no_answer", where, "the last human turn has no answer")
+    if not finished and not len(turns) % 2:
+        raise BadRecord("bad_turns", where, "a prompt must end with a human turn")
+    questions = [turn["value"] for turn in turns[::2]]
+    answers = [turn["value"] for turn in turns[1::2]]
+    # A model may have said such things itself: no reason to refuse it the next question.
+    if finished and any(not answer.strip() for answer in answers):
+        raise BadRecord("no_answer", where, "an answer is empty")
+    if finished and any(IMAGE_TAG in answer for answer in answers):
+        raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
+    tags = [question.count(IMAGE_TAG) for question in questions]
+    if sum(tags) > 1:
+        raise BadRecord(
+            "several_images", where, f"{sum(tags)} {IMAGE_TAG} tags; one image per conversation is supported"
+        )
+    if sum(tags) and not has_image:
+        raise BadRecord("image_tag_without_image", where, f"there is an {IMAGE_TAG} tag but no image")
+    if has_image:
+        owner = tags.index(1) if sum(tags) else 0
+        questions[owner] = f"{IMAGE_TAG}\n{questions[owner].replace(IMAGE_TAG, '').strip()}"
+    return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
+
+
+def _encode(rounds, tokenizer: Tokenizer, template: Template, has_image: bool, latents: bool) -> Encoded:
+    """`rounds` as `_rounds` returns them."""
+    tokenizer.token_id(template.end)  # a template of another model would be spelt out in letters, silently
+    row = _Row(tokenizer)
+    row.text(template.system)
+    for k, (question, answer) in enumerate(rounds):
+        row.text((template.between if k else "") + template.question)
+        if latents:
+            row.placeholder(LATENTS, _LATENTS_TAG)
+        if question.startswith(IMAGE_TAG):
+            row.placeholder(IMAGE, IMAGE_TAG)
+            question = question.removeprefix(IMAGE_TAG)
+        row.text(question + template.answer)
+        row.mark_answer_start()
+        if answer is not None:
+            row.answer(answer + template.end)
+    instructs = [0]
+    if has_image:
+        texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in rounds]
+        instructs = [tokenizer.bos_id, *tokenizer.encode("".join(texts))]
+    return Encoded(
+        input_ids=np.asarray(row.ids, np.int32),
+        labels=np.asarray(row.labels, np.int32),
+        instructs=np.asarray(instructs, np.int32),
+        rounds=len(rounds),
+        prompt="".join(row.prompt),
+    )
+
+
+class _Row:
+    """A row under construction. Unsupervised text is gathered and tokenized in one piece when something else comes."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids, self.labels, self.prompt = [tokenizer.bos_id], [IGNORE], []
+        self._pending, self._after = "", None  # _after: the id the pending text follows, None at the start of a piece
+
+    def text(self, text: str) -> None:
+        self._pending += text
+        self.prompt.append(text)
+
+    def placeholder(self, marker: int, tag: str) -> None:
+        self.text(VISION_START)
+        self._flush()
+        self.ids.append(marker)
+        self.labels.append(IGNORE)
+        self.prompt.append(tag)
+        self._after = None
+        self.text(VISION_END)
+
+    def mark_answer_start(self) -> None:
+        self._flush()
+        self.labels[-1] = ANSWER_START
+
+    def answer(self, text: str) -> None:
+        self.prompt.append(text)
+        ids = self.tokenizer.encode(text, after=self._after)
+        self.ids += ids
+        self.labels += ids
+        self._after = ids[-1]
+
+    def _flush(self) -> None:
+        ids = self.tokenizer.encode(self._pending, after=self._after)
+        self.ids += ids
+        self.labels += [IGNORE] * len(ids)
+        self._pending, self._after = "", self.ids[-1]

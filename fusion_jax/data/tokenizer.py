@@ -1,0 +1,318 @@
+"""Tokenizers from a local folder: SentencePiece (`tokenizer.model`) or `tokenizer.json`; nothing is ever downloaded.
+
+Both kinds give the same small interface, and both end in the two tokens that frame visual slots:
+
+    ids   0 ........................ n-1 |       n              n+1      |
+          what the folder defines        | <vision_start>  <vision_end>  |   vocab_size = n + 2
+
+The two are appended after the folder's last id unless the folder already has them.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from fusion_jax.errors import UserError
+
+VISION_START = "<vision_start>"
+VISION_END = "<vision_end>"
+_SPACE = "▁"  # SentencePiece's visible stand-in for a space
+# Everything that decides what a tokenizer does; these are read, hashed and saved.
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
+# (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `load_tokenizer`; two are equal when their files are.
+
+    Attributes:
+      folder: where the files lie.
+      fingerprint: hash of their contents.
+      bos_id, eos_id, pad_id, vision_start_id, vision_end_id: token ids.
+      vocab_size: number of ids, the two vision tokens included.
+    """
+
+    def __init__(self, folder: Path, added: dict[str, int], special: set[str], size: int, names: dict[str, str]):
+        """Args: the folder; every added token's id; which of them are special; number of ids; tokens by role."""
+        self.folder = folder
+        self.fingerprint = _fingerprint(folder)
+        self._added = added
+        self._added_names = {i: token for token, i in added.items()}
+        self._special_ids = {added[token] for token in special}
+        self.vocab_size = size
+        if "bos_token" not in names or "eos_token" not in names:
+            raise UserError(f"{folder}/tokenizer_config.json must name a bos_token and an eos_token.")
+        self.bos_id = self.token_id(names["bos_token"])
+        self.eos_id = self.token_id(names["eos_token"])
+        self.vision_start_id = self.token_id(VISION_START)
+        self.vision_end_id = self.token_id(VISION_END)
+        # Padding must be a token that no text contains: the pad_token of many configs is a token that ends answers.
+        choices = ("<|reserved_special_token_0|>", names.get("unk_token"), names.get("pad_token"), names["eos_token"])
+        self.pad_id = next(i for i in map(self._find, choices) if i is not None)
+
+    def encode(self, text: str, after: int | None = None) -> list[int]:
+        """Ids of `text`; special tokens written in it are recognised, and no BOS is put in front.
+
+        Args:
+          text: any text.
+          after: the id of the token that `text` follows. Behind an added token there is no SentencePiece word
+            prefix, and some added tokens swallow the white space behind them. None: `text` stands alone.
+        """
+        name = self._added_names.get(after)
+        if name is None:
+            return self._encode(text)
+        return self._encode(name + text)[len(self._encode(name)) :]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id outside 0 .. vocab_size - 1 (a placeholder or a padded logit, which is a caller's mistake).
+        """
+        ids = [int(i) for i in ids]
+        if any(not 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, got {ids}")
+        return self._decode(ids, skip_special)
+
+    def token_id(self, token: str) -> int:
+        """The id of one token. UserError when the tokenizer does not have it."""
+        found = self._find(token)
+        if found is None:
+            raise UserError(f"The tokenizer in {self.folder} has no token {token!r}.")
+        return found
+
+    def has_token(self, token: str) -> bool:
+        """Whether `token_id(token)` would find it."""
+        return self._find(token) is not None
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the tokenizer's files into `folder` (made if needed); `load_tokenizer(folder)` then equals this one.
+
+        Raises:
+          UserError: the files have gone or changed since loading.
+        """
+        folder = Path(folder)
+        if _fingerprint(self.folder) != self.fingerprint:
+            raise UserError(f"The tokenizer files in {self.folder} changed or vanished since they were loaded.")
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.samefile(self.folder):
+            return
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)  # a leftover of another tokenizer would mix with this one
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self):
+        # The libraries' own objects do not all survive pickling; a worker process reads the folder again.
+        return load_tokenizer, (str(self.folder),)
+
+    def _find(self, token: str | None) -> int | None:
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """The Llama-style use of a SentencePiece model.
+
+    The model adds no word prefix of its own. One "▁" goes before each text, and is dropped where a special token
+    opens the text. Added tokens are cut out of the text first, longest match first, and may take the white space at
+    their left or right with them:
+
+        "<|user|>\\n two cats<|end|>"   ->   <|user|>  two  ▁cats  <|end|>        (<|user|> strips to its right)
+        "two cats"                     ->   ▁two  ▁cats
+    """
+
+    def __init__(self, folder: Path, model: bytes):
+        """Raises RuntimeError if `model` is not a SentencePiece model."""
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        config, names = _read_config(folder)
+        self._pieces = {self._model.id_to_piece(i): i for i in range(len(self._model))}
+        names.setdefault("unk_token", self._model.id_to_piece(self._model.unk_id()))
+        added, special, strips = {}, set(), {}
+        for i, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
+            added[token["content"]] = i
+            strips[token["content"]] = (bool(token.get("lstrip")), bool(token.get("rstrip")))
+            if token.get("special"):
+                special.add(token["content"])
+        for token, i in _read_json(folder / "added_tokens.json").items():
+            added.setdefault(token, i)
+        for token in (*names.values(), *config.get("additional_special_tokens", ())):
+            token = _content(token)
+            if token in self._pieces or token in added:
+                added.setdefault(token, self._pieces.get(token))
+                special.add(token)
+        size = max([len(self._model) - 1, *added.values()]) + 1
+        for token in (VISION_START, VISION_END):
+            if token not in added:
+                added[token] = self._pieces.get(token, size)
+                size = max(size, added[token] + 1)
+            special.add(token)
+        self._strips = strips
+        self._splitter = re.compile("(" + "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) + ")")
+        self._guard = names["unk_token"]
+        self._guard_length = len(self._model.encode(self._guard))
+        self._bytes = [_piece_bytes(self._model, i) for i in range(len(self._model))]
+        super().__init__(folder, added, special, size, names)
+
+    def _find(self, token: str | None) -> int | None:
+        return self._added.get(token, self._pieces.get(token))
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        # Odd places hold added tokens, even places the text between them (possibly empty).
+        parts = self._splitter.split(_SPACE + text.replace(_SPACE, " "))
+        for k in range(1, len(parts), 2):
+            left, right = self._strips.get(parts[k], (False, False))
+            if left:
+                parts[k - 1] = parts[k - 1].rstrip()
+            if right:
+                parts[k + 1] = parts[k + 1].lstrip()
+        if len(parts) > 1 and parts[0] == _SPACE and self._added[parts[1]] in self._special_ids:
+            parts[0] = ""
+        ids = []
+        for k, part in enumerate(parts):
+            if k % 2:
+                ids.append(self._added[part])
+            elif part.startswith((_SPACE, " ")):
+                # Some models trim white space in front of what they are given: give them something else in front.
+                ids += self._model.encode(self._guard + part)[self._guard_length :]
+            elif part:
+                ids += self._model.encode(part)
+        return ids
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        out, first = bytearray(), True
+        for i in ids:
+            if i in self._added_names or not self._bytes[i]:
+                if skip_special and (i in self._special_ids or i not in self._added_names):
+                    continue
+                name = self._added_names.get(i) or self._model.id_to_piece(i)
+                out += name.encode()
+            else:
+                # The first word's prefix is no space of the text.
+                strip = first and self._model.id_to_piece(i).startswith(_SPACE)
+                out += self._bytes[i][1:] if strip else self._bytes[i]
+            first = False
+        return out.decode("utf-8", errors="replace")
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, run by the `tokenizers` library."""
+
+    def __init__(self, folder: Path, data: str):
+        try:
+            self._model = tokenizers.Tokenizer.from_str(data)
+        except Exception as e:  # the library raises bare Exception
+            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {e}.") from e
+        config, names = _read_config(folder)
+        # Configs may declare tokens that tokenizer.json lacks; they come before ours so that ids agree with the config.
+        for i, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
+            if self._model.token_to_id(token["content"]) is None:
+                flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+                self._model.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+                if self._model.token_to_id(token["content"]) != i:
+                    raise UserError(
+                        f"{folder}: token {token['content']!r} has id {i} in tokenizer_config.json, "
+                        f"but tokenizer.json leaves {self._model.token_to_id(token['content'])} for it."
+                    )
+        self._model.add_special_tokens(
+            [tokenizers.AddedToken(token, special=True, normalized=False) for token in (VISION_START, VISION_END)]
+        )
+        decoder = self._model.get_added_tokens_decoder()
+        added = {token.content: i for i, token in decoder.items()}
+        special = {token.content for token in decoder.values() if token.special}
+        super().__init__(folder, added, special, max(self._model.get_vocab(True).values()) + 1, names)
+
+    def _find(self, token: str | None) -> int | None:
+        return None if token is None else self._model.token_to_id(token)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        return self._model.decode(ids, skip_special_tokens=skip_special)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a local folder; SentencePiece goes first where the folder has both kinds.
+
+    Args:
+      folder: holds `tokenizer.model` or `tokenizer.json`, and beside it `tokenizer_config.json`.
+
+    Raises:
+      UserError: the folder or its files are missing or unreadable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no tokenizer folder {folder}: it must hold tokenizer.model or tokenizer.json.")
+    folder = folder.resolve()
+    model, data = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.is_file():
+        try:
+            return SentencePieceTokenizer(folder, model.read_bytes())
+        except RuntimeError as e:
+            # Some Llama-3 folders hold a file of this name that is no SentencePiece model, next to tokenizer.json.
+            if not data.is_file():
+                raise UserError(f"{model} is no SentencePiece model, and there is no tokenizer.json beside it.") from e
+    if data.is_file():
+        return JsonTokenizer(folder, data.read_text(encoding="utf-8"))
+    raise UserError(f"The tokenizer folder {folder} holds neither tokenizer.model nor tokenizer.json.")
+
+
+def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
+    """The UTF-8 bytes that id `i` stands for; empty for control and unknown pieces."""
+    piece = model.id_to_piece(i)
+    if model.is_byte(i):
+        return bytes([int(piece[1:-1], 16)])
+    return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(_SPACE, " ").encode()
+
+
+def _read_config(folder: Path) -> tuple[dict, dict[str, str]]:
+    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are given)."""
+    config = _read_json(folder / "tokenizer_config.json")
+    both = _read_json(folder / "special_tokens_map.json") | config
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return config, {role: _content(both[role]) for role in roles if both.get(role)}
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}.") from e
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of the names and contents of the tokenizer files in `folder`."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""Tokenizers built here in miniature: both kinds, special tokens, decoding, saving and errors."""
+
+import io
+import json
+import pickle
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt, stop_ids
+from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import UserError
+
+SENTENCES = [
+    "How many red cubes are left of the blue ball?",
+    "There are three red cubes, and two green ones.",
+    "What is written on the door? It says push.",
+    "The quick brown fox jumps over the lazy dog, 0123456789 times; why not?",
+]
+
+
+@pytest.fixture(scope="module")
+def phi_folder(tmp_path_factory):
+    """A SentencePiece model with Phi-style added tokens behind it."""
+    folder = tmp_path_factory.mktemp("phi")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    contents = [("<|endoftext|>", 0), ("<|assistant|>", 1), ("<|system|>", 1), ("<|end|>", 0), ("<|user|>", 1)]
+    added = {str(330 + k): {"content": t, "rstrip": bool(r), "special": True} for k, (t, r) in enumerate(contents)}
+    added["335"] = {"content": "<tool>", "lstrip": True, "special": False}
+    config = {
+        "added_tokens_decoder": added,
+        "bos_token": "<s>",
+        "eos_token": {"content": "<|endoftext|>"},
+        "unk_token": "<unk>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": 333, "<|late|>": 336}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    """A byte-level tokenizer.json with Llama-style special tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator(SENTENCES, trainer)
+    names = ("begin_of_text", "end_of_text", "reserved_special_token_0", "start_header_id", "end_header_id", "eot_id")
+    model.add_special_tokens([f"<|{name}|>" for name in names])
+    bos = ("<|begin_of_text|>", model.token_to_id("<|begin_of_text|>"))
+    # A post-processor that adds BOS, as the published files have: `encode` must not.
+    model.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    model.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=["phi", "llama"])
+def tokenizer(request, phi_folder, llama_folder):
+    return load_tokenizer(phi_folder if request.param == "phi" else llama_folder)
+
+
+def pieces(tokenizer, text, **kwargs):
+    return [tokenizer.decode([i], skip_special=False) for i in tokenizer.encode(text, **kwargs)]
+
+
+@pytest.mark.parametrize("text", [*SENTENCES, "naïve café, 两只猫 🐱!", "def f(x):\n    return  x\n", " a", "  b ", ""])
+def test_decode_inverts_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]) == text
+
+
+def test_encode_adds_no_bos_and_recognises_special_tokens(tokenizer):
+    eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
+    assert tokenizer.bos_id not in tokenizer.encode("There are")
+    assert tokenizer.encode(f"a{eos}")[-1] == tokenizer.eos_id
+    assert tokenizer.encode("<vision_start>") == [tokenizer.vision_start_id]
+
+
+def test_roles_phi(phi_folder):
+    t = load_tokenizer(phi_folder)
+    # The pad token is <unk> although the config names one that also ends answers.
+    assert (t.pad_id, t.bos_id, t.eos_id) == (0, 1, 330)
+    assert (t.vision_start_id, t.vision_end_id, t.vocab_size) == (337, 338, 339)
+    assert t.token_id("<|late|>") == 336
+    assert stop_ids(t, TEMPLATES["phi3"]) == (330, 333)
+
+
+def test_roles_llama(llama_folder):
+    t = load_tokenizer(llama_folder)
+    first = t.token_id("<|begin_of_text|>")
+    assert (t.bos_id, t.eos_id, t.pad_id) == (first, first + 5, first + 2)
+    assert (t.vision_start_id, t.vision_end_id, t.vocab_size) == (first + 6, first + 7, first + 8)
+    assert stop_ids(t, TEMPLATES["llama3"]) == (first + 1, first + 5)
+
+
+def test_pad_falls_back_to_the_config_and_then_to_eos(llama_folder, tmp_path):
+    text = (llama_folder / "tokenizer.json").read_text().replace("<|reserved_special_token_0|>", "<|other|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|other|>"}))
+    t = load_tokenizer(tmp_path)
+    assert t.pad_id == t.token_id("<|other|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    t = load_tokenizer(tmp_path)
+    assert t.pad_id == t.eos_id
+
+
+def test_vision_tokens_of_the_folder_are_kept(phi_folder, tmp_path):
+    load_tokenizer(phi_folder).save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<vision_start>": 337, "<vision_end>": 336}))
+    t = load_tokenizer(tmp_path)
+    assert (t.vision_start_id, t.vision_end_id, t.vocab_size) == (337, 336, 338)
+
+
+def test_word_prefix_and_stripping(phi_folder):
+    t = load_tokenizer(phi_folder)
+    prefixed, bare = t.encode("red"), t.encode("<|end|>red")[1:]
+    assert t._model.id_to_piece(prefixed[0]).startswith("▁")
+    assert not t._model.id_to_piece(bare[0]).startswith("▁")
+    # White space behind a token with rstrip goes, behind one without stays; in front of one with lstrip it goes too.
+    assert t.encode("<|user|> \n red") == [t.token_id("<|user|>"), *bare]
+    assert pieces(t, "<|end|>\nred")[:2] == ["<|end|>", "\n"]
+    assert t.encode("red \n<tool>") == [*prefixed, t.token_id("<tool>")]
+    # Only a special token takes the place of the word prefix.
+    assert len(t.encode("<tool>")) == 2
+    # The visible space of a text counts as a space.
+    assert t.encode("a▁b") == t.encode("a b")
+
+
+def test_encode_after_a_token(phi_folder, llama_folder):
+    t = load_tokenizer(phi_folder)
+    user, end = t.token_id("<|user|>"), t.token_id("<|end|>")
+    assert t.encode(" red", after=user) == t.encode("<|user|> red")[1:] == t.encode("<|end|>red")[1:]
+    assert t.encode(" red", after=end) == t.encode("<|end|> red")[1:]
+    assert t.encode("red", after=t.encode("red")[-1]) == t.encode("red")
+    t = load_tokenizer(llama_folder)
+    assert t.encode(" red", after=t.eos_id) == t.encode(" red")
+
+
+def test_decode_special_tokens_and_broken_bytes(tokenizer):
+    ids = [tokenizer.vision_start_id, *tokenizer.encode("red"), tokenizer.eos_id]
+    eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
+    assert tokenizer.decode(ids) == "red"
+    assert tokenizer.decode(ids, skip_special=False).endswith(f"red{eos}")
+    cat = tokenizer.encode("🐱")
+    assert "�" in tokenizer.decode(cat[:-1])
+    for wrong in (-200, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match="token ids"):
+            tokenizer.decode([wrong])
+
+
+def test_save_pickle_and_equality(tokenizer, tmp_path, phi_folder, llama_folder):
+    stale = tmp_path / "t" / "added_tokens.json"
+    stale.parent.mkdir()
+    stale.write_text('{"<|stale|>": 999}')
+    tokenizer.save(tmp_path / "t")
+    for other in (load_tokenizer(tmp_path / "t"), pickle.loads(pickle.dumps(tokenizer))):
+        assert other == tokenizer
+        assert hash(other) == hash(tokenizer)
+        assert other.vocab_size == tokenizer.vocab_size
+        assert other.encode(SENTENCES[0] + "<vision_end>") == tokenizer.encode(SENTENCES[0] + "<vision_end>")
+    assert load_tokenizer(phi_folder) != load_tokenizer(llama_folder)
+    saved = load_tokenizer(tmp_path / "t")
+    saved.save(tmp_path / "t")  # onto itself: nothing is lost
+    assert load_tokenizer(tmp_path / "t") == tokenizer
+    (tmp_path / "t" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="changed"):
+        saved.save(tmp_path / "u")
+
+
+def test_errors_name_the_path(tmp_path, llama_folder):
+    with pytest.raises(UserError, match=r"nowhere.*tokenizer\.model or tokenizer\.json"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"neither tokenizer\.model nor tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("no model")
+    with pytest.raises(UserError, match="no SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no valid tokenizer file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((llama_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="bos_token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes((llama_folder / "tokenizer_config.json").read_bytes())
+    assert load_tokenizer(tmp_path) == load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"no token '<\|nix\|>'"):
+        load_tokenizer(tmp_path).token_id("<|nix|>")
+
+
+def test_a_template_of_another_model_is_refused(phi_folder):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    with pytest.raises(UserError, match="eot_id"):
+        encode_conversation(turns, load_tokenizer(phi_folder), TEMPLATES["llama3"], False)
+
+
+@pytest.mark.parametrize("answer", ["Two.", " Two.", "\n\nTwo.", "two  \n"])
+def test_answers_start_where_the_prompt_ends(tokenizer, answer):
+    """Also for answers whose white space would melt into the header."""
+    template = TEMPLATES["phi3" if tokenizer.has_token("<|user|>") else "llama3"]
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
+    whole = encode_conversation(turns, tokenizer, template, True)
+    prompt = encode_prompt(turns[:1], tokenizer, template, True)
+    n = len(prompt.input_ids)
+    assert whole.input_ids[:n].tolist() == prompt.input_ids.tolist()
+    assert whole.labels[n - 1] == prompt.labels[n - 1] == -400
+    assert (whole.labels[n:] == whole.input_ids[n:]).all()
+    assert tokenizer.decode(whole.input_ids[n:]).strip() == answer.strip()
