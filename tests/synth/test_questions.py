@@ -1,0 +1,197 @@
+"""Answers are checked by a second reader that knows only the question's text and the things in the scene."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from fusion_jax.synth import questions, scenes
+from fusion_jax.synth.questions import LETTERS, Target
+from fusion_jax.synth.scenes import CELLS, COLOURS, SHAPES, WORDS, Scene, Thing, Word
+
+NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
+PHRASE = re.compile(
+    r"(?:the |an? )?(?:(?P<size>small|large) )?(?:(?P<colour>" + "|".join(COLOURS) + r") )?"
+    r"(?P<noun>thing|shape|" + "|".join(SHAPES) + r")(?P<many>e?s)?"
+    r"(?: (?:at the|on the|in the) (?P<place>(?:top|bottom) (?:left|right)|top|bottom|left|right|center))?"
+)
+
+
+def matching(scene: Scene, phrase: str) -> list[Thing]:
+    """The things a noun phrase may mean; a side of the picture ("on the left") takes in its whole row or column."""
+    found = PHRASE.fullmatch(phrase)
+    assert found, phrase
+    sides = {"top": (0, 1, 2), "bottom": (6, 7, 8), "left": (0, 3, 6), "right": (2, 5, 8)}
+    things = list(scene.things)
+    if found["size"]:
+        things = [t for t in things if t.size == found["size"]]
+    if found["colour"]:
+        things = [t for t in things if t.colour == found["colour"]]
+    if found["noun"] in SHAPES:
+        things = [t for t in things if t.shape == found["noun"]]
+    if found["place"]:
+        cells = sides.get(found["place"], (CELLS.index(found["place"]),))
+        things = [t for t in things if t.cell in cells]
+    return things
+
+
+# What remains of a question is the noun phrase.
+QUESTION_FORMS = (
+    ("colour", r"(?:What colour|Which colour) (?:is|are) (.+)\?|Tell me the colour of (.+)\."),
+    ("shape", r"(?:What shape|Which shape) (?:is|are) (.+)\?|Tell me the shape of (.+)\."),
+    ("place", r"Where is (.+)\?|Where in the image is (.+)\?|Tell me the place of (.+)\."),
+    ("size", r"Is (.+) small or large\?|Is (.+) large or small\?|What size is (.+)\?"),
+    ("count", r"How many (.+) are there\?|How many (.+) do you see\?|Count the (.+)\."),
+    ("exists", r"Is there (.+) in the image\?|Is there (.+)\?|Do you see (.+)\?"),
+    ("word", r"What word is written\?|Which word do you see\?|Read the word in the image\."),
+)
+
+
+def true_answer(scene: Scene, question: str) -> str:
+    """Answers by looking at the scene; fails where the question fits several answers."""
+    question = question.split("\n")[0]
+    for kind, form in QUESTION_FORMS:
+        found = re.fullmatch(form, question)
+        if not found:
+            continue
+        if kind == "word":
+            return scene.word.text
+        things = matching(scene, next(group for group in found.groups() if group))
+        if kind == "count":
+            return list(NUMBERS)[len(things)]
+        if kind == "exists":
+            return "yes" if things else "no"
+        answers = {thing.place if kind == "place" else getattr(thing, kind) for thing in things}
+        assert len(answers) == 1, (question, scene)
+        plural = " are " in question or re.search(r"of the .*s\.$", question)
+        assert len(things) == 1 or plural, (question, scene)
+        return answers.pop()
+    raise AssertionError(f"unknown question {question}")
+
+
+def made(count: int = 500, split: str = "train"):
+    for index in range(count):
+        rng = random.Random(f"{split}/{index}")
+        goal = questions.target(index, rng)
+        scene, fact = questions.target_scene(goal, rng, split)
+        yield goal, scene, questions.target_round(goal, fact, rng), rng
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_short_answers_are_true(split):
+    for goal, scene, asked, rng in made(split=split):
+        rounds = questions.short_rounds(scene, asked, rng, split)
+        assert rounds[0] == asked and 1 <= len(rounds) <= 4
+        assert asked.kind == goal.kind and asked.answer in (goal.answer, goal.letter)
+        for r in rounds:
+            if r.kind == "choice":
+                options = dict(re.findall(r"\n([A-C])\. (.+)", r.question))
+                assert len(set(options.values())) == len(LETTERS)
+                assert r.question.endswith("\nAnswer with the option's letter.")
+                assert options[r.answer] == true_answer(scene, r.question)
+            else:
+                assert r.question.endswith("\nAnswer briefly.")
+                assert r.answer == true_answer(scene, r.question)
+
+
+def test_sentences_say_the_true_answer():
+    for _, scene, _, rng in made():
+        for r in questions.sentence_rounds(scene, rng):
+            assert r.answer[0].isupper() and r.answer.endswith(".")
+            if r.kind == "describe":
+                size, colour, shape = re.match(r"An? (\w+) (\w+) (\w+) ", r.answer).groups()
+                (thing,) = matching(scene, "the thing " + re.search(r"(at|on|in) the [a-z ]+", r.question)[0])
+                assert (thing.size, thing.colour, thing.shape) == (size, colour, shape)
+                continue
+            answer = true_answer(scene, r.question)
+            said = r.answer.lower().replace(" no ", " zero ") if r.kind == "count" else r.answer
+            assert re.search(rf"\b{answer}(e?s)?\b", said, re.IGNORECASE), (r, answer)
+
+
+def test_rounds_do_not_give_later_answers_away():
+    for _, scene, asked, rng in made(300):
+        rounds = questions.short_rounds(scene, asked, rng)
+        for i, r in enumerate(rounds[1:], 1):
+            if r.kind in ("colour", "shape", "place", "word"):
+                before = " ".join(f"{earlier.question} {earlier.answer}" for earlier in rounds[:i])
+                assert not re.search(rf"\b{r.answer}(e?s)?\b", before)
+
+
+def test_captions_mention_everything():
+    for _, scene, _, rng in made(300):
+        caption = questions.caption(scene, rng)
+        for thing in scene.things:
+            assert re.search(rf"{thing.size} {thing.colour} {thing.shape}(e?s)?\b", caption)
+            assert re.search(rf"(at|on|in) the {thing.place}\b", caption)
+        assert re.search(rf"\b{list(NUMBERS)[len(scene.things)]} shapes?:", caption, re.IGNORECASE)
+        assert (scene.word is None) == (not any(word in caption.split() for word in WORDS))
+        assert scene.word is None or f" {scene.word.text} " in caption
+
+
+def test_a_caption_word_for_word():
+    things = (Thing("star", "red", "large", 0), Thing("ring", "orange", "small", 1), Thing("star", "red", "large", 3))
+    scene = Scene(things, Word("CAT", 2), 0)
+    said = {questions.caption(scene, random.Random(seed)) for seed in range(30)}
+    shapes = "two large red stars at the top left and on the left and a small orange ring at the top"
+    assert f"There are three shapes: {shapes}. It says CAT at the bottom." in said
+    assert len(said) == 6
+
+
+def test_sides_are_named_only_when_one_thing_lies_there():
+    corner, side = Thing("star", "red", "large", 0), Thing("ring", "blue", "small", 3)
+    subjects = {fact.subject for fact in questions.facts(Scene((corner, side), None, 0), "colour")}
+    assert "the thing at the top left" in subjects and "the thing on the left" not in subjects
+    subjects = {fact.subject for fact in questions.facts(Scene((side,), None, 0), "colour")}
+    assert "the thing on the left" in subjects
+
+
+def test_training_text_never_names_a_held_out_pair():
+    pairs = re.compile("|".join(f"{colour} {shape}" for colour, shape in scenes.UNSEEN))
+    for _, scene, asked, rng in made():
+        rounds = [*questions.short_rounds(scene, asked, rng), *questions.sentence_rounds(scene, rng)]
+        rounds += questions.caption_round(scene, rng)
+        assert not any(pairs.search(r.question + r.answer) for r in rounds)
+
+
+def test_kinds_and_answers_take_turns():
+    goals = [questions.target(index, random.Random(index)) for index in range(480)]
+    kinds = Counter(goal.kind for goal in goals)
+    two_answers = (kinds["exists"] + kinds["size"]) / len(goals)
+    assert 0.14 < two_answers < 0.18
+    for kind, answers in questions.ANSWERS.items():
+        given = Counter(goal.letter or goal.answer for goal in goals if goal.kind == kind)
+        assert set(given) == set(answers) and max(given.values()) - min(given.values()) <= 1
+        if kind not in ("exists", "size"):
+            assert 0.12 < kinds[kind] / len(goals) < 0.16
+
+
+def test_stage_2_is_balanced_as_a_whole():
+    answers: dict[str, Counter] = {kind: Counter() for kind in questions.KINDS}
+    for _, scene, asked, rng in made(1500):
+        for r in questions.short_rounds(scene, asked, rng):
+            answers[r.kind][r.answer] += 1
+    total = sum(sum(given.values()) for given in answers.values())
+    for kind, given in answers.items():
+        count, fair = sum(given.values()), 1 / len(questions.ANSWERS[kind])
+        assert max(given.values()) / count < 1.45 * fair, (kind, given)
+        assert (0.05 if kind in ("exists", "size") else 0.11) < count / total < 0.17, kind
+    assert (sum(answers["exists"].values()) + sum(answers["size"].values())) / total < 0.18
+
+
+def test_a_target_is_met():
+    goal = Target("choice", "MILK", "word", "C")
+    scene, fact = questions.target_scene(goal, random.Random(0))
+    assert scene.word.text == "MILK"
+    assert questions.target_round(goal, fact, random.Random(0)).answer == "C"
+
+
+def test_text_questions_are_right():
+    for seed in range(200):
+        r = questions.text_round(random.Random(seed))
+        if found := re.match(r"How many are (\w+) and (\w+)\?", r.question):
+            assert NUMBERS[found[1]] + NUMBERS[found[2]] == NUMBERS[r.answer]
+        elif found := re.match(r"How many letters are in the word (\w+)\?", r.question):
+            assert len(found[1]) == NUMBERS[r.answer]
+        else:
+            assert re.match(rf"What is the first letter of the word {r.answer}", r.question)

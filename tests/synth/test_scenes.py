@@ -1,0 +1,99 @@
+"""Scenes keep to their grid and their split; drawings show what the scene says."""
+
+import random
+
+import numpy as np
+import pytest
+
+from fusion_jax.synth import scenes
+from fusion_jax.synth.scenes import Scene, Thing, Word
+
+
+def many(split: str, count: int = 400) -> list[Scene]:
+    return [scenes.random_scene(random.Random(f"{split}/{i}"), split) for i in range(count)]
+
+
+def test_every_colour_and_every_shape_occurs_in_training():
+    assert {colour for colour, _ in scenes.SEEN} == set(scenes.COLOURS)
+    assert {shape for _, shape in scenes.SEEN} == set(scenes.SHAPES)
+    assert {colour for colour, _ in scenes.UNSEEN} == set(scenes.COLOURS)
+    assert {shape for _, shape in scenes.UNSEEN} == set(scenes.SHAPES)
+    assert len(scenes.UNSEEN) * 6 == len(scenes.PAIRS)
+
+
+def test_held_out_pairs_never_occur_in_training_and_always_when_held_out():
+    assert not any(thing.pair in scenes.HELD_OUT for scene in many("train") for thing in scene.things)
+    assert all(any(thing.pair in scenes.HELD_OUT for thing in scene.things) for scene in many("held_out"))
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_cells_are_used_once_and_words_have_a_row_to_themselves(split):
+    drawn = many(split)
+    for scene in drawn:
+        cells = [thing.cell for thing in scene.things]
+        assert cells == sorted(set(cells)) and 1 <= len(cells) <= 4
+        assert scene.word is None or all(cell // 3 != scene.word.row for cell in cells)
+    assert {len(scene.things) for scene in drawn} == {1, 2, 3, 4}
+    assert 0.25 < np.mean([scene.word is not None for scene in drawn]) < 0.45
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="held_out"):
+        scenes.random_scene(random.Random(0), "test")
+
+
+def test_a_scene_and_its_drawing_repeat():
+    first, again = (scenes.random_scene(random.Random(7)) for _ in range(2))
+    assert first == again
+    assert scenes.draw(first, 96, random.Random(1)).tobytes() == scenes.draw(first, 96, random.Random(1)).tobytes()
+    assert scenes.draw(first, 96, random.Random(1)).tobytes() != scenes.draw(first, 96, random.Random(2)).tobytes()
+
+
+def strong(image) -> np.ndarray:
+    """Pixels far from any background: saturated or dark."""
+    pixels = np.asarray(image).astype(int)
+    return (pixels.max(-1) - pixels.min(-1) > 60) | (pixels.max(-1) < 120)
+
+
+def nearest_colour(pixel: np.ndarray) -> str:
+    return min(scenes.COLOURS, key=lambda colour: np.abs(np.array(scenes.RGB[colour]) - pixel).sum())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cells_hold_what_the_scene_says(seed):
+    rng = random.Random(seed)
+    scene = scenes.random_scene(rng, "held_out")
+    image = scenes.draw(scene, 96, rng)
+    assert image.size == (96, 96) and image.mode == "RGB"
+    pixels, mask = np.asarray(image).astype(int), strong(image)
+    things = {thing.cell: thing for thing in scene.things}
+    for cell in range(9):
+        row, column = divmod(cell, 3)
+        area = np.s_[row * 32 + 1 : row * 32 + 31, column * 32 + 1 : column * 32 + 31]
+        if cell in things:
+            assert mask[area].sum() > 40
+            assert nearest_colour(np.median(pixels[area][mask[area]], axis=0)) == things[cell].colour
+        elif scene.word is None or scene.word.row != row:
+            assert mask[area].sum() < 12  # at most a neighbour's edge
+
+
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_small_and_large_are_far_apart_whatever_the_jitter(shape):
+    def spans(size: str) -> list[int]:
+        scene = Scene((Thing(shape, "red", size, 4),), None, 0)
+        masks = [strong(scenes.draw(scene, 96, random.Random(seed))) for seed in range(12)]
+        return [int(mask.any(0).sum()) for mask in masks]
+
+    assert max(spans("small")) < 0.8 * min(spans("large"))
+
+
+@pytest.mark.parametrize("word", scenes.WORDS)
+def test_words_fit_into_their_row(word):
+    for row in range(3):
+        scene = Scene((Thing("circle", "red", "small", 0 if row else 8),), Word(word, row), 0)
+        grey = np.asarray(scenes.draw(scene, 96, random.Random(row)).convert("RGB")).astype(int)
+        ink = (grey.max(-1) < 130) & (grey.max(-1) - grey.min(-1) < 20)
+        rows, columns = np.nonzero(ink)
+        assert rows.min() >= row * 32 and rows.max() < (row + 1) * 32
+        assert columns.min() > 0 and columns.max() < 95
+        assert rows.max() - rows.min() >= 18  # capitals fill most of the row
