@@ -1,13 +1,19 @@
 """Generation: prefill with exchange, then cached decode in one compiled loop."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusion_jax.data.layout import Batch
+from fusion_jax.config import RunConfig
+from fusion_jax.data import conversation
+from fusion_jax.data.layout import Batch, laid_out_length, lay_out
+from fusion_jax.data.pipeline import ExampleMaker, layout_spec
+from fusion_jax.data.sources import Record
+from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
 
@@ -85,3 +91,57 @@ def greedy(
     logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + steps)
     tokens, kept, _ = decode(model, params, logits, positions, cache, steps, stop_ids, keep_logits)
     return Generated(np.asarray(tokens), None if kept is None else np.asarray(kept))
+
+
+def first_question(record: Record) -> Record:
+    """The record cut after its first question: a prompt."""
+    start = 1 if record.turns[0]["from"] == "gpt" else 0
+    return Record(record.id, record.image_path, record.turns[start : start + 1], record.where)
+
+
+class Answerer:
+    """Answers prompts in batches of fixed shape, so that at most one program per length bucket is compiled.
+
+    Args:
+      rows: prompts per batch; the last batch is filled up by repetition.
+      max_tokens: longest answer.
+    """
+
+    # Prompt lengths are rounded up to these steps: few programs, little padding.
+    BUCKET = 32
+
+    def __init__(
+        self, model: Fusion, params, config: RunConfig, tokenizer: Tokenizer, rows: int = 16, max_tokens: int = 32
+    ):
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.rows, self.max_tokens = rows, max_tokens
+        self._maker = ExampleMaker(config.model, tokenizer, config.template)
+        self._stops = conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+
+    def answer(self, prompts: Sequence[Record]) -> list[str]:
+        """Greedy answers. Raises BadRecord for a prompt that cannot be used."""
+        answers = []
+        for start in range(0, len(prompts), self.rows):
+            part = list(prompts[start : start + self.rows])
+            answers += self._batch(part + part[-1:] * (self.rows - len(part)))[: len(part)]
+        return answers
+
+    def _batch(self, prompts: list[Record]) -> list[str]:
+        config = self.model.config
+        latents = config.fixed_latent_count
+        examples = [self._maker(prompt, prompt=True) for prompt in prompts]
+        rounds = max(int((e.input_ids == conversation.LATENTS).sum()) for e in examples)
+        question = _round_up(max(len(e.question_ids) for e in examples), self.BUCKET)
+        spec = layout_spec(config, 1, question, max(rounds, 1))
+        length = _round_up(max(laid_out_length(e, spec, latents) for e in examples), self.BUCKET)
+        batch = lay_out(examples, layout_spec(config, length, question, max(rounds, 1)), latents)
+        result = greedy(self.model, self.params, batch, self.max_tokens, self._stops)
+        return [self._text(row) for row in result.tokens.tolist()]
+
+    def _text(self, tokens: list[int]) -> str:
+        end = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
+        return self.tokenizer.decode([t for t in tokens[:end] if t < self.tokenizer.vocab_size]).strip()
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-max(value, 1) // step) * step

@@ -1,15 +1,20 @@
 """The pure training step: loss, accumulation, update, metrics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import optax
 
-from fusion_jax import losses
+from fusion_jax import losses, optim
+from fusion_jax.config import StageConfig
 from fusion_jax.data.layout import Batch
 from fusion_jax.models.fusion import Fusion, head_kernel
+from fusion_jax.state import TrainState
 
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """CE + lambda (L_v2t + L_t2v), each a mean over `totals` (by default, this batch's own counts).
+    """CE + lambda (L_v2t + L_t2v), each a sum over this batch divided by `totals` (default: this batch's own counts).
 
     Returns:
       The total loss (float32 scalar) and its parts: `ce`, `v2t`, `t2v`.
@@ -27,3 +32,83 @@ def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[ja
         sums["v2t"], sums["t2v"] = losses.mapping_loss_sums(visual, batch.crop_kind, batch.crop_text_mask)
     parts = {name: value / jnp.maximum(totals[name], 1.0) for name, value in sums.items()}
     return parts["ce"] + config.mapping_loss_weight * (parts["v2t"] + parts["t2v"]), parts
+
+
+def _accumulate(grad_fn, params, batch: Batch, microbatches: int):
+    """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time."""
+    if microbatches == 1:
+        return grad_fn(params, batch)
+    slices = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+    def body(total, part):
+        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+    return jax.lax.scan(body, zeros, slices)[0]
+
+
+def train_step(
+    model: Fusion,
+    stage: StageConfig,
+    steps: int,
+    tx: optax.GradientTransformation,
+    label_tree,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step.
+
+    A step whose loss or gradient norm is not finite changes nothing but the counters.
+
+    Args:
+      steps: length of the stage, for the schedule. label_tree: `optim.labels` of the parameters.
+      batch: B must be divisible by `stage.accumulation`.
+
+    Returns:
+      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm, skipped, learning_rate/<label>,
+      text_tokens, visual_tokens, supervised_tokens.
+    """
+    totals = losses.counts(batch, model.config.vision.patches)
+
+    def loss(params, part):
+        return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
+
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    (total, parts), grads = _accumulate(grad_fn, state.params, batch, stage.accumulation)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    rates = optim.learning_rates(stage, state.step, steps)
+    params = optim.apply_updates(state.params, updates, rates, label_tree)
+
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )
+    bad = jnp.where(finite, 0, 1)
+    new = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + bad,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+    )
+    real = batch.segment_ids > 0
+    visual = batch.visual_index >= 0
+    metrics = {
+        "total": total,
+        **parts,
+        "grad_norm": grad_norm,
+        "skipped": new.skipped.astype(jnp.float32),
+        "text_tokens": jnp.sum(real & ~visual).astype(jnp.float32),
+        "visual_tokens": jnp.sum(real & visual).astype(jnp.float32),
+        "supervised_tokens": totals["ce"],
+    }
+    metrics |= {f"learning_rate/{name}": rate for name, rate in rates.items() if name != optim.FROZEN}
+    return new, metrics
+
+
+def compile_step(model: Fusion, stage: StageConfig, steps: int, tx, label_tree):
+    """The jitted step (state, batch) -> (state, metrics); the old state's buffers are reused."""
+    step = functools.partial(train_step, model, stage, steps, tx, label_tree)
+    return jax.jit(step, donate_argnums=0)

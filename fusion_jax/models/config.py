@@ -212,6 +212,11 @@ class FusionConfig:
         return self.exchange.layers if self.semantic_exchange else 0
 
     @property
+    def fixed_latent_count(self) -> int:
+        """l^2 for validation and inference, where nothing is drawn: the middle of the trained set. 0 without latents."""
+        return sorted(self.latent_counts)[len(self.latent_counts) // 2] if self.semantic_exchange else 0
+
+    @property
     def uses_quadrants(self) -> bool:
         return self.context == "quadrants" and self.semantic_exchange
 

@@ -1,0 +1,55 @@
+"""Quickstart: the whole system, small enough for two CPU cores, on generated scenes.
+
+python -m fusion_jax.synth.make_scenes --out runs/quickstart/data
+python -m fusion_jax.train --config configs/quickstart.py --workdir runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from fusion_jax.config import to_dict
+from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
+
+MODEL = FusionConfig(
+    vision=VisionConfig(image_size=48, patch_size=8, width=96, mlp_dim=256, layers=4, heads=4),
+    llm=LLMConfig(vocab_size=640, width=128, mlp_dim=384, layers=4, heads=4, kv_heads=2),
+    exchange=ExchangeConfig(start=0, stride=2, layers=2, heads=4),
+    latent_counts=(4, 9),
+    **PAPER,
+)
+
+
+def get_config(data: str = "runs/quickstart/data"):
+    """`data` is the folder that make_scenes wrote: `--config configs/quickstart.py:some/folder`."""
+    data = data or "runs/quickstart/data"
+
+    def stage(name, file, **changes):
+        base = {
+            "name": name,
+            "data": f"{data}/{file}.yaml",
+            "max_length": 160,
+            "max_question_length": 64,
+            "max_rounds": 4,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
+        }
+        return base | changes
+
+    return ConfigDict(
+        {
+            "model": to_dict(MODEL),
+            "tokenizer": f"{data}/tokenizer",
+            "template": "phi3",
+            "dtype": "float32",
+            "remat": "none",
+            "stages": [
+                stage("stage1", "stage1"),
+                stage("stage1_5", "stage1_5"),
+                stage("stage2", "stage2", epochs=2),
+            ],
+            "validation_data": f"{data}/validation.json",
+            "log_every": 20,
+            "validate_every": 200,
+            "checkpoint_every": 200,
+            "loader_threads": 4,
+        }
+    )

@@ -1,0 +1,153 @@
+"""Benchmarks: `python -m fusion_jax.benchmark step|prefill|decode --config configs/benchmark_cpu.py`.
+
+Random weights and random tokens; what is measured is the same compiled program that training and generation run. The last
+line is one JSON object. Times are wall-clock medians after compilation.
+"""
+
+import functools
+import json
+import resource
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_flags
+
+from fusion_jax import flops, generate, optim, state, train_step
+from fusion_jax.config import DTYPES, StageConfig, from_dict
+from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out
+from fusion_jax.errors import UserError
+from fusion_jax.models import fusion
+from fusion_jax.models.config import QUADRANTS, FusionConfig
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
+KINDS = ("step", "prefill", "decode")
+
+
+def random_batch(model: FusionConfig, rows: int, question: int, answer: int, seed: int = 0) -> Batch:
+    """One-round image conversations of exactly this size; `answer` 0 gives prompts."""
+    rng = np.random.default_rng(seed)
+    size, latents = model.vision.image_size, model.latent_counts[-1] if model.semantic_exchange else 0
+    quadrants = QUADRANTS if model.uses_quadrants else 0
+
+    def words(count):
+        return rng.integers(3, model.llm.vocab_size, count)
+
+    examples = []
+    for _ in range(rows):
+        asked = words(question)
+        visual = [IMAGE] if not latents else [LATENTS, *words(2), IMAGE]
+        ids = np.array([*words(6), *visual, *words(1), *asked, *words(4), *words(answer)], np.int32)
+        labels = None
+        if answer:
+            labels = np.full(len(ids), IGNORE, np.int32)
+            labels[-answer:], labels[-answer - 1] = ids[-answer:], ANSWER_START
+        crops = rng.integers(0, 256, (quadrants + 1, size, size, 3), np.uint8)
+        examples.append(Example(ids, labels, np.asarray(asked, np.int32), crops))
+    text = len(examples[0].input_ids) - (2 if latents else 1)
+    spec = LayoutSpec(
+        length=text + model.tokens_per_image + latents,
+        question_length=question if model.text_guided else 0,
+        rounds=int(latents > 0),
+        image_tokens=model.tokens_per_image,
+        image_size=size,
+        quadrants=quadrants,
+        zero_image_for_text=model.text_only == "zero_image",
+        hide_question_id_zero=model.hide_question_id_zero,
+    )
+    return lay_out(examples, spec, latents)
+
+
+def _times(run, repeats: int) -> list[float]:
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+        print(f"run {i + 1}/{repeats}: {times[-1]:.4f} s", file=sys.stderr)
+    return times
+
+
+def benchmark_step(config, model: fusion.Fusion, params) -> dict:
+    """One whole optimizer step (AdamW, clipping), loss to update."""
+    stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
+    tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
+    batch = random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens)
+    current = state.create(params, tx)
+    del params
+    start = time.perf_counter()
+    step = train_step.compile_step(model, stage, 1000, tx, labels).lower(current, batch).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def run():
+        nonlocal current
+        current, metrics = step(current, batch)
+        return metrics
+
+    jax.block_until_ready(run())
+    seconds = statistics.median(_times(run, config.repeats))
+    cost = flops.step_flops(model.config, flops.shape_of(batch))
+    return {
+        "seconds_per_step": seconds,
+        "samples_per_second": config.batch_size / seconds,
+        "compile_seconds": compile_seconds,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "model_tflop_per_step": cost / 1e12,
+        "model_gflop_per_second": cost / seconds / 1e9,
+        "mfu": cost / seconds / flops.peak(model.dtype),
+    }
+
+
+def benchmark_prefill(config, model: fusion.Fusion, params) -> dict:
+    """Batch 1, every crop encoded, the exchange layers, logits of the first token."""
+    batch = jax.tree.map(jnp.asarray, random_batch(model.config, 1, config.question_tokens, 0))
+    capacity = batch.tokens.shape[1] + config.decode_tokens
+    run = functools.partial(generate.prefill, model, params, batch, capacity)
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    compile_seconds = time.perf_counter() - start
+    return {"seconds": statistics.median(_times(run, config.repeats)), "compile_seconds": compile_seconds}
+
+
+def benchmark_decode(config, model: fusion.Fusion, params) -> dict:
+    """Cached greedy decode at batch 1: the time of `decode_tokens` minus that of one."""
+    batch = jax.tree.map(jnp.asarray, random_batch(model.config, 1, config.question_tokens, 0))
+    prefilled = generate.prefill(model, params, batch, batch.tokens.shape[1] + config.decode_tokens)
+    medians = []
+    for steps in (config.decode_tokens, 1):
+
+        def run(steps=steps):
+            logits, positions, cache = jax.tree.map(jnp.copy, prefilled)
+            jax.block_until_ready(cache)
+            start = time.perf_counter()
+            jax.block_until_ready(generate.decode(model, params, logits, positions, cache, steps, (), False))
+            return time.perf_counter() - start
+
+        run()
+        medians.append(statistics.median(run() for _ in range(config.repeats)))
+    seconds = medians[0] - medians[1]
+    return {"tokens_per_second": (config.decode_tokens - 1) / seconds, "seconds": seconds}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in KINDS:
+        raise UserError(f"Say what to measure: python -m fusion_jax.benchmark {'|'.join(KINDS)} --config FILE.")
+    config = _CONFIG.value
+    model_config = from_dict(FusionConfig, config.model, "config.model")
+    if config.dtype not in DTYPES:
+        raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    model = fusion.Fusion(model_config, jnp.dtype(config.dtype), config.remat)
+    params = fusion.init(model_config, jax.random.key(0))
+    measure = {"step": benchmark_step, "prefill": benchmark_prefill, "decode": benchmark_decode}[argv[1]]
+    result = {"benchmark": argv[1], "device": jax.devices()[0].device_kind, **measure(config, model, params)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    from fusion_jax.cli import run_main
+
+    run_main(main)

@@ -1,0 +1,30 @@
+"""What every command shares: user errors end in one sentence and exit code 2, not in a traceback."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from fusion_jax.errors import UserError
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """`absl.app.run` for a command."""
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+            # ml_collections reports unknown config keys as AttributeError and wrong types as TypeError.
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=parse)

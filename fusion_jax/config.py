@@ -1,0 +1,184 @@
+"""Run configurations: frozen dataclasses, made once from the ConfigDict of a config file and validated here.
+
+Model code never sees a ConfigDict. Every field is a key of the config files: `config.stages[0].batch_size`,
+`config.model.llm.layers`, ...
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.errors import UserError
+from fusion_jax.models.config import FusionConfig
+from fusion_jax.models.remat import POLICIES
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage.
+
+    Data:
+      name: subfolder of the workdir. data: a .json, .jsonl or .yaml mixture. image_folder: where its images lie
+      (default: the folder of `data`). max_length: positions of a row, visual tokens included. max_question_length:
+      question tokens that an encoder pass reads. max_rounds: rounds of a conversation.
+    Steps:
+      batch_size: samples in an optimizer step, over all devices. accumulation: microbatches that it is split into.
+      epochs: passes over the data; or steps, if not 0, instead.
+    Optimizer (AdamW, cosine to 0 after a linear warm-up):
+      learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
+      warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
+      freeze: regular expressions on parameter paths.
+    """
+
+    name: str
+    data: str
+    image_folder: str = ""
+    max_length: int = 2048
+    max_question_length: int = 256
+    max_rounds: int = 8
+    batch_size: int = 256
+    accumulation: int = 1
+    epochs: int = 1
+    steps: int = 0
+    learning_rate: float = 1e-4
+    learning_rate_by_path: dict[str, float] = field(default_factory=dict)
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        where = f"stage {self.name!r}"
+        for name in ("max_length", "max_question_length", "max_rounds", "batch_size", "accumulation"):
+            _check(getattr(self, name) >= 1, f"{where}: {name}={getattr(self, name)} must be at least 1.")
+        _check(
+            self.batch_size % self.accumulation == 0,
+            f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
+        )
+        _check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
+        _check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
+        _check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    model: see `models.config`. stages: trained in order, each from the parameters of the one before.
+    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage starts from.
+    dtype: compute; parameters are float32 masters. remat: see `models.remat`.
+    Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
+    validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
+    max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
+    loader_threads: image decoding threads.
+    """
+
+    model: FusionConfig
+    stages: tuple[StageConfig, ...]
+    tokenizer: str
+    template: str = "phi3"
+    seed: int = 42
+    init_from: str = ""
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    validate_every: int = 500
+    validation_data: str = ""
+    validation_batches: int = 8
+    sample_answers: int = 4
+    max_bad_records: float = 0.01
+    max_skipped_steps: int = 20
+    loader_threads: int = 16
+
+    def __post_init__(self):
+        _check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
+        names = [stage.name for stage in self.stages]
+        _check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
+        for name, value, allowed in (
+            ("template", self.template, tuple(TEMPLATES)),
+            ("dtype", self.dtype, DTYPES),
+            ("remat", self.remat, tuple(POLICIES)),
+        ):
+            _check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
+            _check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        _check(
+            0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
+        )
+        longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
+        for stage in self.stages:
+            visual = self.model.tokens_per_image + longest
+            _check(
+                visual < stage.max_length,
+                f"stage {stage.name!r}: max_length={stage.max_length} has no room for text beside "
+                f"{visual} visual tokens ({self.model.tokens_per_image} of the image, {longest} latents).",
+            )
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type; UserError naming the key otherwise."""
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        return from_dict(kind, value, key)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        _check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
+        return tuple(_convert(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
+        return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
+    if origin is types.UnionType:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        f"{key} must be {kind.__name__}, got {value!r}.",
+    )
+    return value
+
+
+def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
+    """A validated dataclass out of nested mappings.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
+    """
+    _check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
+            raise UserError(f"{where}.{key} is not a known key; {hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        _check(name in values or not required, f"{where}.{name} is missing.")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def to_dict(config: Any) -> Any:
+    """Nested plain dicts and lists, ready for JSON; `from_dict` reads them back."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(item) for item in config]
+    return dict(config) if isinstance(config, dict) else config

@@ -1,0 +1,127 @@
+"""Analytic model FLOPs: what the arithmetic needs, whatever a program does beyond it.
+
+Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, activations, rotary); causal attention
+counts half; the backward pass is twice the forward; recomputation does not count; padding does not count.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fusion_jax.data.layout import NO_CROP, Batch
+from fusion_jax.models.config import FusionConfig
+
+# Dense peak of matrix units by device kind, FLOP/s, from the vendors' datasheets (bfloat16).
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What of a batch decides its FLOPs, padding left out.
+
+    Attributes:
+      lengths: tokens of each example in the LLM. crops: (question tokens) of each guided crop; plain: plain crops.
+      supervised: positions with a target. rounds: rounds with latents. latent_count: l^2.
+    """
+
+    lengths: tuple[int, ...]
+    crops: tuple[int, ...]
+    plain: int
+    supervised: int
+    rounds: int
+    latent_count: int
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    """The shape of a host batch."""
+    segments = np.asarray(batch.segment_ids)
+    lengths = [int((row == s).sum()) for row in segments for s in np.unique(row[row > 0])]
+    exists = np.asarray(batch.crop_kind) != NO_CROP
+    questions = np.asarray(batch.crop_text_mask).sum(-1)
+    return BatchShape(
+        lengths=tuple(lengths),
+        crops=tuple(int(q) for q in questions[exists]),
+        plain=int(exists.sum()) * batch.quadrants.shape[2],
+        supervised=int((np.asarray(batch.loss_weights) > 0).sum()),
+        rounds=int((np.asarray(batch.latent_start) >= 0).sum()),
+        latent_count=batch.latent_count,
+    )
+
+
+def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
+    """FLOPs of one forward pass over a batch."""
+    v, m = config.vision, config.llm
+    p, d, dv = v.patches, m.width, v.width
+
+    def encoder(length: int) -> float:
+        per_token = 4 * dv * dv + 2 * dv * v.mlp_dim
+        return v.layers * 2 * (length * per_token + 2 * length * length * dv)
+
+    def projector(tokens: int) -> float:
+        return 2 * tokens * (config.tap_count * dv * d + d * d)
+
+    def back(tokens: int) -> float:
+        return 2 * tokens * (d * dv + dv * dv)
+
+    total = 0.0
+    for question in shape.crops:
+        question = question if config.text_guided else 0
+        total += 2 * p * 3 * v.patch_size**2 * dv + encoder(p + question) + projector(p + question) + back(question)
+        if config.mapping_loss_weight > 0:
+            total += back(p)
+    total += shape.plain * (2 * p * 3 * v.patch_size**2 * dv + encoder(p) + projector(p))
+
+    heads, groups, size = m.heads, m.kv_heads, m.per_head
+    per_token = d * size * (2 * heads + 2 * groups) + 3 * d * m.mlp_dim
+    for length in shape.lengths:
+        total += m.layers * 2 * (length * per_token + length * length * heads * size)  # causal: half of 2 L^2
+    total += 2 * shape.supervised * d * m.vocab_size
+
+    if config.exchange_layers:
+        context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image
+        window = context // shape.latent_count
+        latents = shape.rounds * shape.latent_count
+        per_latent = d * d * (1 + 1 + 1 + 2) + 2 * window * d  # in (latent half), query, out, two of the MLP
+        per_layer = len(shape.crops) * context * 3 * d * d + latents * per_latent + shape.rounds * d * d
+        total += config.exchange_layers * 2 * per_layer
+    return total
+
+
+def step_flops(config: FusionConfig, shape: BatchShape) -> float:
+    """FLOPs of a training step: forward and backward."""
+    return 3 * forward_flops(config, shape)
+
+
+@functools.cache
+def peak(dtype: DTypeLike = jnp.bfloat16) -> float:
+    """Peak FLOP/s of all devices: from the table, or for kinds it lacks (CPUs) the rate of a large matrix product here."""
+    kind = jax.devices()[0].device_kind
+    matches = [name for name in PEAKS if kind.startswith(name)]
+    if matches:
+        return PEAKS[max(matches, key=len)] * jax.device_count()
+    size = 1024
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,88 @@
+"""AdamW with learning rates by parameter path, freezing by path, and the published schedule."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fusion_jax.config import StageConfig
+from fusion_jax.errors import UserError
+
+DEFAULT, FROZEN = "default", "frozen"
+
+
+def labels(stage: StageConfig, params) -> dict:
+    """For every parameter the pattern that sets its learning rate, `default`, or `frozen`.
+
+    Raises:
+      UserError: a pattern is no regular expression or matches no parameter.
+    """
+    paths = list(flatten_dict(params, sep="/"))
+    patterns = {}
+    for pattern in (*stage.freeze, *stage.learning_rate_by_path):
+        try:
+            patterns[pattern] = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"stage {stage.name!r}: {pattern!r} is not a regular expression ({error}).") from None
+        if not any(patterns[pattern].search(path) for path in paths):
+            tops = ", ".join(sorted({path.split("/")[0] for path in paths}))
+            raise UserError(
+                f"stage {stage.name!r}: the pattern {pattern!r} matches no parameter; paths begin with {tops}."
+            )
+
+    def label(path: str) -> str:
+        if any(patterns[pattern].search(path) for pattern in stage.freeze):
+            return FROZEN
+        return next((p for p in stage.learning_rate_by_path if patterns[p].search(path)), DEFAULT)
+
+    return unflatten_dict({path: label(path) for path in paths}, sep="/")
+
+
+def decays(params) -> dict:
+    """True where weight decay applies: everything but norms and biases."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
+
+
+def cosine(step: jax.Array, steps: int, warmup_ratio: float) -> jax.Array:
+    """The published schedule, as a factor: linear from 0 over the warm-up, then a half cosine to 0 at `steps`."""
+    warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, with the float's own rounding cut off
+    step = jnp.asarray(step, jnp.float32)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    decayed = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    return jnp.where(step < warmup, step / max(warmup, 1), decayed)
+
+
+def learning_rates(stage: StageConfig, step: jax.Array, steps: int) -> dict[str, jax.Array]:
+    """Learning rate per label at a step."""
+    factor = cosine(step, steps, stage.warmup_ratio)
+    rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
+    return {label: factor * rate for label, rate in rates.items()} | {FROZEN: jnp.zeros_like(factor)}
+
+
+def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:
+    """Clipping and Adam without the learning rate, which the train step applies by label.
+
+    Frozen parameters have no moments; their gradients must already be zero.
+    """
+    trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
+    clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity()
+    adam = optax.chain(
+        optax.scale_by_adam(stage.b1, stage.b2, stage.eps),
+        optax.add_decayed_weights(stage.weight_decay, mask=decays),
+    )
+    return optax.chain(clip, optax.masked(adam, trained))
+
+
+def freeze(params, label_tree):
+    """Stops gradients at frozen parameters, so that none is computed for them."""
+    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == FROZEN else p, params, label_tree)
+
+
+def apply_updates(params, updates, rates: dict[str, jax.Array], label_tree):
+    """params - rate * updates, the rate by label."""
+    step: Callable = lambda p, u, label: p if label == FROZEN else p - rates[label] * u  # noqa: E731
+    return jax.tree.map(step, params, updates, label_tree)

@@ -1,0 +1,207 @@
+"""Training: `python -m fusion_jax.train --config configs/quickstart.py --workdir runs/quickstart`.
+
+Trains the stages of the config one after the other, each from the parameters of the one before. Started again with the same
+workdir it goes on from the newest checkpoint and gives the same losses as an undisturbed run.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from ml_collections import config_flags
+
+from fusion_jax import checkpoint, flops, generate, metrics, optim, state, train_step
+from fusion_jax.cli import run_main
+from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
+from fusion_jax.data import conversation, pipeline, sources
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.models import fusion
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --workdir DIR.")
+    if _WORKDIR.value is None or _CONFIG.value is None:
+        raise UserError("Give --config FILE and --workdir DIR.")
+    train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value))
+
+
+def train(config: RunConfig, workdir: Path) -> None:
+    """Runs, or continues, all stages of a config in `workdir`."""
+    # ---- Inputs: everything that can be wrong is looked at before any long work.
+    tokenizer = load_tokenizer(config.tokenizer)
+    _check_tokenizer(config, tokenizer)
+    record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
+    validation = sources.load_source(config.validation_data) if config.validation_data else None
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    about = checkpoint.describe(config, tokenizer)
+
+    # ---- Where to go on: the last stage that has a checkpoint.
+    begun = [i for i, stage in enumerate(config.stages) if _saved_steps(workdir, stage)]
+    first = begun[-1] if begun else 0
+
+    # ---- Model.
+    model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
+    params = fusion.init(config.model, jax.random.key(config.seed))
+    logging.info(
+        "%s parameters, %d device(s) of kind %s, compute in %s",
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        config.dtype,
+    )
+    if first == 0 and config.init_from and not begun:
+        folder = checkpoint.find(config.init_from)
+        params = checkpoint.load_params(folder, params)
+        logging.info("parameters from %s", folder)
+
+    # ---- Stages.
+    for stage in config.stages[first:]:
+        run = StageRun(config, stage, workdir, tokenizer, record_sources[stage.name], validation, about)
+        params = run.train(model, params)
+    files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
+    metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
+    logging.info("done; loss curves in %s", workdir / "losses.png")
+
+
+def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.llm.vocab_size:
+        raise UserError(
+            f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} tokens "
+            f"of {config.tokenizer}."
+        )
+    conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+
+
+def _saved_steps(workdir: Path, stage: StageConfig) -> list[int]:
+    folder = workdir / stage.name / checkpoint.FOLDER
+    return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+
+
+class StageRun:
+    """One stage: its data, state, checkpoints and reports."""
+
+    def __init__(self, config, stage, workdir, tokenizer, source, validation, about):
+        self.config: RunConfig = config
+        self.stage: StageConfig = stage
+        self.folder: Path = workdir / stage.name
+        self.tokenizer: Tokenizer = tokenizer
+        self.source: sources.RecordSource = source
+        self.validation: sources.RecordSource | None = validation
+        self.about: dict = about
+        self.steps = pipeline.stage_steps(stage, len(source))
+
+    def train(self, model: fusion.Fusion, params) -> dict:
+        """Trains from `params` or from the newest checkpoint. Returns the final parameters."""
+        config, stage, steps = self.config, self.stage, self.steps
+        # ---- Optimizer and state.
+        labels = optim.labels(stage, params)
+        tx = optim.optimizer(stage, params)
+        current = state.create(params, tx)
+        step_fn = train_step.compile_step(model, stage, steps, tx, labels)
+        # ---- Input and restore.
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer)
+        checkpoints = checkpoint.Checkpoints(self.folder / checkpoint.FOLDER, config.keep_checkpoints, self.about)
+        start = checkpoints.latest or 0
+        if start:
+            current = checkpoints.restore(current, batches)
+            logging.info("%s continues after step %d", stage.name, start)
+        writer = metrics.Writer(self.folder, start)
+        metrics.truncate(self.folder / "bad_records.jsonl", start)
+        logging.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
+        # ---- Loop.
+        peak = flops.peak(model.dtype)
+        interval, begun, compiled = metrics.Interval(), time.perf_counter(), set()
+        for step in range(start + 1, steps + 1):
+            waiting = time.perf_counter()
+            fed, counts = next(batches)
+            waited = time.perf_counter() - waiting
+            self._note_bad(step, fed.bad, counts)
+            if fed.batch.latent_count not in compiled:
+                compiled.add(fed.batch.latent_count)
+                logging.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
+            cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
+            current, values = step_fn(current, fed.batch)
+            interval.add(values, stage.batch_size, cost, waited)
+
+            if step % config.log_every == 0 or step == steps:
+                report = interval.report(peak)
+                left = (time.perf_counter() - begun) / (step - start) * (steps - step)
+                writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
+                logging.info(metrics.line(stage.name, step, steps, report, left))
+                self._check_skipped(int(current.skipped_in_row))
+                interval = metrics.Interval()
+            validate = config.validate_every and self.validation is not None
+            if validate and (step % config.validate_every == 0 or step == steps):
+                self._validate(model, current.params, step, writer)
+                interval = metrics.Interval()  # validation is not training time
+            # The iterator stands right behind this step's batch: save before it moves on.
+            if step % config.checkpoint_every == 0 or step == steps:
+                checkpoints.save(step, current, batches)
+        checkpoints.close()
+        batches.close()
+        writer.close()
+        return current.params
+
+    def _note_bad(self, step: int, bad: tuple[BadRecord, ...], counts: pipeline.Counts) -> None:
+        if not bad:
+            return
+        with (self.folder / "bad_records.jsonl").open("a") as file:
+            for record in bad:
+                entry = {"step": step, "reason": record.reason, "where": record.where, "detail": record.detail}
+                file.write(json.dumps(entry) + "\n")
+        for record in bad[:3]:
+            logging.warning("skipped a bad record (%s): %s", record.reason, record)
+        counts.check(self.config.max_bad_records, len(self.source))
+
+    def _check_skipped(self, in_row: int) -> None:
+        if in_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"{in_row} steps in a row had a loss or gradient that is not finite (max_skipped_steps="
+                f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps."
+            )
+
+    def _validate(self, model: fusion.Fusion, params, step: int, writer: metrics.Writer) -> None:
+        """Validation losses, and answers to the first questions, to the log and TensorBoard."""
+        batches = pipeline.fixed_batches(
+            self.config, self.stage, self.validation, self.tokenizer, self.config.validation_batches
+        )
+        parts = [_evaluate(model, params, batch) for batch in batches]
+        if parts:
+            means = {name: float(sum(part[name] for part in parts)) / len(parts) for name in parts[0]}
+            writer.scalars(step, _prefixed("validation/", means))
+            logging.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
+        samples = [self.validation[i] for i in range(min(self.config.sample_answers, len(self.validation)))]
+        answerer = generate.Answerer(model, params, self.config, self.tokenizer, rows=len(samples) or 1)
+        shown = []
+        for record, answer in zip(samples, answerer.answer([generate.first_question(record) for record in samples])):
+            question = " ".join(record.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
+            shown.append(
+                f"**{record.image_path.name if record.image_path else 'text'}** {question}  \n"
+                f"model: {answer}  \nrecord: {record.turns[1]['value']}"
+            )
+        if shown:
+            writer.text(step, "answers", "\n\n".join(shown))
+
+
+@jax.jit(static_argnums=0)
+def _evaluate(model: fusion.Fusion, params, batch):
+    total, parts = train_step.loss_and_parts(model, params, batch)
+    return {"total": total, **parts}
+
+
+def _prefixed(prefix: str, values: dict) -> dict:
+    return {prefix + name: value for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    run_main(main)
