@@ -11,7 +11,7 @@ from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMCon
 
 MODEL = FusionConfig(
     vision=VisionConfig(image_size=48, patch_size=8, width=96, mlp_dim=256, layers=4, heads=4),
-    llm=LLMConfig(vocab_size=640, width=128, mlp_dim=384, layers=4, heads=4, kv_heads=2),
+    llm=LLMConfig(vocab_size=640, width=128, mlp_dim=320, layers=3, heads=4, kv_heads=2),
     exchange=ExchangeConfig(start=0, stride=2, layers=2, heads=4),
     latent_counts=(4, 9),
     **PAPER,
@@ -26,11 +26,12 @@ def get_config(data: str = "runs/quickstart/data"):
         base = {
             "name": name,
             "data": f"{data}/{file}.yaml",
-            "max_length": 160,
-            "max_question_length": 64,
-            "max_rounds": 4,
+            "max_length": 144,
+            "max_question_length": 56,
+            "max_rounds": 2,
             "batch_size": 32,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
+            "b2": 0.98,
         }
         return base | changes
 
@@ -40,14 +41,14 @@ def get_config(data: str = "runs/quickstart/data"):
             "tokenizer": f"{data}/tokenizer",
             "template": "phi3",
             "dtype": "float32",
-            "remat": "none",
+            "remat": "dots",
             "stages": [
-                stage("stage1", "stage1"),
-                stage("stage1_5", "stage1_5"),
-                stage("stage2", "stage2", epochs=2),
+                stage("stage1", "stage1", steps=200, max_length=128, max_question_length=8),
+                stage("stage1_5", "stage1_5", steps=200, max_length=132, max_question_length=28),
+                stage("stage2", "stage2", steps=600),
             ],
             "validation_data": f"{data}/validation.json",
-            "log_every": 20,
+            "log_every": 25,
             "validate_every": 200,
             "checkpoint_every": 200,
             "loader_threads": 4,

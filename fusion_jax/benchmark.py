@@ -1,6 +1,6 @@
 """Benchmarks: `python -m fusion_jax.benchmark step|prefill|decode --config configs/benchmark_cpu.py`.
 
-Random weights and random tokens; what is measured is the same compiled program that training and generation run. The last
+Random weights and random tokens; what is measured is the compiled program that training and generation run. The last
 line is one JSON object. Times are wall-clock medians after compilation.
 """
 

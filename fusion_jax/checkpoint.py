@@ -2,11 +2,12 @@
 
     WORKDIR/<stage>/checkpoints/<step>/{params, train, data, about}
 
-`about` (JSON: the model config, the run config, the tokenizer's files) makes a step folder self-describing: `load_model` needs
-nothing else.
+`about` (JSON: the run's config with the model's in it, the tokenizer's files) makes a step folder self-describing:
+`load_model` needs nothing else.
 """
 
 import base64
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,12 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `about` entry of a checkpoint."""
+def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """The `about` entry of a checkpoint: one JSON text, so Orbax writes one leaf, not one a config key."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
-    return {"config": to_dict(config), "tokenizer": files}
+    return {"json": json.dumps({"config": to_dict(config), "tokenizer": files})}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def find(path: str | Path) -> Path:
 
 def load_about(folder: Path) -> dict[str, Any]:
     """The `about` entry of a step folder."""
-    return ocp.load_checkpointables(folder, {"about": None})["about"]
+    return json.loads(ocp.load_checkpointables(folder, {"about": None})["about"]["json"])
 
 
 def load_params(folder: Path, like) -> dict:

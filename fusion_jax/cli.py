@@ -1,15 +1,24 @@
 """What every command shares: user errors end in one sentence and exit code 2, not in a traceback."""
 
+import logging
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from fusion_jax.errors import UserError
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """`absl.app.run` for a command."""
+    """`absl.app.run` for a command. Our own log goes to standard output; libraries stay quiet below warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("fusion_jax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
     def guarded(argv: list[str]) -> int:
         try:

@@ -79,7 +79,7 @@ class RunConfig:
     """A whole run.
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage starts from.
+    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`.
     Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.

@@ -110,7 +110,7 @@ def step_flops(config: FusionConfig, shape: BatchShape) -> float:
 
 @functools.cache
 def peak(dtype: DTypeLike = jnp.bfloat16) -> float:
-    """Peak FLOP/s of all devices: from the table, or for kinds it lacks (CPUs) the rate of a large matrix product here."""
+    """Peak FLOP/s of all devices: from the table; for kinds it lacks (CPUs) the measured rate of a matrix product."""
     kind = jax.devices()[0].device_kind
     matches = [name for name in PEAKS if kind.startswith(name)]
     if matches:

@@ -1,7 +1,7 @@
 """Losses: cross-entropy on supervised positions only, and the dual-semantic mapping loss.
 
-Every loss is a sum over this (micro)batch; the caller divides by the count of the *global* batch, so that the mean is the
-same however the batch is packed, accumulated or sharded.
+Every loss is a sum over this (micro)batch; the caller divides by the count of the *global* batch, so that the mean is
+the same however the batch is packed, accumulated or sharded.
 """
 
 import functools
@@ -111,7 +111,7 @@ def _cosine_distance(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[
 def mapping_loss_sums(
     visual: Visual, crop_kind: Int[Array, "B N"], text_mask: Bool[Array, "B N T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Dual-semantic mapping loss (paper section 3.3): sums of 1 - cos, both sides with gradient.
+    """Dual-semantic mapping loss: sums of 1 - cos, both sides with gradient.
 
     Returns:
       v2t: over real question tokens, embedding against the encoder's output projected to text;

@@ -1,16 +1,17 @@
 """Training: `python -m fusion_jax.train --config configs/quickstart.py --workdir runs/quickstart`.
 
-Trains the stages of the config one after the other, each from the parameters of the one before. Started again with the same
-workdir it goes on from the newest checkpoint and gives the same losses as an undisturbed run.
+Trains the stages of the config one after the other, each from the parameters of the one before. Started again with the
+same workdir it goes on from the newest checkpoint and gives the same losses as an undisturbed run.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from fusion_jax import checkpoint, flops, generate, metrics, optim, state, train_step
@@ -20,6 +21,8 @@ from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.models import fusion
+
+log = logging.getLogger("fusion_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
@@ -51,7 +54,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     # ---- Model.
     model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
     params = fusion.init(config.model, jax.random.key(config.seed))
-    logging.info(
+    log.info(
         "%s parameters, %d device(s) of kind %s, compute in %s",
         f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
         jax.device_count(),
@@ -61,7 +64,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     if first == 0 and config.init_from and not begun:
         folder = checkpoint.find(config.init_from)
         params = checkpoint.load_params(folder, params)
-        logging.info("parameters from %s", folder)
+        log.info("parameters from %s", folder)
 
     # ---- Stages.
     for stage in config.stages[first:]:
@@ -69,14 +72,14 @@ def train(config: RunConfig, workdir: Path) -> None:
         params = run.train(model, params)
     files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
     metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
-    logging.info("done; loss curves in %s", workdir / "losses.png")
+    log.info("done; loss curves in %s", workdir / "losses.png")
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > config.model.llm.vocab_size:
         raise UserError(
-            f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} tokens "
-            f"of {config.tokenizer}."
+            f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
+            f"tokens of {config.tokenizer}."
         )
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
 
@@ -98,6 +101,7 @@ class StageRun:
         self.validation: sources.RecordSource | None = validation
         self.about: dict = about
         self.steps = pipeline.stage_steps(stage, len(source))
+        self.bad_to_show = 5  # in the log; bad_records.jsonl has them all
 
     def train(self, model: fusion.Fusion, params) -> dict:
         """Trains from `params` or from the newest checkpoint. Returns the final parameters."""
@@ -113,10 +117,10 @@ class StageRun:
         start = checkpoints.latest or 0
         if start:
             current = checkpoints.restore(current, batches)
-            logging.info("%s continues after step %d", stage.name, start)
+            log.info("%s continues after step %d", stage.name, start)
         writer = metrics.Writer(self.folder, start)
         metrics.truncate(self.folder / "bad_records.jsonl", start)
-        logging.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
+        log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
         # ---- Loop.
         peak = flops.peak(model.dtype)
         interval, begun, compiled = metrics.Interval(), time.perf_counter(), set()
@@ -127,7 +131,7 @@ class StageRun:
             self._note_bad(step, fed.bad, counts)
             if fed.batch.latent_count not in compiled:
                 compiled.add(fed.batch.latent_count)
-                logging.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
+                log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
             cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
             current, values = step_fn(current, fed.batch)
             interval.add(values, stage.batch_size, cost, waited)
@@ -136,7 +140,7 @@ class StageRun:
                 report = interval.report(peak)
                 left = (time.perf_counter() - begun) / (step - start) * (steps - step)
                 writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
-                logging.info(metrics.line(stage.name, step, steps, report, left))
+                log.info(metrics.line(stage.name, step, steps, report, left))
                 self._check_skipped(int(current.skipped_in_row))
                 interval = metrics.Interval()
             validate = config.validate_every and self.validation is not None
@@ -158,8 +162,9 @@ class StageRun:
             for record in bad:
                 entry = {"step": step, "reason": record.reason, "where": record.where, "detail": record.detail}
                 file.write(json.dumps(entry) + "\n")
-        for record in bad[:3]:
-            logging.warning("skipped a bad record (%s): %s", record.reason, record)
+        for record in bad[: max(0, self.bad_to_show)]:
+            log.warning("skipped a bad record (%s): %s", record.reason, record)
+        self.bad_to_show -= len(bad)
         counts.check(self.config.max_bad_records, len(self.source))
 
     def _check_skipped(self, in_row: int) -> None:
@@ -178,7 +183,7 @@ class StageRun:
         if parts:
             means = {name: float(sum(part[name] for part in parts)) / len(parts) for name in parts[0]}
             writer.scalars(step, _prefixed("validation/", means))
-            logging.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
+            log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
         samples = [self.validation[i] for i in range(min(self.config.sample_answers, len(self.validation)))]
         answerer = generate.Answerer(model, params, self.config, self.tokenizer, rows=len(samples) or 1)
         shown = []
@@ -203,5 +208,4 @@ def _prefixed(prefix: str, values: dict) -> dict:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     run_main(main)

@@ -38,7 +38,7 @@ def _accumulate(grad_fn, params, batch: Batch, microbatches: int):
     """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time."""
     if microbatches == 1:
         return grad_fn(params, batch)
-    slices = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    slices = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
     first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 

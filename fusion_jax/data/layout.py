@@ -7,9 +7,9 @@ One row with an image, two rounds and l^2 = 4 latents (i image token, L latent, 
     visual_index   -1-1-1 0 1 2 3-1-1 4 5 6 7-1-1-1-1-1-1-1-1 8 91011-1-1-1-1-1-1-1
     round_end                               ^ (last token before the answer)  ^
 
-`visual_index` points into the row's visual table: N images of P tokens each, then R rounds of L latents each. Assembling
-the sequence is then one embedding lookup, one gather and one `where`. The first visual place of a round with an image
-holds the image, the latents follow it (the published order).
+`visual_index` points into the row's visual table: N images of P tokens each, then R rounds of L latents each.
+Assembling the sequence is then one embedding lookup, one gather and one `where`. The first visual place of a round with
+an image holds the image, the latents follow it (the published order).
 
 Everything here is numpy on the host; `latent_count` is static, so that each l^2 is one compiled program.
 """
@@ -85,7 +85,7 @@ class Example:
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """Fixed sizes of a batch. `length` S, `question_length` T, `rounds` R, `image_tokens` P; the rest from the model."""
+    """Fixed sizes of a batch: S `length`, T `question_length`, R `rounds`, P `image_tokens`; the rest as the model."""
 
     length: int
     question_length: int

@@ -1,7 +1,6 @@
 """One declarative table between published tensor names and our parameter paths, read in both directions.
 
-A row says: published name, our path (or several, for fused tensors), transform. `{i}` runs over decoder layers, `{e}` over
-exchange layers, `{v}` over encoder layers; on our side the same letter names the place of that layer in its stack.
+A row says: published name, our path (or several, for fused tensors) with the place in its stack, transform.
 """
 
 from collections.abc import Iterator, Mapping

@@ -59,8 +59,8 @@ def reference_attention(
     return out.reshape(batch, q_length, heads, size)
 
 
-# The blocked kernel, for CPU. XLA's plain attention writes the (B, H, Q, K) scores to memory several times; one head at a
-# time stays in the cache, and the backward pass recomputes the scores from the saved log-sum-exp instead of keeping them.
+# The blocked kernel, for CPU. XLA's plain attention writes the (B, H, Q, K) scores to memory several times; one head at
+# a time stays in the cache, and the backward pass recomputes the scores from the saved log-sum-exp.
 
 
 def _scores(q, k, q_segments, kv_segments, causal):

@@ -108,7 +108,7 @@ class LLMConfig:
             if self.rope.kind == "longrope":
                 _check(
                     len(factors) == self.per_head // 2,
-                    f"llm.rope.{name} has {len(factors)} values; the head size {self.per_head} needs {self.per_head // 2}.",
+                    f"llm.rope.{name} has {len(factors)} values; head size {self.per_head} needs {self.per_head // 2}.",
                 )
 
     @property
@@ -133,7 +133,7 @@ class ExchangeConfig:
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of `blocks` equal superblocks, each of `layers` decoder layers, with an exchange after its first or none."""
+    """A run of `blocks` equal superblocks: `layers` decoder layers each, and an exchange after the first or none."""
 
     blocks: int
     layers: int
@@ -213,7 +213,7 @@ class FusionConfig:
 
     @property
     def fixed_latent_count(self) -> int:
-        """l^2 for validation and inference, where nothing is drawn: the middle of the trained set. 0 without latents."""
+        """l^2 for validation and inference, where nothing is drawn: the middle of the set. 0 without latents."""
         return sorted(self.latent_counts)[len(self.latent_counts) // 2] if self.semantic_exchange else 0
 
     @property

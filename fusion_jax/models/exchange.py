@@ -1,4 +1,4 @@
-"""Semantic exchange (paper section 3.2): each latent token queries its own window of the image, led by the question.
+"""Semantic exchange: each latent token queries its own window of the image, led by the question.
 
     p = W_in [H_P ; T_L]                 query: the question's last hidden state and the latent
     c = W_context(window)                keys and values
@@ -86,7 +86,7 @@ class SemanticExchange(nn.Module):
 
         y = layers.Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y)
         y = layers.LayerNorm(1e-5, name="norm")(y + p)
-        update = layers.MLP(width, width, layers.gelu_erf, False, self.dtype, name="mlp")(y)
+        update = layers.MLP(width, width, layers.gelu_erf, False, self.dtype, layers.fan_in(8), name="mlp")(y)
 
         # Scatter back; out-of-range rows are dropped, which is how absent rounds are left out.
         target = jnp.where(present[..., None], position, length)

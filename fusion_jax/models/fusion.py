@@ -63,7 +63,7 @@ class Fusion(nn.Module):
             self.latent_tables = {
                 str(count): self.param(
                     f"latents_{count}",
-                    nn.with_logical_partitioning(layers.normal(), ("patches", "embed")),
+                    nn.with_logical_partitioning(layers.normal(0.5), ("patches", "embed")),
                     (count, d),
                     jnp.float32,
                 )

@@ -22,9 +22,9 @@ def normal(stddev: float = 0.02) -> Init:
     return nn.initializers.normal(stddev)
 
 
-def fan_in() -> Init:
-    """Truncated normal with variance 1 / fan-in: trains from scratch at any width."""
-    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+def fan_in(branches: int = 1) -> Init:
+    """Truncated normal with variance 1 / fan-in, divided by the number of residual branches that add up."""
+    return nn.initializers.variance_scaling(1.0 / branches, "fan_in", "truncated_normal")
 
 
 class Dense(nn.Module):
@@ -106,15 +106,16 @@ class MLP(nn.Module):
     activation: Callable[[Array], Array]
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    out_init: Init = fan_in()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        x = Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, name="in")(x)
-        return Dense(self.features, ("mlp", "embed"), self.use_bias, self.dtype, name="out")(self.activation(x))
+        x = self.activation(Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, name="in")(x))
+        return Dense(self.features, ("mlp", "embed"), self.use_bias, self.dtype, self.out_init, name="out")(x)
 
 
 def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """(short, long, scale): inverse frequencies (per_head / 2,) below and beyond the original length; cos/sin factor."""
+    """Inverse frequencies (per_head / 2,) below and beyond the original length, and the factor on cos and sin."""
     base = rope.theta ** -(np.arange(0, per_head, 2, dtype=np.float64) / per_head)
     if rope.kind == "default":
         return base, base, 1.0

@@ -79,12 +79,14 @@ class DecoderLayer(nn.Module):
             y = attention.attention(q, k, v, shared.segments, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, causal=True)
-        x = x + layers.Dense(c.width, ("heads", "embed"), dtype=self.dtype, name="out")(y.reshape(batch, length, -1))
+        # As many residual branches as layers, twice: their sum stays at the scale of the embedding.
+        residual = {"dtype": self.dtype, "kernel_init": layers.fan_in(2 * c.layers)}
+        x = x + layers.Dense(c.width, ("heads", "embed"), name="out", **residual)(y.reshape(batch, length, -1))
 
         y = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="gate")(y)
         up = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="up")(y)
-        x = x + layers.Dense(c.width, ("mlp", "embed"), dtype=self.dtype, name="down")(jax.nn.silu(gate) * up)
+        x = x + layers.Dense(c.width, ("mlp", "embed"), name="down", **residual)(jax.nn.silu(gate) * up)
         return x, buffers
 
 
@@ -117,7 +119,8 @@ class Decoder(nn.Module):
         c = self.config.llm
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(layers.normal(), ("vocab", "embed")),
+            # At the scale of image tokens and of what the layers add, so that a word is not drowned by its first layer.
+            nn.with_logical_partitioning(layers.normal(0.5), ("vocab", "embed")),
             (c.padded_vocab, c.width),
             jnp.float32,
         )

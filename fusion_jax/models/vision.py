@@ -1,4 +1,4 @@
-"""Text-guided SigLIP encoder (paper section 3.1): the question's tokens join the patches and both update layer by layer.
+"""Text-guided SigLIP encoder: the question's tokens join the patches and both update layer by layer.
 
 Who sees whom (rows query, columns key; padding of the text is never seen):
 
@@ -51,9 +51,10 @@ class EncoderLayer(nn.Module):
         self.query = layers.Dense(c.width, ("embed", "heads"), **project)
         self.key = layers.Dense(c.width, ("embed", "heads"), **project)
         self.value = layers.Dense(c.width, ("embed", "heads"), **project)
-        self.out = layers.Dense(c.width, ("heads", "embed"), **project)
+        residual = layers.fan_in(2 * c.layers)
+        self.out = layers.Dense(c.width, ("heads", "embed"), kernel_init=residual, **project)
         self.norm2 = layers.LayerNorm(c.norm_eps)
-        self.mlp = layers.MLP(c.mlp_dim, c.width, layers.gelu_tanh, True, self.dtype)
+        self.mlp = layers.MLP(c.mlp_dim, c.width, layers.gelu_tanh, True, self.dtype, residual)
 
     def _attend(self, x, text_segments, early):
         n, length, _ = x.shape
@@ -129,7 +130,7 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = layers.Dense(c.width, ("pixels", "embed"), True, self.dtype)
         self.position_embedding = self.param(
             "position_embedding",
-            nn.with_logical_partitioning(layers.normal(), ("patches", "embed")),
+            nn.with_logical_partitioning(layers.normal(c.width**-0.5), ("patches", "embed")),
             (c.patches, c.width),
             jnp.float32,
         )

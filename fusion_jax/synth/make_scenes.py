@@ -119,7 +119,9 @@ def _build(folder: pathlib.Path, config: ScenesConfig, workers: int, progress: b
     records: dict[str, list[dict]] = {name: [] for name in (*STAGES, *TESTS)}
     jobs = list(_jobs(folder, config))
     total = sum(len(job[3]) for job in jobs)
-    with tqdm.tqdm(total=total, unit="image", desc="scenes", disable=not progress) as bar:
+    # A terminal gets a live bar; a log file a line now and then.
+    slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+    with tqdm.tqdm(total=total, unit="image", desc="scenes", disable=not progress, **slow) as bar:
         for job, made in zip(jobs, _in_order(jobs, workers)):
             for name, record in made:
                 records[name].append(record)

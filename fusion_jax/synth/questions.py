@@ -434,13 +434,13 @@ def caption_round(scene: Scene, rng: random.Random) -> list[Round]:
 
 def sentence_rounds(scene: Scene, rng: random.Random, split: str = "train") -> list[Round]:
     """Stage 1.5: one to four questions answered by sentences."""
-    count = rng.choices((1, 2, 3, 4), (0.3, 0.3, 0.25, 0.15))[0]
+    count = rng.choices((1, 2), (0.3, 0.7))[0]
     return _more_rounds(scene, count, (), SENTENCE_SHARES, rng, split, short=False)
 
 
 def short_rounds(scene: Scene, first: Round, rng: random.Random, split: str = "train") -> list[Round]:
     """Stage 2: the round the picture was drawn for and up to three more, short answers or letters."""
-    count = rng.choices((1, 2, 3, 4), (0.35, 0.3, 0.2, 0.15))[0]
+    count = rng.choices((1, 2), (0.3, 0.7))[0]
     return _more_rounds(scene, count, (first,), ROUND_SHARES, rng, split, short=True)
 
 

@@ -95,9 +95,9 @@ def run(case, file):
 @functools.cache
 def gradients(case, file):
     g = load(case, file)
-    (total, parts), grads = jax.jit(
-        jax.value_and_grad(lambda p: loss_and_parts(g.model, p, g.batch), has_aux=True)
-    )(g.params)
+    (total, parts), grads = jax.jit(jax.value_and_grad(lambda p: loss_and_parts(g.model, p, g.batch), has_aux=True))(
+        g.params
+    )
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(grads, sep="/").items()}
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     rows = table.published_rows(g.config, shapes, "phi" in case)
@@ -218,5 +218,5 @@ def test_greedy_generation(case, file):
 def test_windows_cover_the_grid_like_adaptive_pooling():
     index, valid = connector.windows(7, 3)
     assert index.shape == (9, 9)
-    rows = {tuple(sorted(set(int(i) // 7 for i in index[w][valid[w]]))) for w in (0, 3, 6)}
+    rows = {tuple(sorted({int(i) // 7 for i in index[w][valid[w]]})) for w in (0, 3, 6)}
     assert rows == {(0, 1, 2), (2, 3, 4), (4, 5, 6)}

@@ -1,0 +1,44 @@
+"""Package metadata: ranges here, the tested pins in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusion_jax" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="fusion_jax",
+    version=VERSION,
+    description="Vision-language models whose vision encoder reads the question (FLARE, FUSION), in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fusion_jax", "fusion_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "numpy>=2.0",
+        "sentencepiece>=0.2.1",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "pillow>=11",
+        "pyyaml>=6",
+        "jaxtyping>=0.3",
+        "tensorboardX>=2.6.2",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": ["pytest==9.2.0", "beartype==0.23.1", "ruff==0.17.5"],
+    },
+)

@@ -1,0 +1,203 @@
+"""Whole runs in real processes: train, kill, restart, evaluate, and what a wrong input says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from fusion_jax import checkpoint, metrics
+from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "tiny_run.py"
+pytestmark = pytest.mark.slow
+
+
+def command(module, *arguments):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return {
+        "args": [sys.executable, "-m", f"fusion_jax.{module}", *map(str, arguments)],
+        "cwd": ROOT,
+        "env": environment,
+    }
+
+
+def run(module, *arguments, timeout=300):
+    return subprocess.run(**command(module, *arguments), capture_output=True, text=True, timeout=timeout)
+
+
+def train(data, workdir, *overrides):
+    return run("train", "--config", f"{CONFIG}:{data}", "--workdir", workdir, *overrides)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    config = ScenesConfig(stage1=48, stage1_5=48, stage2=48, validation=8, held_out=16, pixels=48)
+    return make_scenes(tmp_path_factory.mktemp("scenes") / "data", config, workers=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    result = train(data, workdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workdir, result.stdout
+
+
+def test_run_leaves_metrics_checkpoints_and_a_plot(finished):
+    workdir, log = finished
+    for stage in ("stage1", "stage2"):
+        rows = metrics.read(workdir / stage / "metrics.jsonl")
+        steps = [row["step"] for row in rows if "ce" in row]
+        assert steps == list(range(1, 9))
+        for key in ("total", "v2t", "t2v", "grad_norm", "learning_rate/default", "samples_per_second", "mfu"):
+            assert all(np.isfinite(row[key]) for row in rows if "ce" in row), key
+        for key in ("text_tokens_per_second", "visual_tokens_per_second", "input_wait_share"):
+            assert all(key in row for row in rows if "ce" in row), key
+        assert [row["step"] for row in rows if "validation/ce" in row] == [4, 8]
+        assert list((workdir / stage / "tensorboard").glob("events*"))
+        assert (workdir / stage / "checkpoints" / "8" / "params").is_dir()
+    assert (workdir / "losses.png").stat().st_size > 5000
+    assert "stage2 8/8  total" in log and "left" in log
+
+
+def test_second_stage_starts_from_the_first_ones_parameters(finished):
+    workdir, _ = finished
+    first = metrics.read(workdir / "stage1" / "metrics.jsonl")
+    second = metrics.read(workdir / "stage2" / "metrics.jsonl")
+    losses = [[row["ce"] for row in rows if "ce" in row] for rows in (first, second)]
+    assert losses[1][0] < losses[0][0] - 0.3, "stage 2 began with a loss like random parameters"
+
+
+def test_finished_run_started_again_trains_nothing(data, finished, tmp_path):
+    workdir, _ = finished
+    before = (workdir / "stage2" / "metrics.jsonl").read_text()
+    copy = tmp_path / "again"
+    shutil.copytree(workdir, copy)
+    result = train(data, copy)
+    assert result.returncode == 0, result.stderr
+    assert (copy / "stage2" / "metrics.jsonl").read_text() == before
+
+
+def test_killed_run_continues_bit_for_bit(data, finished, tmp_path):
+    undisturbed, _ = finished
+    workdir = tmp_path / "killed"
+    for wanted_stage, wanted_step in (("stage1", 5), ("stage2", 7)):
+        process = subprocess.Popen(
+            **command("train", "--config", f"{CONFIG}:{data}", "--workdir", workdir),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        path, deadline = workdir / wanted_stage / "metrics.jsonl", time.time() + 240
+        while time.time() < deadline and process.poll() is None:
+            # Only a running process's own lines count, and the last may be half written.
+            if path.exists() and any(f'"step": {wanted_step},' in line for line in path.read_text().splitlines()):
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = train(data, workdir)
+    assert result.returncode == 0, result.stderr
+    assert "continues after step" in result.stdout
+
+    exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "validation/ce", "records_seen")
+    for stage in ("stage1", "stage2"):
+        rows = [
+            [{k: row[k] for k in exact if k in row} for row in metrics.read(folder / stage / "metrics.jsonl")]
+            for folder in (undisturbed, workdir)
+        ]
+        assert rows[0] == rows[1]
+    params = [flatten_dict(checkpoint.load_model(folder).params, sep="/") for folder in (undisturbed, workdir)]
+    for path, expected in params[0].items():
+        np.testing.assert_array_equal(params[1][path], expected, err_msg=path)
+
+
+def test_stage_alone_from_an_earlier_checkpoint(data, finished, tmp_path):
+    """init_from gives the parameters; the optimizer and the step count are fresh."""
+    workdir, _ = finished
+    alone = ROOT / "tests" / "tiny_run.py"
+    script = tmp_path / "alone.py"
+    script.write_text(
+        f"import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('tiny', {str(alone)!r})\n"
+        f"tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n\n\n"
+        f"def get_config(data):\n    config = tiny.get_config(data)\n    config.stages = config.stages[1:]\n"
+        f"    config.init_from = {str(workdir / 'stage1')!r}\n    return config\n"
+    )
+    result = run("train", "--config", f"{script}:{data}", "--workdir", tmp_path / "alone")
+    assert result.returncode == 0, result.stderr
+    rows = [metrics.read(folder / "stage2" / "metrics.jsonl") for folder in (workdir, tmp_path / "alone")]
+    assert [row["ce"] for row in rows[0] if "ce" in row] == [row["ce"] for row in rows[1] if "ce" in row]
+
+
+def test_evaluation_reads_the_checkpoint_alone(data, finished, tmp_path):
+    workdir, _ = finished
+    output = tmp_path / "evaluation.json"
+    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--output", output, "--show", 2)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(output.read_text())["held_out"]
+    assert scores["questions"] == 16 == len(scores["examples"])
+    for key in ("held_out_accuracy", "shuffled_image_accuracy", "majority_accuracy"):
+        assert 0 <= scores[key] <= 1
+    assert json.loads(result.stdout.splitlines()[-1])["held_out"]["held_out_accuracy"] == scores["held_out_accuracy"]
+    assert result.stdout.count("    Q: ") == 2
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("--config.model.llm.layrs=3", "layrs"),
+        ("--config.model.llm.heads=5", "llm.heads=5 does not divide llm.width=32"),
+        ("--config.model.latent_counts=(5,)", "5 tokens are not a square grid"),
+        ("--config.model.exchange.layers=9", "layers=9"),
+        ("--config.tokenizer=/nowhere", "/nowhere"),
+        ("--config.validation_data=/nowhere.json", "/nowhere.json"),
+        ("--config.template=vicuna", "allowed: phi3, llama3"),
+        ("--config.log_every=many", "log_every"),
+    ],
+)
+def test_wrong_config_says_one_sentence_before_any_work(data, tmp_path, override, says):
+    result = train(data, tmp_path / "never", override)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_too_many_bad_records_stop_the_run(data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    for path in sorted((broken / "images" / "train").rglob("*.*"))[:30]:
+        path.write_bytes(b"no image")
+    result = train(broken, tmp_path / "run", "--config.max_bad_records=0.1")
+    assert result.returncode == 2
+    assert "corrupt_image" in result.stderr and "max_bad_records=0.1" in result.stderr
+    listed = [json.loads(line) for line in (tmp_path / "run" / "stage1" / "bad_records.jsonl").read_text().splitlines()]
+    assert listed and all(entry["reason"] == "corrupt_image" and "record" in entry["where"] for entry in listed)
+
+
+def test_steps_that_are_never_finite_stop_the_run(data, tmp_path):
+    script = tmp_path / "diverges.py"
+    script.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('tiny', {str(CONFIG)!r})\n"
+        "tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n\n\n"
+        "def get_config(data):\n    config = tiny.get_config(data)\n"
+        "    config.stages[0]['learning_rate'] = 1e38\n    config.stages[0]['steps'] = 50\n    return config\n"
+    )
+    result = run("train", "--config", f"{script}:{data}", "--workdir", tmp_path / "run")
+    assert result.returncode == 2
+    assert "3 steps in a row" in result.stderr and "max_skipped_steps=3" in result.stderr

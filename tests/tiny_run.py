@@ -1,0 +1,39 @@
+"""A run configuration of the smallest size that still has every part; used by the tests that start processes."""
+
+from ml_collections import ConfigDict
+
+from fusion_jax.config import to_dict
+from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
+
+MODEL = FusionConfig(
+    vision=VisionConfig(image_size=24, patch_size=8, width=16, mlp_dim=32, layers=2, heads=2),
+    llm=LLMConfig(vocab_size=640, width=32, mlp_dim=48, layers=2, heads=4, kv_heads=2),
+    exchange=ExchangeConfig(start=0, stride=2, layers=1, heads=2),
+    latent_counts=(1, 4),
+    **PAPER,
+)
+
+
+def get_config(data: str = "data"):
+    def stage(name, **changes):
+        sizes = {"max_length": 144, "max_question_length": 56, "max_rounds": 2, "batch_size": 4, "steps": 8}
+        return {"name": name, "data": f"{data}/{name}.yaml", "learning_rate": 1e-3, **sizes, **changes}
+
+    return ConfigDict(
+        {
+            "model": to_dict(MODEL),
+            "tokenizer": f"{data}/tokenizer",
+            "stages": [stage("stage1"), stage("stage2", accumulation=2)],
+            "validation_data": f"{data}/validation.json",
+            "validation_batches": 1,
+            "sample_answers": 2,
+            "dtype": "float32",
+            "remat": "full",
+            "log_every": 1,
+            "checkpoint_every": 3,
+            "validate_every": 4,
+            "loader_threads": 2,
+            "max_skipped_steps": 3,
+            "max_bad_records": 0.5,
+        }
+    )
