@@ -30,7 +30,7 @@ def get_config(data: str = "runs/quickstart/data"):
             "max_question_length": 56,
             "max_rounds": 2,
             "batch_size": 32,
-            "learning_rate": 1.5e-3,
+            "learning_rate": 2e-3,
             "b2": 0.98,
         }
         return base | changes
@@ -43,7 +43,7 @@ def get_config(data: str = "runs/quickstart/data"):
             "dtype": "float32",
             "remat": "dots",
             "stages": [
-                stage("stage1", "stage1", steps=200, max_length=128, max_question_length=8),
+                stage("stage1", "stage1", steps=400, max_length=128, max_question_length=8),
                 stage("stage1_5", "stage1_5", steps=200, max_length=132, max_question_length=28),
                 stage("stage2", "stage2", steps=600),
             ],
