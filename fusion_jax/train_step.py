@@ -19,8 +19,13 @@ def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[ja
     Returns:
       The total loss (float32 scalar) and its parts: `ce`, `v2t`, `t2v`.
     """
-    config = model.config
     hidden, visual, _ = model.apply({"params": params}, batch)
+    return losses_of(model, params, batch, hidden, visual, totals)
+
+
+def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
+    """`loss_and_parts` from the results of a forward pass."""
+    config = model.config
     totals = losses.counts(batch, config.vision.patches) if totals is None else totals
     kernel = head_kernel(config, params).astype(model.dtype)
     sums = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,9 @@ def test_init_is_finite_and_random():
 
 def visual_of(config):
     """Shapes of what the encoder hands over; nothing is run."""
-    return jax.eval_shape(forward_fn(config), params(config), mixed_batch(config))[1]
+    model = fusion.Fusion(config)
+    run = jax.eval_shape(lambda p, b: vars(model.apply({"params": p}, b)[1]), params(config), mixed_batch(config))
+    return types.SimpleNamespace(**run)
 
 
 # Ablations: A text guidance, B mapping loss, C semantic exchange.

@@ -18,7 +18,7 @@ from fusion_jax.models import connector, llm
 from fusion_jax.models.config import QUADRANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.models.layers import rotary
-from fusion_jax.train_step import loss_and_parts
+from fusion_jax.train_step import losses_of
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
 CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))
@@ -80,31 +80,25 @@ def layout_spec(config, length, question_length, rounds):
 
 @functools.cache
 def run(case, file):
+    """One compiled program a case: forward, losses and gradients by published name."""
     g = load(case, file)
 
-    @jax.jit
-    def forward(params, batch):
+    def forward(params):
         variables = {"params": params}
-        hidden, visual, _ = g.model.apply(variables, batch)
-        embeds = g.model.apply(variables, batch, visual, method="assemble")
-        return hidden, visual, embeds, g.model.apply(variables, hidden, method="logits")
+        hidden, visual, _ = g.model.apply(variables, g.batch)
+        embeds = g.model.apply(variables, g.batch, visual, method="assemble")
+        logits = g.model.apply(variables, hidden, method="logits")
+        total, parts = losses_of(g.model, params, g.batch, hidden, visual)
+        return total, (parts, hidden, visual, embeds, logits)
 
-    return forward(g.params, g.batch)
-
-
-@functools.cache
-def gradients(case, file):
-    g = load(case, file)
-    (total, parts), grads = jax.jit(jax.value_and_grad(lambda p: loss_and_parts(g.model, p, g.batch), has_aux=True))(
-        g.params
-    )
+    (total, (parts, *states)), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(g.params)
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(grads, sep="/").items()}
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     rows = table.published_rows(g.config, shapes, "phi" in case)
     named = {
         row.name: table.to_published(row, lambda p, i: flat[p] if i is None else flat[p][i], g.config) for row in rows
     }
-    return {"loss": total, **parts}, named
+    return states, {"loss": total, **parts}, named
 
 
 both = pytest.mark.parametrize("file", MASKS)
@@ -140,7 +134,7 @@ def test_layout_equals_published_positions(case, file):
 @each
 @both
 def test_encoder_and_projectors(case, file):
-    g, (_, visual, _, _) = load(case, file), run(case, file)
+    g, (_, visual, _, _) = load(case, file), run(case, file)[0]
     assert_close(visual.patches[:, 0], g.io["out_vision_embeddings"], 1e-4)
     assert_close(visual.patch_features[:, 0], g.io["out_vision_features"], 1e-4)
     mask = g.io["out_instruct_mask"].astype(bool)
@@ -152,7 +146,7 @@ def test_encoder_and_projectors(case, file):
 @each
 @both
 def test_hidden_states_and_logits(case, file):
-    g, (hidden, _, embeds, logits) = load(case, file), run(case, file)
+    g, (hidden, _, embeds, logits) = load(case, file), run(case, file)[0]
     real = g.io["out_attention_mask"].astype(bool)
     assert_close(embeds, g.io["out_inputs_embeds"], 1e-4, real)
     assert_close(hidden, g.io["out_hidden_final"], 1e-4, real)
@@ -162,7 +156,7 @@ def test_hidden_states_and_logits(case, file):
 @each
 @both
 def test_first_block(case, file):
-    g, (_, visual, embeds, _) = load(case, file), run(case, file)
+    g, (_, visual, embeds, _) = load(case, file), run(case, file)[0]
     exchange = g.config.exchange.start == 0
     cos, sin = rotary(g.config.llm.rope, g.config.llm.per_head, jnp.asarray(g.batch.positions))
     plan = g.model.apply({"params": g.params}, g.batch, visual, method="exchange_plan")
@@ -176,7 +170,7 @@ def test_first_block(case, file):
 @each
 @both
 def test_losses(case, file):
-    g, (losses, _) = load(case, file), gradients(case, file)
+    g, losses = load(case, file), run(case, file)[1]
     for name, golden in (("loss", "out_loss"), ("ce", "out_ce"), ("v2t", "out_l_v2t"), ("t2v", "out_l_t2v")):
         assert abs(float(losses[name]) - float(g.io[golden])) <= 1e-5, name
 
@@ -184,7 +178,7 @@ def test_losses(case, file):
 @each
 @both
 def test_gradient_of_every_parameter(case, file):
-    g, (_, named) = load(case, file), gradients(case, file)
+    g, named = load(case, file), run(case, file)[2]
     published_norms = dict(zip(g.io["grad_norm_names"].tolist(), g.io["grad_norms"].tolist()))
     assert set(published_norms) == set(named)
     for name, expected in published_norms.items():

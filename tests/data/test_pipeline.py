@@ -1,0 +1,287 @@
+"""The input pipeline over a few real files: order, epochs, resuming, latent draws, bad records."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pickle
+
+import grain
+import numpy as np
+import pytest
+from fixtures import tiny
+from PIL import Image
+
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import pipeline
+from fusion_jax.data.layout import PIXELS
+from fusion_jax.data.sources import load_source
+from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.synth.tokenizer import train_tokenizer
+
+RECORDS, ROWS = 12, 4
+WORDS = ["red", "blue", "green", "cube", "ball", "cone", "left", "right", "up", "down", "many", "few"]
+SENTENCES = [f"How many {a} {b} are there? There is one." for a in WORDS for b in WORDS]
+
+
+def record(i):
+    turns = [
+        {"from": "human", "value": "<image>\nHow many are there?"},
+        {"from": "gpt", "value": f"There is one {WORDS[i % 12]}."},
+    ]
+    return {"id": f"r{i}", "image": f"{i}.png", "conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    rng = np.random.default_rng(0)
+    for i in range(RECORDS):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    (folder / "good.json").write_text(json.dumps([record(i) for i in range(RECORDS)]))
+    train_tokenizer(SENTENCES, folder / "tokenizer", vocab_size=320)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_batches(folder):
+    """A function that starts a training pipeline over one of the folder's files."""
+    started = []
+    tokenizer = load_tokenizer(folder / "tokenizer")
+
+    def start(file="good.json", seed=1, name="one", threads=2, model=None, **stage):
+        model = model or tiny(latent_counts=(1, 4), **{"llm.vocab_size": 640})
+        stage = StageConfig(
+            name, str(folder / file), max_length=120, max_question_length=16, max_rounds=2, batch_size=ROWS, **stage
+        )
+        config = RunConfig(
+            model=model, stages=(stage,), tokenizer=str(folder / "tokenizer"), seed=seed, loader_threads=threads
+        )
+        batches = pipeline.training_batches(config, stage, load_source(stage.data), tokenizer)
+        started.append(batches)
+        return batches
+
+    yield start
+    for batches in started:
+        batches.close()
+
+
+def take(batches, count):
+    return [fed for fed, _ in itertools.islice(batches, count)]
+
+
+def same(a, b):
+    return a.batch.latent_count == b.batch.latent_count and all(
+        np.array_equal(value, getattr(b.batch, name)) for name, value in vars(a.batch).items() if name != "latent_count"
+    )
+
+
+def pictures(feds):
+    """What tells records apart: their pixels."""
+    return [row.tobytes() for fed in feds for row in fed.batch.crops[:, 0]]
+
+
+def test_batches_hold_the_records(open_batches, folder):
+    batch = take(open_batches(), 1)[0].batch
+    assert batch.tokens.shape == (ROWS, 120) and batch.crops.shape == (ROWS, 1, 24, 24, 3)
+    assert (batch.crop_kind == PIXELS).all() and (batch.crop_text_mask.sum(-1) > 3).all()
+    originals = []
+    for i in range(RECORDS):
+        image = Image.open(folder / f"{i}.png").convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
+        originals.append(np.asarray(image).tobytes())
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for crop, targets, weights in zip(batch.crops[:, 0], batch.targets, batch.loss_weights):
+        i = originals.index(crop.tobytes())  # the image belongs to the answer
+        assert tokenizer.decode(targets[weights > 0].tolist()).startswith(f"There is one {WORDS[i]}.")
+
+
+def test_the_seed_decides(open_batches):
+    first, again, other = (take(open_batches(seed=seed), 4) for seed in (1, 1, 2))
+    assert all(same(a, b) for a, b in zip(first, again))
+    assert pictures(first) != pictures(other)
+
+
+def test_stages_differ_in_order(open_batches):
+    one, two = (pictures(take(open_batches(name=name), 3)) for name in ("one", "two"))
+    assert one != two and set(one) == set(two)
+
+
+def test_threads_do_not_matter(open_batches):
+    one, many = (take(open_batches(threads=threads), 5) for threads in (1, 7))
+    assert all(same(a, b) for a, b in zip(one, many))
+
+
+def test_every_record_is_seen_once_an_epoch_and_the_order_changes(open_batches):
+    seen = pictures(take(open_batches(), 3 * RECORDS // ROWS))
+    epochs = [seen[i : i + RECORDS] for i in range(0, len(seen), RECORDS)]
+    assert len(epochs) == 3 and len(set(epochs[0])) == RECORDS
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("file", ["good.json", "bad.json"])
+def test_state_resumes_at_the_identical_next_batch(open_batches, bad_file, file, after):
+    batches = open_batches(file)
+    take(batches, after)
+    saved = json.loads(json.dumps(batches.get_state()))  # as a checkpoint keeps it
+    expected = [next(batches) for _ in range(4)]
+    fresh = open_batches(file)
+    fresh.set_state(saved)
+    for (a, counts_a), (b, counts_b) in zip(expected, [next(fresh) for _ in range(4)]):
+        assert same(a, b) and counts_a == counts_b
+        assert [bad.where for bad in a.bad] == [bad.where for bad in b.bad]
+
+
+# Latents.
+
+
+def test_latent_draw_is_a_function_of_seed_and_step_and_covers_the_set():
+    counts = (4, 16, 36, 64, 144)
+    draws = [pipeline.draw_latent_count(counts, 7, step) for step in range(400)]
+    assert draws == [pipeline.draw_latent_count(counts, 7, step) for step in range(400)]
+    assert draws[123] == pipeline.draw_latent_count(counts, 7, 123) and isinstance(draws[0], int)
+    assert draws != [pipeline.draw_latent_count(counts, 8, step) for step in range(400)]
+    for count in counts:  # 80 expected, standard deviation 8
+        assert 48 <= draws.count(count) <= 112
+    assert pipeline.draw_latent_count((), 7, 0) == 0
+
+
+def test_batches_draw_by_step(open_batches):
+    feds = take(open_batches(), 8)
+    config = dataclasses.make_dataclass("Seeded", ["seed"])(1)
+    seed = pipeline.stage_seed(config, StageConfig("one", "x"))
+    assert [fed.batch.latent_count for fed in feds] == [pipeline.draw_latent_count((1, 4), seed, s) for s in range(8)]
+    assert {fed.batch.latent_count for fed in feds} == {1, 4}
+    for fed in feds:
+        assert (fed.batch.visual_index.max(-1) == 9 + fed.batch.latent_count - 1).all()
+
+
+def test_without_exchange_nothing_is_drawn(open_batches):
+    model = tiny("released", semantic_exchange=False, **{"llm.vocab_size": 640})
+    batch = take(open_batches(model=model), 1)[0].batch
+    assert batch.latent_count == 0 and batch.latent_start.shape == (ROWS, 0)
+
+
+# Steps.
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [({"steps": 7}, 7), ({"epochs": 1}, 2), ({"epochs": 3}, 7), ({"epochs": 1, "batch_size": 64}, 1)],
+)
+def test_steps_of_a_stage(stage, expected):
+    assert pipeline.stage_steps(StageConfig("s", "d", **{"batch_size": 4, **stage}), 10) == expected
+
+
+def test_stage_seeds_differ():
+    config = dataclasses.make_dataclass("Seeded", ["seed"])
+    seeds = {pipeline.stage_seed(config(seed), StageConfig(name, "d")) for seed in (1, 2) for name in ("a", "b", "c")}
+    assert len(seeds) == 6 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+# Bad records.
+
+REASONS = {"corrupt_image": "cut.png", "missing_image": "gone.png", "missing_key": "", "too_long": "", "no_answer": ""}
+
+
+@pytest.fixture(scope="module")
+def bad_file(folder):
+    """The good records and five bad ones between them."""
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    corrupt, missing, keyless, long, unanswered = (record(i) for i in range(5))
+    corrupt["image"], missing["image"] = "cut.png", "gone.png"
+    del keyless["conversations"]
+    long["conversations"][1]["value"] *= 30
+    unanswered["conversations"].pop()
+    records = [record(i) for i in range(RECORDS)]
+    for i, bad in enumerate((corrupt, missing, keyless, long, unanswered)):
+        records.insert(2 * i, {**bad, "id": f"bad{i}"})
+    (folder / "bad.json").write_text(json.dumps(records))
+    return folder / "bad.json"
+
+
+def test_bad_records_are_skipped_counted_and_named(open_batches, bad_file):
+    batches = open_batches("bad.json")
+    bad, seen, pixels = [], [], []
+    for _ in range(6):  # two epochs of good records
+        fed, counts = next(batches)
+        bad += fed.bad
+        pixels += pictures([fed])
+        seen.append(counts.seen)
+        assert fed.batch.tokens.shape[0] == ROWS
+        assert counts.bad == {reason: sum(b.reason == reason for b in bad) for reason in counts.bad}
+        assert counts.seen == ROWS * len(seen) + len(bad)
+    assert {b.reason for b in bad} == set(REASONS)
+    assert len(set(pixels)) == RECORDS
+    # At most every bad record twice and once on the way into the third epoch.
+    for reason in REASONS:
+        assert 1 <= sum(b.reason == reason for b in bad) <= 3
+    where = {b.reason: b.where for b in bad}
+    for reason, name in zip(REASONS, ("bad0", "bad1", None, "bad3", "bad4")):
+        assert str(bad_file) in where[reason] and (name is None or name in where[reason])
+    for b in bad:
+        assert REASONS[b.reason] in str(b)
+    # Counts that were handed out do not change any more.
+    fed, later = next(batches)
+    assert later.seen > counts.seen and counts.seen == seen[-1]
+
+
+def test_counts_stop_the_run_beyond_the_allowed_share():
+    counts = pipeline.Counts(seen=100, bad={"too_long": 2, "corrupt_image": 1})
+    counts.check(0.03, 10)
+    with pytest.raises(UserError) as error:
+        counts.check(0.029, 10)
+    for word in ("3 of 100", "1 corrupt_image", "2 too_long", "max_bad_records=0.029", "bad_records.jsonl"):
+        assert word in str(error.value)
+    # Early bad luck is measured against the whole data set.
+    pipeline.Counts(seen=2, bad={"too_long": 1}).check(0.01, 100)
+    with pytest.raises(UserError):
+        pipeline.Counts(seen=2, bad={"too_long": 2}).check(0.01, 100)
+    pipeline.Counts().check(0.0, 100)
+
+
+def test_a_source_without_usable_records_ends_instead_of_hanging():
+    bad = BadRecord("missing_key", "file, record 0", "the key is missing")
+    endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
+    spec = pipeline.layout_spec(tiny(), 40, 6, 2)
+    fed, counts = next(iter(pipeline._Batches(endless, 1, spec, (4,), 0)))
+    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1000
+    with pytest.raises(UserError):
+        counts.check(0.5, 3)
+
+
+# Validation.
+
+
+def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_file, folder):
+    model = tiny(latent_counts=(1, 4, 9), **{"llm.vocab_size": 640})
+    stage = StageConfig("s", str(bad_file), max_length=120, max_question_length=16, batch_size=5)
+    config = RunConfig(model=model, stages=(stage,), tokenizer="")
+    make = functools.partial(
+        pipeline.fixed_batches, config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer")
+    )
+    batches = list(make(10))
+    assert len(batches) == 2 and {b.latent_count for b in batches} == {4}
+    assert len(list(make(1))) == 1
+    rows = [row.tobytes() for b in batches for row in b.crops[:, 0]]
+    for i, pixels in enumerate(rows):
+        image = Image.open(folder / f"{i}.png").convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
+        assert pixels == np.asarray(image).tobytes()
+
+
+def test_a_file_without_records_is_refused(tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    stage = StageConfig("s", str(tmp_path / "empty.json"))
+    config = RunConfig(model=tiny(), stages=(stage,), tokenizer="")
+    with pytest.raises(UserError) as error:
+        pipeline.open_source(config, stage)
+    assert "empty.json" in str(error.value)
+
+
+def test_bad_records_survive_pickling():
+    bad = pickle.loads(pickle.dumps(BadRecord("too_long", "file, record 1", "needs 5")))
+    assert (bad.reason, bad.where, bad.detail, str(bad)) == (
+        "too_long", "file, record 1", "needs 5", "file, record 1: needs 5",
+    )  # fmt: skip
