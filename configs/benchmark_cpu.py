@@ -23,7 +23,7 @@ def get_config():
         {
             "model": to_dict(MODEL),
             "dtype": "float32",
-            "remat": "none",
+            "remat": "attention",
             "batch_size": 2,
             "accumulation": 1,
             "question_tokens": 40,

@@ -14,6 +14,8 @@ MODEL = FusionConfig(
     llm=LLMConfig(vocab_size=640, width=128, mlp_dim=320, layers=3, heads=4, kv_heads=2),
     exchange=ExchangeConfig(start=0, stride=2, layers=2, heads=4),
     latent_counts=(4, 9),
+    # From random weights both sides of the mapping loss can meet by forgetting the image; pretrained parts take 0.1.
+    mapping_loss_weight=0.01,
     **PAPER,
 )
 
@@ -32,6 +34,7 @@ def get_config(data: str = "runs/quickstart/data"):
             "batch_size": 32,
             "learning_rate": 2e-3,
             "b2": 0.98,
+            "warmup_ratio": 0.1,
         }
         return base | changes
 
@@ -43,9 +46,9 @@ def get_config(data: str = "runs/quickstart/data"):
             "dtype": "float32",
             "remat": "dots",
             "stages": [
-                stage("stage1", "stage1", steps=400, max_length=128, max_question_length=8),
-                stage("stage1_5", "stage1_5", steps=200, max_length=132, max_question_length=28),
-                stage("stage2", "stage2", steps=600),
+                stage("stage1", "stage1", steps=600, max_length=128, max_question_length=8),
+                stage("stage1_5", "stage1_5", steps=300, learning_rate=1e-3),
+                stage("stage2", "stage2", steps=400, learning_rate=1e-3),
             ],
             "validation_data": f"{data}/validation.json",
             "log_every": 25,

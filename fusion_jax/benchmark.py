@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_flags
 
-from fusion_jax import flops, generate, optim, state, train_step
+from fusion_jax import flops, generate, optim, sharding, state, train_step
 from fusion_jax.config import DTYPES, StageConfig, from_dict
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out
@@ -77,15 +77,19 @@ def benchmark_step(config, model: fusion.Fusion, params) -> dict:
     stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     batch = random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens)
-    current = state.create(params, tx)
+    mesh = sharding.make_mesh()
+    sharding.check_rows(config.batch_size // config.accumulation, "benchmark")
+    current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
+    batch = sharding.put_batch(batch, mesh)
     del params
     start = time.perf_counter()
-    step = train_step.compile_step(model, stage, 1000, tx, labels).lower(current, batch).compile()
+    rates = optim.learning_rates(stage, 500, 1000)
+    step = train_step.compile_step(model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
     compile_seconds = time.perf_counter() - start
 
     def run():
         nonlocal current
-        current, metrics = step(current, batch)
+        current, metrics = step(current, batch, rates)
         return metrics
 
     jax.block_until_ready(run())

@@ -75,7 +75,7 @@ class Checkpoints:
 
 
 def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The `about` entry of a checkpoint: one JSON text, so Orbax writes one leaf, not one a config key."""
+    """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
@@ -84,7 +84,7 @@ def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model: its run config, parameters (float32, nested dict), tokenizer and the step folder it came from."""
+    """A trained model: its run config, parameters (float32, nested dict), tokenizer and step folder."""
 
     config: RunConfig
     params: dict

@@ -1,10 +1,11 @@
 """AdamW with learning rates by parameter path, freezing by path, and the published schedule."""
 
+import math
 import re
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -47,20 +48,19 @@ def decays(params) -> dict:
     return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
 
 
-def cosine(step: jax.Array, steps: int, warmup_ratio: float) -> jax.Array:
+def cosine(step: int, steps: int, warmup_ratio: float) -> float:
     """The published schedule, as a factor: linear from 0 over the warm-up, then a half cosine to 0 at `steps`."""
     warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, with the float's own rounding cut off
-    step = jnp.asarray(step, jnp.float32)
-    progress = (step - warmup) / max(steps - warmup, 1)
-    decayed = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-    return jnp.where(step < warmup, step / max(warmup, 1), decayed)
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(steps - warmup, 1))))
 
 
-def learning_rates(stage: StageConfig, step: jax.Array, steps: int) -> dict[str, jax.Array]:
-    """Learning rate per label at a step."""
+def learning_rates(stage: StageConfig, step: int, steps: int) -> dict[str, np.float32]:
+    """Learning rate per label for the step that follows `step` earlier ones."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
-    return {label: factor * rate for label, rate in rates.items()} | {FROZEN: jnp.zeros_like(factor)}
+    return {label: np.float32(factor * rate) for label, rate in rates.items()}
 
 
 def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh and its axis names. The only file that knows them.
 
-One axis so far: `data`. Parameters are replicated; every device computes the rows of the batch that it holds, and losses and
-gradients, which are sums, are added up.
+One axis so far: `data`. Parameters are replicated; every device computes the rows of the batch that it holds, and
+losses and gradients, which are sums, are added up.
 """
 
 import jax

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from fusion_jax import checkpoint, flops, generate, metrics, optim, state, train_step
+from fusion_jax import checkpoint, flops, generate, metrics, optim, sharding, state, train_step
 from fusion_jax.cli import run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
@@ -41,9 +41,12 @@ def train(config: RunConfig, workdir: Path) -> None:
     # ---- Inputs: everything that can be wrong is looked at before any long work.
     tokenizer = load_tokenizer(config.tokenizer)
     _check_tokenizer(config, tokenizer)
+    for stage in config.stages:
+        sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
     record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
     validation = sources.load_source(config.validation_data) if config.validation_data else None
     workdir.mkdir(parents=True, exist_ok=True)
+    _cache_compiled_programs(workdir)
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     about = checkpoint.describe(config, tokenizer)
 
@@ -84,6 +87,12 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
 
 
+def _cache_compiled_programs(workdir: Path) -> None:
+    """Restarts and stages of equal shapes compile nothing again. A cache chosen by the user is left alone."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
+
+
 def _saved_steps(workdir: Path, stage: StageConfig) -> list[int]:
     folder = workdir / stage.name / checkpoint.FOLDER
     return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
@@ -109,8 +118,9 @@ class StageRun:
         # ---- Optimizer and state.
         labels = optim.labels(stage, params)
         tx = optim.optimizer(stage, params)
-        current = state.create(params, tx)
-        step_fn = train_step.compile_step(model, stage, steps, tx, labels)
+        mesh = sharding.make_mesh()
+        current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
+        step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
         batches = pipeline.training_batches(config, stage, self.source, self.tokenizer)
         checkpoints = checkpoint.Checkpoints(self.folder / checkpoint.FOLDER, config.keep_checkpoints, self.about)
@@ -133,7 +143,9 @@ class StageRun:
                 compiled.add(fed.batch.latent_count)
                 log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
             cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
-            current, values = step_fn(current, fed.batch)
+            rates = optim.learning_rates(stage, step - 1, steps)
+            current, values = step_fn(current, sharding.put_batch(fed.batch, mesh), rates)
+            values |= _prefixed("learning_rate/", rates)
             interval.add(values, stage.batch_size, cost, waited)
 
             if step % config.log_every == 0 or step == steps:

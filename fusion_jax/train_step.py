@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fusion_jax import losses, optim
+from fusion_jax import losses, optim, sharding
 from fusion_jax.config import StageConfig
 from fusion_jax.data.layout import Batch
 from fusion_jax.models.fusion import Fusion, head_kernel
@@ -56,34 +57,36 @@ def _accumulate(grad_fn, params, batch: Batch, microbatches: int):
 def train_step(
     model: Fusion,
     stage: StageConfig,
-    steps: int,
     tx: optax.GradientTransformation,
     label_tree,
+    mesh: Mesh,
     state: TrainState,
     batch: Batch,
+    rates: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters.
 
     Args:
-      steps: length of the stage, for the schedule. label_tree: `optim.labels` of the parameters.
-      batch: B must be divisible by `stage.accumulation`.
+      label_tree: `optim.labels` of the parameters. mesh: devices that share the rows of the batch.
+      batch: B must be divisible by `stage.accumulation` times the devices.
+      rates: learning rate per label. Arguments, so that stages of equal shapes are one compiled program.
 
     Returns:
-      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm, skipped, learning_rate/<label>,
-      text_tokens, visual_tokens, supervised_tokens.
+      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm, skipped, text_tokens, visual_tokens.
     """
     totals = losses.counts(batch, model.config.vision.patches)
 
-    def loss(params, part):
-        return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
+    def local(params, rows, totals):
+        def loss(params, part):
+            return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
 
-    grad_fn = jax.value_and_grad(loss, has_aux=True)
-    (total, parts), grads = _accumulate(grad_fn, state.params, batch, stage.accumulation)
+        return _accumulate(jax.value_and_grad(loss, has_aux=True), params, rows, stage.accumulation)
+
+    (total, parts), grads = sharding.sum_over_rows(local, mesh)(state.params, batch, totals)
     grad_norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    rates = optim.learning_rates(stage, state.step, steps)
     params = optim.apply_updates(state.params, updates, rates, label_tree)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
@@ -107,13 +110,11 @@ def train_step(
         "skipped": new.skipped.astype(jnp.float32),
         "text_tokens": jnp.sum(real & ~visual).astype(jnp.float32),
         "visual_tokens": jnp.sum(real & visual).astype(jnp.float32),
-        "supervised_tokens": totals["ce"],
     }
-    metrics |= {f"learning_rate/{name}": rate for name, rate in rates.items() if name != optim.FROZEN}
     return new, metrics
 
 
-def compile_step(model: Fusion, stage: StageConfig, steps: int, tx, label_tree):
-    """The jitted step (state, batch) -> (state, metrics); the old state's buffers are reused."""
-    step = functools.partial(train_step, model, stage, steps, tx, label_tree)
+def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh):
+    """The jitted step (state, batch, rates) -> (state, metrics); the old state's buffers are reused."""
+    step = functools.partial(train_step, model, stage, tx, label_tree, mesh)
     return jax.jit(step, donate_argnums=0)

@@ -35,6 +35,12 @@ from fusion_jax.synth.tokenizer import train_tokenizer
 
 VERSION = 1
 STAGES = ("stage1", "stage1_5", "stage2")
+# Stage 1.5 already meets short answers: going over to them at once would undo much of what the encoder has learned.
+MIXTURES = {
+    "stage1": {"stage1": "all"},
+    "stage1_5": {"stage1_5": "all", "stage2": "random:50%"},
+    "stage2": {"stage2": "all"},
+}
 TESTS = ("validation", "held_out")
 PER_FOLDER = 1000
 CHUNK = 50
@@ -132,8 +138,11 @@ def _build(folder: pathlib.Path, config: ScenesConfig, workers: int, progress: b
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in listed)
         (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     for stage in STAGES:
-        mixture = f'datasets:\n  - json_path: {stage}.json\n    image_folder: .\n    sampling_strategy: "all"\n'
-        (folder / f"{stage}.yaml").write_text(mixture, encoding="utf-8")
+        parts = [
+            f'  - json_path: {name}.json\n    image_folder: .\n    sampling_strategy: "{strategy}"\n'
+            for name, strategy in MIXTURES[stage].items()
+        ]
+        (folder / f"{stage}.yaml").write_text("datasets:\n" + "".join(parts), encoding="utf-8")
     train_tokenizer(_tokenizer_texts(records), folder / "tokenizer")
 
     manifest = {

@@ -44,7 +44,7 @@ RGB = {
 COLOURS = tuple(RGB)
 
 # Neutral or faintly tinted, darker than white so that yellow stands out.
-# Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first and not the paper.
+# Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first.
 BACKGROUNDS = ((126, 126, 126), (118, 120, 128), (132, 126, 118), (118, 128, 130), (128, 120, 130), (120, 130, 118))
 
 # Grey is not one of the colours asked about, so the writing is never a "black thing".
@@ -57,7 +57,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 UNSEEN = tuple(pair for pair in PAIRS if pair in HELD_OUT)
 
 WORD_SHARE = 0.35
-COUNT_WEIGHTS = (0.42, 0.32, 0.16, 0.10)  # scenes with one, two, three and four things
+COUNT_WEIGHTS = (0.60, 0.25, 0.10, 0.05)  # scenes with one, two, three and four things
 
 # Radius of a thing as a share of its cell's side.
 RADIUS = {"small": 0.29, "large": 0.47}

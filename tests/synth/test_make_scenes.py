@@ -83,8 +83,9 @@ def test_held_out_pairs_are_nowhere_in_the_training_text(made):
 
 def test_mixtures_name_their_files(made):
     for stage in FILES[:3]:
-        (dataset,) = yaml.safe_load((made / f"{stage}.yaml").read_text())["datasets"]
-        assert dataset == {"json_path": f"{stage}.json", "image_folder": ".", "sampling_strategy": "all"}
+        datasets = yaml.safe_load((made / f"{stage}.yaml").read_text())["datasets"]
+        assert datasets[0] == {"json_path": f"{stage}.json", "image_folder": ".", "sampling_strategy": "all"}
+        assert all((made / dataset["json_path"]).exists() for dataset in datasets)
 
 
 def test_the_manifest_counts(made):
