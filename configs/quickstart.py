@@ -24,15 +24,15 @@ def get_config(data: str = "runs/quickstart/data"):
     """`data` is the folder that make_scenes wrote: `--config configs/quickstart.py:some/folder`."""
     data = data or "runs/quickstart/data"
 
-    def stage(name, file, **changes):
+    # Equal shapes in all stages: one compiled step per l^2 serves the three.
+    def stage(name, **changes):
         base = {
             "name": name,
-            "data": f"{data}/{file}.yaml",
+            "data": f"{data}/{name}.yaml",
             "max_length": 144,
             "max_question_length": 56,
             "max_rounds": 2,
             "batch_size": 32,
-            "learning_rate": 2e-3,
             "b2": 0.98,
             "warmup_ratio": 0.1,
         }
@@ -46,14 +46,14 @@ def get_config(data: str = "runs/quickstart/data"):
             "dtype": "float32",
             "remat": "dots",
             "stages": [
-                stage("stage1", "stage1", steps=600, max_length=128, max_question_length=8),
-                stage("stage1_5", "stage1_5", steps=300, learning_rate=1e-3),
-                stage("stage2", "stage2", steps=400, learning_rate=1e-3),
+                stage("stage1", steps=450, learning_rate=2e-3),
+                stage("stage1_5", steps=250, learning_rate=1.5e-3),
+                stage("stage2", steps=500, learning_rate=1.5e-3),
             ],
             "validation_data": f"{data}/validation.json",
             "log_every": 25,
-            "validate_every": 200,
-            "checkpoint_every": 200,
+            "validate_every": 250,
+            "checkpoint_every": 250,
             "loader_threads": 4,
         }
     )

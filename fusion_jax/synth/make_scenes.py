@@ -35,11 +35,12 @@ from fusion_jax.synth.tokenizer import train_tokenizer
 
 VERSION = 1
 STAGES = ("stage1", "stage1_5", "stage2")
-# Stage 1.5 already meets short answers: going over to them at once would undo much of what the encoder has learned.
+# Each stage meets some of the next one's records and keeps some of the last one's: a model from scratch that goes over
+# at once undoes much of what its encoder has learned.
 MIXTURES = {
-    "stage1": {"stage1": "all"},
-    "stage1_5": {"stage1_5": "all", "stage2": "random:50%"},
-    "stage2": {"stage2": "all"},
+    "stage1": {"stage1": "all", "stage2": "random:50%"},
+    "stage1_5": {"stage1_5": "all", "stage1": "random:25%", "stage2": "random:50%"},
+    "stage2": {"stage2": "all", "stage1": "random:10%"},
 }
 TESTS = ("validation", "held_out")
 PER_FOLDER = 1000

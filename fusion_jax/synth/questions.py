@@ -33,7 +33,7 @@ ANSWERS = {
 }
 
 # Questions of two answers are few: half of them come right without looking.
-SHARES = {"colour": 7, "shape": 7, "place": 7, "count": 7, "word": 7, "choice": 7, "exists": 4, "size": 4}
+SHARES = {"colour": 8, "shape": 6, "place": 8, "count": 7, "word": 6, "choice": 5, "exists": 4, "size": 4}
 
 # Further rounds cannot choose their scene, and few find a word to ask about: these weights bring stage 2 to `SHARES`.
 ROUND_SHARES = {"colour": 7, "shape": 8, "place": 8, "count": 4, "word": 25, "choice": 9, "exists": 2, "size": 1}

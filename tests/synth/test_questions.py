@@ -162,8 +162,8 @@ def test_kinds_and_answers_take_turns():
     for kind, answers in questions.ANSWERS.items():
         given = Counter(goal.letter or goal.answer for goal in goals if goal.kind == kind)
         assert set(given) == set(answers) and max(given.values()) - min(given.values()) <= 1
-        if kind not in ("exists", "size"):
-            assert 0.12 < kinds[kind] / len(goals) < 0.16
+        share = questions.SHARES[kind] / sum(questions.SHARES.values())
+        assert abs(kinds[kind] / len(goals) - share) < 0.01
 
 
 def test_stage_2_is_balanced_as_a_whole():
