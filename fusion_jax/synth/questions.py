@@ -40,7 +40,7 @@ ROUND_SHARES = {"colour": 7, "shape": 8, "place": 8, "count": 4, "word": 25, "ch
 SENTENCE_SHARES = {"colour": 7, "shape": 7, "place": 7, "count": 6, "word": 10, "exists": 5, "size": 4, "describe": 5}
 
 # Every scene has a count of zero of something; without this it would be the answer to a third of the further rounds.
-ANSWER_WEIGHTS = {"zero": 0.3, "one": 0.6, "two": 1.0, "three": 1.6, "four": 2.0}
+ANSWER_WEIGHTS = {"zero": 0.3, "one": 0.3, "two": 1.2, "three": 1.8, "four": 2.2}
 
 CHOICE_OF = ("colour", "shape", "place", "count", "word")  # what a multiple choice question may be about
 

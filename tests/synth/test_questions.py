@@ -180,9 +180,9 @@ def test_stage_2_is_balanced_as_a_whole():
 
 
 def test_a_target_is_met():
-    goal = Target("choice", "MILK", "word", "C")
+    goal = Target("choice", "FISH", "word", "C")
     scene, fact = questions.target_scene(goal, random.Random(0))
-    assert scene.word.text == "MILK"
+    assert scene.word.text == "FISH"
     assert questions.target_round(goal, fact, random.Random(0)).answer == "C"
 
 
