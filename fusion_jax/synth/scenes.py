@@ -60,7 +60,7 @@ WORD_SHARE = 0.35
 COUNT_WEIGHTS = (0.60, 0.25, 0.10, 0.05)  # scenes with one, two, three and four things
 
 # Radius of a thing as a share of its cell's side.
-RADIUS = {"small": 0.33, "large": 0.48}
+RADIUS = {"small": 0.32, "large": 0.48}
 SUPERSAMPLE = 3
 
 
