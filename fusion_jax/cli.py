@@ -31,9 +31,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            # ml_collections reports unknown config keys as AttributeError and wrong types as TypeError.
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            # Config files are read while flags are parsed: unknown keys come as KeyError, wrong types as ValueError.
+            # Their texts are representations of strings, some over several lines: one plain sentence for the terminal.
+            text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+            print("error: " + " ".join(text.split()), file=sys.stderr)
             sys.exit(2)
 
     app.run(guarded, flags_parser=parse)

@@ -176,9 +176,9 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
 
 
 def to_dict(config: Any) -> Any:
-    """Nested plain dicts and lists, ready for JSON; `from_dict` reads them back."""
+    """Nested plain dicts and tuples, for JSON and ConfigDicts; `from_dict` reads them back."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple | list):
-        return [to_dict(item) for item in config]
+        return tuple(to_dict(item) for item in config)
     return dict(config) if isinstance(config, dict) else config

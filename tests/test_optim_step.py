@@ -138,15 +138,14 @@ def test_step_equals_optax_adamw():
     """Two steps without options: the same numbers as optax's own AdamW at the same rates."""
     step = compiled()
     current = start(step)
-    rates = [float(optim.cosine(s, STEPS, STAGE.warmup_ratio)) * 1e-2 for s in (2, 3)]
+    rates = [published(s, STEPS, STAGE.warmup_ratio) * 1e-2 for s in (2, 3)]
     reference = optax.adamw(lambda count: jnp.asarray(rates)[count], b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.0)
     expected, opt_state = params(CONFIG), reference.init(params(CONFIG))
-    for k in range(2):
+    for _ in range(2):
         _, grads = grad_fn(CONFIG)(expected, mixed_batch(CONFIG))
         updates, opt_state = jit(reference.update)(grads, opt_state, expected)
         expected = optax.apply_updates(expected, updates)
         current, metrics = step[2](current, mixed_batch(CONFIG))
-        np.testing.assert_allclose(metrics["learning_rate/default"], rates[k], rtol=1e-6)
         np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
     moved = max(np.abs(a - b).max() for a, b in zip(flat(expected).values(), flat(params(CONFIG)).values()))
     assert moved > 1e-2
@@ -230,13 +229,8 @@ def test_metrics_count_tokens():
     assert visual == 3 * 9 + 4 * 4
     assert metrics["visual_tokens"] == visual
     assert metrics["text_tokens"] == int((batch.segment_ids > 0).sum()) - visual
-    assert metrics["supervised_tokens"] == 14
     assert metrics["skipped"] == 0
-    np.testing.assert_allclose(metrics["learning_rate/^llm/"], 3e-3, rtol=1e-6)
-    assert set(metrics) == {
-        "total", "ce", "v2t", "t2v", "grad_norm", "skipped", "text_tokens", "visual_tokens", "supervised_tokens",
-        "learning_rate/default", "learning_rate/^llm/",
-    }  # fmt: skip
+    assert set(metrics) == {"total", "ce", "v2t", "t2v", "grad_norm", "skipped", "text_tokens", "visual_tokens"}
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])

@@ -85,14 +85,15 @@ def test_resize_equals_bilinear_loops(side, out):
     np.testing.assert_allclose(np.asarray(resized).reshape(2, out, out, 3), expected, atol=1e-5)
 
 
-# Exchange: two rows, two images each, three rounds, l^2 = 4 latents, 3 x 3 tokens an image in overlapping windows.
+# Exchange: two rows, two images each, three rounds, l^2 = 9 latents. Windows over 5 x 5 tokens are 2 or 3 wide, so that
+# the mask of the narrow ones matters.
 
-BATCH, IMAGES, ROUNDS, LATENTS, SIDE, WIDTH, HEADS, LENGTH = 2, 2, 3, 4, 3, 16, 4, 24
-WINDOWS = connector.windows(SIDE, 2)
+BATCH, IMAGES, ROUNDS, LATENTS, SIDE, WIDTH, HEADS, LENGTH = 2, 2, 3, 9, 5, 16, 4, 36
+WINDOWS = connector.windows(SIDE, 3)
 ROUND_IMAGE = np.array([[0, 1, 0], [1, -1, -1]], np.int32)
-LATENT_START = np.array([[2, 9, 16], [5, -1, -1]], np.int32)
+LATENT_START = np.array([[2, 13, 24], [5, -1, -1]], np.int32)
 # The second round's question ends on a latent of the first: an update seen too early would show.
-ROUND_END = np.array([[7, 4, 22], [12, -1, -1]], np.int32)
+ROUND_END = np.array([[11, 4, 34], [20, -1, -1]], np.int32)
 STATE = random_array(BATCH, LENGTH, WIDTH)
 CONTEXT = random_array(BATCH, IMAGES, SIDE**2, WIDTH, seed=1)
 
@@ -171,7 +172,7 @@ def test_only_latents_of_present_rounds_change():
 
 
 def test_rounds_do_not_see_each_others_update():
-    first, second = np.arange(2, 6), np.arange(9, 13)
+    first, second = np.arange(2, 11), np.arange(13, 22)
     out = exchange()
     for absent, kept in ((0, second), (1, first)):
         start = LATENT_START.copy()
@@ -182,13 +183,13 @@ def test_rounds_do_not_see_each_others_update():
 def test_a_latent_reads_its_round_its_question_and_its_image_only():
     out = exchange()
     x = STATE.copy()
-    x[0, 22] += random_array(WIDTH, seed=3)  # where the third round's question ends
+    x[0, 34] += random_array(WIDTH, seed=3)  # where the third round's question ends
     moved = np.abs(exchange(x) - out)[0].max(-1) > 1e-4
-    np.testing.assert_array_equal(np.flatnonzero(moved), [16, 17, 18, 19, 22])
+    np.testing.assert_array_equal(np.flatnonzero(moved), [*range(24, 33), 34])
     context = CONTEXT.copy()
     context[0, 1] *= -1
     moved = np.abs(exchange(context=context) - out).max(-1) > 1e-4
-    np.testing.assert_array_equal(np.argwhere(moved), [[0, p] for p in (9, 10, 11, 12)])
+    np.testing.assert_array_equal(np.argwhere(moved), [[0, p] for p in range(13, 22)])
     context = CONTEXT.copy()
     context[1, 1, 0] *= -1  # the corner is in the first window alone
     moved = np.abs(exchange(context=context) - out).max(-1) > 1e-4
