@@ -164,7 +164,7 @@ def test_evaluation_reads_the_checkpoint_alone(data, finished, tmp_path):
         ("--config.model.exchange.layers=9", "layers=9"),
         ("--config.tokenizer=/nowhere", "/nowhere"),
         ("--config.validation_data=/nowhere.json", "/nowhere.json"),
-        ("--config.template=vicuna", "allowed: phi3, llama3"),
+        ("--config.dtype=float8", "allowed: float32, bfloat16"),
         ("--config.log_every=many", "log_every"),
     ],
 )

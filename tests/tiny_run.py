@@ -17,7 +17,7 @@ MODEL = FusionConfig(
 def get_config(data: str = "data"):
     def stage(name, **changes):
         sizes = {"max_length": 144, "max_question_length": 56, "max_rounds": 2, "batch_size": 4, "steps": 8}
-        return {"name": name, "data": f"{data}/{name}.yaml", "learning_rate": 1e-3, **sizes, **changes}
+        return {"name": name, "data": f"{data}/{name}.yaml", "learning_rate": 1e-2, **sizes, **changes}
 
     return ConfigDict(
         {

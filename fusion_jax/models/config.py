@@ -7,6 +7,7 @@ named field of `FusionConfig`, so that an ablation is a line. Nothing here touch
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fusion_jax.errors import UserError
 
@@ -309,7 +310,7 @@ VARIANTS: dict[str, dict[str, FusionConfig]] = {
 }
 
 
-def replace(config: FusionConfig, **changes) -> FusionConfig:
+def replace(config: Any, **changes) -> Any:
     """`dataclasses.replace` that reaches into the parts: `replace(c, **{"llm.layers": 4, "mask": "paper"})`."""
     nested: dict[str, dict] = {}
     flat = {}

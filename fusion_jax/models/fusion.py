@@ -27,7 +27,7 @@ class Visual:
     """What the encoder side hands to the decoder and the mapping loss; N images a row, P patches, T question tokens.
 
     Attributes:
-      image_tokens: (B, N, P', D) tokens that enter the sequence (P' differs from P where they are resized).
+      image_tokens: (B, N, I, D) tokens that enter the sequence (I differs from P where they are resized).
       context: (B, N, C, D) keys/values of the exchange, None without exchange.
       latents: (B, R, L, D) initial latents, None without.
       question: (B, N, T, D) LLM embeddings of the question; question_features: (B, N, T, D) the same tokens out of
@@ -36,7 +36,7 @@ class Visual:
         projected to text and back. None without mapping loss.
     """
 
-    image_tokens: Float[Array, "B N P D"]
+    image_tokens: Float[Array, "B N I D"]
     context: Float[Array, "B N C D"] | None
     latents: Float[Array, "B R L D"] | None
     question: Float[Array, "B N T D"] | None

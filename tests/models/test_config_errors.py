@@ -174,7 +174,7 @@ def test_dict_and_json_give_the_config_back(preset):
     )
     config = RunConfig(model=model, stages=(stage, dataclasses.replace(stage, name="t")), tokenizer="tok", seed=7)
     plain = to_dict(config)
-    assert isinstance(plain["stages"], list) and isinstance(plain["model"]["vision"], dict)
+    assert isinstance(plain["stages"], tuple) and isinstance(plain["model"]["vision"], dict)
     assert from_dict(RunConfig, plain) == config
     assert from_dict(RunConfig, json.loads(json.dumps(plain))) == config
     assert from_dict(RunConfig, {**plain, "model": model}) == config
