@@ -14,6 +14,7 @@ from fusion_jax.data.layout import Batch, laid_out_length, lay_out
 from fusion_jax.data.pipeline import ExampleMaker, layout_spec
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.errors import BadRecord
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
 
@@ -94,8 +95,10 @@ def greedy(
 
 
 def first_question(record: Record) -> Record:
-    """The record cut after its first question: a prompt."""
-    start = 1 if record.turns[0]["from"] == "gpt" else 0
+    """The record cut after its first question: a prompt. Raises BadRecord where no answer follows it."""
+    start = 1 if record.turns and record.turns[0].get("from") == "gpt" else 0
+    if len(record.turns) < start + 2:
+        raise BadRecord("no_answer", record.where, "there is no question with an answer")
     return Record(record.id, record.image_path, record.turns[start : start + 1], record.where)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from fusion_jax import checkpoint, flops, generate, metrics, optim, sharding, state, train_step
+from fusion_jax import checkpoint, flops, generate, losses, metrics, optim, sharding, state, train_step
 from fusion_jax.cli import run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
@@ -191,28 +191,49 @@ class StageRun:
         batches = pipeline.fixed_batches(
             self.config, self.stage, self.validation, self.tokenizer, self.config.validation_batches
         )
-        parts = [_evaluate(model, params, batch) for batch in batches]
+        parts = [jax.device_get(_evaluate(model, params, batch)) for batch in batches]
         if parts:
-            means = {name: float(sum(part[name] for part in parts)) / len(parts) for name in parts[0]}
+            # Means over all tokens, as in training, not over batches.
+            sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
+            means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
             writer.scalars(step, _prefixed("validation/", means))
             log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
-        samples = [self.validation[i] for i in range(min(self.config.sample_answers, len(self.validation)))]
-        answerer = generate.Answerer(model, params, self.config, self.tokenizer, rows=len(samples) or 1)
-        shown = []
-        for record, answer in zip(samples, answerer.answer([generate.first_question(record) for record in samples])):
-            question = " ".join(record.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
-            shown.append(
-                f"**{record.image_path.name if record.image_path else 'text'}** {question}  \n"
-                f"model: {answer}  \nrecord: {record.turns[1]['value']}"
-            )
+        shown = self._sample_answers(model, params)
         if shown:
             writer.text(step, "answers", "\n\n".join(shown))
+
+    def _sample_answers(self, model: fusion.Fusion, params) -> list[str]:
+        """The first usable questions of the validation data with the model's answers, as Markdown."""
+        maker = pipeline.ExampleMaker(self.config.model, self.tokenizer, self.config.template)
+        prompts, expected = [], []
+        for i in range(len(self.validation)):
+            if len(prompts) == self.config.sample_answers:
+                break
+            try:
+                record = self.validation[i]
+                prompt = generate.first_question(record)
+                maker(prompt, prompt=True)
+            except BadRecord:
+                continue
+            prompts.append(prompt)
+            expected.append(record.turns[record.turns.index(prompt.turns[0]) + 1]["value"])
+        if not prompts:
+            return []
+        answerer = generate.Answerer(model, params, self.config, self.tokenizer, rows=len(prompts))
+        shown = []
+        for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
+            question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
+            name = prompt.image_path.name if prompt.image_path else "text"
+            shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
+        return shown
 
 
 @jax.jit(static_argnums=0)
 def _evaluate(model: fusion.Fusion, params, batch):
-    total, parts = train_step.loss_and_parts(model, params, batch)
-    return {"total": total, **parts}
+    """Sums of the losses and what they are divided by."""
+    totals = losses.counts(batch, model.config.vision.patches)
+    _, means = train_step.loss_and_parts(model, params, batch, totals)
+    return {name: mean * totals[name] for name, mean in means.items()}, totals
 
 
 def _prefixed(prefix: str, values: dict) -> dict:

@@ -203,6 +203,8 @@ def fixed_batches(
             good, made = [], made + 1
             if made == batches:
                 return
+    if good and not made:
+        yield lay_out(good, spec, latents)  # fewer records than one batch: better a small one than none
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:
