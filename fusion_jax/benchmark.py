@@ -19,7 +19,8 @@ from ml_collections import config_flags
 from fusion_jax import flops, generate, optim, sharding, state, train_step
 from fusion_jax.config import DTYPES, StageConfig, from_dict
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out
+from fusion_jax.data.layout import Batch, Example, lay_out
+from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
@@ -49,16 +50,7 @@ def random_batch(model: FusionConfig, rows: int, question: int, answer: int, see
         crops = rng.integers(0, 256, (quadrants + 1, size, size, 3), np.uint8)
         examples.append(Example(ids, labels, np.asarray(asked, np.int32), crops))
     text = len(examples[0].input_ids) - (2 if latents else 1)
-    spec = LayoutSpec(
-        length=text + model.tokens_per_image + latents,
-        question_length=question if model.text_guided else 0,
-        rounds=int(latents > 0),
-        image_tokens=model.tokens_per_image,
-        image_size=size,
-        quadrants=quadrants,
-        zero_image_for_text=model.text_only == "zero_image",
-        hide_question_id_zero=model.hide_question_id_zero,
-    )
+    spec = layout_spec(model, text + model.tokens_per_image + latents, question, 1)
     return lay_out(examples, spec, latents)
 
 

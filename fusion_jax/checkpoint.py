@@ -136,5 +136,4 @@ def load_model(path: str | Path) -> Loaded:
             (Path(files) / name).write_bytes(base64.b64decode(content))
         tokenizer = load_tokenizer(files)
     like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    params = ocp.load_checkpointables(folder, {"params": like})["params"]
-    return Loaded(config, params, tokenizer, folder, int(folder.name))
+    return Loaded(config, load_params(folder, like), tokenizer, folder, int(folder.name))

@@ -12,16 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.data.conversation import TEMPLATES
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -64,14 +59,14 @@ class StageConfig:
     def __post_init__(self):
         where = f"stage {self.name!r}"
         for name in ("max_length", "max_question_length", "max_rounds", "batch_size", "accumulation"):
-            _check(getattr(self, name) >= 1, f"{where}: {name}={getattr(self, name)} must be at least 1.")
-        _check(
+            check(getattr(self, name) >= 1, f"{where}: {name}={getattr(self, name)} must be at least 1.")
+        check(
             self.batch_size % self.accumulation == 0,
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
-        _check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        _check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
-        _check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+        check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
+        check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
+        check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -107,24 +102,24 @@ class RunConfig:
     loader_threads: int = 16
 
     def __post_init__(self):
-        _check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
+        check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
         names = [stage.name for stage in self.stages]
-        _check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
+        check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
         for name, value, allowed in (
             ("template", self.template, tuple(TEMPLATES)),
             ("dtype", self.dtype, DTYPES),
             ("remat", self.remat, tuple(POLICIES)),
         ):
-            _check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+            check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
-            _check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
-        _check(
+            check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )
         longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
         for stage in self.stages:
             visual = self.model.tokens_per_image + longest
-            _check(
+            check(
                 visual < stage.max_length,
                 f"stage {stage.name!r}: max_length={stage.max_length} has no room for text beside "
                 f"{visual} visual tokens ({self.model.tokens_per_image} of the image, {longest} latents).",
@@ -139,16 +134,16 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return from_dict(kind, value, key)
     origin = typing.get_origin(kind)
     if origin is tuple:
-        _check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
+        check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
         return tuple(_convert(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        _check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
+        check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
         return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
     if origin is types.UnionType:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _check(
+    check(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{key} must be {kind.__name__}, got {value!r}.",
     )
@@ -161,7 +156,7 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
     Raises:
       UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
     """
-    _check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
+    check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -171,7 +166,7 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
             raise UserError(f"{where}.{key} is not a known key; {hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        _check(name in values or not required, f"{where}.{name} is missing.")
+        check(name in values or not required, f"{where}.{name} is missing.")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 

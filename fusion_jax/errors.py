@@ -5,6 +5,12 @@ class UserError(Exception):
     """Wrong configuration or input files. Commands print the message without a traceback and exit with 2."""
 
 
+def check(condition: bool, message: str) -> None:
+    """UserError with that message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class BadRecord(Exception):
     """One unusable training record. It is skipped and counted under `reason`; the run goes on.
 

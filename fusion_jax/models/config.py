@@ -9,15 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import check
 
 # Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
 QUADRANTS = 4
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,12 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _check(self.width % self.heads == 0, f"vision.heads={self.heads} does not divide vision.width={self.width}.")
-        _check(
+        check(self.width % self.heads == 0, f"vision.heads={self.heads} does not divide vision.width={self.width}.")
+        check(
             self.layers >= 2,
             f"vision.layers={self.layers} must be at least 2: the taps need a shallow and a deep half.",
         )
-        _check(
+        check(
             0 < self.patch_size <= self.image_size,
             f"vision.patch_size={self.patch_size} must be between 1 and vision.image_size={self.image_size}.",
         )
@@ -78,7 +73,7 @@ class RopeConfig:
 
     def __post_init__(self):
         kinds = ("default", "llama3", "longrope")
-        _check(self.kind in kinds, f"llm.rope.kind={self.kind!r} is unknown; allowed: {', '.join(kinds)}.")
+        check(self.kind in kinds, f"llm.rope.kind={self.kind!r} is unknown; allowed: {', '.join(kinds)}.")
 
 
 @dataclass(frozen=True)
@@ -98,16 +93,16 @@ class LLMConfig:
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):
-        _check(
+        check(
             self.head_dim > 0 or self.width % self.heads == 0,
             f"llm.heads={self.heads} does not divide llm.width={self.width} (or set llm.head_dim).",
         )
-        _check(self.heads % self.kv_heads == 0, f"llm.kv_heads={self.kv_heads} does not divide llm.heads={self.heads}.")
-        _check(self.per_head % 2 == 0, f"llm head size {self.per_head} is odd; rotary embedding needs an even one.")
+        check(self.heads % self.kv_heads == 0, f"llm.kv_heads={self.kv_heads} does not divide llm.heads={self.heads}.")
+        check(self.per_head % 2 == 0, f"llm head size {self.per_head} is odd; rotary embedding needs an even one.")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self.rope, name)
             if self.rope.kind == "longrope":
-                _check(
+                check(
                     len(factors) == self.per_head // 2,
                     f"llm.rope.{name} has {len(factors)} values; head size {self.per_head} needs {self.per_head // 2}.",
                 )
@@ -185,25 +180,25 @@ class FusionConfig:
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
-            _check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+            check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
-            _check(math.isqrt(count) ** 2 == count and count > 0, f"model: {count} tokens are not a square grid l x l.")
-        _check(
+            check(math.isqrt(count) ** 2 == count and count > 0, f"model: {count} tokens are not a square grid l x l.")
+        check(
             not self.semantic_exchange or len(self.latent_counts) > 0,
             "model.latent_counts is empty; give at least one l^2, or set model.semantic_exchange=False.",
         )
-        _check(
+        check(
             self.mapping_loss_weight >= 0, f"model.mapping_loss_weight={self.mapping_loss_weight} must not be negative."
         )
         e, depth = self.exchange, self.llm.layers
         if e.layers and self.semantic_exchange:
             last = e.start + (e.layers - 1) * e.stride
-            _check(
+            check(
                 e.stride >= 1 and e.start >= 0 and last < depth,
                 f"model.exchange: layers={e.layers} from start={e.start} with stride={e.stride} ends after decoder "
                 f"layer {last}, but llm.layers={depth} has layers 0 to {depth - 1}.",
             )
-            _check(
+            check(
                 self.llm.width % e.heads == 0,
                 f"model.exchange.heads={e.heads} does not divide llm.width={self.llm.width}.",
             )
