@@ -39,6 +39,14 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "test": ["pytest==9.2.0", "beartype==0.23.1", "ruff==0.17.5"],
+        # For people who load exports, or pickled weights; training never needs it.
+        "torch": ["torch>=2.6", "transformers>=5.0"],
+        "test": [
+            "pytest==9.2.0",
+            "beartype==0.23.1",
+            "ruff==0.17.5",
+            "torch==2.13.0",
+            "transformers==5.23.0",
+        ],
     },
 )

@@ -20,13 +20,20 @@ from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models import fusion
+from fusion_jax.models.config import FusionConfig, replace
 from fusion_jax.state import TrainState
 
 FOLDER = "checkpoints"
 
 
+_VISION_SIZES = ("image_size", "patch_size", "width", "mlp_dim", "layers", "heads")
+_LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qkv_bias", "tied_head")
+
+
 def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    """Shapes, dtypes and shardings; what has no sharding yet goes to the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), tree)
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
@@ -74,12 +81,17 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
-    return {"json": json.dumps({"config": to_dict(config), "tokenizer": files})}
+def describe(config: RunConfig, tokenizer: Tokenizer | None, origin: dict[str, Any] | None = None) -> dict[str, str]:
+    """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
+
+    `origin` is what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
+    """
+    files = {}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
+    return {"json": json.dumps({"config": to_dict(config), "tokenizer": files, "origin": origin or {}})}
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def load_about(folder: Path) -> dict[str, Any]:
 
 
 def load_params(folder: Path, like) -> dict:
-    """Parameters alone, in the shapes of `like`.
+    """Parameters alone, in the shapes and dtypes of `like`, whatever mesh wrote them.
 
     Raises:
       UserError: the checkpoint holds other parameters than `like`.
@@ -126,14 +138,50 @@ def load_params(folder: Path, like) -> dict:
         raise UserError(f"{folder} holds parameters of another model: {str(error).splitlines()[0]}") from error
 
 
+def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
+    """Writes the tokenizer's files of an `about` entry. UserError where the checkpoint has none."""
+    if not about["tokenizer"]:
+        raise UserError(
+            "The checkpoint holds no tokenizer: the folder it was imported from had none; put tokenizer files "
+            "into that folder and import it again."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in about["tokenizer"].items():
+        (folder / name).write_bytes(base64.b64decode(content))
+
+
 def load_model(path: str | Path) -> Loaded:
     """Everything that generation and evaluation need, from a checkpoint alone."""
     folder = find(path)
     about = load_about(folder)
     config = from_dict(RunConfig, about["config"])
     with tempfile.TemporaryDirectory() as files:
-        for name, content in about["tokenizer"].items():
-            (Path(files) / name).write_bytes(base64.b64decode(content))
+        save_tokenizer(about, Path(files))
         tokenizer = load_tokenizer(files)
     like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    return Loaded(config, load_params(folder, like), tokenizer, folder, int(folder.name))
+    return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
+
+
+def step_of(folder: Path) -> int:
+    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
+    return int(folder.name) if folder.name.isdigit() else 0
+
+
+def continue_model(config: FusionConfig, about: dict[str, Any], where: str) -> FusionConfig:
+    """The model that a run of `config` trains when it starts from a checkpoint: tower and decoder are the checkpoint's.
+
+    A config for a published size need not know the numbers that come with the weights (vocabulary, rotary factors).
+
+    Raises:
+      UserError: their sizes differ; names the values.
+    """
+    saved = from_dict(FusionConfig, about["config"]["model"])
+    different = []
+    for part, names in (("vision", _VISION_SIZES), ("llm", _LLM_SIZES)):
+        ours, theirs = getattr(config, part), getattr(saved, part)
+        for name in names:
+            if getattr(ours, name) != getattr(theirs, name):
+                different.append(f"{part}.{name}={getattr(ours, name)} (checkpoint: {getattr(theirs, name)})")
+    if different:
+        raise UserError(f"config.model does not fit {where}: {', '.join(different)}.")
+    return replace(config, vision=saved.vision, llm=saved.llm)

@@ -4,6 +4,7 @@ Trains the stages of the config one after the other, each from the parameters of
 same workdir it goes on from the newest checkpoint and gives the same losses as an undisturbed run.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -38,7 +39,13 @@ def main(argv: list[str]) -> None:
 
 def train(config: RunConfig, workdir: Path) -> None:
     """Runs, or continues, all stages of a config in `workdir`."""
+    # ---- Where to go on: the last stage that has a checkpoint.
+    begun = [i for i, stage in enumerate(config.stages) if _saved_steps(workdir, stage)]
+    first = begun[-1] if begun else 0
     # ---- Inputs: everything that can be wrong is looked at before any long work.
+    origin = {}
+    if config.init_from:
+        config, origin = _continue_from(config, workdir if begun else Path(config.init_from), workdir)
     tokenizer = load_tokenizer(config.tokenizer)
     _check_tokenizer(config, tokenizer)
     for stage in config.stages:
@@ -48,11 +55,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     _cache_compiled_programs(workdir)
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
-    about = checkpoint.describe(config, tokenizer)
-
-    # ---- Where to go on: the last stage that has a checkpoint.
-    begun = [i for i, stage in enumerate(config.stages) if _saved_steps(workdir, stage)]
-    first = begun[-1] if begun else 0
+    about = checkpoint.describe(config, tokenizer, origin)
 
     # ---- Model.
     model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
@@ -76,6 +79,16 @@ def train(config: RunConfig, workdir: Path) -> None:
     files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
     metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
     log.info("done; loss curves in %s", workdir / "losses.png")
+
+
+def _continue_from(config: RunConfig, source: Path, workdir: Path) -> tuple[RunConfig, dict]:
+    """The config with what a checkpoint decides (sizes, and the tokenizer where none is named), and its origin."""
+    about = checkpoint.load_about(checkpoint.find(source))
+    config = dataclasses.replace(config, model=checkpoint.continue_model(config.model, about, str(source)))
+    if not config.tokenizer:
+        checkpoint.save_tokenizer(about, workdir / "tokenizer")
+        config = dataclasses.replace(config, tokenizer=str(workdir / "tokenizer"))
+    return config, about.get("origin", {})
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -79,6 +79,25 @@ TEMPLATES = {
         between="",
         stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
     ),
+    # Qwen2 and Qwen2.5.
+    "chatml": Template(
+        name="chatml",
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        question="<|im_start|>user\n",
+        answer="<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        between="\n",
+        stops=("<|im_end|>", "<|endoftext|>"),
+    ),
+    "mistral": Template(
+        name="mistral",
+        system="",
+        question="[INST] ",
+        answer=" [/INST]",
+        end="</s>",
+        between="",
+        stops=("</s>",),
+    ),
 }
 
 

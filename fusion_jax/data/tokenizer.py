@@ -48,9 +48,11 @@ class Tokenizer:
         self._added_names = {i: token for token, i in added.items()}
         self._special_ids = {added[token] for token in special}
         self.vocab_size = size
-        if "bos_token" not in names or "eos_token" not in names:
+        # Qwen has no BOS: its documents are set apart by its padding token.
+        bos = names.get("bos_token") or names.get("pad_token")
+        if bos is None or "eos_token" not in names:
             raise UserError(f"{folder}/tokenizer_config.json must name a bos_token and an eos_token.")
-        self.bos_id = self.token_id(names["bos_token"])
+        self.bos_id = self.token_id(bos)
         self.eos_id = self.token_id(names["eos_token"])
         self.vision_start_id = self.token_id(VISION_START)
         self.vision_end_id = self.token_id(VISION_END)

@@ -1,4 +1,4 @@
-"""One declarative table between published tensor names and our parameter paths, read in both directions.
+"""One declarative table between tensor names of Hugging Face folders and our parameter paths, for both directions.
 
 A row says: published name, our path (or several, for fused tensors) with the place in its stack, transform.
 """
@@ -10,6 +10,8 @@ import numpy as np
 
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import FusionConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Row:
 
 
 # A published Linear stores (out, in); ours is (in, out).
-_VISION = "model.vision_tower.vision_tower.vision_model."
+VISION = "model.vision_tower.vision_tower.vision_model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VISION_LAYER = [
     ("layer_norm1.weight", "norm1/scale", "same"),
     ("layer_norm1.bias", "norm1/bias", "same"),
@@ -97,48 +100,74 @@ def _places(config: FusionConfig) -> tuple[list[tuple[str, int]], list[tuple[str
     return layers, exchanges
 
 
-def published_rows(config: FusionConfig, shapes: Mapping[str, tuple[int, ...]], fused: bool) -> list[Row]:
+def vision_rows(config: FusionConfig, shapes: Shapes, prefix: str = VISION) -> list[Row]:
+    """The vision tower under `prefix`: as in the published files, or `vision_model.` in a SigLIP folder."""
+    rows = _Rows(config, shapes)
+    rows.add(prefix + "embeddings.patch_embedding.weight", "vision/patch_embedding/", ("kernel",), "patch")
+    rows.add(prefix + "embeddings.patch_embedding.bias", "vision/patch_embedding/", ("bias",), "same")
+    rows.add(prefix + "embeddings.position_embedding.weight", "vision/", ("position_embedding",), "same")
+    for v in range(config.vision.layers):
+        for name, path, transform in _VISION_LAYER:
+            rows.add(f"{prefix}encoder.layers.{v}.{name}", "vision/layers/layer/", (path,), transform, v)
+    return rows.listed
+
+
+def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
+    """The language model alone, named as in its own folder. `fused`: q, k, v and gate, up are one tensor each (Phi)."""
+    rows = _Rows(config, shapes)
+    for i, (prefix, index) in enumerate(_places(config)[0]):
+        for name, paths, transform in _LLM_LAYER + (_FUSED if fused else _SPLIT):
+            rows.add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
+        for name, paths, transform in _BIASES if config.llm.qkv_bias else ():
+            rows.add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
+    rows.add(EMBEDDING, "llm/", ("embedding",), "vocab")
+    rows.add("model.norm.weight", "llm/norm/", ("scale",), "same")
+    if not config.llm.tied_head:
+        rows.add(HEAD, "llm/", ("head",), "head")
+    return rows.listed
+
+
+def connector_rows(config: FusionConfig, shapes: Shapes) -> list[Row]:
+    """Projectors, exchange layers and learned latents (which the published code does not have)."""
+    rows = _Rows(config, shapes)
+    for name, path, transform in _PROJECTOR:
+        rows.add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
+        if config.needs_back_projection:
+            rows.add(f"model.aux_projector.{name}", "text_to_vision/", (path,), transform)
+    for e, (prefix, index) in enumerate(_places(config)[1]):
+        for name, path, transform in _EXCHANGE:
+            rows.add(f"model.vision_sampler_layers.{e}.layers.0.{name}", prefix + "/", (path,), transform, index)
+    if config.semantic_exchange and config.latent_init == "learned":
+        for count in config.latent_counts:
+            rows.add(f"model.latents.{count}", "", (f"latents_{count}",), "same")
+    return rows.listed
+
+
+def published_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
     """The whole table for one model.
 
     Args:
       config: the model.
       shapes: our parameter shapes by path ("llm/norm/scale"), stacked blocks included.
-      fused: whether the published names fuse q, k, v and gate, up (Phi) or keep them apart (Llama).
+      fused: whether the names fuse q, k, v and gate, up (published Phi models) or keep them apart (Llama; and every
+        model in the `transformers` format).
 
     Returns:
       A row per published tensor.
     """
-    rows = []
+    return vision_rows(config, shapes) + connector_rows(config, shapes) + llm_rows(config, shapes, fused)
 
-    def add(name: str, prefix: str, paths: tuple[str, ...], transform: str, index: int | None = None):
+
+class _Rows:
+    def __init__(self, config: FusionConfig, shapes: Shapes):
+        self.config, self.shapes, self.listed = config, shapes, []
+
+    def add(self, name: str, prefix: str, paths: tuple[str, ...], transform: str, index: int | None = None) -> None:
         full = tuple((f"{prefix}{path}", index) for path in paths)
-        parts = [_published_shape(config, path, shapes[path][index is not None :], transform) for path, _ in full]
-        rows.append(Row(name, (sum(p[0] for p in parts), *parts[0][1:]), full, transform))
-
-    add(_VISION + "embeddings.patch_embedding.weight", "vision/patch_embedding/", ("kernel",), "patch")
-    add(_VISION + "embeddings.patch_embedding.bias", "vision/patch_embedding/", ("bias",), "same")
-    add(_VISION + "embeddings.position_embedding.weight", "vision/", ("position_embedding",), "same")
-    for v in range(config.vision.layers):
-        for name, path, transform in _VISION_LAYER:
-            add(f"{_VISION}encoder.layers.{v}.{name}", "vision/layers/layer/", (path,), transform, v)
-    for name, path, transform in _PROJECTOR:
-        add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
-        if config.needs_back_projection:
-            add(f"model.aux_projector.{name}", "text_to_vision/", (path,), transform)
-    layers, exchanges = _places(config)
-    for i, (prefix, index) in enumerate(layers):
-        for name, paths, transform in _LLM_LAYER + (_FUSED if fused else _SPLIT):
-            add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
-        for name, paths, transform in _BIASES if config.llm.qkv_bias else ():
-            add(f"model.layers.{i}.{name}", prefix + "/", paths, transform, index)
-    for e, (prefix, index) in enumerate(exchanges):
-        for name, path, transform in _EXCHANGE:
-            add(f"model.vision_sampler_layers.{e}.layers.0.{name}", prefix + "/", (path,), transform, index)
-    add("model.embed_tokens.weight", "llm/", ("embedding",), "vocab")
-    add("model.norm.weight", "llm/norm/", ("scale",), "same")
-    if not config.llm.tied_head:
-        add("lm_head.weight", "llm/", ("head",), "head")
-    return rows
+        parts = [
+            _published_shape(self.config, path, self.shapes[path][index is not None :], transform) for path, _ in full
+        ]
+        self.listed.append(Row(name, (sum(p[0] for p in parts), *parts[0][1:]), full, transform))
 
 
 def _published_shape(config: FusionConfig, path: str, ours: tuple[int, ...], transform: str) -> tuple[int, ...]:
@@ -151,40 +180,34 @@ def _published_shape(config: FusionConfig, path: str, ours: tuple[int, ...], tra
     return ours
 
 
-def to_ours(
-    row: Row, tensor: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """Yields (path, index in the stack, array) for one published tensor."""
+def to_ours(row: Row, tensor: np.ndarray, shapes: Shapes) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Yields (path, index in the stack, array) for one published tensor. A vocabulary keeps its unpadded rows."""
     start = 0
     for path, index in row.paths:
         shape = shapes[path][index is not None :]
         rows = shape[-1] if row.transform == "linear" else tensor.shape[0]
         part = tensor[start : start + rows]
         start += rows
-        if row.transform == "linear":
+        if row.transform in ("linear", "head"):
             part = part.T
         elif row.transform == "patch":
             part = part.transpose(2, 3, 1, 0).reshape(shape)
-        elif row.transform in ("vocab", "head"):
-            padded = shape[1] if row.transform == "head" else shape[0]
-            part = np.pad(part, ((0, padded - part.shape[0]), (0, 0)))
-            part = part.T if row.transform == "head" else part
         yield path, index, part
+
+
+def part_to_published(row: Row, part: np.ndarray, config: FusionConfig) -> np.ndarray:
+    """What our array of one of the row's paths is in the published tensor (a block of its rows, where it is fused)."""
+    if row.transform in ("linear", "head"):
+        part = part.T
+    elif row.transform == "patch":
+        p = config.vision.patch_size
+        part = part.reshape(p, p, 3, -1).transpose(3, 2, 0, 1)
+    return part[: config.llm.vocab_size] if row.transform in ("vocab", "head") else part
 
 
 def to_published(row: Row, get, config: FusionConfig) -> np.ndarray:
     """The published tensor of a row. `get(path, index)` returns our array."""
-    parts = []
-    for path, index in row.paths:
-        part = get(path, index)
-        if row.transform in ("linear", "head"):
-            part = part.T
-        elif row.transform == "patch":
-            p = config.vision.patch_size
-            part = part.reshape(p, p, 3, -1).transpose(3, 2, 0, 1)
-        if row.transform in ("vocab", "head"):
-            part = part[: config.llm.vocab_size]
-        parts.append(part)
+    parts = [part_to_published(row, get(path, index), config) for path, index in row.paths]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
 
 

@@ -1,7 +1,8 @@
 """Attention behind one function: `attention` picks a kernel, `reference_attention` is the plain one tests compare with.
 
 A query may look at a key when both carry the same segment id, the id is not 0 and, if `causal`, the key is not
-later. Two packed examples and padding in one row (x: may look):
+later (nor, with a `window`, so many positions behind or more). Two packed examples and padding in one row (x: may
+look):
 
     segment   1 1 1 2 2 0
           1   x . . . . .
@@ -23,14 +24,15 @@ from jaxtyping import Array, Float, Int
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
-def _mask(q_segments, kv_segments, causal: bool):
+def _mask(q_segments, kv_segments, causal: bool, window: int):
     """Boolean (..., Q, K), or None where nothing is masked."""
     mask = None
     if q_segments is not None:
         mask = (q_segments[..., :, None] == kv_segments[..., None, :]) & (kv_segments[..., None, :] > 0)
     if causal:
         q_length, k_length = q_segments.shape[-1], kv_segments.shape[-1]
-        lower = jnp.arange(q_length)[:, None] >= jnp.arange(k_length)[None, :]
+        behind = jnp.arange(q_length)[:, None] - jnp.arange(k_length)[None, :]
+        lower = (behind >= 0) & (behind < window) if window else behind >= 0
         mask = lower if mask is None else mask & lower
     return mask
 
@@ -42,13 +44,14 @@ def reference_attention(
     q_segments: Int[Array, "B Q"] | None = None,
     kv_segments: Int[Array, "B K"] | None = None,
     causal: bool = False,
+    window: int = 0,
 ) -> Float[Array, "B Q H d"]:
     """Softmax attention, scale d^-0.5, G key/value heads shared by H / G query heads each; softmax in float32."""
     batch, q_length, heads, size = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, q_length, groups, heads // groups, size)
     scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
-    mask = _mask(q_segments, kv_segments, causal)
+    mask = _mask(q_segments, kv_segments, causal, window)
     if mask is not None:
         mask = mask[:, None, None]
         scores = jnp.where(mask, scores, MASKED)
@@ -63,14 +66,14 @@ def reference_attention(
 # a time stays in the cache, and the backward pass recomputes the scores from the saved log-sum-exp.
 
 
-def _scores(q, k, q_segments, kv_segments, causal):
+def _scores(q, k, q_segments, kv_segments, causal, window):
     scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    mask = _mask(q_segments, kv_segments, causal)
+    mask = _mask(q_segments, kv_segments, causal, window)
     return scores if mask is None else jnp.where(mask, scores, MASKED)
 
 
-def _head_forward(causal, q, k, v, q_segments, kv_segments):
-    scores = _scores(q, k, q_segments, kv_segments, causal)
+def _head_forward(causal, window, q, k, v, q_segments, kv_segments):
+    scores = _scores(q, k, q_segments, kv_segments, causal, window)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
@@ -80,8 +83,8 @@ def _head_forward(causal, q, k, v, q_segments, kv_segments):
     return out.astype(v.dtype), jnp.where(alive, peak + jnp.log(total), -MASKED)[:, 0]
 
 
-def _head_backward(causal, q, k, v, q_segments, kv_segments, out, lse, d_out):
-    scores = _scores(q, k, q_segments, kv_segments, causal)
+def _head_backward(causal, window, q, k, v, q_segments, kv_segments, out, lse, d_out):
+    scores = _scores(q, k, q_segments, kv_segments, causal, window)
     weights = jnp.exp(scores - lse[:, None])
     d_v = jnp.dot(weights.astype(v.dtype).T, d_out)
     d_weights = jnp.dot(d_out, v.T, preferred_element_type=jnp.float32)
@@ -90,27 +93,27 @@ def _head_backward(causal, q, k, v, q_segments, kv_segments, out, lse, d_out):
     return jnp.dot(d_scores, k), jnp.dot(d_scores.T, q), d_v
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(causal, q, k, v, q_segments, kv_segments):
-    return _blocked_forward(causal, q, k, v, q_segments, kv_segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(causal, window, q, k, v, q_segments, kv_segments):
+    return _blocked_forward(causal, window, q, k, v, q_segments, kv_segments)[0]
 
 
-def _blocked_forward(causal, q, k, v, q_segments, kv_segments):
-    out, lse = jax.lax.map(lambda a: _head_forward(causal, *a), (q, k, v, q_segments, kv_segments))
+def _blocked_forward(causal, window, q, k, v, q_segments, kv_segments):
+    out, lse = jax.lax.map(lambda a: _head_forward(causal, window, *a), (q, k, v, q_segments, kv_segments))
     # Named, so that a remat policy can keep them: recomputing attention is the dear part of a layer.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, q_segments, kv_segments, out, lse)
 
 
-def _blocked_backward(causal, residuals, d_out):
-    d_q, d_k, d_v = jax.lax.map(lambda a: _head_backward(causal, *a), (*residuals, d_out))
+def _blocked_backward(causal, window, residuals, d_out):
+    d_q, d_k, d_v = jax.lax.map(lambda a: _head_backward(causal, window, *a), (*residuals, d_out))
     return d_q, d_k, d_v, None, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False):
+def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
     """Same contract as `reference_attention`, one head at a time; memory O(Q K) once instead of B H times."""
     batch, q_length, heads, size = q.shape
     repeat = heads // k.shape[2]
@@ -122,21 +125,22 @@ def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False):
     def per_head(segments):
         return None if segments is None else jnp.repeat(segments, heads, axis=0)
 
-    out = _blocked(causal, rows(q), rows(k), rows(v), per_head(q_segments), per_head(kv_segments))
+    out = _blocked(causal, window, rows(q), rows(k), rows(v), per_head(q_segments), per_head(kv_segments))
     return out.reshape(batch, heads, q_length, size).transpose(0, 2, 1, 3)
 
 
-def attention(q, k, v, q_segments=None, kv_segments=None, causal=False):
+def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
     """`reference_attention` by the fastest kernel for this device and shape.
 
     Args:
       q: (B, Q, H, d). k, v: (B, K, G, d) with G dividing H.
       q_segments, kv_segments: int (B, Q), (B, K); 0 is padding. Both or neither; `causal` needs both.
+      window: with `causal`, how many positions a query sees, itself included; 0 for all.
 
     Returns:
       (B, Q, H, d) in the dtype of v; zeros where a query sees no key.
     """
     # Short rows fit the cache whole: there one batched product beats a loop.
     if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
-        return blocked_attention(q, k, v, q_segments, kv_segments, causal)
-    return reference_attention(q, k, v, q_segments, kv_segments, causal)
+        return blocked_attention(q, k, v, q_segments, kv_segments, causal, window)
+    return reference_attention(q, k, v, q_segments, kv_segments, causal, window)

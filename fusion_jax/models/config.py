@@ -78,7 +78,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Llama-family decoder. `head_dim` 0 means width / heads."""
+    """Llama-family decoder. `head_dim` 0 means width / heads; `sliding_window` 0 lets a query see all before it."""
 
     vocab_size: int = 32064
     width: int = 3072
@@ -90,6 +90,7 @@ class LLMConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     tied_head: bool = False
+    sliding_window: int = 0
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):
@@ -98,6 +99,7 @@ class LLMConfig:
             f"llm.heads={self.heads} does not divide llm.width={self.width} (or set llm.head_dim).",
         )
         check(self.heads % self.kv_heads == 0, f"llm.kv_heads={self.kv_heads} does not divide llm.heads={self.heads}.")
+        check(self.sliding_window >= 0, f"llm.sliding_window={self.sliding_window} must not be negative.")
         check(self.per_head % 2 == 0, f"llm head size {self.per_head} is odd; rotary embedding needs an even one.")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self.rope, name)

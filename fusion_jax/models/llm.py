@@ -21,22 +21,22 @@ class Cache:
 
     Attributes:
       keys, values: (layers, B, capacity, G, d), rotary embedding applied.
-      segments: (B, capacity) int32, 1 where a slot holds a real token.
+      segments: (B, capacity) int32, 1 where a slot holds a real token. positions: (B, capacity) int32, its position.
       length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
     """
 
     keys: Float[Array, "layers B C G d"]
     values: Float[Array, "layers B C G d"]
     segments: Int[Array, "B C"]
+    positions: Int[Array, "B C"]
     length: Int[Array, ""]
 
 
 def empty_cache(config: LLMConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
     """A cache for `capacity` tokens a row."""
     shape = (config.layers, batch, capacity, config.kv_heads, config.per_head)
-    return Cache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), jnp.int32), jnp.int32(0)
-    )
+    slots = jnp.zeros((batch, capacity), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(b, index, 0, keepdims=False) for b in buffers)
             y = attention.attention(q, k, v, shared.segments, shared.cached_segments)
         else:
-            y = attention.attention(q, k, v, shared.segments, shared.segments, causal=True)
+            y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
         # As many residual branches as layers, twice: their sum stays at the scale of the embedding.
         residual = {"dtype": self.dtype, "kernel_init": layers.fan_in(2 * c.layers)}
         x = x + layers.Dense(c.width, ("heads", "embed"), name="out", **residual)(y.reshape(batch, length, -1))
@@ -171,16 +171,21 @@ class Decoder(nn.Module):
         """
         c = self.config.llm
         cos, sin = layers.rotary(c.rope, c.per_head, positions)
-        buffers = cached = slot = None
+        buffers = cached = seen = slot = None
         if cache is not None:
             slot = cache.length
-            cached = jax.lax.dynamic_update_slice(cache.segments, segments, (0, slot))
+            cached, places = (
+                jax.lax.dynamic_update_slice(old, new, (0, slot))
+                for old, new in ((cache.segments, segments), (cache.positions, positions))
+            )
             buffers = (cache.keys, cache.values)
-        shared = _Shared(cos, sin, segments, cached, slot, plan)
+            # The window counts positions, not slots: padding lies between a prompt and its answer.
+            seen = jnp.where(positions[:, -1:] - places < c.sliding_window, cached, 0) if c.sliding_window else cached
+        shared = _Shared(cos, sin, segments, seen, slot, plan)
         carry = (x.astype(self.dtype), buffers, jnp.int32(0))
         for stack in self.stacks:
             carry, _ = stack(carry, shared)
         x, buffers, _ = carry
         if cache is not None:
-            cache = Cache(*buffers, cached, slot + segments.shape[1])
+            cache = Cache(*buffers, cached, places, slot + segments.shape[1])
         return self.norm(x), cache

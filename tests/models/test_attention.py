@@ -19,16 +19,17 @@ PACKED = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0, 0]], np.int32)
 # Queries of segment 3 have no key at all, those of segment 0 are padding.
 CROSS = np.array([[1, 2, 3, 1, 2], [1, 1, 1, 0, 3]], np.int32)
 CROSS_KEYS = np.array([[1, 1, 2, 2, 0, 1, 0, 2, 1], [1, 0, 0, 0, 1, 1, 1, 0, 0]], np.int32)
-# name: (query segments, key segments, causal, kv heads, query length, key length)
+# name: (query segments, key segments, causal, window, kv heads, query length, key length)
 CASES = {
-    "plain": (None, None, False, GROUPS, 5, 9),
-    "cross": (CROSS, CROSS_KEYS, False, 1, 5, 9),
-    "segments": (PACKED, PACKED, False, HEADS, 7, 7),
-    "causal": (PACKED, PACKED, True, GROUPS, 7, 7),
+    "plain": (None, None, False, 0, GROUPS, 5, 9),
+    "cross": (CROSS, CROSS_KEYS, False, 0, 1, 5, 9),
+    "segments": (PACKED, PACKED, False, 0, HEADS, 7, 7),
+    "causal": (PACKED, PACKED, True, 0, GROUPS, 7, 7),
+    "window": (PACKED, PACKED, True, 2, GROUPS, 7, 7),
 }
 
 
-def loops(q, k, v, q_segments, kv_segments, causal):
+def loops(q, k, v, q_segments, kv_segments, causal, window=0):
     """Softmax attention one query at a time, in float64."""
     batch, q_length, heads, size = q.shape
     out = np.zeros(q.shape)
@@ -39,7 +40,9 @@ def loops(q, k, v, q_segments, kv_segments, causal):
                 seen = [
                     j
                     for j in range(k.shape[1])
-                    if (q_segments is None or (q_segments[b, i] == kv_segments[b, j] != 0)) and (not causal or j <= i)
+                    if (q_segments is None or (q_segments[b, i] == kv_segments[b, j] != 0))
+                    and (not causal or j <= i)
+                    and (not window or i - j < window)
                 ]
                 if not seen:
                     continue
@@ -51,7 +54,7 @@ def loops(q, k, v, q_segments, kv_segments, causal):
 
 @functools.cache
 def arrays(case):
-    groups, q_length, k_length = CASES[case][3:]
+    groups, q_length, k_length = CASES[case][4:]
     q, cotangent = (random_array(2, q_length, HEADS, SIZE, seed=s) for s in (0, 1))
     k, v = (random_array(2, k_length, groups, SIZE, seed=s) for s in (2, 3))
     return q, k, v, cotangent
@@ -59,11 +62,11 @@ def arrays(case):
 
 @functools.cache
 def compiled(kernel, case):
-    *segments, causal = CASES[case][:3]
+    *segments, causal, window = CASES[case][:4]
     q_segments, kv_segments = (None if s is None else jnp.asarray(s) for s in segments)
 
     def run(q, k, v, cotangent):
-        out, pull = jax.vjp(lambda *a: KERNELS[kernel](*a, q_segments, kv_segments, causal), q, k, v)
+        out, pull = jax.vjp(lambda *a: KERNELS[kernel](*a, q_segments, kv_segments, causal, window), q, k, v)
         return out, pull(cotangent.astype(out.dtype))
 
     return jit(run)
@@ -78,7 +81,7 @@ def run(kernel, case, dtype=jnp.float32, inputs=None):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_forward_equals_loops(kernel, case):
-    expected = loops(*arrays(case)[:3], *CASES[case][:3])
+    expected = loops(*arrays(case)[:3], *CASES[case][:4])
     np.testing.assert_allclose(run(kernel, case)[0], expected, atol=2e-6)
 
 
@@ -99,7 +102,7 @@ def test_gradient_equals_finite_differences(kernel):
             [a + sign * 1e-5 * direction if i == k else a.astype(np.float64) for i, a in enumerate(inputs)]
             for sign in (1, -1)
         ]
-        high, low = ((loops(*m, *CASES["causal"][:3]) * cotangent).sum() for m in moved)
+        high, low = ((loops(*m, *CASES["causal"][:4]) * cotangent).sum() for m in moved)
         np.testing.assert_allclose((grads[k] * direction).sum(), (high - low) / 2e-5, rtol=1e-4)
 
 

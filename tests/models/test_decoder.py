@@ -235,6 +235,27 @@ def test_cached_decode_of_a_padded_batch_equals_the_full_pass_at_every_step():
     np.testing.assert_array_equal(np.asarray(cache.segments)[1], [1] * 7 + [0, 0, 1, 1, 0])
 
 
+def test_cached_decode_keeps_to_the_sliding_window_of_positions():
+    config = tiny(**{"llm.sliding_window": 3, "semantic_exchange": False})
+    decoder = llm.Decoder(config)
+    variables = {"params": params(config)["llm"]}
+    run = jit(lambda *a: decoder.apply(variables, *a))
+
+    def arrays(*values):
+        return [jnp.asarray(a, jnp.int32) for a in values]
+
+    whole, _ = run(jnp.asarray(ROWS), *arrays(*counted([TOTAL, TOTAL], TOTAL)))
+    segments, positions = counted(LENGTHS, 9)
+    cache = llm.empty_cache(config.llm, 2, 12, jnp.float32)
+    _, cache = run(jnp.asarray(ROWS[:, :9]), *arrays(segments, positions), None, cache)
+    for step in range(2):  # the second row's padding lies inside a window of slots
+        places = LENGTHS + step
+        x = jnp.asarray(ROWS[np.arange(2), places][:, None])
+        hidden, cache = run(x, *arrays(np.ones((2, 1)), places[:, None]), None, cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), places], atol=1e-5)
+    assert np.abs(whole - full()).max() > 0.01
+
+
 def test_padding_has_no_influence():
     segments, positions = counted(LENGTHS, TOTAL)
     noisy = np.where(segments[..., None], ROWS, 7.0).astype(np.float32)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from fusion_jax import generate
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out
-from fusion_jax.interop import published, table
+from fusion_jax.interop import importing, table
 from fusion_jax.models import connector, llm
 from fusion_jax.models.config import QUADRANTS
 from fusion_jax.models.fusion import Fusion
@@ -28,7 +28,7 @@ MASKS = {"io_released": "released", "io_paper_mask": "paper"}
 
 @functools.cache
 def load_weights(case):
-    return published.load(GOLDENS / case / "hf")
+    return importing.load(GOLDENS / case / "hf")
 
 
 @dataclasses.dataclass

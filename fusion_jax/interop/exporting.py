@@ -1,0 +1,232 @@
+"""Our checkpoints into folders for PyTorch: `published` (the published code's own) and `transformers` (our own model).
+
+Parameters are read group by group and written into memory-mapped safetensors files, so that memory stays at a few
+tensors whatever the model.
+"""
+
+import datetime
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+import tqdm
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fusion_jax import __version__, checkpoint
+from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.data.conversation import find_template
+from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import check
+from fusion_jax.interop import hf_config, table
+from fusion_jax.interop.importing import parameter_shapes, unpack
+from fusion_jax.interop.tensors import DTYPES, TensorWriter, new_folder, size_of
+
+FORMATS = ("published", "transformers")
+_GROUP_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step folder, its run config, its `about` entry, and dtype and shape of every parameter by path."""
+
+    folder: Path
+    config: RunConfig
+    about: dict[str, Any]
+    parameters: dict[str, tuple[tuple[int, ...], str]]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Looks at a checkpoint without reading its parameters.
+
+    Raises:
+      UserError: there is none, or it holds parameters of another model than it says.
+    """
+    folder = checkpoint.find(path)
+    about = checkpoint.load_about(folder)
+    config = from_dict(RunConfig, about["config"])
+    metadata = ocp.checkpointables_metadata(folder).metadata["params"]
+    found = {
+        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in flatten_dict(metadata, sep="/").items()
+    }
+    for name, shape in parameter_shapes(config.model).items():
+        check(name in found, f"{folder} lacks the parameter {name}.")
+        check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
+    return Checkpoint(folder, config, about, found)
+
+
+def export(path: str | Path, target: str | Path, format: str, dtype: str | None = None, progress: bool = True) -> Path:
+    """Writes the folder `target`, whole or not at all.
+
+    Args:
+      path: step folder, stage or workdir. format: one of `FORMATS`.
+      dtype: key of `DTYPES`; None keeps the checkpoint's.
+
+    Returns:
+      The step folder that was exported.
+
+    Raises:
+      UserError: an unknown format or dtype, a model that the format cannot hold, a target that is not empty, a full
+        disk.
+    """
+    check(format in FORMATS, f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}.")
+    check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    source = open_checkpoint(path)
+    config, model = source.config, source.config.model
+    main = dtype or source.parameters["llm/embedding"][1]
+    published = format == "published"
+    origin = source.about.get("origin", {})
+    described = hf_config.published_config(model, config.template, origin.get("config", {}), main) if published else {}
+    rows = table.published_rows(model, parameter_shapes(model), published and hf_config.is_fused(described))
+    unused = _unused(source, rows, main) if published else {}
+    tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
+    tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
+    with new_folder(target) as building:
+        writer = TensorWriter(building, tensors)
+        for name, array in unused.items():
+            writer[name][...] = array
+        _copy(source, rows, writer, progress)
+        tokenizer = None
+        if source.about["tokenizer"]:
+            checkpoint.save_tokenizer(source.about, building)
+            tokenizer = load_tokenizer(building)
+        if published:
+            (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        else:
+            from fusion_jax.interop.torch.folder import write_side_files
+
+            write_side_files(building, model, tokenizer, find_template(config.template), main)
+            (building / "README.md").write_text(model_card(source, main))
+    return source.folder
+
+
+def _unused(source: Checkpoint, rows: list[table.Row], dtype: str) -> dict[str, np.ndarray]:
+    """Tensors that the published files hold and nothing uses: as they were imported, else the identity."""
+    kept = source.about.get("origin", {}).get("unused")
+    if kept is not None:
+        return {name: unpack(packed) for name, packed in kept.items()}
+    width = source.config.model.vision.width
+    return {
+        f"{table.VISION}post_layernorm.weight": np.ones(width, DTYPES[dtype]),
+        f"{table.VISION}post_layernorm.bias": np.zeros(width, DTYPES[dtype]),
+    }
+
+
+def _copy(source: Checkpoint, rows: list[table.Row], writer: TensorWriter, progress: bool) -> None:
+    """Fills the writer, one group of parameters after the other."""
+    places: dict[str, list[tuple[table.Row, int, int | None]]] = {}
+    for row in rows:
+        for nth, (path, index) in enumerate(row.paths):
+            places.setdefault(path, []).append((row, nth, index))
+    total = size_of(source.parameters[path] for path in places)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+        for group in _groups(source, list(places)):
+            for path, array in _load(source, group).items():
+                for row, nth, index in places[path]:
+                    ours = array if index is None else array[index]
+                    part = table.part_to_published(row, ours, source.config.model)
+                    # Parts of a fused tensor follow each other; their rows are the last axis of ours.
+                    start = sum(source.parameters[before][0][-1] for before, _ in row.paths[:nth])
+                    writer[row.name][start : start + len(part)] = part
+                bar.update(array.nbytes)
+
+
+def _groups(source: Checkpoint, paths: list[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    for path in paths:
+        if group and size_of(source.parameters[p] for p in [*group, path]) > _GROUP_BYTES:
+            yield group
+            group = []
+        group.append(path)
+    yield group
+
+
+def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
+    """Some parameters, in their own dtype."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    like = {
+        path: jax.ShapeDtypeStruct(shape, DTYPES[dtype], sharding=here) if path in paths else ocp.PLACEHOLDER
+        for path, (shape, dtype) in source.parameters.items()
+    }
+    loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
+    flat = flatten_dict(loaded, sep="/")
+    return {path: np.asarray(flat[path]) for path in paths}
+
+
+def model_card(source: Checkpoint, dtype: str) -> str:
+    """The README.md of a `transformers` folder, from the run's config and the metrics beside the checkpoint."""
+    config, model = source.config, source.config.model
+    vision, count = model.vision, sum(int(np.prod(shape)) for shape in parameter_shapes(model).values())
+    stages = [stage for stage in config.stages if stage.data]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        "",
+        "# A vision-language model whose vision encoder reads the question",
+        "",
+        f"{count:,} parameters in {dtype}. Trained with fusion_jax {__version__} (FLARE, ICLR 2026; FUSION, "
+        f"arXiv 2504.09925); exported {datetime.date.today()} from step {checkpoint.step_of(source.folder)}.",
+        "",
+        "```python",
+        "from PIL import Image",
+        "from transformers import AutoModelForCausalLM, AutoProcessor",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
+        'processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
+        'chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}]',
+        'inputs = processor([chat], images=[[Image.open("image.jpg")]])',
+        "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64)))",
+        "```",
+        "",
+        "| part | |",
+        "|---|---|",
+        f"| vision encoder | {vision.layers} layers, width {vision.width}, {vision.image_size} pixels, patches of "
+        f"{vision.patch_size}; guided by the question: {_yes(model.text_guided)} |",
+        f"| language model | {model.llm.layers} layers, width {model.llm.width}, vocabulary {model.llm.vocab_size} |",
+        f"| semantic exchange | {model.exchange_layers} layers, l^2 of {_listed(model.latent_counts)} |",
+        f"| mapping loss | lambda {model.mapping_loss_weight} |",
+        f"| template | {config.template} |",
+        "",
+    ]
+    if stages:
+        lines += [
+            "## Training",
+            "",
+            "| stage | data | batch | learning rate | steps or epochs |",
+            "|---|---|---|---|---|",
+        ]
+        for s in stages:
+            length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
+            lines.append(f"| {s.name} | {Path(s.data).name} | {s.batch_size} | {s.learning_rate} | {length} |")
+        lines.append("")
+    lines += _metrics(source)
+    return "\n".join(lines)
+
+
+def _metrics(source: Checkpoint) -> list[str]:
+    """The last training and validation losses written before this step, where the run's metrics are at hand."""
+    file = source.folder.parent.parent / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    last: dict[str, float] = {}
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        if entry["step"] <= checkpoint.step_of(source.folder):
+            wanted = ("total", "ce", "v2t", "t2v")
+            last |= {k: v for k, v in entry.items() if k in wanted or k.startswith("validation/")}
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(last.items())]
+    return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return "{" + ", ".join(map(str, counts)) + "}"

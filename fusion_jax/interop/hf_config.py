@@ -1,0 +1,354 @@
+"""`config.json` of Hugging Face folders and our model configs: language models, vision towers, published models."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.errors import UserError, check
+from fusion_jax.models.config import (
+    RELEASED,
+    ExchangeConfig,
+    FusionConfig,
+    LLMConfig,
+    RopeConfig,
+    VisionConfig,
+)
+
+# Language models that differ in nothing but what `LLMConfig` can say.
+LLM_TYPES = ("llama", "mistral", "phi3", "qwen2", "fusion_llama", "fusion_phi")
+
+# Published folders name their tower by hub id only.
+TOWERS = {
+    "google/siglip-so400m-patch14-384": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+    "google/siglip2-giant-opt-patch16-384": {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 16,
+    },
+}
+# What a SigLIP config.json leaves out has these values (the defaults of its config class).
+_TOWER_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+# Qwen2's attention has biases on q, k and v by construction; its config.json does not say so.
+_BIASED = ("qwen2",)
+# Of the config.json a model came from, what the parameters do not tell.
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a folder. UserError where it is missing or no JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no config.json; a Hugging Face folder needs it.") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    check(isinstance(config, dict), f"{path} is no JSON object.")
+    return config
+
+
+def _required(config: Mapping[str, Any], key: str, where: str) -> Any:
+    check(config.get(key) is not None, f"{where} lacks {key!r}.")
+    return config[key]
+
+
+def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
+    """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
+
+    Raises:
+      UserError: a scaling that is not implemented, or one that lacks its values.
+    """
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(config.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+    partial = config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
+    check(partial == 1.0, f"{where}: partial_rotary_factor={partial} is not supported; only whole heads are rotated.")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+
+    def value(key: str, default: Any = None) -> Any:
+        found = next((c[key] for c in (scaling, config) if c.get(key) is not None), default)
+        check(found is not None, f"{where}: rope scaling of type {kind!r} lacks {key!r}.")
+        return found
+
+    if kind == "default":
+        return RopeConfig("default", theta)
+    if kind == "llama3":
+        return RopeConfig(
+            kind,
+            theta,
+            factor=value("factor"),
+            low_freq_factor=value("low_freq_factor"),
+            high_freq_factor=value("high_freq_factor"),
+            original_length=value("original_max_position_embeddings"),
+        )
+    if kind in ("longrope", "su"):
+        rope = RopeConfig(
+            "longrope",
+            theta,
+            original_length=value("original_max_position_embeddings"),
+            max_length=value("max_position_embeddings"),
+            short_factors=tuple(map(float, value("short_factor"))),
+            long_factors=tuple(map(float, value("long_factor"))),
+        )
+        ratio = rope.max_length / rope.original_length
+        usual = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
+        given = scaling.get("attention_factor") or usual
+        check(
+            math.isclose(given, usual, rel_tol=1e-4),
+            f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
+        )
+        return rope
+    raise UserError(f"{where}: rope scaling of type {kind!r} is unknown; allowed: default, llama3, longrope.")
+
+
+def _sliding_window(config: Mapping[str, Any], where: str) -> int:
+    """Positions that a query sees, itself included; 0 for all of them."""
+    window, layers = config.get("sliding_window"), _required(config, "num_hidden_layers", where)
+    kinds = set(config.get("layer_types") or ())
+    if config["model_type"] == "qwen2":
+        if not config.get("use_sliding_window"):
+            return 0
+        full = min(config.get("max_window_layers", 28), layers)  # the layers below that number see everything
+        kinds = {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+    check(len(kinds) <= 1, f"{where}: layers with and without sliding window in one model are not supported.")
+    endless = not window or kinds == {"full_attention"} or window >= config.get("max_position_embeddings", math.inf)
+    return 0 if endless else int(window)
+
+
+def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConfig:
+    """Decoder settings of a Llama-family config.json.
+
+    Raises:
+      UserError: another architecture, or an option of these that our decoder does not have.
+    """
+    kind = config.get("model_type")
+    check(
+        kind in LLM_TYPES, f"{where}: model_type {kind!r} is unknown; allowed language models: {', '.join(LLM_TYPES)}."
+    )
+    check(
+        config.get("hidden_act", "silu") == "silu",
+        f"{where}: hidden_act {config.get('hidden_act')!r} is not supported; allowed: silu.",
+    )
+    for key in ("attention_bias", "mlp_bias"):
+        check(not config.get(key), f"{where}: {key}=true is not supported (biases beyond those on q, k and v).")
+    heads, width = (_required(config, key, where) for key in ("num_attention_heads", "hidden_size"))
+    head_dim = config.get("head_dim") or 0
+    return LLMConfig(
+        vocab_size=_required(config, "vocab_size", where),
+        width=width,
+        mlp_dim=_required(config, "intermediate_size", where),
+        layers=_required(config, "num_hidden_layers", where),
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=0 if head_dim * heads == width else head_dim,
+        norm_eps=_required(config, "rms_norm_eps", where),
+        qkv_bias=kind in _BIASED,
+        tied_head=bool(config.get("tie_word_embeddings")),
+        sliding_window=_sliding_window(config, where),
+        rope=rope_config(config, where),
+    )
+
+
+def vision_config(config: Mapping[str, Any], where: str = "config.json") -> VisionConfig:
+    """A fixed-resolution SigLIP or SigLIP2 tower, its last layer dropped as published. Whole models have it inside.
+
+    Raises:
+      UserError: another architecture.
+    """
+    tower = config.get("vision_config", config)
+    kind = tower.get("model_type", config.get("model_type"))
+    check(
+        kind in ("siglip_vision_model", "siglip"),
+        f"{where}: vision tower of type {kind!r} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
+    )
+    act = tower.get("hidden_act", "gelu_pytorch_tanh")
+    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {act!r} of the tower is not supported.")
+    return _tower(tower)
+
+
+def _tower(tower: Mapping[str, Any]) -> VisionConfig:
+    tower = {**_TOWER_DEFAULTS, **tower}
+    return VisionConfig(
+        image_size=tower["image_size"],
+        patch_size=tower["patch_size"],
+        width=tower["hidden_size"],
+        mlp_dim=tower["intermediate_size"],
+        layers=tower["num_hidden_layers"] - 1,
+        heads=tower["num_attention_heads"],
+        norm_eps=tower.get("layer_norm_eps", 1e-6),
+    )
+
+
+def is_published(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a model in the published FUSION format."""
+    return config.get("model_type") in ("fusion_llama", "fusion_phi")
+
+
+def published_model(config: Mapping[str, Any], where: str = "config.json") -> FusionConfig:
+    """The `released` preset with the sizes of a published config.json.
+
+    Raises:
+      UserError: a value is missing, or the tower is unknown and not described by `vision_config`.
+    """
+    name = config.get("mm_vision_tower")
+    tower = config.get("vision_config") or TOWERS.get(name)
+    check(
+        tower is not None,
+        f"{where}: mm_vision_tower {name!r} is unknown and there is no vision_config; known: {', '.join(TOWERS)}.",
+    )
+    return FusionConfig(
+        vision=_tower(tower),
+        llm=llm_config(config, where),
+        exchange=ExchangeConfig(
+            _required(config, "start_of_vision_sampler_layers", where),
+            _required(config, "stride_of_vision_sampler_layers", where),
+            _required(config, "num_of_vision_sampler_layers", where),
+        ),
+        latent_counts=tuple(int(count) for count in str(_required(config, "query_len", where)).split(",")),
+        **RELEASED,
+    )
+
+
+def default_exchange(llm: LLMConfig) -> ExchangeConfig:
+    """The published places (after layers 0, 3, ..., ten of them) as far as the decoder has the layers."""
+    published = ExchangeConfig()
+    layers = min(published.layers, -(-llm.layers // published.stride))
+    return dataclasses.replace(published, layers=layers, heads=math.gcd(published.heads, llm.width))
+
+
+def is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether this architecture's files fuse q, k, v and gate, up."""
+    return config.get("model_type") in ("phi3", "fusion_phi")
+
+
+def find_template(kind: str, tokenizer: Tokenizer | None) -> str:
+    """The chat template for an architecture, checked against the tokenizer's special tokens.
+
+    Raises:
+      UserError: the tokenizer has the tokens of no template.
+    """
+    usual = {"phi3": "phi3", "fusion_phi": "phi3", "qwen2": "chatml", "mistral": "mistral"}.get(kind, "llama3")
+    if tokenizer is None:
+        return usual
+    for name in (usual, *TEMPLATES):
+        if tokenizer.has_token(TEMPLATES[name].stops[0]):
+            return name
+    raise UserError(f"{tokenizer.folder} fits no chat template; allowed: {', '.join(TEMPLATES)}.")
+
+
+def published_config(model: FusionConfig, template: str, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of the published code for a model of ours.
+
+    Args:
+      model: any model whose arithmetic the published code has.
+      template: its chat template; "phi3" makes it a fusion_phi, any other a fusion_llama.
+      origin: the config.json the parameters once came from, or empty; its further keys are kept.
+      dtype: of the tensors.
+
+    Raises:
+      UserError: the published code has no such model.
+    """
+    wrong = [key for key, value in RELEASED.items() if getattr(model, key) != value]
+    if not (model.text_guided and model.semantic_exchange and model.needs_back_projection):
+        wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
+    wrong += ["llm.qkv_bias"] * model.llm.qkv_bias + ["exchange.heads"] * (model.exchange.heads != 16)
+    wrong += ["image_tokens"] * bool(model.image_tokens)
+    check(
+        not wrong,
+        f"The published code knows the released preset only; this model differs in {', '.join(wrong)}. "
+        "Use --format transformers.",
+    )
+    phi, llm, tower, rope = template == "phi3", model.llm, model.vision, model.llm.rope
+    scaling: dict[str, Any] | None = None
+    lengths: dict[str, Any] = {}
+    if rope.kind == "llama3":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_length,
+        }
+    elif rope.kind == "longrope":
+        scaling = {
+            "type": "longrope",
+            "short_factor": list(rope.short_factors),
+            "long_factor": list(rope.long_factors),
+        }
+        lengths = {
+            "original_max_position_embeddings": rope.original_length,
+            "max_position_embeddings": rope.max_length,
+        }
+    described = {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim,
+        "num_hidden_layers": tower.layers + 1,
+        "num_attention_heads": tower.heads,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+    }
+    hub = next((name for name, known in TOWERS.items() if known == described), "")
+    published = {
+        **{key: origin[key] for key in _KEPT if key in origin},
+        "model_type": "fusion_phi" if phi else "fusion_llama",
+        "vocab_size": llm.vocab_size,
+        "hidden_size": llm.width,
+        "intermediate_size": llm.mlp_dim,
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.heads,
+        "num_key_value_heads": llm.kv_heads,
+        **({"head_dim": llm.per_head} if not phi else {}),
+        "hidden_act": "silu",
+        "rms_norm_eps": llm.norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": origin.get("max_position_embeddings", 131072),
+        **lengths,
+        "sliding_window": llm.sliding_window or None,
+        "attention_bias": False,
+        "tie_word_embeddings": llm.tied_head,
+        "query_len": ",".join(map(str, model.latent_counts)),
+        "window_size": 3,
+        "num_of_vision_sampler_layers": model.exchange.layers,
+        "start_of_vision_sampler_layers": model.exchange.start,
+        "stride_of_vision_sampler_layers": model.exchange.stride,
+        "mm_vision_tower": hub or "vision_tower",
+        "mm_hidden_size": tower.width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "use_mm_proj": True,
+        "unfreeze_mm_vision_tower": True,
+        "mm_use_im_start_end": True,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "static_hd",
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": 4096,
+        **({} if hub else {"vision_config": described}),
+    }
+    if is_published(origin) and published_model(origin) == model:
+        # Nothing that decides the arithmetic has changed: the folder's own words stay.
+        published |= origin
+    return published | {"torch_dtype": dtype}

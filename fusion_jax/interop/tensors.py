@@ -1,0 +1,253 @@
+"""Tensors in Hugging Face folders, read and written one at a time.
+
+    model.safetensors                              or     model.safetensors.index.json
+                                                          model-00001-of-00002.safetensors ...
+
+`TensorFolder` finds every tensor without loading any. `TensorWriter` lays out all files first and fills them through
+memory maps in any order, so that neither side ever holds more than a tensor.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fusion_jax.errors import UserError, check
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NAMES = {code: name for name, code in _CODES.items()}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, and its shape and dtype (a key of `DTYPES`; other types keep the file's code)."""
+
+    file: Path
+    shape: Shape
+    dtype: str
+
+
+class TensorFolder:
+    """The tensors of a folder: one safetensors file, or several with an index.
+
+    Attributes:
+      folder: the path. entries: tensor name to `Entry`.
+    """
+
+    def __init__(self, folder: str | Path, allow_pickle: bool = False):
+        """Reads the headers.
+
+        Args:
+          folder: holds model.safetensors or model.safetensors.index.json.
+          allow_pickle: also take pytorch_model.bin (needs PyTorch; tensors only, no code is run).
+
+        Raises:
+          UserError: there are no weights, a shard is absent or damaged, or the index disagrees with its shards.
+        """
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        self._pickled: dict[str, object] = {}
+        self._local = threading.local()  # a reader per thread
+        check(self.folder.is_dir(), f"There is no folder {self.folder}.")
+        single, pickled = self.folder / "model.safetensors", self.folder / "pytorch_model.bin"
+        index = self.folder / "model.safetensors.index.json"
+        if single.is_file():
+            self._add(single)
+        elif index.is_file():
+            for file, names in _shards(index).items():
+                self._add(self.folder / file)
+                absent = [name for name in names if self.entries.get(name, Entry(index, (), "")).file.name != file]
+                check(not absent, f"{index} places {absent[:1]} in {file}, which does not hold it.")
+        elif pickled.is_file() or Path(f"{pickled}.index.json").is_file():
+            check(
+                allow_pickle,
+                f"{self.folder} holds only pickled weights (pytorch_model.bin); convert them to safetensors, or "
+                "give --allow_pickle to read them without running code in them.",
+            )
+            self._add_pickled(pickled)
+        else:
+            raise UserError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json.")
+
+    def _add(self, file: Path) -> None:
+        try:
+            with safe_open(file, "numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    code = part.get_dtype()
+                    self.entries[name] = Entry(file, tuple(part.get_shape()), _NAMES.get(code, code))
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is missing, though the index of its folder names it.") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or cut short: {error}.") from error
+
+    def _add_pickled(self, file: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError("Reading pickled weights needs PyTorch: pip install 'fusion_jax[torch]'.") from error
+        index = Path(f"{file}.index.json")
+        files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index)]
+        for path in files:
+            try:
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except FileNotFoundError as error:
+                raise UserError(f"{path} is missing, though {index} names it.") from error
+            except Exception as error:  # torch raises many kinds
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path} cannot be read as tensors without running code: {reason}") from error
+            for name, tensor in loaded.items():
+                self._pickled[name] = tensor
+                self.entries[name] = Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def get(self, name: str) -> np.ndarray:
+        """One tensor, in its own dtype; safe to call from several threads."""
+        entry = self.entries[name]
+        check(entry.dtype in DTYPES, f"{entry.file}: {name} has type {entry.dtype}; allowed: {', '.join(DTYPES)}.")
+        if name in self._pickled:
+            tensor = self._pickled[name]
+            if entry.dtype == "bfloat16":  # NumPy has no such type of its own
+                import torch
+
+                return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+            return tensor.numpy()
+        readers = self._local.__dict__.setdefault("readers", {})
+        if entry.file not in readers:
+            readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
+        return readers[entry.file].get_tensor(name)
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """File name to tensor names of an index."""
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is no valid index of shards: {error}.") from error
+    files: dict[str, list[str]] = {}
+    for name, file in placed.items():
+        check(Path(file).name == file, f"{index}: {file!r} is no plain file name.")
+        files.setdefault(file, []).append(name)
+    return files
+
+
+class TensorWriter:
+    """Writes tensors of known shapes into safetensors files of at most `shard_bytes`, in any order.
+
+    Raises:
+      UserError: the disk has no room (seen before anything is written).
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, tuple[Shape, str]], shard_bytes: int = 5 * 10**9):
+        self._maps: dict[str, np.ndarray] = {}
+        sizes = {name: _bytes(shape, dtype) for name, (shape, dtype) in tensors.items()}
+        shards = _divide(sizes, shard_bytes)
+        placed = {}
+        for number, names in enumerate(shards, 1):
+            one = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = folder / (one if len(shards) > 1 else "model.safetensors")
+            placed |= dict.fromkeys(names, file.name)
+            self._lay_out(file, {name: tensors[name] for name in names})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, file: Path, tensors: Mapping[str, tuple[Shape, str]]) -> None:
+        """The format: eight bytes with the header's length, the header (JSON), the tensors one after the other."""
+        header: dict = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            start, end = end, end + _bytes(shape, dtype)
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        first = 8 + len(text)
+        buffer = allocate(file, first + end)
+        buffer[:first] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+        for name, (shape, dtype) in tensors.items():
+            start, stop = (first + offset for offset in header[name]["data_offsets"])
+            self._maps[name] = buffer[start:stop].view(DTYPES[dtype]).reshape(shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The tensor's place in its file, to be assigned to."""
+        return self._maps[name]
+
+
+def _bytes(shape: Shape, dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+
+
+def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def allocate(file: Path, size: int) -> np.ndarray:
+    """A new file of `size` bytes as a writable uint8 map, its room on the disk reserved.
+
+    Pages of a map count as the file's and not as the process's memory, and the kernel drops them when it needs to.
+    Without the reservation a full disk would end the process by a signal, in the middle of an assignment.
+    """
+    with open(file, "wb+") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, max(size, 1))
+        except OSError as error:
+            raise UserError(f"{file.parent} has no room for {size / 1e9:.2f} GB: {error.strerror}.") from error
+        return np.frombuffer(mmap.mmap(opened.fileno(), max(size, 1)), np.uint8)[:size]
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name at the end; after an error nothing is left.
+
+    Raises:
+      UserError: the target is a file or a folder that is not empty, or the disk is full.
+    """
+    target = Path(target).absolute()
+    if target.exists():
+        check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
+        check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}.") from error
+    try:
+        building.chmod(0o777 & ~_umask())
+        yield building
+        if target.exists():
+            target.rmdir()
+        os.replace(building, target)
+    except OSError as error:
+        raise UserError(f"{target} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def size_of(tensors: Iterable[tuple[Shape, str]]) -> int:
+    """Bytes of tensors given by shape and dtype."""
+    return sum(_bytes(shape, dtype) for shape, dtype in tensors)

@@ -1,0 +1,1 @@
+"""The exported model's own PyTorch code; nothing else of the package imports it."""

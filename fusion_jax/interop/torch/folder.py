@@ -1,0 +1,140 @@
+"""Everything of an exported folder but its tensors: configs, tokenizer, chat template, and the model's own code."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.data import conversation
+from fusion_jax.data.conversation import Template
+from fusion_jax.data.tokenizer import VISION_END, VISION_START, JsonTokenizer, Tokenizer
+from fusion_jax.models.config import FusionConfig
+
+_CODE = Path(__file__).with_name("modeling_fusion.py")
+_MAX_NEW_TOKENS = 512
+
+
+def write_side_files(
+    folder: str | Path, model_config: FusionConfig, tokenizer: Tokenizer | None, template: Template | None, dtype: str
+) -> None:
+    """Makes `folder`, which holds or will hold the safetensors, loadable by transformers' Auto classes.
+
+    Args:
+      folder: made if needed.
+      model_config: the model.
+      tokenizer: None writes the model's part only, no processor. template: needed with a tokenizer.
+      dtype: of the tensors, a torch dtype's name ("bfloat16").
+
+    Raises:
+      UserError: the tokenizer lacks a token of the template, or its files have changed since loading.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_CODE, folder / _CODE.name)
+    ids = {}
+    if tokenizer is not None and template is not None:
+        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        stops = list(conversation.stop_ids(tokenizer, template))
+        tokenizer.save(folder)
+        _complete_tokenizer(folder, tokenizer)
+        _write(folder / "processor_config.json", processor_config(model_config, tokenizer, template))
+        (folder / "chat_template.jinja").write_text(chat_template(model_config, template), encoding="utf-8")
+        ids["eos_token_id"] = stops
+    code = _CODE.stem
+    config = {
+        "model_type": "fusion_jax",
+        "architectures": ["FusionForCausalLM"],
+        "auto_map": {"AutoConfig": f"{code}.FusionConfig", "AutoModelForCausalLM": f"{code}.FusionForCausalLM"},
+        "dtype": dtype,
+        **dataclasses.asdict(model_config),
+        "latent_count": model_config.fixed_latent_count,
+        "template": None if template is None else dataclasses.asdict(template),
+        **ids,
+    }
+    _write(folder / "config.json", config)
+    _write(folder / "generation_config.json", {"do_sample": False, "max_new_tokens": _MAX_NEW_TOKENS, **ids})
+
+
+def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
+    """What the exported processor needs to know of model, tokenizer and template."""
+    return {
+        "processor_class": "FusionProcessor",
+        "auto_map": {"AutoProcessor": f"{_CODE.stem}.FusionProcessor"},
+        "template": dataclasses.asdict(template),
+        "bos_token_id": tokenizer.bos_id,
+        "image_size": model_config.vision.image_size,
+        "image_tokens": model_config.tokens_per_image,
+        "latent_count": model_config.fixed_latent_count,
+        "text_guided": model_config.text_guided,
+        "quadrants": model_config.uses_quadrants,
+        "zero_image_for_text": model_config.text_only == "zero_image",
+        "hide_question_id_zero": model_config.hide_question_id_zero,
+    }
+
+
+def _complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Says in the tokenizer's files what ours knows by itself: the two vision tokens and the padding token."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = config.setdefault("added_tokens_decoder", {})
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    for token, i in ((VISION_START, tokenizer.vision_start_id), (VISION_END, tokenizer.vision_end_id)):
+        added.setdefault(str(i), {"content": token, **flags, "special": True})
+    config["pad_token"] = tokenizer.decode([tokenizer.pad_id], skip_special=False)
+    config["processor_class"] = "FusionProcessor"
+    # The generic class runs tokenizer.json as it is; others may rebuild it their own way.
+    generic = "PreTrainedTokenizerFast" if isinstance(tokenizer, JsonTokenizer) else "LlamaTokenizer"
+    config["tokenizer_class"] = generic
+    config.pop("chat_template", None)  # another model's; ours lies beside
+    _write(path, config)
+    other = folder / "special_tokens_map.json"
+    if other.is_file():
+        _write(other, json.loads(other.read_text(encoding="utf-8")) | {"pad_token": config["pad_token"]})
+
+
+def chat_template(model_config: FusionConfig, template: Template) -> str:
+    """The readable prompt as a Jinja template over messages; visual places are tags."""
+
+    def text(value: str) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    slot = f"{VISION_START}%s{VISION_END}"
+    latents = text(slot % "<latent_image>")
+    if not model_config.semantic_exchange:
+        latents = '""'
+    elif model_config.text_only == "none":
+        latents = f'({latents} if ns.images else "")'
+    lines = [
+        "{%- set ns = namespace(images=false) -%}",
+        "{%- macro said(message) -%}",
+        "  {%- if message.content is string -%}{{ message.content }}",
+        "  {%- else -%}",
+        "    {%- for part in message.content -%}",
+        '      {{- "<image>" if part.type == "image" else part.text -}}',
+        "    {%- endfor -%}",
+        "  {%- endif -%}",
+        "{%- endmacro -%}",
+        '{%- for m in messages if m.role == "user" and "<image>" in said(m) -%}',
+        "  {%- set ns.images = true -%}",
+        "{%- endfor -%}",
+        f"{{{{- {text(template.system)} -}}}}",
+        "{%- for m in messages -%}",
+        '  {%- if m.role == "user" -%}',
+        f'    {{{{- ({text(template.between)} if not loop.first else "") + {text(template.question)} + {latents} -}}}}',
+        '    {%- if "<image>" in said(m) -%}',
+        f'      {{{{- {text(slot % "<image>")} + "\\n" + (said(m) | replace("<image>", "") | trim) -}}}}',
+        "    {%- else -%}",
+        "      {{- said(m) -}}",
+        "    {%- endif -%}",
+        f"    {{{{- {text(template.answer)} -}}}}",
+        "  {%- else -%}",
+        f"    {{{{- said(m) + {text(template.end)} -}}}}",
+        "  {%- endif -%}",
+        "{%- endfor -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

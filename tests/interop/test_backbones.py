@@ -1,0 +1,223 @@
+"""Backbones that `transformers` itself builds and saves, imported, compared in their logits, and exported again."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fusion_jax.errors import UserError
+from fusion_jax.interop import exporting, importing
+from fusion_jax.models import vision
+from fusion_jax.models.fusion import Fusion, example_batch
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+SIZES = {
+    "vocab_size": 90,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(6)],
+    "long_factor": [2.0 + 0.5 * i for i in range(6)],
+    "original_max_position_embeddings": 16,
+}
+
+
+def config_of(kind):
+    """Each architecture, with what sets it apart."""
+    theta = {"rope_theta": 10000.0}
+    return {
+        "llama": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=theta | LLAMA3),
+        "llama_tied": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=theta, tie_word_embeddings=True),
+        "mistral": lambda: transformers.MistralConfig(**SIZES, rope_parameters=theta, sliding_window=7),
+        "qwen2": lambda: transformers.Qwen2Config(**SIZES, rope_parameters=theta, tie_word_embeddings=True),
+        "qwen2_window": lambda: transformers.Qwen2Config(
+            **SIZES, rope_parameters=theta, use_sliding_window=True, sliding_window=5, max_window_layers=0
+        ),
+        "phi3": lambda: transformers.Phi3Config(
+            **SIZES, rope_parameters=theta | LONGROPE, original_max_position_embeddings=16, sliding_window=300
+        ),
+    }[kind]()
+
+
+KINDS = ("llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "phi3")
+
+
+@functools.cache
+def language_model(kind):
+    torch.manual_seed(KINDS.index(kind))
+    model = transformers.AutoModelForCausalLM.from_config(config_of(kind), attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():  # nothing left at 0 or 1, so that no part can hide
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.2)
+        elif "embed" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+    return model
+
+
+@functools.cache
+def tower(whole=False):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision_part = sizes | {"image_size": 32, "patch_size": 8}
+    if not whole:
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision_part)).eval()
+    config = transformers.SiglipConfig(vision_config=vision_part, text_config=sizes | {"vocab_size": 50})
+    return transformers.SiglipModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(vision folder, {kind: folder}); one language model is cut into shards."""
+    root = tmp_path_factory.mktemp("backbones")
+    tower().save_pretrained(root / "vision")
+    for kind in KINDS:
+        shards = {"max_shard_size": "60KB"} if kind == "llama" else {}
+        language_model(kind).save_pretrained(root / kind, **shards)
+    return root
+
+
+@functools.cache
+def imported(root, kind, preset="paper", **changes):
+    plan = importing.plan_backbones(root / "vision", root / kind, preset, **changes)
+    return plan, importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
+
+
+def text_logits(plan, params, ids):
+    model = Fusion(plan.model)
+    batch, (rows, length) = example_batch(plan.model, len(ids)), ids.shape
+    none = {
+        name: getattr(batch, name)[:, :0]
+        for name in ("crops", "crop_kind", "quadrants", "crop_text", "crop_text_mask", "round_image", "round_end")
+    }
+    batch = dataclasses.replace(
+        batch,
+        tokens=ids.astype(np.int32),
+        segment_ids=np.ones((rows, length), np.int32),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        latent_start=batch.latent_start[:, :0],
+        **none,
+    )
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    hidden, _, _ = jax.jit(model.apply)(variables, batch)
+    return np.asarray(model.apply(variables, hidden, method="logits"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_language_model_gives_the_logits_of_transformers(folders, kind):
+    plan, params = imported(folders, kind)
+    ids = np.random.default_rng(0).integers(3, 90, (2, 40))  # beyond LongRoPE's original length and each window
+    with torch.no_grad():
+        expected = language_model(kind)(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(text_logits(plan, params, ids)[..., :90], expected, atol=1e-4)
+    if kind == "phi3":  # and below it, where the short factors hold
+        short = ids[:, :12]
+        with torch.no_grad():
+            expected = language_model(kind)(torch.from_numpy(short)).logits.numpy()
+        np.testing.assert_allclose(text_logits(plan, params, short)[..., :90], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_have_the_mean_of_the_vocabulary(folders, kind):
+    plan, params = imported(folders, kind)
+    embedding = params["llm"]["embedding"]
+    assert plan.model.llm.vocab_size == 92
+    np.testing.assert_allclose(embedding[90:92], np.tile(embedding[:90].mean(0), (2, 1)), atol=1e-6)
+    assert not embedding[92:].any()
+    if not plan.model.llm.tied_head:
+        head = params["llm"]["head"]
+        np.testing.assert_allclose(head[:, 91], head[:, :90].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_vision_tower_gives_the_states_of_transformers(folders, tmp_path, whole):
+    tower(whole).save_pretrained(tmp_path / "tower")
+    plan = importing.plan_backbones(tmp_path / "tower", folders / "llama")
+    params = importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
+    assert plan.model.vision.layers == 3
+    pixels = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    inner = tower(whole).vision_model if whole else tower()
+    with torch.no_grad():
+        given = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        states = inner(given, output_hidden_states=True).hidden_states
+    # Without text the taps are means of states: shallow of 0, deep of 1 (three layers are kept).
+    config = dataclasses.replace(plan.model, text_guided=False, taps="released")
+    encoder = vision.VisionEncoder(config, jnp.float32)
+    variables = {"params": jax.tree.map(jnp.asarray, params["vision"])}
+    embedded = encoder.apply(variables, jnp.asarray(pixels), jnp.zeros(1, bool), method="embed")
+    taps = encoder.apply(variables, {"guided": embedded}, None, None)["guided"]
+    expected = np.concatenate([states[3].numpy(), states[0].numpy(), states[1].numpy()], -1)
+    np.testing.assert_allclose(taps, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
+    plan = importing.plan_backbones(folders / "vision", folders / kind, "released")
+    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    # The published code has Llama and Phi without sliding windows or biases; the rest goes to our own model.
+    format = "published" if kind in ("llama", "llama_tied", "phi3") else "transformers"
+    exporting.export(tmp_path / "checkpoint", tmp_path / "out", format, progress=False)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in language_model(kind).state_dict().items():
+        if name == "lm_head.weight" and plan.model.llm.tied_head:
+            assert name not in written
+            continue
+        found = written[name]
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            found = found[:90]
+        np.testing.assert_array_equal(found, tensor.numpy(), err_msg=name)
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    for name, tensor in tower().state_dict().items():
+        bare = name.removeprefix("vision_model.")
+        if bare.startswith(("head.", "encoder.layers.3.", "post_layernorm.")):
+            continue
+        np.testing.assert_array_equal(written[prefix + bare], tensor.numpy(), err_msg=name)
+
+
+def test_half_precision_sources_keep_their_dtype(folders, tmp_path):
+    half = language_model("llama").to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "llm")
+    language_model("llama").to(torch.float32)
+    language_model.cache_clear()
+    plan = importing.plan_backbones(folders / "vision", tmp_path / "llm", "released")
+    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
+    written, source = (
+        safetensors_torch.load_file(tmp_path / "out" / "model.safetensors"),
+        safetensors_torch.load_file(tmp_path / "llm" / "model.safetensors"),
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert written[name].dtype == torch.bfloat16
+    assert torch.equal(written[name], source[name])
+    tower_name = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.weight"
+    assert written[tower_name].dtype == torch.float32
+
+
+def test_unsupported_architectures_are_named(folders, tmp_path):
+    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model_type 'gpt2' is unknown; allowed language models: llama"):
+        importing.plan_backbones(folders / "vision", tmp_path)
+    with pytest.raises(UserError, match=r"vision tower of type 'llama' is unknown"):
+        importing.plan_backbones(folders / "llama", folders / "llama")
