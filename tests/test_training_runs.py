@@ -134,7 +134,9 @@ def test_stage_alone_from_an_earlier_checkpoint(data, finished, tmp_path):
         f"spec = importlib.util.spec_from_file_location('tiny', {str(alone)!r})\n"
         f"tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n\n\n"
         f"def get_config(data):\n    config = tiny.get_config(data)\n    config.stages = config.stages[1:]\n"
-        f"    config.init_from = {str(workdir / 'stage1')!r}\n    return config\n"
+        f"    config.init_from = {str(workdir / 'stage1')!r}\n"
+        # The checkpoint brings its tokenizer and the numbers that belong to its weights.
+        f"    config.tokenizer = ''\n    config.model.llm.vocab_size = 1000\n    return config\n"
     )
     result = run("train", "--config", f"{script}:{data}", "--workdir", tmp_path / "alone")
     assert result.returncode == 0, result.stderr
@@ -153,6 +155,31 @@ def test_evaluation_reads_the_checkpoint_alone(data, finished, tmp_path):
         assert 0 <= scores[key] <= 1
     assert json.loads(result.stdout.splitlines()[-1])["held_out"]["held_out_accuracy"] == scores["held_out_accuracy"]
     assert result.stdout.count("    Q: ") == 2
+
+
+def test_exported_run_answers_the_same_in_torch(data, finished, tmp_path):
+    """Both formats out of a trained run; the transformers folder answers in a process that has no JAX."""
+    pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+    workdir, _ = finished
+    result = run("convert", "export", "--checkpoint", workdir, "--format", "published", "--to", tmp_path / "published")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "knows the released preset only; this model differs in mask, taps" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    folder = tmp_path / "transformers"
+    result = run("convert", "export", "--checkpoint", workdir, "--format", "transformers", "--to", folder)
+    assert result.returncode == 0, result.stderr
+    assert "| stage2 | stage2.yaml | 4 |" in (folder / "README.md").read_text()
+
+    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--output", tmp_path / "jax.json")
+    assert result.returncode == 0, result.stderr
+    script = ROOT / "tests" / "interop" / "answer_in_torch.py"
+    done = subprocess.run(
+        [sys.executable, script, folder, data, tmp_path / "torch.json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    examples = json.loads((tmp_path / "jax.json").read_text())["held_out"]["examples"]
+    assert json.loads((tmp_path / "torch.json").read_text()) == [example["answer"] for example in examples]
 
 
 @pytest.mark.parametrize(
