@@ -10,7 +10,8 @@ from fusion_jax.config import to_dict
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
 
 MODEL = FusionConfig(
-    vision=VisionConfig(image_size=48, patch_size=8, width=96, mlp_dim=256, layers=4, heads=4),
+    # One patch to a cell of the scenes.
+    vision=VisionConfig(image_size=48, patch_size=16, width=96, mlp_dim=256, layers=4, heads=4),
     llm=LLMConfig(vocab_size=640, width=128, mlp_dim=320, layers=3, heads=4, kv_heads=2),
     exchange=ExchangeConfig(start=0, stride=2, layers=2, heads=4),
     latent_counts=(4, 9),
@@ -29,10 +30,11 @@ def get_config(data: str = "runs/quickstart/data"):
         base = {
             "name": name,
             "data": f"{data}/{name}.yaml",
-            "max_length": 144,
+            "max_length": 120,
             "max_question_length": 56,
             "max_rounds": 2,
-            "batch_size": 32,
+            "batch_size": 16,
+            "learning_rate": 1.5e-3,
             "b2": 0.98,
             "warmup_ratio": 0.1,
         }
@@ -46,14 +48,14 @@ def get_config(data: str = "runs/quickstart/data"):
             "dtype": "float32",
             "remat": "dots",
             "stages": [
-                stage("stage1", steps=450, learning_rate=2e-3),
-                stage("stage1_5", steps=250, learning_rate=1.5e-3),
-                stage("stage2", steps=500, learning_rate=1.5e-3),
+                stage("stage1", steps=700),
+                stage("stage1_5", steps=400),
+                stage("stage2", steps=1900),
             ],
             "validation_data": f"{data}/validation.json",
-            "log_every": 25,
-            "validate_every": 250,
-            "checkpoint_every": 250,
+            "log_every": 50,
+            "validate_every": 500,
+            "checkpoint_every": 500,
             "loader_threads": 4,
         }
     )

@@ -11,8 +11,8 @@ from fusion_jax.errors import UserError
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """`absl.app.run` for a command. Our own log goes to standard output; libraries stay quiet below warnings."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """`absl.app.run` for a command. Our own log goes to standard output; libraries say errors only."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("fusion_jax")

@@ -49,7 +49,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
     config = from_dict(RunConfig, about["config"])
-    metadata = ocp.checkpointables_metadata(folder).metadata["params"]
+    metadata = ocp.metadata(folder, "params").metadata
     found = {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in flatten_dict(metadata, sep="/").items()
     }

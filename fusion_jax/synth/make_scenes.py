@@ -33,7 +33,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth import questions, scenes
 from fusion_jax.synth.tokenizer import train_tokenizer
 
-VERSION = 1
+VERSION = 2
 STAGES = ("stage1", "stage1_5", "stage2")
 # Each stage meets some of the next one's records and keeps some of the last one's: a model from scratch that goes over
 # at once undoes much of what its encoder has learned.

@@ -69,13 +69,15 @@ WORDINGS = {
     "describe": ("What is {s}?", "What do you see {s}?", "Tell me what is {s}."),
 }
 
-CAPTION_REQUESTS = (
-    "Describe the image.",
-    "What is in the image?",
-    "Tell me what you see.",
-    "Write a caption for the image.",
-    "What does the image show?",
-)
+# A request, and how its caption begins and says what is written. The wording follows the request, so that no part of an
+# answer is a matter of chance: what cannot be learned only adds noise to the gradient.
+CAPTIONS = {
+    "Describe the image.": ("There {be} {n}:", "The word {w} is written {p}."),
+    "What is in the image?": ("There {be} {n}:", "It says {w} {p}."),
+    "Tell me what you see.": ("{N}:", "It says {w} {p}."),
+    "Write a caption for the image.": ("{N}:", "The word {w} is written {p}."),
+    "What does the image show?": ("The image shows {n}:", "It says {w} {p}."),
+}
 
 BRIEFLY = "\nAnswer briefly."
 BY_LETTER = "\nAnswer with the option's letter."
@@ -320,8 +322,8 @@ def choice_round(fact: Fact, rng: random.Random, letter: str | None = None) -> R
     return Round("choice", wording(fact, rng) + lines + BY_LETTER, LETTERS[right])
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption with every thing's size, colour, shape and place, how many there are, and the word."""
+def caption(scene: Scene, request: str) -> str:
+    """The answer to one of `CAPTIONS`: every thing's size, colour, shape and place, how many there are, the word."""
     groups: dict[str, list[Thing]] = {}
     for thing in scene.things:
         groups.setdefault(_name(thing, ("size", "colour", "shape")), []).append(thing)
@@ -330,15 +332,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
         places = [PLACE_PHRASES[thing.place] for thing in group]
         parts.append(f"{_number_of(len(group), noun)} {_listed(places)}")
     total = len(scene.things)
-    lead = rng.choice(("There {be} {n}:", "The image shows {n}:", "{N}:"))
+    lead, written = CAPTIONS[request]
     n = _number_of(total, "shape", one="one")
     lead = lead.format(n=n, N=_capital(n), be="is" if total == 1 else "are")
     sentence = f"{lead} {_listed(parts)}."
     if scene.word is None:
         return sentence
     place = ROW_PHRASES[scene.word.row]
-    written = rng.choice(("The word {w} is written {p}.", "It says {w} {p}.")).format(w=scene.word.text, p=place)
-    return f"{sentence} {written}"
+    return f"{sentence} {written.format(w=scene.word.text, p=place)}"
 
 
 def _number_of(number: int, noun: str, one: str = "a") -> str:
@@ -429,7 +430,8 @@ def _more_rounds(
 
 def caption_round(scene: Scene, rng: random.Random) -> list[Round]:
     """Stage 1: one request, the caption."""
-    return [Round("caption", rng.choice(CAPTION_REQUESTS), caption(scene, rng))]
+    request = rng.choice(tuple(CAPTIONS))
+    return [Round("caption", request, caption(scene, request))]
 
 
 def sentence_rounds(scene: Scene, rng: random.Random, split: str = "train") -> list[Round]:

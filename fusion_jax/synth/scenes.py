@@ -39,7 +39,7 @@ RGB = {
     "blue": (24, 74, 222),
     "purple": (124, 30, 168),
     "pink": (255, 128, 200),
-    "black": (16, 16, 18),
+    "white": (250, 250, 250),
 }
 COLOURS = tuple(RGB)
 
@@ -47,8 +47,11 @@ COLOURS = tuple(RGB)
 # Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first.
 BACKGROUNDS = ((126, 126, 126), (118, 120, 128), (132, 126, 118), (118, 128, 130), (128, 120, 130), (120, 130, 118))
 
-# Grey is not one of the colours asked about, so the writing is never a "black thing".
-WORD_RGB = (236, 236, 236)
+# Outlines and writing; black is not one of the colours asked about, so the writing is never a "black thing".
+# The outline has one colour whatever the thing's own, so that a shape is the same pattern eight times over: without it
+# a small encoder learns colours long before shapes and sizes.
+INK = (16, 16, 18)
+OUTLINE = 0.2  # width as a share of the radius
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 # One shape per colour, walking through the shapes: each colour loses one shape and each shape one or two colours.
@@ -190,16 +193,18 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, tilt: float, colour) -> None:
+    line = round(radius * OUTLINE)
     if shape in ("circle", "ring"):
         r = radius * 0.92
-        box = (x - r, y - r, x + r, y + r)
-        if shape == "circle":
-            pen.ellipse(box, fill=colour)
-        else:
-            pen.ellipse(box, outline=colour, width=round(r * 0.42))
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=line)
+        if shape == "ring":
+            r *= 0.42
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=INK)
         return
     cos, sin = math.cos(tilt) * radius, math.sin(tilt) * radius
-    pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _outline(shape)], fill=colour)
+    corners = [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _outline(shape)]
+    pen.polygon(corners, fill=colour)
+    pen.line([*corners, *corners[:2]], fill=INK, width=line, joint="curve")
 
 
 @functools.lru_cache(maxsize=32)
@@ -215,4 +220,4 @@ def _draw_word(pen: ImageDraw.ImageDraw, word: Word, side: int, rng: random.Rand
     room_x, room_y = max(0.0, 0.96 * side - (x1 - x0)), max(0.0, 0.96 * side / 3 - (y1 - y0))
     x = (side - (x1 - x0)) / 2 + rng.uniform(-0.3, 0.3) * room_x
     y = word.row * side / 3 + (side / 3 - (y1 - y0)) / 2 + rng.uniform(-0.3, 0.3) * room_y
-    pen.text((x - x0, y - y0), word.text, fill=WORD_RGB, font=_font(size), stroke_width=stroke)
+    pen.text((x - x0, y - y0), word.text, fill=INK, font=_font(size), stroke_width=stroke)
