@@ -48,9 +48,9 @@ def get_config(data: str = "runs/quickstart/data"):
             "dtype": "float32",
             "remat": "dots",
             "stages": [
-                stage("stage1", steps=700),
-                stage("stage1_5", steps=400),
-                stage("stage2", steps=1900),
+                stage("stage1", steps=800),
+                stage("stage1_5", steps=500),
+                stage("stage2", steps=1700),
             ],
             "validation_data": f"{data}/validation.json",
             "log_every": 50,

@@ -69,15 +69,13 @@ WORDINGS = {
     "describe": ("What is {s}?", "What do you see {s}?", "Tell me what is {s}."),
 }
 
-# A request, and how its caption begins and says what is written. The wording follows the request, so that no part of an
-# answer is a matter of chance: what cannot be learned only adds noise to the gradient.
-CAPTIONS = {
-    "Describe the image.": ("There {be} {n}:", "The word {w} is written {p}."),
-    "What is in the image?": ("There {be} {n}:", "It says {w} {p}."),
-    "Tell me what you see.": ("{N}:", "It says {w} {p}."),
-    "Write a caption for the image.": ("{N}:", "The word {w} is written {p}."),
-    "What does the image show?": ("The image shows {n}:", "It says {w} {p}."),
-}
+CAPTION_REQUESTS = (
+    "Describe the image.",
+    "What is in the image?",
+    "Tell me what you see.",
+    "Write a caption for the image.",
+    "What does the image show?",
+)
 
 BRIEFLY = "\nAnswer briefly."
 BY_LETTER = "\nAnswer with the option's letter."
@@ -322,8 +320,8 @@ def choice_round(fact: Fact, rng: random.Random, letter: str | None = None) -> R
     return Round("choice", wording(fact, rng) + lines + BY_LETTER, LETTERS[right])
 
 
-def caption(scene: Scene, request: str) -> str:
-    """The answer to one of `CAPTIONS`: every thing's size, colour, shape and place, how many there are, the word."""
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A caption with every thing's size, colour, shape and place, how many there are, and the word."""
     groups: dict[str, list[Thing]] = {}
     for thing in scene.things:
         groups.setdefault(_name(thing, ("size", "colour", "shape")), []).append(thing)
@@ -332,14 +330,15 @@ def caption(scene: Scene, request: str) -> str:
         places = [PLACE_PHRASES[thing.place] for thing in group]
         parts.append(f"{_number_of(len(group), noun)} {_listed(places)}")
     total = len(scene.things)
-    lead, written = CAPTIONS[request]
+    lead = rng.choice(("There {be} {n}:", "The image shows {n}:", "{N}:"))
     n = _number_of(total, "shape", one="one")
     lead = lead.format(n=n, N=_capital(n), be="is" if total == 1 else "are")
     sentence = f"{lead} {_listed(parts)}."
     if scene.word is None:
         return sentence
     place = ROW_PHRASES[scene.word.row]
-    return f"{sentence} {written.format(w=scene.word.text, p=place)}"
+    written = rng.choice(("The word {w} is written {p}.", "It says {w} {p}.")).format(w=scene.word.text, p=place)
+    return f"{sentence} {written}"
 
 
 def _number_of(number: int, noun: str, one: str = "a") -> str:
@@ -430,8 +429,7 @@ def _more_rounds(
 
 def caption_round(scene: Scene, rng: random.Random) -> list[Round]:
     """Stage 1: one request, the caption."""
-    request = rng.choice(tuple(CAPTIONS))
-    return [Round("caption", request, caption(scene, request))]
+    return [Round("caption", rng.choice(CAPTION_REQUESTS), caption(scene, rng))]
 
 
 def sentence_rounds(scene: Scene, rng: random.Random, split: str = "train") -> list[Round]:

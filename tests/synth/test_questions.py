@@ -120,7 +120,7 @@ def test_rounds_do_not_give_later_answers_away():
 
 def test_captions_mention_everything():
     for _, scene, _, rng in made(300):
-        caption = questions.caption(scene, rng.choice(list(questions.CAPTIONS)))
+        caption = questions.caption(scene, rng)
         for thing in scene.things:
             assert re.search(rf"{thing.size} {thing.colour} {thing.shape}(e?s)?\b", caption)
             assert re.search(rf"(at|on|in) the {thing.place}\b", caption)
@@ -132,11 +132,10 @@ def test_captions_mention_everything():
 def test_a_caption_word_for_word():
     things = (Thing("star", "red", "large", 0), Thing("ring", "orange", "small", 1), Thing("star", "red", "large", 3))
     scene = Scene(things, Word("CAT", 2), 0)
-    said = {request: questions.caption(scene, request) for request in questions.CAPTIONS}
+    said = {questions.caption(scene, random.Random(seed)) for seed in range(30)}
     shapes = "two large red stars at the top left and on the left and a small orange ring at the top"
-    assert said["What is in the image?"] == f"There are three shapes: {shapes}. It says CAT at the bottom."
-    assert said["Write a caption for the image."] == f"Three shapes: {shapes}. The word CAT is written at the bottom."
-    assert len(set(said.values())) == len(said)
+    assert f"There are three shapes: {shapes}. It says CAT at the bottom." in said
+    assert len(said) == 6
 
 
 def test_sides_are_named_only_when_one_thing_lies_there():
