@@ -122,8 +122,12 @@ def find(path: str | Path) -> Path:
 
 
 def load_about(folder: Path) -> dict[str, Any]:
-    """The `about` entry of a step folder."""
-    return json.loads(ocp.load_checkpointables(folder, {"about": None})["about"]["json"])
+    """The `about` entry of a step folder. UserError where it has none: something else, or damaged."""
+    try:
+        return json.loads(ocp.load_checkpointables(folder, {"about": None})["about"]["json"])
+    except (ValueError, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} is no whole checkpoint: {reason}") from error
 
 
 def load_params(folder: Path, like) -> dict:

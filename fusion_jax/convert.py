@@ -22,7 +22,7 @@ COMMANDS = ("import", "export")
 _FROM = flags.DEFINE_string("from", None, "import: folder of a whole model in the published format")
 _VISION = flags.DEFINE_string("vision", None, "import: folder of a SigLIP or SigLIP2 vision tower")
 _LLM = flags.DEFINE_string("llm", None, "import: folder of a language model (Phi-3, Llama, Qwen2, Mistral)")
-_PRESET = flags.DEFINE_string("preset", "paper", "import of backbones: paper or released arithmetic")
+_PRESET = flags.DEFINE_string("preset", None, "import of backbones: paper (default) or released arithmetic")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: step folder, stage folder or workdir")
 _FORMAT = flags.DEFINE_string("format", None, "export: published or transformers")
 _TO = flags.DEFINE_string("to", None, "folder to write, new or empty")
@@ -53,8 +53,10 @@ def _import() -> None:
         (_FROM.value is not None) != backbones and (backbones or not (_VISION.value or _LLM.value)),
         "Give --from DIR for a whole model, or both --vision DIR and --llm DIR for backbones.",
     )
+    check(backbones or _PRESET.value is None, "--preset is for backbones; a whole model is always released.")
     if backbones:
-        plan = importing.plan_backbones(_VISION.value, _LLM.value, _PRESET.value, _PICKLE.value, _DTYPE.value)
+        preset = _PRESET.value or "paper"
+        plan = importing.plan_backbones(_VISION.value, _LLM.value, preset, _PICKLE.value, _DTYPE.value)
     else:
         plan = importing.plan_published(_FROM.value, _PICKLE.value, _DTYPE.value)
     log.info("%s", importing.summary(plan))

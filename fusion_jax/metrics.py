@@ -39,21 +39,21 @@ def truncate(path: Path, step: int) -> None:
     """Keeps the lines of a JSONL file whose `step` is at most `step`; a torn last line goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
+    kept = [json.dumps(entry) + "\n" for entry in read(path) if entry["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
 
 
 def read(path: Path) -> list[dict]:
-    """All lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """All lines of a JSONL file of a run but a torn one, which a kill may leave at the end."""
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in entries if "step" in entry]
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ same workdir it goes on from the newest checkpoint and gives the same losses as 
 import dataclasses
 import json
 import logging
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,10 +44,11 @@ def train(config: RunConfig, workdir: Path) -> None:
     begun = [i for i, stage in enumerate(config.stages) if _saved_steps(workdir, stage)]
     first = begun[-1] if begun else 0
     # ---- Inputs: everything that can be wrong is looked at before any long work.
-    origin = {}
+    scratch = tempfile.TemporaryDirectory()  # lives as long as this function
     if config.init_from:
-        config, origin = _continue_from(config, workdir if begun else Path(config.init_from), workdir)
-    tokenizer = load_tokenizer(config.tokenizer)
+        config, tokenizer, origin = _continue_from(config, workdir if begun else Path(config.init_from), scratch.name)
+    else:
+        tokenizer, origin = load_tokenizer(config.tokenizer), {}
     _check_tokenizer(config, tokenizer)
     for stage in config.stages:
         sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
@@ -67,7 +69,7 @@ def train(config: RunConfig, workdir: Path) -> None:
         jax.devices()[0].device_kind,
         config.dtype,
     )
-    if first == 0 and config.init_from and not begun:
+    if config.init_from and not begun:
         folder = checkpoint.find(config.init_from)
         params = checkpoint.load_params(folder, params)
         log.info("parameters from %s", folder)
@@ -81,21 +83,28 @@ def train(config: RunConfig, workdir: Path) -> None:
     log.info("done; loss curves in %s", workdir / "losses.png")
 
 
-def _continue_from(config: RunConfig, source: Path, workdir: Path) -> tuple[RunConfig, dict]:
-    """The config with what a checkpoint decides (sizes, and the tokenizer where none is named), and its origin."""
-    about = checkpoint.load_about(checkpoint.find(source))
+def _continue_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
+    """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
+
+    Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
+    """
+    folder = checkpoint.find(source)
+    about = checkpoint.load_about(folder)
     config = dataclasses.replace(config, model=checkpoint.continue_model(config.model, about, str(source)))
-    if not config.tokenizer:
-        checkpoint.save_tokenizer(about, workdir / "tokenizer")
-        config = dataclasses.replace(config, tokenizer=str(workdir / "tokenizer"))
-    return config, about.get("origin", {})
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        config = dataclasses.replace(config, template=about["config"]["template"])
+        checkpoint.save_tokenizer(about, Path(scratch))
+        tokenizer = load_tokenizer(scratch)
+    return config, tokenizer, about.get("origin", {})
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > config.model.llm.vocab_size:
         raise UserError(
             f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
-            f"tokens of {config.tokenizer}."
+            f"tokens of {config.tokenizer or config.init_from}."
         )
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
 

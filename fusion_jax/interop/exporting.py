@@ -6,7 +6,9 @@ tensors whatever the model.
 
 import datetime
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax import __version__, checkpoint
+from fusion_jax import __version__, checkpoint, metrics
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import check
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import parameter_shapes, unpack
-from fusion_jax.interop.tensors import DTYPES, TensorWriter, new_folder, size_of
+from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
 
 FORMATS = ("published", "transformers")
 _GROUP_BYTES = 10**9
@@ -49,7 +51,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
     config = from_dict(RunConfig, about["config"])
-    metadata = ocp.metadata(folder, "params").metadata
+    try:
+        metadata = ocp.metadata(folder, "params").metadata
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: {first_line(error)}") from error
     found = {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in flatten_dict(metadata, sep="/").items()
     }
@@ -81,30 +86,32 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     published = format == "published"
     origin = source.about.get("origin", {})
     described = hf_config.published_config(model, config.template, origin.get("config", {}), main) if published else {}
-    rows = table.published_rows(model, parameter_shapes(model), published and hf_config.is_fused(described))
-    unused = _unused(source, rows, main) if published else {}
+    rows = table.published_rows(model, parameter_shapes(model), hf_config.is_fused(described))
+    unused = _unused(source, main) if published else {}
     tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
     tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
+    check_room(target, size_of(tensors.values()))
     with new_folder(target) as building:
-        writer = TensorWriter(building, tensors)
-        for name, array in unused.items():
-            writer[name][...] = array
-        _copy(source, rows, writer, progress)
-        tokenizer = None
-        if source.about["tokenizer"]:
-            checkpoint.save_tokenizer(source.about, building)
-            tokenizer = load_tokenizer(building)
+        # What is small and may be refused comes before what takes long.
         if published:
+            if source.about["tokenizer"]:
+                checkpoint.save_tokenizer(source.about, building)
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:
             from fusion_jax.interop.torch.folder import write_side_files
 
-            write_side_files(building, model, tokenizer, find_template(config.template), main)
-            (building / "README.md").write_text(model_card(source, main))
+            checkpoint.save_tokenizer(source.about, building)
+            write_side_files(building, model, load_tokenizer(building), find_template(config.template), main)
+            count = sum(int(np.prod(row.shape)) for row in rows)
+            (building / "README.md").write_text(model_card(source, main, count))
+        writer = TensorWriter(building, tensors)
+        for name, array in unused.items():
+            assign(writer[name], array, name)
+        _copy(source, rows, writer, progress)
     return source.folder
 
 
-def _unused(source: Checkpoint, rows: list[table.Row], dtype: str) -> dict[str, np.ndarray]:
+def _unused(source: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
     """Tensors that the published files hold and nothing uses: as they were imported, else the identity."""
     kept = source.about.get("origin", {}).get("unused")
     if kept is not None:
@@ -123,16 +130,23 @@ def _copy(source: Checkpoint, rows: list[table.Row], writer: TensorWriter, progr
         for nth, (path, index) in enumerate(row.paths):
             places.setdefault(path, []).append((row, nth, index))
     total = size_of(source.parameters[path] for path in places)
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+
+    def write(job: tuple[np.ndarray, table.Row, int, int | None]) -> int:
+        array, row, nth, index = job
+        part = table.part_to_published(row, array if index is None else array[index], source.config.model)
+        # Parts of a fused tensor follow each other; their rows are the last axis of ours.
+        start = sum(source.parameters[before][0][-1] for before, _ in row.paths[:nth])
+        assign(writer[row.name][start : start + len(part)], part, row.name)
+        return part.nbytes
+
+    with (
+        tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers,
+    ):
         for group in _groups(source, list(places)):
-            for path, array in _load(source, group).items():
-                for row, nth, index in places[path]:
-                    ours = array if index is None else array[index]
-                    part = table.part_to_published(row, ours, source.config.model)
-                    # Parts of a fused tensor follow each other; their rows are the last axis of ours.
-                    start = sum(source.parameters[before][0][-1] for before, _ in row.paths[:nth])
-                    writer[row.name][start : start + len(part)] = part
-                bar.update(array.nbytes)
+            loaded = _load(source, group)
+            for done in workers.map(write, [(loaded[path], *place) for path in group for place in places[path]]):
+                bar.update(done)
 
 
 def _groups(source: Checkpoint, paths: list[str]) -> Iterator[list[str]]:
@@ -157,10 +171,11 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
     return {path: np.asarray(flat[path]) for path in paths}
 
 
-def model_card(source: Checkpoint, dtype: str) -> str:
+def model_card(source: Checkpoint, dtype: str, parameters: int) -> str:
     """The README.md of a `transformers` folder, from the run's config and the metrics beside the checkpoint."""
     config, model = source.config, source.config.model
-    vision, count = model.vision, sum(int(np.prod(shape)) for shape in parameter_shapes(model).values())
+    vision, step = model.vision, checkpoint.step_of(source.folder)
+    made = f"Trained to step {step} with" if step else "Converted with"
     stages = [stage for stage in config.stages if stage.data]
     lines = [
         "---",
@@ -170,8 +185,8 @@ def model_card(source: Checkpoint, dtype: str) -> str:
         "",
         "# A vision-language model whose vision encoder reads the question",
         "",
-        f"{count:,} parameters in {dtype}. Trained with fusion_jax {__version__} (FLARE, ICLR 2026; FUSION, "
-        f"arXiv 2504.09925); exported {datetime.date.today()} from step {checkpoint.step_of(source.folder)}.",
+        f"{parameters:,} parameters in {dtype} (FLARE, ICLR 2026; FUSION, arXiv 2504.09925). {made} "
+        f"fusion_jax {__version__}; exported {datetime.date.today()}.",
         "",
         "```python",
         "from PIL import Image",
@@ -216,8 +231,7 @@ def _metrics(source: Checkpoint) -> list[str]:
     if not file.is_file():
         return []
     last: dict[str, float] = {}
-    for line in file.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in metrics.read(file):
         if entry["step"] <= checkpoint.step_of(source.folder):
             wanted = ("total", "ce", "v2t", "t2v")
             last |= {k: v for k, v in entry.items() if k in wanted or k.startswith("validation/")}

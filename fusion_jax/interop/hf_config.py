@@ -1,9 +1,10 @@
 """`config.json` of Hugging Face folders and our model configs: language models, vision towers, published models."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from fusion_jax.models.config import (
 )
 
 # Language models that differ in nothing but what `LLMConfig` can say.
-LLM_TYPES = ("llama", "mistral", "phi3", "qwen2", "fusion_llama", "fusion_phi")
+LLM_TYPES = ("llama", "mistral", "phi3", "qwen2")
+PUBLISHED_TYPES = {"fusion_llama": "llama", "fusion_phi": "phi3"}
 
 # Published folders name their tower by hub id only.
 TOWERS = {
@@ -69,6 +71,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Values of a wrong kind inside a config.json become one sentence that names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as error:
+        raise UserError(f"{where} has a value of the wrong kind: {error}.") from error
+
+
 def _required(config: Mapping[str, Any], key: str, where: str) -> Any:
     check(config.get(key) is not None, f"{where} lacks {key!r}.")
     return config[key]
@@ -97,17 +110,17 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
         return RopeConfig(
             kind,
             theta,
-            factor=value("factor"),
-            low_freq_factor=value("low_freq_factor"),
-            high_freq_factor=value("high_freq_factor"),
-            original_length=value("original_max_position_embeddings"),
+            factor=float(value("factor")),
+            low_freq_factor=float(value("low_freq_factor")),
+            high_freq_factor=float(value("high_freq_factor")),
+            original_length=int(value("original_max_position_embeddings")),
         )
     if kind in ("longrope", "su"):
         rope = RopeConfig(
             "longrope",
             theta,
-            original_length=value("original_max_position_embeddings"),
-            max_length=value("max_position_embeddings"),
+            original_length=int(value("original_max_position_embeddings")),
+            max_length=int(value("max_position_embeddings")),
             short_factors=tuple(map(float, value("short_factor"))),
             long_factors=tuple(map(float, value("long_factor"))),
         )
@@ -143,6 +156,7 @@ def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConf
       UserError: another architecture, or an option of these that our decoder does not have.
     """
     kind = config.get("model_type")
+    check(kind not in PUBLISHED_TYPES, f"{where} is a whole model in the published format: import it with --from.")
     check(
         kind in LLM_TYPES, f"{where}: model_type {kind!r} is unknown; allowed language models: {', '.join(LLM_TYPES)}."
     )
@@ -176,7 +190,7 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
     Raises:
       UserError: another architecture.
     """
-    tower = config.get("vision_config", config)
+    tower = config.get("vision_config") or config
     kind = tower.get("model_type", config.get("model_type"))
     check(
         kind in ("siglip_vision_model", "siglip"),
@@ -202,7 +216,7 @@ def _tower(tower: Mapping[str, Any]) -> VisionConfig:
 
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model in the published FUSION format."""
-    return config.get("model_type") in ("fusion_llama", "fusion_phi")
+    return config.get("model_type") in PUBLISHED_TYPES
 
 
 def published_model(config: Mapping[str, Any], where: str = "config.json") -> FusionConfig:
@@ -219,7 +233,7 @@ def published_model(config: Mapping[str, Any], where: str = "config.json") -> Fu
     )
     return FusionConfig(
         vision=_tower(tower),
-        llm=llm_config(config, where),
+        llm=llm_config({**config, "model_type": PUBLISHED_TYPES[config["model_type"]]}, where),
         exchange=ExchangeConfig(
             _required(config, "start_of_vision_sampler_layers", where),
             _required(config, "stride_of_vision_sampler_layers", where),
@@ -274,12 +288,16 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
         wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
     wrong += ["llm.qkv_bias"] * model.llm.qkv_bias + ["exchange.heads"] * (model.exchange.heads != 16)
     wrong += ["image_tokens"] * bool(model.image_tokens)
+    phi, llm, tower, rope = template == "phi3", model.llm, model.vision, model.llm.rope
+    # Its Llama knows neither windows nor LongRoPE, its Phi no Llama-3 scaling and no head size of its own.
+    wrong += ["llm.sliding_window"] * (llm.sliding_window > 0 and not phi)
+    wrong += ["llm.rope.kind"] * (rope.kind == ("llama3" if phi else "longrope"))
+    wrong += ["llm.head_dim"] * (phi and llm.per_head * llm.heads != llm.width)
     check(
         not wrong,
         f"The published code knows the released preset only; this model differs in {', '.join(wrong)}. "
         "Use --format transformers.",
     )
-    phi, llm, tower, rope = template == "phi3", model.llm, model.vision, model.llm.rope
     scaling: dict[str, Any] | None = None
     lengths: dict[str, Any] = {}
     if rope.kind == "llama3":

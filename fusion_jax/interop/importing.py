@@ -5,10 +5,9 @@ folders --headers--> names, shapes, dtypes --table--> what goes where        (al
 """
 
 import base64
+import dataclasses
 import functools
-import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +25,16 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.interop import hf_config, table
-from fusion_jax.interop.tensors import DTYPES, TensorFolder, allocate, new_folder, size_of
+from fusion_jax.interop.tensors import (
+    DTYPES,
+    TensorFolder,
+    allocate,
+    assign,
+    check_room,
+    first_line,
+    new_folder,
+    size_of,
+)
 from fusion_jax.models import fusion
 from fusion_jax.models.config import PRESETS, FusionConfig, replace
 
@@ -85,20 +93,26 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
         f"{where}: model_type {raw.get('model_type')!r} is no published FUSION model (fusion_llama, fusion_phi); "
         "import backbones with --vision and --llm.",
     )
-    model = hf_config.published_model(raw, where)
+    with hf_config.reading(where):
+        model = hf_config.published_model(raw, where)
     tensors = TensorFolder(folder, allow_pickle)
     shapes = parameter_shapes(model)
     rows = table.published_rows(model, shapes, hf_config.is_fused(raw))
     _check_tensors(rows, tensors, UNUSED, {})
-    unused = {name: _pack(tensors.get(name)) for name in sorted(tensors.entries) if name.endswith(UNUSED)}
+    unused = {
+        name: _pack(tensors.get(name))
+        for name, entry in sorted(tensors.entries.items())
+        if name.endswith(UNUSED) and entry.dtype in DTYPES
+    }
+    source = Source(tensors, rows, model.llm.vocab_size)
     tokenizer = _tokenizer(folder)
     _check_vocabulary(tokenizer, model.llm.vocab_size, folder)
     return Plan(
         model=model,
         template=hf_config.find_template(raw["model_type"], tokenizer),
         tokenizer=tokenizer,
-        sources=[Source(tensors, rows, model.llm.vocab_size)],
-        dtypes=_dtypes([Source(tensors, rows)], shapes, dtype),
+        sources=[source],
+        dtypes=_dtypes([source], shapes, dtype),
         origin={"config": raw, "unused": unused},
     )
 
@@ -116,10 +130,13 @@ def plan_backbones(
     check(preset in PRESETS, f"preset {preset!r} is unknown; allowed: {', '.join(PRESETS)}.")
     vision, llm = Path(vision), Path(llm)
     raw = hf_config.read_config(llm)
-    tower = hf_config.vision_config(hf_config.read_config(vision), str(vision / "config.json"))
-    decoder = hf_config.llm_config(raw, str(llm / "config.json"))
-    tokenizer = _tokenizer(llm)
-    known = len_of(tokenizer) if tokenizer else decoder.vocab_size
+    with hf_config.reading(where := str(vision / "config.json")):
+        tower = hf_config.vision_config(hf_config.read_config(vision), where)
+    with hf_config.reading(where := str(llm / "config.json")):
+        decoder = hf_config.llm_config(raw, where)
+    # It says where the two added tokens go: behind its own, which are often fewer than the embedding's rows.
+    tokenizer = load_tokenizer(llm)
+    known = len_of(tokenizer)
     check(
         known <= decoder.vocab_size,
         f"{llm}: the tokenizer has {known} tokens, but config.json gives the model a vocabulary of "
@@ -136,8 +153,12 @@ def plan_backbones(
     seen = TensorFolder(vision, allow_pickle)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in seen.entries) else ""
     vision_rows = table.vision_rows(model, shapes, prefix)
-    kept = f"{prefix}encoder.layers.{tower.layers}."  # the dropped layer
-    _check_tensors(vision_rows, seen, UNUSED, {}, (*_NOT_VISION, f"{prefix}head.", kept))
+    dropped = f"{prefix}encoder.layers.{tower.layers}."
+    check(
+        any(name.startswith(dropped) for name in seen.entries),
+        f"{vision} lacks {dropped[:-1]}, the last of the {tower.layers + 1} layers that its config.json speaks of.",
+    )
+    _check_tensors(vision_rows, seen, UNUSED, {}, (*_NOT_VISION, f"{prefix}head.", dropped))
     text = TensorFolder(llm, allow_pickle)
     llm_rows = table.llm_rows(model, shapes, hf_config.is_fused(raw))
     vocabulary = (decoder.vocab_size, decoder.width)
@@ -181,7 +202,7 @@ def _check_tensors(
 ) -> None:
     """`table.check_complete` for a folder; `shapes` overrides rows', `others` are beginnings of names not wanted."""
     found = {name: entry.shape for name, entry in tensors.entries.items() if not name.startswith(others)}
-    rows = [table.Row(r.name, shapes.get(r.name, r.shape), r.paths, r.transform) for r in rows]
+    rows = [dataclasses.replace(row, shape=shapes.get(row.name, row.shape)) for row in rows]
     table.check_complete(rows, found, unused, str(tensors.folder))
     for row in rows:
         entry = tensors.entries[row.name]
@@ -224,7 +245,7 @@ def read(plan: Plan, make: Callable[[str, tuple[int, ...], np.dtype], np.ndarray
                 if row.transform in ("vocab", "head"):
                     _fill_vocabulary(into, part, row.transform, source.vocabulary, plan.model.llm.vocab_size)
                 else:
-                    into[...] = part
+                    assign(into, part, row.name)
             return _row_bytes(source, row)
 
         for done in workers.map(work, jobs):
@@ -243,7 +264,7 @@ def _fill_vocabulary(into: np.ndarray, part: np.ndarray, transform: str, known: 
     """The first `known` rows (columns of a head) as they are, their mean up to `vocabulary`, zeros in the padding."""
     if transform == "head":
         into, part = into.T, part.T
-    into[:known] = part[:known]
+    assign(into[:known], part[:known], "the vocabulary")
     if known < vocabulary:
         into[known:vocabulary] = part[:known].mean(0, dtype=np.float32)
     into[vocabulary:] = 0
@@ -279,7 +300,7 @@ def load(folder: str | Path) -> tuple[FusionConfig, dict]:
 
 
 def run_config(plan: Plan) -> RunConfig:
-    """What a checkpoint of this import says of itself: model and template; the stage is a place-holder of no steps."""
+    """What a checkpoint of this import says of itself: model and template; the one stage stands for no training."""
     longest = max(plan.model.latent_counts)
     stage = StageConfig("import", data="", max_length=max(4096, plan.model.tokens_per_image + longest + 1))
     return RunConfig(model=plan.model, tokenizer="", template=plan.template, stages=(stage,))
@@ -294,15 +315,16 @@ def write_checkpoint(plan: Plan, target: str | Path, progress: bool = True) -> N
     Raises:
       UserError: the target is not empty, or the disk is full.
     """
-    with (
-        new_folder(target) as building,
-        tempfile.TemporaryDirectory(prefix=f".{Path(target).name}-", dir=building.parent) as maps,
-    ):
-        numbers = iter(range(10**6))
+    shapes = parameter_shapes(plan.model)
+    size = size_of((shape, plan.dtypes[path]) for path, shape in shapes.items())
+    check_room(target, 2 * size)
+    with new_folder(target) as building:
+        maps = building.parent / "parameters"
+        maps.mkdir()
 
         def make(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-            size = int(np.prod(shape)) * dtype.itemsize
-            return allocate(Path(maps) / str(next(numbers)), size).view(dtype).reshape(shape)
+            file = maps / path.replace("/", ".")
+            return allocate(file, size_of([(shape, plan.dtypes[path])])).view(dtype).reshape(shape)
 
         params = read(plan, make, progress)
         about = checkpoint.describe(run_config(plan), plan.tokenizer, plan.origin)
@@ -314,7 +336,7 @@ def write_checkpoint(plan: Plan, target: str | Path, progress: bool = True) -> N
             with context:
                 ocp.save_checkpointables(building, {"params": params, "about": about}, overwrite=True)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"{target} could not be written: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{target} could not be written: {first_line(error)}") from error
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
@@ -330,4 +352,5 @@ def unpack(packed: Mapping[str, Any]) -> np.ndarray:
 def summary(plan: Plan) -> str:
     """One line for the terminal."""
     count = sum(int(np.prod(shape)) for shape in parameter_shapes(plan.model).values())
-    return f"{count:,} parameters, {json.dumps(sorted(set(plan.dtypes.values())))}, template {plan.template}"
+    dtypes = " and ".join(sorted(set(plan.dtypes.values())))
+    return f"{count:,} parameters (vocabulary padded), {dtypes}, template {plan.template}"

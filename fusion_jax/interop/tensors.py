@@ -85,6 +85,7 @@ class TensorFolder:
         try:
             with safe_open(file, "numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118
+                    check(name not in self.entries, f"{file} holds {name}, which another shard holds, too.")
                     part = opened.get_slice(name)
                     code = part.get_dtype()
                     self.entries[name] = Entry(file, tuple(part.get_shape()), _NAMES.get(code, code))
@@ -106,10 +107,14 @@ class TensorFolder:
             except FileNotFoundError as error:
                 raise UserError(f"{path} is missing, though {index} names it.") from error
             except Exception as error:  # torch raises many kinds
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path} cannot be read as tensors without running code: {reason}") from error
+                says = first_line(error)
+                raise UserError(f"{path} cannot be read as tensors without running code: {says}") from error
+            check(
+                isinstance(loaded, dict) and all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()),
+                f"{path} holds other things than named tensors.",
+            )
             for name, tensor in loaded.items():
-                self._pickled[name] = tensor
+                self._pickled[name] = tensor.detach()
                 self.entries[name] = Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def get(self, name: str) -> np.ndarray:
@@ -126,13 +131,33 @@ class TensorFolder:
         readers = self._local.__dict__.setdefault("readers", {})
         if entry.file not in readers:
             readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
-        return readers[entry.file].get_tensor(name)
+        try:
+            return readers[entry.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{entry.file}: {name} cannot be read: {error}.") from error
+
+
+def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
+    """`into[...] = part` with a cast. UserError where a number becomes infinite (float16 ends at 65504)."""
+    if into.dtype == part.dtype and into.dtype.itemsize == 2:
+        # NumPy copies its own types faster than added ones such as bfloat16.
+        into.view(np.uint16)[...] = part.view(np.uint16)
+        return
+    with np.errstate(over="ignore"):  # said below
+        into[...] = part
+    if into.dtype == np.float16:
+        check(bool(np.isfinite(into).all()), f"{name} has numbers beyond the range of float16; choose another --dtype.")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, for a message of one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
     """File name to tensor names of an index."""
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no valid index of shards: {error}.") from error
     files: dict[str, list[str]] = {}
@@ -167,7 +192,8 @@ class TensorWriter:
         """The format: eight bytes with the header's length, the header (JSON), the tensors one after the other."""
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, (shape, dtype) in tensors.items():
+        # Wide types first, so that each tensor starts at a multiple of its own size.
+        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -DTYPES[item[1][1]].itemsize):
             start, end = end, end + _bytes(shape, dtype)
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -210,42 +236,46 @@ def allocate(file: Path, size: int) -> np.ndarray:
         try:
             os.posix_fallocate(opened.fileno(), 0, max(size, 1))
         except OSError as error:
-            raise UserError(f"{file.parent} has no room for {size / 1e9:.2f} GB: {error.strerror}.") from error
+            raise UserError(f"{size / 1e9:.2f} GB cannot be reserved in {file.parent}: {error.strerror}.") from error
         return np.frombuffer(mmap.mmap(opened.fileno(), max(size, 1)), np.uint8)[:size]
 
 
 @contextlib.contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name at the end; after an error nothing is left.
+    """A folder that takes the name `target` at the end. It is built in a hidden room beside it, which goes in any case.
+
+    Yields:
+      The folder to fill, alone in its room: neighbours of it are removed, too.
 
     Raises:
-      UserError: the target is a file or a folder that is not empty, or the disk is full.
+      UserError: the target is a file or a folder that is not empty, cannot be made, or the disk is full.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     if target.exists():
         check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
         check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
+        check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise UserError(f"{target} cannot be made: {error.strerror}.") from error
+    building = room / target.name
     try:
-        building.chmod(0o777 & ~_umask())
+        building.mkdir()
         yield building
-        if target.exists():
-            target.rmdir()
         os.replace(building, target)
     except OSError as error:
         raise UserError(f"{target} could not be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_room(target: str | Path, size: int) -> None:
+    """UserError unless the disk of `target` has room for `size` bytes."""
+    folder = next(parent for parent in Path(target).resolve().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    check(free >= size, f"{target} needs {size / 1e9:.2f} GB of disk room, but {free / 1e9:.2f} GB are free.")
 
 
 def size_of(tensors: Iterable[tuple[Shape, str]]) -> int:

@@ -28,6 +28,8 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        for name in ("image_size", "patch_size", "width", "mlp_dim", "heads"):
+            check(getattr(self, name) >= 1, f"vision.{name}={getattr(self, name)} must be at least 1.")
         check(self.width % self.heads == 0, f"vision.heads={self.heads} does not divide vision.width={self.width}.")
         check(
             self.layers >= 2,
@@ -94,6 +96,8 @@ class LLMConfig:
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):
+        for name in ("vocab_size", "width", "mlp_dim", "layers", "heads", "kv_heads"):
+            check(getattr(self, name) >= 1, f"llm.{name}={getattr(self, name)} must be at least 1.")
         check(
             self.head_dim > 0 or self.width % self.heads == 0,
             f"llm.heads={self.heads} does not divide llm.width={self.width} (or set llm.head_dim).",

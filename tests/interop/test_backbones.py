@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from fusion_jax.errors import UserError
@@ -65,6 +67,30 @@ def config_of(kind):
 KINDS = ("llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "phi3")
 
 
+KNOWN = 80  # tokens of the tokenizer; the embedding has 90 rows, as real folders have some to spare
+SPECIAL = {
+    "llama": ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    "phi3": ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+    "qwen2": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+    "mistral": ("[INST]", "[/INST]"),
+}
+TEMPLATE = {"llama": "llama3", "phi3": "phi3", "qwen2": "chatml", "mistral": "mistral"}
+
+
+def write_tokenizer(folder, kind):
+    family = kind.split("_")[0]
+    words = ["<unk>", "<s>", "</s>", *SPECIAL[family]]
+    words += [f"w{i}" for i in range(KNOWN - len(words))]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(list(words[: 3 + len(SPECIAL[family])]))
+    model.save(str(folder / "tokenizer.json"))
+    roles = {"eos_token": "</s>", "pad_token": "<unk>"}
+    if family != "qwen2":  # which has none
+        roles["bos_token"] = "<s>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+
+
 @functools.cache
 def language_model(kind):
     torch.manual_seed(KINDS.index(kind))
@@ -96,6 +122,7 @@ def folders(tmp_path_factory):
     for kind in KINDS:
         shards = {"max_shard_size": "60KB"} if kind == "llama" else {}
         language_model(kind).save_pretrained(root / kind, **shards)
+        write_tokenizer(root / kind, kind)
     return root
 
 
@@ -128,27 +155,30 @@ def text_logits(plan, params, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_language_model_gives_the_logits_of_transformers(folders, kind):
     plan, params = imported(folders, kind)
-    ids = np.random.default_rng(0).integers(3, 90, (2, 40))  # beyond LongRoPE's original length and each window
+    ids = np.random.default_rng(0).integers(3, KNOWN, (2, 40))  # beyond LongRoPE's original length and each window
     with torch.no_grad():
         expected = language_model(kind)(torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(text_logits(plan, params, ids)[..., :90], expected, atol=1e-4)
+    np.testing.assert_allclose(text_logits(plan, params, ids)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
     if kind == "phi3":  # and below it, where the short factors hold
         short = ids[:, :12]
         with torch.no_grad():
             expected = language_model(kind)(torch.from_numpy(short)).logits.numpy()
-        np.testing.assert_allclose(text_logits(plan, params, short)[..., :90], expected, atol=1e-4)
+        np.testing.assert_allclose(text_logits(plan, params, short)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_added_tokens_have_the_mean_of_the_vocabulary(folders, kind):
     plan, params = imported(folders, kind)
     embedding = params["llm"]["embedding"]
-    assert plan.model.llm.vocab_size == 92
-    np.testing.assert_allclose(embedding[90:92], np.tile(embedding[:90].mean(0), (2, 1)), atol=1e-6)
-    assert not embedding[92:].any()
+    # The rows beyond the tokenizer's tokens are cut off; behind those that stay come the two that are added.
+    assert plan.model.llm.vocab_size == KNOWN + 2 == plan.tokenizer.vocab_size
+    assert (plan.tokenizer.vision_start_id, plan.tokenizer.vision_end_id) == (KNOWN, KNOWN + 1)
+    assert plan.template == TEMPLATE[kind.split("_")[0]]
+    np.testing.assert_allclose(embedding[KNOWN : KNOWN + 2], np.tile(embedding[:KNOWN].mean(0), (2, 1)), atol=1e-6)
+    assert not embedding[KNOWN + 2 :].any()
     if not plan.model.llm.tied_head:
         head = params["llm"]["head"]
-        np.testing.assert_allclose(head[:, 91], head[:, :90].mean(1), atol=1e-6)
+        np.testing.assert_allclose(head[:, KNOWN + 1], head[:, :KNOWN].mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -176,7 +206,7 @@ def test_vision_tower_gives_the_states_of_transformers(folders, tmp_path, whole)
 def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
     plan = importing.plan_backbones(folders / "vision", folders / kind, "released")
     importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
-    # The published code has Llama and Phi without sliding windows or biases; the rest goes to our own model.
+    # The published code has no biases, and windows in Phi only; the rest goes to our own model.
     format = "published" if kind in ("llama", "llama_tied", "phi3") else "transformers"
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", format, progress=False)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -186,7 +216,7 @@ def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
             continue
         found = written[name]
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            found = found[:90]
+            found, tensor = found[:KNOWN], tensor[:KNOWN]
         np.testing.assert_array_equal(found, tensor.numpy(), err_msg=name)
     prefix = "model.vision_tower.vision_tower.vision_model."
     for name, tensor in tower().state_dict().items():
@@ -199,6 +229,7 @@ def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
 def test_half_precision_sources_keep_their_dtype(folders, tmp_path):
     half = language_model("llama").to(torch.bfloat16)
     half.save_pretrained(tmp_path / "llm")
+    write_tokenizer(tmp_path / "llm", "llama")
     language_model("llama").to(torch.float32)
     language_model.cache_clear()
     plan = importing.plan_backbones(folders / "vision", tmp_path / "llm", "released")
@@ -217,7 +248,53 @@ def test_half_precision_sources_keep_their_dtype(folders, tmp_path):
 
 def test_unsupported_architectures_are_named(folders, tmp_path):
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "llama")
     with pytest.raises(UserError, match=r"model_type 'gpt2' is unknown; allowed language models: llama"):
         importing.plan_backbones(folders / "vision", tmp_path)
     with pytest.raises(UserError, match=r"vision tower of type 'llama' is unknown"):
         importing.plan_backbones(folders / "llama", folders / "llama")
+
+
+def test_a_tokenizer_is_needed_and_must_fit(folders, tmp_path):
+    language_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds neither tokenizer.model nor tokenizer.json"):
+        importing.plan_backbones(folders / "vision", tmp_path)
+    write_tokenizer(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    with pytest.raises(UserError, match=r"the tokenizer has 80 tokens, but config.json gives the model .* 50\."):
+        importing.plan_backbones(folders / "vision", tmp_path)
+
+
+def test_a_tower_must_have_the_layers_of_its_config(folders, tmp_path):
+    tower().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(UserError, match=r"encoder.layers.4, the last of the 5 layers"):
+        importing.plan_backbones(tmp_path, folders / "llama")
+
+
+def test_published_export_refuses_windows_that_its_llama_ignores(folders, tmp_path):
+    plan = importing.plan_backbones(folders / "vision", folders / "mistral", "released")
+    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    with pytest.raises(UserError, match=r"differs in llm.sliding_window"):
+        exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)
+
+
+def test_exports_load_with_their_processor(folders, tmp_path):
+    """A Qwen folder: no BOS of its own, a tokenizer.json, chatml."""
+    plan = importing.plan_backbones(folders / "vision", folders / "qwen2")
+    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = processor([[{"role": "user", "content": "w1 w2"}]])["input_ids"][0].tolist()
+    from fusion_jax.data import conversation
+
+    expected = conversation.encode_prompt(
+        [{"from": "human", "value": "w1 w2"}],
+        plan.tokenizer,
+        conversation.find_template("chatml"),
+        False,
+        latents_without_image=False,
+    )
+    assert ids == expected.input_ids.tolist()

@@ -233,6 +233,10 @@ def edit_config(folder, **changes):
         ({"attention_bias": True}, r"attention_bias=true is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported"),
         ({"query_len": None}, r"lacks 'query_len'"),
+        ({"query_len": "4,x"}, r"config.json has a value of the wrong kind"),
+        ({"num_hidden_layers": "2"}, r"config.json has a value of the wrong kind"),
+        ({"num_attention_heads": 0}, r"config.json"),
+        ({"rope_scaling": [1]}, r"config.json has a value of the wrong kind"),
         ({"num_attention_heads": 3}, r"llm.heads=3"),
     ],
 )
@@ -318,9 +322,47 @@ def test_failures_leave_nothing_behind(published, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"has no room for .* GB: No space left on device"):
+    with pytest.raises(UserError, match=r"GB cannot be reserved in .*: No space left on device"):
         importing.write_checkpoint(plan, tmp_path / "target", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_failure_of_the_checkpoint_writer_leaves_nothing_behind(published, tmp_path, monkeypatch):
+    plan = importing.plan_published(published)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def fail(path, items, overwrite):
+        path.rmdir()  # Orbax builds in a folder of its own beside it
+        (path.parent / f"{path.name}.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(importing.ocp, "save_checkpointables", fail)
+    with pytest.raises(UserError, match="target could not be written: RESOURCE_EXHAUSTED"):
+        importing.write_checkpoint(plan, tmp_path / "target", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_disk_room_is_looked_at_first(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"target needs 0.00 GB of disk room, but 0.00 GB are free"):
+        importing.write_checkpoint(importing.plan_published(published), tmp_path / "target", progress=False)
+    assert not (tmp_path / "target").exists()
+
+
+def test_numbers_beyond_float16_are_refused(published, tmp_path):
+    def enlarge(tensors):
+        tensors["model.norm.weight"] = np.full(16, 1e5, np.float32)
+
+    change(published, enlarge)
+    plan = importing.plan_published(published, dtype="float16")
+    with pytest.raises(UserError, match=r"model.norm.weight has numbers beyond the range of float16"):
+        importing.write_checkpoint(plan, tmp_path / "target", progress=False)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "params").mkdir()
+    with pytest.raises(UserError, match="is no whole checkpoint"):
+        exporting.open_checkpoint(tmp_path)
 
 
 def test_interrupted_folders_never_take_the_name(tmp_path):
@@ -346,6 +388,9 @@ def test_models_that_the_published_code_cannot_hold(published, tmp_path):
 
 def test_a_checkpoint_without_tokenizer_says_so(published, tmp_path):
     importing.write_checkpoint(importing.plan_published(published), tmp_path / "checkpoint", progress=False)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="holds no tokenizer"):
         checkpoint.load_model(tmp_path / "checkpoint")
 

@@ -76,7 +76,7 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Says in the tokenizer's files what ours knows by itself: the two vision tokens and the padding token."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     added = config.setdefault("added_tokens_decoder", {})
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for token, i in ((VISION_START, tokenizer.vision_start_id), (VISION_END, tokenizer.vision_end_id)):
@@ -86,7 +86,8 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     # The generic class runs tokenizer.json as it is; others may rebuild it their own way.
     generic = "PreTrainedTokenizerFast" if isinstance(tokenizer, JsonTokenizer) else "LlamaTokenizer"
     config["tokenizer_class"] = generic
-    config.pop("chat_template", None)  # another model's; ours lies beside
+    for another in ("chat_template", "auto_map"):  # of the model the tokenizer came from; ours lie beside
+        config.pop(another, None)
     _write(path, config)
     other = folder / "special_tokens_map.json"
     if other.is_file():
