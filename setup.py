@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
+        "array_record>=0.8",
         "tensorflow-datasets>=4.9.10",
         "numpy>=2.0",
         "sentencepiece>=0.2.1",

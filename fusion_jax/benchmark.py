@@ -2,6 +2,9 @@
 
 Random weights and random tokens; what is measured is the compiled program that training and generation run. The last
 line is one JSON object. Times are wall-clock medians after compilation.
+
+`python -m fusion_jax.benchmark input [--workers N] [--decode exact|fast]` measures what comes before: image files to
+crops, packing, memory; see data/input_benchmark.py.
 """
 
 import functools
@@ -14,10 +17,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from ml_collections import config_flags
 
 from fusion_jax import flops, generate, optim, sharding, state, train_step
 from fusion_jax.config import DTYPES, StageConfig, from_dict
+from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
 from fusion_jax.data.pipeline import layout_spec
@@ -26,7 +31,9 @@ from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
-KINDS = ("step", "prefill", "decode")
+_WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
+_DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
+KINDS = ("step", "prefill", "decode", "input")
 
 
 def random_batch(model: FusionConfig, rows: int, question: int, answer: int, seed: int = 0) -> Batch:
@@ -132,6 +139,9 @@ def benchmark_decode(config, model: fusion.Fusion, params) -> dict:
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in KINDS:
         raise UserError(f"Say what to measure: python -m fusion_jax.benchmark {'|'.join(KINDS)} --config FILE.")
+    if argv[1] == "input":
+        print(json.dumps({"benchmark": "input", **input_benchmark.measure(_WORKERS.value, _DECODE.value)}))
+        return
     config = _CONFIG.value
     model_config = from_dict(FusionConfig, config.model, "config.model")
     if config.dtype not in DTYPES:

@@ -24,11 +24,13 @@ class StageConfig:
     """One training stage.
 
     Data:
-      name: subfolder of the workdir. data: a .json, .jsonl or .yaml mixture. image_folder: where its images lie
-      (default: the folder of `data`). max_length: positions of a row, visual tokens included. max_question_length:
-      question tokens that an encoder pass reads. max_rounds: rounds of a conversation.
+      name: subfolder of the workdir. data: .json, .jsonl, .yaml mixture, a folder of shards or `tfds:NAME:SPLIT`.
+      image_folder: where its images lie (default: the folder of `data`). max_length: positions of a row, visual tokens
+      included. max_question_length: question tokens that an encoder pass reads. max_rounds, max_images: of a row.
+      packing: several conversations share a row; each sees itself alone.
     Steps:
-      batch_size: samples in an optimizer step, over all devices. accumulation: microbatches that it is split into.
+      batch_size: samples in an optimizer step, over all devices; with packing on average. accumulation: microbatches
+      that it is split into.
       epochs: passes over the data; or steps, if not 0, instead.
     Optimizer (AdamW, cosine to 0 after a linear warm-up):
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
@@ -42,6 +44,8 @@ class StageConfig:
     max_length: int = 2048
     max_question_length: int = 256
     max_rounds: int = 8
+    max_images: int = 1
+    packing: bool = False
     batch_size: int = 256
     accumulation: int = 1
     epochs: int = 1
@@ -58,7 +62,7 @@ class StageConfig:
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
-        for name in ("max_length", "max_question_length", "max_rounds", "batch_size", "accumulation"):
+        for name in ("max_length", "max_question_length", "max_rounds", "max_images", "batch_size", "accumulation"):
             check(getattr(self, name) >= 1, f"{where}: {name}={getattr(self, name)} must be at least 1.")
         check(
             self.batch_size % self.accumulation == 0,

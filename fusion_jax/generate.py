@@ -1,5 +1,6 @@
 """Generation: prefill with exchange, then cached decode in one compiled loop."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from fusion_jax.config import RunConfig
 from fusion_jax.data import conversation
-from fusion_jax.data.layout import Batch, laid_out_length, lay_out
+from fusion_jax.data.layout import Batch, laid_out_length, lay_out, needs
 from fusion_jax.data.pipeline import ExampleMaker, layout_spec
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ def first_question(record: Record) -> Record:
     start = 1 if record.turns and record.turns[0].get("from") == "gpt" else 0
     if len(record.turns) < start + 2:
         raise BadRecord("no_answer", record.where, "there is no question with an answer")
-    return Record(record.id, record.image_path, record.turns[start : start + 1], record.where)
+    return dataclasses.replace(record, turns=record.turns[start : start + 1])
 
 
 class Answerer:
@@ -137,7 +138,8 @@ class Answerer:
         question = _round_up(max(len(e.question_ids) for e in examples), self.BUCKET)
         spec = layout_spec(config, 1, question, max(rounds, 1))
         length = _round_up(max(laid_out_length(e, spec, latents) for e in examples), self.BUCKET)
-        batch = lay_out(examples, layout_spec(config, length, question, max(rounds, 1)), latents)
+        images = max(1, *(needs(e, spec, latents).images for e in examples))
+        batch = lay_out(examples, layout_spec(config, length, question, max(rounds, 1), images), latents)
         result = greedy(self.model, self.params, batch, self.max_tokens, self._stops)
         return [self._text(row) for row in result.tokens.tolist()]
 

@@ -51,7 +51,8 @@ def train(config: RunConfig, workdir: Path) -> None:
         tokenizer, origin = load_tokenizer(config.tokenizer), {}
     _check_tokenizer(config, tokenizer)
     for stage in config.stages:
-        sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
+        if not stage.packing:  # which deals its rows to the devices itself
+            sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
     record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
     validation = sources.load_source(config.validation_data) if config.validation_data else None
     workdir.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ class StageRun:
         current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer)
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, jax.device_count())
         checkpoints = checkpoint.Checkpoints(self.folder / checkpoint.FOLDER, config.keep_checkpoints, self.about)
         start = checkpoints.latest or 0
         if start:
@@ -168,7 +169,7 @@ class StageRun:
             rates = optim.learning_rates(stage, step - 1, steps)
             current, values = step_fn(current, sharding.put_batch(fed.batch, mesh), rates)
             values |= _prefixed("learning_rate/", rates)
-            interval.add(values, stage.batch_size, cost, waited)
+            interval.add(values, fed.samples, cost, waited)
 
             if step % config.log_every == 0 or step == steps:
                 report = interval.report(peak)

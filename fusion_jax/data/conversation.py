@@ -9,6 +9,17 @@ One round of an image conversation in the Phi-3 template, with its labels:
        -400         id  id   id            -400: the last token before an answer, the place of H_P
 
 The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself.
+
+With one image this is the published arrangement: wherever a turn says `<image>`, the image moves to the front of that
+turn. With several images each `<image>` becomes a slot where it stands, in any turn and any number, one for each image
+of the record in their order; the round's latents stand before the turn's text, behind the images that lead it:
+
+    <image>\n<image>\nCompare them.       IMAGE \n IMAGE LATENTS \n Compare them.
+    Is <image> older than <image>?        LATENTS Is IMAGE older than IMAGE ?
+    And which is larger?                  LATENTS And which is larger?
+
+(each IMAGE and LATENTS between <vision_start> and <vision_end>). A round's latents look at the latest image of that or
+an earlier round, before any image at the first one. The questions of all rounds guide every image.
 """
 
 import re
@@ -131,7 +142,7 @@ def encode_conversation(
     turns: Sequence[Mapping[str, str]],
     tokenizer: Tokenizer,
     template: Template,
-    has_image: bool,
+    images: int,
     *,
     latents: bool = True,
     latents_without_image: bool = True,
@@ -143,26 +154,27 @@ def encode_conversation(
       turns: `{"from": "human" | "gpt", "value": text}`, human first, gpt last. A leading gpt turn is dropped.
       tokenizer: as loaded.
       template: an entry of `TEMPLATES`, made for the tokenizer's model.
-      has_image: whether the record comes with an image. Its place is where a human turn says `<image>`, moved to the
-        front of that turn, or else the first human turn.
+      images: how many images the record has; a bool does for one or none. The place of one image is where a human turn
+        says `<image>`, moved to the front of that turn, or else the first human turn. Several stand where the human
+        turns say `<image>`, as many times as there are images.
       latents: put a latent placeholder into each round.
       latents_without_image: do so also when there is no image.
       where: named in errors.
 
     Raises:
       BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
-        several_images, image_tag_in_answer, image_tag_without_image.
+        several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag.
       UserError: the tokenizer lacks a token of the template.
     """
-    rounds = _rounds(turns, has_image, finished=True, where=where)
-    return _encode(rounds, tokenizer, template, has_image, latents and (has_image or latents_without_image))
+    rounds = _rounds(turns, images, finished=True, where=where)
+    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image))
 
 
 def encode_prompt(
     turns: Sequence[Mapping[str, str]],
     tokenizer: Tokenizer,
     template: Template,
-    has_image: bool,
+    images: int,
     *,
     latents: bool = True,
     latents_without_image: bool = True,
@@ -173,8 +185,8 @@ def encode_prompt(
     The ids are those of the same conversation in training, up to the last answer; the last one is where H_P is read.
     Arguments and errors as for `encode_conversation`.
     """
-    rounds = _rounds(turns, has_image, finished=False, where=where)
-    return _encode(rounds, tokenizer, template, has_image, latents and (has_image or latents_without_image))
+    rounds = _rounds(turns, images, finished=False, where=where)
+    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image))
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
@@ -183,9 +195,9 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
     return tuple(sorted(ids | {tokenizer.token_id(stop) for stop in template.stops if tokenizer.has_token(stop)}))
 
 
-def _rounds(turns, has_image: bool, finished: bool, where: str) -> list[tuple[str, str | None]]:
-    """Validated (question, answer) pairs; the answer of an unfinished last round is None, and the one question that
-    carries the image starts with IMAGE_TAG and a newline."""
+def _rounds(turns, images: int, finished: bool, where: str) -> list[tuple[str, str | None]]:
+    """Validated (question, answer) pairs with an IMAGE_TAG for each image; the answer of an unfinished last round is
+    None. A single image's tag starts its question, and a newline follows it."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
     if not turns:
@@ -215,37 +227,40 @@ def _rounds(turns, has_image: bool, finished: bool, where: str) -> list[tuple[st
     if finished and any(IMAGE_TAG in answer for answer in answers):
         raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
     tags = [question.count(IMAGE_TAG) for question in questions]
-    if sum(tags) > 1:
-        raise BadRecord(
-            "several_images", where, f"{sum(tags)} {IMAGE_TAG} tags; one image per conversation is supported"
-        )
-    if sum(tags) and not has_image:
-        raise BadRecord("image_tag_without_image", where, f"there is an {IMAGE_TAG} tag but no image")
-    if has_image:
+    detail = f"{sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)} for {images:d} image{'s' * (images != 1)}"
+    if sum(tags) > images:
+        raise BadRecord("several_images" if images == 1 else "image_tag_without_image", where, detail)
+    if sum(tags) < images and images > 1:
+        raise BadRecord("image_without_tag", where, detail)
+    if images == 1:
         owner = tags.index(1) if sum(tags) else 0
         questions[owner] = f"{IMAGE_TAG}\n{questions[owner].replace(IMAGE_TAG, '').strip()}"
     return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
 
 
-def _encode(rounds, tokenizer: Tokenizer, template: Template, has_image: bool, latents: bool) -> Encoded:
+def _encode(rounds, tokenizer: Tokenizer, template: Template, images: int, latents: bool) -> Encoded:
     """`rounds` as `_rounds` returns them."""
     tokenizer.token_id(template.end)  # a template of another model would be spelt out in letters, silently
     row = _Row(tokenizer)
     row.text(template.system)
     for k, (question, answer) in enumerate(rounds):
         row.text((template.between if k else "") + template.question)
-        if latents:
-            row.placeholder(LATENTS, _LATENTS_TAG)
-        if question.startswith(IMAGE_TAG):
-            row.placeholder(IMAGE, IMAGE_TAG)
-            question = question.removeprefix(IMAGE_TAG)
-        row.text(question + template.answer)
+        pieces = question.split(IMAGE_TAG, images)
+        # The published template writes the latents before its one image; see `layout` for their order in the row.
+        leading = next((i for i, piece in enumerate(pieces) if piece.strip()), len(pieces) - 1) if images > 1 else 0
+        for i, piece in enumerate(pieces):
+            if i > 0:
+                row.placeholder(IMAGE, IMAGE_TAG)
+            if i == leading and latents:
+                row.placeholder(LATENTS, _LATENTS_TAG)
+            row.text(piece)
+        row.text(template.answer)
         row.mark_answer_start()
         if answer is not None:
             row.answer(answer + template.end)
     instructs = [0]
-    if has_image:
-        texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in rounds]
+    if images:
+        texts = ["".join(question.split(IMAGE_TAG, images)).strip() for question, _ in rounds]
         instructs = [tokenizer.bos_id, *tokenizer.encode("".join(texts))]
     return Encoded(
         input_ids=np.asarray(row.ids, np.int32),

@@ -1,14 +1,27 @@
-"""Training records with random access: LLaVA-style JSON and JSONL files, and mixtures of them in YAML.
+"""Training records with random access, from JSON, shards and TensorFlow Datasets, and mixtures of them in YAML.
 
     JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...]
     JSONL   the same objects, one a line
+    shards  a folder that `python -m fusion_jax.data.convert` wrote, here or at a URL; see shards.py
+    tfds    tfds:name[/config][:version]:split, a data set that TensorFlow Datasets has prepared
     YAML    datasets:
-              - json_path: captions.json          # relative to the YAML file
+              - json_path: captions.json          # relative to the YAML file, as all paths in it
                 sampling_strategy: "random:10%"   # all, first:N, end:N or random:N; N a number or a percentage
-                image_folder: images              # optional, relative to the YAML file
+                weight: 2.5                       # drawn twice an epoch, and half of them a third time
+                image_folder: images              # default: the JSON file's folder
+                allow_outside: true               # images may lie outside image_folder: absolute paths, "..", links
+              - shards: stage1
+              - tfds: coco_captions:train[:50%]
+                data_dir: /data/tfds              # default: TFDS's own
+                features: {image: image, text: captions/text}    # or conversations, and id; default: of these names
+                prompt: Describe the image.       # the question that a text answers
 
-A file is parsed once, when it is opened, to check it and to find where each record lies. Two numbers a record stay in
-memory; the text is read again from the mapped file, whose pages all processes of a host share.
+A weight counts after the strategy: 1 is the default, 0.5 draws half of what was chosen. Which records make up the
+fraction is decided by seed and name and stays the same from epoch to epoch.
+
+A JSON file is parsed once, when it is opened, to check it and to find where each record lies. Two numbers a record stay
+in memory; the text is read again from the mapped file, whose pages all processes of a host share. Of shards and
+TensorFlow Datasets nothing is kept for a record, but 4 bytes for each that `random` or the fraction of a weight chose.
 """
 
 import codecs
@@ -16,16 +29,19 @@ import json
 import math
 import mmap
 import operator
+import os
 import re
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
+from fusion_jax.data import shards
 from fusion_jax.errors import BadRecord, UserError
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
@@ -33,6 +49,13 @@ _STRATEGY = re.compile(r"(first|end|random):(?:(\d+)|(\d+(?:\.\d+)?)%)")
 _CHUNK = 1 << 22
 _MAX_RECORD = 1 << 26  # characters; past this a record that does not end is taken for a syntax error
 _BOM = codecs.BOM_UTF8
+# What an entry of a mixture may name, and what else it may then say.
+_ENTRIES = {
+    "json_path": ("image_folder", "allow_outside"),
+    "shards": (),
+    "tfds": ("data_dir", "features", "prompt"),
+}
+_COMMON = ("sampling_strategy", "weight")
 
 
 @dataclass(frozen=True)
@@ -41,79 +64,171 @@ class Record:
 
     Attributes:
       id: the record's own id, or its number in the file.
-      image_path: the image file; None in a record without one.
+      image_path: the first image's file, or the name it had where the image itself came along; None without an image.
       turns: the conversation, `{"from": text, "value": text}` each; roles and their order are not checked here.
       where: file and record, for messages.
+      images: all images in order, each as a file or as a file's bytes: what to load. By default `image_path` alone.
+      sizes: width and height of each image where the source knows them, which only shards do; else empty.
     """
 
     id: str
     image_path: Path | None
     turns: list[dict[str, str]]
     where: str
+    images: tuple[Path | bytes, ...] | None = field(default=None, repr=False)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        if self.images is None:
+            object.__setattr__(self, "images", () if self.image_path is None else (self.image_path,))
 
 
-class _File:
-    """The chosen records of one JSON or JSONL file."""
+class _Part:
+    """The records that a mixture draws from one data set. `copies` times all that were chosen, then `extra` of them."""
 
-    def __init__(self, path: Path, image_folder: Path, spans: np.ndarray, numbers: np.ndarray):
-        """Args: spans (all records, 2) int64, first byte and the one past the last; numbers (chosen,) int64."""
-        self.path, self.image_folder = path, image_folder
-        self.spans, self.numbers = spans[numbers], numbers
-        self._data = None
+    def __init__(self, name: str, numbers: Sequence[int] | np.ndarray):
+        self.name, self.numbers = name, numbers
+        self.copies, self.extra = 1, np.zeros(0, np.uint32)
+
+    def weigh(self, weight: float, seed: int) -> None:
+        chosen = len(self.numbers)
+        self.copies, rest = divmod(max(1, round(chosen * weight)), chosen)
+        self.extra = _sample(chosen, rest, [seed, zlib.crc32(self.name.encode()), 1])
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return self.copies * len(self.numbers) + len(self.extra)
 
-    def __getitem__(self, i: int) -> Record:
+    def place(self, i: int) -> int:
+        """Which of the chosen records is the i-th to draw."""
+        all_of_them = self.copies * len(self.numbers)
+        return i % len(self.numbers) if i < all_of_them else int(self.extra[i - all_of_them])
+
+
+class _Json(_Part):
+    """One JSON or JSONL file."""
+
+    def __init__(self, path: Path, folder: Path, allow_outside: bool, spans: np.ndarray, numbers: Sequence[int]):
+        """Args: spans (all records, 2) int64, first byte and the one past the last; numbers of the chosen ones."""
+        super().__init__(path.name, numbers)
+        self.path, self.image_folder = path, folder
+        self.root = None if allow_outside else os.path.realpath(folder)
+        self.spans = spans if len(numbers) == len(spans) else spans[np.asarray(numbers)]
+        self._data = None
+
+    def read(self, k: int) -> Record:
         if self._data is None:
-            self._data = _map(self.path)
-        start, stop = self.spans[i]
-        return _record(self._data[start:stop], self.path, int(self.numbers[i]), self.image_folder)
+            self._data = map_file(self.path)
+        start, stop = self.spans[k]
+        number = int(self.numbers[k])
+        where = f"{self.path}, record {number}"
+        name, turns, images, where = check_record(parse_json(self._data[start:stop], where), number, where)
+        paths = tuple(locate(self.image_folder, image, self.root, where) for image in images)
+        return Record(name, paths[0] if paths else None, turns, where, paths)
+
+    text = read
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_data": None}  # a mapping stays in its process; another one maps the file again
 
 
-class RecordSource:
-    """Records of one or several files, one after the other: `len(source)`, `source[i]`. Can be pickled.
+class _Stored(_Part):
+    """Records that carry their images."""
 
-    `source[i]` raises BadRecord for a record that is no conversation (reason missing_key, bad_turns, bad_image,
-    several_images or bad_record), naming file, record and key.
+    def __init__(self, name: str, records: shards.Shards | shards.TfdsRecords, numbers: Sequence[int]):
+        super().__init__(name, numbers)
+        self.records = records
+
+    def read(self, k: int) -> Record:
+        return self._record(self.records.read(int(self.numbers[k])))
+
+    def text(self, k: int) -> Record:
+        return self._record(self.records.text(int(self.numbers[k])))
+
+    def _record(self, found: tuple[dict[str, Any], list[bytes], str]) -> Record:
+        header, images, where = found
+        shown = [str(image.get("name")) for image in header["images"]]
+        name, turns, _, where = check_record(header, header.get("number", 0), where)
+        sizes = tuple((image["width"], image["height"]) for image in header["images"] if "width" in image)
+        return Record(name, Path(shown[0]) if shown else None, turns, where, tuple(images), sizes)
+
+
+class RecordSource:
+    """Records of one or several data sets, one after the other: `len(source)`, `source[i]`. Can be pickled.
+
+    `source[i]` raises BadRecord for a record that is no conversation (reason missing_key, duplicate_key, bad_turns,
+    bad_image, image_outside_folder, corrupt_record or bad_record), naming file, record and key.
+
+    Attributes:
+      parts: name and number of records, weighted, of each data set, in order.
     """
 
-    def __init__(self, files: Sequence[_File]):
-        self._files = tuple(files)
-        self._ends = np.cumsum([len(f) for f in files])
+    def __init__(self, parts: Sequence[_Part]):
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.parts = [(part.name, len(part)) for part in parts]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
+        part, k = self._find(i)
+        return part.read(k)
+
+    def text(self, i: int) -> Record:
+        """The same record for its text, without reading images where that saves anything: images of shards are empty
+        then, and as many as there are."""
+        part, k = self._find(i)
+        return part.text(k)
+
+    def part(self, i: int) -> int:
+        """Which of `parts` record i belongs to."""
+        return int(np.searchsorted(self._ends, i, side="right"))
+
+    def _find(self, i: int) -> tuple[_Part, int]:
         i = operator.index(i)
         i = i + len(self) if i < 0 else i
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        k = int(np.searchsorted(self._ends, i, side="right"))
-        return self._files[k][i - int(self._ends[k]) + len(self._files[k])]
+        part = self._parts[k := self.part(i)]
+        return part, part.place(i - int(self._ends[k]) + len(part))
 
 
-def load_source(path: str | Path, image_folder: str | Path | None = None, seed: int = 0) -> RecordSource:
-    """Records of a .json or .jsonl file, or of a .yaml or .yml mixture, told apart by the file's ending.
+def load_source(
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    seed: int = 0,
+    *,
+    allow_outside: bool = False,
+) -> RecordSource:
+    """Records of whatever the path names: a .json or .jsonl file, a .yaml or .yml mixture, a folder of shards (here or
+    at a URL), or `tfds:name:split`.
 
     Args:
-      path: the file.
+      path: see the top of this file.
       image_folder: where relative image paths start; by default the folder of the file that names them.
-      seed: for the `random` strategies of a mixture.
+      seed: for what a mixture draws at random.
+      allow_outside: images of JSON files may lie outside their folder. An entry of a mixture can say otherwise.
 
     Raises:
-      UserError: as for `load_records` and `load_mixture`, or another ending.
+      UserError: as for `load_records`, `load_mixture` and shards.py, or something else.
     """
+    text = str(path)
+    if text.startswith("tfds:"):
+        return RecordSource([_open_stored(text, shards.TfdsRecords(text), "all", seed, text)])
+    if shards.is_url(text) and not text.endswith((".json", ".jsonl", ".yaml", ".yml")):
+        return RecordSource([_open_stored(text, shards.Shards(text), "all", seed, text)])
+    if shards.is_url(text):
+        raise UserError(f"{text} must be copied to a local disk first: only folders of shards are read from URLs.")
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
-        return load_mixture(path, seed, image_folder)
+        return load_mixture(path, seed, image_folder, allow_outside=allow_outside)
     if path.suffix in (".json", ".jsonl"):
-        return load_records(path, image_folder, seed=seed)
-    raise UserError(f"Cannot tell what {path} is; data files end in .json, .jsonl, .yaml or .yml.")
+        return RecordSource([_open_json(path, image_folder, "all", seed, text, allow_outside)])
+    if path.is_dir():
+        return RecordSource([_open_stored(text, shards.Shards(text), "all", seed, text)])
+    raise UserError(
+        f"Cannot tell what {path} is: it is no folder of shards, and data files end in .json, .jsonl, .yaml or .yml."
+    )
 
 
 def load_records(
@@ -130,23 +245,30 @@ def load_records(
     Raises:
       UserError: missing file or folder, invalid JSON, not a list, no records, unknown strategy.
     """
-    return RecordSource([_open(Path(json_path), image_folder, strategy, seed, f"{json_path}")])
+    return RecordSource([_open_json(Path(json_path), image_folder, strategy, seed, f"{json_path}")])
 
 
-def load_mixture(yaml_path: str | Path, seed: int = 0, image_folder: str | Path | None = None) -> RecordSource:
-    """Records of all files that a YAML mixture lists, in its order.
+def load_mixture(
+    yaml_path: str | Path,
+    seed: int = 0,
+    image_folder: str | Path | None = None,
+    *,
+    allow_outside: bool = False,
+) -> RecordSource:
+    """Records of all data sets that a YAML mixture lists, in its order.
 
     Args:
       yaml_path: see the top of this file.
-      seed: for the `random` strategies.
+      seed: for the `random` strategies and the fractions of weights.
       image_folder: for the entries that name none; by default the folder of each JSON file.
+      allow_outside: as for `load_source`.
 
     Raises:
-      UserError: missing or invalid YAML, no `datasets`, unknown keys, and whatever `load_records` raises.
+      UserError: missing or invalid YAML, no `datasets`, unknown or doubled keys, and whatever opening an entry raises.
     """
     path = Path(yaml_path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
         raise UserError(f"Cannot read the data mixture {path}: {e.strerror}.") from e
     except (yaml.YAMLError, ValueError) as e:
@@ -154,32 +276,102 @@ def load_mixture(yaml_path: str | Path, seed: int = 0, image_folder: str | Path 
     datasets = config.get("datasets") if isinstance(config, dict) else None
     if not isinstance(datasets, list) or not datasets:
         raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path.")
-    files = []
+    parts = []
     for k, entry in enumerate(datasets):
         where = f"{path}, datasets entry {k}"
-        keys = ("json_path", "sampling_strategy", "image_folder")
-        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
-            raise UserError(f"{where} must be a mapping with a json_path.")
+        kinds = [kind for kind in _ENTRIES if isinstance(entry, dict) and isinstance(entry.get(kind), str)]
+        if len(kinds) != 1:
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}.")
+        keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
         if unknown := sorted(map(str, entry.keys() - set(keys))):
             raise UserError(f"{where} has the unknown key {unknown[0]!r}; allowed are {', '.join(keys)}.")
-        folder = entry.get("image_folder", image_folder)
-        if entry.get("image_folder") is not None:
-            folder = path.parent / str(folder)
-        strategy = entry.get("sampling_strategy", "all")
-        files.append(_open(path.parent / entry["json_path"], folder, strategy, seed, where))
-    return RecordSource(files)
+        weight = entry.get("weight", 1.0)
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UserError(f"{where}: weight must be a number above 0, not {weight!r}.")
+        folder = image_folder
+        if "image_folder" in entry:
+            folder = None if entry["image_folder"] is None else path.parent / str(entry["image_folder"])
+        part = _open_entry(entry, path.parent, folder, seed, where, allow_outside)
+        part.weigh(weight, seed)
+        parts.append(part)
+    return RecordSource(parts)
 
 
-def _open(path: Path, image_folder: str | Path | None, strategy: str, seed: int, where: str) -> _File:
+def _open_entry(
+    entry: dict, here: Path, image_folder: str | Path | None, seed: int, where: str, outside: bool
+) -> _Part:
+    strategy = entry.get("sampling_strategy", "all")
+    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    if "json_path" in entry:
+        outside = entry.get("allow_outside", outside)
+        if not isinstance(outside, bool):
+            raise UserError(f"{where}: allow_outside must be true or false, not {outside!r}.")
+        return _open_json(here / entry["json_path"], image_folder, strategy, seed, where, outside)
+    if "shards" in entry:
+        folder = entry["shards"] if shards.is_url(entry["shards"]) else str(here / entry["shards"])
+        return _open_stored(folder, shards.Shards(folder), strategy, seed, where)
+    data_dir, features, prompt = (entry.get(key) for key in _ENTRIES["tfds"])
+    if not isinstance(data_dir, str | None) or not isinstance(prompt, str | None):
+        raise UserError(f"{where}: data_dir and prompt must be texts.")
+    if not isinstance(features, dict | None):
+        raise UserError(f"{where}: features must be a mapping such as {{image: image, text: caption}}.")
+    if data_dir is not None and not shards.is_url(data_dir):
+        data_dir = str(here / Path(data_dir).expanduser())
+    spec = f"tfds:{entry['tfds'].removeprefix('tfds:')}"
+    try:
+        records = shards.TfdsRecords(spec, data_dir, features, prompt)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    return _open_stored(spec, records, strategy, seed, where)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping names a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and name != "<<":
+                problem = f"the key {name!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _open_json(
+    path: Path,
+    image_folder: str | Path | None,
+    strategy: str,
+    seed: int,
+    where: str,
+    allow_outside: bool = False,
+) -> _Json:
     if image_folder is not None and not Path(image_folder).is_dir():
         raise UserError(f"{where}: there is no image folder {image_folder}.")
     _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
-    data = _map(path)
+    spans = scan_json(path)
+    numbers = _choose(len(spans), strategy, seed, path.name, where)
+    folder = path.parent if image_folder is None else Path(image_folder)
+    return _Json(path, folder, allow_outside, spans, numbers)
+
+
+def _open_stored(
+    name: str, records: shards.Shards | shards.TfdsRecords, strategy: str, seed: int, where: str
+) -> _Stored:
+    name = name if name.startswith("tfds:") else os.path.basename(name.rstrip("/"))
+    if not len(records):
+        raise UserError(f"{where}: {name} holds no records.")
+    return _Stored(name, records, _choose(len(records), strategy, seed, name, where))
+
+
+def scan_json(path: Path) -> np.ndarray:
+    """Where each record of a JSON list or JSONL file lies: (records, 2) int64. UserError if invalid or empty."""
+    data = map_file(path)
     spans = _scan_lines(data, path) if path.suffix == ".jsonl" else _scan_list(data, path)
     if not len(spans):
         raise UserError(f"{path} holds no records.")
-    numbers = _choose(len(spans), strategy, seed, path.name, where)
-    return _File(path, path.parent if image_folder is None else Path(image_folder), spans, numbers)
+    return spans
 
 
 def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
@@ -192,21 +384,27 @@ def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float |
     return match[1], int(match[2]) if match[2] else None, float(match[3]) if match[3] else None
 
 
-def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> np.ndarray:
-    """Numbers of the records that the strategy takes, ascending: (chosen,) int64."""
+def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
+    """Numbers of the records that the strategy takes, ascending."""
     how, count, percent = _parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
     count = math.ceil(round(total * percent / 100, 6)) if count is None else min(count, total)
     if how == "first":
-        return np.arange(count)
+        return range(count)
     if how == "end":
-        return np.arange(total - count, total)
+        return range(total - count, total)
     # By name, not path: every machine must take the same records wherever the data lies.
-    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return np.sort(generator.choice(total, count, replace=False))
+    return _sample(total, count, [seed, zlib.crc32(name.encode())])
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def _sample(total: int, count: int, seed: list[int]) -> np.ndarray:
+    """That many different numbers below `total`, ascending: (count,) uint32, or uint64 where it takes that."""
+    chosen = np.random.default_rng(seed).choice(total, count, replace=False)
+    return np.sort(chosen).astype(np.uint32 if total <= 1 << 32 else np.uint64)
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, mapped. UserError where it cannot be read."""
     try:
         with open(path, "rb") as f:
             # An empty file cannot be mapped.
@@ -314,13 +512,18 @@ class _Reader:
         return True
 
 
-def _record(data: bytes, path: Path, number: int, image_folder: Path) -> Record:
-    """The checked record number `number` of `path`."""
-    where = f"{path}, record {number}"
+def parse_json(data: bytes, where: str) -> Any:
+    """One record's JSON. BadRecord (duplicate_key) where an object names a key twice."""
     try:
-        record = json.loads(data)
+        return json.loads(data, object_pairs_hook=shards.unique)
+    except shards.DuplicateKey as e:
+        raise BadRecord("duplicate_key", where, f"{e}") from e
     except ValueError as e:
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
+
+
+def check_record(record: Any, number: int, where: str) -> tuple[str, list[dict[str, str]], list[str], str]:
+    """A record's id, turns, image names and `where` with the id. BadRecord where it is none."""
     if not isinstance(record, dict):
         raise BadRecord("bad_record", where, f"a record must be an object, not {type(record).__name__}")
     name = str(number)
@@ -341,10 +544,26 @@ def _record(data: bytes, path: Path, number: int, image_folder: Path) -> Record:
             if not isinstance(turn[key], str):
                 raise BadRecord("bad_turns", where, f"'{key}' must be a text in 'conversations' entry {k}")
     image = record.get("image")
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise BadRecord("several_images", where, f"'image' names {len(image)} files; one is supported")
-        image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
-        raise BadRecord("bad_image", where, f"'image' must be a file name, not {type(image).__name__}")
-    return Record(name, image_folder / image if image else None, turns, where)
+    images = image if isinstance(image, list) else [] if image is None or image == "" else [image]
+    for one in images:
+        if not isinstance(one, str) or not one:
+            raise BadRecord("bad_image", where, f"'image' must be a file name, not {type(one).__name__}")
+    return name, turns, images, where
+
+
+def locate(folder: Path, name: str, root: str | None, where: str) -> Path:
+    """The image's file. With `root`, the folder's real path, BadRecord (image_outside_folder) for a file outside it."""
+    path = folder / name
+    if root is None:
+        return path
+    try:
+        real = os.path.realpath(path)
+    except (OSError, ValueError):
+        return path  # no file can have this name, which reading it will say
+    if not real.startswith(os.path.join(root, "")):
+        raise BadRecord(
+            "image_outside_folder",
+            where,
+            f"the image {name} lies outside {folder}; `allow_outside: true` in a mixture would read it all the same",
+        )
+    return path

@@ -17,6 +17,8 @@ from fusion_jax.data.layout import (
     check_fits,
     laid_out_length,
     lay_out,
+    lay_out_rows,
+    needs,
 )
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import BadRecord
@@ -177,7 +179,136 @@ def test_latent_count_is_static():
     assert jax.tree.structure(batch) != jax.tree.structure(dataclasses.replace(batch, latent_count=4))
 
 
+# Several images.
+
+TWO_IMAGES = np.arange(2 * 5 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 5, 2, 2, 3)
+TWO = dataclasses.replace(SPEC, images=3, quadrants=4, rounds=3)
+#                    s  I  v   I  L  q   e   a   v   L  q   e   a
+LEADING_IMAGES_IDS = [1, I, 40, I, L, 50, 30, 60, 41, L, 51, 30, 61]
+LEADING_IMAGES_LABELS = [X, X, X, X, X, X, A, 60, X, X, X, A, 61]
+
+
+def test_several_images_stay_where_they_stand():
+    found = row(make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (1, 50, 51), TWO_IMAGES), TWO)
+    # position 0 1..4          5   6..9        10..12        13  14  15  16  17..19        20  21  22
+    visual = [-1, 0, 1, 2, 3, -1, 4, 5, 6, 7, 12, 13, 14, -1, -1, -1, -1, 15, 16, 17, -1, -1, -1]
+    np.testing.assert_array_equal(found.visual_index[:23], visual)
+    np.testing.assert_array_equal(found.latent_start, [10, 17, -1])
+    np.testing.assert_array_equal(found.round_end, [14, 21, -1])
+    np.testing.assert_array_equal(found.round_image, [1, 1, -1])
+    np.testing.assert_array_equal(found.crop_kind, [PIXELS, PIXELS, NO_CROP])
+    np.testing.assert_array_equal(found.crops[:2], TWO_IMAGES[:, 4])
+    np.testing.assert_array_equal(found.quadrants[:2], TWO_IMAGES[:, :4])
+    assert not found.crops[2].any() and not found.quadrants[2].any()
+    # The questions guide every image.
+    np.testing.assert_array_equal(found.crop_text, [[1, 50, 51, 0]] * 2 + [[0] * 4])
+    np.testing.assert_array_equal(found.crop_text_mask, [[True, True, True, False]] * 2 + [[False] * 4])
+
+
+def test_rounds_look_at_the_latest_image():
+    #      s  L  q   e   a   L  q   I  q   e   a   L  I  q   e   a
+    ids = [1, L, 50, 30, 60, L, 51, I, 52, 30, 61, L, I, 53, 30, 62]
+    labels = [X, X, X, A, 60, X, X, X, X, A, 61, X, X, X, A, 62]
+    found = row(make(ids, labels, (1,), TWO_IMAGES), dataclasses.replace(TWO, images=2))
+    # No image yet: the first. The latents keep their place although an image follows at once.
+    np.testing.assert_array_equal(found.round_image, [0, 0, 1])
+    np.testing.assert_array_equal(found.latent_start, [1, 7, 18])
+    assert found.visual_index[18] == 2 * 4 + 2 * 3 and found.visual_index[21] == 4
+
+
+def test_one_image_may_come_with_or_without_its_axis():
+    a, b = (row(make(TWO_ROUNDS_IDS, TWO_ROUNDS_LABELS, (1,), crops)) for crops in (CROPS, CROPS[None]))
+    for name, value in vars(a).items():
+        np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+
+
+# Several examples in a row.
+
+
+def test_packed_row():
+    image = make([1, L, I, 50, 30, 60], [X, X, X, X, A, 60], (1, 50), CROPS)
+    text = make([1, 51, 30, 61], [X, X, A, 61])
+    several = make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (1, 50, 51), TWO_IMAGES)
+    found = jax.tree.map(lambda a: a[0], lay_out_rows([[image, text, several]], TWO, 3))
+    rest = [0] * 2
+    np.testing.assert_array_equal(found.segment_ids, [1] * 11 + [2] * 4 + [3] * 23 + rest)
+    np.testing.assert_array_equal(found.positions, [*range(11), *range(4), *range(23), *rest])
+    first = [-1, 0, 1, 2, 3, 12, 13, 14, -1, -1, -1]
+    third = [-1, 4, 5, 6, 7, -1, 8, 9, 10, 11, 15, 16, 17, -1, -1, -1, -1, 18, 19, 20, -1, -1, -1]
+    np.testing.assert_array_equal(found.visual_index, first + [-1] * 4 + third + [-1, -1])
+    np.testing.assert_array_equal(found.latent_start, [5, 25, 32])
+    np.testing.assert_array_equal(found.round_end, [9, 29, 36])
+    np.testing.assert_array_equal(found.round_image, [0, 2, 2])
+    expected = {9: 60, 13: 61, 29: 60, 36: 61}
+    np.testing.assert_array_equal(np.flatnonzero(found.loss_weights), list(expected))
+    np.testing.assert_array_equal(found.targets, [expected.get(i, 0) for i in range(40)])
+    np.testing.assert_array_equal(found.tokens[11:15], [1, 51, 30, 61])
+    np.testing.assert_array_equal(found.crop_kind, [PIXELS] * 3)
+    np.testing.assert_array_equal(found.crops, [CROPS[4], *TWO_IMAGES[:, 4]])
+    np.testing.assert_array_equal(found.quadrants, [CROPS[:4], *TWO_IMAGES[:, :4]])
+    np.testing.assert_array_equal(found.crop_text, [[1, 50, 0, 0], [1, 50, 51, 0], [1, 50, 51, 0]])
+
+
+def test_packed_text_has_a_zero_image_each_only_for_the_released_weights():
+    text = make([1, L, 50, 30, 60], [X, X, X, A, 60])
+    spec = dataclasses.replace(SPEC, zero_image_for_text=True, images=2)
+    found = jax.tree.map(lambda a: a[0], lay_out_rows([[text, text]], spec, 3))
+    np.testing.assert_array_equal(found.crop_kind, [ZERO_IMAGE] * 2)
+    np.testing.assert_array_equal(found.round_image, [0, 1])
+    plain = make([1, 50, 30, 60], [X, X, A, 60])
+    found = jax.tree.map(lambda a: a[0], lay_out_rows([[plain] * 10], dataclasses.replace(SPEC, images=0), 3))
+    assert found.crop_kind.shape == (0,) and found.segment_ids.max() == 10
+    assert (found.round_end == -1).all() and (found.latent_start == -1).all()
+
+
+def test_an_empty_row_is_padding():
+    batch = lay_out_rows([[make([1, 50, 30, 60], [X, X, A, 60])], []], SPEC, 3)
+    for name, value in vars(batch).items():
+        if name != "latent_count":
+            free = -1 if name in ("visual_index", "round_image", "round_end", "latent_start") else 0
+            assert value.shape[0] == 2 and (value[1] == free).all(), name
+
+
+def test_nothing_predicts_the_first_token_of_an_example():
+    odd = make([60, 30, 61], [60, A, 61])
+    batch = lay_out_rows([[odd, odd]], SPEC, 3)
+    np.testing.assert_array_equal(np.flatnonzero(batch.loss_weights[0]), [1, 4])
+
+
+@pytest.mark.parametrize("changes", [{"length": 53}, {"images": 1}, {"rounds": 3}])
+def test_a_row_too_small_for_its_examples_is_refused(changes):
+    spec = dataclasses.replace(SPEC, length=54, images=2, rounds=4)
+    e = make(TWO_ROUNDS_IDS, TWO_ROUNDS_LABELS, (1,), CROPS[-1:])
+    assert lay_out_rows([[e, e]], spec, 3).segment_ids.min() == 1
+    with pytest.raises(ValueError, match="no room"):
+        lay_out_rows([[e, e]], dataclasses.replace(spec, **changes), 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "crops"), [([1, I, I, 50], CROPS), ([1, 50, 30], CROPS), ([1, I], None), ([1, L], None)]
+)
+def test_crops_must_be_those_of_the_placeholders(ids, crops):
+    with pytest.raises(ValueError, match="record 3"):
+        lay_out([make(ids, None, (), crops)], dataclasses.replace(SPEC, images=2), 3)
+
+
 # What does not fit.
+
+
+def test_needs_of_an_example():
+    found = needs(make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (), TWO_IMAGES), TWO, 3)
+    assert (found.length, found.images, found.rounds) == (23, 2, 2)
+    text = make([1, L, 50, 30], None)
+    assert needs(text, SPEC, 3).images == 0
+    assert needs(text, dataclasses.replace(SPEC, zero_image_for_text=True), 3).images == 1
+
+
+def test_too_many_images_are_a_bad_record():
+    e = make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (), TWO_IMAGES)
+    check_fits(e, dataclasses.replace(SPEC, images=2), 3)
+    with pytest.raises(BadRecord, match="has 2 images; max_images is 1") as error:
+        check_fits(e, SPEC, 3)
+    assert error.value.reason == "too_many_images"
 
 
 def test_length_counts_visual_tokens():

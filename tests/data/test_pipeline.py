@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pickle
+from collections import Counter
 
 import grain
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
-from fusion_jax.data.layout import PIXELS
-from fusion_jax.data.sources import load_source
+from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
+from fusion_jax.data.layout import PIXELS, check_fits, lay_out
+from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -250,6 +252,183 @@ def test_a_source_without_usable_records_ends_instead_of_hanging():
     assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1000
     with pytest.raises(UserError):
         counts.check(0.5, 3)
+
+
+# Several images.
+
+SLOT, LATENT_SLOT = "<vision_start><image><vision_end>", "<vision_start><latent_image><vision_end>"
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "questions"),
+    [
+        (
+            ("<image>\n<image>\nHow many?", "one.", "How many left?", "one."),
+            (f"{SLOT}\n{SLOT}{LATENT_SLOT}\nHow many?", f"{LATENT_SLOT}How many left?"),
+        ),
+        (
+            ("Is <image> left?", "one.", "<image>How many?", "one."),
+            (f"{LATENT_SLOT}Is {SLOT} left?", f"{SLOT}{LATENT_SLOT}How many?"),
+        ),
+        (("How many?", "one.", "<image> <image>", "one."), (f"{LATENT_SLOT}How many?", f"{SLOT} {SLOT}{LATENT_SLOT}")),
+    ],
+)
+def test_several_images_stand_where_their_tags_are(folder, values, questions):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    got = encode_conversation(turns(*values), tokenizer, TEMPLATES["phi3"], 2)
+    for question in questions:
+        assert f"<|user|>\n{question}<|end|>\n<|assistant|>\n" in got.prompt
+    ids = got.input_ids.tolist()
+    assert (ids.count(IMAGE), ids.count(LATENTS)) == (2, 2)
+    for i in np.flatnonzero(got.input_ids < 0):
+        assert ids[i - 1] == tokenizer.vision_start_id and ids[i + 1] == tokenizer.vision_end_id
+    asked = "".join(value.replace("<image>", "").strip() for value in values[::2])
+    assert got.instructs.tolist() == [tokenizer.bos_id, *tokenizer.encode(asked)]
+    prompt = encode_prompt(turns(*values[:-1]), tokenizer, TEMPLATES["phi3"], 2)
+    assert got.input_ids[: len(prompt.input_ids)].tolist() == prompt.input_ids.tolist()
+    plain = encode_conversation(turns(*values), tokenizer, TEMPLATES["phi3"], 2, latents=False)
+    assert plain.prompt == got.prompt.replace(LATENT_SLOT, "")
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "reason", "words"),
+    [
+        ("<image><image>a", 0, "image_tag_without_image", "2 <image> tags for 0 images"),
+        ("<image><image>a", 1, "several_images", "2 <image> tags for 1 image"),
+        ("<image><image><image>a", 2, "image_tag_without_image", "3 <image> tags for 2 images"),
+        ("<image>a", 2, "image_without_tag", "1 <image> tag for 2 images"),
+        ("a", 3, "image_without_tag", "0 <image> tags for 3 images"),
+    ],
+)
+def test_tags_and_images_must_agree(folder, question, images, reason, words):
+    with pytest.raises(BadRecord, match=words) as error:
+        encode_conversation(turns(question, "b"), load_tokenizer(folder / "tokenizer"), TEMPLATES["phi3"], images)
+    assert error.value.reason == reason
+
+
+def test_a_tag_that_appears_only_when_another_is_taken_out_is_text(folder):
+    got = encode_conversation(
+        turns("<im<image>age>a", "b"), load_tokenizer(folder / "tokenizer"), TEMPLATES["phi3"], True
+    )
+    assert got.input_ids.tolist().count(IMAGE) == 1
+
+
+def test_several_images_from_files_and_bytes_to_a_row(folder):
+    model = tiny("released", **{"llm.vocab_size": 640})
+    maker = pipeline.ExampleMaker(model, load_tokenizer(folder / "tokenizer"), "phi3")
+    paths = [folder / f"{i}.png" for i in range(3)]
+    said = turns("<image>\n<image>\nHow many?", "one.", "Is <image> left?", "one.")
+    example = maker(Record("a", paths[0], said, "here", (paths[0], paths[1].read_bytes(), paths[2])))
+    alone = [maker(Record("a", path, turns("How many?", "one."), "here")) for path in paths]
+    assert example.crops.shape == (3, 5, 24, 24, 3)
+    np.testing.assert_array_equal(example.crops, np.concatenate([e.crops for e in alone]))
+    spec = pipeline.layout_spec(model, 160, 40, 2, images=3)
+    check_fits(example, spec, 4)
+    batch = lay_out([example], spec, 4)
+    assert (batch.crop_kind == PIXELS).all() and batch.round_image.tolist() == [[1, 2]]
+    assert (batch.crop_text_mask.sum(-1) == len(example.question_ids)).all()
+    with pytest.raises(BadRecord, match="max_images is 1"):
+        check_fits(example, pipeline.layout_spec(model, 160, 40, 2), 4)
+
+
+# Packing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(StageConfig):
+    packing: bool = True
+    max_images: int = 3
+
+
+@pytest.fixture(scope="module")
+def open_packed(folder):
+    """A function that starts a packing pipeline over one of the folder's files."""
+    started = []
+    tokenizer = load_tokenizer(folder / "tokenizer")
+
+    def start(file="good.json", threads=2, preset="paper", devices=1, **stage):
+        model = tiny(preset, latent_counts=(1, 4), **{"llm.vocab_size": 640})
+        sizes = {"max_length": 250, "max_question_length": 16, "max_rounds": 4, "batch_size": ROWS, **stage}
+        stage = Packed("one", str(folder / file), **sizes)
+        config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=threads)
+        source = pipeline.open_source(config, stage)
+        batches = pipeline.training_batches(config, stage, source, tokenizer, devices)
+        started.append(batches)
+        return batches
+
+    yield start
+    for batches in started:
+        batches.close()
+
+
+def packed_pictures(fed):
+    batch = fed.batch
+    return [crop.tobytes() for crop in batch.crops[batch.crop_kind == PIXELS]]
+
+
+def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
+    batches = open_packed()
+    emitted, before = Counter(), 0
+    for step in range(20):
+        fed, counts = next(batches)
+        batch = fed.batch
+        emitted.update(packed_pictures(fed))
+        assert batch.tokens.shape == (2, 250) and batch.crops.shape[1] == 3  # two rows for four samples
+        assert fed.samples == (batch.crop_kind == PIXELS).sum() == sum(emitted.values()) - before
+        before = sum(emitted.values())
+        seed = pipeline.stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
+        assert batch.latent_count == pipeline.draw_latent_count((1, 4), seed, step)
+        # What was read has been handed out or waits, each record as often as epochs began or ended.
+        waiting = Counter(index for index, *_ in batches.get_state()["waiting"])
+        assert sum(waiting.values()) + before == counts.seen
+        assert len(emitted) <= RECORDS and max(emitted.values()) <= -(-counts.seen // RECORDS)
+    assert before > 20 * ROWS - ROWS and len(emitted) == RECORDS
+    assert min(emitted.values()) >= counts.seen // RECORDS - 2
+
+
+@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("file", ["good.json", "bad.json"])
+def test_packed_state_resumes_at_the_identical_next_batch(open_packed, bad_file, file, after):
+    batches = open_packed(file)
+    take(batches, after)
+    saved = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(4)]
+    fresh = open_packed(file, threads=5)  # nor does their number matter
+    fresh.set_state(saved)
+    for (a, counts_a), (b, counts_b) in zip(expected, [next(fresh) for _ in range(4)]):
+        assert same(a, b) and counts_a == counts_b
+        assert [bad.where for bad in a.bad] == [bad.where for bad in b.bad]
+
+
+def test_bad_records_of_packed_batches_are_counted_and_leave_no_trace(open_packed, bad_file):
+    batches = open_packed("bad.json")
+    bad, pixels = [], Counter()
+    for _ in range(12):
+        fed, counts = next(batches)
+        bad += fed.bad
+        pixels.update(packed_pictures(fed))
+        assert fed.samples == len(packed_pictures(fed))
+        assert counts.bad == {reason: sum(b.reason == reason for b in bad) for reason in counts.bad}
+    assert {b.reason for b in bad} == set(REASONS) and len(pixels) == RECORDS
+
+
+def test_rows_are_dealt_evenly_over_devices_and_microbatches(open_packed):
+    batch = take(open_packed(devices=3, accumulation=2), 1)[0].batch
+    assert batch.tokens.shape[0] == 6
+    assert (batch.segment_ids.max(1) > 0).sum() >= 4
+
+
+def test_rows_that_no_record_fills_are_empty():
+    endless = grain.MapDataset.source([BadRecord("missing_key", "file, record 0", "the key is missing")]).repeat()
+    load = pipeline._Load([None], None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
+    reading = endless.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    fed, counts = next(iter(pipeline._PackedBatches(reading, 2, 8, load, (4,), 0, 1)))
+    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1000
+    assert fed.samples == 0 and fed.batch.tokens.shape == (2, 40)
 
 
 # Validation.

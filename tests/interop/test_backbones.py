@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, importing
-from fusion_jax.models import vision
+from fusion_jax.models import fusion, vision
 from fusion_jax.models.fusion import Fusion, example_batch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
@@ -124,6 +125,34 @@ def folders(tmp_path_factory):
         language_model(kind).save_pretrained(root / kind, **shards)
         write_tokenizer(root / kind, kind)
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_connectors():
+    """Projectors and exchange layers from plain noise: tracing the model's own initialiser takes seconds a model."""
+
+    def draw(model, new):
+        rng = np.random.default_rng(0)
+        for array in new.values():
+            array[...] = 0.1 * rng.standard_normal(array.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importing, "_initialise", draw)
+        yield
+
+
+INITIALISE = importing._initialise
+
+
+def test_connectors_start_as_in_a_run_from_nothing(folders):
+    plan, _ = imported(folders, "llama")
+    expected = flatten_dict(fusion.init(plan.model, jax.random.key(0)), sep="/")
+    new = {path: np.empty(expected[path].shape, np.float32) for path in ("vision_to_text/in/kernel", "latents_16")}
+    new |= {path: np.empty(expected[path].shape, np.float32) for path in expected if "exchange/" in path}
+    assert len(new) > 10
+    INITIALISE(plan.model, new)
+    for path, array in new.items():
+        np.testing.assert_allclose(array, expected[path], atol=1e-6, err_msg=path)
 
 
 @functools.cache

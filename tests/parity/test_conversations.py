@@ -130,5 +130,5 @@ def test_a_prompt_ends_with_a_question(loaded):
 
 def test_unknown_template():
     assert find_template("phi3") is TEMPLATES["phi3"]
-    with pytest.raises(UserError, match=r"'phi4'.*llama3, phi3"):
+    with pytest.raises(UserError, match=r"'phi4'.*chatml, llama3, mistral, phi3"):
         find_template("phi4")

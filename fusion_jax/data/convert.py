@@ -1,0 +1,523 @@
+"""Puts JSON or JSONL records and their image files into shards that carry the images; data/shards.py draws them.
+
+    python -m fusion_jax.data.convert --json_path F.json --image_folder D --out SHARDS [--shards N] [--workers N]
+    python -m fusion_jax.data.convert --out SHARDS --check        # reads everything again: hashes, counts, records
+
+Shard k holds what is usable of the records k*M to (k+1)*M of the file, so shards are made in any order by any number of
+processes, and always the same way. Until all are there, SHARDS/partial holds the plan and a report of each finished
+shard: killed at any moment, the same command goes on and ends with the very bytes of an undisturbed run. The manifest
+comes last. Records that cannot be used are left out and counted by reason in the manifest, which lists the first 1000.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import logging
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import flags
+from PIL import Image, UnidentifiedImageError
+
+from fusion_jax.cli import run_main
+from fusion_jax.data import shards, sources
+from fusion_jax.data.image import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE
+from fusion_jax.errors import BadRecord, UserError, check
+
+log = logging.getLogger("fusion_jax")
+
+RECORDS_PER_SHARD = 16384
+LISTED = 1000  # skipped records that the manifest names; the rest is counted
+_PARTIAL = "partial"
+_NO_IMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+_ENOUGH = 1000  # records to have seen before too many bad ones stop a conversion early
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result.
+
+    Attributes:
+      json_path, image_folder, out: absolute paths; they may change between a run and the one that goes on with it.
+      source: name, bytes, sha256 and records of the JSON file.
+      settings: what else must stay the same for the result to.
+    """
+
+    json_path: Path
+    image_folder: Path
+    out: Path
+    source: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.source["records"] // self.settings["records_per_shard"])
+
+    def name(self, kind: str, k: int) -> str:
+        return f"{kind}-{k:05d}-of-{self.shards:05d}.array_record"
+
+    def report(self, k: int) -> Path:
+        return self.out / _PARTIAL / f"{k:05d}.json"
+
+    def said(self) -> dict[str, Any]:
+        """What a run that goes on must find unchanged."""
+        return {"format": shards.FORMAT, "version": shards.VERSION, "source": self.source, "settings": self.settings}
+
+
+def convert(
+    json_path: str | Path,
+    image_folder: str | Path | None,
+    out: str | Path,
+    *,
+    shard_count: int | None = None,
+    records_per_shard: int | None = None,
+    workers: int = 1,
+    allow_outside: bool = False,
+    max_bad_records: float = 0.5,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes the shards, or what is left to write, and returns their manifest.
+
+    Args:
+      json_path: .json or .jsonl.
+      image_folder: where relative image paths start; by default the JSON file's folder.
+      out: a new or empty folder, or one that an unfinished run of the same conversion left.
+      shard_count, records_per_shard: one of them, or neither for RECORDS_PER_SHARD.
+      workers: processes. They do not change the result.
+      allow_outside: take images outside `image_folder` too.
+      max_bad_records: stop once a larger share cannot be used.
+
+    Raises:
+      UserError: unusable arguments or files, a folder with something else, too many bad records, a full disk.
+    """
+    json_path, out = Path(json_path).absolute(), Path(out).absolute()
+    folder = json_path.parent if image_folder is None else Path(image_folder).absolute()
+    check(json_path.suffix in (".json", ".jsonl"), f"{json_path} must end in .json or .jsonl.")
+    check(folder.is_dir(), f"There is no image folder {folder}.")
+    check(shard_count is None or records_per_shard is None, "Give --shards or --records_per_shard, not both.")
+    for name, value in (("shards", shard_count), ("records_per_shard", records_per_shard), ("workers", workers)):
+        check(value is None or value > 0, f"--{name} must be above 0, not {value}.")
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
+
+    spans = sources.scan_json(json_path)
+    source = {
+        "file": json_path.name,
+        "bytes": json_path.stat().st_size,
+        "sha256": shards.hash_file(json_path),
+        "records": len(spans),
+    }
+    per_shard = -(-len(spans) // shard_count) if shard_count else records_per_shard or RECORDS_PER_SHARD
+    settings = {"records_per_shard": per_shard, "allow_outside": allow_outside, "max_pixels": MAX_PIXELS}
+    plan = Plan(json_path, folder, out, source, settings)
+    try:
+        if (out / shards.MANIFEST).exists():
+            return _complete(plan)
+        with _lock(out):
+            _prepare(plan)
+            return _write(plan, spans, workers, max_bad_records, progress)
+    except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's, of a full disk for example
+        raise UserError(f"Cannot go on in {out}: {e}; the same command continues from here.") from e
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
+    if out.exists() and any(out.iterdir()) and not (out / _PARTIAL).is_dir():
+        raise UserError(f"{out} holds files that are no shards; name a new or empty folder with --out.")
+    (out / _PARTIAL).mkdir(parents=True, exist_ok=True)
+    with open(out / _PARTIAL / "lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"Another process is converting into {out}.") from e
+        yield
+
+
+def _complete(plan: Plan) -> dict[str, Any]:
+    """The manifest of a conversion that has nothing left to do; UserError if it is another one."""
+    manifest = shards.read_manifest(plan.out)
+    _check_same({key: manifest.get(key) for key in plan.said()}, plan)
+    shards.check_files(plan.out, manifest)
+    shutil.rmtree(plan.out / _PARTIAL, ignore_errors=True)
+    log.info("%s is complete already", plan.out)
+    return manifest
+
+
+def _prepare(plan: Plan) -> None:
+    """Checks that what an unfinished run left is of this plan, and takes away what it had half written."""
+    told = plan.out / _PARTIAL / "plan.json"
+    if told.exists():
+        _check_same(json.loads(told.read_bytes()), plan)
+    for left in (plan.out / _PARTIAL).glob("*.tmp"):
+        left.unlink()
+    _write_json(plan.out, told, plan.said())
+
+
+def _check_same(found: dict[str, Any], plan: Plan) -> None:
+    for key, value in plan.said().items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{plan.out} holds shards made otherwise ({key} {found.get(key)!r}, now {value!r}); "
+                "name another folder with --out, or delete this one."
+            )
+
+
+def _write(plan: Plan, spans: np.ndarray, workers: int, max_bad: float, progress: bool) -> dict[str, Any]:
+    reports = {k: report for k in range(plan.shards) if (report := _finished(plan, k)) is not None}
+    if reports:
+        log.info("%d of %d shards are there already", len(reports), plan.shards)
+    size = plan.settings["records_per_shard"]
+    tasks = ((plan, k, spans[k * size : (k + 1) * size]) for k in range(plan.shards) if k not in reports)
+    seen = sum(min(size, len(spans) - k * size) for k in reports)
+    with _bar(len(spans), seen, "converting", progress) as bar:
+        for report in _parallel(write_shard, tasks, workers, bar.update):
+            reports[report["number"]] = report
+            _check_bad(reports.values(), max_bad, _ENOUGH)
+    _check_bad(reports.values(), max_bad, 1)
+    made = [reports[k] for k in range(plan.shards)]
+    reasons = sum((Counter(report["skipped"]) for report in made), Counter())
+    listed = [one for report in made for one in report["listed"]]
+    manifest = plan.said() | {
+        "records": sum(report["records"] for report in made),
+        "images": sum(report["images"] for report in made),
+        "image_bytes": sum(report["image_bytes"] for report in made),
+        "skipped": {
+            "records": sum(reasons.values()),
+            "reasons": dict(sorted(reasons.items())),
+            "listed": listed[:LISTED],
+        },
+        "shards": [
+            {key: report[key] for key in ("records", "images", "image_bytes", "shard", "text")}
+            for report in made
+            if report["records"]
+        ],
+    }
+    if not manifest["records"]:
+        raise UserError(f"None of the {len(spans)} records can be used: {listed[0]['detail']}.")
+    _write_json(plan.out, plan.out / shards.MANIFEST, manifest)
+    shutil.rmtree(plan.out / _PARTIAL)
+    return manifest
+
+
+def _check_bad(reports: Iterable[dict[str, Any]], allowed: float, enough: int) -> None:
+    reports = list(reports)
+    bad = sum(sum(report["skipped"].values()) for report in reports)
+    seen = bad + sum(report["records"] for report in reports)
+    if seen >= enough and bad > allowed * seen:
+        first = next(report["listed"][0] for report in reports if report["listed"])
+        raise UserError(
+            f"{bad} of {seen} records cannot be used, more than --max_bad_records={allowed:g} allows; "
+            f"one is record {first['record']}: {first['detail']}."
+        )
+
+
+def _finished(plan: Plan, k: int) -> dict[str, Any] | None:
+    """The report of a shard that an earlier run completed; None if it must be made (again)."""
+    try:
+        report = json.loads(plan.report(k).read_bytes())
+        files = [report["shard"], report["text"]] if report["records"] else []
+        if all((plan.out / file["name"]).stat().st_size == file["bytes"] for file in files):
+            return report
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write_json(out: Path, path: Path, value: Any) -> None:
+    """Whole or not at all, unless the machine itself fails: shards are on the disk by then, and this can be redone."""
+    part = out / _PARTIAL / f"{path.name}.{os.getpid()}.tmp"
+    with open(part, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+    os.replace(part, path)
+
+
+def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], None]) -> dict[str, Any]:
+    """Makes one shard and its texts and reports what is in them.
+
+    Args:
+      task: plan, the shard's number, and where its records lie in the JSON file: (records, 2).
+      advance: told how many more records have been looked at.
+    """
+    plan, k, spans = task
+    data = sources.map_file(plan.json_path)
+    root = None if plan.settings["allow_outside"] else os.path.realpath(plan.image_folder)
+    names = {kind: plan.name(kind, k) for kind in ("shard", "text")}
+    parts = {kind: plan.out / _PARTIAL / f"{name}.{os.getpid()}.tmp" for kind, name in names.items()}
+    records = images = image_bytes = 0
+    skipped: Counter[str] = Counter()
+    listed: list[dict[str, Any]] = []
+    writers = {kind: shards.open_writer(part) for kind, part in parts.items()}
+    first = k * plan.settings["records_per_shard"]
+    for i in range(len(spans)):
+        try:
+            header, files = _read_record(plan, data, spans[i], first + i, root)
+        except BadRecord as bad:
+            skipped[bad.reason] += 1
+            if len(listed) < LISTED:
+                listed.append({"record": first + i, "reason": bad.reason, "detail": bad.detail})
+        else:
+            text, whole = shards.pack(header, files)
+            writers["text"].write(text)
+            writers["shard"].write(whole)
+            records += 1
+            images += len(files)
+            image_bytes += sum(map(len, files))
+        advance(1)
+    report = {"number": k, "records": records, "images": images, "image_bytes": image_bytes}
+    report |= {"skipped": dict(sorted(skipped.items())), "listed": listed}
+    for kind, writer in writers.items():
+        writer.close()
+        if not records:
+            parts[kind].unlink()
+            continue
+        if (found := shards.open_reader(parts[kind]).num_records()) != records:
+            raise OSError(f"{parts[kind]} holds {found} of {records} records")
+        with open(parts[kind], "rb") as f:
+            os.fsync(f.fileno())
+        size, sha256 = parts[kind].stat().st_size, shards.hash_file(parts[kind])
+        report[kind] = {"name": names[kind], "bytes": size, "sha256": sha256}
+    for kind in report.keys() & parts.keys():
+        os.replace(parts[kind], plan.out / names[kind])
+    _write_json(plan.out, plan.report(k), report)
+    return report
+
+
+def _read_record(
+    plan: Plan, data: mmap.mmap | bytes, span: np.ndarray, number: int, root: str | None
+) -> tuple[dict[str, Any], list[bytes]]:
+    """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
+    where = f"{plan.json_path}, record {number}"
+    record = sources.parse_json(data[span[0] : span[1]], where)
+    name, turns, names, where = sources.check_record(record, number, where)
+    files, about = [], []
+    for image in names:
+        files.append(_read_image(sources.locate(plan.image_folder, image, root, where), where))
+        about.append({"name": image} | _look_at(files[-1], image, plan.settings["max_pixels"], where))
+    header = {"id": name} if record.get("id") is not None else {}
+    return header | {"number": number, "conversations": turns, "images": about}, files
+
+
+def _read_image(path: Path, where: str) -> bytes:
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device might never end
+            raise BadRecord("missing_image", where, f"the image {path} is no file")
+        if found.st_size > MAX_BYTES:
+            raise BadRecord("image_too_large", where, f"the image {path} has {found.st_size} bytes, over {MAX_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError) as e:  # ValueError: a path that no file can have
+        if isinstance(e, OSError) and e.errno not in _NO_IMAGE:
+            raise  # a disk or a network that fails must not pass for missing images
+        raise BadRecord("missing_image", where, f"cannot read the image {path}: {e}") from e
+
+
+def _look_at(data: bytes, name: str, max_pixels: int, where: str) -> dict[str, Any]:
+    """Format and size by the file's header; nothing is decoded. BadRecord where training would refuse the image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images; the limit here is what counts
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                (width, height), form = image.size, image.format
+    except Image.DecompressionBombError as e:
+        raise BadRecord("image_too_large", where, f"the image {name} exceeds {max_pixels} pixels") from e
+    except UnidentifiedImageError as e:  # its text holds an address, another one in every run
+        raise BadRecord("corrupt_image", where, f"the image {name} is of no format that is known") from e
+    except Exception as e:  # format readers answer damaged bytes with almost any exception
+        raise BadRecord("corrupt_image", where, f"cannot read the header of the image {name}: {e}") from e
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise BadRecord("image_too_large", where, f"the image {name} has {width}x{height} pixels, over {max_pixels}")
+    return {"format": form, "width": width, "height": height, "bytes": len(data)}
+
+
+def check_shards(out: str | Path, workers: int = 1, progress: bool = True) -> list[str]:
+    """Reads all shards again; one sentence for everything that is not as the manifest says. UserError without one."""
+    out = Path(out)
+    manifest = shards.read_manifest(out)
+    known = {shard[kind]["name"] for shard in manifest["shards"] for kind in ("shard", "text")}
+    left = sorted(path.name for path in out.glob("*.array_record") if path.name not in known)
+    problems = [f"{out / name} is not in the manifest" for name in left]
+    with _bar(manifest["records"], 0, "checking", progress) as bar:
+        for found in _parallel(check_shard, ((out, shard) for shard in manifest["shards"]), workers, bar.update):
+            problems += found
+    return sorted(problems)
+
+
+def check_shard(task: tuple[Path, dict[str, Any]], advance: Callable[[int], None]) -> list[str]:
+    """What is wrong with one shard: sizes, hashes, counts and every record of both files."""
+    out, shard = task
+    problems = []
+    for kind in ("shard", "text"):
+        path, file = out / shard[kind]["name"], shard[kind]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != file["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {file['bytes']}")
+        elif (found := shards.hash_file(path)) != file["sha256"]:
+            problems.append(f"{path} has the hash {found}, the manifest says {file['sha256']}")
+    path = out / shard["shard"]["name"]
+    try:
+        whole, text = (shards.open_reader(out / shard[kind]["name"]) for kind in ("shard", "text"))
+        counts = whole.num_records(), text.num_records()
+        if counts != (shard["records"],) * 2:
+            problems.append(f"{path} and its texts hold {counts} records, the manifest says {shard['records']}")
+        images = size = 0
+        for i in range(min(counts)):
+            header, files = shards.unpack(whole.read([i])[0])
+            if shards.parse_header(text.read([i])[0]) != header:
+                problems.append(f"{path}, record {i} differs from {shard['text']['name']}")
+            images, size = images + len(files), size + sum(map(len, files))
+            advance(1)
+        if (images, size) != (shard["images"], shard["image_bytes"]):
+            problems.append(f"{path} holds {images} images of {size} bytes, the manifest says otherwise")
+    except (RuntimeError, ValueError, OSError, IndexError, KeyError) as e:
+        problems.append(f"{path} cannot be read to its end: {e}")
+    return problems
+
+
+def _bar(total: int, done: int, what: str, progress: bool) -> tqdm.tqdm:
+    # A terminal gets a live bar; a log file a line now and then.
+    slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+    return tqdm.tqdm(total=total, initial=done, unit="record", desc=what, disable=not progress, **slow)
+
+
+def _parallel(
+    function: Callable[[Any, Callable[[int], None]], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    advance: Callable[[int], None],
+) -> Iterator[Any]:
+    """What `function` makes of each task, in the order in which they finish. UserError if it raises one, or a process
+    dies. No process outlives this one by more than a record, even if this one is killed."""
+    tasks = iter(tasks)
+    if workers == 1:
+        yield from (function(task, advance) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    running: dict[connection.Connection, multiprocessing.process.BaseProcess] = {}
+    try:
+        for _, task in zip(range(workers), tasks):  # in this order: zip takes no task too many
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(function, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            mine.send(task)
+            running[mine] = process
+        while running:
+            for pipe in connection.wait(list(running)):
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionError) as e:
+                    raise UserError("A worker process was killed; the same command goes on from here.") from e
+                if kind == "advance":
+                    advance(value)
+                    continue
+                if kind == "error":
+                    raise UserError(value)
+                if (task := next(tasks, None)) is None:
+                    pipe.close()
+                    running.pop(pipe).join()
+                else:
+                    pipe.send(task)
+                yield value
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _serve(function: Callable[[Any, Callable[[int], None]], Any], pipe: connection.Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers itself
+
+    waiting, sent = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal waiting, sent
+        waiting += count
+        if time.monotonic() - sent > 0.25:
+            pipe.send(("advance", waiting))  # fails, and so ends the process, once the parent is gone
+            waiting, sent = 0, time.monotonic()
+
+    with contextlib.suppress(EOFError, ConnectionError):
+        while os.getppid() == parent:
+            task = pipe.recv()
+            try:
+                result = function(task, advance)
+            except (UserError, OSError, RuntimeError, ValueError) as e:
+                if isinstance(e, ConnectionError):
+                    raise
+                pipe.send(("error", f"{e}"))
+            else:
+                pipe.send(("advance", waiting))
+                pipe.send(("done", result))
+                waiting = 0
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("json_path", None, "LLaVA records: a .json list or .jsonl lines.")
+    flags.DEFINE_string("image_folder", None, "Where image paths start; default: the JSON file's folder.")
+    flags.DEFINE_string("out", None, "Folder for the shards: new, empty, or left by an unfinished run.", required=True)
+    flags.DEFINE_integer("shards", None, "How many shards.")
+    flags.DEFINE_integer("records_per_shard", None, f"Or how many records each; default {RECORDS_PER_SHARD}.")
+    flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes; they do not change the result.")
+    flags.DEFINE_bool("allow_outside", False, 'Take images outside the image folder: "..", absolute paths, links.')
+    flags.DEFINE_float("max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.")
+    flags.DEFINE_bool("check", False, "Read the shards in --out again and compare them with their manifest.")
+
+
+def main(argv: list[str]) -> None:
+    check(len(argv) == 1, f"{' '.join(argv[1:])!r} is not understood; see --help.")
+    given = flags.FLAGS
+    check(given.workers > 0, f"--workers must be above 0, not {given.workers}.")
+    if given.check:
+        problems = check_shards(given.out, given.workers)
+        for problem in problems:
+            log.error("%s", problem)
+        check(not problems, f"{given.out} is not as its manifest says, in {len(problems)} points.")
+        log.info("%s is as its manifest says", given.out)
+        return
+    check(given.json_path is not None, "Give the records with --json_path, or --check to check what is there.")
+    begun = time.perf_counter()
+    manifest = convert(
+        given.json_path,
+        given.image_folder,
+        given.out,
+        shard_count=given.shards,
+        records_per_shard=given.records_per_shard,
+        workers=given.workers,
+        allow_outside=given.allow_outside,
+        max_bad_records=given.max_bad_records,
+    )
+    skipped = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"]["reasons"].items())
+    log.info(
+        "%s: %d records, %d images, %.1f MB in %d shards; %s skipped; %.0f s",
+        given.out,
+        manifest["records"],
+        manifest["images"],
+        manifest["image_bytes"] / 1e6,
+        len(manifest["shards"]),
+        skipped or "none",
+        time.perf_counter() - begun,
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_main(main)
