@@ -44,6 +44,7 @@ setup(
         "torch": ["torch>=2.6", "transformers>=5.0"],
         "test": [
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "beartype==0.23.1",
             "ruff==0.17.5",
             "torch==2.13.0",
