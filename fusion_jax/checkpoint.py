@@ -71,9 +71,14 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about, self._keep, self._keep_every = about, keep, keep_every
         self._writer: threading.Thread | None = None
-        self._written: int | None = None  # step of the last checkpoint that this object completed
+        self._written: int | None = None  # the newest checkpoint that is known to be whole
         self._problem = ""  # of the last save
         self._unexpected: BaseException | None = None
+        self._options = ocp.Context()
+        # Random mantissas compress by a tenth, at the price of all cores for seconds.
+        self._options.array.saving.use_compression = False
+        # In the background, a folder that cannot be made leaves threads that wait for it for minutes, at exit too.
+        self._options.async_options.create_directories_asynchronously = False
         _silence_repetitions()
         self._sweep()
 
@@ -92,10 +97,8 @@ class Checkpoints:
             return
         params, train = _split(state)
         items = {"params": params, "train": train, "data": {"json": json.dumps(data)}, "about": self._about}
-        options = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False))
         try:
-            # Random mantissas compress by a tenth, at the price of both cores for seconds.
-            with ocp.Context(array_options=options):
+            with self._options:
                 response = ocp.save_checkpointables_async(self.folder / str(step), items, overwrite=True)
         except _TROUBLE as error:
             self._report(step, error)
@@ -148,6 +151,7 @@ class Checkpoints:
                     found = _first_line(error)
                 else:
                     self._set_aside(damaged, step)
+                    self._written = step
                     return step, TrainState(params=items["params"], **items["train"]), data
             damaged[step] = found or "another process found it damaged"
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])

@@ -177,7 +177,7 @@ class Spikes:
     median distance from the median, scaled to a standard deviation) and by a tenth of the median.
     """
 
-    def __init__(self, window: int = 200, far: float = 10.0, enough: int = 20):
+    def __init__(self, window: int = 50, far: float = 8.0, enough: int = 20):
         self._far, self._enough = far, enough
         self._known = {name: deque(maxlen=window) for name in ("total", "grad_norm")}
 
