@@ -20,6 +20,25 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; -1, at most once, is the rest of them. See `sharding` for what each axis means.
+
+    data: rows of the batch, parameters copied. fsdp: rows and parameters. tensor: heads, MLP units and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            check(size >= 1 or size == -1, f"config.mesh.{name}={size} must be at least 1, or -1 for the rest.")
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(len(rest) < 2, f"config.mesh: only one size can be -1, the rest; {' and '.join(rest)} are.")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage.
 
@@ -35,6 +54,7 @@ class StageConfig:
     Optimizer (AdamW, cosine to 0 after a linear warm-up):
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
+      first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
       freeze: regular expressions on parameter paths.
     """
 
@@ -58,6 +78,7 @@ class StageConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0
+    first_moment: str = "float32"
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -71,6 +92,10 @@ class StageConfig:
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
         check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
         check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+        check(
+            self.first_moment in DTYPES,
+            f"{where}: first_moment={self.first_moment!r} is unknown; allowed: {', '.join(DTYPES)}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class RunConfig:
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
-    dtype: compute; parameters are float32 masters. remat: see `models.remat`.
+    dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
     Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
@@ -94,6 +119,7 @@ class RunConfig:
     init_from: str = ""
     dtype: str = "bfloat16"
     remat: str = "full"
+    mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 3

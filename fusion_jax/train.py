@@ -7,6 +7,7 @@ same workdir it goes on from the newest checkpoint and gives the same losses as 
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -50,9 +51,11 @@ def train(config: RunConfig, workdir: Path) -> None:
     else:
         tokenizer, origin = load_tokenizer(config.tokenizer), {}
     _check_tokenizer(config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_model(config.model, mesh)
     for stage in config.stages:
         if not stage.packing:  # which deals its rows to the devices itself
-            sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
+            sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
     record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
     validation = sources.load_source(config.validation_data) if config.validation_data else None
     workdir.mkdir(parents=True, exist_ok=True)
@@ -62,22 +65,25 @@ def train(config: RunConfig, workdir: Path) -> None:
 
     # ---- Model.
     model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
-    params = fusion.init(config.model, jax.random.key(config.seed))
+    params = state.abstract_parameters(config.model, mesh)
     log.info(
-        "%s parameters, %d device(s) of kind %s, compute in %s",
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        "%s parameters, %d device(s) of kind %s (%s), compute in %s",
+        f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)):,}",
         jax.device_count(),
         jax.devices()[0].device_kind,
+        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         config.dtype,
     )
     if config.init_from and not begun:
         folder = checkpoint.find(config.init_from)
         params = checkpoint.load_params(folder, params)
         log.info("parameters from %s", folder)
+    elif not begun:  # otherwise the stage restores them
+        params = state.initial_parameters(config.model, config.seed, mesh)
 
     # ---- Stages.
     for stage in config.stages[first:]:
-        run = StageRun(config, stage, workdir, tokenizer, record_sources[stage.name], validation, about)
+        run = StageRun(config, stage, workdir, mesh, tokenizer, record_sources[stage.name], validation, about)
         params = run.train(model, params)
     files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
     metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
@@ -124,10 +130,11 @@ def _saved_steps(workdir: Path, stage: StageConfig) -> list[int]:
 class StageRun:
     """One stage: its data, state, checkpoints and reports."""
 
-    def __init__(self, config, stage, workdir, tokenizer, source, validation, about):
+    def __init__(self, config, stage, workdir, mesh, tokenizer, source, validation, about):
         self.config: RunConfig = config
         self.stage: StageConfig = stage
         self.folder: Path = workdir / stage.name
+        self.mesh: jax.sharding.Mesh = mesh
         self.tokenizer: Tokenizer = tokenizer
         self.source: sources.RecordSource = source
         self.validation: sources.RecordSource | None = validation
@@ -136,21 +143,24 @@ class StageRun:
         self.bad_to_show = 5  # in the log; bad_records.jsonl has them all
 
     def train(self, model: fusion.Fusion, params) -> dict:
-        """Trains from `params` or from the newest checkpoint. Returns the final parameters."""
-        config, stage, steps = self.config, self.stage, self.steps
+        """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
+
+        Returns the final parameters.
+        """
+        config, stage, steps, mesh = self.config, self.stage, self.steps, self.mesh
         # ---- Optimizer and state.
         labels = optim.labels(stage, params)
         tx = optim.optimizer(stage, params)
-        mesh = sharding.make_mesh()
-        current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, jax.device_count())
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh))
         checkpoints = checkpoint.Checkpoints(self.folder / checkpoint.FOLDER, config.keep_checkpoints, self.about)
         start = checkpoints.latest or 0
         if start:
-            current = checkpoints.restore(current, batches)
+            current = checkpoints.restore(state.abstract(params, tx, mesh), batches)
             log.info("%s continues after step %d", stage.name, start)
+        else:
+            current = state.begin(params, tx, mesh)
         writer = metrics.Writer(self.folder, start)
         metrics.truncate(self.folder / "bad_records.jsonl", start)
         log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
@@ -167,7 +177,7 @@ class StageRun:
                 log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
             cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
             rates = optim.learning_rates(stage, step - 1, steps)
-            current, values = step_fn(current, sharding.put_batch(fed.batch, mesh), rates)
+            current, values = step_fn(current, sharding.put_batch(sharding.local_rows(fed.batch, mesh), mesh), rates)
             values |= _prefixed("learning_rate/", rates)
             interval.add(values, fed.samples, cost, waited)
 

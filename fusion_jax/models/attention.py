@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from fusion_jax.models import partition
+
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
@@ -140,7 +142,16 @@ def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0
     Returns:
       (B, Q, H, d) in the dtype of v; zeros where a query sees no key.
     """
+    kernel = _choose(q.shape[1], k.shape[1])
+    heads, segments = ("batch", None, "heads", None), ("batch", None)
+    run = partition.split(
+        lambda *arrays: kernel(*arrays, causal, window), (heads, heads, heads, segments, segments), heads
+    )
+    return run(q, k, v, q_segments, kv_segments)
+
+
+def _choose(q_length: int, k_length: int):
     # Short rows fit the cache whole: there one batched product beats a loop.
-    if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
-        return blocked_attention(q, k, v, q_segments, kv_segments, causal, window)
-    return reference_attention(q, k, v, q_segments, kv_segments, causal, window)
+    if jax.default_backend() == "cpu" and q_length * k_length >= 128 * 128:
+        return blocked_attention
+    return reference_attention

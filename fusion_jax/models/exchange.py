@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from fusion_jax.models import layers
+from fusion_jax.models import layers, partition
 
 
 @jax.tree_util.register_dataclass
@@ -48,21 +48,21 @@ class SemanticExchange(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], plan: ExchangePlan) -> Float[Array, "B S D"]:
         batch, length, width = x.shape
-        count, window = plan.window_index.shape
+        count = plan.window_index.shape[0]
         rounds = plan.round_end.shape[1]
         square = {"axes": ("embed", "heads"), "dtype": self.dtype}
 
         # Gather: the row index of every latent, (B, R, L); absent rounds read position 0 and are not written back.
         position = plan.latent_start[..., None] + jnp.arange(count)
         present = plan.latent_start >= 0
-        rows = jnp.arange(batch)[:, None]
-        latents = x[rows[..., None], jnp.maximum(position, 0)]
-        question = x[rows, jnp.maximum(plan.round_end, 0)]
+        latents = partition.take(x, jnp.maximum(position, 0))
+        question = partition.take(x, jnp.maximum(plan.round_end, 0))
 
         # W_in on the concatenation, its halves applied apart: the question's half once per round, not per latent.
         w_in = self.param(
             "in", nn.with_logical_partitioning(layers.fan_in(), ("embed", "heads")), (2 * width, width), jnp.float32
-        ).astype(self.dtype)
+        )
+        w_in = partition.constrain(w_in.astype(self.dtype), None, "heads")
         p = jnp.dot(question, w_in[:width])[:, :, None] + jnp.dot(latents, w_in[width:])
 
         # Keys and values once per image, then each round takes its image's and each latent its window's.
@@ -72,10 +72,9 @@ class SemanticExchange(nn.Module):
         q = layers.Dense(width, name="query", **square)(layers.LayerNorm(1e-5, name="query_norm")(p))
 
         per_head = width // self.heads
-        image = jnp.maximum(plan.round_image, 0)[..., None, None]
-        token = plan.window_index[None, None]
+        token = jnp.maximum(plan.round_image, 0)[..., None, None] * k.shape[2] + plan.window_index
         k, v = (
-            a[rows[..., None, None], image, token].reshape(batch, rounds, count, window, self.heads, per_head)
+            partition.take(a.reshape(batch, -1, width), token, "heads").reshape(*token.shape, self.heads, per_head)
             for a in (k, v)
         )
         q = q.reshape(batch, rounds, count, self.heads, per_head)
@@ -90,4 +89,4 @@ class SemanticExchange(nn.Module):
 
         # Scatter back; out-of-range rows are dropped, which is how absent rounds are left out.
         target = jnp.where(present[..., None], position, length)
-        return x.at[rows[..., None], target].add(update.astype(x.dtype), mode="drop")
+        return partition.add(x, target, update.astype(x.dtype))

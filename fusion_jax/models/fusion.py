@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE, Batch
-from fusion_jax.models import connector, layers, llm
+from fusion_jax.models import connector, layers, llm, partition
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.exchange import ExchangePlan
 from fusion_jax.models.vision import VisionEncoder
@@ -125,7 +125,7 @@ class Fusion(nn.Module):
         grid = context.reshape(b * n, side, side, -1)
         pooled = connector.adaptive_max_pool(grid, math.isqrt(count)).reshape(b, n, count, -1)
         pooled = jnp.where((batch.crop_kind == PIXELS)[..., None, None], pooled, 0)
-        return jnp.take_along_axis(pooled, jnp.maximum(batch.round_image, 0)[..., None, None], axis=1)
+        return partition.take(pooled, jnp.maximum(batch.round_image, 0))
 
     def exchange_plan(self, batch: Batch, encoded: Visual) -> ExchangePlan | None:
         if self.config.exchange_layers == 0 or batch.round_end.shape[1] == 0:
@@ -141,7 +141,7 @@ class Fusion(nn.Module):
         if encoded.latents is not None:
             tables.append(_merge_inner(encoded.latents))
         table = jnp.concatenate(tables, axis=1)
-        visual = jnp.take_along_axis(table, jnp.maximum(batch.visual_index, 0)[..., None], axis=1)
+        visual = partition.take(table, jnp.maximum(batch.visual_index, 0))
         return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
 
     def __call__(self, batch: Batch, cache: llm.Cache | None = None):
@@ -209,6 +209,13 @@ def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
     )
 
 
-def init(config: FusionConfig, key: jax.Array):
-    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis."""
-    return nn.unbox(jax.jit(Fusion(config).init)(key, example_batch(config))["params"])
+def init(config: FusionConfig, key: jax.Array, shardings=None):
+    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis.
+
+    With `shardings` (a tree like the result) each device makes its own part of each.
+    """
+
+    def make(key, batch):
+        return nn.unbox(Fusion(config).init(key, batch)["params"])
+
+    return jax.jit(make, out_shardings=shardings)(key, example_batch(config))
