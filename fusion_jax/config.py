@@ -105,10 +105,13 @@ class RunConfig:
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
-    Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
+    Every N steps: log_every, checkpoint_every, validate_every (0 = never).
+    checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
+    keep_every: and those of every n-th step (0 = none).
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
-    loader_threads: image decoding threads.
+    loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
+    to the log (0 = never). wandb_project: Weights & Biases project that gets the metrics too.
     """
 
     model: FusionConfig
@@ -122,7 +125,9 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 30.0
     keep_checkpoints: int = 3
+    keep_every: int = 0
     validate_every: int = 500
     validation_data: str = ""
     validation_batches: int = 8
@@ -130,6 +135,8 @@ class RunConfig:
     max_bad_records: float = 0.01
     max_skipped_steps: int = 20
     loader_threads: int = 16
+    hang_minutes: float = 15.0
+    wandb_project: str = ""
 
     def __post_init__(self):
         check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
@@ -143,6 +150,8 @@ class RunConfig:
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
             check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpoint_minutes", "keep_every", "hang_minutes"):
+            check(getattr(self, name) >= 0, f"config.{name}={getattr(self, name)} must not be negative.")
         check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )

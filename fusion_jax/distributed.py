@@ -7,38 +7,33 @@ step; process 0 alone writes what people read (log, metrics, plots). They share 
 import glob
 import logging
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from fusion_jax.errors import UserError, check
 
 log = logging.getLogger("fusion_jax")
 
-_ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where no cluster says it")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")
-_PROCESS = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
-
-def start() -> None:
+def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes, before anything touches a device. Alone where there are none.
 
-    With the flags all three say what to do. Otherwise a Cloud TPU, SLURM or Open MPI does.
+    Args:
+      address: host:port of process 0. processes: how many there are. process: which this one is, from 0. All three or
+        none: then a Cloud TPU, SLURM or Open MPI says it.
 
     Raises:
-      UserError: the flags make no sense, or the others do not answer.
+      UserError: the arguments make no sense, or the others do not answer.
     """
-    given = {"coordinator_address": _ADDRESS.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
+    given = {"coordinator_address": address, "num_processes": processes, "process_id": process}
     missing = [name for name, value in given.items() if value is None]
     if not missing:
-        check(given["num_processes"] >= 1, f"--num_processes={given['num_processes']} must be at least 1.")
-        check(
-            0 <= given["process_id"] < given["num_processes"],
-            f"--process_id={given['process_id']} must be from 0 to {given['num_processes'] - 1}.",
-        )
-        _join(given["coordinator_address"], **given, cluster_detection_method="deactivate")
+        check(processes >= 1, f"--num_processes={processes} must be at least 1.")
+        check(0 <= process < processes, f"--process_id={process} must be from 0 to {processes - 1}.")
+        _join(address, **given, cluster_detection_method="deactivate")
     elif len(missing) < len(given):
         raise UserError(f"Give --{', --'.join(missing)} as well: several processes need all of {', '.join(given)}.")
     elif _scheduled():
@@ -85,6 +80,16 @@ def _on_tpu() -> bool:
 def is_first() -> bool:
     """Whether this is the process that writes what people read."""
     return jax.process_index() == 0
+
+
+def own_folder(folder: Path) -> Path:
+    """Where this process writes its metrics and lists: the folder itself for the first, one beside for each other."""
+    return folder if is_first() else folder / "processes" / str(jax.process_index())
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """A global array on the host, in every process, wherever its parts lie."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def wait_for_all(where: str) -> None:

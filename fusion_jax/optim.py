@@ -86,3 +86,8 @@ def apply_updates(params, updates, rates: dict[str, jax.Array], label_tree):
     """params - rate * updates, the rate by label."""
     step: Callable = lambda p, u, label: p if label == FROZEN else p - rates[label] * u  # noqa: E731
     return jax.tree.map(step, params, updates, label_tree)
+
+
+def group_norms(grads) -> dict[str, jax.Array]:
+    """Global norm of the gradients of every top-level module, float32 scalars by name."""
+    return {name: optax.global_norm(part) for name, part in grads.items()}

@@ -75,7 +75,8 @@ def train_step(
       rates: learning rate per label. Arguments, so that stages of equal shapes are one compiled program.
 
     Returns:
-      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm, skipped, text_tokens, visual_tokens.
+      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm (also by module), skipped, text_tokens,
+      visual_tokens.
     """
     totals = losses.counts(batch, model.config.vision.patches)
 
@@ -110,6 +111,7 @@ def train_step(
         "total": total,
         **parts,
         "grad_norm": grad_norm,
+        **{f"grad_norm/{name}": norm for name, norm in optim.group_norms(grads).items()},
         "skipped": new.skipped.astype(jnp.float32),
         "text_tokens": jnp.sum(real & ~visual).astype(jnp.float32),
         "visual_tokens": jnp.sum(real & visual).astype(jnp.float32),
