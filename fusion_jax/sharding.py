@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax.config import MeshConfig
 from fusion_jax.errors import UserError, check
+from fusion_jax.models import partition
 from fusion_jax.models.config import FusionConfig
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -162,13 +163,17 @@ def constrain(tree, shardings):
 
 @contextlib.contextmanager
 def use(mesh: Mesh):
-    """Logical constraints mean `mesh` while a function is traced or called herein. On one device they mean nothing."""
-    if mesh.size == 1:
+    """Functions traced or called herein are for `mesh`: kernels for its devices, logical constraints for its axes.
+
+    On one device constraints mean nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(partition.compiled_for(mesh.devices.flat[0].platform))
+        if mesh.size > 1:
+            # Linen's constraints silently do nothing unless the mesh is set like this.
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(nn.logical_axis_rules(RULES))
         yield
-    else:
-        # Linen's constraints silently do nothing unless the mesh is set like this.
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            yield
 
 
 @dataclass(frozen=True)

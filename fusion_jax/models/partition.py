@@ -5,6 +5,8 @@ Names in use: `batch` (rows of a batch, or anything that lies along them), `head
 (see `llm.Decoder.embed`). None: not split.
 """
 
+import contextlib
+import contextvars
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -12,6 +14,24 @@ import jax
 import jax.numpy as jnp
 
 Names = tuple[str | None, ...]
+
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str):
+    """Programs traced herein are for that kind of device, whatever this machine has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def platform() -> str:
+    """The kind of device that a program traced now is for: cpu, gpu, tpu."""
+    return _platform.get() or jax.default_backend()
 
 
 def active() -> bool:

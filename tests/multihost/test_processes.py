@@ -36,7 +36,7 @@ def test_arguments_that_make_no_sense_are_refused():
         ({}, False, None),
         ({"SLURM_NTASKS": "4"}, False, None),  # a shell inside an allocation, not a task
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}, False, None),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a", "SLURM_STEP_NUM_NODES": "1"}, True, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}, True, None),
         (
             {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a", "SLURM_STEP_NUM_NODES": "2",
              "SLURM_GPUS_ON_NODE": "8"},
