@@ -7,11 +7,12 @@
     ratio                         of these two
     mean_pixel_difference         of the crops that `fast` makes from the same files to the exact ones, of 255
     text_pixel_difference         the same for pages of small print, the worst that sets contain
+    large_mean_pixel_difference, large_text_pixel_difference   the same for images of LARGE x LARGE pixels, the smallest
+                                  that `fast` decodes at half their size: there, and nowhere else, it differs most
     packing_efficiency, padding_efficiency   real tokens over row slots; see packing.py
     rss_growth                    of the resident memory from the end of the first round to that of the last
 
-Workers are threads: Pillow lets go of the interpreter while it decodes and resizes, and nothing has to be copied
-between processes.
+Workers are threads: decoding and resizing let go of the interpreter, and nothing has to be copied between processes.
 """
 
 import os
@@ -33,6 +34,7 @@ from fusion_jax.errors import check
 
 SIZE = 384  # of a crop
 WIDTH, HEIGHT, QUALITY = 1280, 960, 90
+LARGE = 2304
 PHOTOS, PAGES, ROUNDS = 8, 2, 5
 _MEAN = _STD = np.full(3, 0.5, np.float32)
 
@@ -137,6 +139,11 @@ def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTO
         print(f"one thread: {1 / wall:.1f} images/s, published way {1 / published_wall:.1f}", file=sys.stderr)
 
         by_workers = {}
+        large = {}
+        for kind, make in (("mean", photo), ("text", page)):
+            path = Path(folder, f"large_{kind}.jpg")
+            make(0, LARGE, LARGE).save(path, quality=QUALITY)
+            large[f"large_{kind}_pixel_difference"] = pixel_difference([path])
 
         def crops_of(path: Path) -> None:
             read_crops(path, SIZE, decode=decode)
@@ -162,6 +169,7 @@ def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTO
             "ratio": published_cpu / cpu,
             "mean_pixel_difference": pixel_difference(paths),
             "text_pixel_difference": pixel_difference(pages),
+            **large,
             **packing.measure(),
             "rss_growth": resident[-1] / resident[0] - 1,
             "load": os.getloadavg()[0],
