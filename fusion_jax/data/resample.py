@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,7 @@ log = logging.getLogger("fusion_jax")
 
 SOURCE = Path(__file__).with_name("resample.c")
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")  # a fused multiply-add would round the weights differently
-WHOLE = 8 << 20  # bytes of the decoded image up to which Pillow hands them out at once
-STRIP = 2 << 20  # of a larger one at a time: copies that stay in the processor's cache are a third faster on the whole
+STRIP = 2 << 20  # bytes of an image that are copied at a time where it cannot be read in place: these stay in the cache
 _lock = threading.Lock()
 Pixels = UInt8[np.ndarray, "tiles height width 3"]
 
@@ -83,20 +83,51 @@ def _with_library(
     targets = [_target(output) for output in outputs]
     # One spare byte behind each row, as fusion_across wants it.
     between = [np.empty((height, target[0] * 3 + 1), np.uint8) for target in targets]
-    rows = height if 4 * width * height <= WHOLE else max(1, STRIP // (4 * width))
     failed = 0
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strip = image if bottom - top == height else image.crop((0, top, width, bottom))
-        pixels = strip.tobytes("raw", "RGBX")
+    for top, rows, pixels in _pixels(image):
         for target, middle in zip(targets, between):
             to, stride = middle[top:].ctypes.data, middle.strides[0]
-            failed |= library.fusion_across(pixels, width, covered[0], bottom - top, to, stride, target[0], plain)
+            failed |= library.fusion_across(pixels, width, covered[0], rows, to, stride, target[0], plain)
     for output, target, middle in zip(outputs, targets, between):
         stride, to = middle.strides[0], output.ctypes.data
         failed |= library.fusion_down(middle.ctypes.data, stride, height, covered[1], to, *target, plain)
     if failed:
         raise MemoryError(f"no memory to resize an image of {width}x{height} pixels")
+
+
+class _ArrowArray(ctypes.Structure):
+    """The beginning of a struct of Arrow's C data interface, through which Pillow (from 11.2) shows its memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")),
+        ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+        ("children", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes]]:
+    """The image's rows, 4 bytes a pixel: the first row, how many, and where they are or a copy of them.
+
+    In place if Pillow can show them, up to 16 MB: in threads, where new memory is slow, copies would double the time.
+    """
+    width, height = image.size
+    try:
+        shown = image.__arrow_c_array__()[1]  # keeps the memory while it lives
+        lists = _ArrowArray.from_address(_capsule_pointer(shown, b"arrow_array"))
+        if (lists.length, lists.offset, lists.n_children) == (width * height, 0, 1):
+            yield 0, height, _ArrowArray.from_address(lists.children[0]).buffers[1]
+            return
+    except (AttributeError, ValueError):  # an older Pillow; an image in several pieces
+        pass
+    rows = max(1, STRIP // (4 * width))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        yield top, strip.height, strip.tobytes("raw", "RGBX")
 
 
 def _library() -> ctypes.CDLL | None:

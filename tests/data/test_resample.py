@@ -128,11 +128,22 @@ def test_tiles_and_several_sizes_at_once():
 
 
 @needs_compiler
-@pytest.mark.parametrize("strip", [1, 4 * 131 * 7, 4 * 131 * 64])
-def test_large_images_are_taken_in_strips(library, monkeypatch, strip):
+@pytest.mark.parametrize("strip", [1, 4 * 131 * 7, 4 * 131 * 64, 1 << 20])
+def test_strips_of_what_cannot_be_read_in_place(library, monkeypatch, strip):
     image = noise(np.random.default_rng(4), 131, 103)
-    monkeypatch.setattr(module, "WHOLE", 4 * 131 * 103 - 1)
+    expected = by_pillow(image, 40, 50)
+    if hasattr(image, "__arrow_c_array__"):  # from Pillow 11.2
+        assert [rows for _, rows, _ in module._pixels(image)] == [103]
+        monkeypatch.delattr(Image.Image, "__arrow_c_array__")
     monkeypatch.setattr(module, "STRIP", strip)
+    assert sum(rows for _, rows, _ in module._pixels(image)) == 103
+    np.testing.assert_array_equal(compiled(library, image, 40, 50, False), expected)
+
+
+@needs_compiler
+def test_images_that_pillow_keeps_in_pieces(library):
+    image = noise(np.random.default_rng(4), 2500, 1800)  # 18 MB; a piece has up to 16
+    assert len(list(module._pixels(image))) > 1
     np.testing.assert_array_equal(compiled(library, image, 40, 50, False), by_pillow(image, 40, 50))
 
 
