@@ -211,7 +211,10 @@ class StageRun:
         tx = optim.optimizer(stage, params)
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh))
+        process, processes = sharding.feeder(mesh)
+        batches = pipeline.training_batches(
+            config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
+        )
         checkpoints = checkpoint.Checkpoints(
             self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
         )
@@ -245,14 +248,13 @@ class StageRun:
                 if fed.batch.latent_count not in compiled:
                     compiled.add(fed.batch.latent_count)
                     log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
-                cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
+                cost = processes * flops.step_flops(config.model, flops.shape_of(fed.batch))
                 rates = optim.learning_rates(stage, step - 1, steps)
                 with phase("computing") as computed:
                     # Two batches at most are on the devices: one that a step reads, one put there meanwhile.
                     while len(running) > 1:
                         jax.block_until_ready(running.popleft())
-                    rows = sharding.put_batch(sharding.local_rows(fed.batch, mesh), mesh)
-                    current, values = step_fn(current, rows, rates)
+                    current, values = step_fn(current, sharding.put_batch(fed.batch, mesh), rates)
                     running.append(values["total"])
                 interval.spend("compute", computed())
                 stop.nothing_to_lose = False
@@ -346,7 +348,8 @@ class StageRun:
             writer.text(step, "answers", "\n\n".join(shown))
 
     def _evaluate(self, model: fusion.Fusion, params, batch):
-        if len(batch.tokens) % sharding.batch_shards(self.mesh):  # too few to deal: every device computes all of them
+        shards = sharding.batch_shards(self.mesh)
+        if any(len(x) % shards for x in jax.tree.leaves(batch)):  # too few to deal: every device computes all of them
             return _evaluate(model, params, batch)
         rows = sharding.put_batch(sharding.local_rows(batch, self.mesh), self.mesh)
         return sharding.OnMesh(functools.partial(_evaluate, model), self.mesh)(params, rows)

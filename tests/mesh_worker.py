@@ -3,6 +3,7 @@
 Needs eight devices: see the fixture there.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -44,8 +45,10 @@ def batch_of(kind, config):
 
     if kind == "mixed":
         return lay(config, [one(seed) for seed in range(ROWS)], length=LENGTH)
-    spec = layout_spec(config, LONG, QUESTION_LENGTH, 4, 2)  # long enough for the CPU's own attention kernel
-    return lay_out_rows([[one(2 * row), one(2 * row + 1)] for row in range(ROWS)], spec, config.latent_counts[0])
+    # Long enough for the CPU's own attention kernel; two rows share the crops of their four conversations.
+    spec = dataclasses.replace(layout_spec(config, LONG, QUESTION_LENGTH, 4, 2), crops=4)
+    rows = [[one(2 * row), one(2 * row + 1)] for row in range(ROWS)]
+    return lay_out_rows(rows, spec, config.latent_counts[0], groups=ROWS // 2)
 
 
 def collectives(hlo: str):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import flash, partition
+from fusion_jax.models import partition
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
@@ -164,14 +164,12 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
         return reference_attention
     if platform == "cpu":
         return blocked_attention
+    from fusion_jax.models import flash  # not needed on CPU: Pallas takes a while to import
+
     if platform == "tpu":
         return flash.splash_attention
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
         if segments and causal and not window:
-            return _triton
+            return flash.triton_attention
         return flash.cudnn_attention
     return reference_attention
-
-
-def _triton(q, k, v, q_segments, kv_segments, causal, window):
-    return flash.triton_attention(q, k, v, q_segments, kv_segments, causal)

@@ -74,8 +74,12 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
     return _zero_blind(out, ours, theirs, causal).astype(v.dtype)
 
 
-def triton_attention(q, k, v, q_segments, kv_segments, causal=False, interpret=False):
-    """Flash attention in Triton (GPU), of a sequence with itself: the same positions and segments on both sides."""
+def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):
+    """Flash attention in Triton (GPU), of a sequence with itself: the same positions and segments on both sides.
+
+    Knows no window.
+    """
+    assert not window
     _, length, heads, size = q.shape
     padded = math.ceil(length / 128) * 128
     k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))

@@ -29,7 +29,7 @@ CASES = {
 }
 KERNELS = {
     "splash": (functools.partial(flash.splash_attention, interpret=True), tuple(CASES)),
-    "triton": (lambda *a: flash.triton_attention(*a[:6], interpret=True), ("packed",)),
+    "triton": (functools.partial(flash.triton_attention, interpret=True), ("packed",)),
     "cudnn": (functools.partial(flash.cudnn_attention, implementation="xla"), tuple(CASES)),
 }
 PAIRS = [(kernel, case) for kernel, (_, cases) in KERNELS.items() for case in cases]
@@ -82,7 +82,7 @@ def test_each_device_gets_its_kernel(case):
     q_segments, _, causal, window, *_ = CASES[case]
     arguments = (400, 400, jnp.bfloat16, q_segments is not None, causal, window)
     assert attention.choose("tpu", *arguments) is flash.splash_attention
-    expected = attention._triton if case == "packed" else flash.cudnn_attention
+    expected = flash.triton_attention if case == "packed" else flash.cudnn_attention
     assert attention.choose("gpu", *arguments) is expected
     assert attention.choose("cpu", *arguments) is attention.blocked_attention
     assert attention.choose("gpu", 400, 400, jnp.float32, *arguments[3:]) is reference_attention
@@ -95,7 +95,7 @@ def test_each_device_gets_its_kernel(case):
     [
         ("tpu", flash.splash_attention, "packed", "tpu_custom_call"),
         ("tpu", flash.splash_attention, "late text", "tpu_custom_call"),
-        ("cuda", lambda *a: flash.triton_attention(*a[:6]), "packed", "__gpu"),
+        ("cuda", flash.triton_attention, "packed", "__gpu"),
     ],
 )
 def test_kernels_lower_for_their_device_without_one(platform, kernel, case, call):
