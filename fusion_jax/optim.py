@@ -71,7 +71,7 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
     clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity()
     adam = optax.chain(
-        optax.scale_by_adam(stage.b1, stage.b2, stage.eps),
+        optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment),
         optax.add_decayed_weights(stage.weight_decay, mask=decays),
     )
     return optax.chain(clip, optax.masked(adam, trained))

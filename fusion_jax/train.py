@@ -5,9 +5,12 @@ same workdir it goes on from the newest checkpoint and gives the same losses as 
 (SIGTERM, Ctrl-C, a preemption notice) it saves and exits with code 75: run me again.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import tempfile
 import time
 from collections import deque
@@ -20,6 +23,7 @@ from ml_collections import config_flags
 
 from fusion_jax import (
     checkpoint,
+    distributed,
     flops,
     generate,
     lock,
@@ -44,6 +48,10 @@ log = logging.getLogger("fusion_jax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST: trace these steps of a stage for XProf")
+# Only where no cluster (TPU, SLURM, Open MPI) says it.
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")
+_PROCESS = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 FINAL_PATIENCE = 600.0  # seconds that the last checkpoint of a stage is tried for
 STOP_PATIENCE = 20.0  # the same for the one before the run ends on request
 
@@ -56,8 +64,14 @@ def main(argv: list[str]) -> None:
     if "://" in _WORKDIR.value:
         raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
     profile = watch.parse_steps(_PROFILE.value)
+    distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     with watch.Stop() as stop:
-        train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
+        try:
+            train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            watch.leave(error)
 
 
 def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, profile=None) -> None:
@@ -80,9 +94,11 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
     else:
         tokenizer, origin = load_tokenizer(config.tokenizer), {}
     _check_tokenizer(config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_model(config.model, mesh)
     for stage in config.stages:
         if not stage.packing:  # which deals its rows to the devices itself
-            sharding.check_rows(stage.batch_size // stage.accumulation, f"stage {stage.name!r}")
+            sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
     record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
     records = {name: len(source) for name, source in record_sources.items()}
     if begun:
@@ -95,32 +111,40 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
     if config.wandb_project:
         metrics.import_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
-    with lock.hold(workdir):
+    # One of several processes speaks for all.
+    with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
         _cache_compiled_programs(workdir)
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+        if distributed.is_first():
+            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
         about = checkpoint.describe(config, tokenizer, origin, records)
 
         # ---- Model.
         model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
-        params = fusion.init(config.model, jax.random.key(config.seed))
+        params = state.abstract_parameters(config.model, mesh)
         log.info(
-            "%s parameters, %d device(s) of kind %s, compute in %s",
-            f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+            "%s parameters, %d device(s) of kind %s (%s) in %d process(es), compute in %s",
+            f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)):,}",
             jax.device_count(),
             jax.devices()[0].device_kind,
+            ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+            jax.process_count(),
             config.dtype,
         )
         if config.init_from and not begun:
             folder = checkpoint.find(config.init_from)
             params = checkpoint.load_params(folder, params)
             log.info("parameters from %s", folder)
+        elif not begun:  # otherwise the stage restores them
+            params = state.initial_parameters(config.model, config.seed, mesh)
 
         # ---- Stages.
         for stage in config.stages[first:]:
             if stop and stop.requested:
                 raise RunAgain(f"stopped before {stage.name}; start again to go on.")
-            run = StageRun(config, stage, workdir, tokenizer, record_sources[stage.name], validation, about)
+            run = StageRun(config, stage, workdir, mesh, tokenizer, record_sources[stage.name], validation, about)
             params = run.train(model, params, stop or watch.Stop(), profile)
+        if not distributed.is_first():
+            return
         files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
         metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
         log.info("done; loss curves in %s", workdir / "losses.png")
@@ -165,10 +189,12 @@ def _checkpoints(workdir: Path, stage: StageConfig) -> Path:
 class StageRun:
     """One stage: its data, state, checkpoints and reports."""
 
-    def __init__(self, config, stage, workdir, tokenizer, source, validation, about):
+    def __init__(self, config, stage, workdir, mesh, tokenizer, source, validation, about):
         self.config: RunConfig = config
         self.stage: StageConfig = stage
         self.folder: Path = workdir / stage.name
+        self.reports: Path = distributed.own_folder(self.folder)
+        self.mesh: jax.sharding.Mesh = mesh
         self.tokenizer: Tokenizer = tokenizer
         self.source: sources.RecordSource = source
         self.validation: sources.RecordSource | None = validation
@@ -177,31 +203,36 @@ class StageRun:
         self.bad_to_show = 5  # in the log; bad_records.jsonl has them all
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
-        """Trains from `params` or from the newest checkpoint. Returns the final parameters.
+        """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
+
+        Returns the final parameters.
 
         Raises:
           RunAgain: asked to stop; everything is saved.
         """
-        config, stage, steps = self.config, self.stage, self.steps
+        config, stage, steps, mesh = self.config, self.stage, self.steps, self.mesh
         # ---- Optimizer and state.
         labels = optim.labels(stage, params)
         tx = optim.optimizer(stage, params)
-        mesh = sharding.make_mesh()
-        current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, jax.device_count())
+        process, processes = sharding.feeder(mesh)
+        batches = pipeline.training_batches(
+            config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
+        )
         checkpoints = checkpoint.Checkpoints(
             self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
         )
         start = 0
-        restored = checkpoints.restore(current)
+        restored = checkpoints.restore(state.abstract(params, tx, mesh))
         if restored is not None:
             start, current, position = restored
             batches.set_state(position)
             log.info("%s continues after step %d", stage.name, start)
-        writer = metrics.Writer(self.folder, start, config.wandb_project)
-        metrics.truncate(self.folder / "bad_records.jsonl", start)
+        else:
+            current = state.begin(params, tx, mesh)
+        writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
+        metrics.truncate(self.reports / "bad_records.jsonl", start)
         log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
         if self._validates_at(start) and not writer.has(start, "validation/ce"):
             self._validate(model, current.params, start, writer, stop)  # a stop came in between
@@ -222,7 +253,7 @@ class StageRun:
                 if fed.batch.latent_count not in compiled:
                     compiled.add(fed.batch.latent_count)
                     log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
-                cost = flops.step_flops(config.model, flops.shape_of(fed.batch))
+                cost = processes * flops.step_flops(config.model, flops.shape_of(fed.batch))
                 rates = optim.learning_rates(stage, step - 1, steps)
                 with phase("computing") as computed:
                     # Two batches at most are on the devices: one that a step reads, one put there meanwhile.
@@ -284,7 +315,7 @@ class StageRun:
             return
         entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in bad]
         try:
-            with (self.folder / "bad_records.jsonl").open("a") as file:
+            with (self.reports / "bad_records.jsonl").open("a") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         except OSError as error:
             log.warning("bad records are not listed: %s", error)
@@ -312,7 +343,7 @@ class StageRun:
         for batch in batches:
             if stop.requested:
                 return
-            parts.append(jax.device_get(_evaluate(model, params, batch)))
+            parts.append(jax.device_get(self._evaluate(model, params, batch)))
         if parts:
             # Means over all tokens, as in training, not over batches.
             sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
@@ -322,6 +353,13 @@ class StageRun:
         shown = self._sample_answers(model, params)
         if shown:
             writer.text(step, "answers", "\n\n".join(shown))
+
+    def _evaluate(self, model: fusion.Fusion, params, batch):
+        shards = sharding.batch_shards(self.mesh)
+        if any(len(x) % shards for x in jax.tree.leaves(batch)):  # too few to deal: every device computes all of them
+            return _evaluate(model, params, batch)
+        rows = sharding.put_batch(sharding.local_rows(batch, self.mesh), self.mesh)
+        return sharding.OnMesh(functools.partial(_evaluate, model), self.mesh)(params, rows)
 
     def _sample_answers(self, model: fusion.Fusion, params) -> list[str]:
         """The first usable questions of the validation data with the model's answers, as Markdown."""

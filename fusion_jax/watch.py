@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -78,6 +79,18 @@ class Stop:
             log.warning("%s: finishing the step, then saving (once more ends at once)", name)
             self.requested = True
         os.close(reader)
+
+
+def leave(error: Exception) -> None:
+    """Ends one of several processes after a failure that they share, without waiting for others, which may be dead."""
+    logging.getLogger("fusion_jax").error("traceback of the failure:", exc_info=error)
+    print(
+        f"error: a computation shared by {jax.process_count()} processes failed: {str(error).splitlines()[0][:200]}. If "
+        "another process has died, start all of them again: they go on from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 class Watch:

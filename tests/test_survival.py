@@ -1,5 +1,6 @@
 """Short versions of the proofs of survival: real processes that are killed, stopped, damaged and refused."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,52 +9,74 @@ import pytest
 import soak
 from soak import ROOT
 
-from fusion_jax import metrics
-
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return soak.Lab(tmp_path_factory.mktemp("survival"), ROOT / ".jax_cache")
-
-
-def test_five_kills_change_nothing(lab):
-    assert soak.kills(lab, 5).startswith("5 kills")
-
-
-def test_request_to_stop_saves_and_goes_on_exactly(lab):
-    assert "exit code 75" in soak.terminate(lab, ("stage2", 4), signal.SIGINT)
-
-
-def test_truncated_file_in_the_newest_checkpoint_falls_back_one(lab):
-    assert "set aside" in soak.truncate_newest(lab)
-
-
-def test_live_workdir_and_another_config_are_refused(lab):
-    """While one run is alive a second is refused; a finished one is not continued with another config."""
-    workdir = lab.folder / "live"
-    process = lab.start(workdir)
-    try:
-        soak.wait_for_step(process, workdir, "stage1", 1)
-        code, said = lab.run(workdir)
-        assert code == 2 and f"{workdir} is in use by a live run (process {process.pid} on " in said, said
-    finally:
-        process.kill()
-        process.wait()
-    code, said = lab.run(lab.undisturbed, "--config.seed=7", "--config.model.llm.mlp_dim=64")
+def test_a_run_that_is_killed_refused_stopped_and_damaged_ends_as_if_nothing_had_been(tmp_path):
+    """One run after all of it: its parameters and losses are bit for bit those of an undisturbed one."""
+    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    workdir = tmp_path / "disturbed"
+    assert soak.kill(lab, workdir, 5).startswith("5 kills")
+    assert "process and host" in soak.refuse(lab, workdir)
+    assert "exit code 75" in soak.terminate(lab, workdir)
+    assert "as undisturbed" in soak.truncate_newest(lab, workdir)
+    # Another config is refused before anything is compiled.
+    code, said = lab.run(workdir, "--config.seed=7", "--config.model.llm.mlp_dim=64")
     assert code == 2 and said.count("\n") == 1, said
     assert "model.llm.mlp_dim=64 (checkpoint: 48), seed=7 (checkpoint: 42)" in said
-    # What is traced lies in the workdir; a learning rate may change on the way.
-    code, said = lab.run(workdir, "--profile_steps=3:4", "--config.stages[0].learning_rate=0.001")
-    assert code == 0, said
-    for stage in ("stage1", "stage2"):
-        assert list((workdir / stage / "profile").rglob("*.xplane.pb"))
-        shares = [
-            row["input_wait_share"] + row["compute_share"] + row["checkpoint_share"]
-            for row in metrics.read(workdir / stage / "metrics.jsonl")
-        ]
-        assert all(0 < share < 1.01 for share in shares), shares
+
+
+def test_saved_on_eight_devices_restored_on_fewer(tmp_path):
+    """In another process, into the shardings of other meshes, bit for bit."""
+    script = tmp_path / "eight.py"
+    script.write_text(EIGHT)
+    for action, devices in (("save", 8), ("restore", 4)):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        done = subprocess.run(
+            [sys.executable, script, action, tmp_path / "checkpoints"], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "4 2 1 "
+
+
+EIGHT = """
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fusion_jax import checkpoint
+from fusion_jax.state import TrainState
+
+action, folder = sys.argv[1:]
+
+
+def state(*mesh):
+    devices = np.array(jax.devices()[: int(np.prod(mesh))]).reshape(mesh)
+    mesh = jax.sharding.Mesh(devices, ("fsdp", "tensor"))
+    kernel = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    dealt = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    counts = [jax.device_put(jnp.int32(i), everywhere) for i in range(3)]
+    return TrainState(counts[0], {"kernel": dealt}, {"mu": dealt * 2}, counts[1], counts[2])
+
+
+checkpoints = checkpoint.Checkpoints(Path(folder), {"json": "{}"})
+if action == "save":
+    checkpoints.finish(3, state(4, 2), {"next": 3}, patience=0)
+else:
+    for mesh in ((2, 2), (1, 2), (1, 1)):
+        wanted = state(*mesh)
+        _, restored, _ = checkpoints.restore(jax.eval_shape(lambda: wanted) if mesh == (1, 1) else wanted)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert mesh == (1, 1) or a.sharding == b.sharding
+        print(wanted.params["kernel"].sharding.num_devices, end=" ")
+"""
 
 
 @pytest.mark.parametrize("second", [True, False])

@@ -64,7 +64,14 @@ def test_run_leaves_metrics_checkpoints_and_a_plot(finished):
         assert steps == list(range(1, 9))
         for key in ("total", "v2t", "t2v", "grad_norm", "learning_rate/default", "samples_per_second", "mfu"):
             assert all(np.isfinite(row[key]) for row in rows if "ce" in row), key
-        more = ("input_wait_share", "compute_share", "checkpoint_share", "grad_norm/llm", "grad_norm/vision", "host_gib")
+        more = (
+            "input_wait_share",
+            "compute_share",
+            "checkpoint_share",
+            "grad_norm/llm",
+            "grad_norm/vision",
+            "host_gib",
+        )
         for key in ("text_tokens_per_second", "visual_tokens_per_second", *more):
             assert all(key in row for row in rows if "ce" in row), key
         assert [row["step"] for row in rows if "validation/ce" in row] == [4, 8]
