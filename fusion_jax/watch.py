@@ -84,9 +84,10 @@ class Stop:
 def leave(error: Exception) -> None:
     """Ends one of several processes after a failure that they share, without waiting for others, which may be dead."""
     logging.getLogger("fusion_jax").error("traceback of the failure:", exc_info=error)
+    reason = str(error).splitlines()[0][:200]
     print(
-        f"error: a computation shared by {jax.process_count()} processes failed: {str(error).splitlines()[0][:200]}. If "
-        "another process has died, start all of them again: they go on from the last checkpoint.",
+        f"error: a computation shared by {jax.process_count()} processes failed: {reason}. If another of them died, "
+        "start all of them again: they go on from the last checkpoint.",
         file=sys.stderr,
         flush=True,
     )

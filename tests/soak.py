@@ -259,8 +259,8 @@ def main() -> None:
         f"Written by `bash launch/soak.sh` on {time.strftime('%F')}: {os.cpu_count()} cores, {devices['kind']}, "
         f"jax {packages['jax']}, orbax-checkpoint {packages['orbax-checkpoint']}, commit {versions['commit']}, "
         f"{time.monotonic() - begun:.0f} s in all. What each proof does is in `tests/soak.py`. The runs have "
-        f"{len(STAGES)} stages of {STEPS} steps and save every 3 steps; the first four proofs disturb the same run, whose "
-        f"final parameters are then compared bit for bit, and every reported loss, with those of an undisturbed one.\n\n"
+        f"{len(STAGES)} stages of {STEPS} steps and save every 3 steps. The first four proofs disturb the same run, "
+        "whose parameters and losses are then compared, bit for bit, with those of an undisturbed one.\n\n"
         "| proof | result | took |\n|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 

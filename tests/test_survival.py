@@ -31,11 +31,15 @@ def test_saved_on_eight_devices_restored_on_fewer(tmp_path):
     script = tmp_path / "eight.py"
     script.write_text(EIGHT)
     for action, devices in (("save", 8), ("restore", 4)):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, script, action, tmp_path / "checkpoints"], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            [sys.executable, script, action, tmp_path / "checkpoints"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
     assert done.stdout == "4 2 1 "
 
