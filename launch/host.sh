@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Training in the background of this machine, which outlives the session that started it. launch/tpu_vm.sh calls it on
+# every host; on a machine of your own it is called by hand.
+usage() {
+  cat <<'TEXT'
+bash launch/host.sh COMMAND [options]
+
+  install [--extras tpu]     Python 3.11 or 3.12 where there is none (by uv), and the environment of launch/env.sh
+  start [--flags KIND] [--codes LIST] -- --config FILE --workdir DIR ...
+                             launch/train.sh in the background
+  state                      running, never started, or: ended with exit code N
+  log [--lines N] [--follow] its output
+  stop [--wait SECONDS]      SIGTERM, which saves and ends, and waits for that (default: 300)
+
+State and log lie in runs/train.pid and runs/train.log of the checkout.
+TEXT
+}
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+source launch/lib.sh
+
+extras=${EXTRAS:-} flags=auto codes=75 lines=200 follow='' wait=300
+options "--extras --flags --codes --lines --wait" "--follow" "$@"
+[ ${#REST[@]} -eq 1 ] || { usage >&2; die "give one command."; }
+number --lines "$lines"
+number --wait "$wait"
+export EXTRAS=$extras
+pid_file=runs/train.pid log=runs/train.log
+
+state() {
+  if [ ! -e "$log" ]; then
+    echo "never started"
+  elif tail -n 1 "$log" | grep -q '^ended with exit code'; then
+    tail -n 1 "$log"
+  else
+    echo running
+  fi
+}
+
+install() {
+  local python
+  python=$(command -v python3.12 || command -v python3.11)
+  if [ -z "$python" ] && [ ! -x .venv/bin/python ]; then
+    python3 -m pip install --user --quiet uv && "$HOME/.local/bin/uv" python install --quiet 3.12 || exit
+    python=$("$HOME/.local/bin/uv" python find 3.12) || exit
+  fi
+  PYTHON=$python bash -c "source launch/env.sh"
+}
+
+start() {
+  local command=(bash launch/train.sh --flags "$flags" --codes "$codes" --pid_file "$pid_file" -- "${AFTER[@]}")
+  if [ -n "${DRY_RUN:-}" ]; then
+    shown "${command[@]}"
+    return
+  fi
+  [ "$(state)" != running ] || [ ! -e "$pid_file" ] || ! kill -0 "$(cat "$pid_file")" 2>/dev/null ||
+    die "training is running here already; stop it first (bash launch/host.sh stop)."
+  mkdir -p runs
+  # The last line of the log is the state, so it must not stay the one of the run before.
+  echo "started $(date '+%Y-%m-%d %H:%M:%S'): $(shown "${command[@]}")" >>"$log"
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  setsid bash -c '"$@"; echo "ended with exit code $?"' host "${command[@]}" >>"$log" 2>&1 </dev/null &
+  echo "started; bash launch/host.sh log shows the output"
+}
+
+stop() {
+  local left=$wait
+  [ -e "$pid_file" ] || die "nothing is running here: $(state)."
+  run kill -TERM "$(cat "$pid_file")" || return
+  [ -z "${DRY_RUN:-}" ] || return 0
+  while [ "$(state)" = running ]; do
+    ((left-- > 0)) || die "still running after $wait s; see bash launch/host.sh log."
+    sleep 1
+  done
+  state
+}
+
+case ${REST[0]} in
+install) install ;;
+start) start ;;
+state) state ;;
+log)
+  [ -e "$log" ] || die "no log yet: $(state)."
+  tail -n "$lines" ${follow:+-f} "$log"
+  ;;
+stop) stop ;;
+*) die "unknown command '${REST[0]}'; known: install, start, state, log, stop." ;;
+esac
