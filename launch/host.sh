@@ -8,15 +8,16 @@ bash launch/host.sh COMMAND [options]
   install [--extras tpu]     Python 3.11 or 3.12 where there is none (by uv), and the environment of launch/env.sh
   start [--flags KIND] [--codes LIST] -- --config FILE --workdir DIR ...
                              launch/train.sh in the background
-  state                      running, never started, or: ended with exit code N
+  state                      running, never started, cut off, or: ended with exit code N
   log [--lines N] [--follow] its output
   stop [--wait SECONDS]      SIGTERM, which saves and ends, and waits for that (default: 300)
 
-State and log lie in runs/train.pid and runs/train.log of the checkout.
+The log is runs/train.log of the checkout.
 TEXT
 }
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# shellcheck source=launch/lib.sh
 source launch/lib.sh
 
 extras=${EXTRAS:-} flags=auto codes=75 lines=200 follow='' wait=300
@@ -25,15 +26,20 @@ options "--extras --flags --codes --lines --wait" "--follow" "$@"
 number --lines "$lines"
 number --wait "$wait"
 export EXTRAS=$extras
-pid_file=runs/train.pid log=runs/train.log
+# The restart loop, which takes SIGTERM; what lives around it, from before the environment is there to after its end.
+pid_file=runs/train.pid whole=runs/host.pid log=runs/train.log
+
+alive() { [ -e "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 
 state() {
   if [ ! -e "$log" ]; then
     echo "never started"
+  elif alive "$whole"; then
+    echo running
   elif tail -n 1 "$log" | grep -q '^ended with exit code'; then
     tail -n 1 "$log"
   else
-    echo running
+    echo "cut off, by a restart of the machine perhaps"
   fi
 }
 
@@ -53,20 +59,20 @@ start() {
     shown "${command[@]}"
     return
   fi
-  [ "$(state)" != running ] || [ ! -e "$pid_file" ] || ! kill -0 "$(cat "$pid_file")" 2>/dev/null ||
-    die "training is running here already; stop it first (bash launch/host.sh stop)."
+  [ "$(state)" != running ] || die "training is running here already; stop it first (bash launch/host.sh stop)."
   mkdir -p runs
-  # The last line of the log is the state, so it must not stay the one of the run before.
   echo "started $(date '+%Y-%m-%d %H:%M:%S'): $(shown "${command[@]}")" >>"$log"
   # shellcheck disable=SC2016  # expanded by the inner shell
   setsid bash -c '"$@"; echo "ended with exit code $?"' host "${command[@]}" >>"$log" 2>&1 </dev/null &
+  echo $! >"$whole"
   echo "started; bash launch/host.sh log shows the output"
 }
 
 stop() {
   local left=$wait
-  [ -e "$pid_file" ] || die "nothing is running here: $(state)."
-  run kill -TERM "$(cat "$pid_file")" || return
+  [ "$(state)" = running ] || die "nothing is running here: $(state)."
+  # Before the loop has begun the environment is being made; there is nothing to save.
+  if alive "$pid_file"; then run kill -TERM "$(cat "$pid_file")"; else run kill -TERM -- "-$(cat "$whole")"; fi
   [ -z "${DRY_RUN:-}" ] || return 0
   while [ "$(state)" = running ]; do
     ((left-- > 0)) || die "still running after $wait s; see bash launch/host.sh log."

@@ -120,6 +120,7 @@ wait_for() {
 
 install() {
   local archive=/tmp/fusion_jax-$name.tar.gz
+  [ -z "$(git -C "$root" status --porcelain)" ] || echo "note: changes that are not committed stay here" >&2
   run git -C "$root" archive --format tar.gz --prefix fusion_jax/ --output "$archive" HEAD &&
     run "${resource[@]}" scp "$archive" "$name:fusion_jax.tar.gz" "${place[@]}" --node all --worker all &&
     everywhere "tar xzf fusion_jax.tar.gz && bash fusion_jax/launch/host.sh install --extras tpu"
