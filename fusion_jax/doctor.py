@@ -2,8 +2,7 @@
 
 Lists devices, versions, memory, disk, limits and the variables of clusters, multiplies matrices on every device, and
 ends with what would stop or slow down training, each in plain words with what to do. Exit code 1 if training would not
-start. Devices are tried in a process of their own: a driver that hangs or an unknown compiler flag, which ends the
-process that reads it, then becomes a sentence as well.
+start.
 """
 
 import dataclasses
@@ -13,11 +12,8 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -25,10 +21,9 @@ from ml_collections import config_flags
 from packaging.requirements import Requirement
 
 from fusion_jax.cli import run_main
+from fusion_jax.device_check import GIB, ROOT, Fact, Findings, Problem, ask_devices, check_devices
 from fusion_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 # What each package that is not required gives.
@@ -53,27 +48,6 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration to 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder that training would write to")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
 _PATIENCE = flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """Something that is so. `section` groups lines, `name` and `value` are the line."""
-
-    section: str
-    name: str
-    value: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something that would not work. `stops`: training would not start; else it would be slow or fail later."""
-
-    stops: bool
-    what: str
-    do: str
-
-
-Findings = Iterator[Fact | Problem]
 
 
 def version(package: str) -> str | None:
@@ -279,131 +253,6 @@ def check_cluster() -> Findings:
         yield Fact("variables", "pod", f"{len(hosts)} hosts; all of them must run the same command at once")
 
 
-# ---- Devices.
-
-
-def probe() -> None:
-    """Prints one JSON line about the devices; run in a process of its own.
-
-    `devices`: platform, kind, HBM bytes (0 where unknown) and bfloat16 (CPU: float32) matrix rate of each local one;
-    `sum`: whether adding over all of them gave the right number.
-    """
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    local = jax.local_devices()
-    accelerator = local[0].platform != "cpu"
-    size, dtype, repeats = (8192, jnp.bfloat16, 10) if accelerator else (1024, jnp.float32, 5)
-    answers = []
-    for device in local:
-        a = jax.device_put(jnp.ones((size, size), dtype), device)
-        product = jax.jit(lambda x: x @ x)
-        right = bool((product(a) == size).all())
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            product(a).block_until_ready()
-            times.append(time.perf_counter() - start)
-        answers.append(
-            {
-                "platform": device.platform,
-                "kind": device.device_kind,
-                "memory": (device.memory_stats() or {}).get("bytes_limit", 0) if accelerator else 0,
-                "flops": 2 * size**3 / min(times),
-                "right": right,
-            }
-        )
-    mesh = jax.make_mesh((len(local),), ("all",), axis_types=(AxisType.Auto,), devices=local)
-    ones = jax.device_put(jnp.ones(len(local) * 1024), NamedSharding(mesh, PartitionSpec("all")))
-    added = float(jax.jit(jnp.sum)(ones)) == len(local) * 1024
-    print(json.dumps({"devices": answers, "count": jax.device_count(), "sum": added}))
-
-
-def ask_devices(patience: float) -> dict | Problem:
-    """What `probe` says, or what kept it from saying so."""
-    code = "from fusion_jax.doctor import probe; probe()"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    try:
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return Problem(
-            True,
-            f"The devices did not answer within {patience:g} s.",
-            "On a pod all hosts must ask at once (launch/tpu_vm.sh doctor); else a driver hangs: restart the machine.",
-        )
-    if run.returncode == 0:
-        return json.loads(run.stdout.splitlines()[-1])
-    return explain(run.stderr, os.environ.get("JAX_PLATFORMS", ""))
-
-
-def explain(stderr: str, platforms: str) -> Problem:
-    """The end of a process that could not use its devices, in plain words."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it ended without a word"]
-    for line in lines:
-        if "Unknown flag in XLA_FLAGS" in line or "Unknown command line flag" in line:
-            variable = "XLA_FLAGS" if "XLA_FLAGS" in line else "LIBTPU_INIT_ARGS"
-            flag = line.split(":")[-1] if variable == "XLA_FLAGS" else line.split("flag")[-1]
-            return Problem(
-                True,
-                f"{variable} has a flag that this version does not know: {flag.strip()}.",
-                "Take it out; launch/xla_flags.sh prints flags that fit.",
-            )
-    if "already in use" in stderr or "libtpu_lockfile" in stderr:
-        return Problem(True, "The TPU is in use by another process.", "End it (sudo lsof /dev/accel* /dev/vfio/*).")
-    if platforms and ("Unable to initialize backend" in stderr or "AssertionError" in lines[-1]):
-        return Problem(
-            True,
-            f"JAX_PLATFORMS={platforms} asks for devices that this machine or installation does not have "
-            f"({lines[-1][:200]}).",
-            "Unset JAX_PLATFORMS, or install support (pip install -e '.[tpu]' or '.[gpu]').",
-        )
-    if "out of memory" in stderr.lower() or "RESOURCE_EXHAUSTED" in stderr:
-        return Problem(True, "The device's memory is taken.", "End the other process that uses it (nvidia-smi).")
-    return Problem(True, f"JAX cannot use the devices: {lines[-1][:300]}", "See the lines above and docs/launching.md.")
-
-
-def check_devices(answer: dict | Problem) -> Findings:
-    from fusion_jax.flops import PEAKS
-
-    if isinstance(answer, Problem):
-        yield answer
-        return
-    for i, device in enumerate(answer["devices"]):
-        kind = device["kind"]
-        peak = max(((len(name), PEAKS[name]) for name in PEAKS if kind.startswith(name)), default=(0, 0))[1]
-        rate, hbm = device["flops"], device["memory"]
-        share = f", {rate / peak:.0%} of the datasheet's {peak / 1e12:.0f}" if peak else ""
-        room = f"{hbm / GIB:.1f} GiB, " if hbm else ""
-        yield Fact("devices", f"{device['platform']} {i}", f"{kind}: {room}{rate / 1e12:.2f} TFLOP/s{share}")
-        if not device["right"]:
-            yield Problem(True, f"Device {i} ({kind}) multiplied two matrices of ones wrongly.", "Replace the device.")
-        if peak and rate < 0.4 * peak:
-            yield Problem(
-                False,
-                f"Device {i} ({kind}) reaches only {rate / peak:.0%} of its matrix rate.",
-                "See whether another process uses it or it is throttled (nvidia-smi -q -d PERFORMANCE).",
-            )
-    yield Fact("devices", "in all", f"{answer['count']}, {len(answer['devices'])} of them in this process")
-    if not answer["sum"]:
-        yield Problem(True, "A sum over this machine's devices is wrong.", "Check the links between them (NCCL, ICI).")
-    if answer["devices"][0]["platform"] == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
-        yield from check_unused_accelerators()
-
-
-def check_unused_accelerators() -> Findings:
-    if Path("/proc/driver/nvidia/version").exists():
-        yield Problem(
-            False,
-            "This machine has an NVIDIA GPU, but JAX computes on the processor.",
-            "pip install -e '.[gpu]' (CUDA 13 needs driver 580 or newer; nvidia-smi shows it).",
-        )
-    if list(Path("/dev").glob("accel[0-9]*")):
-        yield Problem(False, "This machine has a TPU, but JAX computes on the processor.", "pip install -e '.[tpu]'.")
-
-
 # ---- Configuration.
 
 
@@ -448,6 +297,7 @@ def check_config(config, answer: dict | Problem, workdir: str | None) -> Finding
     for stage in config.stages:
         yield from tried(pipeline.open_source, config, stage)
     if isinstance(answer, Problem):  # what broke the devices' process would break this one
+        yield from check_disk(workdir)
         return
     total, trained = count_parameters(config)
     yield Fact("config", "parameters", f"{total:,}, {trained:,} of them trained")

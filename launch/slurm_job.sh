@@ -12,17 +12,17 @@ if [ -n "$image" ]; then
   # The image's environment, this checkout's code.
   step+=(--container-image "$image" --container-mounts "$PWD:/opt/fusion_jax/checkout${mounts:+,$mounts}"
     --container-workdir /opt/fusion_jax/checkout --no-container-mount-home)
-  prepare='eval "$(bash launch/xla_flags.sh gpu)"'
 else
   EXTRAS=gpu bash -c 'source launch/env.sh' || exit
-  prepare='source .venv/bin/activate && eval "$(bash launch/xla_flags.sh gpu)"'
+  PATH=$PWD/.venv/bin:$PATH # srun hands the environment on
 fi
 
 # SIGTERM comes to this script alone (--signal=B:). srun itself would kill its tasks on it, so they are told through SLURM.
 stopped=
 trap 'stopped=1; echo "told to stop: saving"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 started=$SECONDS
-"${step[@]}" bash -c "$prepare"' && exec python -m fusion_jax.train "$@"' train "$@" &
+# shellcheck disable=SC2016  # expanded in the tasks
+"${step[@]}" bash -c 'eval "$(bash launch/xla_flags.sh gpu)" && exec python -m fusion_jax.train "$@"' train "$@" &
 while :; do # a signal ends `wait` early
   stopped=
   wait $!
