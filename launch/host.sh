@@ -6,6 +6,8 @@ usage() {
 bash launch/host.sh COMMAND [options]
 
   install [--extras tpu]     Python 3.11 or 3.12 where there is none (by uv), and the environment of launch/env.sh
+  mount --bucket NAME [--at DIR]
+                             a Cloud Storage bucket as a folder (default: /mnt/NAME), by gcsfuse; installs it on Debian and Ubuntu
   start [--flags KIND] [--codes LIST] -- --config FILE --workdir DIR ...
                              launch/train.sh in the background
   state                      running, never started, cut off, or: ended with exit code N
@@ -20,8 +22,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-extras=${EXTRAS:-} flags=auto codes=75 lines=200 follow='' wait=300
-options "--extras --flags --codes --lines --wait" "--follow" "$@"
+extras=${EXTRAS:-} flags=auto codes=75 lines=200 follow='' wait=300 bucket='' at=''
+options "--extras --flags --codes --lines --wait --bucket --at" "--follow" "$@"
 [ ${#REST[@]} -eq 1 ] || { usage >&2; die "give one command."; }
 number --lines "$lines"
 number --wait "$wait"
@@ -51,6 +53,26 @@ install() {
     python=$("$HOME/.local/bin/uv" python find 3.12) || exit
   fi
   PYTHON=$python bash -c "source launch/env.sh"
+}
+
+mount_bucket() {
+  local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+  [ -n "$bucket" ] || die "give --bucket."
+  at=${at:-/mnt/$bucket}
+  if mountpoint -q "$at"; then
+    echo "$at is mounted"
+    return
+  fi
+  if [ -n "${DRY_RUN:-}" ] || ! command -v gcsfuse >/dev/null; then
+    run sudo apt-get install --yes --quiet curl lsb-release &&
+      run sudo curl -fsSL "$packages/doc/apt-key.gpg" --output "$key" &&
+      run sudo bash -c "echo deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -c -s) main >/etc/apt/sources.list.d/gcsfuse.list" &&
+      run sudo apt-get update --quiet && run sudo apt-get install --yes --quiet gcsfuse || exit
+  fi
+  run sudo mkdir -p "$at" && run sudo chown "$(id -u)" "$at" || exit
+  # A checkpoint appears by renaming its folder: at once in a bucket with hierarchical namespace, one file after the other,
+  # up to the limit, in others.
+  run gcsfuse --implicit-dirs --rename-dir-limit 100000 "$bucket" "$at"
 }
 
 start() {
@@ -83,6 +105,7 @@ stop() {
 
 case ${REST[0]} in
 install) install ;;
+mount) mount_bucket ;;
 start) start ;;
 state) state ;;
 log)
@@ -90,5 +113,5 @@ log)
   tail -n "$lines" ${follow:+-f} "$log"
   ;;
 stop) stop ;;
-*) die "unknown command '${REST[0]}'; known: install, start, state, log, stop." ;;
+*) die "unknown command '${REST[0]}'; known: install, mount, start, state, log, stop." ;;
 esac

@@ -9,6 +9,7 @@ In this order:
             is 128 chips); [--slices N] [--spot] [--reserved] [--runtime IMAGE] [--valid_until 6h]
   wait      until they are there [--every 60]; says so when the request failed
   install   this checkout onto all hosts (committed files), with its environment
+  mount     a bucket as the folder /mnt/BUCKET of all hosts: --bucket BUCKET
   push      copies a file or folder to all hosts: push NAME --from weights/start --to weights  (relative to the checkout)
   doctor    python -m fusion_jax.doctor on all hosts
   run       starts training on all hosts, behind the session, under launch/train.sh's restarts:
@@ -17,24 +18,25 @@ In this order:
   stop      SIGTERM to the restart loops: saves and ends
   fetch     copies a folder from host 0: fetch NAME --from runs/x --to runs
   delete    gives the chips back; disks and all on them are gone
-  keep      create, wait, install, run; and all of it again whenever the chips were taken away (--spot), until training has
-            ended: keep NAME --type ... -- --config FILE --workdir gs://...
+  keep      create, wait, install, mount, run; and all of it again whenever the chips were taken away (--spot), until training
+            has ended: keep NAME --type ... --bucket BUCKET -- --config FILE --workdir /mnt/BUCKET/run
 and any time:
   status    state of the request
 
-Everywhere: [--project PROJECT]. On a pod --workdir must lie where all hosts see it: a gs:// address, or a mounted share (/...).
+Everywhere: [--project PROJECT]. On a pod --workdir and the data must lie where all hosts see them: in a mounted bucket
+(/mnt/BUCKET/...) or another share (/...).
 TEXT
 }
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-zone='' project='' type='' slices=1 spot='' reserved='' runtime='' valid_until='' every=60 flags=auto host=0 follow='' from='' to=''
-options "--zone --project --type --slices --runtime --valid_until --every --flags --host --from --to" "--spot --reserved --follow" "$@"
+zone='' project='' type='' slices=1 spot='' reserved='' runtime='' valid_until='' every=60 flags=auto host=0 follow='' from='' to='' bucket=''
+options "--zone --project --type --slices --runtime --valid_until --every --flags --host --from --to --bucket" "--spot --reserved --follow" "$@"
 [ ${#REST[@]} -gt 0 ] || { usage >&2; die "give a command."; }
 command=${REST[0]}
-[[ " create wait install push doctor run logs stop fetch delete keep status " == *" $command "* ]] ||
-  die "unknown command '$command'; known: create, wait, install, push, doctor, run, logs, stop, fetch, delete, keep, status."
+[[ " create wait install mount push doctor run logs stop fetch delete keep status " == *" $command "* ]] ||
+  die "unknown command '$command'; known: create, wait, install, mount, push, doctor, run, logs, stop, fetch, delete, keep, status."
 [ ${#REST[@]} -eq 2 ] || die "give COMMAND and NAME, got: ${REST[*]}."
 name=${REST[1]}
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "NAME must be small letters, digits and dashes, got '$name'."
@@ -42,6 +44,7 @@ name=${REST[1]}
 number --slices "$slices"
 number --every "$every"
 number --host "$host"
+[[ -z $bucket || $bucket =~ ^[a-z0-9][-_.a-z0-9]+$ ]] || die "--bucket is the name alone, without gs://, got '$bucket'."
 need gcloud "see https://cloud.google.com/sdk/docs/install."
 
 resource=(gcloud compute tpus queued-resources)
@@ -83,8 +86,9 @@ check_training() {
     esac
   done
   [ -n "$config" ] && [ -n "$workdir" ] || die "give training's flags behind --, with --config FILE and --workdir DIR."
-  if [ -n "$type" ] && { ((${type##*-} > 8)) || ((slices > 1)); } && [[ $workdir != gs://* && $workdir != /* ]]; then
-    die "--workdir=$workdir would be another folder on every host of $type; give a gs:// address or a mounted share (/...)."
+  [[ $workdir != *://* ]] || die "--workdir=$workdir must be a folder; mount the bucket (--bucket) and give /mnt/BUCKET/..."
+  if [ -n "$type" ] && { ((${type##*-} > 8)) || ((slices > 1)); } && [[ $workdir != /* ]]; then
+    die "--workdir=$workdir would be another folder on every host of $type; give one in a mounted bucket or share (/...)."
   fi
 }
 
@@ -126,6 +130,8 @@ install() {
     everywhere "tar xzf fusion_jax.tar.gz && bash fusion_jax/launch/host.sh install --extras tpu"
 }
 
+mount_bucket() { everywhere "bash fusion_jax/launch/host.sh mount --bucket $bucket"; }
+
 start() {
   # When one host of a pod is lost, the others end by JAX's abort (134) and it by a signal (137, 139): all start again.
   everywhere "$(shown bash fusion_jax/launch/host.sh start --extras tpu --flags "$flags" --codes 75,134,137,139 -- "${training[@]}")"
@@ -134,13 +140,13 @@ start() {
 keep() {
   local lost answer
   if [ -n "${DRY_RUN:-}" ]; then
-    create && wait_for && install && start
+    create && wait_for && install && { [ -z "$bucket" ] || mount_bucket; } && start
     echo "# then, every $every s: has training ended? When the chips were taken away: delete, and all of this again"
     return
   fi
   while :; do
     state >/dev/null 2>&1 || create || return
-    if wait_for && install && start; then
+    if wait_for && install && { [ -z "$bucket" ] || mount_bucket; } && start; then
       lost=0
       while ((lost < 3)); do # a host that does not answer once may only be busy
         sleep "$every"
@@ -161,10 +167,12 @@ keep() {
 case $command in
 create | keep) check_type ;;&
 run | keep) check_training ;;&
+mount) [ -n "$bucket" ] || die "mount needs --bucket." ;;&
 push | fetch) [ -n "$from" ] && [ -n "$to" ] || die "$command needs --from and --to." ;;&
 create) create ;;
 wait) wait_for ;;
 install) install ;;
+mount) mount_bucket ;;
 push)
   [ -e "$from" ] || die "$from does not exist."
   everywhere "mkdir -p fusion_jax/$to" &&

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-TRAINING = ["--", "--config", "configs/flare.py:l_3b,stage1", "--workdir", "gs://bucket/a run"]
+TRAINING = ["--", "--config", "configs/flare.py:l_3b,stage1", "--workdir", "/mnt/bucket/a run"]
 
 
 def script(name, *arguments, env=None, cwd=ROOT, folder=LAUNCH, timeout=60):
@@ -118,9 +118,19 @@ def test_tpu_run_reaches_training_with_its_arguments_unharmed():
 
 
 def test_tpu_keep_shows_one_round():
-    lines = dry("tpu_vm", "keep", "big", *PLACE, "--type", "v5litepod-16", "--spot", *TRAINING)
+    place = [*PLACE, "--type", "v5litepod-16", "--spot", "--bucket", "b-1"]
+    lines = dry("tpu_vm", "keep", "big", *place, *TRAINING)
     verbs = [words[4] for words in lines if words[0] == "gcloud"]
-    assert verbs == ["create", "describe", "scp", "ssh", "ssh"]
+    assert verbs == ["create", "describe", "scp", "ssh", "ssh", "ssh"]
+    assert after(lines[-2], "--command").endswith("host.sh mount --bucket b-1")
+
+
+def test_a_bucket_becomes_a_folder():
+    lines = dry("host", "mount", "--bucket", "b-1")
+    assert lines[-1][0] == "gcsfuse" and lines[-1][-2:] == ["b-1", "/mnt/b-1"]
+    assert ["sudo", "mkdir", "-p", "/mnt/b-1"] in lines
+    [words] = dry("gke", "storage", "s", "--cluster", "c", "--bucket", "b-1", *PLACE)
+    assert words[:4] == ["xpk", "storage", "attach", "s"] and after(words, "--mount-point") == "/mnt/s"
 
 
 def test_tpu_delete_fetch_stop_and_logs():
@@ -137,9 +147,10 @@ def test_tpu_delete_fetch_stop_and_logs():
 def test_gke_workload_restarts_on_our_exit_code_and_gets_time_to_save():
     [words] = dry(
         *("gke", "run", "train1", "--cluster", "c", "--type", "v5litepod-256", "--slices", 2, "--image", "r/i:t"),
-        *(*PLACE, *TRAINING),
+        *(*PLACE, "--storage", "bucket", *TRAINING),
     )
     assert words[:3] == ["xpk", "workload", "create"] and after(words, "--tpu-type") == "v5litepod-256"
+    assert after(words, "--storage") == "bucket" and after(words, "--docker-image") == "r/i:t"
     assert after(words, "--restart-on-exit-codes") == "75" and after(words, "--num-slices") == "2"
     assert int(after(words, "--termination-grace-period-seconds")) >= 60 and int(after(words, "--max-restarts")) > 0
     inner = shlex.split(after(words, "--command"))
@@ -176,6 +187,8 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["tpu_vm", "create", "x", *PLACE, "--type", "v5p-8", "--spot", "--reserved"], "exclude each other"),
         (["tpu_vm", "run", "x", *PLACE], "--config FILE and --workdir"),
         (["tpu_vm", "keep", "x", *PLACE, "--type", "v6e-16", "--", "--config=c", "--workdir=runs/x"], "another folder"),
+        (["tpu_vm", "run", "x", *PLACE, "--", "--config=c", "--workdir=gs://b/x"], "mount the bucket"),
+        (["tpu_vm", "mount", "x", *PLACE, "--bucket", "gs://b"], "without gs://"),
         (["tpu_vm", "create", "x", "--zone"], "--zone needs a value"),
         (
             ["gke", "run", "w", "--cluster", "c", *PLACE, "--type", "v5p-8", "--image", "i", *TRAINING],
@@ -194,7 +207,7 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["restart"], "no command"),
         (["restart", "--codes", "a", "--", "true"], "--codes must be"),
         (["train", "--flags", "v1", *TRAINING], "unknown kind 'v1'"),
-        (["host", "begin"], "known: install, start"),
+        (["host", "begin"], "known: install, mount"),
         (["xla_flags"], "give one KIND"),
     ],
 )
