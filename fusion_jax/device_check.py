@@ -118,15 +118,17 @@ def explain(stderr: str, platforms: str) -> Problem:
         )
     if "out of memory" in stderr.lower() or "RESOURCE_EXHAUSTED" in stderr:
         return Problem(True, "The device's memory is taken.", "End the other process that uses it (nvidia-smi).")
-    return Problem(True, f"JAX cannot use the devices: {lines[-1][:300]}", "See the lines above and docs/launching.md.")
+    if "ModuleNotFoundError" in lines[-1]:
+        return Problem(True, f"JAX cannot be loaded: {lines[-1][:300]}", "pip install -r requirements.txt")
+    return Problem(True, f"JAX cannot use the devices: {lines[-1][:300]}", "Repair it, or set JAX_PLATFORMS=cpu.")
 
 
 def check_devices(answer: dict | Problem) -> Findings:
-    from fusion_jax.flops import PEAKS
-
     if isinstance(answer, Problem):
         yield answer
         return
+    from fusion_jax.flops import PEAKS  # needs JAX, which answered
+
     for i, device in enumerate(answer["devices"]):
         kind = device["kind"]
         peak = max(((len(name), PEAKS[name]) for name in PEAKS if kind.startswith(name)), default=(0, 0))[1]

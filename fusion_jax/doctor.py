@@ -318,8 +318,6 @@ def check_config(config, answer: dict | Problem, workdir: str | None) -> Finding
 
 def examine() -> tuple[list[Fact], list[Problem]]:
     """All checks, in the order of the report."""
-    from fusion_jax.config import RunConfig, from_dict
-
     findings: list[Fact | Problem] = []
     answer = ask_devices(_PATIENCE.value)
     findings += check_devices(answer)
@@ -329,6 +327,8 @@ def examine() -> tuple[list[Fact], list[Problem]]:
     if _CONFIG.value is None:
         findings += check_disk(_WORKDIR.value)
     else:
+        from fusion_jax.config import RunConfig, from_dict
+
         try:
             findings.extend(check_config(from_dict(RunConfig, _CONFIG.value.to_dict()), answer, _WORKDIR.value))
         except UserError as error:

@@ -86,8 +86,9 @@ image)
   ;;
 cluster) capacity ;;
 storage)
+  # --size is asked for, and means nothing for a bucket.
   run xpk storage attach "$name" --cluster "$cluster" "${place[@]}" --type gcsfuse --bucket "$bucket" --mount-point "/mnt/$name" \
-    --auto-mount false --readonly false --mount-options implicit-dirs,rename-dir-limit=100000
+    --size 1000 --auto-mount false --readonly false --mount-options implicit-dirs,rename-dir-limit=100000
   ;;
 run) train ;;
 list) run xpk workload list --cluster "$cluster" "${place[@]}" ;;

@@ -137,26 +137,40 @@ start() {
   everywhere "$(shown bash fusion_jax/launch/host.sh start --extras tpu --flags "$flags" --codes 75,134,137,139 -- "${training[@]}")"
 }
 
+prepare() { install && { [ -z "$bucket" ] || mount_bucket; } && start; }
+
+# Watches training until it has ended (its exit code) or the hosts are gone (100).
+watch() {
+  local answer silent=0
+  while ((silent < 3)); do # a host that does not answer once may only be busy
+    sleep "$every"
+    [ "$(state)" = ACTIVE ] || return 100
+    if answer=$(on_host 0 "bash fusion_jax/launch/host.sh state"); then silent=0; else silent=$((silent + 1)); fi
+    if [[ $answer == *"ended with exit code "* ]]; then
+      echo "$answer"
+      return "${answer##*exit code }"
+    fi
+  done
+  return 100
+}
+
 keep() {
-  local lost answer
+  local code
   if [ -n "${DRY_RUN:-}" ]; then
-    create && wait_for && install && { [ -z "$bucket" ] || mount_bucket; } && start
+    create && wait_for && prepare
     echo "# then, every $every s: has training ended? When the chips were taken away: delete, and all of this again"
     return
   fi
   while :; do
     state >/dev/null 2>&1 || create || return
-    if wait_for && install && { [ -z "$bucket" ] || mount_bucket; } && start; then
-      lost=0
-      while ((lost < 3)); do # a host that does not answer once may only be busy
-        sleep "$every"
-        [ "$(state)" = ACTIVE ] || break
-        if answer=$(on_host 0 "bash fusion_jax/launch/host.sh state"); then lost=0; else lost=$((lost + 1)); fi
-        if [[ $answer == *"ended with exit code "* ]]; then
-          echo "$answer"
-          return "${answer##*exit code }"
-        fi
-      done
+    if wait_for; then
+      if prepare; then
+        watch
+        code=$?
+        [ "$code" -eq 100 ] || return "$code"
+      elif [ "$(state)" = ACTIVE ]; then
+        die "the hosts are there but cannot be made ready (see above); repair and run this again, or delete $name."
+      fi
     fi
     echo "$(date +%H:%M:%S)  $name was lost; asking for it again"
     "${resource[@]}" delete "$name" "${place[@]}" --force --quiet

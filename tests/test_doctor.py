@@ -80,6 +80,7 @@ def test_devices_that_hang_are_given_up():
         ("RuntimeError: RESOURCE_EXHAUSTED: Out of memory", "", "memory is taken"),
         ("AssertionError", "cuda", "JAX_PLATFORMS=cuda asks for devices"),
         ("Traceback\nRuntimeError: something new", "", "something new"),
+        ("Traceback\nModuleNotFoundError: No module named 'jax'", "", "cannot be loaded"),
         ("", "", "without a word"),
     ],
 )

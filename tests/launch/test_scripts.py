@@ -125,6 +125,45 @@ def test_tpu_keep_shows_one_round():
     assert after(lines[-2], "--command").endswith("host.sh mount --bucket b-1")
 
 
+CLOUD = """
+import sys
+from pathlib import Path
+here, words = Path(sys.argv[1]), sys.argv[2:]
+verb = words[3]
+with (here / "called").open("a") as file:
+    file.write(verb + "\\n")
+created = (here / "called").read_text().split().count("create")
+if verb == "describe":
+    if not created or (here / "called").read_text().split()[-2] == "delete":
+        sys.exit("NOT_FOUND")
+    # The chips of the first request are taken away once training runs.
+    print("SUSPENDED" if created == 1 and (here / "running").exists() else "ACTIVE")
+elif verb == "ssh" and "host.sh start" in words[-1]:
+    (here / "running").write_text("x")
+elif verb == "ssh" and "host.sh state" in words[-1]:
+    print("ended with exit code 3")
+elif verb == "ssh" and "host.sh install" in words[-1] and (here / "broken").exists():
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_keep_asks_again_for_lost_chips_until_training_has_ended(tmp_path, broken):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "cloud.py").write_text(CLOUD)
+    stand_in(tmp_path, "gcloud", f'exec {sys.executable} {tmp_path}/cloud.py {tmp_path} "$@"')
+    if broken:
+        (tmp_path / "broken").write_text("x")
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    result = script("tpu_vm", "keep", "kept", *PLACE, "--type", "v6e-8", "--every", 0, *TRAINING, env=path)
+    called = [verb for verb in (tmp_path / "called").read_text().split() if verb not in ("describe", "scp", "ssh")]
+    if broken:  # not asked for again and again
+        assert result.returncode == 2 and "cannot be made ready" in result.stderr and called == ["create"]
+    else:
+        assert result.returncode == 3, result.stderr  # training's exit code
+        assert called == ["create", "delete", "create"] and "was lost" in result.stdout
+
+
 def test_a_bucket_becomes_a_folder():
     lines = dry("host", "mount", "--bucket", "b-1")
     assert lines[-1][0] == "gcsfuse" and lines[-1][-2:] == ["b-1", "/mnt/b-1"]
