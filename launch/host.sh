@@ -6,6 +6,8 @@ usage() {
 bash launch/host.sh COMMAND [options]
 
   install [--extras tpu]     Python 3.11 or 3.12 where there is none (by uv), and the environment of launch/env.sh
+  doctor [--extras tpu] [-- --config FILE --workdir DIR]
+                             python -m fusion_jax.doctor with the compiler flags that training will get
   mount --bucket NAME [--at DIR]
                              a Cloud Storage bucket as a folder (default: /mnt/NAME), by gcsfuse; installs it on Debian and Ubuntu
   start [--flags KIND] [--codes LIST] -- --config FILE --workdir DIR ...
@@ -75,6 +77,19 @@ mount_bucket() {
   run gcsfuse --implicit-dirs --rename-dir-limit 100000 "$bucket" "$at"
 }
 
+doctor() {
+  local exports
+  exports=$(bash launch/xla_flags.sh "$flags") || exit
+  if [ -n "${DRY_RUN:-}" ]; then
+    shown python -m fusion_jax.doctor "${AFTER[@]}"
+    return
+  fi
+  # shellcheck source=launch/env.sh
+  source launch/env.sh
+  eval "$exports"
+  exec python -m fusion_jax.doctor "${AFTER[@]}"
+}
+
 start() {
   local command=(bash launch/train.sh --flags "$flags" --codes "$codes" --pid_file "$pid_file" -- "${AFTER[@]}")
   if [ -n "${DRY_RUN:-}" ]; then
@@ -105,6 +120,7 @@ stop() {
 
 case ${REST[0]} in
 install) install ;;
+doctor) doctor ;;
 mount) mount_bucket ;;
 start) start ;;
 state) state ;;
@@ -113,5 +129,5 @@ log)
   tail -n "$lines" ${follow:+-f} "$log"
   ;;
 stop) stop ;;
-*) die "unknown command '${REST[0]}'; known: install, mount, start, state, log, stop." ;;
+*) die "unknown command '${REST[0]}'; known: install, doctor, mount, start, state, log, stop." ;;
 esac

@@ -11,7 +11,7 @@ In this order:
   install   this checkout onto all hosts (committed files), with its environment
   mount     a bucket as the folder /mnt/BUCKET of all hosts: --bucket BUCKET
   push      copies a file or folder to all hosts: push NAME --from weights/start --to weights  (relative to the checkout)
-  doctor    python -m fusion_jax.doctor on all hosts
+  doctor    python -m fusion_jax.doctor on all hosts: doctor NAME [-- --config FILE --workdir DIR]
   run       starts training on all hosts, behind the session, under launch/train.sh's restarts:
             run NAME -- --config FILE --workdir DIR ...   [--flags v5p, default: the machine's]
   logs      the log so far of one host [--host 0]; --follow goes on with it
@@ -189,10 +189,12 @@ install) install ;;
 mount) mount_bucket ;;
 push)
   [ -e "$from" ] || die "$from does not exist."
-  everywhere "mkdir -p fusion_jax/$to" &&
+  everywhere "mkdir -p $(quoted "fusion_jax/$to")" &&
     run "${resource[@]}" scp "$from" "$name:fusion_jax/$to/" "${place[@]}" --node all --worker all --recurse
   ;;
-doctor) everywhere "cd fusion_jax && source launch/env.sh && python -m fusion_jax.doctor" ;;
+doctor)
+  everywhere "$(shown bash fusion_jax/launch/host.sh doctor --extras tpu --flags "$flags" ${AFTER[@]:+-- "${AFTER[@]}"})"
+  ;;
 run) start ;;
 logs) on_host "$host" "bash fusion_jax/launch/host.sh log${follow:+ --follow}" ;;
 stop) everywhere "bash fusion_jax/launch/host.sh stop" ;;

@@ -117,6 +117,14 @@ def test_tpu_run_reaches_training_with_its_arguments_unharmed():
     assert "75" in after(inner, "--codes").split(",")
 
 
+def test_tpu_doctor_gets_the_same_flags_as_training():
+    [words] = dry("tpu_vm", "doctor", "big", *PLACE, *TRAINING)
+    inner = shlex.split(after(words, "--command"))
+    assert inner[1:3] == ["fusion_jax/launch/host.sh", "doctor"] and inner[inner.index("--") :] == TRAINING
+    [words] = dry("tpu_vm", "doctor", "big", *PLACE)
+    assert "--" not in shlex.split(after(words, "--command"))
+
+
 def test_tpu_keep_shows_one_round():
     place = [*PLACE, "--type", "v5litepod-16", "--spot", "--bucket", "b-1"]
     lines = dry("tpu_vm", "keep", "big", *place, *TRAINING)
@@ -246,7 +254,7 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["restart"], "no command"),
         (["restart", "--codes", "a", "--", "true"], "--codes must be"),
         (["train", "--flags", "v1", *TRAINING], "unknown kind 'v1'"),
-        (["host", "begin"], "known: install, mount"),
+        (["host", "begin"], "known: install, doctor"),
         (["xla_flags"], "give one KIND"),
     ],
 )
@@ -382,6 +390,10 @@ def test_host_starts_training_in_the_background_and_stops_it(checkout):
     assert (checkout / "saved").exists() and host("state").stdout == "ended with exit code 75\n"
     assert (checkout / "arguments").read_text() == "-m fusion_jax.train --config c --workdir a b\n"
     assert "started" in host("log").stdout
+    (checkout / "arguments").unlink()
+    stand_in(checkout, "python", f'echo "$LIBTPU_INIT_ARGS $@" > {checkout}/arguments')
+    assert host("doctor", "--flags", "v6e", "--", "--workdir", "w").returncode == 0
+    assert (checkout / "arguments").read_text().endswith("kib=98304 -m fusion_jax.doctor --workdir w\n")
     assert host("stop").returncode == 2
 
 
