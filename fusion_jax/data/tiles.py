@@ -23,9 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 
-from fusion_jax.data.image import load_reduced, resize
+from fusion_jax.data.image import read_resized
 from fusion_jax.models.connector import adaptive_cells, windows
 
 PADDING = 127  # mid-grey: about 0.0 after normalisation
@@ -95,25 +94,21 @@ def choose_tiling(size: tuple[int, int], grids: Sequence[tuple[int, int]], tile:
     return chosen
 
 
-def cut(image: Image.Image, tiling: Tiling, tile: int) -> UInt8[np.ndarray, "N tile tile 3"]:
-    """The whole view, its aspect ratio given up, then the tiles row by row."""
-    rows, columns = tiling.rows, tiling.columns
-    crops = np.empty((tiling.crops, tile, tile, 3), np.uint8)
-    crops[0] = resize(image, (tile, tile))
-    if rows:
-        canvas = np.full((rows * tile, columns * tile, 3), PADDING, np.uint8)
-        content = resize(image, (tiling.width, tiling.height))
-        canvas[tiling.top : tiling.top + tiling.height, tiling.left : tiling.left + tiling.width] = content
-        crops[1:] = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
-    return crops
-
-
 def read_tiles(
     image: str | Path | bytes, tiling: Tiling, tile: int, decode: str = "exact", where: str | None = None
 ) -> UInt8[np.ndarray, "N tile tile 3"]:
-    """The crops of a file, or of a file's bytes; see `cut` and, for `decode` and errors, `image.read_crops`."""
-    largest = max(tile, tiling.width, tiling.height)
-    return cut(load_reduced(image, where, largest if decode == "fast" else None), tiling, tile)
+    """The crops of an image file, or of a file's bytes: the whole view, its aspect ratio given up, then the tiles row
+    by row. `decode` and errors as for `image.read_crops`."""
+    rows, columns = tiling.rows, tiling.columns
+    crops = np.empty((tiling.crops, tile, tile, 3), np.uint8)
+    if not rows:
+        [crops[0]] = read_resized(image, [(tile, tile)], decode, where)
+        return crops
+    crops[0], content = read_resized(image, [(tile, tile), (tiling.width, tiling.height)], decode, where)
+    canvas = np.full((rows * tile, columns * tile, 3), PADDING, np.uint8)
+    canvas[tiling.top : tiling.top + tiling.height, tiling.left : tiling.left + tiling.width] = content
+    crops[1:] = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    return crops
 
 
 @functools.lru_cache(4096)

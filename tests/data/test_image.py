@@ -12,7 +12,7 @@ from PIL import Image
 
 from fusion_jax.data import image as image_module
 from fusion_jax.data import resample
-from fusion_jax.data.image import load_image, read_crops, read_size, resize, static_hd_crops
+from fusion_jax.data.image import load_image, read_crops, read_resized, read_size, static_hd_crops
 from fusion_jax.data.input_benchmark import page, photo
 from fusion_jax.errors import BadRecord, UserError
 
@@ -314,13 +314,17 @@ def test_exact_crops_are_the_published_ones_in_every_version_of_pillow(size, by_
     assert hashlib.sha256(crops.tobytes()).hexdigest()[:16] == DIGESTS[size]
 
 
-@pytest.mark.parametrize("size", [(50, 30), (30, 70), (120, 90), (1, 9)])
-def test_resize_to_any_size(size):
+def test_one_file_at_several_sizes(tmp_path):
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 80, 3), np.uint8))
-    pixels = resize(image, size)
-    across = image.resize((size[0], 60), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(pixels, np.asarray(across.resize(size, Image.Resampling.BICUBIC)))
-    assert pixels.flags.writeable
+    image.save(tmp_path / "image.png")
+    sizes = [(50, 30), (30, 70), (120, 90), (1, 9)]
+    for found in (
+        read_resized(tmp_path / "image.png", sizes),
+        read_resized((tmp_path / "image.png").read_bytes(), sizes, "fast"),
+    ):
+        for pixels, size in zip(found, sizes, strict=True):
+            across = image.resize((size[0], 60), Image.Resampling.BICUBIC)
+            np.testing.assert_array_equal(pixels, np.asarray(across.resize(size, Image.Resampling.BICUBIC)))
 
 
 # Above the sizes from which JPEGs are decoded at 1/2 and 1/4: 384 and 768 with quadrants of 64, half of that without,
