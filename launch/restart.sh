@@ -70,8 +70,10 @@ while :; do
     exit 1
   fi
   echo "restart: exit code $code after $took s; again in $pause s" >&2
-  # In the background, because bash runs a trap only once a foreground command has ended.
-  sleep "$pause" &
-  wait $!
+  # A second at a time: bash sees to a signal only once the command that runs has ended.
+  for ((waited = 0; waited < pause; waited++)); do
+    [ -z "$stopped" ] || exit "$code"
+    sleep 1
+  done
   [ -z "$stopped" ] || exit "$code"
 done
