@@ -391,7 +391,7 @@ def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
         fed, counts = next(batches)
         batch = fed.batch
         emitted.update(packed_pictures(fed))
-        assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, 8)  # two rows share their crops
+        assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, 9)  # two rows share their crops
         assert fed.samples == (batch.crop_kind == PIXELS).sum() == sum(emitted.values()) - before
         before = sum(emitted.values())
         seed = pipeline.stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
