@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
     profile = watch.parse_steps(_PROFILE.value)
     distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    with watch.Stop() as stop:
+    with distributed.ends_with_the_others(), watch.Stop() as stop:
         train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
 
 
