@@ -4,18 +4,24 @@ All run the same program on the same flags. Each feeds its own rows (`sharding.f
 step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
 """
 
+import contextlib
 import glob
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import AGAIN, UserError, check
 
 log = logging.getLogger("fusion_jax")
+
+# In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process is gone.
+_LOST = ("Gloo", "gloo", "onnection", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "heartbeat", "ABORTED")
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -75,6 +81,28 @@ def _slurm_devices() -> list[int] | None:
 def _on_tpu() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     return (not wanted or "tpu" in wanted) and bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+@contextlib.contextmanager
+def ends_with_the_others() -> Iterator[None]:
+    """Ends this process with a sentence and the exit code AGAIN where another one of the run has died.
+
+    It ends at once: the usual way out waits for the dead.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        print(
+            f"Another process of this run has ended or cannot be reached ({reason[:200]}); start all of them again: "
+            "training goes on from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(AGAIN)
 
 
 def is_first() -> bool:

@@ -104,6 +104,7 @@ def check_model(config: FusionConfig, mesh: Mesh) -> None:
             ("vision.mlp_dim", config.vision.mlp_dim),
             ("llm.heads", config.llm.heads),
             ("llm.kv_heads", config.llm.kv_heads),
+            ("llm.width", config.llm.width),
             ("llm.mlp_dim", config.llm.mlp_dim),
             ("exchange.heads", config.exchange.heads if config.exchange_layers else 0),
             ("llm's padded vocabulary", config.llm.padded_vocab),

@@ -65,13 +65,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
     profile = watch.parse_steps(_PROFILE.value)
     distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    with watch.Stop() as stop:
-        try:
-            train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            watch.leave(error)
+    with distributed.ends_with_the_others(), watch.Stop() as stop:
+        train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
 
 
 def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, profile=None) -> None:
@@ -277,7 +272,7 @@ class StageRun:
                         log.warning("%s %s", stage.name, text)
                     report["spikes"] = len(found)
                     left = (time.perf_counter() - begun) / (step - start) * (steps - step)
-                    writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
+                    writer.scalars(step, {**report, **counts.scalars()})
                     log.info(metrics.line(stage.name, step, steps, report, left))
                     self._check_skipped(int(current.skipped_in_row))
                     interval = metrics.Interval()

@@ -4,7 +4,6 @@ import faulthandler
 import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -79,19 +78,6 @@ class Stop:
             log.warning("%s: finishing the step, then saving (once more ends at once)", name)
             self.requested = True
         os.close(reader)
-
-
-def leave(error: Exception) -> None:
-    """Ends one of several processes after a failure that they share, without waiting for others, which may be dead."""
-    logging.getLogger("fusion_jax").error("traceback of the failure:", exc_info=error)
-    reason = str(error).splitlines()[0][:200]
-    print(
-        f"error: a computation shared by {jax.process_count()} processes failed: {reason}. If another of them died, "
-        "start all of them again: they go on from the last checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
 
 
 class Watch:

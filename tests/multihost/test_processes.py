@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from fusion_jax import checkpoint, distributed, metrics
-from fusion_jax.errors import UserError
+from fusion_jax.errors import AGAIN, UserError
 from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +56,8 @@ def test_a_scheduler_is_noticed(monkeypatch, environment, scheduled, devices):
     assert distributed._slurm_devices() == devices
 
 
-def train(data, workdir, processes, *overrides, timeout=600):
-    """Runs that many processes to their end; their outputs."""
+def start(data, workdir, processes, *overrides):
+    """Starts that many processes of one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -75,6 +76,12 @@ def train(data, workdir, processes, *overrides, timeout=600):
         command = [sys.executable, "-m", "fusion_jax.train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    return started
+
+
+def train(data, workdir, processes, *overrides, timeout=600):
+    """Runs that many processes to their end; their outputs."""
+    started = start(data, workdir, processes, *overrides)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
@@ -165,3 +172,24 @@ def test_four_processes_go_on_where_two_were(data, pair, alone, tmp_path):
     for process in (1, 2, 3):  # they saw the last two steps only
         assert rows(more / "stage2" / "processes" / str(process)) == first[2:]
     check_closeness(first, rows(alone / "stage2"), more, alone)
+
+
+@pytest.mark.slow
+def test_where_one_process_dies_the_other_says_so_and_ends(data, tmp_path):
+    first, second = start(f"{data},100000", tmp_path, 2, "--config.validate_every=0")
+    try:
+        deadline = time.time() + 300
+        while not rows_written(tmp_path / "stage2") and time.time() < deadline and first.poll() is None:
+            time.sleep(0.1)
+        second.kill()
+        output = first.communicate(timeout=120)[0]
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == AGAIN, output[-3000:]
+    assert "Another process of this run has ended" in output and "Traceback" not in output
+
+
+def rows_written(folder):
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n")
