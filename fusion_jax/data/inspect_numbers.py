@@ -282,11 +282,11 @@ def _affordable(opened: Opened, usable: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of one step, as training gets them: the first of the first group.
+    """Some rows of one step, as training gets them: those of the first groups, or the first of the first group.
 
     Attributes:
-      step: number from 0. batch: these rows alone, one group. examples: of each row, in order. missing: the records of
-        these rows whose images are bad.
+      step: number from 0. batch: these rows alone. examples: of each row, in order. missing: those of their records
+        whose images are bad.
     """
 
     step: int
@@ -298,17 +298,15 @@ class Rows:
 
 def sample_rows(opened: Opened, looked: Looked, rows: int, steps: int = 3) -> list[Rows]:
     """About `rows` rows out of the first steps."""
-    found, share = [], -(-rows // steps)
+    found, per_group, share = [], opened.sizes.rows_per_group, -(-rows // steps)
+    groups = min(max(1, share // per_group), opened.sizes.groups)
     for step in itertools.islice(planned_steps(opened, looked), steps if rows else 0):
-        chosen = [row for row in step.rows[: opened.sizes.rows_per_group] if row][: min(share, rows)]
-        rows -= len(chosen)
+        chosen = step.rows[: groups * min(share, per_group)]
         loaded = [[opened.loader.load(measured.number) for measured in row] for row in chosen]
         examples = [[made for made in row if isinstance(made, Example)] for row in loaded]
         spec = dataclasses.replace(opened.loader.spec, crops=step.plan.crops)
-        if chosen:
-            batch = lay_out_rows(examples, spec, step.latents, 1)
-            missing = [made for row in loaded for made in row if isinstance(made, BadRecord)]
-            found.append(Rows(step.number, batch, spec, examples, missing))
+        missing = [made for row in loaded for made in row if isinstance(made, BadRecord)]
+        found.append(Rows(step.number, lay_out_rows(examples, spec, step.latents, groups), spec, examples, missing))
     return found
 
 
@@ -347,6 +345,7 @@ def summary(opened: Opened, looked: Looked) -> dict[str, Any]:
         "latent_counts": list(opened.latent_counts),
         "looked_at": looked.sample,
         "images_decoded_of": sum(looked.decoded.values()),
+        "bad_share": _bad_share(in_all),
         "max_bad_records": config.max_bad_records,
         "parts": parts,
         "all": in_all,
@@ -392,6 +391,14 @@ def _bad_figures(looked: Looked, part: int | None) -> dict[str, Any]:
     images = sum(part in (None, p) for p, _ in looked.bad_images)
     decoded = looked.decoded[part] if part is not None else sum(looked.decoded.values())
     return {"bad": int((bad["good"] == 0).sum()), "images_decoded_of": decoded, "bad_images": images}
+
+
+def _bad_share(in_all: dict[str, Any]) -> float:
+    """Of all records: those bad by their text, and of the others with images as many as among the ones decoded."""
+    by_text = in_all["bad"] / in_all["looked_at"]
+    if not in_all["images_decoded_of"]:
+        return by_text
+    return by_text + (1 - by_text) * (1 - in_all["text_only"]) * in_all["bad_images"] / in_all["images_decoded_of"]
 
 
 def _bad_list(looked: Looked) -> list[dict[str, Any]]:

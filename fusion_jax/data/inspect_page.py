@@ -9,6 +9,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from fusion_jax.data.inspect_numbers import Looked, Opened, Rows, lengths
 from fusion_jax.data.inspect_tables import Table, bad_lines, headline, number, percent
-from fusion_jax.data.layout import PIXELS, ZERO_IMAGE, Batch, Example, LayoutSpec, needs
+from fusion_jax.data.layout import ZERO_IMAGE, Batch, Example, LayoutSpec, needs
 from fusion_jax.data.tiles import WHOLE, Tiling
 from fusion_jax.data.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; backgro
 .guide { font-size: 13px; margin: 6px 0; color: #46505e; } .guide .t { background: #e5f0fb; }
   .guide .off { text-decoration: line-through; color: #98a2ae; }
 .tokens { margin: 8px 0 0; line-height: 2; overflow-wrap: anywhere; }
-.t { white-space: pre-wrap; border-radius: 3px; padding: 1px 0; margin-right: 1px; background: #eceff3;
+.t { white-space: pre-wrap; border-radius: 3px; padding: 1px 0; border-right: 1px solid #c3ccd7; background: #eef1f5;
   unicode-bidi: isolate; }
 .t.answer { background: #ffe08a; } .t.end { box-shadow: 0 3px 0 #d5573b; } .nl { color: #98a2ae; }
 .hp { color: #d5573b; font-size: 10px; font-weight: 700; vertical-align: super; margin: 0 2px; }
@@ -167,7 +168,7 @@ def histogram(values: np.ndarray, title: str, limit: int | None = None, most: in
     step = math.ceil((top + 1) / most)
     counts = np.bincount(values // step, minlength=top // step + 1)
     width, height, left, base = 320, 130, 4, 108
-    bar = (width - 2 * left) / len(counts)
+    bar = min((width - 2 * left) / len(counts), 26)
     drawn = []
     for i, count in enumerate(counts.tolist()):
         tall = 84 * count / counts.max()
@@ -184,12 +185,13 @@ def histogram(values: np.ndarray, title: str, limit: int | None = None, most: in
         f'<text x="{at + (3 if anchor == "start" else -3):.1f}" y="14" font-size="10.5" fill="#d5573b" '
         f'text-anchor="{anchor}">median {median:,}</text>'
     )
+    right, where = left + len(counts) * bar, "end" if len(counts) > 8 else "start"
     end = f"{top:,}" + (f" (row: {limit:,})" if limit else "")
     return (
         f'<figure class="chart"><figcaption>{_text(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img">'
         f'<line x1="{left}" x2="{width - left}" y1="{base}" y2="{base}" stroke="#9aa5b3"/>{"".join(drawn)}'
-        f'<text x="{left}" y="{base + 14}" font-size="10.5" fill="#46505e">0</text><text x="{width - left}" '
-        f'y="{base + 14}" font-size="10.5" fill="#46505e" text-anchor="end">{end}</text></svg></figure>'
+        f'<text x="{left}" y="{base + 14}" font-size="10.5" fill="#46505e">0</text><text x="{right:.1f}" '
+        f'y="{base + 14}" font-size="10.5" fill="#46505e" text-anchor="{where}">{end}</text></svg></figure>'
     )
 
 
@@ -225,6 +227,10 @@ def _runs(values: np.ndarray) -> list[tuple[int, int, int]]:
     return [(int(values[start]), start, end) for start, end in zip(starts, [*starts[1:], len(values)])]
 
 
+def _count(count: int, what: str) -> str:
+    return f"{number(count)} {what}{'s' * (count != 1)}"
+
+
 def _strip(batch: Batch, row: int, found: np.ndarray) -> str:
     drawn = []
     for segment, start, end in _runs(batch.segment_ids[row]):
@@ -248,17 +254,22 @@ def _bar(start: float, end: float, y: int, height: int, colour: str, title: str)
 
 def _rows(some: Rows, tokenizer: Tokenizer) -> str:
     batch, parts, slot = some.batch, [], 0
+    per_group = len(some.examples) // len(batch.crops)
     for row, examples in enumerate(some.examples):
+        slot = 0 if row % per_group == 0 else slot  # a group's rows share a table of crops
+        if not examples:
+            continue
         found = kinds(batch, row, some.spec)
         filled = int((found != PADDING).sum())
         latents = f"l² = {batch.latent_count}, " if batch.latent_count else ""
         parts.append(
-            f'<div class="row"><h3>step {some.step + 1}, row {row + 1}: {latents}{len(examples)} '
-            f"example{'s' * (len(examples) != 1)}, {number(filled)} of {number(len(found))} positions "
-            f"({percent(filled / len(found))})</h3>{_strip(batch, row, found)}"
+            f'<div class="row"><h3>step {some.step + 1}, row {row + 1}: {latents}{_count(len(examples), "example")}, '
+            f"{number(filled)} of {number(len(found))} positions ({percent(filled / len(found))})</h3>"
+            f"{_strip(batch, row, found)}"
         )
         for i, example in enumerate(examples, 1):
-            parts.append(_example(batch, row, i, example, slot, found, some.spec, tokenizer))
+            shown = _Shown(some, row, row // per_group, slot, i, found)
+            parts.append(_example(shown, example, tokenizer))
             slot += needs(example, some.spec, 0).crops
         parts.append("</div>")
     for bad in some.missing:
@@ -266,48 +277,60 @@ def _rows(some: Rows, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
-def _example(
-    batch: Batch, row: int, segment: int, example: Example, slot: int, found: np.ndarray, spec: LayoutSpec, tokenizer
-) -> str:
-    """slot: its first crop in the group's table."""
-    places = np.flatnonzero(batch.segment_ids[row] == segment)
-    supervised = int((found[places] == ANSWER).sum())
-    cut = f", {example.dropped_rounds} last rounds left out" if example.dropped_rounds else ""
-    crops = needs(example, spec, 0).crops
+@dataclass(frozen=True)
+class _Shown:
+    """One example: its row and group, its first crop in the group's table, its segment; the row's `kinds`."""
+
+    rows: Rows
+    row: int
+    group: int
+    slot: int
+    segment: int
+    kinds: np.ndarray
+
+
+def _example(shown: _Shown, example: Example, tokenizer: Tokenizer) -> str:
+    batch, spec = shown.rows.batch, shown.rows.spec
+    takes = needs(example, spec, 0)
+    places = np.flatnonzero(batch.segment_ids[shown.row] == shown.segment)
+    supervised = int((shown.kinds[places] == ANSWER).sum())
+    cut = f", {_count(example.dropped_rounds, 'last round')} left out" if example.dropped_rounds else ""
     parts = [
-        f'<div class="example{"" if segment % 2 else " even"}"><h4>{_text(example.where)}</h4><p class="small">'
-        f"positions {places[0]}–{places[-1]}, {supervised} supervised tokens, {crops} crops{cut}</p>"
+        f'<div class="example{"" if shown.segment % 2 else " even"}"><h4>{_text(example.where)}</h4><p class="small">'
+        f"positions {places[0]}–{places[-1]}, {_count(supervised, 'supervised token')}, "
+        f"{_count(takes.crops, 'crop')}{cut}</p>"
     ]
-    images, at = [], slot
-    for tiling in example.tilings or (WHOLE,) * needs(example, spec, 0).images:
+    images, at = [], shown.slot
+    for tiling in example.tilings or (WHOLE,) * takes.images:
         images.append((at, tiling))
         at += tiling.crops
     if images:
-        drawn = [_image(batch, first, tiling, i, spec) for i, (first, tiling) in enumerate(images, 1)]
-        parts.append(f'<div class="images">{"".join(drawn)}</div>')
-        parts.append(_guide(batch, slot, tokenizer))
-    elif crops and batch.crop_kind[0, slot] == ZERO_IMAGE:
+        drawn = [_image(batch, shown.group, first, tiling, i, spec) for i, (first, tiling) in enumerate(images, 1)]
+        parts.append(f'<div class="images">{"".join(drawn)}</div>{_guide(batch, shown.group, shown.slot, tokenizer)}')
+    elif takes.crops and batch.crop_kind[shown.group, shown.slot] == ZERO_IMAGE:
         parts.append('<div class="zero">a zero image</div>')
-    parts.append(f'<p class="tokens">{_tokens(batch, row, places, found, images, spec, tokenizer)}</p></div>')
+    parts.append(f'<p class="tokens">{_tokens(shown, places, images, tokenizer)}</p></div>')
     return "".join(parts)
 
 
-def _image(batch: Batch, slot: int, tiling: Tiling, which: int, spec: LayoutSpec) -> str:
+def _image(batch: Batch, group: int, slot: int, tiling: Tiling, which: int, spec: LayoutSpec) -> str:
     """The crops of an image as the encoder gets them."""
-    assert batch.crop_kind[0, slot] == PIXELS
-    tokens = spec.tokens_of(tiling)
-    said = [f"image {which}: {number(tokens)} tokens", f"whole view {spec.image_tokens}"]
-    views = [f'<div class="whole">{_picture(batch.crops[0, slot], f"image {which}, whole view")}</div>']
+    crops, quadrants, tokens = batch.crops[group], batch.quadrants[group, slot], spec.tokens_of(tiling)
+    said = [f"image {which}: {number(tokens)} tokens"]
+    views = [f'<div class="whole">{_picture(crops[slot], f"image {which}, whole view")}</div>']
     if tiling.rows:
-        said.append(f"{tiling.rows} x {tiling.columns} tiles {tokens - spec.image_tokens} with row ends")
+        said.append(
+            f"{spec.image_tokens} of the whole view, {tokens - spec.image_tokens} of {tiling.rows} x {tiling.columns} "
+            "tiles with row ends"
+        )
         tiles = range(slot + 1, slot + tiling.crops)
-        drawn = "".join(_picture(batch.crops[0, k], f"image {which}, tile {k - slot}") for k in tiles)
+        drawn = "".join(_picture(crops[k], f"image {which}, tile {k - slot}") for k in tiles)
         columns = f"grid-template-columns:repeat({tiling.columns},1fr);width:min(100%,{110 * tiling.columns}px)"
         views.append(f'<div class="grid" style="{columns}">{drawn}</div>')
-    if batch.quadrants.shape[2]:
+    if len(quadrants):
         said.append("four plain quadrants for the exchange")
-        drawn = (_picture(one, f"image {which}, quadrant {q + 1}") for q, one in enumerate(batch.quadrants[0, slot]))
-        views.append(f'<div class="quadrants">{"".join(drawn)}</div>')
+        drawn = "".join(_picture(one, f"image {which}, quadrant {q}") for q, one in enumerate(quadrants, 1))
+        views.append(f'<div class="quadrants">{drawn}</div>')
     small = " pixels" if spec.image_size < _THUMBNAIL // 2 else ""
     return (
         f'<figure><div class="views{small}">{"".join(views)}</div><figcaption>{"; ".join(said)}</figcaption></figure>'
@@ -316,77 +339,81 @@ def _image(batch: Batch, slot: int, tiling: Tiling, which: int, spec: LayoutSpec
 
 def _picture(pixels: np.ndarray, alt: str) -> str:
     image, file = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) > _THUMBNAIL:
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    kind = "jpeg" if max(image.size) > 64 else "png"
-    image.save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))
-    return f'<img alt="{_text(alt)}" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    if max(image.size) > 64:
+        kind = "jpeg"
+        image.save(file, kind, quality=85)
+    else:
+        kind = "png"
+        image.save(file, kind)
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def _guide(batch: Batch, slot: int, tokenizer: Tokenizer) -> str:
+def _guide(batch: Batch, group: int, slot: int, tokenizer: Tokenizer) -> str:
     """The question tokens that the crops of an example are encoded with."""
-    ids, mask = batch.crop_text[0, slot], batch.crop_text_mask[0, slot]
+    ids, mask = batch.crop_text[group, slot], batch.crop_text_mask[group, slot]
     last = np.flatnonzero((ids != 0) | mask)
     if not len(last):
         return '<p class="guide">no question guides the encoder</p>'
     drawn = []
-    for i in range(last[-1] + 1):
+    for i, shown in enumerate(_pieces(tokenizer, ids[: last[-1] + 1])):
         kind, note = ("t", "") if mask[i] else ("t off", ", hidden from the encoder")
-        shown = _piece(tokenizer, int(ids[i]))
         drawn.append(f'<span class="{kind}" title="id {ids[i]} · question token {i}{note}">{shown}</span>')
-    return f'<p class="guide">{int(mask.sum())} question tokens guide the encoder: {"".join(drawn)}</p>'
+    return f'<p class="guide">{_count(int(mask.sum()), "question token")} for the encoder: {"".join(drawn)}</p>'
 
 
-def _tokens(
-    batch: Batch,
-    row: int,
-    places: np.ndarray,
-    found: np.ndarray,
-    images: Sequence[tuple[int, Tiling]],
-    spec: LayoutSpec,
-    tokenizer: Tokenizer,
-) -> str:
+def _tokens(shown: _Shown, places: np.ndarray, images: Sequence[tuple[int, Tiling]], tokenizer: Tokenizer) -> str:
     """An example token by token; an image's and a round's latents are one mark each."""
+    batch, row, spec, found = shown.rows.batch, shown.row, shown.rows.spec, shown.kinds
     ends, starts = set(batch.round_end[row].tolist()), batch.latent_start[row].tolist()
     which = {slot: i for i, (slot, _) in enumerate(images, 1)}
     grouped = np.where(found == ROW_END, TILE, found)[places]
     drawn = []
-    for kind, start, end in _runs(np.where(np.isin(grouped, (IMAGE, TILE, LATENTS)), grouped, -1)):
+    for kind, start, end in _runs(np.where(np.isin(grouped, (IMAGE, TILE, LATENTS)), grouped, TEXT)):
         first, count = int(places[start]), end - start
-        where = (
-            f"positions {start}–{end - 1} (row {first}–{first + count - 1}) · segment {batch.segment_ids[row, first]}"
-        )
+        if kind == TEXT:
+            run = places[start:end].tolist()
+            for place, text in zip(run, _pieces(tokenizer, batch.tokens[row, run])):
+                drawn.append(_token(batch, row, place, text, bool(found[place] == ANSWER), place in ends))
+            continue
         if kind == IMAGE:
-            i = which[int(batch.visual_index[row, first]) // spec.image_tokens]
-            drawn.append(f'<span class="v image" title="{where} · not supervised">image {i} · {count}</span> ')
+            name = "image"
+            said = f"image {which[int(batch.visual_index[row, first]) // spec.image_tokens]} · {count}"
         elif kind == TILE:
-            lines = int((found[places[start:end]] == ROW_END).sum())
+            name, lines = "tile", int((found[places[start:end]] == ROW_END).sum())
             said = f"tiles · {lines} rows of {count // lines - 1} + row end"
-            drawn.append(f'<span class="v tile" title="{where} · not supervised">{said}</span> ')
-        elif kind == LATENTS:
-            r = starts.index(first)
-            seen = which.get(int(batch.round_crop[row, r]))
-            said = f"{count} latents" + (f" ← image {seen}" if seen else " ← zero image")
-            drawn.append(f'<span class="v latents" title="{where} · not supervised">{said}</span> ')
         else:
-            drawn += [_token(batch, row, int(place), found, place in ends, tokenizer) for place in places[start:end]]
+            name, seen = "latents", which.get(int(batch.round_crop[row, starts.index(first)]))
+            said = f"{count} latents ← {f'image {seen}' if seen else 'zero image'}"
+        title = (
+            f"positions {start}–{end - 1} (row {first}–{first + count - 1}) · segment {shown.segment} · not supervised"
+        )
+        drawn.append(f'<span class="v {name}" title="{title}">{said}</span> ')
     return "".join(drawn)
 
 
-def _token(batch: Batch, row: int, place: int, found: np.ndarray, end: bool, tokenizer: Tokenizer) -> str:
-    answer = found[place] == ANSWER
+def _token(batch: Batch, row: int, place: int, text: str, answer: bool, end: bool) -> str:
     supervised = f"supervised: predicted at row place {place - 1}" if answer else "not supervised"
     title = (
         f"id {batch.tokens[row, place]} · position {batch.positions[row, place]} (row {place}) · "
         f"segment {batch.segment_ids[row, place]} · {supervised}" + (" · H_P is read here" if end else "")
     )
-    kind = "t" + " answer" * bool(answer) + " end" * end
     mark = '<b class="hp">H_P</b>' if end else ""
-    return f'<span class="{kind}" title="{title}">{_piece(tokenizer, int(batch.tokens[row, place]))}</span>{mark}'
+    return f'<span class="t{" answer" * answer}{" end" * end}" title="{title}">{text}</span>{mark}'
 
 
-def _piece(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, as HTML. Behind another token, since the first of a text may lose its leading space."""
-    before = tokenizer.decode([tokenizer.vision_end_id], skip_special=False)
-    text = tokenizer.decode([tokenizer.vision_end_id, token], skip_special=False)[len(before) :]
-    return _text(text or "∅").replace("\n", '<span class="nl">↵</span>\n')
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's text, as HTML. Of tokens that share a character the first has it."""
+    front = tokenizer.vision_end_id  # the first of a text may lose its leading space
+    skip = len(tokenizer.decode([front], skip_special=False))
+
+    def read(start: int, end: int) -> str:
+        return tokenizer.decode([front, *ids[start:end]], skip_special=False)[skip:]
+
+    texts, ids = [], [int(i) for i in ids]
+    while len(texts) < len(ids):
+        at = len(texts)
+        ends = range(at + 1, min(at + 4, len(ids)) + 1)  # a character has four bytes at most
+        end = next((end for end in ends if "\ufffd" not in read(at, end)), at + 1)
+        texts += [read(at, end), *[""] * (end - at - 1)]
+    return [_text(text or "·").replace("\n", '<span class="nl">↵</span>\n') for text in texts]

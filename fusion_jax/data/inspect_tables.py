@@ -1,6 +1,7 @@
 """The figures of `inspect_numbers` as tables, for the terminal and for the page."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
     tables = [
         Table(
             "records",
-            ("data set", *("records", "share", "looked at", "bad"), *("images read of", "bad images", "shortened", "rounds lost")),
+            _heads("records, share, looked at, bad, images read of, bad images, shortened, rounds lost"),
             lines(
                 lambda one: [
                     number(one["records"]),
@@ -54,7 +55,7 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
         ),
         Table(
             "length in positions",
-            ("data set", *("text", "95%", "max"), *("visual", "95%", "max"), *("together", "95%", "max"), "of a row"),
+            _heads("text, 95%, max, visual, 95%, max, together, 95%, max, of a row"),
             lines(
                 lambda one: [
                     *spread(one["text"]),
@@ -68,8 +69,7 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
         ),
         Table(
             "content, a record",
-            ("data set", "images", "text only", "crops", "tokens/image", "rounds", "max", "question", "95%", "max",
-             "supervised", "95%", "max"),
+            _heads("images, text only, crops, tokens/image, rounds, max, question, 95%, max, supervised, 95%, max"),
             lines(
                 lambda one: [
                     mean(one["images"]),
@@ -82,12 +82,12 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
                     *spread(one["supervised"]),
                 ]
             ),
-            "images, crops (guided passes of the encoder) and rounds: means; tokens/image: in the sequence; question tokens "
-            "that guide the encoder and supervised tokens: medians, 95%, maxima.",
+            "images, crops (guided passes of the encoder) and rounds: means; tokens/image: in the sequence; question: "
+            "tokens that guide the encoder.",
         ),
         Table(
             "cost",
-            ("data set", "FLOPs a sample", "of the stage", "share of records"),
+            _heads("FLOPs a sample, of the stage, share of records"),
             lines(
                 lambda one: [
                     scaled(one["flops_per_sample"]),
@@ -97,10 +97,14 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
             ),
             "model FLOPs of training (forward and backward, padding and recomputation left out), mean over l².",
         ),
-    ]  # fmt: skip
+    ]
     if figures["step"]:
         tables.append(_step_table(figures["step"], figures))
     return tables
+
+
+def _heads(names: str) -> list[str]:
+    return ["data set", *names.split(", ")]
 
 
 def _step_table(step: dict[str, Any], figures: dict[str, Any]) -> Table:
@@ -156,7 +160,7 @@ def as_text(figures: dict[str, Any], tables: Sequence[Table]) -> str:
             for line in lines
         ]
         rule = "-" * max(map(len, drawn))
-        blocks.append("\n".join([table.title.upper(), drawn[0], rule, *drawn[1:], f"  {table.note}"]))
+        blocks.append("\n".join([table.title.upper(), drawn[0], rule, *drawn[1:], textwrap.fill(table.note, 110)]))
     if figures["bad_records"]:
         blocks.append("\n".join(["BAD RECORDS", *map(_printable, bad_lines(figures))]))
     return "\n\n".join(blocks) + "\n"
@@ -180,6 +184,11 @@ def bad_lines(figures: dict[str, Any]) -> list[str]:
             f"{entry['count']} x {entry['reason']} ({seen})",
             *(f"    {example}" for example in entry["examples"]),
         ]
+    if figures["bad_share"] > figures["max_bad_records"]:
+        lines.append(
+            f"Together about {percent(figures['bad_share'])} of the records: more than max_bad_records="
+            f"{figures['max_bad_records']:g} allows, so training would stop."
+        )
     return lines
 
 
