@@ -52,7 +52,11 @@ def main(argv: list[str]) -> None:
     if values.config is None:
         raise UserError("Give --config FILE.")
     options = Options(values.stage, values.samples, values.images, values.rows, values.devices)
-    config = from_dict(RunConfig, values.config.to_dict())
+    try:
+        config = values.config.to_dict()
+    except OSError as e:  # the file could not be read, which the flag says only now
+        raise UserError(f"Cannot load the config file: {' '.join(str(e).split()).partition(': ')[2]}") from e
+    config = from_dict(RunConfig, config)
     print(json.dumps(inspect(config, options, Path(values.out) if values.out else None)))
 
 
