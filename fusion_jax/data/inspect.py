@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     try:
         config = values.config.to_dict()
     except OSError as e:  # the file could not be read, which the flag says only now
-        raise UserError(f"Cannot load the config file: {' '.join(str(e).split()).partition(': ')[2]}") from e
+        raise UserError(f"Cannot load the config file: {' '.join(str(e).split()).partition('Attempted ')[2]}") from e
     config = from_dict(RunConfig, config)
     print(json.dumps(inspect(config, options, Path(values.out) if values.out else None)))
 
