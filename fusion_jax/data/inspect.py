@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from fusion_jax import checkpoint
+from fusion_jax import checkpoint, resume
 from fusion_jax.cli import run_main
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables
@@ -98,7 +98,7 @@ def _tokenizer(config: RunConfig, scratch: str) -> tuple[RunConfig, Tokenizer]:
     """The tokenizer, and the config with what the checkpoint it starts from decides."""
     if config.init_from:
         about = checkpoint.load_about(checkpoint.find(config.init_from))
-        model = checkpoint.continue_model(config.model, about, config.init_from)
+        model = resume.continue_model(config.model, about, config.init_from)
         config = dataclasses.replace(config, model=model)
         if not config.tokenizer:
             config = dataclasses.replace(config, template=about["config"]["template"])
