@@ -1,0 +1,17 @@
+"""All benchmarks by name."""
+
+from collections.abc import Sequence
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals import held_out, mmbench, pope, textvqa
+from fusion_jax.evals.task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (held_out.TASK, *mmbench.TASKS, pope.TASK, textvqa.TASK)}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, each once; UserError with the list of all for an unknown one."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"Unknown task {name!r}; allowed: {', '.join(TASKS)}.")
+    return [TASKS[name] for name in dict.fromkeys(names)]
