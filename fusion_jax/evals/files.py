@@ -104,6 +104,12 @@ def read_json(path: Path) -> Any:
             raise UserError(f"{path} is not valid JSON: {whole}.") from whole
 
 
+def read_records(path: Path) -> list[Any]:
+    """The records of a JSON list, or of a file with one a line. UserError as for `read_json`."""
+    value = read_json(path)
+    return value if isinstance(value, list) else [value]
+
+
 def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a TSV or CSV file by column. UserError where a needed column is missing."""
     try:

@@ -32,7 +32,7 @@ def read(data_dir: Path) -> list[Question]:
     for split in SPLITS:
         path = folder.need(f"coco_pope_{split}.json")[0]
         images = images or folder.images("val2014", "coco/val2014", "images", "../coco/val2014", "")
-        for number, line in enumerate(files.read_json(path)):
+        for number, line in enumerate(files.read_records(path)):
             row = files.need_keys(line, ("image", "text", "label"), f"{path}, line {number + 1}")
             key = str(row.get("question_id", number + 1))
             questions.append(_question(split, key, row["text"], row["label"], picture(images / row["image"])))

@@ -3,10 +3,23 @@
 from collections.abc import Sequence
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import held_out, mmbench, pope, textvqa
+from fusion_jax.evals import ai2d, cv_bench, held_out, mmbench, mmvet, mmvp, pope, seed, textvqa
 from fusion_jax.evals.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (held_out.TASK, *mmbench.TASKS, pope.TASK, textvqa.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        held_out.TASK,
+        *mmbench.TASKS,
+        pope.TASK,
+        mmvet.TASK,
+        seed.TASK,
+        textvqa.TASK,
+        ai2d.TASK,
+        cv_bench.TASK,
+        mmvp.TASK,
+    )
+}
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

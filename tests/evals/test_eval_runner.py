@@ -211,7 +211,9 @@ def test_wrong_data_folder_says_what_is_expected_and_what_is_there(data, tmp_pat
 def test_missing_images_are_said_before_anything_is_asked(data):
     (data / "val2014" / "popular_1.jpg").unlink()
     answerer = Rule(sometimes)
-    with pytest.raises(UserError, match=r"1 of 8 images are missing, the first is .*popular_1.jpg \(question popular/2"):
+    with pytest.raises(
+        UserError, match=r"1 of 8 images are missing, the first is .*popular_1.jpg \(question popular/2"
+    ):
         run_task(answerer, POPE, data, progress=False)
     assert answerer.asked == []
 
