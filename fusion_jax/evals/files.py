@@ -158,6 +158,11 @@ class ParquetRow:
     place: int
     values: dict[str, Any]
 
+    def has(self, column: str) -> bool:
+        """Whether there is an image in a column."""
+        columns = _open_parquet(self.path).schema_arrow.names
+        return column in columns and _filled(self.path, self.group, column)[self.place]
+
     def picture(self, column: str, item: int | None = None) -> Picture:
         """The image in a column, or the item-th of a list of them."""
 
@@ -213,6 +218,11 @@ def _open_parquet(path: Path):
 def _cells(path: Path, group: int, column: str) -> list:
     """An image column of one row group. Questions are asked roughly in order, so a group is read about once."""
     return _open_parquet(path).read_row_group(group, columns=[column]).column(0).to_pylist()
+
+
+@functools.lru_cache(maxsize=16)
+def _filled(path: Path, group: int, column: str) -> list[bool]:
+    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Path]:

@@ -3,7 +3,28 @@
 from collections.abc import Sequence
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import ai2d, cv_bench, held_out, mmbench, mmvet, mmvp, pope, seed, textvqa
+from fusion_jax.evals import (
+    ai2d,
+    chartqa,
+    cv_bench,
+    docvqa,
+    hallusion,
+    held_out,
+    mathvista,
+    mmbench,
+    mme,
+    mmmu,
+    mmstar,
+    mmvet,
+    mmvp,
+    ocrbench,
+    pope,
+    realworldqa,
+    scienceqa,
+    seed,
+    textvqa,
+    vizwiz,
+)
 from fusion_jax.evals.task import Task
 
 TASKS: dict[str, Task] = {
@@ -18,6 +39,17 @@ TASKS: dict[str, Task] = {
         ai2d.TASK,
         cv_bench.TASK,
         mmvp.TASK,
+        mme.TASK,
+        scienceqa.TASK,
+        chartqa.TASK,
+        *docvqa.TASKS,
+        ocrbench.TASK,
+        *mmmu.TASKS,
+        mmstar.TASK,
+        realworldqa.TASK,
+        *vizwiz.TASKS,
+        hallusion.TASK,
+        mathvista.TASK,
     )
 }
 
