@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fusion_jax", "fusion_jax.*"]),
+    package_data={"fusion_jax.data": ["*.c"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -40,6 +41,9 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # Shards in buckets.
+        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
         "test": [

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.image import DECODES
+from fusion_jax.data.tiles import most_tokens
 from fusion_jax.errors import UserError, check
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.remat import POLICIES
@@ -26,7 +28,8 @@ class StageConfig:
     Data:
       name: subfolder of the workdir. data: .json, .jsonl, .yaml mixture, a folder of shards or `tfds:NAME:SPLIT`.
       image_folder: where its images lie (default: the folder of `data`). max_length: positions of a row, visual tokens
-      included. max_question_length: question tokens that an encoder pass reads. max_rounds, max_images: of a row.
+      included. max_question_length: question tokens that an encoder pass reads. max_rounds: of a row. max_images: of a
+      conversation. A conversation beyond these loses its last rounds; if that does not help it is skipped.
       packing: several conversations share a row; each sees itself alone.
     Steps:
       batch_size: samples in an optimizer step, over all devices; with packing on average. accumulation: microbatches
@@ -83,6 +86,7 @@ class RunConfig:
     Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
+    decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
     loader_threads: image decoding threads.
     """
 
@@ -103,6 +107,7 @@ class RunConfig:
     sample_answers: int = 4
     max_bad_records: float = 0.01
     max_skipped_steps: int = 20
+    decode: str = "exact"
     loader_threads: int = 16
 
     def __post_init__(self):
@@ -113,6 +118,7 @@ class RunConfig:
             ("template", self.template, tuple(TEMPLATES)),
             ("dtype", self.dtype, DTYPES),
             ("remat", self.remat, tuple(POLICIES)),
+            ("decode", self.decode, DECODES),
         ):
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
@@ -122,11 +128,12 @@ class RunConfig:
         )
         longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
         for stage in self.stages:
-            visual = self.model.tokens_per_image + longest
+            image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)
+            visual = image + longest
             check(
                 visual < stage.max_length,
                 f"stage {stage.name!r}: max_length={stage.max_length} has no room for text beside "
-                f"{visual} visual tokens ({self.model.tokens_per_image} of the image, {longest} latents).",
+                f"{visual} visual tokens ({image} of the image, {longest} latents).",
             )
 
 

@@ -138,8 +138,8 @@ class Answerer:
         question = _round_up(max(len(e.question_ids) for e in examples), self.BUCKET)
         spec = layout_spec(config, 1, question, max(rounds, 1))
         length = _round_up(max(laid_out_length(e, spec, latents) for e in examples), self.BUCKET)
-        images = max(1, *(needs(e, spec, latents).images for e in examples))
-        batch = lay_out(examples, layout_spec(config, length, question, max(rounds, 1), images), latents)
+        crops = max(1, *(needs(e, spec, latents).crops for e in examples))
+        batch = lay_out(examples, dataclasses.replace(spec, length=length, crops=crops), latents)
         result = greedy(self.model, self.params, batch, self.max_tokens, self._stops)
         return [self._text(row) for row in result.tokens.tolist()]
 

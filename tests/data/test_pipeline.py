@@ -17,6 +17,7 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
 from fusion_jax.data.layout import PIXELS, check_fits, lay_out
+from fusion_jax.data.plan import Sizes
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -58,7 +59,12 @@ def open_batches(folder):
             name, str(folder / file), max_length=120, max_question_length=16, max_rounds=2, batch_size=ROWS, **stage
         )
         config = RunConfig(
-            model=model, stages=(stage,), tokenizer=str(folder / "tokenizer"), seed=seed, loader_threads=threads
+            model=model,
+            stages=(stage,),
+            tokenizer=str(folder / "tokenizer"),
+            seed=seed,
+            loader_threads=threads,
+            max_bad_records=0.9,
         )
         batches = pipeline.training_batches(config, stage, load_source(stage.data), tokenizer)
         started.append(batches)
@@ -214,9 +220,12 @@ def test_bad_records_are_skipped_counted_and_named(open_batches, bad_file):
         seen.append(counts.seen)
         assert fed.batch.tokens.shape[0] == ROWS
         assert counts.bad == {reason: sum(b.reason == reason for b in bad) for reason in counts.bad}
-        assert counts.seen == ROWS * len(seen) + len(bad)
+        # A bad text is made up for by the next record, a bad image leaves its row empty.
+        empty = ROWS - fed.samples
+        assert empty == sum(b.reason.endswith("image") for b in fed.bad) == (fed.batch.segment_ids.max(1) == 0).sum()
+        assert counts.seen == ROWS * len(seen) + sum(not b.reason.endswith("image") for b in bad)
     assert {b.reason for b in bad} == set(REASONS)
-    assert len(set(pixels)) == RECORDS
+    assert len(set(pixels)) == RECORDS + 1  # and the empty rows' none
     # At most every bad record twice and once on the way into the third epoch.
     for reason in REASONS:
         assert 1 <= sum(b.reason == reason for b in bad) <= 3
@@ -246,12 +255,17 @@ def test_counts_stop_the_run_beyond_the_allowed_share():
 
 def test_a_source_without_usable_records_ends_instead_of_hanging():
     bad = BadRecord("missing_key", "file, record 0", "the key is missing")
-    endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
-    spec = pipeline.layout_spec(tiny(), 40, 6, 2)
-    fed, counts = next(iter(pipeline._Batches(endless, 1, spec, (4,), 0)))
-    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1000
+    fed, counts = first_batch_of_nothing(bad, sizes=Sizes(1, 1, 1, False))
+    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1
     with pytest.raises(UserError):
         counts.check(0.5, 3)
+
+
+def first_batch_of_nothing(bad, sizes):
+    endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
+    loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
+    feeding = pipeline._Feeding(loader, sizes, sizes.rows, (4,), 0, 1, 0.5, (0, sizes.groups))
+    return next(iter(pipeline._Batches(endless, feeding)))
 
 
 # Several images.
@@ -329,7 +343,7 @@ def test_several_images_from_files_and_bytes_to_a_row(folder):
     spec = pipeline.layout_spec(model, 160, 40, 2, images=3)
     check_fits(example, spec, 4)
     batch = lay_out([example], spec, 4)
-    assert (batch.crop_kind == PIXELS).all() and batch.round_image.tolist() == [[1, 2]]
+    assert (batch.crop_kind == PIXELS).all() and batch.round_crop.tolist() == [[1, 2]]
     assert (batch.crop_text_mask.sum(-1) == len(example.question_ids)).all()
     with pytest.raises(BadRecord, match="max_images is 1"):
         check_fits(example, pipeline.layout_spec(model, 160, 40, 2), 4)
@@ -354,7 +368,7 @@ def open_packed(folder):
         model = tiny(preset, latent_counts=(1, 4), **{"llm.vocab_size": 640})
         sizes = {"max_length": 250, "max_question_length": 16, "max_rounds": 4, "batch_size": ROWS, **stage}
         stage = Packed("one", str(folder / file), **sizes)
-        config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=threads)
+        config = RunConfig(model, (stage,), tokenizer="", seed=1, loader_threads=threads, max_bad_records=0.9)
         source = pipeline.open_source(config, stage)
         batches = pipeline.training_batches(config, stage, source, tokenizer, devices)
         started.append(batches)
@@ -377,7 +391,7 @@ def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
         fed, counts = next(batches)
         batch = fed.batch
         emitted.update(packed_pictures(fed))
-        assert batch.tokens.shape == (2, 250) and batch.crops.shape[1] == 3  # two rows for four samples
+        assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, 8)  # two rows share their crops
         assert fed.samples == (batch.crop_kind == PIXELS).sum() == sum(emitted.values()) - before
         before = sum(emitted.values())
         seed = pipeline.stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
@@ -418,16 +432,14 @@ def test_bad_records_of_packed_batches_are_counted_and_leave_no_trace(open_packe
 
 def test_rows_are_dealt_evenly_over_devices_and_microbatches(open_packed):
     batch = take(open_packed(devices=3, accumulation=2), 1)[0].batch
-    assert batch.tokens.shape[0] == 6
+    assert batch.tokens.shape[0] == batch.crops.shape[0] == 6
     assert (batch.segment_ids.max(1) > 0).sum() >= 4
 
 
 def test_rows_that_no_record_fills_are_empty():
-    endless = grain.MapDataset.source([BadRecord("missing_key", "file, record 0", "the key is missing")]).repeat()
-    load = pipeline._Load([None], None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
-    reading = endless.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    fed, counts = next(iter(pipeline._PackedBatches(reading, 2, 8, load, (4,), 0, 1)))
-    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1000
+    bad = BadRecord("missing_key", "file, record 0", "the key is missing")
+    fed, counts = first_batch_of_nothing(bad, Sizes(2, 1, 3, True))
+    assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1
     assert fed.samples == 0 and fed.batch.tokens.shape == (2, 40)
 
 
