@@ -43,6 +43,8 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
     rows: list[tuple[dict, Picture]] = []
     if paths[0].suffix.lower() == ".parquet":
         rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
+    elif len(paths) > 1:
+        raise folder.wrong(f"there are several such files: {', '.join(path.name for path in paths)}")
     else:
         table = files.read_table(paths[0], (*_COLUMNS, "image"))
         by_index = {row["index"]: row["image"] for row in table}

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from fusion_jax.data.image import decode_image, load_image
+from fusion_jax.data.image import load_image
 from fusion_jax.errors import BadRecord
 from fusion_jax.evals import published
 from fusion_jax.evals.registry import TASKS
@@ -128,8 +128,7 @@ def thumbnail(picture: Picture) -> str:
     """An `img` element that carries the picture, made small; words in its place where it cannot be read."""
     name = html.escape(Path(picture.name).name)
     try:
-        loaded = picture.load()
-        image = decode_image(loaded, name) if isinstance(loaded, bytes) else load_image(loaded)
+        image = load_image(picture.load())
     except BadRecord as bad:
         return f"<p>{html.escape(bad.detail)}</p>"
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)

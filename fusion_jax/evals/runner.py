@@ -111,7 +111,7 @@ def run_task(
       UserError: see `evaluate_tasks`; the output folder holds another checkpoint's answers.
     """
     start = time.perf_counter()
-    questions = sample(task.read(data_dir), limit)
+    questions = sample(_read(task, data_dir), limit)
     if not questions:
         raise UserError(f"{task.name}: {data_dir} holds no questions; expected {task.data}.")
     _check(task, questions)
@@ -120,7 +120,9 @@ def run_task(
         _ask(answerer, task, questions, progress, lambda q, a: answers.__setitem__(_key(q), a), lambda: None)
     else:
         folder = output.folder / task.name
-        share = questions[output.index :: output.count]
+        # In one piece, so that a table's rows are read by one process.
+        begin, end = (len(questions) * i // output.count for i in (output.index, output.index + 1))
+        share = questions[begin:end]
         part = files.Part(folder, output.index, output.count, {"task": task.name, **output.header})
         done = files.read_answers(folder)
         missing = [q for q in share if _key(q) not in done]
@@ -140,6 +142,16 @@ def run_task(
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
         written = task.submit(predictions, output.folder / task.name) if task.submit else []
     return Result(task, predictions, scores, time.perf_counter() - start, written)
+
+
+def _read(task: Task, data_dir: Path) -> list[Question]:
+    """The task's questions; every error says what was expected."""
+    try:
+        return task.read(data_dir)
+    except UserError as error:
+        if "; expected " in str(error):
+            raise
+        raise UserError(f"{task.name}: {str(error).rstrip('.')}; expected {task.data}.") from error
 
 
 def sample(questions: list[Question], limit: int) -> list[Question]:

@@ -127,7 +127,14 @@ def test_test_file_as_dev_is_refused(tmp_path):
         run_task(Rule(str), DEV, tmp_path, progress=False)
 
 
+def test_two_files_that_fit_are_refused(tmp_path):
+    for name in ("MMBench_DEV_EN.tsv", "MMBench_DEV_EN_V11.tsv"):
+        write_tsv(tmp_path / name, [row(1, "A")])
+    with pytest.raises(UserError, match=r"several such files: MMBench_DEV_EN.tsv, MMBench_DEV_EN_V11.tsv"):
+        run_task(Rule(str), DEV, tmp_path, progress=False)
+
+
 def test_missing_column_is_named(tmp_path):
     (tmp_path / "MMBench_DEV_EN.tsv").write_text("index\tquestion\tA\n")
-    with pytest.raises(UserError, match=r"no column 'B'; it has index, question, A"):
+    with pytest.raises(UserError, match=r"no column 'B'; it has index, question, A; expected MMBench's dev split"):
         run_task(Rule(str), DEV, tmp_path, progress=False)
