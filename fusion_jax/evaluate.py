@@ -86,8 +86,8 @@ def main(argv: list[str]) -> None:
 
 
 def _examples(asked: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """The rows of all predictions but those about an image that is not the question's own."""
-    return [p.row() for p in asked if not p.question.about.get("shuffled")]
+    """The rows of all predictions but those for comparison."""
+    return [p.row() for p in asked if not p.question.control]
 
 
 def _show(asked: Sequence[Prediction], count: int) -> None:
@@ -95,7 +95,7 @@ def _show(asked: Sequence[Prediction], count: int) -> None:
     seen: dict[str, int] = {}
     ranked = []
     for position, p in enumerate(asked):
-        if p.question.about.get("shuffled"):
+        if p.question.control:
             continue
         kind = str(p.question.about.get("kind", p.question.about.get("category", "")))
         seen[kind] = seen.get(kind, 0) + 1

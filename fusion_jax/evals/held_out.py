@@ -60,10 +60,11 @@ def read(data_dir: Path) -> list[Question]:
         words = first_question(record).turns[0]["value"].replace("<image>", "").strip()
         kind, answer = raw[number]["kinds"][0], record.turns[1]["value"]
         for image, shuffled, part in ((record, False, seen), (records[other], True, blind)):
-            about = {"kind": kind, "shuffled": shuffled}
             key = f"{number}/shuffled" if shuffled else f"{number}"
             shown = " ".join(words.split())
-            part.append(Question(key, words, answer, (picture(image.image_path),), shown, about, f"{number}"))
+            part.append(
+                Question(key, words, answer, (picture(image.image_path),), shown, {"kind": kind}, f"{number}", shuffled)
+            )
     return seen + blind
 
 
@@ -74,8 +75,8 @@ def score(question: Question, answer: str) -> Scored:
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Shares of right answers, not percent: with the own image, with another's, per kind, and of the majority's."""
-    seen = [p for p in predictions if not p.question.about["shuffled"]]
-    blind = [p.score for p in predictions if p.question.about["shuffled"]]
+    seen = [p for p in predictions if not p.question.control]
+    blind = [p.score for p in predictions if p.question.control]
     kinds = [p.question.about["kind"] for p in seen]
     right = defaultdict(list)
     for kind, p in zip(kinds, seen):

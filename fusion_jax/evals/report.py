@@ -64,7 +64,8 @@ def markdown(scores: dict[str, dict[str, Any]]) -> str:
     ]
     for name, figures in scores.items():
         task = TASKS[name]
-        beside = " | ".join(f"{x:.1f}" for x in published.FIGURES[name]) if name in published.FIGURES else " | | "
+        figures_there = published.FIGURES.get(name, ())
+        beside = " | ".join(f"{x:.1f}" for x in figures_there) or " | ".join(" " * len(published.MODELS))
         figure = figures.get(task.headline)
         shown = _shown(figure) if figure is not None else "not scored here"
         lines.append(f"| {task.title} | {task.headline} | {shown} | {beside} | {figures['questions']} |")
@@ -89,15 +90,16 @@ def _shown(value: Any) -> str:
 
 
 def is_wrong(prediction: Prediction) -> bool:
-    """Scored, and not with full marks; held-out questions about another record's image are meant to fail."""
-    return prediction.score is not None and prediction.score < 1 and not prediction.question.about.get("shuffled")
+    """Scored, and not with full marks, where those were expected."""
+    return prediction.score is not None and prediction.score < 1 and not prediction.question.control
 
 
 def _section(result: Result) -> str:
     wrong = [p for p in result.predictions if is_wrong(p)]
     shown = [wrong[i * len(wrong) // min(WRONG, len(wrong))] for i in range(min(WRONG, len(wrong)))]
     title = html.escape(result.task.title)
-    note = f"{len(wrong)} of {len(result.predictions)} answers without full marks; {len(shown)} of them shown."
+    asked = sum(not p.question.control for p in result.predictions)
+    note = f"{len(wrong)} of {asked} answers without full marks; {len(shown)} of them shown."
     if all(p.score is None for p in result.predictions):
         note = "These answers are not scored here."
     cards = "\n".join(_card(p) for p in shown)

@@ -42,6 +42,7 @@ class Question:
       text: the benchmark's own words, for people; by default the prompt.
       about: whatever the score or the summary needs besides (category, options, split), as JSON.
       group: questions that are only worth something together (a pair, the passes of one question) share it.
+      control: asked for comparison alone; its answer is expected to be wrong and is not shown as a mistake.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Question:
     text: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     group: str = ""
+    control: bool = False
 
 
 @dataclass(frozen=True)
