@@ -22,6 +22,25 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; -1, at most once, is the rest of them. See `sharding` for what each axis means.
+
+    data: rows of the batch, parameters copied. fsdp: rows and parameters. tensor: heads, MLP units and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            check(size >= 1 or size == -1, f"config.mesh.{name}={size} must be at least 1, or -1 for the rest.")
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(len(rest) < 2, f"config.mesh: only one size can be -1, the rest; {' and '.join(rest)} are.")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage.
 
@@ -38,6 +57,7 @@ class StageConfig:
     Optimizer (AdamW, cosine to 0 after a linear warm-up):
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
+      first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
       freeze: regular expressions on parameter paths.
     """
 
@@ -61,6 +81,7 @@ class StageConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0
+    first_moment: str = "float32"
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -74,6 +95,10 @@ class StageConfig:
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
         check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
         check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+        check(
+            self.first_moment in DTYPES,
+            f"{where}: first_moment={self.first_moment!r} is unknown; allowed: {', '.join(DTYPES)}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -82,12 +107,15 @@ class RunConfig:
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
-    dtype: compute; parameters are float32 masters. remat: see `models.remat`.
-    Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
+    dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
+    Every N steps: log_every, checkpoint_every, validate_every (0 = never).
+    checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
+    keep_every: and those of every n-th step (0 = none).
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
     decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
-    loader_threads: image decoding threads.
+    loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
+    to the log (0 = never). wandb_project: Weights & Biases project that gets the metrics too.
     """
 
     model: FusionConfig
@@ -98,9 +126,12 @@ class RunConfig:
     init_from: str = ""
     dtype: str = "bfloat16"
     remat: str = "full"
+    mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 30.0
     keep_checkpoints: int = 3
+    keep_every: int = 0
     validate_every: int = 500
     validation_data: str = ""
     validation_batches: int = 8
@@ -109,6 +140,8 @@ class RunConfig:
     max_skipped_steps: int = 20
     decode: str = "exact"
     loader_threads: int = 16
+    hang_minutes: float = 15.0
+    wandb_project: str = ""
 
     def __post_init__(self):
         check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
@@ -123,6 +156,8 @@ class RunConfig:
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
             check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpoint_minutes", "keep_every", "hang_minutes"):
+            check(getattr(self, name) >= 0, f"config.{name}={getattr(self, name)} must not be negative.")
         check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusion_jax import distributed
 from fusion_jax.config import RunConfig
 from fusion_jax.data import conversation
 from fusion_jax.data.layout import Batch, laid_out_length, lay_out, needs
@@ -92,7 +93,7 @@ def greedy(
     """
     logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + steps)
     tokens, kept, _ = decode(model, params, logits, positions, cache, steps, stop_ids, keep_logits)
-    return Generated(np.asarray(tokens), None if kept is None else np.asarray(kept))
+    return Generated(distributed.whole(tokens), None if kept is None else distributed.whole(kept))
 
 
 def first_question(record: Record) -> Record:

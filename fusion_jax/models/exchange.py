@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import layers
+from fusion_jax.models import layers, partition
 
 
 @jax.tree_util.register_dataclass
@@ -53,14 +53,14 @@ class SemanticExchange(nn.Module):
         # Gather: the row index of every latent, (B, R, L); absent rounds read position 0 and are not written back.
         position = plan.latent_start[..., None] + jnp.arange(count)
         present = plan.latent_start >= 0
-        rows = jnp.arange(batch)[:, None]
-        latents = x[rows[..., None], jnp.maximum(position, 0)]
-        question = x[rows, jnp.maximum(plan.round_end, 0)]
+        latents = partition.take(x, jnp.maximum(position, 0))
+        question = partition.take(x, jnp.maximum(plan.round_end, 0))
 
         # W_in on the concatenation, its halves applied apart: the question's half once per round, not per latent.
         w_in = self.param(
             "in", nn.with_logical_partitioning(layers.fan_in(), ("embed", "heads")), (2 * width, width), jnp.float32
-        ).astype(self.dtype)
+        )
+        w_in = partition.constrain(w_in.astype(self.dtype), None, "heads")
         p = jnp.dot(question, w_in[:width])[:, :, None] + jnp.dot(latents, w_in[width:])
 
         # Keys and values once per image, then each latent takes its window's.
@@ -71,8 +71,9 @@ class SemanticExchange(nn.Module):
 
         per_head = width // self.heads
         flat = jnp.maximum(plan.windows, 0).reshape(groups, -1)  # a group's rows read the group's tokens
-        group = jnp.arange(groups)[:, None]
-        k, v = (a[group, flat].reshape(batch, rounds, count, window, self.heads, per_head) for a in (k, v))
+        k, v = (
+            partition.take(a, flat, "heads").reshape(batch, rounds, count, window, self.heads, per_head) for a in (k, v)
+        )
         q = q.reshape(batch, rounds, count, self.heads, per_head)
         scores = jnp.einsum("brlhd,brlmhd->brlhm", q, k, preferred_element_type=jnp.float32) * per_head**-0.5
         scores = jnp.where((plan.windows >= 0)[:, :, :, None], scores, -1e30)
@@ -85,4 +86,4 @@ class SemanticExchange(nn.Module):
 
         # Scatter back; out-of-range rows are dropped, which is how absent rounds are left out.
         target = jnp.where(present[..., None], position, length)
-        return x.at[rows[..., None], target].add(update.astype(x.dtype), mode="drop")
+        return partition.add(x, target, update.astype(x.dtype))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE, Batch
-from fusion_jax.models import connector, layers, llm
+from fusion_jax.models import connector, layers, llm, partition
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.exchange import ExchangePlan
 from fusion_jax.models.vision import VisionEncoder
@@ -140,8 +140,7 @@ class Fusion(nn.Module):
         pooled = connector.adaptive_max_pool(grid, math.isqrt(count)).reshape(g, k, count, -1)
         pooled = jnp.where((batch.crop_kind == PIXELS)[..., None, None], pooled, 0)
         crop = jnp.maximum(batch.round_crop, 0).reshape(g, -1)
-        taken = jnp.take_along_axis(pooled, crop[..., None, None], axis=1)
-        return taken.reshape(b, rounds, count, -1)
+        return partition.take(pooled, crop).reshape(b, rounds, count, -1)
 
     def exchange_plan(self, batch: Batch, encoded: Visual) -> ExchangePlan | None:
         if self.config.exchange_layers == 0 or batch.round_end.shape[1] == 0:
@@ -155,7 +154,7 @@ class Fusion(nn.Module):
         if encoded.latents is not None:
             table = jnp.concatenate([table, encoded.latents.reshape(g, -1, table.shape[-1])], axis=1)
         index = jnp.maximum(batch.visual_index, 0).reshape(g, -1)
-        visual = jnp.take_along_axis(table, index[..., None], axis=1).reshape(text.shape)
+        visual = partition.take(table, index).reshape(text.shape)
         return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
 
     def __call__(self, batch: Batch, cache: llm.Cache | None = None):
@@ -219,6 +218,13 @@ def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
     )
 
 
-def init(config: FusionConfig, key: jax.Array):
-    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis."""
-    return nn.unbox(jax.jit(Fusion(config).init)(key, example_batch(config))["params"])
+def init(config: FusionConfig, key: jax.Array, shardings=None):
+    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis.
+
+    With `shardings` (a tree like the result) each device makes its own part of each.
+    """
+
+    def make(key, batch):
+        return nn.unbox(Fusion(config).init(key, batch)["params"])
+
+    return jax.jit(make, out_shardings=shardings)(key, example_batch(config))
