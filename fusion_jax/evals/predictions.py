@@ -4,12 +4,13 @@ OUTPUT/TASK/parts/00001-of-00004.jsonl   what process 1 of 4 has answered; the f
 OUTPUT/TASK/predictions.jsonl            all of them in the benchmark's order, scored; written by process 0
 """
 
+import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fusion_jax.errors import UserError
 
@@ -59,16 +60,17 @@ class Part:
     def __init__(self, folder: Path, index: int, count: int, header: dict[str, Any]):
         self.path = folder / _PARTS / f"{index:05d}-of-{count:05d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = b""
-        if self.path.exists():
-            _check_header(self.path, header)
-            data = self.path.read_bytes()
-            kept = data[: data.rfind(b"\n") + 1]  # a process that was killed may have left half a line
-        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
-        self._file.truncate(len(kept))
-        self._file.seek(len(kept))
+        self._file = open(self.path, "a+b")  # noqa: SIM115
+        if not _lock(self._file):
+            self._file.close()
+            raise UserError(f"{self.path} is being written by another process; give each its own --process_index.")
+        _check_header(self.path, header)
+        data = self.path.read_bytes()
+        kept = data.rfind(b"\n") + 1  # a process that was killed may have left half a line
+        self._file.truncate(kept)
         if not kept:
             self._write(header)
+            self.flush()
 
     def add(self, key: str, prompt: str, answer: str) -> None:
         self._write({"id": key, "prompt": digest(prompt), "answer": answer})
@@ -81,6 +83,17 @@ class Part:
 
     def _write(self, value: dict[str, Any]) -> None:
         self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else has the file; a file system without locks is taken at its word."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def digest(prompt: str) -> str:

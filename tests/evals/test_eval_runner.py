@@ -126,6 +126,16 @@ def test_predictions_hold_everything_to_look_again(data, tmp_path):
     }
 
 
+def test_two_processes_with_one_number_do_not_mix(tmp_path):
+    part = predictions.Part(tmp_path, 0, 1, HEADER)
+    with pytest.raises(UserError, match="is being written by another process"):
+        predictions.Part(tmp_path, 0, 1, HEADER)
+    part.add("a", "what?", "this")
+    part.close()
+    predictions.Part(tmp_path, 0, 1, HEADER).close()
+    assert predictions.read_answers(tmp_path) == {("a", predictions.digest("what?")): "this"}
+
+
 def test_answers_of_another_checkpoint_are_refused(data, tmp_path):
     output = tmp_path / "out"
     run_task(Rule(sometimes), POPE, data, Output(output, HEADER), progress=False)
