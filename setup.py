@@ -47,6 +47,8 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
+        # For config.wandb_project.
+        "wandb": ["wandb>=0.19"],
         "test": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
