@@ -1,7 +1,7 @@
 """Resident memory of the whole input pipeline over many samples: `python tests/soak_input.py --samples 200000`.
 
-Real shards of small JPEGs and text-only conversations, packed rows, several threads. Prints a JSON line last; exits with
-1 where memory grew by 5% or more after the first tenth of the samples.
+Real shards of small JPEGs and text-only conversations, packed rows, several threads. Prints a JSON line last; exits
+with 1 where memory grew by 5% or more after the first tenth of the samples.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 IMAGES = 2000
-WORDS = "red blue green cube ball cone left right up down many few".split()
+WORDS = ["red", "blue", "green", "cube", "ball", "cone", "left", "right", "up", "down", "many", "few"]
 
 
 def rss() -> float:
