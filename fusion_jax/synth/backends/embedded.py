@@ -171,7 +171,7 @@ def _with_room(draft: Draft) -> Draft:
     """A draft that leaves room for a thing with a text, and has at most three texts itself."""
     groups = sorted(draft.groups, key=lambda group: not group.text)[:3]
     for group in groups:
-        group.count = min(group.count or 1, 1 if group.text else 2)
+        group.count = min(group.count or 1, 1 if group.text or len(groups) == 3 else 2)
     return Draft(draft.setting, groups, [])
 
 

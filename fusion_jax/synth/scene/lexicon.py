@@ -176,7 +176,7 @@ _SETTINGS = (
     ),
     Setting(
         "meadow",
-        "green meadow",
+        "grassy meadow",
         "in",
         False,
         "short grass",
