@@ -10,8 +10,8 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import images
-from fusion_jax.synth.backends import factory
 from fusion_jax.synth.backends.base import Refused, Reply
+from fusion_jax.synth.backends.factory import Factory
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.journal import Journal, make_key
 
@@ -24,7 +24,8 @@ class Tools:
     """
 
     def __init__(self, config: SynthConfig, out: Path, share: float = 1.0):
-        self.config, self.out, self._share = config, out, share
+        self.config, self.out = config, out
+        self._factory = Factory(share)
         self.journal = Journal(config.journal or out / "journal")
         self._making = threading.RLock()
 
@@ -37,19 +38,19 @@ class Tools:
 
     @property
     def llm(self):
-        return self._made("_llm", lambda: factory.language_model(self.config.llm, "llm", self._share))
+        return self._made("_llm", lambda: self._factory.language_model(self.config.llm))
 
     @property
     def vision(self):
-        return self._made("_vision", lambda: factory.vision_model(self.config.vision, self._share))
+        return self._made("_vision", lambda: self._factory.vision_model(self.config.vision))
 
     @property
     def generator(self):
-        return self._made("_generator", lambda: factory.image_generator(self.config.images, self._share))
+        return self._made("_generator", lambda: self._factory.image_generator(self.config.images))
 
     @property
     def scorer(self):
-        return self._made("_scorer", lambda: factory.scorer(self.config.scorer))
+        return self._made("_scorer", lambda: self._factory.scorer(self.config.scorer))
 
     def check(self, names: tuple[str, ...]) -> None:
         """Finds out now whether the models (llm, vision, generator, scorer) can be used. UserError if not."""
