@@ -146,13 +146,12 @@ def check_traffic(config: "ModelConfig | ImageConfig") -> None:
 class ScorerConfig:
     """CLIP or SigLIP for CLIPScores. path: local folder; empty: no CLIPScores, images are judged by SSIM_a alone.
 
-    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper. batch: images or texts encoded at a time.
+    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper.
     """
 
     path: str = ""
     device: str = ""
     weight: float = 2.5
-    batch: int = 32
 
 
 @dataclass(frozen=True)
@@ -252,5 +251,5 @@ OPERATIONAL = {
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
     "vision": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
     "images": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries", "device"),
-    "scorer": ("device", "batch"),
+    "scorer": ("device",),
 }

@@ -1,6 +1,7 @@
 """The stages that work on one sample at a time, in their order.
 
-    caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement -> (select.py)
+    caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement
+    -> rank -> (select.py)
 
 A sample is a dict that JSON can hold. A stage adds its findings to it, or raises `Drop`, which the sample then carries
 as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `again` marks what may succeed another time
@@ -13,7 +14,8 @@ as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `agai
     score      scores {clip, ssim_a, image}, hashes (perceptual, one an image)
     qa         pairs, asked (how many pairs there were)
     verify     pairs (the right ones), wrong, unverified
-    statement  statements, scores.statement
+    statement  statements, where there is a scorer
+    rank       scores.statement
     each       lineage {stage: {model, prompt, seed, attempts}}
 """
 
@@ -202,8 +204,7 @@ def _whole_question(pair: dict) -> str:
 
 def _statement(tools: Tools, sample: Sample) -> None:
     """Statements only serve the scorer: without one, none is paid for."""
-    if tools.scorer is None:
-        sample["scores"]["statement"] = None
+    if not tools.config.scorer.path:
         return
     if KINDS[sample["kind"]].ask is None:
         sample["statements"] = list(sample["descriptions"])
@@ -213,6 +214,13 @@ def _statement(tools: Tools, sample: Sample) -> None:
         }
         answer, _ = _ask(tools, sample, "statement", STATEMENT, data)
         sample["statements"] = answer["statements"]
+
+
+def _rank(tools: Tools, sample: Sample) -> None:
+    """The mean CLIPScore of the statements, each with the image that it fits better."""
+    sample["scores"]["statement"] = None
+    if tools.scorer is None:
+        return
     shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
     found = _clip_scores(tools, shown, sample["statements"], paired=False)
     sample["scores"]["statement"] = round(sum(found) / len(found), 6)
@@ -229,6 +237,7 @@ STAGES: dict[str, Callable[[Tools, Sample], None]] = {
     "qa": _qa,
     "verify": _verify,
     "statement": _statement,
+    "rank": _rank,
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "filter": (),
@@ -239,7 +248,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "score": ("scorer",),
     "qa": ("llm",),
     "verify": ("vision",),
-    "statement": ("llm", "scorer"),
+    "statement": ("llm",),
+    "rank": ("scorer",),
 }
 
 
