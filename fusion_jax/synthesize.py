@@ -66,6 +66,7 @@ def synthesize(
 
         work = engine.plan(out, pool["blocks"], wanted, retry_failed)
         if config.engine == "ray" and work:
+            check(not retry_failed, "--retry_failed runs with config.engine='local'; the journal serves both.")
             from fusion_jax.synth import cluster
 
             cluster.run(config, out, work, progress)

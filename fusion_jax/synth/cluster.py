@@ -1,12 +1,14 @@
 """The same stages on a cluster, by Ray Data.
 
-    blocks -> [cpu: filter] -> [llm: judge describe] -> [cpu: refilter] -> [images: draw] -> [scorer: score]
-           -> [llm: qa] -> [vision: verify] -> [llm: statement] -> [scorer: rank] -> saved by this process
+    first pass    blocks -> [cpu: filter] -> [llm: judge describe refilter] -> [images: draw] -> [scorer: score] ->
+    saved second pass   blocks -> [llm: qa] -> [vision: verify] -> saved
+    third pass    blocks -> [llm: statement] -> [scorer: rank] -> saved
 
-Each bracket is a pool of workers, as many as ray.actors says, with ray.gpus each; a block travels through them. The
-workers run `run_stages` as a local run does, so the output is the same. They write images and paid replies into the
-run's folder, which therefore lies on a disk that all machines share; a block whose worker is lost goes to another,
-which finds in the journal what had been paid for.
+Each bracket is a pool of workers, as many as ray.actors says, with ray.gpus and ray.cpus each; blocks travel through
+them side by side. No pass has two pools of one model, so that no model is loaded twice. The workers run `run_stages` as
+a local run does, so the output is the same. They write images and paid replies into the run's folder, which therefore
+lies on a disk that all machines share; a block whose worker is lost goes to another, which finds in the journal what
+had been paid for. Blocks are saved by this process, after each pass.
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ POOLS = {
     "filter": "cpu",
     "judge": "llm",
     "describe": "llm",
-    "refilter": "cpu",
+    "refilter": "llm",
     "draw": "images",
     "score": "scorer",
     "qa": "llm",
@@ -42,13 +44,16 @@ POOLS = {
 }
 
 
-def groups(stages: list[str]) -> list[tuple[str, list[str]]]:
-    """Neighbouring stages of one pool, together: [(pool, stages), ...]."""
-    found: list[tuple[str, list[str]]] = []
+def passes(stages: list[str]) -> list[list[tuple[str, list[str]]]]:
+    """Neighbouring stages of one pool together, and a new pass where a pool would come twice: [[(pool, stages)]]."""
+    found: list[list[tuple[str, list[str]]]] = [[]]
     for stage in stages:
-        if not found or found[-1][0] != POOLS[stage]:
-            found.append((POOLS[stage], []))
-        found[-1][1].append(stage)
+        pool = POOLS[stage]
+        if not found[-1] or found[-1][-1][0] != pool:
+            if pool in dict(found[-1]):
+                found.append([])
+            found[-1].append((pool, []))
+        found[-1][-1][1].append(stage)
     return found
 
 
@@ -82,35 +87,41 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
     tools = Tools(config, out)
     tools.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
     if not ray.is_initialized():
-        ray.init(address=config.ray.address or None, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
+        ray.init(address=config.ray.address or None, log_to_driver=False, logging_level=logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    order = passes([stage for stage in STAGES if any(one.again or stage in one.todo for one in work)])
+    with tqdm.tqdm(total=len(work) * len(order), unit="block", desc="synthesis", disable=not progress) as bar:
+        try:
+            for pools in order:
+                stages = [stage for _, inside in pools for stage in inside]
+                now = [dataclasses.replace(one, todo=[s for s in one.todo if s in stages]) for one in work]
+                _one_pass(ray, config, out, now, pools, bar)
+        except ray.exceptions.RayError as e:
+            cause = getattr(e, "cause", None)
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from e
+            raise UserError(f"The cluster could not finish: {str(e).strip().splitlines()[-1]}") from e
 
+
+def _one_pass(ray, config: SynthConfig, out: Path, work: list[Work], pools: list, bar: tqdm.tqdm) -> None:
     todo = {one.number: one for one in work}
     dataset = ray.data.from_items([{"number": one.number} for one in work], override_num_blocks=len(work))
-    dataset = dataset.map(_Reader(out, todo))
-    for pool, stages in groups(list(STAGES)):
+    dataset = dataset.map(_Reader(out, todo), num_cpus=config.ray.cpus.get("cpu", 0.1))
+    for pool, stages in pools:
         count = config.ray.actors.get(pool, 1)
         dataset = dataset.map(
             Worker,
             fn_constructor_args=(config, str(out), stages, 1 / count),
-            concurrency=count,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            num_cpus=config.ray.cpus.get(pool, 0.1),
             num_gpus=config.ray.gpus.get(pool, 0) or None,
         )
-    try:
-        with tqdm.tqdm(total=len(work), unit="block", desc="synthesis", disable=not progress) as bar:
-            for row in dataset.iter_rows():
-                one = todo[row["number"]]
-                done = json.loads(row["done"])
-                samples = [line["sample"] for line in json.loads(row["work"])]
-                blocks.write_block(out, one.number, [s for s in STAGES if s in done or s in one.todo], samples)
-                bar.update(1)
-    except ray.exceptions.RayError as e:
-        cause = getattr(e, "cause", None)
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from e
-        raise UserError(f"The cluster could not finish: {str(e).strip().splitlines()[-1]}") from e
+    for row in dataset.iter_rows():
+        one, done = todo[row["number"]], json.loads(row["done"])
+        samples = [line["sample"] for line in json.loads(row["work"])]
+        blocks.write_block(out, one.number, [s for s in STAGES if s in done or s in one.todo], samples)
+        bar.update(1)
 
 
 @dataclasses.dataclass(frozen=True)

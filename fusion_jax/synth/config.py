@@ -183,12 +183,14 @@ class SelectConfig:
 class RayConfig:
     """Of engine "ray". address: of the cluster; empty starts a local one.
 
-    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`. gpus: what one worker of each takes.
+    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`, 1 by default. gpus, cpus: what one worker
+    of each takes, 0 and 0.1 by default: workers that ask endpoints mostly wait.
     """
 
     address: str = ""
     actors: dict[str, int] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
+    cpus: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
