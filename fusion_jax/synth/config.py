@@ -146,13 +146,12 @@ def check_traffic(config: "ModelConfig | ImageConfig") -> None:
 class ScorerConfig:
     """CLIP or SigLIP for CLIPScores. path: local folder; empty: no CLIPScores, images are judged by SSIM_a alone.
 
-    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper. batch: images or texts encoded at a time.
+    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper.
     """
 
     path: str = ""
     device: str = ""
     weight: float = 2.5
-    batch: int = 32
 
 
 @dataclass(frozen=True)
@@ -184,12 +183,14 @@ class SelectConfig:
 class RayConfig:
     """Of engine "ray". address: of the cluster; empty starts a local one.
 
-    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`. gpus: what one worker of each takes.
+    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`, 1 by default. gpus, cpus: what one worker
+    of each takes, 0 and 0.1 by default: workers that ask endpoints mostly wait.
     """
 
     address: str = ""
     actors: dict[str, int] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
+    cpus: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -252,5 +253,5 @@ OPERATIONAL = {
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
     "vision": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
     "images": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries", "device"),
-    "scorer": ("device", "batch"),
+    "scorer": ("device",),
 }

@@ -55,14 +55,15 @@ def perceptual_hash(image: Image.Image) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def write_once(path: Path, data: bytes) -> None:
-    """A file with these bytes, whole or not at all."""
+def write_once(path: Path, data: bytes, sync: bool = True) -> None:
+    """A file with these bytes, whole or not at all; with `sync` also if the machine loses its power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(part, "wb") as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
     os.replace(part, path)
 
 
@@ -73,3 +74,12 @@ def png(image: Image.Image) -> bytes:
     plain.info = {}
     plain.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def open_file(path: str | os.PathLike) -> Image.Image:
+    """An image file of the pool. OSError where it cannot be used."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise OSError(f"{path} is no image that can be read: {e}") from e

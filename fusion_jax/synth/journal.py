@@ -4,8 +4,8 @@
 
 KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
 to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
-line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared disk.
-Only keys and places stay in memory.
+line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
+disk. Only keys and places stay in memory.
 """
 
 import hashlib
@@ -112,8 +112,13 @@ class Journal:
                 self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def values(self):
-        """Everything kept, once each, for the books."""
-        for path, start, length in list(self._places.values()):
+        """Everything kept, once each, in no particular order: for the books."""
+        by_file: dict[Path, list[tuple[int, int]]] = {}
+        with self._lock:
+            for path, start, length in self._places.values():
+                by_file.setdefault(path, []).append((start, length))
+        for path, places in by_file.items():
             with open(path, "rb") as f:
-                f.seek(start)
-                yield json.loads(f.read(length))
+                for start, length in sorted(places):
+                    f.seek(start)
+                    yield json.loads(f.read(length))

@@ -16,7 +16,7 @@ from PIL import Image
 from fusion_jax.data.image import MAX_PIXELS
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
-from fusion_jax.synth.backends.http import Client, Rejected
+from fusion_jax.synth.backends.http import Client, Rate, Rejected
 from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
 
 log = logging.getLogger("fusion_jax")
@@ -29,11 +29,11 @@ class ChatEndpoint:
 
     paid = True
 
-    def __init__(self, config: ModelConfig, what: str, share: float = 1.0):
+    def __init__(self, config: ModelConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
         """Args: as for `Client`. Raises UserError."""
         self.name = config.model
         self.settings = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        self.client = Client(config, what, share)
+        self.client = Client(config, what, rates, share)
         self._structured = STRUCTURED.index(config.structured)
         self._length_key = "max_tokens"
         self._left_out: frozenset[str] = frozenset()
@@ -140,11 +140,11 @@ class ImageEndpoint:
 
     paid = True
 
-    def __init__(self, config: ImageConfig, what: str, share: float = 1.0):
+    def __init__(self, config: ImageConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
         """Args: as for `Client`. Raises UserError."""
         self.name = config.model
         self.settings: dict[str, Any] = {}
-        self.client = Client(config, what, share)
+        self.client = Client(config, what, rates, share)
         self._left_out: frozenset[str] = frozenset()
 
     def check(self) -> None:

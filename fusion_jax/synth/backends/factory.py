@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 from fusion_jax.synth.backends.base import ImageGenerator, LanguageModel, Scorer, VisionModel
 from fusion_jax.synth.config import ImageConfig, ModelConfig, ScorerConfig
@@ -13,41 +14,44 @@ def embedded() -> ModuleType:
     return importlib.import_module("fusion_jax.synth.backends.embedded")
 
 
-def language_model(config: ModelConfig, what: str = "llm", share: float = 1.0) -> LanguageModel:
-    """Args: `what` is the config's key; `share` the part of the configured traffic that this process may make."""
-    if config.backend == "embedded":
-        return embedded().LanguageModel()
-    if config.backend == "vllm":
-        from fusion_jax.synth.backends.vllm import VllmModel
+class Factory:
+    """Makes the models of one process; those behind one address share its rate."""
 
-        return VllmModel(config)
-    from fusion_jax.synth.backends.endpoint import ChatEndpoint
+    def __init__(self, share: float = 1.0):
+        """Args: share: the part of the configured traffic that this process may make."""
+        self._share = share
+        self._rates: dict[str, Any] = {}
 
-    return ChatEndpoint(config, what, share)
+    def language_model(self, config: ModelConfig, what: str = "llm") -> LanguageModel:
+        """Args: what: the config's key, for messages."""
+        if config.backend == "embedded":
+            return embedded().LanguageModel()
+        if config.backend == "vllm":
+            from fusion_jax.synth.backends.vllm import VllmModel
 
+            return VllmModel(config)
+        from fusion_jax.synth.backends.endpoint import ChatEndpoint
 
-def vision_model(config: ModelConfig, share: float = 1.0) -> VisionModel:
-    if config.backend == "embedded":
-        return embedded().VisionModel()
-    return language_model(config, "vision", share)
+        return ChatEndpoint(config, what, self._rates, self._share)
 
+    def vision_model(self, config: ModelConfig) -> VisionModel:
+        return embedded().VisionModel() if config.backend == "embedded" else self.language_model(config, "vision")
 
-def image_generator(config: ImageConfig, share: float = 1.0) -> ImageGenerator:
-    if config.backend == "embedded":
-        return embedded().ImageGenerator()
-    if config.backend == "diffusers":
-        from fusion_jax.synth.backends.diffusion import Diffusion
+    def image_generator(self, config: ImageConfig) -> ImageGenerator:
+        if config.backend == "embedded":
+            return embedded().ImageGenerator()
+        if config.backend == "diffusers":
+            from fusion_jax.synth.backends.diffusion import Diffusion
 
-        return Diffusion(config)
-    from fusion_jax.synth.backends.endpoint import ImageEndpoint
+            return Diffusion(config)
+        from fusion_jax.synth.backends.endpoint import ImageEndpoint
 
-    return ImageEndpoint(config, "images", share)
+        return ImageEndpoint(config, "images", self._rates, self._share)
 
+    def scorer(self, config: ScorerConfig) -> Scorer | None:
+        """None where no model is configured."""
+        if not config.path:
+            return None
+        from fusion_jax.synth.backends.clip import ClipScorer
 
-def scorer(config: ScorerConfig) -> Scorer | None:
-    """None where no model is configured."""
-    if not config.path:
-        return None
-    from fusion_jax.synth.backends.clip import ClipScorer
-
-    return ClipScorer(config)
+        return ClipScorer(config)

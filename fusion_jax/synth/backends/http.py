@@ -4,7 +4,8 @@
                        ^                                          |
                        +--------- back-off, place given up <------+  429, 5xx, time-out, cut connection, broken JSON
 
-A request that waits holds no place, so places are busy as long as anybody has something to send.
+A request that waits holds no place, so places are busy as long as anybody has something to send. Models behind one
+address share its rate; each has places of its own. When the endpoint says 429 all wait for as long as it asks.
 """
 
 import email.utils
@@ -28,15 +29,40 @@ log = logging.getLogger("fusion_jax")
 MAX_REPLY = 1 << 26  # bytes
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _DEAD_AFTER = 8  # requests in a row that failed with all their retries
+_TURNED_AWAY = 10  # times as many retries after 429, which cost nothing: the endpoint lives
+
+
+class Rate:
+    """When the next request to an address may leave; for all threads and models of a process."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._next = 0.0  # monotonic time
+
+    def wait(self, gap: float) -> None:
+        """Sleeps until it is this caller's turn; the next one's is `gap` seconds later."""
+        with self._lock:
+            now = time.monotonic()
+            mine = max(self._next, now)
+            # Up to a tenth of a second that nobody used may be caught up on.
+            self._next = max(self._next, now - 0.1) + gap
+        if mine > now:
+            time.sleep(mine - now)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody's turn comes sooner than that."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Client:
     """Posts JSON to one endpoint; for any number of threads."""
 
-    def __init__(self, config: ModelConfig | ImageConfig, what: str, share: float = 1.0):
+    def __init__(self, config: ModelConfig | ImageConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
         """
         Args:
-          what: the config's key, for messages. share: of the configured traffic that this process may make.
+          what: the config's key, for messages. rates: by address, of all clients in this process; ours is added.
+          share: of the configured traffic that this process may make.
 
         Raises:
           UserError: no or no usable address.
@@ -58,9 +84,8 @@ class Client:
         self._retries, self._timeout = config.retries, config.timeout
         concurrency = max(1, round(config.concurrency * share))
         self._places = threading.BoundedSemaphore(concurrency)
-        self._lock = threading.Lock()
+        self._rate = rates.setdefault(self.address, Rate())
         self._gap = 1 / (config.requests_per_second * share) if config.requests_per_second else 0.0
-        self._next = 0.0  # monotonic time of the next request that the rate allows
         self._dead = 0
         self.counts = {"requests": 0, "retries": 0}
         limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
@@ -69,19 +94,24 @@ class Client:
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply's JSON object. Raises as `LanguageModel.chat`; `Rejected` for a request that it did not like."""
         data = json.dumps(body).encode()
-        for attempt in range(self._retries + 1):
-            self._wait_for_rate()
+        tries = turned_away = 0
+        while True:
+            self._rate.wait(self._gap)
             try:
                 with self._places:
                     found = self._send("POST", f"{self.address}{path}", data)
                 self._dead = 0
                 return found
             except Retryable as e:
-                if attempt == self._retries:
+                if e.reason == "rate_limited":
+                    turned_away += 1
+                    self._rate.pause(min(e.wait or 0.0, 1.0))
+                else:
+                    tries += 1
+                if tries > self._retries or turned_away > _TURNED_AWAY * self._retries:
                     self._count_dead(e)
                     raise
-                self._back_off(attempt, e.wait)
-        raise AssertionError
+                self._back_off(tries + min(turned_away, 6), e.wait)
 
     def check(self) -> None:
         """Asks for the list of models: UserError for no endpoint, a wrong key or a model that is not served."""
@@ -92,7 +122,7 @@ class Client:
             except Retryable as e:
                 if attempt == self._retries or (e.reason == "no_connection" and attempt == 2):
                     raise UserError(f"No answer from {self.address} ({self.what}.base_url): {e}.") from e
-                self._back_off(attempt, e.wait)
+                self._back_off(attempt + 1, e.wait)
             except (Rejected, Unusable):
                 return  # an endpoint without such a list; the first request will tell
         listed = found.get("data")
@@ -175,20 +205,13 @@ class Client:
         """A model's words without our key, should it have got hold of it."""
         return text.replace(self._key, "***") if self._key else text
 
-    def _wait_for_rate(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            mine = max(self._next, now)
-            # Up to a tenth of a second that nobody used may be caught up on.
-            self._next = max(self._next, now - 0.1) + self._gap
-        if mine > now:
-            time.sleep(mine - now)
-
-    def _back_off(self, attempt: int, wait: float | None) -> None:
+    def _back_off(self, tries: int, wait: float | None) -> None:
+        """Longer from try to try, unless the endpoint said how long; never all at the same moment."""
         self.counts["retries"] += 1
         if wait is None:
-            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
-        time.sleep(wait * random.uniform(0.5, 1.0) if wait > 0.05 else wait)
+            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0))
+        else:
+            time.sleep(wait * random.uniform(1.0, 1.5))
 
     def _count_dead(self, error: Retryable) -> None:
         self._dead += 1
