@@ -7,6 +7,9 @@
 
 The graph travels as the sample's state. Where there is none, because another model wrote the description, the
 description is parsed: what cannot be drawn as it says is refused.
+
+There are two styles. "scenes" is the one above. "shapes" are the small plain pictures of the quickstart: a caption of
+that style names its picture, and everything else follows from the name (`scene/shapes.py`).
 """
 
 import json
@@ -17,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from fusion_jax.synth.backends.base import Reply, Unusable
-from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reason, write
+from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reason, shapes, write
 from fusion_jax.synth.scene import draw as drawing
 from fusion_jax.synth.scene.falsify import falsify
 from fusion_jax.synth.scene.graph import Scene
@@ -29,12 +32,18 @@ LICENCE = "Generated data, made by this program alone: free to use, change and s
 
 CAPTION_KINDS = ("caption_color", "caption_count", "caption_scene", "caption_spatial", "caption_text")
 CONTRAST_KINDS = ("contrast_short", "contrast_long")
+STYLES = ("scenes", shapes.STYLE)
 TRIES = 20  # for captions of at most twelve words
 
 
-def captions(count: int, seed: int) -> Iterator[str]:
-    """A pool of captions, each a function of the seed and its number."""
+def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
+    """A pool of captions in one of `STYLES`, each a function of the seed and its number."""
+    if style not in STYLES:
+        raise ValueError(f"no style {style!r}; there are {', '.join(STYLES)}")
     for number in range(count):
+        if style == shapes.STYLE:
+            yield shapes.Picture(seed, "train", number).caption
+            continue
         rng = graph.generator(seed, "pool", number)
         texts = rng.choices((0, 1, 2), (8, 3, 1))[0]
         made = compose.settle(compose.random_draft(rng, rng.choices((1, 2, 3), (2, 5, 4))[0], texts), rng)
@@ -76,6 +85,9 @@ class LanguageModel:
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
         del messages, schema
         rng = graph.generator(seed, purpose, data.get("kind", ""))
+        picture = _picture(data)
+        if picture is not None:
+            return _reply_about_shapes(picture, purpose, data)
         state = None
         if purpose == "judge":
             parsed = {"drawable": bool(parse(data["caption"]).groups)}
@@ -105,6 +117,32 @@ class LanguageModel:
                     wrong = next(option for option in pair["options"] if option != pair["answer"])
                 pair["answer"] = wrong
         return pairs
+
+
+def _picture(data: dict[str, Any]) -> shapes.Picture | None:
+    """The picture of shapes that a request is about, or None for one about a scene."""
+    try:
+        return shapes.from_json(data.get("state")) or shapes.from_caption(data.get("caption", ""))
+    except ValueError as error:
+        raise Unusable("foreign_state", str(error)) from None
+
+
+def _reply_about_shapes(picture: shapes.Picture, purpose: str, data: dict) -> Reply:
+    state = None
+    if purpose == "judge":
+        parsed: dict = {"drawable": True}
+    elif purpose == "describe":
+        if data["kind"] not in shapes.KINDS:
+            raise Unusable("no_such_kind", f"pictures of shapes come in the kinds {', '.join(shapes.KINDS)}")
+        parsed, state = {"description": shapes.description(picture)}, picture.to_json()
+    elif purpose == "qa":
+        rounds = shapes.ask(picture, data["kind"])
+        parsed = {"pairs": [{"question": r.question, "answer": r.answer} for r in rounds]}
+    elif purpose == "statement":
+        parsed = {"statements": [f"{pair['question']} {pair['answer']}" for pair in data["pairs"]]}
+    else:
+        parsed = _verify(data["question"], data["answer"], data)
+    return Reply(json.dumps(parsed, ensure_ascii=False), parsed, state=state)
 
 
 def planted(seed: int, number: int, share: float) -> bool:
@@ -139,12 +177,18 @@ class ImageGenerator:
         self.settings = {"version": VERSION}
 
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
+        picture = _picture(data)
+        if picture is not None:
+            return picture.draw(min(size), 0.0)[0].resize(size)
         index = data.get("index", 0)
         scenes = scenes_of({"descriptions": [description] * (index + 1), "state": data.get("state")})
         return drawing.draw(scenes[index], size, seed)
 
 
 def _verify(question: str, answer: str, data: dict) -> dict:
+    picture = _picture(data)
+    if picture is not None:
+        return {"correct": shapes.correct(picture, question, answer)}
     return {"correct": claims.correct(question, answer, scenes_of(data))}
 
 

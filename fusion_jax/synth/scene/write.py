@@ -66,18 +66,17 @@ def ink(group: Group) -> str:
     return "black" if 0.3 * r + 0.59 * g + 0.11 * b > 120 else "white"
 
 
-def written(group: Group, rng: random.Random) -> str:
-    """The words after a carrier's name that tell its text, or nothing."""
+def written(group: Group, rng: random.Random, form: int | None = None) -> str:
+    """The words after a carrier's name that tell its text, or nothing; `form` 0 to 3 chooses them."""
     if not group.text:
         return ""
-    return rng.choice(
-        (
-            f' that reads "{group.text}"',
-            f' with the words "{group.text}" on it',
-            f' that says "{group.text}" in {ink(group)} letters',
-            f' bearing the words "{group.text}"',
-        )
-    )
+    form = rng.randrange(4) if form is None else form
+    return (
+        f' that reads "{group.text}"',
+        f' with the words "{group.text}" on it',
+        f' that says "{group.text}" in {ink(group)} letters',
+        f' bearing the words "{group.text}"',
+    )[form]
 
 
 def called(made: Scene, group: Group, rng: random.Random | None = None) -> str:
@@ -109,7 +108,7 @@ def _opening(made: Scene, rng: random.Random) -> list[str]:
 
 
 def _introduction(group: Group, form: int, rng: random.Random) -> str:
-    p, full = where(group, rng), group.full + written(group, rng)
+    p, full = where(group, rng), group.full + written(group, rng, form % 4)
     verb = stands(group, rng)
     return (
         f"{capital(p)} {verb} {full}.",
@@ -290,9 +289,10 @@ def pool_caption(made: Scene, rng: random.Random) -> str:
     """A caption as people write them: names what is there, some colours, a place, perhaps a relation or a text."""
     groups = list(made.groups)
     rng.shuffle(groups)
+    # Each way to tell a text once: the text filters count repetition.
     phrases = [
-        group_phrase(g, size=rng.random() < 0.6, colour=rng.random() < 0.85) + (written(g, rng) if g.text else "")
-        for g in groups
+        group_phrase(g, size=rng.random() < 0.6, colour=rng.random() < 0.85) + written(g, rng, form)
+        for g, form in zip(groups, rng.sample(range(4), 4))
     ]
     forms = [
         f"{_listed(phrases)} {_in(made)}",
@@ -304,5 +304,6 @@ def pool_caption(made: Scene, rng: random.Random) -> str:
     if pairs and len(groups) == 2:
         a, relation, b = rng.choice(pairs)
         words = f"to the {relation}" if relation in ("left of", "right of") else relation
-        forms += [f"{group_phrase(a)}{written(a, rng)} {words} {group_phrase(b)}{written(b, rng)} {_in(made)}"] * 2
+        first, second = group_phrase(a) + written(a, rng, 0), group_phrase(b) + written(b, rng, 3)
+        forms += [f"{first} {words} {second} {_in(made)}"] * 2
     return capital(rng.choice(forms)) + "."
