@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -227,7 +228,8 @@ def running(**options):
     """The server in a process of its own; yields its address up to and with /v1."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(Path(__file__)), "--port", "0", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:

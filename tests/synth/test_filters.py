@@ -93,7 +93,7 @@ def test_perplexity(tmp_path):
     path = tmp_path / "tiny.arpa"
     path.write_text(ARPA)
     assert filters.perplexity("a a a", str(path)) == pytest.approx((4 * 2 * 2 * 4) ** (1 / 4), rel=1e-4)
-    config = FilterConfig(perplexity_model=str(path), perplexity_max=500.0)
+    config = FilterConfig(perplexity_model=str(path), perplexity_max=100.0)
     filters.check_config(config)
     loose = dataclasses.replace(config, special_max=None, alphanumeric_min=None)
     assert filters.failed("a a a a", loose) is None
