@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fault(self, key, tries):
         args = self.state.args
-        share = args.faults * len(_CONTENT) / (len(_TRANSPORT) + len(_CONTENT))
+        share = args.content * args.faults * len(_CONTENT) / (len(_TRANSPORT) + len(_CONTENT))
         drawn = tile_world.number(key, "content")
         if drawn % 10_000 < 10_000 * share and "images" not in self.path:
             return _CONTENT[drawn // 10_000 % len(_CONTENT)]
@@ -248,6 +248,7 @@ def main():
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--key", default="")
     parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that fail")
+    parser.add_argument("--content", type=int, default=1, help="0: what is answered at all is answered well")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 429 above")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds")
     parser.add_argument("--hang", type=float, default=5.0, help="seconds that a hanging request hangs")

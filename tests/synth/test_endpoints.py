@@ -116,7 +116,7 @@ def test_killed_again_and_again(tmp_path):
     places, kills = 6, 0
     with model_server.running(key=KEY, faults=0.2, hang=1, latency=0.03) as url:
         traffic = {"concurrency": places, "timeout": 0.6}
-        config = make_config(tmp_path, url, 48, traffic=traffic)
+        config = make_config(tmp_path, url, 32, traffic=traffic)
         (tmp_path / "config.py").write_text(
             f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config!r})\n"
         )
@@ -127,7 +127,7 @@ def test_killed_again_and_again(tmp_path):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             while process.poll() is None:
                 now = model_server.stats(url)["answered"]
-                if kills < 4 and now >= answered + 40:
+                if kills < 3 and now >= answered + 40:
                     os.kill(process.pid, signal.SIGKILL)
                     process.wait()
                     kills, answered = kills + 1, now
@@ -135,12 +135,12 @@ def test_killed_again_and_again(tmp_path):
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()
-        assert kills == 4 and process.returncode == 0
+        assert kills == 3 and process.returncode == 0
         time.sleep(0.2)
         again = model_server.stats(url)["answered_again"]
     assert again <= kills * 3 * places
     with model_server.running(key=KEY, faults=0.2, hang=1) as url:
-        undisturbed = make_config(tmp_path, url, 48, traffic=traffic)
+        undisturbed = make_config(tmp_path, url, 32, traffic=traffic)
         run(undisturbed, tmp_path / "whole")
     for name in OUTPUT:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -149,7 +149,7 @@ def test_killed_again_and_again(tmp_path):
 
     # Run once more, nothing is asked at all.
     with model_server.running(key=KEY) as url:
-        run(make_config(tmp_path, url, 48, traffic=traffic), tmp_path / "out")
+        run(make_config(tmp_path, url, 32, traffic=traffic), tmp_path / "out")
         assert model_server.stats(url)["answered"] == 0
 
 
@@ -188,20 +188,21 @@ def test_unusable_endpoints(tmp_path, monkeypatch):
 def test_an_endpoint_that_dies_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("fusion_jax.synth.backends.http._FIRST_WAIT", 0.01)
     traffic = {"retries": 1, "timeout": 1.0, "concurrency": 4}
-    with model_server.running(faults=1.0, hang=0.1) as url:
+    with model_server.running(faults=1.0, content=0, hang=0.1) as url:
         config = make_config(tmp_path, url, 80, kinds=("conv_short",), traffic=traffic)
         with pytest.raises(UserError, match=r"requests in a row.*the same command goes on from here"):
             run(config, tmp_path / "out")
     # The server is back: the very same command ends well.
     with model_server.running() as url:
         manifest = run(make_config(tmp_path, url, 80, kinds=("conv_short",), traffic=traffic), tmp_path / "out")
-    assert sum(manifest["records"].values()) >= 72
+    assert set(manifest["dropped"]) <= {"refilter: character_repetition"}
+    assert manifest["records"]["stage1_5"] >= 75
 
 
 def test_retry_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusion_jax.synth.backends.http._FIRST_WAIT", 0.01)
-    with model_server.running(faults=0.3, hang=0.3) as url:
-        config = make_config(tmp_path, url, 40, traffic={"retries": 0, "timeout": 0.2})
+    monkeypatch.setattr("fusion_jax.synth.backends.http._DEAD_AFTER", 1000)
+    with model_server.running(faults=0.3, content=0, hang=2) as url:
+        config = make_config(tmp_path, url, 40, traffic={"retries": 0, "timeout": 1.0})
         first = run(config, tmp_path / "out")
         failed = [one for one in blocks.all_samples(tmp_path / "out", 3) if one.get("dropped", {}).get("again")]
         assert len(failed) > 10
