@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -162,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fault(self, key, tries):
         args = self.state.args
-        share = args.faults * len(_CONTENT) / (len(_TRANSPORT) + len(_CONTENT))
+        share = args.content * args.faults * len(_CONTENT) / (len(_TRANSPORT) + len(_CONTENT))
         drawn = tile_world.number(key, "content")
         if drawn % 10_000 < 10_000 * share and "images" not in self.path:
             return _CONTENT[drawn // 10_000 % len(_CONTENT)]
@@ -227,7 +228,8 @@ def running(**options):
     """The server in a process of its own; yields its address up to and with /v1."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(Path(__file__)), "--port", "0", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -246,6 +248,7 @@ def main():
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--key", default="")
     parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that fail")
+    parser.add_argument("--content", type=int, default=1, help="0: what is answered at all is answered well")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 429 above")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds")
     parser.add_argument("--hang", type=float, default=5.0, help="seconds that a hanging request hangs")

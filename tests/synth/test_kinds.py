@@ -85,7 +85,7 @@ def test_color():
     assert reason("caption_color", caption="A small fox", colors=[]) == "no_color"
     assert KINDS["caption_color"].describe.read('Caption: "A red fox, a grey cat"', None, {})["colors"] == [
         "red",
-        "gray",
+        "grey",
     ]
 
 

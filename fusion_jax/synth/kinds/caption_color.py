@@ -52,7 +52,9 @@ def check(value: dict, data: dict) -> dict:
 
 def prose(text: str) -> dict | None:
     found = only_caption(text)
-    return found and found | {"colors": colours(found["caption"])}
+    if not found:
+        return None
+    return found | {"colors": [word for word in re.findall(r"[a-z]+", found["caption"].lower()) if word in NAMES]}
 
 
 KIND = Kind(
