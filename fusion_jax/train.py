@@ -272,7 +272,7 @@ class StageRun:
                         log.warning("%s %s", stage.name, text)
                     report["spikes"] = len(found)
                     left = (time.perf_counter() - begun) / (step - start) * (steps - step)
-                    writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
+                    writer.scalars(step, {**report, **counts.scalars()})
                     log.info(metrics.line(stage.name, step, steps, report, left))
                     self._check_skipped(int(current.skipped_in_row))
                     interval = metrics.Interval()
