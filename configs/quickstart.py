@@ -47,6 +47,7 @@ def get_config(data: str = "runs/quickstart/data"):
             "template": "phi3",
             "dtype": "float32",
             "remat": "dots",
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "stages": [
                 stage("stage1", steps=800),
                 stage("stage1_5", steps=500),

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fusion_jax import flops, generate, optim, sharding, state, train_step
-from fusion_jax.config import DTYPES, StageConfig, from_dict
+from fusion_jax.config import DTYPES, MeshConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
@@ -76,10 +76,12 @@ def benchmark_step(config, model: fusion.Fusion, params) -> dict:
     stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     batch = random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens)
-    mesh = sharding.make_mesh()
-    sharding.check_rows(config.batch_size // config.accumulation, "benchmark")
-    current = jax.device_put(state.create(params, tx), sharding.replicated(mesh))
-    batch = sharding.put_batch(batch, mesh)
+    mesh = sharding.make_mesh(from_dict(MeshConfig, config.get("mesh", {}), "config.mesh"))
+    sharding.check_model(model.config, mesh)
+    sharding.check_rows(config.batch_size // config.accumulation, mesh, "benchmark")
+    places = jax.tree.map(lambda p: p.sharding, state.abstract_parameters(model.config, mesh))
+    current = state.begin(jax.device_put(params, places), tx, mesh)
+    batch = sharding.put_batch(sharding.local_rows(batch, mesh), mesh)
     del params
     start = time.perf_counter()
     rates = optim.learning_rates(stage, 500, 1000)

@@ -1,4 +1,8 @@
-"""What every command shares: user errors end in one sentence and exit code 2, not in a traceback."""
+"""What every command shares: user errors end in one sentence and exit code 2, not in a traceback.
+
+Exit codes: 0 done; 2 a user error; 75 stopped on request and saved, start again to go on; 1 any other failure, with a
+traceback; 128 + N ended by signal N.
+"""
 
 import logging
 import sys
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from absl import app, flags
 from absl import logging as absl_logging
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import AGAIN, RunAgain, UserError
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -26,6 +30,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except RunAgain as stopped:
+            print(stopped, file=sys.stderr)
+            return AGAIN
         return 0
 
     def parse(argv: list[str]) -> list[str]:

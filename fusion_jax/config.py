@@ -12,11 +12,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.image import DECODES
+from fusion_jax.data.tiles import most_tokens
 from fusion_jax.errors import UserError, check
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; -1, at most once, is the rest of them. See `sharding` for what each axis means.
+
+    data: rows of the batch, parameters copied. fsdp: rows and parameters. tensor: heads, MLP units and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            check(size >= 1 or size == -1, f"config.mesh.{name}={size} must be at least 1, or -1 for the rest.")
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(len(rest) < 2, f"config.mesh: only one size can be -1, the rest; {' and '.join(rest)} are.")
 
 
 @dataclass(frozen=True)
@@ -26,7 +47,8 @@ class StageConfig:
     Data:
       name: subfolder of the workdir. data: .json, .jsonl, .yaml mixture, a folder of shards or `tfds:NAME:SPLIT`.
       image_folder: where its images lie (default: the folder of `data`). max_length: positions of a row, visual tokens
-      included. max_question_length: question tokens that an encoder pass reads. max_rounds, max_images: of a row.
+      included. max_question_length: question tokens that an encoder pass reads. max_rounds: of a row. max_images: of a
+      conversation. A conversation beyond these loses its last rounds; if that does not help it is skipped.
       packing: several conversations share a row; each sees itself alone.
     Steps:
       batch_size: samples in an optimizer step, over all devices; with packing on average. accumulation: microbatches
@@ -35,6 +57,7 @@ class StageConfig:
     Optimizer (AdamW, cosine to 0 after a linear warm-up):
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
+      first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
       freeze: regular expressions on parameter paths.
     """
 
@@ -58,6 +81,7 @@ class StageConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0
+    first_moment: str = "float32"
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -71,6 +95,10 @@ class StageConfig:
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
         check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
         check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+        check(
+            self.first_moment in DTYPES,
+            f"{where}: first_moment={self.first_moment!r} is unknown; allowed: {', '.join(DTYPES)}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -79,11 +107,15 @@ class RunConfig:
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
-    dtype: compute; parameters are float32 masters. remat: see `models.remat`.
-    Every N steps: log_every, checkpoint_every, validate_every (0 = never). keep_checkpoints: newest ones kept.
+    dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
+    Every N steps: log_every, checkpoint_every, validate_every (0 = never).
+    checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
+    keep_every: and those of every n-th step (0 = none).
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
-    loader_threads: image decoding threads.
+    decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
+    loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
+    to the log (0 = never). wandb_project: Weights & Biases project that gets the metrics too.
     """
 
     model: FusionConfig
@@ -94,16 +126,22 @@ class RunConfig:
     init_from: str = ""
     dtype: str = "bfloat16"
     remat: str = "full"
+    mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 30.0
     keep_checkpoints: int = 3
+    keep_every: int = 0
     validate_every: int = 500
     validation_data: str = ""
     validation_batches: int = 8
     sample_answers: int = 4
     max_bad_records: float = 0.01
     max_skipped_steps: int = 20
+    decode: str = "exact"
     loader_threads: int = 16
+    hang_minutes: float = 15.0
+    wandb_project: str = ""
 
     def __post_init__(self):
         check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
@@ -113,20 +151,24 @@ class RunConfig:
             ("template", self.template, tuple(TEMPLATES)),
             ("dtype", self.dtype, DTYPES),
             ("remat", self.remat, tuple(POLICIES)),
+            ("decode", self.decode, DECODES),
         ):
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
             check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpoint_minutes", "keep_every", "hang_minutes"):
+            check(getattr(self, name) >= 0, f"config.{name}={getattr(self, name)} must not be negative.")
         check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )
         longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
         for stage in self.stages:
-            visual = self.model.tokens_per_image + longest
+            image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)
+            visual = image + longest
             check(
                 visual < stage.max_length,
                 f"stage {stage.name!r}: max_length={stage.max_length} has no room for text beside "
-                f"{visual} visual tokens ({self.model.tokens_per_image} of the image, {longest} latents).",
+                f"{visual} visual tokens ({image} of the image, {longest} latents).",
             )
 
 

@@ -11,6 +11,13 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+AGAIN = 75  # exit code of a run that was asked to stop and has saved: launchers start it again (EX_TEMPFAIL)
+
+
+class RunAgain(Exception):
+    """The run was asked to stop and has saved. Commands print the message and exit with AGAIN."""
+
+
 class BadRecord(Exception):
     """One unusable training record. It is skipped and counted under `reason`; the run goes on.
 

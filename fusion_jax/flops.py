@@ -37,7 +37,8 @@ class BatchShape:
 
     Attributes:
       lengths: tokens of each example in the LLM. crops: (question tokens) of each guided crop; plain: plain crops.
-      supervised: positions with a target. rounds: rounds with latents. latent_count: l^2.
+      supervised: positions with a target. rounds: rounds with latents. latent_count: l^2. windows: tokens that all
+      latents' windows hold together.
     """
 
     lengths: tuple[int, ...]
@@ -46,6 +47,7 @@ class BatchShape:
     supervised: int
     rounds: int
     latent_count: int
+    windows: int
 
 
 def shape_of(batch: Batch) -> BatchShape:
@@ -61,6 +63,7 @@ def shape_of(batch: Batch) -> BatchShape:
         supervised=int((np.asarray(batch.loss_weights) > 0).sum()),
         rounds=int((np.asarray(batch.latent_start) >= 0).sum()),
         latent_count=batch.latent_count,
+        windows=int((np.asarray(batch.windows) >= 0).sum()),
     )
 
 
@@ -94,12 +97,11 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
     total += 2 * shape.supervised * d * m.vocab_size
 
     if config.exchange_layers:
-        context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image
-        window = context // shape.latent_count
+        context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image + config.tokens_per_tile
         latents = shape.rounds * shape.latent_count
-        per_latent = d * d * (1 + 1 + 1 + 2) + 2 * window * d  # in (latent half), query, out, two of the MLP
+        per_latent = 5 * d * d  # in (latent half), query, out, two of the MLP
         per_layer = len(shape.crops) * context * 3 * d * d + latents * per_latent + shape.rounds * d * d
-        total += config.exchange_layers * 2 * per_layer
+        total += config.exchange_layers * 2 * (per_layer + shape.windows * 2 * d)
     return total
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusion_jax import distributed
 from fusion_jax.config import RunConfig
 from fusion_jax.data import conversation
 from fusion_jax.data.layout import Batch, laid_out_length, lay_out, needs
@@ -92,7 +93,7 @@ def greedy(
     """
     logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + steps)
     tokens, kept, _ = decode(model, params, logits, positions, cache, steps, stop_ids, keep_logits)
-    return Generated(np.asarray(tokens), None if kept is None else np.asarray(kept))
+    return Generated(distributed.whole(tokens), None if kept is None else distributed.whole(kept))
 
 
 def first_question(record: Record) -> Record:
@@ -138,8 +139,8 @@ class Answerer:
         question = _round_up(max(len(e.question_ids) for e in examples), self.BUCKET)
         spec = layout_spec(config, 1, question, max(rounds, 1))
         length = _round_up(max(laid_out_length(e, spec, latents) for e in examples), self.BUCKET)
-        images = max(1, *(needs(e, spec, latents).images for e in examples))
-        batch = lay_out(examples, layout_spec(config, length, question, max(rounds, 1), images), latents)
+        crops = max(1, *(needs(e, spec, latents).crops for e in examples))
+        batch = lay_out(examples, dataclasses.replace(spec, length=length, crops=crops), latents)
         result = greedy(self.model, self.params, batch, self.max_tokens, self._stops)
         return [self._text(row) for row in result.tokens.tolist()]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fusion_jax.data.layout import NO_CROP, Batch
+from fusion_jax.models import partition
 from fusion_jax.models.fusion import Visual
 
 # Positions whose logits exist at a time; (CHUNK, V) float32 is the loss's working memory.
@@ -22,18 +23,26 @@ def _chunk(index, order, hidden, targets, weights, size):
     return rows, hidden[rows], targets[rows], weights[rows]
 
 
-def _chunk_loss(hidden, kernel, targets, weights, vocab_size):
-    """Sum of weighted CE over one chunk and d(sum)/d(logits)."""
+def _chunk_loss(hidden, kernel, targets, weights, vocab_size, vocab_axes):
+    """Sum of weighted CE over one chunk and d(sum)/d(logits); `kernel` may hold a part of the vocabulary's columns."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    real = jnp.arange(logits.shape[-1]) < vocab_size
-    logits = jnp.where(real, logits, -jnp.inf)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    columns = jnp.arange(logits.shape[-1])
+    if vocab_axes:
+        first = jax.lax.axis_index(vocab_axes) * logits.shape[-1]
+        logits = jnp.where(first + columns < vocab_size, logits, -jnp.inf)
+        peak = jax.lax.pmax(logits.max(-1), vocab_axes)
+        log_total = peak + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - peak[:, None]), -1), vocab_axes))
+        ours = columns == (targets - first)[:, None]
+        chosen = jax.lax.psum(jnp.sum(jnp.where(ours, logits, 0.0), -1), vocab_axes)
+        d_logits = (jnp.exp(logits - log_total[:, None]) - ours) * weights[:, None]
+    else:
+        logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        d_logits = jnp.exp(logits - log_total[:, None])
+        d_logits = d_logits.at[jnp.arange(len(targets)), targets].add(-1.0) * weights[:, None]
     # Positions without weight may hold anything; where() keeps their values out of the sum.
-    loss = jnp.sum(jnp.where(weights > 0, (log_total - chosen) * weights, 0.0))
-    d_logits = jnp.exp(logits - log_total[:, None])
-    d_logits = d_logits.at[jnp.arange(len(targets)), targets].add(-1.0) * weights[:, None]
-    return loss, d_logits
+    return jnp.sum(jnp.where(weights > 0, (log_total - chosen) * weights, 0.0)), d_logits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -42,6 +51,30 @@ def _cross_entropy(hidden, kernel, targets, weights, vocab_size):
 
 
 def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
+    """Loss and, if asked for, its gradients by hidden states and kernel; each device on its own rows of the batch.
+
+    The kernel's columns are dealt over devices as the vocabulary is; its rows are gathered, once.
+    """
+    row_axes, width_axes, vocab_axes = map(partition.devices_along, ("batch", "embed", "vocab"))
+
+    def local(hidden, kernel, targets, weights):
+        flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1))
+        loss, d_hidden, d_kernel = _loop(*flat, vocab_size, with_gradient, row_axes, vocab_axes)
+        d_hidden = None if d_hidden is None else d_hidden.reshape(hidden.shape)
+        if with_gradient:
+            d_hidden = jax.lax.psum(d_hidden, vocab_axes)
+            if width_axes:
+                d_kernel = jax.lax.psum_scatter(d_kernel, width_axes, scatter_dimension=0, tiled=True)
+            d_kernel = jax.lax.psum(d_kernel, tuple(axis for axis in row_axes if axis not in width_axes))
+        return jax.lax.psum(loss, row_axes), d_hidden, d_kernel
+
+    rows = ("batch", None)
+    arguments = ((*rows, None), (None, "vocab"), rows, rows)
+    run = partition.split(local, arguments, ((), (*rows, None), ("embed", "vocab")))
+    return run(hidden, kernel, targets, weights)
+
+
+def _loop(hidden, kernel, targets, weights, vocab_size, with_gradient, row_axes, vocab_axes):
     """One loop over chunks of supervised positions; the gradient comes along, so no logits are kept or made twice."""
     count = hidden.shape[0]
     size = min(CHUNK, count)
@@ -52,12 +85,15 @@ def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
     hidden = hidden.astype(kernel.dtype)
     supervised = jnp.sum(weights > 0)
     chunks = (supervised + size - 1) // size
+    if vocab_axes:
+        # The loop holds collectives: all devices go round equally often.
+        chunks = jax.lax.pmax(chunks, row_axes)
 
     def body(i, carry):
         loss, d_hidden, d_kernel = carry
         rows, h, t, w = _chunk(i, order, hidden, targets, weights, size)
         w = jnp.where(i * size + jnp.arange(size) < supervised, w, 0.0)
-        part, d_logits = _chunk_loss(h, kernel, t, w, vocab_size)
+        part, d_logits = _chunk_loss(h, kernel, t, w, vocab_size, vocab_axes)
         if with_gradient:
             d_logits = d_logits.astype(kernel.dtype)
             d_hidden = d_hidden.at[rows].set(jnp.dot(d_logits, kernel.T), mode="drop")
@@ -97,8 +133,7 @@ def cross_entropy_sum(
       targets: token to predict at each position. weights: 0 where it does not count.
       vocab_size: real columns of `kernel`.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return _cross_entropy(flat, kernel, targets.reshape(-1), weights.reshape(-1), vocab_size)
+    return _cross_entropy(hidden, kernel, targets, weights, vocab_size)
 
 
 def _cosine_distance(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n"]:

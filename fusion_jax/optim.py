@@ -71,7 +71,7 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
     clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity()
     adam = optax.chain(
-        optax.scale_by_adam(stage.b1, stage.b2, stage.eps),
+        optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment),
         optax.add_decayed_weights(stage.weight_decay, mask=decays),
     )
     return optax.chain(clip, optax.masked(adam, trained))
@@ -86,3 +86,8 @@ def apply_updates(params, updates, rates: dict[str, jax.Array], label_tree):
     """params - rate * updates, the rate by label."""
     step: Callable = lambda p, u, label: p if label == FROZEN else p - rates[label] * u  # noqa: E731
     return jax.tree.map(step, params, updates, label_tree)
+
+
+def group_norms(grads) -> dict[str, jax.Array]:
+    """Global norm of the gradients of every top-level module, float32 scalars by name."""
+    return {name: optax.global_norm(part) for name, part in grads.items()}

@@ -1,46 +1,248 @@
-"""Where arrays live: the device mesh and its axis names. The only file that knows them.
+"""Where arrays live: the device mesh and what each logical axis means on it. The only file that knows mesh axes.
 
-One axis so far: `data`. Parameters are replicated; every device computes the rows of the batch that it holds, and
-losses and gradients, which are sums, are added up.
+    data     rows of a batch; parameters are copied. Slices of a TPU are joined along it, over the slow network.
+    fsdp     rows of a batch as well, and parameters are dealt too: gathered for each layer, gradients scattered back.
+    tensor   heads, hidden units of MLPs and the vocabulary; the same rows on all of it.
+
+Parameters declare logical axes beside their shapes (`models.layers`), activations through `models.partition`. An
+optimizer moment lies where its parameter does. On one device nothing is annotated at all.
 """
 
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
 import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fusion_jax.errors import UserError
+from fusion_jax.config import MeshConfig
+from fusion_jax.errors import UserError, check
+from fusion_jax.models import partition
+from fusion_jax.models.config import FusionConfig
 
-DATA = "data"
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = (DATA, FSDP, TENSOR)
+ROWS = (DATA, FSDP)
+
+# Logical axis -> mesh axes. What is not listed is not split.
+RULES = (
+    ("batch", ROWS),
+    ("rows", DATA),
+    ("embed", FSDP),
+    ("heads", TENSOR),
+    ("mlp", TENSOR),
+    ("vocab", TENSOR),
+)
 
 
-def make_mesh() -> Mesh:
-    """All devices in one row along `data`."""
-    return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) with -1 filled in. UserError where they do not multiply to the number of devices."""
+    sizes = {name: getattr(config, name) for name in AXES}
+    given = int(np.prod([size for size in sizes.values() if size > 0]))
+    written = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if -1 in sizes.values():
+        check(devices % given == 0, f"config.mesh ({written}): {given} does not divide the {devices} device(s).")
+        return tuple(devices // given if size == -1 else size for size in sizes.values())
+    check(
+        given == devices,
+        f"config.mesh ({written}) asks for {given} device(s), there are {devices}; let one size be -1, the rest.",
+    )
+    return tuple(sizes.values())
+
+
+def make_mesh(config: MeshConfig | None = None, devices: list | None = None) -> Mesh:
+    """The mesh over `devices`, by default all there are; neighbours in the network are neighbours on it.
+
+    Without a config all of them share the rows of the batch.
+
+    Raises:
+      UserError: the sizes do not fit the number of devices or slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config or MeshConfig(), len(devices))
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices > 1 and sizes[0] % slices == 0:
+        inner = (sizes[0] // slices, *sizes[1:])
+        places = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        check(
+            slices == 1 or devices[0].platform != "tpu",
+            f"config.mesh: data={sizes[0]} must be a multiple of the {slices} slices, which only data may span.",
+        )
+        places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are dealt into."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
+# What can be wrong, said before anything is compiled.
+
+
+def check_rows(rows: int, mesh: Mesh, where: str) -> None:
+    """UserError where that many rows of a microbatch cannot be dealt evenly."""
+    shards = batch_shards(mesh)
+    check(
+        rows % shards == 0,
+        f"{where}: {rows} row(s) a microbatch do not divide over {shards} devices "
+        f"(mesh data={mesh.shape[DATA]} x fsdp={mesh.shape[FSDP]}).",
+    )
+
+
+def check_model(config: FusionConfig, mesh: Mesh) -> None:
+    """UserError naming the sizes of the model that the mesh does not divide."""
+    fields = {
+        TENSOR: (
+            ("vision.heads", config.vision.heads),
+            ("vision.mlp_dim", config.vision.mlp_dim),
+            ("llm.heads", config.llm.heads),
+            ("llm.kv_heads", config.llm.kv_heads),
+            ("llm.width", config.llm.width),
+            ("llm.mlp_dim", config.llm.mlp_dim),
+            ("exchange.heads", config.exchange.heads if config.exchange_layers else 0),
+            ("llm's padded vocabulary", config.llm.padded_vocab),
+        ),
+        FSDP: (("vision.width", config.vision.width), ("llm.width", config.llm.width)),
+    }
+    for axis, sizes in fields.items():
+        wrong = [f"{name}={size}" for name, size in sizes if size % mesh.shape[axis]]
+        check(not wrong, f"config.mesh: {axis}={mesh.shape[axis]} does not divide the model's {', '.join(wrong)}.")
+
+
+# Shardings.
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch, mesh: Mesh):
-    """The batch on the mesh, rows dealt over `data`."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA)))
+def of_rows(mesh: Mesh) -> NamedSharding:
+    """Axis 0 dealt over everything that holds rows."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def check_rows(rows: int, where: str) -> None:
-    """UserError where that many rows cannot be dealt evenly."""
-    devices = jax.device_count()
-    if rows % devices:
-        raise UserError(f"{where}: {rows} rows a microbatch do not divide over {devices} devices.")
+def of_parameters(boxed, mesh: Mesh):
+    """Shardings of a tree of parameters that still carry their logical axes (abstract ones will do)."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
-def sum_over_rows(function, mesh: Mesh):
-    """`function(params, batch, totals)`, whose results are sums over rows, run on every device's rows and added up."""
+def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
+    """Shardings of `tx`'s state: a moment lies where its parameter does, everything else on all devices.
 
-    def local(params, batch, totals):
-        return jax.tree.map(lambda x: jax.lax.psum(x, DATA), function(params, batch, totals))
+    Args:
+      params: abstract parameters. shardings: theirs, the same tree.
+    """
 
-    if mesh.size == 1:
-        return function
-    specs = (PartitionSpec(), PartitionSpec(DATA), PartitionSpec())
-    # The custom VJPs inside are not annotated for replication checking.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    def masked(x) -> bool:  # a frozen parameter, which has no moments
+        return isinstance(x, optax.MaskedNode)
+
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda moment, sharding: moment if masked(moment) else sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=masked,
+    )
+
+
+def constrain(tree, shardings):
+    """Inside a jitted function: `tree` laid out as said. Nothing on one device."""
+    leaves = jax.tree.leaves(shardings)
+    return jax.lax.with_sharding_constraint(tree, shardings) if leaves[0].mesh.size > 1 else tree
+
+
+# Running.
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh):
+    """Functions traced or called herein are for `mesh`: kernels for its devices, logical constraints for its axes.
+
+    On one device constraints mean nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(partition.compiled_for(mesh.devices.flat[0].platform))
+        if mesh.size > 1:
+            # Linen's constraints silently do nothing unless the mesh is set like this.
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(nn.logical_axis_rules(RULES))
+        yield
+
+
+@dataclass(frozen=True)
+class OnMesh:
+    """A jitted function that is always traced, lowered and called under its mesh."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *arguments):
+        with use(self.mesh):
+            return self.function(*arguments)
+
+    def lower(self, *arguments):
+        with use(self.mesh):
+            return self.function.lower(*arguments)
+
+
+# Batches.
+
+
+def microbatches(batch, count: int, mesh: Mesh):
+    """Every (B, ...) of a batch as (count, B / count, ...): each device cuts its own rows, nothing moves."""
+    shards = batch_shards(mesh)
+
+    def cut(x):
+        own = x.shape[0] // shards // count
+        parts = x.reshape(shards, count, own, *x.shape[1:]).swapaxes(0, 1).reshape(count, shards * own, *x.shape[1:])
+        return constrain(parts, NamedSharding(mesh, PartitionSpec(None, ROWS)))
+
+    return jax.tree.map(cut, batch)
+
+
+@functools.cache
+def feeder(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads part `index` of `count` equal parts of every batch's rows.
+
+    Processes that hold the same rows (they share a `tensor` group) load the same part.
+
+    Raises:
+      UserError: processes hold unequal or overlapping parts of the rows.
+    """
+    places = mesh.devices.reshape(batch_shards(mesh), -1)
+    held: dict[int, set[int]] = {}
+    for shard, devices in enumerate(places):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if sum(map(len, parts)) != len(places) or len({len(part) for part in parts}) != 1:
+        sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
+        raise UserError(
+            f"config.mesh ({sizes}) deals rows unevenly over the {len(held)} processes; let tensor divide the devices "
+            "of a process, or be a multiple of them."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def local_rows(batch, mesh: Mesh):
+    """Those of a whole batch's rows that this process feeds."""
+    index, count = feeder(mesh)
+    return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
+
+
+def put_batch(rows, mesh: Mesh):
+    """This process's rows (`feeder`) as its part of a global batch, axis 0 of every array over data and fsdp."""
+    sharding, (_, count) = of_rows(mesh), feeder(mesh)
+    if count == 1:
+        return jax.device_put(rows, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:])), rows
+    )

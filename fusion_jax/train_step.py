@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fusion_jax import losses, optim, sharding
+from fusion_jax import losses, optim, sharding, state
 from fusion_jax.config import StageConfig
 from fusion_jax.data.layout import Batch
 from fusion_jax.models.fusion import Fusion, head_kernel
@@ -40,11 +40,11 @@ def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
     return parts["ce"] + config.mapping_loss_weight * (parts["v2t"] + parts["t2v"]), parts
 
 
-def _accumulate(grad_fn, params, batch: Batch, microbatches: int):
+def _accumulate(grad_fn, params, batch: Batch, microbatches: int, mesh: Mesh):
     """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time."""
     if microbatches == 1:
         return grad_fn(params, batch)
-    slices = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
+    slices = sharding.microbatches(batch, microbatches, mesh)
     first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
@@ -59,8 +59,9 @@ def train_step(
     stage: StageConfig,
     tx: optax.GradientTransformation,
     label_tree,
+    places: TrainState,
     mesh: Mesh,
-    state: TrainState,
+    old: TrainState,
     batch: Batch,
     rates: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -69,37 +70,40 @@ def train_step(
     A step whose loss or gradient norm is not finite changes nothing but the counters.
 
     Args:
-      label_tree: `optim.labels` of the parameters. mesh: devices that share the rows of the batch.
-      batch: B must be divisible by `stage.accumulation` times the devices.
+      label_tree: `optim.labels` of the parameters. places: shardings of the state on `mesh`.
+      batch: B must be divisible by `stage.accumulation` times the devices that rows are dealt over.
       rates: learning rate per label. Arguments, so that stages of equal shapes are one compiled program.
 
     Returns:
-      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm, skipped, text_tokens, visual_tokens.
+      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm (also by module), skipped, text_tokens,
+      visual_tokens.
     """
     totals = losses.counts(batch, model.config.vision.patches)
 
-    def local(params, rows, totals):
-        def loss(params, part):
-            return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
+    def loss(params, part):
+        return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
 
-        return _accumulate(jax.value_and_grad(loss, has_aux=True), params, rows, stage.accumulation)
+    def grad_fn(params, part):
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        # Scattered as soon as they are made: no device ever holds all gradients.
+        return values, sharding.constrain(grads, places.params)
 
-    (total, parts), grads = sharding.sum_over_rows(local, mesh)(state.params, batch, totals)
+    (total, parts), grads = _accumulate(grad_fn, old.params, batch, stage.accumulation, mesh)
     grad_norm = optax.global_norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optim.apply_updates(state.params, updates, rates, label_tree)
+    updates, opt_state = tx.update(grads, old.opt_state, old.params)
+    params = optim.apply_updates(old.params, updates, rates, label_tree)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     params, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+        functools.partial(jnp.where, finite), (params, opt_state), (old.params, old.opt_state)
     )
     bad = jnp.where(finite, 0, 1)
     new = TrainState(
-        step=state.step + 1,
+        step=old.step + 1,
         params=params,
         opt_state=opt_state,
-        skipped=state.skipped + bad,
-        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        skipped=old.skipped + bad,
+        skipped_in_row=jnp.where(finite, 0, old.skipped_in_row + 1),
     )
     real = batch.segment_ids > 0
     visual = batch.visual_index >= 0
@@ -107,6 +111,7 @@ def train_step(
         "total": total,
         **parts,
         "grad_norm": grad_norm,
+        **{f"grad_norm/{name}": norm for name, norm in optim.group_norms(grads).items()},
         "skipped": new.skipped.astype(jnp.float32),
         "text_tokens": jnp.sum(real & ~visual).astype(jnp.float32),
         "visual_tokens": jnp.sum(real & visual).astype(jnp.float32),
@@ -114,7 +119,19 @@ def train_step(
     return new, metrics
 
 
-def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh):
-    """The jitted step (state, batch, rates) -> (state, metrics); the old state's buffers are reused."""
-    step = functools.partial(train_step, model, stage, tx, label_tree, mesh)
-    return jax.jit(step, donate_argnums=0)
+def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) -> sharding.OnMesh:
+    """The jitted step (state, batch, rates) -> (state, metrics); the old state's buffers are reused.
+
+    The state lies as `state.abstract` says, the batch as `sharding.put_batch` puts it.
+    """
+    params = state.abstract_parameters(model.config, mesh)
+    places = jax.tree.map(lambda x: x.sharding, state.abstract(params, tx, mesh))
+    everywhere = sharding.replicated(mesh)
+    step = functools.partial(train_step, model, stage, tx, label_tree, places, mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(places, sharding.of_rows(mesh), everywhere),
+        out_shardings=(places, everywhere),
+        donate_argnums=0,
+    )
+    return sharding.OnMesh(jitted, mesh)

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, laid_out_length, lay_out
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.models import fusion
+from fusion_jax.models import connector, fusion
 from fusion_jax.models.config import (
     PRESETS,
     QUADRANTS,
@@ -72,7 +72,7 @@ def randomise(shapes, seed: int = 0):
             return 1 + 0.1 * x
         if path.endswith("bias"):
             return 0.1 * x
-        return 0.5 * x if path.endswith("embedding") else x / np.sqrt(leaf.shape[-2])
+        return 0.5 * x if path.endswith(("embedding", "row_end")) else x / np.sqrt(leaf.shape[-2])
 
     flat = flatten_dict(shapes, sep="/")
     return unflatten_dict({path: jnp.asarray(draw(path, leaf)) for path, leaf in flat.items()}, sep="/")
@@ -164,3 +164,10 @@ def assert_trees_close(actual, expected, **tolerance) -> None:
     assert actual.keys() == expected.keys()
     for path in expected:
         np.testing.assert_allclose(actual[path], expected[path], err_msg=path, **tolerance)
+
+
+def image_windows(round_image, side, cells):
+    """`Batch.windows` where each row has a table of side x side images: (B, R, cells^2, M), -1 for absent rounds."""
+    index, real = connector.windows(side, cells)
+    first = np.maximum(round_image, 0)[..., None, None] * side**2
+    return np.where(real & (round_image >= 0)[..., None, None], first + index, -1).astype(np.int32)

@@ -123,7 +123,7 @@ def test_packed_examples_count_apart():
 def test_published_sizes_cost_what_their_parameters_say():
     # Two FLOPs for each weight of the decoder and token, attention aside.
     config = VARIANTS["fusion_x"]["3b"]
-    shape = flops.BatchShape((100,), (), 0, 0, 0, 4)
+    shape = flops.BatchShape((100,), (), 0, 0, 0, 4, 0)
     weights = 32 * (4 * 3072 * 3072 + 3 * 3072 * 8192)
     attention = 32 * 2 * 100 * 100 * 3072
     assert flops.forward_flops(config, shape) == 2 * 100 * weights + attention

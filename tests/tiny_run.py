@@ -29,6 +29,7 @@ def get_config(data: str = "data"):
             "sample_answers": 2,
             "dtype": "float32",
             "remat": "full",
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "log_every": 1,
             "checkpoint_every": 3,
             "validate_every": 4,

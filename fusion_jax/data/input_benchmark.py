@@ -1,19 +1,23 @@
 """How fast files become crops, against the way of the published loader: `python -m fusion_jax.benchmark input`.
 
     images_per_second             files to crops, wall clock, with the asked number of worker threads
+    images_per_second_by_workers  the same for 1, 2, ... threads, in turns
     published_images_per_second   the published way, wall clock, one thread, in turns with ours
     images_per_cpu_second, published_images_per_cpu_second   the same in CPU time of one thread: on a machine that does
                                   other work, too, these two and their ratio are the ones that mean something
     ratio                         of these two
+    images_per_cpu_second_by_workers   in CPU time of the process: threads that got in each other's way would show
     mean_pixel_difference         of the crops that `fast` makes from the same files to the exact ones, of 255
     text_pixel_difference         the same for pages of small print, the worst that sets contain
+    large_mean_pixel_difference, large_text_pixel_difference   the same for images of LARGE x LARGE pixels, the smallest
+                                  that `fast` decodes at half their size, where it differs most
     packing_efficiency, padding_efficiency   real tokens over row slots; see packing.py
     rss_growth                    of the resident memory from the end of the first round to that of the last
 
-Workers are threads: Pillow lets go of the interpreter while it decodes and resizes, and nothing has to be copied
-between processes.
+Workers are threads: decoding and resizing let go of the interpreter, and nothing has to be copied between processes.
 """
 
+import contextlib
 import os
 import statistics
 import sys
@@ -33,6 +37,7 @@ from fusion_jax.errors import check
 
 SIZE = 384  # of a crop
 WIDTH, HEIGHT, QUALITY = 1280, 960, 90
+LARGE = 2304
 PHOTOS, PAGES, ROUNDS = 8, 2, 5
 _MEAN = _STD = np.full(3, 0.5, np.float32)
 
@@ -136,32 +141,45 @@ def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTO
         )
         print(f"one thread: {1 / wall:.1f} images/s, published way {1 / published_wall:.1f}", file=sys.stderr)
 
-        by_workers = {}
+        large = {}
+        for kind, make in (("mean", photo), ("text", page)):
+            path = Path(folder, f"large_{kind}.jpg")
+            make(0, LARGE, LARGE).save(path, quality=QUALITY)
+            large[f"large_{kind}_pixel_difference"] = pixel_difference([path])
 
         def crops_of(path: Path) -> None:
             read_crops(path, SIZE, decode=decode)
 
-        for count in range(1, workers + 1):
-            with ThreadPoolExecutor(count) as pool:
-                rates, resident = [], []
-                for _ in range(rounds + 1):
-                    start = time.perf_counter()
+        counts = range(1, workers + 1)
+        rates, cpu_rates, resident = {n: [] for n in counts}, {n: [] for n in counts}, []
+        with contextlib.ExitStack() as stack:
+            pools = {n: stack.enter_context(ThreadPoolExecutor(n)) for n in counts}
+            for _ in range(rounds + 1):
+                for n, pool in pools.items():  # in turns, as above
+                    wall_start, cpu_start = time.perf_counter(), time.process_time()
                     list(pool.map(crops_of, paths * 2))
-                    rates.append(2 * len(paths) / (time.perf_counter() - start))
-                    resident.append(_resident_bytes())
-            by_workers[count] = statistics.median(rates[1:])  # the first round warms up
-            print(f"{count} threads: {by_workers[count]:.1f} images/s", file=sys.stderr)
+                    rates[n].append(2 * len(paths) / (time.perf_counter() - wall_start))
+                    cpu_rates[n].append(2 * len(paths) / (time.process_time() - cpu_start))
+                resident.append(_resident_bytes())
+        # The first round warms up.
+        by_workers, cpu_by_workers = (
+            {n: statistics.median(values[1:]) for n, values in found.items()} for found in (rates, cpu_rates)
+        )
+        for n in counts:
+            print(f"{n} threads: {by_workers[n]:.1f} images/s, {cpu_by_workers[n]:.1f} a CPU second", file=sys.stderr)
         return {
             "decode": decode,
             "workers": workers,
             "images_per_second": by_workers[workers],
             "images_per_second_by_workers": by_workers,
+            "images_per_cpu_second_by_workers": cpu_by_workers,
             "published_images_per_second": 1 / published_wall,
             "images_per_cpu_second": 1 / cpu,
             "published_images_per_cpu_second": 1 / published_cpu,
             "ratio": published_cpu / cpu,
             "mean_pixel_difference": pixel_difference(paths),
             "text_pixel_difference": pixel_difference(pages),
+            **large,
             **packing.measure(),
             "rss_growth": resident[-1] / resident[0] - 1,
             "load": os.getloadavg()[0],

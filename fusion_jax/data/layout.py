@@ -7,32 +7,46 @@ One row with an image, two rounds and l^2 = 4 latents (i image token, L latent, 
     visual_index   -1-1-1 0 1 2 3-1-1 4 5 6 7-1-1-1-1-1-1-1-1 8 91011-1-1-1-1-1-1-1
     round_end                               ^ (last token before the answer)  ^
 
-`visual_index` points into the row's visual table: N images of P tokens each, then R rounds of L latents each.
-Assembling the sequence is then one embedding lookup, one gather and one `where`. In a conversation with one image the
-first visual place of its round holds the image and the latents follow it (the published order); with several images
-every place holds what stands there.
+Rows belong to groups (by default each to its own), and the rows of a group share one table of crops, so that a slot is
+wasted only where the whole group has too few images. `visual_index` points into the group's visual table:
+
+    K whole views of I tokens | K tiles of J tokens | row end | R rounds of L latents of its first row | ...
+                              `-- dynamic resolution only --'
+
+Every crop has a place of each kind; which of them is used says what the crop is. Assembling the sequence is then one
+embedding lookup, one gather and one `where`. An image of dynamic resolution (data/tiles.py) stands in the sequence as
+its whole view and then, row by row, the tokens of its tiles, each row closed by the row end.
+
+In a conversation with one image the first visual place of its round holds the image and the latents follow it (the
+published order); with several images every place holds what stands there.
 
 A row may pack several examples. Each has its own segment and its own positions from 0; images and rounds of all of them
-lie one after the other in the row's tables. Here N = 3 and P = L = 2; the second example is text only:
+lie one after the other in the tables. Here the row is alone in its group, K = 3 and I = L = 2; the second example is
+text only:
 
     segment_ids     1 1 1 1 1 1 1 1 1 1 2 2 2 2 3 3 3 3 3 3 3 3 3 3 3 3 3 3 0 0
     positions       0 1 2 3 4 5 6 7 8 9 0 1 2 3 0 1 2 3 4 5 6 7 8 910111213 . .
     what            s i i L L q q e a e s q e a s i i n i i L L q e a e ...
     visual_index      0 1 6 7                     2 3   4 5 8 9
-    round_image           0                                 2     (the latest so far; n is the text between them)
+    round_crop            0                                 2     (the latest so far; n is the text between them)
     latent_start          3                                 20    (places of the row, not positions)
 
 Everything here is numpy on the host; `latent_count` is static, so that each l^2 is one compiled program.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.tiles import Tiling
 from fusion_jax.errors import BadRecord
+from fusion_jax.models.connector import windows
 
 # Values of Batch.crop_kind.
 NO_CROP, PIXELS, ZERO_IMAGE = 0, 1, 2
@@ -41,7 +55,8 @@ NO_CROP, PIXELS, ZERO_IMAGE = 0, 1, 2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One batch; B rows, S positions, N images a row, Q plain quadrants an image, T question tokens, R rounds.
+    """One batch; B rows in G groups, S positions, K crops a group, Q plain quadrants a crop, T question tokens, R
+    rounds, M tokens in the widest window. B is a multiple of G; group g has the rows from g B/G on.
 
     Attributes:
       tokens: (B, S) int32 text ids in [0, vocabulary); a visual place and padding hold 0.
@@ -49,14 +64,17 @@ class Batch:
       loss_weights: (B, S) float32, 1 where `targets` counts, else 0.
       segment_ids: (B, S) int32, number of the example in the row from 1; 0 padding.
       positions: (B, S) int32, from 0 within each example.
-      visual_index: (B, S) int32, -1 text, else an index into the visual table [N * P image tokens | R * L latents].
-      crops: (B, N, H, W, 3) uint8, the whole images, which the question guides.
-      crop_kind: (B, N) int32, NO_CROP, PIXELS or ZERO_IMAGE (0.0 after normalisation).
-      quadrants: (B, N, Q, H, W, 3) uint8, plain views for the exchange context; Q is 4 or 0.
-      crop_text: (B, N, T) int32 question tokens that the crop's encoding reads; crop_text_mask: (B, N, T) bool.
-      round_image: (B, R) int32 image of the round, of the row's N; round_end: (B, R) int32 place of the last token
-        before the answer; latent_start: (B, R) int32 place of the round's first latent. -1 where there is none.
-        Places count from the row's start. A text-only example has a round_end only where the row is its own.
+      visual_index: (B, S) int32, -1 text, else an index into the group's visual table
+        [K I whole views | K J tiles | 1 row end | B/G R L latents], the second and third with dynamic resolution only.
+      crops: (G, K, H, W, 3) uint8, whole images and tiles, which the question guides.
+      crop_kind: (G, K) int32, NO_CROP, PIXELS or ZERO_IMAGE (0.0 after normalisation).
+      quadrants: (G, K, Q, H, W, 3) uint8, plain views for the exchange context; Q is 4 or 0.
+      crop_text: (G, K, T) int32 question tokens that the crop's encoding reads; crop_text_mask: (G, K, T) bool.
+      round_crop: (B, R) int32 whole view of the round's image, of the group's K; round_end: (B, R) int32 place of the
+        last token before the answer; latent_start: (B, R) int32 place of the round's first latent. -1 where there is
+        none. Places count from the row's start. A text-only example has a round_end only where the row is its own.
+      windows: (B, R, L, M) int32, which tokens of the group's exchange context each latent's window holds, -1 none. The
+        context is the visual table's first two parts, or with quadrants K grids of 3l x 3l.
       latent_count: L = l^2, static.
     """
 
@@ -71,9 +89,10 @@ class Batch:
     quadrants: np.ndarray
     crop_text: np.ndarray
     crop_text_mask: np.ndarray
-    round_image: np.ndarray
+    round_crop: np.ndarray
     round_end: np.ndarray
     latent_start: np.ndarray
+    windows: np.ndarray
     latent_count: int = field(metadata={"static": True})
 
 
@@ -85,9 +104,12 @@ class Example:
       input_ids: (length,) int32 with IMAGE and LATENTS placeholders. labels: (length,) int32 with IGNORE and
         ANSWER_START marks; None for a prompt, whose last token ends the last round's question.
       question_ids: question tokens of all rounds, int32; empty for text-only conversations.
-      crops: (images, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, quadrants first and the whole image
-        last; the first axis may be missing where there is one image. None without an image.
+      crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles behind its whole
+        view; of each first the quadrants, then the crop itself. The first axis may be missing where there is one crop.
+        None without an image, and until the images are read.
       where: file and record, for messages.
+      tilings: of each image with dynamic resolution; else empty.
+      dropped_rounds: last rounds of the record that are left out because the row would be too short.
     """
 
     input_ids: np.ndarray
@@ -95,12 +117,15 @@ class Example:
     question_ids: np.ndarray
     crops: np.ndarray | None
     where: str = "prompt"
+    tilings: tuple[Tiling, ...] = ()
+    dropped_rounds: int = 0
 
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """Fixed sizes of a batch: S `length`, T `question_length`, R `rounds`, P `image_tokens`, N `images`; the rest as
-    the model. Rounds and images are those of a whole row; rows of text alone may have N = 0, which costs no encoder."""
+    """Fixed sizes of a batch: S `length`, T `question_length`, R `rounds` of a row, I `image_tokens`, K `crops` of a
+    group (0: rows of text alone, which cost no encoder), `images` that one conversation may have; J `tile_tokens` and
+    the `grids` of dynamic resolution; the rest as the model."""
 
     length: int
     question_length: int
@@ -110,24 +135,44 @@ class LayoutSpec:
     quadrants: int
     zero_image_for_text: bool
     hide_question_id_zero: bool
+    crops: int = 1
     images: int = 1
+    grids: tuple[tuple[int, int], ...] = ()
+    tile_tokens: int = 0
+
+    def tokens_of(self, tiling: Tiling) -> int:
+        """Positions that an image takes in the sequence."""
+        return self.image_tokens + tiling.tokens(self.image_size, math.isqrt(self.tile_tokens))
+
+    def window_size(self, latent_count: int) -> int:
+        """M: tokens in the widest window."""
+        if not latent_count or not self.rounds:
+            return 0
+        if self.quadrants:
+            return 9
+        sides = math.isqrt(self.image_tokens), math.isqrt(self.tile_tokens)
+        return tiles.widest_window(self.grids, *sides, math.isqrt(latent_count))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an example takes of its row: positions, image slots, rounds with latents."""
+    """What an example takes: positions and rounds with latents of its row, crops of its group; its images."""
 
     length: int
-    images: int
+    crops: int
     rounds: int
+    images: int
 
 
 def needs(example: Example, spec: LayoutSpec, latent_count: int) -> Needs:
-    """What the example takes of its row once its placeholders are filled."""
+    """What the example takes once its placeholders are filled."""
     images = int((example.input_ids == IMAGE).sum())
     rounds = int((example.input_ids == LATENTS).sum())
-    length = len(example.input_ids) + images * (spec.image_tokens - 1) + rounds * (latent_count - 1)
-    return Needs(length, images or int(spec.zero_image_for_text and rounds > 0), rounds)
+    tilings = example.tilings or (tiles.WHOLE,) * images
+    visual = sum(spec.tokens_of(tiling) for tiling in tilings)
+    length = len(example.input_ids) + visual - images + rounds * (latent_count - 1)
+    crops = sum(tiling.crops for tiling in tilings) or int(spec.zero_image_for_text and rounds > 0)
+    return Needs(length, crops, rounds, images)
 
 
 def laid_out_length(example: Example, spec: LayoutSpec, latent_count: int) -> int:
@@ -157,21 +202,32 @@ def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:
 
 @dataclass(frozen=True)
 class _Cursor:
-    """Where the next example of a row goes: first position, image slot and round; examples before it."""
+    """Where the next example goes: first position, round and number in its row, first crop of the group."""
 
     length: int = 0
-    images: int = 0
     rounds: int = 0
     examples: int = 0
+    crops: int = 0
 
 
 def _fill(
-    row: dict[str, np.ndarray], example: Example, at: _Cursor, spec: LayoutSpec, latent_count: int, alone: bool
+    row: dict[str, np.ndarray],
+    table: dict[str, np.ndarray],
+    example: Example,
+    at: _Cursor,
+    spec: LayoutSpec,
+    latent_count: int,
+    first_latent: int,
+    alone: bool,
 ) -> _Cursor:
-    """Writes one example into the (zeroed) row; `alone`: no other shares it. Returns where the next one goes."""
+    """Writes one example into the (zeroed) row and its group's table of crops. Returns where the next one goes.
+
+    Args:
+      first_latent: index of the row's first latent in the visual table. alone: no other example shares the row.
+    """
     takes = needs(example, spec, latent_count)
-    end = _Cursor(at.length + takes.length, at.images + takes.images, at.rounds + takes.rounds, at.examples + 1)
-    if end.length > spec.length or end.images > spec.images or end.rounds > spec.rounds:
+    end = _Cursor(at.length + takes.length, at.rounds + takes.rounds, at.examples + 1, at.crops + takes.crops)
+    if end.length > spec.length or end.rounds > spec.rounds or end.crops > spec.crops:
         raise ValueError(f"{example.where}: the row has no room for it ({end} of {spec}).")
     ids, labels = example.input_ids.copy(), example.labels
     if labels is None:
@@ -180,8 +236,11 @@ def _fill(
     crops = np.zeros((0,)) if example.crops is None else example.crops
     crops = crops[None] if crops.ndim == 4 else crops
     pictures = np.flatnonzero(ids == IMAGE)
-    if len(crops) != len(pictures) or (takes.rounds and not takes.images):
-        raise ValueError(f"{example.where}: {len(crops)} images for {len(pictures)} places and {takes.rounds} latents.")
+    tilings = example.tilings or (tiles.WHOLE,) * len(pictures)
+    whole = at.crops + np.cumsum([0, *(tiling.crops for tiling in tilings)])[:-1]  # slot of each image's whole view
+    if len(crops) != sum(tiling.crops for tiling in tilings) or (takes.rounds and not takes.crops):
+        places = f"{len(pictures)} places and {takes.rounds} latents"
+        raise ValueError(f"{example.where}: {len(crops)} crops for {places}.")
     if len(pictures) == 1:
         # The published code fills the first visual place of a round with the image and the next with the latents.
         before = np.flatnonzero(ids[: pictures[0]] < 0)
@@ -189,7 +248,8 @@ def _fill(
             ids[[before[-1], pictures[0]]] = IMAGE, LATENTS
             pictures = before[-1:]
 
-    sizes = np.where(ids == IMAGE, spec.image_tokens, np.where(ids == LATENTS, latent_count, 1))
+    sizes = np.where(ids == LATENTS, latent_count, 1)
+    sizes[pictures] = [spec.tokens_of(tiling) for tiling in tilings]
     starts = at.length + np.cumsum(sizes) - sizes
     text = (ids != IMAGE) & (ids != LATENTS)
     row["tokens"][starts[text]] = ids[text]
@@ -200,69 +260,123 @@ def _fill(
     row["segment_ids"][at.length : end.length] = end.examples
     row["positions"][at.length : end.length] = np.arange(takes.length)
 
-    for slot, start in enumerate(starts[pictures], at.images):
-        row["visual_index"][start : start + spec.image_tokens] = slot * spec.image_tokens + np.arange(spec.image_tokens)
+    for slot, start, tiling in zip(whole, starts[pictures], tilings):
+        index = _image_index(int(slot), tiling, spec)
+        row["visual_index"][start : start + len(index)] = index
     for r, start in enumerate(starts[ids == LATENTS], at.rounds):
-        first = spec.images * spec.image_tokens + r * latent_count
+        first = first_latent + r * latent_count
         row["visual_index"][start : start + latent_count] = first + np.arange(latent_count)
     row["latent_start"][at.rounds : end.rounds] = starts[ids == LATENTS]
     marks = np.flatnonzero(labels == ANSWER_START)[: spec.rounds if alone else takes.rounds]
     row["round_end"][at.rounds : at.rounds + len(marks)] = starts[marks]
     # The latest image that the round or one before it shows; rounds before any image look at the first.
     shown = np.searchsorted(pictures, np.append(marks, [len(ids)] * takes.rounds)[: takes.rounds])
-    row["round_image"][at.rounds : end.rounds] = at.images + np.maximum(shown - 1, 0)
+    for r, image in enumerate(np.maximum(shown - 1, 0), at.rounds):
+        slot, tiling = (int(whole[image]), tilings[image]) if len(pictures) else (at.crops, tiles.WHOLE)
+        row["round_crop"][r] = slot
+        found = _round_windows(slot, tiling, spec, latent_count)
+        row["windows"][r, :, : found.shape[1]] = found
 
-    slots = slice(at.images, end.images)
-    row["crop_kind"][slots] = PIXELS if len(crops) else ZERO_IMAGE
+    slots = slice(at.crops, end.crops)
+    table["crop_kind"][slots] = PIXELS if len(crops) else ZERO_IMAGE
     if len(crops):
-        row["crops"][slots] = crops[:, -1]
-        row["quadrants"][slots] = crops[:, : spec.quadrants]
+        table["crops"][slots] = crops[:, -1]
+        table["quadrants"][slots] = crops[:, : spec.quadrants]
         question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
-        row["crop_text"][slots, : len(question)] = question
-        row["crop_text_mask"][slots, : len(question)] = (question != 0) if spec.hide_question_id_zero else True
+        table["crop_text"][slots, : len(question)] = question
+        table["crop_text_mask"][slots, : len(question)] = (question != 0) if spec.hide_question_id_zero else True
     return end
 
 
+def _image_index(slot: int, tiling: Tiling, spec: LayoutSpec) -> np.ndarray:
+    """Where in the visual table the tokens of an image are, in the order of the sequence."""
+    whole = slot * spec.image_tokens + np.arange(spec.image_tokens)
+    if not tiling.rows:
+        return whole
+    places = tiles.tile_places(tiling, spec.image_size, math.isqrt(spec.tile_tokens))
+    first = spec.crops * spec.image_tokens + (slot + 1) * spec.tile_tokens
+    row_end = spec.crops * (spec.image_tokens + spec.tile_tokens)
+    lines = np.concatenate([first + places, np.full((len(places), 1), row_end)], axis=1)
+    return np.concatenate([whole, lines.ravel()])
+
+
+@functools.cache
+def _grid_windows(side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    return windows(side, cells)
+
+
+def _round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int) -> np.ndarray:
+    """The windows of one round's latents over its image: (L, up to M) indices into the group's context, -1 none.
+
+    A latent sees its cell of the whole view and its cell of the tiles.
+    """
+    cells = math.isqrt(latent_count)
+    side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
+    index, real = _grid_windows(side, cells)
+    found = [np.where(real, slot * side * side + index, -1)]
+    if tiling.rows:
+        index, real = tiles.tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)
+        first = spec.crops * spec.image_tokens + (slot + 1) * spec.tile_tokens
+        found.append(np.where(real, first + index, -1))
+    return np.concatenate(found, axis=1)
+
+
 def lay_out(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> Batch:
-    """Lays out one example a row. Every example must fit (`check_fits`).
+    """Lays out one example a row, each with crops of its own. Every example must fit (`check_fits`).
 
     Returns:
-      A Batch of numpy arrays with B = len(examples).
+      A Batch of numpy arrays with B = G = len(examples).
     """
     return lay_out_rows([[example] for example in examples], spec, latent_count)
 
 
-def lay_out_rows(rows: Sequence[Sequence[Example]], spec: LayoutSpec, latent_count: int) -> Batch:
+def lay_out_rows(
+    rows: Sequence[Sequence[Example]], spec: LayoutSpec, latent_count: int, groups: int | None = None
+) -> Batch:
     """Lays out rows of several examples each, or of none.
 
     Args:
       rows: the examples of each row; together they must fit it: see `needs` and `data.packing`.
+      groups: how many tables of `spec.crops` crops the rows share, the first with the first rows and so on; it divides
+        the rows. By default each row has its own.
 
     Returns:
       A Batch of numpy arrays with B = len(rows).
 
     Raises:
-      ValueError: a row is too small for its examples, or an example's crops are not those of its placeholders.
+      ValueError: a row or table is too small for its examples, or an example's crops are not those of its placeholders.
     """
-    b, s, t, r, n, size = len(rows), spec.length, spec.question_length, spec.rounds, spec.images, spec.image_size
-    arrays = {
+    b, s, t, r, k, size = len(rows), spec.length, spec.question_length, spec.rounds, spec.crops, spec.image_size
+    g = b if groups is None else groups
+    if b % g:
+        raise ValueError(f"{g} groups do not divide {b} rows.")
+    of_rows = {
         "tokens": np.zeros((b, s), np.int32),
         "targets": np.zeros((b, s), np.int32),
         "loss_weights": np.zeros((b, s), np.float32),
         "segment_ids": np.zeros((b, s), np.int32),
         "positions": np.zeros((b, s), np.int32),
         "visual_index": np.full((b, s), -1, np.int32),
-        "crops": np.zeros((b, n, size, size, 3), np.uint8),
-        "crop_kind": np.full((b, n), NO_CROP, np.int32),
-        "quadrants": np.zeros((b, n, spec.quadrants, size, size, 3), np.uint8),
-        "crop_text": np.zeros((b, n, t), np.int32),
-        "crop_text_mask": np.zeros((b, n, t), bool),
-        "round_image": np.full((b, r), -1, np.int32),
+        "round_crop": np.full((b, r), -1, np.int32),
         "round_end": np.full((b, r), -1, np.int32),
         "latent_start": np.full((b, r), -1, np.int32),
+        "windows": np.full((b, r, latent_count, spec.window_size(latent_count)), -1, np.int32),
     }
-    for i, examples in enumerate(rows):
-        row, cursor = {name: array[i] for name, array in arrays.items()}, _Cursor()
-        for example in examples:
-            cursor = _fill(row, example, cursor, spec, latent_count, len(examples) == 1)
-    return Batch(**arrays, latent_count=latent_count)
+    of_groups = {
+        "crops": np.zeros((g, k, size, size, 3), np.uint8),
+        "crop_kind": np.full((g, k), NO_CROP, np.int32),
+        "quadrants": np.zeros((g, k, spec.quadrants, size, size, 3), np.uint8),
+        "crop_text": np.zeros((g, k, t), np.int32),
+        "crop_text_mask": np.zeros((g, k, t), bool),
+    }
+    latents = k * (spec.image_tokens + spec.tile_tokens) + (1 if spec.grids else 0)  # where they start in the table
+    for group in range(g):
+        table, crops = {name: array[group] for name, array in of_groups.items()}, 0
+        for i, examples in enumerate(rows[group * b // g : (group + 1) * b // g]):
+            row = {name: array[group * b // g + i] for name, array in of_rows.items()}
+            cursor = _Cursor(crops=crops)
+            for example in examples:
+                first = latents + i * r * latent_count
+                cursor = _fill(row, table, example, cursor, spec, latent_count, first, len(examples) == 1)
+            crops = cursor.crops
+    return Batch(**of_rows, **of_groups, latent_count=latent_count)

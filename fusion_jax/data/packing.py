@@ -83,13 +83,13 @@ def best_fit(
     return sorted(sorted(row) for row in rows)
 
 
-def choose(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, count: int) -> list[list[int]]:
-    """Which `count` of `best_fit`'s rows go now, while the examples of the others wait for new company.
+def preferred(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """`best_fit`'s rows in the order in which they should go, while the examples of the last ones wait for new company.
 
     First the row of the first example, so that none waits for ever; then rows that are nearly full; then the others.
     """
     poor = [k > 0 and sum(lengths[i] for i in row) < NEARLY_FULL * capacity for k, row in enumerate(rows)]
-    return [rows[k] for k in sorted(sorted(range(len(rows)), key=lambda k: (poor[k], k))[:count])]
+    return [list(rows[k]) for k in sorted(range(len(rows)), key=lambda k: (poor[k], k))]
 
 
 def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:

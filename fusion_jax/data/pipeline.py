@@ -1,18 +1,19 @@
-"""From records to batches: load, encode, shuffle, collect, lay out. Grain does the reading, shuffling and prefetching.
+"""From records to batches: measure, plan, load, encode, lay out. Grain does the reading, shuffling and prefetching.
 
-    RecordSource -> shuffle (seed) -> repeat -> load + encode (threads) -> collect B good ones -> lay out -> prefetch
+    RecordSource -> shuffle (seed) -> repeat -> measure (threads) -> wait -> plan rows -> load + encode (threads)
+                 -> lay out -> prefetch
 
-Packed, the texts of records are measured ahead of their images, and as many wait as fill a few batches:
+Records are measured by their texts, and by the sizes in their images' headers where those matter, ahead of the images.
+Each step draws l^2 from the seed and the step number and plans its rows from the records that wait (data/plan.py). That
+is the same in every process; each then reads the images of its own rows only. The state that a checkpoint keeps is the
+reader's, the step and the waiting list, and holds for any number of processes and threads.
 
-    ... -> measure (threads) -> wait -> best fit -> the fullest rows -> load + encode (threads) -> lay out -> prefetch
-
-A bad record is passed on as the BadRecord it raised, so that the collecting stage, whose state is saved with every
-checkpoint, can skip and count it. l^2 is drawn per batch from the seed and the step number, so every process agrees.
+A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. One whose text is bad is
+made up for by the next; one whose image turns out to be bad, which only its own process learns, leaves its place empty.
 """
 
 import dataclasses
 import logging
-import math
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,9 @@ import grain
 import numpy as np
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, image, packing, sources
+from fusion_jax.data import conversation, image, sources, tiles
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out, lay_out_rows, needs
+from fusion_jax.data.plan import Measured, Sizes, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -31,11 +33,12 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 
 log = logging.getLogger("fusion_jax")
 
-WAITING = 4  # batches of samples to choose from when rows are packed
+_SAMPLE = 512  # records by which rows and crops of a batch are sized
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
-    """The fixed sizes of batches for a model; rounds and images are those of a row."""
+    """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
+    those of a row with one conversation."""
     return LayoutSpec(
         length=length,
         question_length=question_length if model.text_guided else 0,
@@ -45,17 +48,24 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
         quadrants=QUADRANTS if model.uses_quadrants else 0,
         zero_image_for_text=model.text_only == "zero_image",
         hide_question_id_zero=model.hide_question_id_zero,
+        crops=images * model.most_crops,
         images=images,
+        grids=model.tile_grids,
+        tile_tokens=model.tokens_per_tile,
     )
 
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Records to examples for one model, tokenizer and template; picklable."""
+    """Records to examples for one model, tokenizer and template; picklable.
+
+    decode: exact or fast, see `data.image`.
+    """
 
     model: FusionConfig
     tokenizer: Tokenizer
     template: str
+    decode: str = "exact"
 
     def __call__(self, record: Record, prompt: bool = False) -> Example:
         """Encodes a record and its images; with `prompt` the conversation waits for its last answer.
@@ -66,7 +76,7 @@ class ExampleMaker:
         return self.with_crops(self.text(record, prompt), record)
 
     def text(self, record: Record, prompt: bool = False) -> Example:
-        """The same without its crops, no image being read: enough to measure it. BadRecord as above."""
+        """The same without its crops, of images at most their sizes being read. BadRecord as above."""
         model = self.model
         encode = conversation.encode_prompt if prompt else conversation.encode_conversation
         encoded = encode(
@@ -79,196 +89,257 @@ class ExampleMaker:
             where=record.where,
         )
         question = encoded.instructs if record.images and model.text_guided else encoded.instructs[:0]
-        return Example(encoded.input_ids, encoded.labels, question, None, record.where)
+        tilings = ()
+        if model.tile_grids:
+            sizes = record.sizes or [image.read_size(one, record.where) for one in record.images]
+            tilings = tuple(tiles.choose_tiling(size, model.tile_grids, model.vision.image_size) for size in sizes)
+        return Example(encoded.input_ids, encoded.labels, question, None, record.where, tilings)
+
+    def fitting(self, record: Record, spec: LayoutSpec, latents: int) -> Example:
+        """`text`, without the last rounds where the conversation is too long for a row: whole rounds go, never an image
+        and never part of an answer.
+
+        Raises:
+          BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
+        """
+        example, turns, dropped = self.text(record), record.turns, 0
+        while True:
+            try:
+                check_fits(example, spec, latents)
+                return dataclasses.replace(example, dropped_rounds=dropped)
+            except BadRecord:
+                # A round is a question and its answer; a model's greeting may stand before the first.
+                if len(turns) < 4 or any(conversation.IMAGE_TAG in turn["value"] for turn in turns[-2:]):
+                    raise
+                turns, dropped = turns[:-2], dropped + 1
+                example = self.text(dataclasses.replace(record, turns=turns))
 
     def with_crops(self, example: Example, record: Record) -> Example:
         """The example of `text` with the crops of the record's images. BadRecord as above."""
         if not record.images:
             return example
-        size, quadrants = self.model.vision.image_size, self.model.uses_quadrants
-        crops = [image.read_crops(one, size, quadrants, where=record.where) for one in record.images]
+        size = self.model.vision.image_size
+        if example.tilings:
+            crops = [
+                tiles.read_tiles(one, tiling, size, self.decode, record.where)[:, None]
+                for one, tiling in zip(record.images, example.tilings)
+            ]
+            return dataclasses.replace(example, crops=np.concatenate(crops))
+        quadrants = self.model.uses_quadrants
+        crops = [image.read_crops(one, size, quadrants, self.decode, record.where) for one in record.images]
         return dataclasses.replace(example, crops=np.stack(crops))
 
 
 @dataclass(frozen=True)
 class Fed:
-    """What the trainer gets for one step: the batch, and the bad records met while collecting it."""
+    """What the trainer gets for one step.
+
+    Attributes:
+      batch: the rows of this process. samples: conversations in the step, over all processes, as planned, less those
+        whose images this process could not read.
+      bad: the bad records met since the step before.
+    """
 
     batch: Batch
+    samples: int
     bad: tuple[BadRecord, ...]
-
-    @property
-    def samples(self) -> int:
-        """Examples in the batch."""
-        return int(self.batch.segment_ids.max(axis=1, initial=0).sum())
 
 
 @dataclass
 class Counts:
-    """Records looked at so far, and how many were skipped, by reason."""
+    """Records looked at so far; how many were skipped, by reason; conversations that lost their last rounds, and those
+    rounds. Bad images are counted by the process that read them."""
 
     seen: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    shortened: int = 0
+    dropped_rounds: int = 0
+
+    def add(self, bad: BadRecord) -> None:
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
+
+    def copy(self) -> "Counts":
+        return dataclasses.replace(self, bad=dict(self.bad))
+
+    def too_many(self, allowed: float, records: int) -> bool:
+        """Whether more than the allowed share is bad, of the records seen and of the whole data set."""
+        return sum(self.bad.values()) > allowed * max(self.seen, records)
 
     def check(self, allowed: float, records: int) -> None:
-        """UserError once more than the allowed share is bad, of the records seen and of the whole data set."""
-        bad = sum(self.bad.values())
-        if bad > allowed * max(self.seen, records):
+        """UserError where there are too many bad records."""
+        if self.too_many(allowed, records):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.bad.items()))
             raise UserError(
-                f"{bad} of {self.seen} records are bad ({reasons}), more than max_bad_records={allowed:g} allows; "
-                "bad_records.jsonl in the workdir lists them."
+                f"{sum(self.bad.values())} of {self.seen} records are bad ({reasons}), more than "
+                f"max_bad_records={allowed:g} allows; bad_records.jsonl in the workdir lists them."
             )
 
 
 @dataclass(frozen=True)
-class _Load(grain.transforms.Map):
+class Loader:
+    """Records by number, measured or as examples that fit a row even at the largest l^2."""
+
     source: RecordSource
     maker: ExampleMaker
     spec: LayoutSpec
     longest_latents: int
 
-    def map(self, index):
+    def load(self, number: int) -> Example | BadRecord:
+        """The example with its crops."""
         try:
-            record = self.source[index]
-            example = self.maker.text(record)
-            check_fits(example, self.spec, self.longest_latents)
-            return self.maker.with_crops(example, record)
+            record = self.source[number]
+            return self.maker.with_crops(self.maker.fitting(record, self.spec, self.longest_latents), record)
         except BadRecord as bad:
             return bad
 
-    def measure(self, index) -> list[int] | BadRecord:
-        """[index, positions without latents, image slots, rounds], from the record's text alone."""
+    def text(self, number: int) -> Example | BadRecord:
+        """The example without its crops."""
         try:
-            example = self.maker.text(self.source.text(index))
-            check_fits(example, self.spec, self.longest_latents)
-            takes = needs(example, self.spec, 0)
-            return [int(index), takes.length, takes.images, takes.rounds]
+            return self.maker.fitting(self.source.text(number), self.spec, self.longest_latents)
         except BadRecord as bad:
             return bad
+
+    def measure(self, number: int) -> tuple[Measured, int] | BadRecord:
+        """What the record takes, and how many last rounds it loses."""
+        example = self.text(number)
+        if isinstance(example, BadRecord):
+            return example
+        takes = needs(example, self.spec, 0)
+        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
 
 
 @dataclass(frozen=True)
 class _Measure(grain.transforms.Map):
-    load: _Load
+    loader: Loader
 
-    def map(self, index):
-        return self.load.measure(index)
+    def map(self, number):
+        return self.loader.measure(number)
+
+
+@dataclass(frozen=True)
+class _Feeding:
+    """What an iterator of batches needs to know.
+
+    Attributes:
+      batch_size: samples of a step. allowed: share of bad records. groups: first and end of this process's groups.
+    """
+
+    loader: Loader
+    sizes: Sizes
+    batch_size: int
+    latent_counts: tuple[int, ...]
+    seed: int
+    threads: int
+    allowed: float
+    groups: tuple[int, int]
+
+    @property
+    def split(self) -> bool:
+        """Whether rows of text alone need no crop, so that they are better kept apart."""
+        return not self.loader.spec.zero_image_for_text
 
 
 class _Batches(grain.IterDataset):
-    """Collects good examples, draws l^2, lays out."""
+    """Measured records to batches."""
 
-    def __init__(self, parent, rows: int, spec: LayoutSpec, latent_counts: tuple[int, ...], seed: int):
+    def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
-        self.rows, self.spec, self.latent_counts, self.seed = rows, spec, latent_counts, seed
+        self.feeding = feeding
 
     def __iter__(self):
-        return _BatchIterator(iter(self._parent), self)
+        return _BatchIterator(iter(self._parent), self.feeding)
 
 
 class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, parent, dataset: _Batches):
+    def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
-        self._dataset, self._step, self._counts = dataset, 0, Counts()
+        self._feeding, self._step, self._counts = feeding, 0, Counts()
+        self._waiting: list[Measured] = []  # oldest first
 
     def __next__(self) -> tuple[Fed, Counts]:
-        examples, bad = [], []
-        while len(examples) < self._dataset.rows:
-            element = next(self._parent)
-            self._counts.seen += 1
-            if isinstance(element, BadRecord):
-                bad.append(element)
-                self._counts.bad[element.reason] = self._counts.bad.get(element.reason, 0) + 1
-                if len(bad) > 1000 + 100 * self._dataset.rows:
-                    break  # nothing usable: hand over what was met, and let the trainer say so
-            else:
-                examples.append(element)
-        latents = draw_latent_count(self._dataset.latent_counts, self._dataset.seed, self._step)
+        f = self._feeding
+        bad = self._read()
+        latents = draw_latent_count(f.latent_counts, f.seed, self._step)
         self._step += 1
-        batch = lay_out(examples, self._dataset.spec, latents)
-        return Fed(batch, tuple(bad)), dataclasses.replace(self._counts, bad=dict(self._counts.bad))
+        spec, sizes = f.loader.spec, f.sizes
+        step = plan(self._waiting, spec, sizes, latents, f.split)
+        latents = latents if step.crops else 0  # text alone: the same program whatever was drawn
+        numbers = [[self._waiting[i].number for i in row] for row in step.rows]
+        taken = {i for row in step.rows for i in row}
+        self._waiting = [measured for i, measured in enumerate(self._waiting) if i not in taken]
 
-    def get_state(self):
-        counts = dataclasses.asdict(self._counts)
-        return {"parent": self._parent.get_state(), "step": self._step, "counts": counts}
-
-    def set_state(self, state):
-        self._parent.set_state(state["parent"])
-        self._step, self._counts = state["step"], Counts(**state["counts"])
-
-
-def _pack(measured: list[list[int]], spec: LayoutSpec, latents: int, count: int | None = None) -> list[list[int]]:
-    """Rows of indices into `measured`, all of them or the `count` that go now."""
-    lengths = [length + rounds * latents for _, length, _, rounds in measured]
-    others = [([m[2] for m in measured], spec.images), ([m[3] for m in measured], spec.rounds)]
-    rows = packing.best_fit(lengths, spec.length, others)
-    return rows if count is None else packing.choose(rows, lengths, spec.length, count)
-
-
-class _PackedBatches(grain.IterDataset):
-    """Keeps `waiting` measured records, draws l^2, packs them, loads those of the `rows` fullest rows, lays out."""
-
-    def __init__(self, parent, rows: int, waiting: int, load: _Load, latent_counts, seed: int, threads: int):
-        super().__init__(parent)
-        self.rows, self.waiting, self.load = rows, waiting, load
-        self.latent_counts, self.seed, self.threads = latent_counts, seed, threads
-
-    def __iter__(self):
-        return _PackedIterator(iter(self._parent), self)
-
-
-class _PackedIterator(grain.DatasetIterator):
-    def __init__(self, parent, dataset: _PackedBatches):
-        super().__init__(parent)
-        self._dataset, self._step, self._counts = dataset, 0, Counts()
-        self._waiting: list[list[int]] = []  # as `_Load.measure` gives them, oldest first
-
-    def __next__(self) -> tuple[Fed, Counts]:
-        d, bad = self._dataset, []
-        while len(self._waiting) < d.waiting and len(bad) <= 1000 + 100 * d.rows:
-            element = next(self._parent)
-            self._counts.seen += 1
-            if isinstance(element, BadRecord):
-                bad.append(element)
-            else:
-                self._waiting.append(element)
-        latents = draw_latent_count(d.latent_counts, d.seed, self._step)
-        self._step += 1
-        rows = _pack(self._waiting, d.load.spec, latents, d.rows)
-        numbers = [[self._waiting[i][0] for i in row] for row in rows]
-        taken = {i for row in rows for i in row}
-        self._waiting = [element for i, element in enumerate(self._waiting) if i not in taken]
-        with ThreadPoolExecutor(d.threads) as pool:
-            # A record whose image turns out to be bad leaves a gap in its row.
-            loaded = [list(row) for row in [pool.map(d.load.map, row) for row in numbers]]
-        bad += [element for row in loaded for element in row if isinstance(element, BadRecord)]
-        for element in bad:
-            self._counts.bad[element.reason] = self._counts.bad.get(element.reason, 0) + 1
+        first, end = f.groups
+        own = numbers[first * sizes.rows_per_group : end * sizes.rows_per_group]
+        with ThreadPoolExecutor(f.threads) as pool:
+            loaded = [list(row) for row in [pool.map(f.loader.load, row) for row in own]]
+        broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
+        for element in broken:
+            self._counts.add(element)
+        # A record whose image turns out to be bad leaves a gap in its row.
         good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
-        batch = lay_out_rows(good + [[]] * (d.rows - len(good)), d.load.spec, latents)
-        return Fed(batch, tuple(bad)), dataclasses.replace(self._counts, bad=dict(self._counts.bad))
+        spec = dataclasses.replace(spec, crops=step.crops)
+        batch = lay_out_rows(good, spec, latents, end - first)
+        return Fed(batch, len(taken) - len(broken), tuple(bad + broken)), self._counts.copy()
+
+    def _read(self) -> list[BadRecord]:
+        """Reads until a step can be planned, or too many records have been bad. The bad ones."""
+        f, bad = self._feeding, []
+        records = len(f.loader.source)
+        while not enough(self._waiting, f.sizes, f.batch_size, f.split):
+            element = next(self._parent)
+            self._counts.seen += 1
+            if isinstance(element, BadRecord):
+                bad.append(element)
+                self._counts.add(element)
+                if len(bad) > records or self._counts.too_many(f.allowed, records):
+                    break  # nothing usable, or not enough: hand over what was met, and let the trainer say so
+            else:
+                measured, dropped = element
+                self._waiting.append(measured)
+                self._counts.shortened += dropped > 0
+                self._counts.dropped_rounds += dropped
+        return bad
 
     def get_state(self):
+        waiting = [list(measured) for measured in self._waiting]
         counts = dataclasses.asdict(self._counts)
-        waiting = [list(element) for element in self._waiting]
         return {"parent": self._parent.get_state(), "step": self._step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
         self._parent.set_state(state["parent"])
         self._step, self._counts = state["step"], Counts(**state["counts"])
-        self._waiting = [list(element) for element in state["waiting"]]
+        self._waiting = [Measured(*measured) for measured in state["waiting"]]
 
 
-def packed_rows(load: _Load, latent_counts: tuple[int, ...], batch_size: int, multiple: int, seed: int) -> int:
-    """Rows that `batch_size` samples fill on average, rounded up to a multiple; judged by 512 records' texts."""
-    records = len(load.source)
-    numbers = np.random.default_rng(seed).choice(records, min(records, 512), replace=False)
-    measured = [m for m in map(load.measure, numbers.tolist()) if not isinstance(m, BadRecord)]
-    if not measured:
-        return multiple  # the first batch will say what is wrong with the records
-    rows = np.mean([len(_pack(measured, load.spec, latents)) for latents in latent_counts or (0,)])
-    return multiple * max(1, math.ceil(rows / len(measured) * batch_size / multiple))
+def sample_records(loader: Loader, seed: int, count: int = _SAMPLE) -> list[Measured]:
+    """Some of the usable records, measured."""
+    records = len(loader.source)
+    numbers = np.random.default_rng(seed).choice(records, min(records, count), replace=False)
+    measured = [loader.measure(number) for number in numbers.tolist()]
+    return [element[0] for element in measured if not isinstance(element, BadRecord)]
+
+
+def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The stage's loader: of records that fit at the largest l^2, so that none depends on the draw."""
+    model = config.model
+    maker = ExampleMaker(model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, _stage_spec(model, stage), max(_latent_counts(model), default=0))
+
+
+def stage_sizes(config: RunConfig, stage: StageConfig, loader: Loader, shards: int = 1) -> Sizes:
+    """The sizes of the stage's batches; `shards`: parts that the rows of a microbatch are dealt over."""
+    model = config.model
+    if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
+        return Sizes(stage.batch_size, stage.batch_size, 1, False)  # a row, a crop: nothing is to be shared
+    return size_batches(
+        sample_records(loader, stage_seed(config, stage)),
+        loader.spec,
+        stage.batch_size,
+        shards * stage.accumulation,
+        _latent_counts(model),
+        stage.max_images * model.most_crops,
+        stage.packing,
+    )
 
 
 def draw_latent_count(counts: tuple[int, ...], seed: int, step: int) -> int:
@@ -287,29 +358,45 @@ def stage_steps(stage: StageConfig, records: int) -> int:
 
 
 def training_batches(
-    config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer, devices: int = 1
+    config: RunConfig,
+    stage: StageConfig,
+    source: RecordSource,
+    tokenizer: Tokenizer,
+    shards: int = 1,
+    process: int = 0,
+    processes: int = 1,
 ) -> grain.DatasetIterator:
     """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
 
-    With `stage.packing` a batch has as many rows as hold `stage.batch_size` samples on average, dealt evenly over
-    microbatches and `devices`.
+    Args:
+      shards: parts that the rows of a microbatch are dealt over, a multiple of the processes: those of the mesh.
+      process: the rows of which process the batches hold, out of `processes`.
     """
-    model, seed = config.model, stage_seed(config, stage)
-    spec = _stage_spec(model, stage)
-    counts = model.latent_counts if model.semantic_exchange else ()
-    load = _Load(source, ExampleMaker(model, tokenizer, config.template), spec, max(counts, default=0))
+    seed = stage_seed(config, stage)
+    loader = stage_loader(config, stage, source, tokenizer)
+    sizes = stage_sizes(config, stage, loader, shards)
+    if sizes.packing or sizes.crops != sizes.rows_per_group:
+        what = f"{sizes.rows} rows of {stage.max_length} and {sizes.crops * sizes.groups} crops"
+        log.info("%s: %s hold %d samples on average", stage.name, what, stage.batch_size)
+    feeding = _Feeding(
+        loader,
+        sizes,
+        stage.batch_size,
+        _latent_counts(config.model),
+        seed,
+        config.loader_threads,
+        config.max_bad_records,
+        (sizes.groups * process // processes, sizes.groups * (process + 1) // processes),
+    )
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    # Ahead of the step: enough records for two batches, then one finished batch.
+    # Ahead of the step: enough measured records for two batches, then two finished batches.
     reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
-    if stage.packing:
-        rows = packed_rows(load, counts, stage.batch_size, stage.accumulation * devices, seed)
-        log.info("%s: %d rows of %d hold %d samples on average", stage.name, rows, spec.length, stage.batch_size)
-        measured = order.map(_Measure(load)).to_iter_dataset(reading)
-        waiting = WAITING * stage.batch_size
-        batches = _PackedBatches(measured, rows, waiting, load, counts, seed, config.loader_threads)
-    else:
-        batches = _Batches(order.map(load).to_iter_dataset(reading), stage.batch_size, spec, counts, seed)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+    measured = order.map(_Measure(loader)).to_iter_dataset(reading)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(_Batches(measured, feeding), prefetch_buffer_size=2))
+
+
+def _latent_counts(model: FusionConfig) -> tuple[int, ...]:
+    return model.latent_counts if model.semantic_exchange else ()
 
 
 def _stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
@@ -323,10 +410,10 @@ def fixed_batches(
     model = config.model
     spec = _stage_spec(model, stage)
     latents = model.fixed_latent_count
-    load = _Load(source, ExampleMaker(model, tokenizer, config.template), spec, latents)
+    loader = Loader(source, ExampleMaker(model, tokenizer, config.template, config.decode), spec, latents)
     good, made = [], 0
-    for index in range(len(source)):
-        element = load.map(index)
+    for number in range(len(source)):
+        element = loader.load(number)
         if isinstance(element, BadRecord):
             continue
         good.append(element)
@@ -340,8 +427,8 @@ def fixed_batches(
 
 
 def _narrow(examples: list[Example], spec: LayoutSpec) -> LayoutSpec:
-    """The spec with no more image slots than the examples, one a row, can fill: each costs a pass of the encoder."""
-    return dataclasses.replace(spec, images=max(1, *(needs(example, spec, 0).images for example in examples)))
+    """The spec with no more crops than the examples, one a row, can fill: each costs a pass of the encoder."""
+    return dataclasses.replace(spec, crops=max(1, *(needs(example, spec, 0).crops for example in examples)))
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

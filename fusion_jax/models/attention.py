@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from fusion_jax.models import partition
+
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
@@ -140,7 +142,34 @@ def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0
     Returns:
       (B, Q, H, d) in the dtype of v; zeros where a query sees no key.
     """
+    kernel = choose(partition.platform(), q.shape[1], k.shape[1], q.dtype, q_segments is not None, causal, window)
+    heads, segments = ("batch", None, "heads", None), ("batch", None)
+    run = partition.split(
+        lambda *arrays: kernel(*arrays, causal, window), (heads, heads, heads, segments, segments), heads
+    )
+    return run(q, k, v, q_segments, kv_segments)
+
+
+def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, causal: bool, window: int):
+    """The kernel for a device and a shape: any of them keeps `reference_attention`'s contract.
+
+    | device | long rows | short ones, and one new token |
+    |---|---|---|
+    | TPU | splash | plain |
+    | NVIDIA GPU, 16 bits | the decoder's packed rows: Triton flash; others: cuDNN | plain |
+    | CPU | one head at a time | plain |
+    """
     # Short rows fit the cache whole: there one batched product beats a loop.
-    if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
-        return blocked_attention(q, k, v, q_segments, kv_segments, causal, window)
-    return reference_attention(q, k, v, q_segments, kv_segments, causal, window)
+    if q_length * k_length < 128 * 128:
+        return reference_attention
+    if platform == "cpu":
+        return blocked_attention
+    from fusion_jax.models import flash  # not needed on CPU: Pallas takes a while to import
+
+    if platform == "tpu":
+        return flash.splash_attention
+    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+        if segments and causal and not window:
+            return flash.triton_attention
+        return flash.cudnn_attention
+    return reference_attention

@@ -152,6 +152,9 @@ class FusionConfig:
       semantic_exchange: C, latent tokens and exchange layers.
       latent_counts: the set of l^2 that training draws from.
       image_tokens: tokens per image in the LLM; 0 keeps one per patch, otherwise a square, resized after the projector.
+      tile_grids: dynamic resolution: the (rows, columns) of tiles that an image may be cut into, the one chosen that
+        keeps most of it; (1, 1) is the whole view alone. tile_tokens: tokens of a tile in the LLM, a square, resized
+        after the projector; 0 keeps one per patch. () is fixed resolution.
       mask: early encoder layers. `paper`: image queries do not see text. `released`: they do, and every text query
         attends uniformly.
       taps: `paper`: shallow and deep mean. `released`: last state, shallow mean, deep mean.
@@ -169,6 +172,8 @@ class FusionConfig:
     semantic_exchange: bool = True
     latent_counts: tuple[int, ...] = (4, 16, 36, 64, 144)
     image_tokens: int = 0
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    tile_tokens: int = 0
     mask: str = "paper"
     taps: str = "paper"
     context: str = "image"
@@ -189,6 +194,19 @@ class FusionConfig:
             check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
             check(math.isqrt(count) ** 2 == count and count > 0, f"model: {count} tokens are not a square grid l x l.")
+        for grid in self.tile_grids:
+            check(
+                len(grid) == 2 and min(grid) >= 1,
+                f"model.tile_grids: {grid} must be two numbers of tiles, (rows, columns), each at least 1.",
+            )
+        check(
+            self.tile_tokens >= 0 and math.isqrt(self.tile_tokens) ** 2 == self.tile_tokens,
+            f"model.tile_tokens={self.tile_tokens} is not a square.",
+        )
+        check(
+            not self.tile_grids or (self.context == "image" and self.text_only == "none"),
+            "model.tile_grids (dynamic resolution) needs context='image' and text_only='none', as in the paper preset.",
+        )
         check(
             not self.semantic_exchange or len(self.latent_counts) > 0,
             "model.latent_counts is empty; give at least one l^2, or set model.semantic_exchange=False.",
@@ -225,6 +243,16 @@ class FusionConfig:
     @property
     def tokens_per_image(self) -> int:
         return self.image_tokens or self.vision.patches
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """0 at fixed resolution."""
+        return (self.tile_tokens or self.vision.patches) if self.tile_grids else 0
+
+    @property
+    def most_crops(self) -> int:
+        """Guided passes of the encoder that one image may take."""
+        return 1 + max((rows * columns for rows, columns in self.tile_grids if rows * columns > 1), default=0)
 
     @property
     def tap_count(self) -> int:
@@ -301,9 +329,11 @@ def _variant(vision: VisionConfig, preset: dict, **changes) -> dict[str, FusionC
     return {size: FusionConfig(vision=vision, llm=llm, **preset, **changes) for size, llm in LLMS.items()}
 
 
-# name -> size -> config. FLARE-L follows the paper's text; the FUSION family reproduces the published weights.
+# name -> size -> config. FLARE follows the paper's text; the FUSION family reproduces the published weights.
 VARIANTS: dict[str, dict[str, FusionConfig]] = {
     "flare_l": _variant(GIANT, PAPER),
+    # The grids of LLaVA-NeXT; 16x16 tokens a tile bring an image of usual shape to about 1400 tokens (docs/data.md).
+    "flare_x": _variant(GIANT, PAPER, tile_grids=((1, 2), (2, 1), (2, 2), (1, 3), (3, 1)), tile_tokens=256),
     "fusion": _variant(SO400M, RELEASED),
     "fusion_x": _variant(GIANT, RELEASED),
     # 16x16 tokens agree with the published count of ~308 visual tokens; a comment in the published code says 12x12.

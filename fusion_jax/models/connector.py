@@ -61,8 +61,10 @@ def _bilinear(size: int, out: int) -> np.ndarray:
 
 
 def resize_tokens(tokens: Float[Array, "N P D"], count: int) -> Float[Array, "N count D"]:
-    """Bilinear resize of a square grid of tokens to `count` tokens (FUSION-L)."""
+    """Bilinear resize of a square grid of tokens to `count` tokens (FUSION-L, tiles)."""
     n, patches, width = tokens.shape
+    if patches == count:
+        return tokens
     side, out = int(patches**0.5), int(count**0.5)
     matrix = jnp.asarray(_bilinear(side, out), tokens.dtype)
     grid = tokens.reshape(n, side, side, width)

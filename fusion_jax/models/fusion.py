@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE, Batch
-from fusion_jax.models import connector, layers, llm
+from fusion_jax.models import connector, layers, llm, partition
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.exchange import ExchangePlan
 from fusion_jax.models.vision import VisionEncoder
@@ -24,25 +24,27 @@ from fusion_jax.models.vision import VisionEncoder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Visual:
-    """What the encoder side hands to the decoder and the mapping loss; N images a row, P patches, T question tokens.
+    """What the encoder side hands to the decoder and the mapping loss; G groups of rows with K crops each, P patches,
+    T question tokens.
 
     Attributes:
-      image_tokens: (B, N, I, D) tokens that enter the sequence (I differs from P where they are resized).
-      context: (B, N, C, D) keys/values of the exchange, None without exchange.
+      image_tokens: (G, V, D) the part of the visual table that comes from images (see `data.layout`): K I tokens of
+        whole views and, with dynamic resolution, K J of tiles and the row end.
+      context: (G, C, D) keys/values of the exchange, None without exchange.
       latents: (B, R, L, D) initial latents, None without.
-      question: (B, N, T, D) LLM embeddings of the question; question_features: (B, N, T, D) the same tokens out of
+      question: (G, K, T, D) LLM embeddings of the question; question_features: (G, K, T, D) the same tokens out of
         the encoder, projected to text. None without text guidance.
-      patches: (B, N, P, Dv) state 0 of the image; patch_features: (B, N, P, Dv) the image out of the encoder,
+      patches: (G, K, P, Dv) state 0 of the crop; patch_features: (G, K, P, Dv) the crop out of the encoder,
         projected to text and back. None without mapping loss.
     """
 
-    image_tokens: Float[Array, "B N I D"]
-    context: Float[Array, "B N C D"] | None
+    image_tokens: Float[Array, "G V D"]
+    context: Float[Array, "G C D"] | None
     latents: Float[Array, "B R L D"] | None
-    question: Float[Array, "B N T D"] | None
-    question_features: Float[Array, "B N T D"] | None
-    patches: Float[Array, "B N P Dv"] | None
-    patch_features: Float[Array, "B N P Dv"] | None
+    question: Float[Array, "G K T D"] | None
+    question_features: Float[Array, "G K T D"] | None
+    patches: Float[Array, "G K P Dv"] | None
+    patch_features: Float[Array, "G K P Dv"] | None
 
 
 class Fusion(nn.Module):
@@ -69,12 +71,16 @@ class Fusion(nn.Module):
                 )
                 for count in c.latent_counts
             }
+        if c.tile_grids:
+            self.row_end = self.param(
+                "row_end", nn.with_logical_partitioning(layers.normal(0.5), ("embed",)), (d,), jnp.float32
+            )
         self.llm = llm.Decoder(c, self.dtype, self.remat)
 
     def encode(self, batch: Batch) -> Visual:
-        """Everything before the decoder. The batch must have at least one image slot (N >= 1)."""
+        """Everything before the decoder. The batch must have at least one crop (K >= 1)."""
         c = self.config
-        b, n = batch.crop_kind.shape
+        g, k = batch.crop_kind.shape
         blank = batch.crop_kind == ZERO_IMAGE
         views = {"guided": self.vision.embed(_merge(batch.crops), _merge(blank))}
         if c.uses_quadrants:
@@ -90,30 +96,39 @@ class Fusion(nn.Module):
 
         features = self.vision_to_text(taps["guided"])
         whole, question_features = features[:, : c.vision.patches], features[:, c.vision.patches :]
-        tokens = connector.resize_tokens(whole, c.image_tokens) if c.image_tokens else whole
-        tokens = tokens.reshape(b, n, *tokens.shape[1:])
+        resized = [connector.resize_tokens(whole, c.image_tokens) if c.image_tokens else whole]
+        if c.tile_grids:
+            resized.append(connector.resize_tokens(whole, c.tokens_per_tile))
+        # (G K, I, D) to (G, K I, D): crops of a group lie one after the other, first as whole views, then as tiles.
+        tokens = [part.reshape(g, -1, part.shape[-1]) for part in resized]
         context = latents = None
         if c.semantic_exchange:
             if c.uses_quadrants:
                 plain = self.vision_to_text(taps["plain"])
-                grid = connector.stitch_quadrants(plain.reshape(b * n, QUADRANTS, *plain.shape[1:]))
-                pooled = connector.adaptive_max_pool(grid, 3 * math.isqrt(batch.latent_count))
-                context = pooled.reshape(b, n, -1, pooled.shape[-1])
+                grid = connector.stitch_quadrants(plain.reshape(g * k, QUADRANTS, *plain.shape[1:]))
+                grid = connector.adaptive_max_pool(grid, 3 * math.isqrt(batch.latent_count))
+                context = grid.reshape(g, -1, grid.shape[-1])
             else:
-                context = tokens
-            latents = self._initial_latents(batch, context)
+                side = math.isqrt(c.tokens_per_image)
+                grid = resized[0].reshape(g * k, side, side, -1)
+                context = jnp.concatenate(tokens, axis=1)
+            latents = self._initial_latents(batch, grid)
+        if c.tile_grids:
+            row_end = jnp.broadcast_to(self.row_end.astype(tokens[0].dtype), (g, 1, tokens[0].shape[-1]))
+            tokens.append(row_end)
         back = self.text_to_vision(whole) if c.mapping_loss_weight > 0 else None
         return Visual(
-            image_tokens=tokens,
+            image_tokens=jnp.concatenate(tokens, axis=1),
             context=context,
             latents=latents,
             question=question,
             question_features=None if question is None else question_features.reshape(question.shape),
-            patches=None if back is None else patches.reshape(b, n, *patches.shape[1:]),
-            patch_features=None if back is None else back.reshape(b, n, *back.shape[1:]),
+            patches=None if back is None else patches.reshape(g, k, *patches.shape[1:]),
+            patch_features=None if back is None else back.reshape(g, k, *back.shape[1:]),
         )
 
-    def _initial_latents(self, batch: Batch, context) -> Float[Array, "B R L D"]:
+    def _initial_latents(self, batch: Batch, grid: Float[Array, "GK h w D"]) -> Float[Array, "B R L D"]:
+        """Learned ones, or the grid of each round's whole view pooled."""
         c = self.config
         b, rounds = batch.round_end.shape
         count = batch.latent_count
@@ -121,27 +136,25 @@ class Fusion(nn.Module):
             table = self.latent_tables[str(count)].astype(self.dtype)
             return jnp.broadcast_to(table, (b, rounds, *table.shape))
         # Cells of the l x l grid are unions of those of the context's grid, so pooling it again is exact.
-        n, side = context.shape[1], math.isqrt(context.shape[2])
-        grid = context.reshape(b * n, side, side, -1)
-        pooled = connector.adaptive_max_pool(grid, math.isqrt(count)).reshape(b, n, count, -1)
+        g, k = batch.crop_kind.shape
+        pooled = connector.adaptive_max_pool(grid, math.isqrt(count)).reshape(g, k, count, -1)
         pooled = jnp.where((batch.crop_kind == PIXELS)[..., None, None], pooled, 0)
-        return jnp.take_along_axis(pooled, jnp.maximum(batch.round_image, 0)[..., None, None], axis=1)
+        crop = jnp.maximum(batch.round_crop, 0).reshape(g, -1)
+        return partition.take(pooled, crop).reshape(b, rounds, count, -1)
 
     def exchange_plan(self, batch: Batch, encoded: Visual) -> ExchangePlan | None:
         if self.config.exchange_layers == 0 or batch.round_end.shape[1] == 0:
             return None
-        side = math.isqrt(encoded.context.shape[2])
-        index, mask = map(jnp.asarray, connector.windows(side, math.isqrt(batch.latent_count)))
-        return ExchangePlan(encoded.context, index, mask, batch.round_image, batch.round_end, batch.latent_start)
+        return ExchangePlan(encoded.context, batch.windows, batch.round_end, batch.latent_start)
 
     def assemble(self, batch: Batch, encoded: Visual) -> Float[Array, "B S D"]:
         """The decoder's input: text embeddings, and the visual table's entries at visual places."""
         text = self.llm.embed(batch.tokens)
-        tables = [_merge_inner(encoded.image_tokens)]
+        table, g = encoded.image_tokens, batch.crop_kind.shape[0]
         if encoded.latents is not None:
-            tables.append(_merge_inner(encoded.latents))
-        table = jnp.concatenate(tables, axis=1)
-        visual = jnp.take_along_axis(table, jnp.maximum(batch.visual_index, 0)[..., None], axis=1)
+            table = jnp.concatenate([table, encoded.latents.reshape(g, -1, table.shape[-1])], axis=1)
+        index = jnp.maximum(batch.visual_index, 0).reshape(g, -1)
+        visual = partition.take(table, index).reshape(text.shape)
         return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
 
     def __call__(self, batch: Batch, cache: llm.Cache | None = None):
@@ -175,11 +188,6 @@ def _merge(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def _merge_inner(x):
-    """(A, B, C, D) to (A, B C, D)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
 def head_kernel(config: FusionConfig, params) -> Float[Array, "D V"]:
     """The output head (D, padded vocabulary) out of the parameters."""
     decoder = params["llm"]
@@ -202,13 +210,21 @@ def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
         quadrants=np.zeros((rows, 1, quadrants, size, size, 3), np.uint8),
         crop_text=np.zeros((rows, 1, int(config.text_guided)), np.int32),
         crop_text_mask=np.zeros((rows, 1, int(config.text_guided)), bool),
-        round_image=np.zeros((rows, rounds), np.int32),
+        round_crop=np.zeros((rows, rounds), np.int32),
         round_end=np.zeros((rows, rounds), np.int32),
         latent_start=np.zeros((rows, rounds), np.int32),
+        windows=np.zeros((rows, rounds, latents, 1), np.int32),
         latent_count=latents,
     )
 
 
-def init(config: FusionConfig, key: jax.Array):
-    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis."""
-    return nn.unbox(jax.jit(Fusion(config).init)(key, example_batch(config))["params"])
+def init(config: FusionConfig, key: jax.Array, shardings=None):
+    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis.
+
+    With `shardings` (a tree like the result) each device makes its own part of each.
+    """
+
+    def make(key, batch):
+        return nn.unbox(Fusion(config).init(key, batch)["params"])
+
+    return jax.jit(make, out_shardings=shardings)(key, example_batch(config))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from fusion_jax.models import partition
 from fusion_jax.models.config import RopeConfig
 
 Init = Callable[..., jax.Array]
@@ -28,7 +29,7 @@ def fan_in(branches: int = 1) -> Init:
 
 
 class Dense(nn.Module):
-    """y = x W + b with W (inputs, features), the last axis contracted."""
+    """y = x W + b with W (inputs, features), the last axis contracted; axis 0 lies along the rows of the batch."""
 
     features: int
     axes: tuple[str, str]
@@ -53,7 +54,9 @@ class Dense(nn.Module):
                 jnp.float32,
             )
             y = y + bias.astype(self.dtype)
-        return y
+        # The width of the residual stream is whole everywhere; heads and hidden units are dealt as their weights are.
+        split = None if self.axes[1] == "embed" else self.axes[1]
+        return partition.constrain(y, "batch", *(None,) * (y.ndim - 2), split)
 
 
 class LayerNorm(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import attention, layers
+from fusion_jax.models import attention, layers, partition
 from fusion_jax.models.config import FusionConfig, LLMConfig
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
 from fusion_jax.models.remat import remat
@@ -82,12 +82,13 @@ class DecoderLayer(nn.Module):
         # As many residual branches as layers, twice: their sum stays at the scale of the embedding.
         residual = {"dtype": self.dtype, "kernel_init": layers.fan_in(2 * c.layers)}
         x = x + layers.Dense(c.width, ("heads", "embed"), name="out", **residual)(y.reshape(batch, length, -1))
+        x = partition.constrain(x, "batch", None, None)
 
         y = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="gate")(y)
         up = layers.Dense(c.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="up")(y)
         x = x + layers.Dense(c.width, ("mlp", "embed"), name="down", **residual)(jax.nn.silu(gate) * up)
-        return x, buffers
+        return partition.constrain(x, "batch", None, None), buffers
 
 
 class Superblock(nn.Module):
@@ -146,7 +147,11 @@ class Decoder(nn.Module):
         self.norm = layers.RMSNorm(c.norm_eps)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Each device looks its columns up for the rows of its whole fsdp group and the columns are then exchanged for
+        # rows: a batch's embeddings travel, not the table.
+        rest = (None,) * (tokens.ndim - 1)
+        return partition.constrain(partition.constrain(found, "rows", *rest, "embed"), "batch", *rest, None)
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """(D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
@@ -182,7 +187,7 @@ class Decoder(nn.Module):
             # The window counts positions, not slots: padding lies between a prompt and its answer.
             seen = jnp.where(positions[:, -1:] - places < c.sliding_window, cached, 0) if c.sliding_window else cached
         shared = _Shared(cos, sin, segments, seen, slot, plan)
-        carry = (x.astype(self.dtype), buffers, jnp.int32(0))
+        carry = (partition.constrain(x.astype(self.dtype), "batch", None, None), buffers, jnp.int32(0))
         for stack in self.stacks:
             carry, _ = stack(carry, shared)
         x, buffers, _ = carry

@@ -13,8 +13,14 @@ import jax
 
 from fusion_jax.errors import UserError
 
+ATTENTION = "attention"  # name of what attention kernels keep for their backward passes
+# Kernels that name nothing themselves are kept by what they are.
+_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
+
 _policies = jax.checkpoint_policies
-_attention = _policies.save_only_these_names("attention")
+_attention = _policies.save_from_both_policies(
+    _policies.save_only_these_names(ATTENTION), lambda primitive, *_, **__: primitive.name in _KERNELS
+)
 POLICIES = {
     "none": None,
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),

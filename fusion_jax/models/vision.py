@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from fusion_jax.models import attention, layers
+from fusion_jax.models import attention, layers, partition
 from fusion_jax.models.config import FusionConfig, VisionConfig
 from fusion_jax.models.remat import remat
 
@@ -35,6 +35,11 @@ def patchify(pixels: Float[Array, "N H W 3"], patch: int) -> Float[Array, "N P p
     x = pixels[:, : rows * patch, : columns * patch]
     x = x.reshape(n, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, rows * columns, patch * patch * channels)
+
+
+def _along_rows(x: Float[Array, "N L D"]) -> Float[Array, "N L D"]:
+    """Crops lie with the rows that they belong to."""
+    return partition.constrain(x, "batch", None, None)
 
 
 class EncoderLayer(nn.Module):
@@ -79,8 +84,8 @@ class EncoderLayer(nn.Module):
     def __call__(self, x, text_segments, early):
         """x (N, P or P+T, D); text_segments (N, T), 1 real and 0 padding, or None; early: bool scalar."""
         y = self._attend(self.norm1(x), text_segments, early)
-        x = x + self.out(y.reshape(x.shape))
-        return x + self.mlp(self.norm2(x))
+        x = _along_rows(x + self.out(y.reshape(x.shape)))
+        return _along_rows(x + self.mlp(self.norm2(x)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class VisionEncoder(nn.Module):
     def embed(self, crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N P D"]:
         """State 0 of the image: patch + position embedding."""
         patches = patchify(normalise(crops, blank), self.config.vision.patch_size)
-        return self.patch_embedding(patches) + self.position_embedding.astype(self.dtype)
+        return _along_rows(self.patch_embedding(_along_rows(patches)) + self.position_embedding.astype(self.dtype))
 
     def __call__(
         self,

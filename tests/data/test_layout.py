@@ -71,7 +71,7 @@ def test_image_and_two_rounds():
     np.testing.assert_array_equal(found.targets, [expected.get(i, 0) for i in range(40)])
     np.testing.assert_array_equal(found.round_end, [14, 24])
     np.testing.assert_array_equal(found.latent_start, [8, 19])
-    np.testing.assert_array_equal(found.round_image, [0, 0])
+    np.testing.assert_array_equal(found.round_crop, [0, 0])
     np.testing.assert_array_equal(found.crop_kind, [PIXELS])
     np.testing.assert_array_equal(found.crops[0], CROPS[-1])
     np.testing.assert_array_equal(found.crop_text, [[1, 50, 51, 52]])
@@ -106,7 +106,7 @@ def test_text_only_row_of_the_paper():
     np.testing.assert_array_equal(found.tokens[:6], [1, 50, 30, 60, 61, 0])
     np.testing.assert_array_equal(found.round_end, [2, -1])
     np.testing.assert_array_equal(found.latent_start, [-1, -1])
-    np.testing.assert_array_equal(found.round_image, [-1, -1])
+    np.testing.assert_array_equal(found.round_crop, [-1, -1])
     assert found.crop_kind[0] == NO_CROP and not found.crop_text_mask.any() and not found.crops.any()
 
 
@@ -116,7 +116,7 @@ def test_text_only_row_of_the_released_weights():
     np.testing.assert_array_equal(found.visual_index[:9], [-1, -1, 4, 5, 6, -1, -1, -1, -1])
     assert found.crop_kind[0] == ZERO_IMAGE and not found.crop_text_mask.any()
     np.testing.assert_array_equal(found.latent_start, [2, -1])
-    np.testing.assert_array_equal(found.round_image, [0, -1])
+    np.testing.assert_array_equal(found.round_crop, [0, -1])
     np.testing.assert_array_equal(found.round_end, [7, -1])
 
 
@@ -125,7 +125,7 @@ def test_row_without_latents():
     found = row(make([1, I, 50, 30, 60, 51, 30, 61], [X, X, X, A, 60, X, A, 61], (1, 50), CROPS[-1:]), spec, latents=0)
     np.testing.assert_array_equal(found.visual_index[:11], [-1, 0, 1, 2, 3, -1, -1, -1, -1, -1, -1])
     np.testing.assert_array_equal(np.flatnonzero(found.loss_weights), [6, 9])
-    assert found.round_end.shape == found.latent_start.shape == found.round_image.shape == (0,)
+    assert found.round_end.shape == found.latent_start.shape == found.round_crop.shape == (0,)
     assert found.latent_count == 0
 
 
@@ -175,14 +175,14 @@ def test_dtypes_are_those_of_the_contract():
 
 def test_latent_count_is_static():
     batch = lay_out([make([1, 50, 30, 60], [X, X, A, 60])], SPEC, 3)
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch)) and len(jax.tree.leaves(batch)) == 14
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch)) and len(jax.tree.leaves(batch)) == 15
     assert jax.tree.structure(batch) != jax.tree.structure(dataclasses.replace(batch, latent_count=4))
 
 
 # Several images.
 
 TWO_IMAGES = np.arange(2 * 5 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 5, 2, 2, 3)
-TWO = dataclasses.replace(SPEC, images=3, quadrants=4, rounds=3)
+TWO = dataclasses.replace(SPEC, crops=3, images=3, quadrants=4, rounds=3)
 #                    s  I  v   I  L  q   e   a   v   L  q   e   a
 LEADING_IMAGES_IDS = [1, I, 40, I, L, 50, 30, 60, 41, L, 51, 30, 61]
 LEADING_IMAGES_LABELS = [X, X, X, X, X, X, A, 60, X, X, X, A, 61]
@@ -195,7 +195,7 @@ def test_several_images_stay_where_they_stand():
     np.testing.assert_array_equal(found.visual_index[:23], visual)
     np.testing.assert_array_equal(found.latent_start, [10, 17, -1])
     np.testing.assert_array_equal(found.round_end, [14, 21, -1])
-    np.testing.assert_array_equal(found.round_image, [1, 1, -1])
+    np.testing.assert_array_equal(found.round_crop, [1, 1, -1])
     np.testing.assert_array_equal(found.crop_kind, [PIXELS, PIXELS, NO_CROP])
     np.testing.assert_array_equal(found.crops[:2], TWO_IMAGES[:, 4])
     np.testing.assert_array_equal(found.quadrants[:2], TWO_IMAGES[:, :4])
@@ -209,9 +209,9 @@ def test_rounds_look_at_the_latest_image():
     #      s  L  q   e   a   L  q   I  q   e   a   L  I  q   e   a
     ids = [1, L, 50, 30, 60, L, 51, I, 52, 30, 61, L, I, 53, 30, 62]
     labels = [X, X, X, A, 60, X, X, X, X, A, 61, X, X, X, A, 62]
-    found = row(make(ids, labels, (1,), TWO_IMAGES), dataclasses.replace(TWO, images=2))
+    found = row(make(ids, labels, (1,), TWO_IMAGES), dataclasses.replace(TWO, crops=2))
     # No image yet: the first. The latents keep their place although an image follows at once.
-    np.testing.assert_array_equal(found.round_image, [0, 0, 1])
+    np.testing.assert_array_equal(found.round_crop, [0, 0, 1])
     np.testing.assert_array_equal(found.latent_start, [1, 7, 18])
     assert found.visual_index[18] == 2 * 4 + 2 * 3 and found.visual_index[21] == 4
 
@@ -238,7 +238,7 @@ def test_packed_row():
     np.testing.assert_array_equal(found.visual_index, first + [-1] * 4 + third + [-1, -1])
     np.testing.assert_array_equal(found.latent_start, [5, 25, 32])
     np.testing.assert_array_equal(found.round_end, [9, 29, 36])
-    np.testing.assert_array_equal(found.round_image, [0, 2, 2])
+    np.testing.assert_array_equal(found.round_crop, [0, 2, 2])
     expected = {9: 60, 13: 61, 29: 60, 36: 61}
     np.testing.assert_array_equal(np.flatnonzero(found.loss_weights), list(expected))
     np.testing.assert_array_equal(found.targets, [expected.get(i, 0) for i in range(40)])
@@ -251,12 +251,12 @@ def test_packed_row():
 
 def test_packed_text_has_a_zero_image_each_only_for_the_released_weights():
     text = make([1, L, 50, 30, 60], [X, X, X, A, 60])
-    spec = dataclasses.replace(SPEC, zero_image_for_text=True, images=2)
+    spec = dataclasses.replace(SPEC, zero_image_for_text=True, crops=2)
     found = jax.tree.map(lambda a: a[0], lay_out_rows([[text, text]], spec, 3))
     np.testing.assert_array_equal(found.crop_kind, [ZERO_IMAGE] * 2)
-    np.testing.assert_array_equal(found.round_image, [0, 1])
+    np.testing.assert_array_equal(found.round_crop, [0, 1])
     plain = make([1, 50, 30, 60], [X, X, A, 60])
-    found = jax.tree.map(lambda a: a[0], lay_out_rows([[plain] * 10], dataclasses.replace(SPEC, images=0), 3))
+    found = jax.tree.map(lambda a: a[0], lay_out_rows([[plain] * 10], dataclasses.replace(SPEC, crops=0), 3))
     assert found.crop_kind.shape == (0,) and found.segment_ids.max() == 10
     assert (found.round_end == -1).all() and (found.latent_start == -1).all()
 
@@ -265,7 +265,7 @@ def test_an_empty_row_is_padding():
     batch = lay_out_rows([[make([1, 50, 30, 60], [X, X, A, 60])], []], SPEC, 3)
     for name, value in vars(batch).items():
         if name != "latent_count":
-            free = -1 if name in ("visual_index", "round_image", "round_end", "latent_start") else 0
+            free = -1 if name in ("visual_index", "round_crop", "round_end", "latent_start", "windows") else 0
             assert value.shape[0] == 2 and (value[1] == free).all(), name
 
 
@@ -275,9 +275,9 @@ def test_nothing_predicts_the_first_token_of_an_example():
     np.testing.assert_array_equal(np.flatnonzero(batch.loss_weights[0]), [1, 4])
 
 
-@pytest.mark.parametrize("changes", [{"length": 53}, {"images": 1}, {"rounds": 3}])
+@pytest.mark.parametrize("changes", [{"length": 53}, {"crops": 1}, {"rounds": 3}])
 def test_a_row_too_small_for_its_examples_is_refused(changes):
-    spec = dataclasses.replace(SPEC, length=54, images=2, rounds=4)
+    spec = dataclasses.replace(SPEC, length=54, crops=2, rounds=4)
     e = make(TWO_ROUNDS_IDS, TWO_ROUNDS_LABELS, (1,), CROPS[-1:])
     assert lay_out_rows([[e, e]], spec, 3).segment_ids.min() == 1
     with pytest.raises(ValueError, match="no room"):
@@ -289,7 +289,7 @@ def test_a_row_too_small_for_its_examples_is_refused(changes):
 )
 def test_crops_must_be_those_of_the_placeholders(ids, crops):
     with pytest.raises(ValueError, match="record 3"):
-        lay_out([make(ids, None, (), crops)], dataclasses.replace(SPEC, images=2), 3)
+        lay_out([make(ids, None, (), crops)], dataclasses.replace(SPEC, crops=2), 3)
 
 
 # What does not fit.
@@ -297,10 +297,11 @@ def test_crops_must_be_those_of_the_placeholders(ids, crops):
 
 def test_needs_of_an_example():
     found = needs(make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (), TWO_IMAGES), TWO, 3)
-    assert (found.length, found.images, found.rounds) == (23, 2, 2)
+    assert (found.length, found.crops, found.rounds, found.images) == (23, 2, 2, 2)
     text = make([1, L, 50, 30], None)
-    assert needs(text, SPEC, 3).images == 0
-    assert needs(text, dataclasses.replace(SPEC, zero_image_for_text=True), 3).images == 1
+    assert needs(text, SPEC, 3).crops == 0
+    found = needs(text, dataclasses.replace(SPEC, zero_image_for_text=True), 3)
+    assert found.crops == 1 and found.images == 0
 
 
 def test_too_many_images_are_a_bad_record():

@@ -68,9 +68,8 @@ def test_other_capacities_hold_too():
 
 def test_full_rows_go_first_but_the_oldest_example_never_waits():
     lengths, rows = [1, 2, 100, 95, 94, 99], [[0], [1], [2], [3], [4], [5]]
-    assert packing.choose(rows, lengths, 100, 3) == [[0], [2], [3]]
-    assert packing.choose(rows, lengths, 100, 5) == [[0], [1], [2], [3], [5]]
-    assert packing.choose(rows, lengths, 100, 9) == rows and packing.choose([], [], 100, 2) == []
+    assert packing.preferred(rows, lengths, 100) == [[0], [2], [3], [5], [1], [4]]
+    assert packing.preferred([], [], 100) == []
 
 
 def test_packing_from_a_stream_stays_full():
@@ -79,7 +78,7 @@ def test_packing_from_a_stream_stays_full():
     waiting, used, steps = [], 0, 60
     for _ in range(steps):
         waiting += [next(lengths) for _ in range(512 - len(waiting))]
-        rows = packing.choose(packing.best_fit(waiting, 4096), waiting, 4096, 32)
+        rows = packing.preferred(packing.best_fit(waiting, 4096), waiting, 4096)[:32]
         taken = {i for row in rows for i in row}
         used += sum(waiting[i] for i in taken)
         waiting = [length for i, length in enumerate(waiting) if i not in taken]
@@ -203,7 +202,7 @@ def losses_by_example(config, rows, batch, hidden, visual, spec) -> dict[int, np
         for number, example in enumerate(row, 1):
             weights = batch.loss_weights[r] * (batch.segment_ids[r] == number)
             assert weights.sum() >= 1
-            mine = slice(slot, slot + needs(examples_of(config)[example], spec, batch.latent_count).images)
+            mine = slice(slot, slot + needs(examples_of(config)[example], spec, batch.latent_count).crops)
             slot = mine.stop
             found[example] = np.array([(ce[r] * weights).sum(), v2t[r, mine].sum(), t2v[r, mine].sum()])
         assert (batch.crop_kind[r, slot:] == NO_CROP).all()
@@ -219,8 +218,8 @@ def distance(a, b):
 def test_packed_losses_and_gradients_are_those_of_the_examples_alone(case):
     config = config_of(case)
     examples, count = examples_of(config), config.latent_counts[0] if config.semantic_exchange else 0
-    narrow = dataclasses.replace(layout_spec(config, 80, QUESTION_LENGTH, 3), images=3)
-    wide = dataclasses.replace(layout_spec(config, LENGTH, QUESTION_LENGTH, 7), images=5)
+    narrow = dataclasses.replace(layout_spec(config, 80, QUESTION_LENGTH, 3), crops=3)
+    wide = dataclasses.replace(layout_spec(config, LENGTH, QUESTION_LENGTH, 7), crops=5)
     alone = [[i] for i in range(len(examples))]
     results = []
     for rows, spec in ((alone, narrow), (PACKED, wide)):
@@ -247,7 +246,7 @@ def test_text_rows_need_no_image_slots():
     config = config_of("paper")
     examples = [drawn(config, seed, "t" * (2 + seed) + "aa") for seed in range(3)]
     spec = layout_spec(config, 30, QUESTION_LENGTH, 3)
-    batch = lay_out_rows([examples[:2], examples[2:]], dataclasses.replace(spec, images=0), 4)
+    batch = lay_out_rows([examples[:2], examples[2:]], dataclasses.replace(spec, crops=0), 4)
     assert batch.crops.shape[1] == batch.crop_text.shape[1] == 0
     (total, (parts, _, visual)), _ = run_fn(config)(params(config), batch)
     assert visual is None and float(parts["v2t"]) == float(parts["t2v"]) == 0

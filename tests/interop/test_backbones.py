@@ -166,7 +166,16 @@ def text_logits(plan, params, ids):
     batch, (rows, length) = example_batch(plan.model, len(ids)), ids.shape
     none = {
         name: getattr(batch, name)[:, :0]
-        for name in ("crops", "crop_kind", "quadrants", "crop_text", "crop_text_mask", "round_image", "round_end")
+        for name in (
+            "crops",
+            "crop_kind",
+            "quadrants",
+            "crop_text",
+            "crop_text_mask",
+            "round_crop",
+            "round_end",
+            "windows",
+        )
     }
     batch = dataclasses.replace(
         batch,

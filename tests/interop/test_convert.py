@@ -14,7 +14,7 @@ from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from fusion_jax import checkpoint, convert
+from fusion_jax import checkpoint, convert, resume
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, new_folder
@@ -166,11 +166,11 @@ def test_continued_runs_take_sizes_from_the_checkpoint(published, tmp_path):
     about = checkpoint.load_about(tmp_path / "checkpoint")
     # A config need not know what comes with the weights ...
     vague = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, vocab_size=1000))
-    assert checkpoint.continue_model(vague, about, "checkpoint").llm == MODEL.llm
+    assert resume.continue_model(vague, about, "checkpoint").llm == MODEL.llm
     # ... but must mean the same model.
     other = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, layers=4))
     with pytest.raises(UserError, match=r"config.model does not fit DIR: llm.layers=4 \(checkpoint: 2\)\."):
-        checkpoint.continue_model(other, about, "DIR")
+        resume.continue_model(other, about, "DIR")
 
 
 # ---- Bad input: one sentence that names file and tensor, nothing left behind, the source untouched.

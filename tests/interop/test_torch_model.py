@@ -80,7 +80,7 @@ def torch_inputs(batch, side: str = "right", labels: bool = True) -> dict:
         "image_kind": batch.crop_kind,
         "question_ids": batch.crop_text,
         "question_mask": batch.crop_text_mask,
-        "round_image": batch.round_image,
+        "round_image": batch.round_crop,
         "round_end": moved(batch.round_end),
         "latent_start": moved(batch.latent_start),
         **({"labels": place(given)} if labels else {}),

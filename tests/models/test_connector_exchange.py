@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import jit, random_array, randomise
+from fixtures import image_windows, jit, random_array, randomise
 
 from fusion_jax.models import connector
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
@@ -105,9 +105,9 @@ def weights():
 
 
 def plan(round_image=ROUND_IMAGE, round_end=ROUND_END, latent_start=LATENT_START, context=CONTEXT):
-    return jax.tree.map(
-        jnp.asarray, ExchangePlan(*map(jnp.asarray, (context, *WINDOWS, round_image, round_end, latent_start)))
-    )
+    windows = image_windows(round_image, SIDE, 3)
+    context = context.reshape(BATCH, -1, WIDTH)
+    return ExchangePlan(*map(jnp.asarray, (context, windows, round_end, latent_start)))
 
 
 @functools.cache

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import example, jit, lay, params, random_array, tiny
+from fixtures import example, image_windows, jit, lay, params, random_array, tiny
 
 from fusion_jax import generate
-from fusion_jax.models import connector, layers, llm
+from fusion_jax.models import layers, llm
 from fusion_jax.models.config import RopeConfig, Stack
 from fusion_jax.models.exchange import ExchangePlan
 from fusion_jax.models.fusion import Fusion, head_kernel
@@ -187,12 +187,9 @@ def decode(x, segments, positions, plan=None, cache=None, config=STACKED):
 
 
 def exchange_plan(context, round_image, round_end, latent_start):
-    arrays = (
-        context,
-        *connector.windows(SIDE, 2),
-        *(np.array(a, np.int32) for a in (round_image, round_end, latent_start)),
-    )
-    return ExchangePlan(*map(jnp.asarray, arrays))
+    rounds = (np.array(a, np.int32) for a in (round_end, latent_start))
+    windows = image_windows(np.array(round_image), SIDE, 2)
+    return ExchangePlan(*map(jnp.asarray, (context.reshape(len(context), -1, context.shape[-1]), windows, *rounds)))
 
 
 # Two rows of 9 and 7 tokens; latents at 1 to 4, the question ends at 5; the second row is padded on the right.

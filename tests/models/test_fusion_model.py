@@ -153,7 +153,7 @@ def test_resized_image_tokens():
     config = tiny(image_tokens=4)
     batch = mixed_batch(config)
     hidden, visual = forward_fn(config)(params(config), batch)
-    assert visual.image_tokens.shape == (4, 1, 4, 16) and visual.context.shape == (4, 1, 4, 16)
+    assert visual.image_tokens.shape == (4, 4, 16) and visual.context.shape == (4, 4, 16)
     assert visual.patches.shape == (4, 1, 9, 16)  # the mapping loss keeps all patches
     assert batch.visual_index.max() == 4 + 2 * 4 - 1 and np.isfinite(np.asarray(hidden)).all()
 
@@ -169,6 +169,7 @@ PUBLISHED = [
     (name, size, tower, llm, visual)
     for name, tower, visual in (
         ("flare_l", GIANT, 630),
+        ("flare_x", GIANT, 630),  # of its whole view
         ("fusion", SO400M, 780),
         ("fusion_x", GIANT, 620),
         ("fusion_l", GIANT, 308),
@@ -194,7 +195,7 @@ def test_variant_has_the_published_shapes(name, size, tower, llm, visual):
     assert found["vision/position_embedding"] == (tower["patches"], dv)
     assert found[v + "query/kernel"] == (tower["layers"], dv, dv)
     assert found[v + "mlp/in/kernel"] == (tower["layers"], dv, tower["mlp"])
-    assert found["vision_to_text/in/kernel"] == ((2 if name == "flare_l" else 3) * dv, d)
+    assert found["vision_to_text/in/kernel"] == ((2 if name.startswith("flare") else 3) * dv, d)
     assert found["vision_to_text/out/kernel"] == (d, d)
     assert found["text_to_vision/in/kernel"] == (d, dv) and found["text_to_vision/out/kernel"] == (dv, dv)
 
@@ -219,7 +220,7 @@ def test_variant_has_the_published_shapes(name, size, tower, llm, visual):
     exchange = sum(np.prod(shape, dtype=np.int64) for path, shape in found.items() if "/exchange/" in path)
     assert abs(exchange - llm["exchange"]) / llm["exchange"] < 0.02
     tables = {path: shape for path, shape in found.items() if path.startswith("latents_")}
-    assert tables == ({f"latents_{n}": (n, d) for n in (4, 16, 36, 64, 144)} if name == "flare_l" else {})
+    assert tables == ({f"latents_{n}": (n, d) for n in (4, 16, 36, 64, 144)} if name.startswith("flare") else {})
 
 
 # Numerics.
@@ -323,7 +324,7 @@ def test_pooled_latents_are_the_stitched_quadrants():
     config = tiny("released")
     batch = mixed_batch(config)
     _, visual = forward_fn(config)(params(config), batch)
-    context, latents = np.asarray(visual.context)[0, 0].reshape(6, 6, 16), np.asarray(visual.latents)[0]
+    context, latents = np.asarray(visual.context)[0].reshape(6, 6, 16), np.asarray(visual.latents)[0]
     expected = context.reshape(2, 3, 2, 3, 16).max((1, 3)).reshape(4, 16)
     np.testing.assert_array_equal(latents[0], expected)
 

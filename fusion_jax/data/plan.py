@@ -1,0 +1,136 @@
+"""Which waiting records go into which rows of a step, before any image is read.
+
+    waiting   records in their shuffled order, each measured by its text (and its images' sizes)
+    units     what becomes a row: one record, or with packing the records of a best fit
+    groups    rows of one device and microbatch; they share a table of K crops, so units are dealt by crops too
+
+Everything is a function of the waiting records and l^2, so that every process draws the same plan and reads only the
+images of its own groups.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fusion_jax.data import packing
+from fusion_jax.data.layout import LayoutSpec
+
+# Batches of samples to choose from when rows are packed; twice a batch where only the crops have to work out.
+WAITING_PACKED, WAITING = 4, 2
+
+
+class Measured(NamedTuple):
+    """What a record takes: its number, positions without latents, crops and rounds with latents."""
+
+    number: int
+    length: int
+    crops: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group, whether rows are packed."""
+
+    rows: int
+    groups: int
+    crops: int
+    packing: bool
+
+    @property
+    def rows_per_group(self) -> int:
+        return self.rows // self.groups
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: for every row the places of its records in the list of waiting ones; K, 0 for rows of text alone."""
+
+    rows: list[list[int]]
+    crops: int
+
+
+def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int) -> list[list[int]]:
+    """Places of waiting records that share a row, in the order in which the rows should go."""
+    if not sizes.packing:
+        return [[i] for i in range(len(waiting))]
+    lengths = [m.length + m.rounds * latents for m in waiting]
+    others = [([m.crops for m in waiting], sizes.crops), ([m.rounds for m in waiting], spec.rounds)]
+    return packing.preferred(packing.best_fit(lengths, spec.length, others), lengths, spec.length)
+
+
+def enough(waiting: Sequence[Measured], sizes: Sizes, batch_size: int, split: bool) -> bool:
+    """Whether a step can be planned. `split`: rows of text alone are kept apart from rows with images."""
+    if sizes.packing:
+        return len(waiting) >= WAITING_PACKED * batch_size
+    pictured = sum(m.crops > 0 for m in waiting)
+    wanted = sizes.rows if sizes.crops >= sizes.rows_per_group * max((m.crops for m in waiting), default=0) else 0
+    wanted = wanted or WAITING * sizes.rows
+    return max(pictured, len(waiting) - pictured) >= wanted if split else len(waiting) >= wanted
+
+
+def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int, split: bool) -> Plan:
+    """The rows of one step, the record that has waited longest among them. Rows may stay empty where nothing fits.
+
+    Args:
+      latents: l^2. split: see `enough`; rows of text alone then go together and cost no encoder.
+    """
+    found, crops = units(waiting, spec, sizes, latents), sizes.crops
+    if split and not sizes.packing:
+        text = [unit for unit in found if waiting[unit[0]].crops == 0]
+        pictured = [unit for unit in found if waiting[unit[0]].crops > 0]
+        text_first = bool(text) and (not pictured or text[0][0] < pictured[0][0])
+        full = [len(kind) >= sizes.rows for kind in (text, pictured)]
+        if full[0] if full[0] != full[1] else text_first:
+            found, crops = text, 0
+        else:
+            found = pictured
+    return Plan(deal(found, [sum(waiting[i].crops for i in unit) for unit in found], sizes, crops), crops)
+
+
+def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
+    """Rows group by group: each unit goes where the crops left for each row are most like its own, if there is room."""
+    groups: list[list[list[int]]] = [[] for _ in range(sizes.groups)]
+    left = [crops] * sizes.groups
+    for unit, cost in zip(found, costs):
+        open_ = [g for g in range(sizes.groups) if len(groups[g]) < sizes.rows_per_group and left[g] >= cost]
+        if not open_:
+            if all(len(group) == sizes.rows_per_group for group in groups):
+                break
+            continue
+        best = min(open_, key=lambda g: abs(left[g] / (sizes.rows_per_group - len(groups[g])) - cost))
+        groups[best].append(unit)
+        left[best] -= cost
+    return [row for group in groups for row in group + [[]] * (sizes.rows_per_group - len(group))]
+
+
+def size_batches(
+    sample: Sequence[Measured],
+    spec: LayoutSpec,
+    batch_size: int,
+    groups: int,
+    latent_counts: Sequence[int],
+    most_crops: int,
+    packed: bool,
+) -> Sizes:
+    """How many rows and crops hold `batch_size` samples on average, judged by a sample of the records.
+
+    K is the mean of a group's crops and a little more: 3% where best fit can choose among many (at the smallest l^2,
+    with which a row has most of them), else one standard deviation. Units beyond it wait for lighter company.
+
+    Args:
+      groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.
+    """
+    if not packed:
+        costs = [m.crops for m in sample if m.crops] or [0]
+        per_group = batch_size // groups
+        crops = math.ceil(per_group * np.mean(costs) + math.sqrt(per_group) * np.std(costs) - 1e-9)
+        return Sizes(batch_size, groups, max(crops, most_crops), False)
+    free = Sizes(1, 1, max(most_crops, sum(m.crops for m in sample)), True)
+    found = [len(units(sample, spec, free, latents)) for latents in latent_counts or (0,)] if sample else [0]
+    rows = math.ceil(np.mean(found) / max(len(sample), 1) * batch_size / groups)
+    per_row = sum(m.crops for m in sample) / max(min(found), 1)
+    return Sizes(max(rows, 1) * groups, groups, max(math.ceil(1.03 * max(rows, 1) * per_row), most_crops), True)

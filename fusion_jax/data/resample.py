@@ -1,0 +1,189 @@
+"""Pillow's bicubic resizing, byte for byte, several times as fast: resample.c, compiled on first use.
+
+No package that could be installed instead gives Pillow's bytes: cykooz.resizer is as fast and up to 15 levels off,
+libvips and OpenCV filter in other ways. docs/performance.md has the figures.
+
+The system's C compiler ($CC, cc, gcc or clang) makes a library in the user's cache folder, named by a hash of all that
+decides what is in it, so that it is made once, and again after a change. Any number of processes may do so at once.
+Where there is no compiler, or what it makes does not reproduce Pillow on a small image, Pillow itself does the work,
+and the log says so once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+log = logging.getLogger("fusion_jax")
+
+SOURCE = Path(__file__).with_name("resample.c")
+FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")  # a fused multiply-add would round the weights differently
+STRIP = 2 << 20  # bytes of an image that are copied at a time where it cannot be read in place: these stay in the cache
+_lock = threading.Lock()
+Pixels = UInt8[np.ndarray, "tiles height width 3"]
+
+
+def resample(image: Image.Image, outputs: list[Pixels], covered: tuple[float, float] | None = None) -> None:
+    """Resizes one image to several sizes, bicubically and without keeping the aspect ratio.
+
+    Columns first, then rows, as Pillow did it up to version 12 and so for the published system. Pillow 13 begins with
+    the rows where that is cheaper, in most upright images, and rounds to other values on its way.
+
+    Args:
+      image: RGB.
+      outputs: contiguous uint8 arrays that are filled, each (T * T, height, width, 3): the image at T times that height
+        and width, cut into T x T tiles, row by row.
+      covered: the part of the image, from its upper left corner, to resize; (width, height) in pixels, all by default.
+    """
+    library = _library()
+    if library is None:
+        _with_pillow(image, outputs, covered or image.size)
+    else:
+        _with_library(library, image, outputs, covered or image.size)
+
+
+def _target(output: Pixels) -> tuple[int, int, int]:
+    tiles = math.isqrt(len(output))
+    return output.shape[2] * tiles, output.shape[1] * tiles, tiles
+
+
+def _with_pillow(image: Image.Image, outputs: list[Pixels], covered: tuple[float, float]) -> None:
+    for output in outputs:
+        width, height, tiles = _target(output)
+        box = (0, 0, covered[0], image.height)
+        across = image.resize((width, image.height), Image.Resampling.BICUBIC, box)
+        pixels = np.asarray(across.resize((width, height), Image.Resampling.BICUBIC, (0, 0, width, covered[1])))
+        cut = pixels.reshape(tiles, height // tiles, tiles, width // tiles, 3)
+        output[:] = cut.transpose(0, 2, 1, 3, 4).reshape(output.shape)
+
+
+def _with_library(
+    library: ctypes.CDLL,
+    image: Image.Image,
+    outputs: list[Pixels],
+    covered: tuple[float, float],
+    plain: bool = False,
+) -> None:
+    """`plain` leaves the processor's special instructions aside."""
+    width, height = image.size
+    targets = [_target(output) for output in outputs]
+    # One spare byte behind each row, as fusion_across wants it.
+    between = [np.empty((height, target[0] * 3 + 1), np.uint8) for target in targets]
+    failed = 0
+    for top, rows, pixels in _pixels(image):
+        for target, middle in zip(targets, between):
+            to, stride = middle[top:].ctypes.data, middle.strides[0]
+            failed |= library.fusion_across(pixels, width, covered[0], rows, to, stride, target[0], plain)
+    for output, target, middle in zip(outputs, targets, between):
+        stride, to = middle.strides[0], output.ctypes.data
+        failed |= library.fusion_down(middle.ctypes.data, stride, height, covered[1], to, *target, plain)
+    if failed:
+        raise MemoryError(f"no memory to resize an image of {width}x{height} pixels")
+
+
+class _ArrowArray(ctypes.Structure):
+    """The beginning of a struct of Arrow's C data interface, through which Pillow (from 11.2) shows its memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")),
+        ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+        ("children", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes]]:
+    """The image's rows, 4 bytes a pixel: the first row, how many, and where they are or a copy of them.
+
+    In place if Pillow can show them, up to 16 MB: in threads, where new memory is slow, copies would double the time.
+    """
+    width, height = image.size
+    try:
+        shown = image.__arrow_c_array__()[1]  # keeps the memory while it lives
+        lists = _ArrowArray.from_address(_capsule_pointer(shown, b"arrow_array"))
+        if (lists.length, lists.offset, lists.n_children) == (width * height, 0, 1):
+            yield 0, height, _ArrowArray.from_address(lists.children[0]).buffers[1]
+            return
+    except (AttributeError, ValueError):  # an older Pillow; an image in several pieces
+        pass
+    rows = max(1, STRIP // (4 * width))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        yield top, strip.height, strip.tobytes("raw", "RGBX")
+
+
+def _library() -> ctypes.CDLL | None:
+    with _lock:  # threads that come in the meantime wait for the one compilation
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = _open(_build())
+        if _reproduces_pillow(library):
+            return library
+        problem: object = "the compiled code does not give Pillow's pixels on this machine"
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home folder
+        problem = e
+    log.warning("Images are resized by Pillow, at a fifth of the speed: %s", problem)
+    return None
+
+
+def _build() -> Path:
+    """The compiled library, made now if the cache folder does not have it."""
+    compiler = shlex.split(os.environ.get("CC", "")) or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise OSError("no C compiler (cc, gcc or clang) is installed, and $CC names none")
+    command = [*([compiler] if isinstance(compiler, str) else compiler), *FLAGS]
+    what = repr((SOURCE.read_bytes(), command, platform.system(), platform.machine(), platform.libc_ver()))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusion_jax")
+    path = cache / f"resample-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # in the same file system, so that replacing is one step
+        made = Path(folder, path.name)
+        run = [*command, "-o", str(made), str(SOURCE)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise OSError(f"{shlex.join(run)} failed: {done.stderr.strip()[-500:]}")
+        os.replace(made, path)
+    return path
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, length, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+    library.fusion_across.argtypes = [pointer, number, real, number, pointer, length, number, number]
+    library.fusion_down.argtypes = [pointer, length, number, real, pointer, number, number, number, number]
+    return library
+
+
+def _reproduces_pillow(library: ctypes.CDLL) -> bool:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8))
+    for height, width in ((20, 17), (90, 31)):
+        ours, expected = np.empty((2, 1, height, width, 3), np.uint8)
+        _with_library(library, image, [ours], image.size)
+        _with_pillow(image, [expected], image.size)
+        if not np.array_equal(ours, expected):
+            return False
+    return True

@@ -1,0 +1,108 @@
+"""Attention kernels that never write the scores to memory, for TPU and GPU: JAX's own, made to fit our contract.
+
+Each takes and gives what `attention.reference_attention` does: packed segments, padding, grouped heads, zeros where a
+query sees no key. Lengths are padded to whole blocks with positions of segment 0, which nobody looks at.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as triton
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from fusion_jax.models.remat import ATTENTION
+
+LANES = 128  # of a TPU: its blocks are multiples of it
+NOBODY = -1  # a segment of padded keys: no query carries it
+
+
+def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
+    """(B, n, ...) to (B, length, ...)."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+
+
+def _segments(q, k, q_segments, kv_segments):
+    """Segment ids where there are none: everybody is in segment 1."""
+    if q_segments is not None:
+        return q_segments, kv_segments
+    return jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
+
+
+def _zero_blind(out, q_segments, kv_segments, causal):
+    """Zeros where a query sees no key, as padding does; kernels leave anything there."""
+    sees = q_segments > 0
+    if not causal:  # a causal query sees at least itself
+        sees &= (q_segments[:, :, None] == kv_segments[:, None, :]).any(-1)
+    return jnp.where(sees[..., None, None], out, 0)
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """(padded length, block): one block up to 1024 positions, beyond it the block that pads least."""
+    if length <= 1024:
+        padded = math.ceil(length / LANES) * LANES
+        return padded, padded
+    return min(((math.ceil(length / b) * b, b) for b in (512, 384, 256)), key=lambda found: (found[0], -found[1]))
+
+
+def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, interpret=False):
+    """Splash attention (TPU): blocks that a causal mask or window hides are never computed."""
+    _, q_length, heads, size = q.shape
+    ours, theirs = _segments(q, k, q_segments, kv_segments)
+    (q_padded, q_block), (k_padded, k_block) = _blocks(q_length), _blocks(k.shape[1])
+    shape = (q_padded, k_padded)
+    if window:
+        mask = splash_mask.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = splash_mask.CausalMask(shape) if causal else splash_mask.FullMask(shape)
+    sizes = splash.BlockSizes(q_block, k_block, None, q_block, k_block, None, q_block, k_block)
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) / math.sqrt(size)).astype(q.dtype)
+    q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in ((q, q_padded), (k, k_padded), (v, k_padded)))
+    ids = splash.SegmentIds(_pad(ours, q_padded), _pad(theirs, k_padded, NOBODY))
+    out = jax.vmap(kernel)(q, k, v, ids).transpose(0, 2, 1, 3)[:, :q_length]
+    if q_segments is None:
+        return out.astype(v.dtype)
+    return _zero_blind(out, ours, theirs, causal).astype(v.dtype)
+
+
+def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):
+    """Flash attention in Triton (GPU), of a sequence with itself: the same positions and segments on both sides.
+
+    Knows no window.
+    """
+    assert not window
+    _, length, heads, size = q.shape
+    padded = math.ceil(length / 128) * 128
+    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
+    blocks = triton.BlockSizes(128, 64, 64, 64, 64, 64)
+    q, k, v = (_pad(x, padded) for x in (q, k, v))
+    out = triton.mha(
+        q, k, v, _pad(q_segments, padded), 1 / math.sqrt(size), causal, block_sizes=blocks, interpret=interpret
+    )  # fmt: skip
+    return _zero_blind(out[:, :length], q_segments, kv_segments, causal).astype(v.dtype)
+
+
+def cudnn_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, implementation="cudnn"):
+    """cuDNN's fused attention (NVIDIA GPU). It knows no segments: they come as an array of two bytes a pair.
+
+    float16 and bfloat16 only. `implementation`: `jax.nn.dot_product_attention`'s; tests take another.
+    """
+    q_length, extra = q.shape[1], {}
+    if q_segments is not None:
+        # With a mask it wants even lengths.
+        q, k, v = (_pad(x, x.shape[1] + x.shape[1] % 2) for x in (q, k, v))
+        ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], NOBODY)
+        extra["mask"] = (ours[:, None, :, None] == theirs[:, None, None, :]) & (theirs > 0)[:, None, None, :]
+    if window:
+        extra["local_window_size"] = (window - 1, 0)
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation, **extra)[:, :q_length]
+    return out if q_segments is None else _zero_blind(out, q_segments, kv_segments, causal).astype(v.dtype)

@@ -1,0 +1,93 @@
+"""Logical axis names on activations. Which devices they mean is decided by `fusion_jax.sharding`, under whose mesh a
+program is traced; without one, as on a single device, nothing here does anything.
+
+Names in use: `batch` (rows of a batch, or anything that lies along them), `heads`, `mlp`, `vocab`, `embed` and `rows`
+(see `llm.Decoder.embed`). None: not split.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Names = tuple[str | None, ...]
+
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str):
+    """Programs traced herein are for that kind of device, whatever this machine has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def platform() -> str:
+    """The kind of device that a program traced now is for: cpu, gpu, tpu."""
+    return _platform.get() or jax.default_backend()
+
+
+def active() -> bool:
+    """Whether a program traced now is to be split over devices by logical names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside `split` every axis is manual: there the arrays are one device's own.
+    return not mesh.empty and not mesh.manual_axes and bool(nn.get_logical_axis_rules())
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its axes dealt over the devices that the logical names mean."""
+    return nn.with_logical_constraint(x, names) if active() else x
+
+
+def split(function: Callable, arguments: Sequence[Names], results: Names | tuple[Names, ...]) -> Callable:
+    """`function` on each device's own part of its arguments; the function itself where nothing is split.
+
+    Args:
+      arguments: logical names of every argument's axes; an argument may be None.
+      results: those of the result, or a tuple of them.
+    """
+    if not active():
+        return function
+    spec = nn.logical_to_mesh_axes
+    several = bool(results) and isinstance(results[0], tuple)
+    out = tuple(map(spec, results)) if several else spec(results)
+    # Pallas kernels and custom VJPs carry no annotations that the replication check could read.
+    return jax.shard_map(function, in_specs=tuple(map(spec, arguments)), out_specs=out, check_vma=False)
+
+
+def take(x: jax.Array, index: jax.Array, split_last: str | None = None) -> jax.Array:
+    """x[a, index[a]] for every a along axis 0: (A, n, ...), (A, ...) -> (A, ..., ...). No device reads another's rows.
+
+    `split_last`: logical name of the last axis of `x`, where it is dealt.
+    """
+    names = ("batch", *(None,) * (x.ndim - 2), split_last)
+    indices = ("batch", *(None,) * (index.ndim - 1))
+    return split(lambda x, i: x[_rows(i), i], (names, indices), (*indices, *names[2:]))(x, index)
+
+
+def add(x: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
+    """x with update[a] added at x[a, index[a]], for every a along axis 0; indices beyond the end are left out."""
+    names, indices, updates = (("batch", *(None,) * (a.ndim - 1)) for a in (x, index, update))
+    run = split(lambda x, i, u: x.at[_rows(i), i].add(u, mode="drop"), (names, indices, updates), names)
+    return run(x, index, update)
+
+
+def _rows(index: jax.Array) -> jax.Array:
+    """0, 1, ... along axis 0, to be broadcast against `index`."""
+    return jnp.arange(index.shape[0]).reshape(-1, *(1,) * (index.ndim - 1))
+
+
+def devices_along(name: str) -> tuple[str, ...]:
+    """Mesh axes that a logical name means, those of one device left out; for collectives inside `split`."""
+    if not active():
+        return ()
+    axes = nn.logical_to_mesh_axes((name,))[0] or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if sizes[axis] > 1)

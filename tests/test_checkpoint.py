@@ -1,0 +1,225 @@
+"""Saving and restoring a state: failures of the folder, damage, what is kept, other devices, other configs."""
+
+import dataclasses
+import json
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fusion_jax import checkpoint, integrity, resume
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.errors import UserError
+from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
+from fusion_jax.state import TrainState
+
+ABOUT = {"json": json.dumps({"config": {}})}
+
+
+def state_at(step):
+    """Parameters and moments that differ by step."""
+    numbers = jnp.arange(64 * 64, dtype=jnp.float32).reshape(64, 64) + step
+    counters = (jnp.int32(step), jnp.int32(0), jnp.int32(1))
+    return TrainState(counters[0], {"a": {"kernel": numbers}}, {"mu": numbers * 2}, *counters[1:])
+
+
+def saved(folder, *steps, **keep):
+    """Checkpoints of those steps, each complete."""
+    checkpoints = checkpoint.Checkpoints(folder, ABOUT, **keep)
+    for step in steps:
+        checkpoints.save(step, state_at(step), {"next": step})
+    checkpoints.close()
+    return checkpoints
+
+
+def assert_is(restored, step):
+    found, state, data = restored
+    assert found == step and data == {"next": step}
+    for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_newest_checkpoint_comes_back_and_old_ones_go(tmp_path):
+    checkpoints = saved(tmp_path, 2, 4, 6, 8, 10, keep=2, keep_every=4)
+    assert checkpoints.steps() == [4, 8, 10]
+    assert_is(checkpoints.restore(jax.eval_shape(lambda: state_at(0))), 10)
+    assert checkpoint.Checkpoints(tmp_path / "none", ABOUT).restore(state_at(0)) is None
+
+
+def test_a_state_that_moves_on_while_it_is_saved_is_saved_as_it_was(tmp_path):
+    """The step donates the buffers that are being written."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 3, s), donate_argnums=0)
+    state = state_at(5)
+    checkpoints.save(5, state, {"next": 5})
+    for _ in range(3):
+        state = step(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    assert_is(checkpoints.restore(state_at(0)), 5)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_damaged_newest_checkpoint_falls_back_one_and_says_so(tmp_path, caplog, damage):
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    path = max((p for p in (tmp_path / "3").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "changed" else content[:-1])
+    with caplog.at_level("WARNING", "fusion_jax"):
+        assert_is(checkpoints.restore(state_at(0)), 2)
+    says = {"truncated": "bytes instead of", "changed": "has changed", "missing": "is missing"}[damage]
+    assert says in caplog.text and path.name in caplog.text and "going back to step 2" in caplog.text
+    assert checkpoints.steps() == [1, 2] and (tmp_path / "3.damaged").is_dir()
+    checkpoints.finish(3, state_at(3), {"next": 3}, patience=0)  # training comes by again
+    assert_is(saved(tmp_path).restore(state_at(0)), 3)
+
+
+def test_damage_to_any_file_is_found(tmp_path):
+    saved(tmp_path, 1)
+    listed = json.loads((tmp_path / "1" / "files.0.json").read_text())
+    files = [p for p in (tmp_path / "1").rglob("*") if p.is_file() and p.name != "files.0.json"]
+    assert sorted(listed) == sorted(p.relative_to(tmp_path / "1").as_posix() for p in files)
+    for path in files:
+        before = path.read_bytes()
+        path.write_bytes(before + b"x")
+        assert path.name in integrity.problem(tmp_path / "1", thorough=False)
+        path.write_bytes(before)
+    assert integrity.problem(tmp_path / "1") is None
+    (tmp_path / "1" / "files.0.json").write_text("{")
+    assert "files.0.json cannot be read" in integrity.problem(tmp_path / "1")
+
+
+def test_without_its_list_a_damaged_checkpoint_fails_to_load_and_falls_back(tmp_path, caplog):
+    """Killed between the end of a save and its list, then damaged."""
+    checkpoints = saved(tmp_path, 1, 2)
+    (tmp_path / "2" / "files.0.json").unlink()
+    for path in (tmp_path / "2" / "train").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert_is(checkpoints.restore(state_at(0)), 1)
+    assert "going back to step 1" in caplog.text
+
+
+def test_no_whole_checkpoint_left_is_said_and_nothing_is_moved(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 1: .* is missing\)"):
+        checkpoints.restore(state_at(0))
+    assert checkpoints.steps() == [1]
+
+
+def test_full_disk_costs_one_checkpoint_and_the_next_save_tries_again(tmp_path, caplog):
+    checkpoints = saved(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))  # every larger file fails while it is written
+    try:
+        checkpoints.save(2, state_at(2), {"next": 2})
+        checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "no checkpoint of step 2" in caplog.text and "training goes on" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["1"], "what was half written takes room"
+    checkpoints.save(3, state_at(3), {"next": 3})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_folder_that_fails_for_a_while_is_outlived_and_one_that_stays_away_is_said(tmp_path, caplog):
+    folder, away = tmp_path / "checkpoints", tmp_path / "away"
+    checkpoints = saved(folder, 1)
+    folder.rename(away)
+    folder.write_text("not a folder")
+    checkpoints.save(2, state_at(2), {"next": 2})
+    with pytest.raises(UserError, match=r"checkpoint of step 3 could not be written .*make room or repair"):
+        checkpoints.finish(3, state_at(3), {"next": 3}, patience=1.5)
+    assert caplog.text.count("no checkpoint of step 3") == 2
+    folder.unlink()
+    away.rename(folder)
+    checkpoints.finish(3, state_at(3), {"next": 3}, patience=1.5)
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_leftovers_of_a_killed_save_are_removed_and_never_read(tmp_path):
+    saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    (tmp_path / "1.deleting").mkdir()
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert_is(checkpoints.restore(state_at(0)), 1)
+
+
+MODEL = FusionConfig(
+    vision=VisionConfig(image_size=24, patch_size=8, width=16, mlp_dim=32, layers=2, heads=2),
+    llm=LLMConfig(vocab_size=640, width=32, mlp_dim=48, layers=2, heads=4, kv_heads=2),
+    exchange=ExchangeConfig(start=0, stride=2, layers=1, heads=2),
+    latent_counts=(1, 4),
+    **PAPER,
+)
+STAGE = StageConfig(name="first", data="d.json", max_length=144, batch_size=4)
+RUN = RunConfig(model=MODEL, stages=(STAGE,), tokenizer="t")
+
+
+def checked(config, records=50):
+    about = json.loads(checkpoint.describe(RUN, None, records={"first": 50})["json"])
+    resume.check(config, config.stages[0], records, about, "WORKDIR/first")
+
+
+def test_what_may_change_between_two_starts():
+    stage = dataclasses.replace(
+        STAGE, learning_rate=1e-5, steps=9, accumulation=2, weight_decay=0.1, data="/elsewhere.json"
+    )
+    checked(RUN)
+    checked(
+        dataclasses.replace(
+            RUN, stages=(stage,), dtype="float32", remat="none", model=replace(MODEL, mapping_loss_weight=0.5)
+        )
+    )
+
+
+def test_checkpoint_of_another_config_names_every_value():
+    stage = dataclasses.replace(STAGE, batch_size=8, freeze=("^llm/",))
+    model = replace(MODEL, llm=dataclasses.replace(MODEL.llm, layers=4), mask="released")
+    with pytest.raises(UserError) as error:
+        checked(dataclasses.replace(RUN, model=model, seed=7, stages=(stage,)), records=60)
+    for part in (
+        "WORKDIR/first is of another config",
+        "model.llm.layers=4 (checkpoint: 2)",
+        "model.mask='released' (checkpoint: 'paper')",
+        "seed=7 (checkpoint: 42)",
+        "first.batch_size=8 (checkpoint: 4)",
+        "first.freeze=('^llm/',) (checkpoint: ())",
+        "records of d.json=60 (checkpoint: 50)",
+    ):
+        assert part in str(error.value)
+    assert "max_length" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_environment_is_in_the_checkpoint():
+    about = json.loads(checkpoint.describe(RUN, None)["json"])["environment"]
+    assert about["packages"]["jax"] == jax.__version__
+    assert about["devices"]["count"] == jax.device_count() and about["devices"]["processes"] == 1
+    assert about["commit"] is None or len(about["commit"].removesuffix("-dirty")) == 40
+
+
+def test_restores_into_the_shardings_asked_for(tmp_path):
+    """On one device here; the survival tests go from eight devices to fewer."""
+    checkpoints = saved(tmp_path, 4)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding if x.ndim else NamedSharding(mesh, PartitionSpec())
+        ),
+        state_at(0),
+    )
+    restored = checkpoints.restore(like)
+    assert_is(restored, 4)
+    assert restored[1].params["a"]["kernel"].sharding == sharding

@@ -1,0 +1,158 @@
+"""The lock on a workdir, the watchdog, spikes, the metrics file on a full disk, parsing of traced steps."""
+
+import fcntl
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fusion_jax import lock, metrics, watch
+from fusion_jax.errors import UserError
+
+
+def test_workdir_of_a_live_run_is_refused_and_of_a_dead_one_taken_over(tmp_path):
+    """Another process holds it, then dies without a word."""
+    script = (
+        "import sys, time, pathlib\nfrom fusion_jax import lock\n"
+        "with lock.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=f"is in use by a live run .process {process.pid} on {socket.gethostname()}"),
+            lock.hold(tmp_path),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with lock.hold(tmp_path):
+        assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == os.getpid()
+    with lock.hold(tmp_path):  # one that ended in order
+        pass
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_lock_of_another_host_is_judged_by_its_signs_of_life(tmp_path, monkeypatch, alive):
+    monkeypatch.setattr(lock, "STALE", 0.4)
+    path = tmp_path / lock.FILE
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "then"}))
+    if alive:
+        threading.Timer(0.1, os.utime, (path, (1, 1))).start()
+        with pytest.raises(UserError, match="process 1 on elsewhere, since then"), lock.hold(tmp_path):
+            pass
+    else:
+        with lock.hold(tmp_path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_run_shows_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "RENEW", 0.02)
+    with lock.hold(tmp_path):
+        os.utime(tmp_path / lock.FILE, (1, 1))
+        deadline = time.time() + 10
+        while (tmp_path / lock.FILE).stat().st_mtime == 1:
+            assert time.time() < deadline
+            time.sleep(0.01)
+
+
+def test_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock.hold(tmp_path):
+        assert "has no locks" in caplog.text
+
+
+def test_watchdog_shows_every_threads_stack_once_per_period(caplog):
+    def the_thread_that_hangs():
+        released.wait()
+
+    released = threading.Event()
+    thread = threading.Thread(target=the_thread_that_hangs)
+    thread.start()
+    try:
+        with watch.Watch(0.3 / 60) as phase:
+            for _ in range(8):  # busy, but never silent for long
+                with phase("computing"):
+                    time.sleep(0.06)
+            assert not caplog.records
+            with phase("waiting for input") as seconds:
+                time.sleep(0.55)
+        assert 0.5 < seconds() < 5
+    finally:
+        released.set()
+        thread.join()
+    assert len(caplog.records) == 1
+    assert "(waiting for input)" in caplog.text and "the_thread_that_hangs" in caplog.text
+    assert "test_watchdog_shows" in caplog.text, "the main thread too"
+
+
+def test_spikes_stand_out_from_noise_and_trend():
+    rng = np.random.default_rng(0)
+    steps = [{"total": 5 * 0.99**i + 0.1 * rng.normal(), "grad_norm": 1 + 0.3 * rng.random()} for i in range(300)]
+    spikes = metrics.Spikes()
+    assert spikes.look(1, steps) == []
+    found = spikes.look(
+        301, [{"total": 3.0, "grad_norm": 1.1}, {"total": 0.3, "grad_norm": 40.0}, {"total": np.nan, "grad_norm": 1.0}]
+    )
+    assert [text.split(" is ")[0] for text in found] == [
+        "step 301: total 3",
+        "step 302: grad_norm 40",
+        "step 303: total",
+    ]
+    # A few spikes do not make the next one normal.
+    assert len(spikes.look(304, [{"total": 3.0, "grad_norm": 1.0}] * 5)) == 5
+
+
+def test_full_disk_costs_no_metrics_line_and_no_run(tmp_path, caplog):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.scalars(1, {"ce": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 3, hard))
+    try:
+        for step in range(2, 40):  # more than TensorBoard's queue holds
+            writer.scalars(step, {"ce": float(step), "total": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.scalars(40, {"ce": 40.0})
+    writer.close()
+    assert "training goes on" in caplog.text
+    assert [row["ce"] for row in metrics.read(writer.path)] == [float(step) for step in range(1, 41)]
+
+
+def test_restarted_writer_knows_what_was_written(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.scalars(4, {"ce": 1.0})
+    writer.scalars(4, {"validation/ce": 1.0})
+    writer.scalars(5, {"ce": 1.0})
+    writer.close()
+    again = metrics.Writer(tmp_path, 4)
+    assert again.has(4, "validation/ce") and not again.has(5, "ce")
+    again.close()
+
+
+def test_missing_wandb_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"config.wandb_project needs Weights & Biases .*pip install wandb"):
+        metrics.import_wandb()
+
+
+def test_steps_to_trace():
+    assert watch.parse_steps("") is None and watch.parse_steps("3:5") == (3, 5)
+    for wrong in ("3", "5:3", "0:2", "a:b", "3:"):
+        with pytest.raises(UserError, match="must be FIRST:LAST"):
+            watch.parse_steps(wrong)
+
+
+def test_memory_in_use_is_plausible():
+    assert 0.05 < watch.memory()["host_gib"] < 100
