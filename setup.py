@@ -38,6 +38,10 @@ setup(
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "jsonschema>=4.23",
+        "datasketch>=1.6",
+        "ImageHash>=4.3",
+        "httpx2>=2.0",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
@@ -47,6 +51,10 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
+        # Data synthesis: image generators in this process, many machines, perplexity of captions.
+        "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
+        "ray": ["ray[data]>=2.51"],
+        "kenlm": ["kenlm>=0.3"],
         "test": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
@@ -56,6 +64,7 @@ setup(
             "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
+            "diffusers==0.42.1",
         ],
     },
 )
