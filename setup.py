@@ -55,6 +55,8 @@ setup(
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],
+        # For config.wandb_project.
+        "wandb": ["wandb>=0.19"],
         "test": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",

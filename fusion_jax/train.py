@@ -260,7 +260,7 @@ class StageRun:
                 stop.nothing_to_lose = False
                 interval.add(values | _prefixed("learning_rate/", rates), fed.samples, cost)
                 tracer.after(step, values)
-                stop.after(step)
+                stop.after_step()
 
                 if step % config.log_every == 0 or step == steps:
                     with phase("computing") as computed:
@@ -272,7 +272,7 @@ class StageRun:
                         log.warning("%s %s", stage.name, text)
                     report["spikes"] = len(found)
                     left = (time.perf_counter() - begun) / (step - start) * (steps - step)
-                    writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
+                    writer.scalars(step, {**report, **counts.scalars()})
                     log.info(metrics.line(stage.name, step, steps, report, left))
                     self._check_skipped(int(current.skipped_in_row))
                     interval = metrics.Interval()
@@ -308,10 +308,12 @@ class StageRun:
     def _note_bad(self, step: int, bad: tuple[BadRecord, ...], counts: pipeline.Counts) -> None:
         if not bad:
             return
-        with (self.reports / "bad_records.jsonl").open("a") as file:
-            for record in bad:
-                entry = {"step": step, "reason": record.reason, "where": record.where, "detail": record.detail}
-                file.write(json.dumps(entry) + "\n")
+        entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in bad]
+        try:
+            with (self.reports / "bad_records.jsonl").open("a") as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            log.warning("bad records are not listed: %s", error)
         for record in bad[: max(0, self.bad_to_show)]:
             log.warning("skipped a bad record (%s): %s", record.reason, record)
         self.bad_to_show -= len(bad)
