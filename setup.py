@@ -26,6 +26,7 @@ setup(
         "array_record>=0.8",
         "tensorflow-datasets>=4.9.10",
         "numpy>=2.0",
+        "scipy>=1.13",
         "sentencepiece>=0.2.1",
         "tokenizers>=0.21",
         "safetensors>=0.5",

@@ -21,7 +21,7 @@ from fusion_jax.synth.scene import claims, graph
 from fusion_jax.synth.scene.lexicon import COLOURS, NOUNS, SETTINGS
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-PER_KIND = 40
+PER_KIND = 25
 CAPTIONS = list(embedded.captions(400, 11))
 
 
@@ -109,7 +109,7 @@ def true_answer(question: str, state: dict) -> str | None:
 @pytest.mark.parametrize("kind", ["conv_short", "multi_choice", "text_qa"])
 def test_answers_are_true_by_a_second_reader(kind):
     read = 0
-    for number in range(150):
+    for number in range(100):
         data, pairs = sample(kind, number)
         for pair in pairs:
             expected = true_answer(pair["question"], data["state"]["scenes"][0])
@@ -118,7 +118,7 @@ def test_answers_are_true_by_a_second_reader(kind):
                 read += 1
             elif expected is not None:
                 assert f'"{expected}"' in pair["answer"]
-    assert read > (300 if kind != "text_qa" else 50)
+    assert read > (200 if kind != "text_qa" else 40)
 
 
 def test_captions_of_each_kind_say_what_is_there():
@@ -140,12 +140,12 @@ def test_captions_of_each_kind_say_what_is_there():
 def test_the_oracle_drops_what_is_planted_and_nothing_else(kind):
     model, vision = embedded.LanguageModel(wrong_share=0.2), embedded.VisionModel()
     judged: Counter = Counter()
-    for number in range(120):
+    for number in range(70):
         data, pairs = sample(kind, number, model)
         for k, pair in enumerate(pairs):
             reply = vision.verify([], [], pair["question"], pair["answer"], 0, data)
             judged[embedded.planted(number, k, 0.2), reply.parsed["correct"]] += 1
-    assert judged[True, False] > 20
+    assert judged[True, False] > 12
     assert judged[True, True] <= 0.01 * judged[True, False]
     assert judged[False, False] <= 0.01 * judged[False, True]
 
@@ -232,12 +232,12 @@ def test_the_pool_is_varied_and_mostly_passes_the_published_filters():
 
 def test_texts_are_not_near_duplicates_and_pass_the_filters():
     kept, failed = [], 0
-    for number in range(200):
+    for number in range(90):
         data, pairs = sample("conv_long", number)
         failed += filters.failed(data["descriptions"][0], FilterConfig()) is not None
         words = " ".join([*data["descriptions"], *(p["question"] + " " + p["answer"] for p in pairs)]).lower().split()
         kept.append(set(zip(words, words[1:], words[2:])))
-    assert failed < 8
+    assert failed < 5
     alike = [len(a & b) / len(a | b) for a, b in itertools.combinations(kept, 2)]
     assert max(alike) < 0.5 and np.mean(alike) < 0.2
 

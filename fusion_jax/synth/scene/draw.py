@@ -30,6 +30,7 @@ from fusion_jax.synth.scene.lexicon import NOUNS, RGB
 from fusion_jax.synth.scene.sculpt import Master
 
 SIZE_FACTOR = {"small": 0.68, "": 0.86, "large": 1.04}
+WRITTEN_FACTOR = {"small": 0.88, "": 0.96, "large": 1.04}  # what is written must be legible
 MIRRORED = ("mug", "teapot", "car", "bus", "duck", "snail", "bird", "airplane", "cat", "tent", "chair", "house")
 SWAYING = {"balloon": 8, "kite": 25, "bird": 12, "butterfly": 25, "airplane": 10, "ball": 180}  # degrees
 
@@ -90,7 +91,12 @@ def _side_by_side(number: int, group: Group, left, right, top, bottom, rng: rand
     variant = _variant(group, rng)
     aspect = master(group.noun, variant).aspect
     room, gap = right - left, 1.14
-    high = (bottom - top) * noun.height * SIZE_FACTOR[group.size] * rng.uniform(0.93, 1.0)
+    high = (
+        (bottom - top)
+        * noun.height
+        * (WRITTEN_FACTOR if group.text else SIZE_FACTOR)[group.size]
+        * rng.uniform(0.93, 1.0)
+    )
     high = min(high, room / (aspect * (group.count * gap - (gap - 1))))
     wide = high * aspect
     span = wide * (1 + gap * (group.count - 1))

@@ -212,7 +212,7 @@ _SETTINGS = (
         "forest clearing",
         "in",
         False,
-        "mossy ground",
+        "soft moss",
         "a row of dark trees",
         ("forest", "woods", "clearing"),
         "Tall trunks close off the view.",

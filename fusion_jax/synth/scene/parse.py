@@ -117,8 +117,3 @@ def _carrier(start: int, mentioned: list[Mention], known: list[int | None], draf
     before = [index for mention, index in able if mention.start < start]
     after = [index for mention, index in able if mention.start > start]
     return before[-1] if before else (after[0] if after else None)
-
-
-def drawable(draft: Draft) -> bool:
-    """Whether there is anything in a draft that can be drawn."""
-    return bool(draft.groups)
