@@ -39,6 +39,10 @@ setup(
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "jsonschema>=4.23",
+        "datasketch>=1.6",
+        "ImageHash>=4.3",
+        "httpx2>=2.0",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
@@ -53,6 +57,10 @@ setup(
         "lmms_eval": ["lmms-eval>=0.7.3"],
         # python -m fusion_jax.plan
         "plan": ["libtpu>=0.0.51"],
+        # Data synthesis: image generators in this process, many machines, perplexity of captions.
+        "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
+        "ray": ["ray[data]>=2.51"],
+        "kenlm": ["kenlm>=0.3"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -65,6 +73,7 @@ setup(
             "torch==2.13.0",
             "transformers==5.23.0",
             "openpyxl==3.1.5",
+            "diffusers==0.42.1",
         ],
     },
     entry_points={"lmms_eval.models": ["fusion_jax = fusion_jax.evals.lmms_eval_plugin:MANIFEST"]},

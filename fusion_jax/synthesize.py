@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fusion_jax.cli import run_main
-from fusion_jax.config import from_dict
+from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import blocks, engine, filters
 from fusion_jax.synth.config import SynthConfig
