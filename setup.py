@@ -39,10 +39,6 @@ setup(
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
         "tqdm>=4.66",
-        "jsonschema>=4.23",
-        "datasketch>=1.6",
-        "ImageHash>=4.3",
-        "httpx2>=2.0",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
@@ -57,7 +53,8 @@ setup(
         "lmms_eval": ["lmms-eval>=0.7.3"],
         # python -m fusion_jax.plan
         "plan": ["libtpu>=0.0.51"],
-        # Data synthesis: image generators in this process, many machines, perplexity of captions.
+        # Data synthesis; then image generators in this process, many machines, perplexity of captions.
+        "synth": ["jsonschema>=4.23", "datasketch>=1.6", "ImageHash>=4.3", "httpx2>=2.0"],
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],
