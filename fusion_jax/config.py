@@ -105,10 +105,12 @@ class RunConfig:
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
-    Every N steps: log_every, checkpoint_every, validate_every (0 = never).
+    Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
     keep_every: and those of every n-th step (0 = none).
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
+    evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
+    (0 = all).
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
     decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
     loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
@@ -133,6 +135,10 @@ class RunConfig:
     validation_data: str = ""
     validation_batches: int = 8
     sample_answers: int = 4
+    evaluate_every: int = 0
+    evaluation_tasks: tuple[str, ...] = ()
+    evaluation_data: str = ""
+    evaluation_limit: int = 100
     max_bad_records: float = 0.01
     max_skipped_steps: int = 20
     decode: str = "exact"
