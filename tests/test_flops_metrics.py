@@ -196,7 +196,8 @@ def test_interval_reports_means_rates_and_mfu(monkeypatch):
         step = {name: jnp.float32(k) for name in ("total", "ce", "v2t", "t2v", "grad_norm")}
         tokens = {"text_tokens": jnp.float32(10 * k), "visual_tokens": jnp.float32(100 * k)}
         rest = {"skipped": jnp.float32(k), "learning_rate/default": jnp.float32(k / 10), "supervised_tokens": 1.0}
-        interval.add({**step, **tokens, **rest}, samples=8, flops=3e9, waited=0.5)
+        interval.add({**step, **tokens, **rest}, samples=8, flops=3e9)
+        interval.spend("input", 0.5)
     report = interval.report(peak=10e9)
     assert {report[name] for name in ("total", "ce", "v2t", "t2v", "grad_norm")} == {2.0}
     assert report["skipped"] == 3 and report["learning_rate/default"] == pytest.approx(0.3)
