@@ -45,7 +45,7 @@ class State:
       cache: rows share the slot that is written next. Answers lie behind the prompts in a ring of slots, so a row may
         take up a new prompt at any time; no row may live longer than the ring is long.
       ring: int32 scalar, the first slot of the ring.
-      done: (B,) bool, nothing more is wanted of the row. made, limit: (B,) int32, the answer's tokens so far and at most.
+      done: (B,) bool, nothing more is wanted of the row. made, limit: (B,) int32, tokens of the answer so far, at most.
       seen: (B, V) bool, tokens of the prompt and the answer. settings: how each row's tokens are chosen.
     """
 
