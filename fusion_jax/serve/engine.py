@@ -255,7 +255,8 @@ class Engine:
         return generate.State(
             logits=jnp.zeros((rows, config.vocab_size), jnp.float32),
             positions=none,
-            cache=replace(cache, length=jnp.int32(self.capacity)),
+            # Copies: steps donate their buffers, which must differ.
+            cache=replace(cache, positions=cache.positions.copy(), length=jnp.int32(self.capacity)),
             ring=jnp.int32(self.capacity),
             done=jnp.ones(rows, bool),
             made=none.copy(),
