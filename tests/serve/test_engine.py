@@ -14,6 +14,7 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.sampling import Sampling
 from fusion_jax.serve.engine import Closing, Engine, Full
+from fusion_jax.streaming import TextStream
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 BUCKETS = generate.Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), images=(0, 1, 2))
@@ -59,16 +60,22 @@ def collect(engine, requests, timeout=300.0):
     return texts, [ends[i] for i in range(len(requests))]
 
 
-def test_64_mixed_requests_equal_one_by_one_without_compiling(engine, tokenizer):
+def alone(engine, record, how):
+    """The same by the functions that know nothing of rows and rings."""
+    prompts, longest = engine.prompts, dataclasses.replace(how, max_tokens=24)  # one program for all limits
+    state = generate.first_state(engine.model, engine.params, prompts.batch([prompts.example(record)]), [longest])
+    tokens, _, _ = generate.decode(engine.model, engine.params, state, 24, prompts.stop_ids, not how.greedy)
+    stream = TextStream(prompts.tokenizer, prompts.stop_ids, how.stop, how.max_tokens)
+    return stream.add(tokens[0].tolist())
+
+
+def test_64_mixed_requests_equal_one_by_one_without_compiling(engine):
     requests = [mixed(i) for i in range(64)]
     texts, ends = collect(engine, requests)
     assert engine.recompilations == 0
     assert set(ends) <= {"stop", "length"} and len(set(texts)) > 16
-    alone = generate.Answerer(Fusion(tiny_run.MODEL), weights(), config(), tokenizer, rows=1)
-    alone.prompts = generate.Prompts(config(), tokenizer, BUCKETS)
     for text, (record, how) in zip(texts, requests):
-        # The same seed and settings with the longest limit: one program; the limit cuts.
-        assert alone.answer([record], dataclasses.replace(how, max_tokens=24))[0].startswith(text)
+        assert alone(engine, record, how) == text
     assert engine.busy == engine.waiting == 0
 
 
