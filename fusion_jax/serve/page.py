@@ -70,8 +70,10 @@ def make_page(engine: Engine, options: Options) -> gr.Blocks:
     with gr.Blocks(title=options.model, analytics_enabled=False) as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                # A file of any kind: what the model cannot read is refused by the same rules as in the API.
-                image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                # Without a mode Gradio hands the file on undecoded: our own limits come first.
+                image = gr.Image(
+                    type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], elem_id="image"
+                )
                 with gr.Accordion("Settings", open=False):
                     temperature = gr.Slider(0, 2, 0, label="Temperature (0: the likeliest words)")
                     length = gr.Slider(1, longest, min(256, longest), step=1, label="Longest answer in tokens")
