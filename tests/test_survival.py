@@ -21,9 +21,9 @@ def test_a_run_that_is_killed_refused_stopped_and_damaged_ends_as_if_nothing_had
     assert "exit code 75" in soak.terminate(lab, workdir)
     assert "as undisturbed" in soak.truncate_newest(lab, workdir)
     # Another config is refused before anything is compiled.
-    code, said = lab.run(workdir, "--config.seed=7", "--config.model.llm.mlp_dim=64")
+    code, said = lab.run(workdir, "--config.model.vision.mlp_dim=64", "--config.model.llm.mlp_dim=64")
     assert code == 2 and said.count("\n") == 1, said
-    assert "model.llm.mlp_dim=64 (checkpoint: 48), seed=7 (checkpoint: 42)" in said
+    assert "model.vision.mlp_dim=64 (checkpoint: 32), model.llm.mlp_dim=64 (checkpoint: 48)" in said
 
 
 def test_saved_on_eight_devices_restored_on_fewer(tmp_path):
