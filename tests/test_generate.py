@@ -217,6 +217,7 @@ def test_the_beginning_of_a_stop_text_is_held_back(tokenizer):
     assert full.finish == "length" and full.made == 3
 
 
+@pytest.mark.slow
 def test_a_model_over_eight_devices_gives_the_same_answers(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer")
     done = subprocess.run(
