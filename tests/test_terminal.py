@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.chat import Chat
 from fusion_jax.errors import UserError
 from fusion_jax.sampling import Sampling
+from fusion_jax.terminal import Chat
 
 
 class Echo:
