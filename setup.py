@@ -41,6 +41,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compiler alone, to plan on a machine without a TPU.
+        "plan": ["jax[tpu]>=0.10.2"],
         # Shards in buckets.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
