@@ -41,6 +41,8 @@ from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, RunAgain, UserError
+from fusion_jax.evals.registry import find_tasks
+from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
@@ -103,6 +105,8 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         if saved is not None:
             resume.check(config, stage, records[stage.name], saved, folder)
     validation = sources.load_source(config.validation_data) if config.validation_data else None
+    if config.evaluate_every:
+        _check_evaluation(config)
     if config.wandb_project:
         metrics.import_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -169,6 +173,15 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"tokens of {config.tokenizer or config.init_from}."
         )
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if not config.evaluation_tasks or not Path(config.evaluation_data).is_dir():
+        raise UserError(
+            f"config.evaluate_every={config.evaluate_every} needs evaluation_tasks (they are "
+            f"{list(config.evaluation_tasks)}) and the folder evaluation_data (it is {config.evaluation_data!r})."
+        )
+    find_tasks(config.evaluation_tasks)
 
 
 def _cache_compiled_programs(workdir: Path) -> None:
@@ -260,7 +273,7 @@ class StageRun:
                 stop.nothing_to_lose = False
                 interval.add(values | _prefixed("learning_rate/", rates), fed.samples, cost)
                 tracer.after(step, values)
-                stop.after(step)
+                stop.after_step()
 
                 if step % config.log_every == 0 or step == steps:
                     with phase("computing") as computed:
@@ -272,7 +285,7 @@ class StageRun:
                         log.warning("%s %s", stage.name, text)
                     report["spikes"] = len(found)
                     left = (time.perf_counter() - begun) / (step - start) * (steps - step)
-                    writer.scalars(step, {**report, "records_seen": counts.seen, **_prefixed("bad/", counts.bad)})
+                    writer.scalars(step, {**report, **counts.scalars()})
                     log.info(metrics.line(stage.name, step, steps, report, left))
                     self._check_skipped(int(current.skipped_in_row))
                     interval = metrics.Interval()
@@ -280,6 +293,10 @@ class StageRun:
                     with phase("validating"):
                         self._validate(model, current.params, step, writer, stop)
                     interval = metrics.Interval()  # validation is not training time
+                if config.evaluate_every and step % config.evaluate_every == 0 and not stop.requested:
+                    with phase("evaluating"):
+                        self._evaluate_tasks(model, current.params, step, writer)
+                    interval = metrics.Interval()
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if stop.requested and step < steps:
                     with phase("saving"):
@@ -308,10 +325,12 @@ class StageRun:
     def _note_bad(self, step: int, bad: tuple[BadRecord, ...], counts: pipeline.Counts) -> None:
         if not bad:
             return
-        with (self.reports / "bad_records.jsonl").open("a") as file:
-            for record in bad:
-                entry = {"step": step, "reason": record.reason, "where": record.where, "detail": record.detail}
-                file.write(json.dumps(entry) + "\n")
+        entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in bad]
+        try:
+            with (self.reports / "bad_records.jsonl").open("a") as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            log.warning("bad records are not listed: %s", error)
         for record in bad[: max(0, self.bad_to_show)]:
             log.warning("skipped a bad record (%s): %s", record.reason, record)
         self.bad_to_show -= len(bad)
@@ -346,6 +365,15 @@ class StageRun:
         shown = self._sample_answers(model, params)
         if shown:
             writer.text(step, "answers", "\n\n".join(shown))
+
+    def _evaluate_tasks(self, model: fusion.Fusion, params, step: int, writer: metrics.Writer) -> None:
+        """Scores of the config's benchmarks, into the metrics and the log."""
+        config = self.config
+        answerer = generate.Answerer(model, params, config, self.tokenizer)
+        scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
+        writer.scalars(step, _prefixed("evaluation/", scores))
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
 
     def _evaluate(self, model: fusion.Fusion, params, batch):
         shards = sharding.batch_shards(self.mesh)

@@ -34,10 +34,12 @@ class Stop:
         self.requested = False
         self.nothing_to_lose = True
         self._several = jax.process_count() > 1
+        self._steps = 0  # over all stages: JAX agrees on a number that must never fall back
 
-    def after(self, step: int) -> None:
+    def after_step(self) -> None:
         """With several processes `requested` changes here only, in all of them after the same step."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
+        self._steps += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._steps):
             self.requested = True
 
     def __enter__(self) -> "Stop":

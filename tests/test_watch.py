@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,6 +153,26 @@ def test_steps_to_trace():
     for wrong in ("3", "5:3", "0:2", "a:b", "3:"):
         with pytest.raises(UserError, match="must be FIRST:LAST"):
             watch.parse_steps(wrong)
+
+
+def test_trace_covers_its_steps(tmp_path):
+    tracer = watch.Profile((2, 3), tmp_path)
+    for step in range(1, 6):
+        tracer.before(step)
+        tracer.after(step, jnp.zeros(()) + step)
+        assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
+    tracer.close()
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
+def test_time_to_save_comes_every_few_minutes():
+    every = watch.Every(0.05 / 60)
+    assert not every.due(together=True)
+    time.sleep(0.06)
+    assert every.due(together=False)
+    every.restart()
+    assert not every.due(together=True)
+    assert not watch.Every(0).due(together=True)
 
 
 def test_memory_in_use_is_plausible():

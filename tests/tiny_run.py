@@ -1,4 +1,7 @@
-"""A run configuration of the smallest size that still has every part; used by the tests that start processes."""
+"""A run configuration of the smallest size that still has every part; used by the tests that start processes.
+
+`tiny_run.py:DATA,survival` is a variant for runs that are killed often: two stages that share one compiled program.
+"""
 
 from ml_collections import ConfigDict
 
@@ -14,12 +17,14 @@ MODEL = FusionConfig(
 )
 
 
-def get_config(data: str = "data"):
+def get_config(argument: str = "data"):
+    data, _, variant = argument.partition(",")
+
     def stage(name, **changes):
         sizes = {"max_length": 144, "max_question_length": 56, "max_rounds": 2, "batch_size": 4, "steps": 8}
         return {"name": name, "data": f"{data}/{name}.yaml", "learning_rate": 1e-2, **sizes, **changes}
 
-    return ConfigDict(
+    config = ConfigDict(
         {
             "model": to_dict(MODEL),
             "tokenizer": f"{data}/tokenizer",
@@ -38,3 +43,8 @@ def get_config(data: str = "data"):
             "max_bad_records": 0.5,
         }
     )
+    if variant == "survival":
+        config.model.latent_counts = (1,)
+        config.stages = [stage("stage1", steps=24), stage("stage2", steps=24)]
+        config.update({"validate_every": 0, "keep_checkpoints": 2, "remat": "none"})
+    return config

@@ -199,10 +199,11 @@ def _crops(
 def read_resized(
     image: str | Path | bytes, sizes: Sequence[tuple[int, int]], decode: str = "exact", where: str | None = None
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """A file at several sizes at once, bicubically, aspect ratios as asked: the bytes that Pillow up to version 12 gives.
+    """A file at several sizes at once, bicubically, aspect ratios as asked: the bytes of Pillow up to version 12.
 
     Args:
-      sizes: (width, height) in pixels each, at least 1. decode: as for `read_crops`; the smaller sides count. The rest as there.
+      sizes: (width, height) in pixels each, at least 1. decode: as for `read_crops`; the smaller sides count. The rest
+        as there.
 
     Raises:
       BadRecord: as for `load_image`.

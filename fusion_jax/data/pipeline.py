@@ -161,6 +161,11 @@ class Counts:
     def copy(self) -> "Counts":
         return dataclasses.replace(self, bad=dict(self.bad))
 
+    def scalars(self) -> dict[str, int]:
+        """For the metrics."""
+        named = {"records_seen": self.seen, "shortened": self.shortened, "dropped_rounds": self.dropped_rounds}
+        return named | {f"bad/{reason}": count for reason, count in self.bad.items()}
+
     def too_many(self, allowed: float, records: int) -> bool:
         """Whether more than the allowed share is bad, of the records seen and of the whole data set."""
         return sum(self.bad.values()) > allowed * max(self.seen, records)

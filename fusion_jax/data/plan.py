@@ -92,7 +92,7 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
 
 
 def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
-    """Rows group by group: each unit goes to the group with most crops left per row, if one has room for it."""
+    """Rows group by group: each unit goes where the crops left for each row are most like its own, if there is room."""
     groups: list[list[list[int]]] = [[] for _ in range(sizes.groups)]
     left = [crops] * sizes.groups
     for unit, cost in zip(found, costs):
@@ -101,7 +101,7 @@ def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
             if all(len(group) == sizes.rows_per_group for group in groups):
                 break
             continue
-        best = max(open_, key=lambda g: (left[g] / (sizes.rows_per_group - len(groups[g])), -g))
+        best = min(open_, key=lambda g: abs(left[g] / (sizes.rows_per_group - len(groups[g])) - cost))
         groups[best].append(unit)
         left[best] -= cost
     return [row for group in groups for row in group + [[]] * (sizes.rows_per_group - len(group))]
@@ -118,24 +118,19 @@ def size_batches(
 ) -> Sizes:
     """How many rows and crops hold `batch_size` samples on average, judged by a sample of the records.
 
-    K is the mean of a group's crops and one standard deviation more; units with more wait for lighter company.
+    K is the mean of a group's crops and a little more: 3% where best fit can choose among many (at the smallest l^2,
+    with which a row has most of them), else one standard deviation. Units beyond it wait for lighter company.
 
     Args:
       groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.
     """
     if not packed:
         costs = [m.crops for m in sample if m.crops] or [0]
-        rows = batch_size
-    else:
-        free = Sizes(1, 1, max(most_crops, sum(m.crops for m in sample)), True)
-        rows, costs, unit_count = 0, [], []
-        for latents in latent_counts or (0,):
-            found = units(sample, spec, free, latents) if sample else []
-            unit_count.append(len(found))
-            drawn = [sum(sample[i].crops for i in unit) for unit in found]
-            costs = max(costs, drawn, key=lambda c: np.mean(c) if c else -1)
-        rows = math.ceil(np.mean(unit_count) / max(len(sample), 1) * batch_size / groups) * groups
-        rows = max(rows, groups)
-    per_group = rows // groups
-    crops = math.ceil(per_group * np.mean(costs or [0]) + math.sqrt(per_group) * np.std(costs or [0]) - 1e-9)
-    return Sizes(rows, groups, max(crops, most_crops), packed)
+        per_group = batch_size // groups
+        crops = math.ceil(per_group * np.mean(costs) + math.sqrt(per_group) * np.std(costs) - 1e-9)
+        return Sizes(batch_size, groups, max(crops, most_crops), False)
+    free = Sizes(1, 1, max(most_crops, sum(m.crops for m in sample)), True)
+    found = [len(units(sample, spec, free, latents)) for latents in latent_counts or (0,)] if sample else [0]
+    rows = math.ceil(np.mean(found) / max(len(sample), 1) * batch_size / groups)
+    per_row = sum(m.crops for m in sample) / max(min(found), 1)
+    return Sizes(max(rows, 1) * groups, groups, max(math.ceil(1.03 * max(rows, 1) * per_row), most_crops), True)

@@ -3,16 +3,20 @@
 Data: `held_out.json` in LLaVA format, one round a record, with an extra key `kinds` (one kind a record).
 """
 
-import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fusion_jax.data.sources import Record, load_records
+from fusion_jax.data.sources import load_records
 from fusion_jax.errors import UserError
-from fusion_jax.generate import Answerer, first_question
+from fusion_jax.evals import files
+from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
+from fusion_jax.generate import first_question
 
 FILE = "held_out.json"
+DATA = f"{FILE} in LLaVA format, with a key 'kinds' in every record"
 
 
 def normalise(text: str) -> str:
@@ -20,12 +24,7 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().strip().strip(".,;:!?\"'()").split())
 
 
-def accuracy(answers: list[str], expected: list[str]) -> float:
-    """Share of answers that equal the expected one after `normalise`."""
-    return sum(normalise(a) == normalise(e) for a, e in zip(answers, expected)) / len(expected)
-
-
-def majority_accuracy(expected: list[str], kinds: list[str]) -> float:
+def majority_accuracy(expected: Sequence[str], kinds: Sequence[str]) -> float:
     """Accuracy of always giving a kind's most common held-out answer: what knowing the questions alone can reach."""
     by_kind = defaultdict(Counter)
     for answer, kind in zip(expected, kinds):
@@ -33,53 +32,62 @@ def majority_accuracy(expected: list[str], kinds: list[str]) -> float:
     return sum(counter.most_common(1)[0][1] for counter in by_kind.values()) / len(expected)
 
 
-def permuted(records: list[Record], seed: int = 0) -> list[Record]:
-    """The same questions, each asked about another record's image."""
-    order = list(range(len(records)))
+def others(count: int, seed: int = 0) -> list[int]:
+    """For each of `count` things another one, none of them twice."""
+    order = list(range(count))
     random.Random(seed).shuffle(order)
-    # A rotation of a random order moves every image to another question.
-    other = {order[i]: order[(i + 1) % len(order)] for i in range(len(order))}
-    return [Record(r.id, records[other[i]].image_path, r.turns, r.where) for i, r in enumerate(records)]
+    # A rotation of a random order moves every one to another place.
+    other = {order[i]: order[(i + 1) % count] for i in range(count)}
+    return [other[i] for i in range(count)]
 
 
-def run(answerer: Answerer, data_dir: Path) -> dict:
-    """Answers every question with its own and with a permuted image.
-
-    Returns:
-      `held_out_accuracy`, `shuffled_image_accuracy`, `majority_accuracy`, `accuracy_per_kind`, `questions` and
-      `examples`: per question its text, kind, expected answer, the model's answer and the image file.
+def read(data_dir: Path) -> list[Question]:
+    """Every question with its own image, then all of them again, each with another record's.
 
     Raises:
       UserError: the file is missing or has no `kinds`.
     """
-    path = data_dir / FILE
-    source = load_records(path)
-    raw = json.loads(path.read_text())
-    if not raw or any("kinds" not in record for record in raw):
+    folder = files.open_folder(data_dir, ("held_out",), "held_out", DATA)
+    path = folder.path / FILE
+    if not path.is_file():
+        raise folder.wrong(f"there is no {FILE}")
+    source, raw = load_records(path), files.read_json(path)
+    if any(not record.get("kinds") for record in raw):
         raise UserError(f"{path}: every record needs the key 'kinds'.")
+    seen, blind = [], []
     records = [source[i] for i in range(len(source))]
-    kinds = [record["kinds"][0] for record in raw]
-    expected = [record.turns[1]["value"] for record in records]
-    prompts = [first_question(record) for record in records]
-    answers = answerer.answer(prompts)
-    blind = answerer.answer(permuted(prompts))
+    for number, (record, other) in enumerate(zip(records, others(len(records)))):
+        words = first_question(record).turns[0]["value"].replace("<image>", "").strip()
+        kind, answer = raw[number]["kinds"][0], record.turns[1]["value"]
+        for image, shuffled, part in ((record, False, seen), (records[other], True, blind)):
+            key = f"{number}/shuffled" if shuffled else f"{number}"
+            shown = " ".join(words.split())
+            part.append(
+                Question(key, words, answer, (picture(image.image_path),), shown, {"kind": kind}, f"{number}", shuffled)
+            )
+    return seen + blind
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = normalise(answer)
+    return said, float(said == normalise(question.reference))
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Shares of right answers, not percent: with the own image, with another's, per kind, and of the majority's."""
+    seen = [p for p in predictions if not p.question.control]
+    blind = [p.score for p in predictions if p.question.control]
+    kinds = [p.question.about["kind"] for p in seen]
     right = defaultdict(list)
-    for kind, answer, wanted in zip(kinds, answers, expected):
-        right[kind].append(normalise(answer) == normalise(wanted))
+    for kind, p in zip(kinds, seen):
+        right[kind].append(p.score)
     return {
-        "questions": len(records),
-        "held_out_accuracy": accuracy(answers, expected),
-        "shuffled_image_accuracy": accuracy(blind, expected),
-        "majority_accuracy": majority_accuracy(expected, kinds),
+        "questions": len(seen),
+        "held_out_accuracy": sum(p.score for p in seen) / len(seen),
+        "shuffled_image_accuracy": sum(blind) / len(blind),
+        "majority_accuracy": majority_accuracy([p.question.reference for p in seen], kinds),
         "accuracy_per_kind": {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())},
-        "examples": [
-            {
-                "question": " ".join(prompt.turns[0]["value"].replace("<image>", "").split()),
-                "kind": kind,
-                "expected": wanted,
-                "answer": answer,
-                "image": str(record.image_path),
-            }
-            for prompt, record, kind, wanted, answer in zip(prompts, records, kinds, expected, answers)
-        ],
     }
+
+
+TASK = Task("held_out", "held-out questions", DATA, read, score, summarise, headline="held_out_accuracy")

@@ -75,14 +75,19 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       The step folder that was exported.
 
     Raises:
-      UserError: an unknown format or dtype, a model that the format cannot hold, a target that is not empty, a full
-        disk.
+      UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none), a target
+        that is not empty, a full disk.
     """
     check(format in FORMATS, f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}.")
     check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     source = open_checkpoint(path)
     config, model = source.config, source.config.model
     main = dtype or source.parameters["llm/embedding"][1]
+    check(
+        not model.tile_grids,
+        f"{source.folder}: a model of dynamic resolution (tile_grids) has no PyTorch format yet; only fixed resolution "
+        "is exported.",
+    )
     published = format == "published"
     origin = source.about.get("origin", {})
     described = hf_config.published_config(model, config.template, origin.get("config", {}), main) if published else {}

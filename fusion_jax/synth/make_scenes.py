@@ -31,6 +31,7 @@ from absl import app, flags
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import questions, scenes
+from fusion_jax.synth.scene.shapes import Picture
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 VERSION = 2
@@ -200,35 +201,21 @@ def make_chunk(job: Job) -> list[tuple[str, dict]]:
 
 
 def _make_one(folder: pathlib.Path, config: ScenesConfig, split: str, index: int) -> Iterator[tuple[str, dict]]:
-    def rng(purpose: str) -> random.Random:
-        # Seeded by a string: the same on every machine and every Python, and independent from purpose to purpose.
-        return random.Random(f"{config.seed}/{split}/{index}/{purpose}")
-
-    pairs = "held_out" if split == "held_out" else "train"
-    scene_rng = rng("scene")
-    goal = questions.target(index, scene_rng)
-    scene, fact = questions.target_scene(goal, scene_rng, pairs)
-    asked = questions.target_round(goal, fact, scene_rng)
-
-    image_rng = rng("image")
-    jpeg = image_rng.random() < JPEG_SHARE
+    picture = Picture(config.seed, split, index)
+    drawn, jpeg = picture.draw(config.pixels, JPEG_SHARE)
     name = _image_name(split, index, "jpg" if jpeg else "png")
-    picture = scenes.draw(scene, config.pixels, image_rng)
     if jpeg:
-        picture.save(folder / name, quality=92, subsampling=0)  # full colour resolution: colour is asked about
+        drawn.save(folder / name, quality=92, subsampling=0)  # full colour resolution: colour is asked about
     else:
-        picture.save(folder / name, compress_level=1)
+        drawn.save(folder / name, compress_level=1)
 
     identity = f"{split}-{index:06d}"
     if split != "train":
-        yield split, _record(identity, name, [asked])
+        yield split, _record(identity, name, [picture.asked])
         return
-    if index < config.stage1:
-        yield "stage1", _record(f"{identity}-1", name, questions.caption_round(scene, rng("stage1")))
-    if index < config.stage1_5:
-        yield "stage1_5", _record(f"{identity}-1.5", name, questions.sentence_rounds(scene, rng("stage1_5")))
-    if index < config.stage2:
-        yield "stage2", _record(f"{identity}-2", name, questions.short_rounds(scene, asked, rng("stage2")))
+    for stage, suffix in zip(STAGES, ("1", "1.5", "2")):
+        if index < getattr(config, stage):
+            yield stage, _record(f"{identity}-{suffix}", name, picture.rounds(stage))
 
 
 def _record(identity: str, image: str | None, rounds: list[questions.Round]) -> dict:

@@ -391,7 +391,7 @@ def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
         fed, counts = next(batches)
         batch = fed.batch
         emitted.update(packed_pictures(fed))
-        assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, 8)  # two rows share their crops
+        assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, 9)  # two rows share their crops
         assert fed.samples == (batch.crop_kind == PIXELS).sum() == sum(emitted.values()) - before
         before = sum(emitted.values())
         seed = pipeline.stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
@@ -441,6 +441,150 @@ def test_rows_that_no_record_fills_are_empty():
     fed, counts = first_batch_of_nothing(bad, Sizes(2, 1, 3, True))
     assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1
     assert fed.samples == 0 and fed.batch.tokens.shape == (2, 40)
+
+
+# Several processes.
+
+
+def rows_of(fed):
+    """Each row's supervised tokens and its group's pixels: what a row is, whoever laid it out."""
+    batch = fed.batch
+    of_group = np.repeat([crops.tobytes() for crops in batch.crops], len(batch.tokens) // len(batch.crops))
+    return [(t.tobytes(), s.tobytes(), g) for t, s, g in zip(batch.targets, batch.segment_ids, of_group)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = tiny(latent_counts=(1, 4), **{"llm.vocab_size": 640})
+    stage = StageConfig(
+        "one", str(folder / "good.json"), max_length=250, max_question_length=16, max_rounds=4, batch_size=ROWS,
+        packing=packing, max_images=2,
+    )  # fmt: skip
+    config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
+    source = pipeline.open_source(config, stage)
+
+    def start(processes):
+        return [
+            pipeline.training_batches(config, stage, source, tokenizer, 4, process, processes)
+            for process in range(processes)
+        ]
+
+    def step(batches):
+        feds = [next(one)[0] for one in batches]
+        assert len({fed.samples for fed in feds}) == len({fed.batch.latent_count for fed in feds}) == 1
+        return [row for fed in feds for row in rows_of(fed)]
+
+    one, two = start(1), start(2)
+    for _ in range(4):
+        assert step(one) == step(two)
+    # Saved by two, one of which keeps the state; four go on, where one would have been.
+    saved = json.loads(json.dumps(two[0].get_state()))
+    assert saved == json.loads(json.dumps(two[1].get_state()))
+    four = start(4)
+    for batches in four:
+        batches.set_state(saved)
+    for _ in range(4):
+        assert step(one) == step(four)
+    for batches in (*one, *two, *four):
+        batches.close()
+
+
+# Rows of text alone.
+
+
+@pytest.mark.parametrize(("preset", "split"), [("paper", True), ("released", False)])
+def test_text_alone_pays_for_no_image(folder, open_batches, preset, split):
+    records = [record(i) for i in range(RECORDS)]
+    for one in records[::3]:
+        del one["image"]
+        one["conversations"] = [{**t, "value": t["value"].replace("<image>\n", "")} for t in one["conversations"]]
+    (folder / "mixed.json").write_text(json.dumps(records))
+    model = tiny(preset, latent_counts=(1, 4), **{"llm.vocab_size": 640})
+    feds = take(open_batches("mixed.json", model=model), 12)
+    kinds = Counter()
+    for fed in feds:
+        assert fed.samples == ROWS
+        empty = fed.batch.crops.shape[1] == 0
+        kinds[empty] += 1
+        assert (fed.batch.visual_index.max() < 0) == empty and (fed.batch.latent_count == 0) == empty
+    assert (kinds[True] >= 3) == split and kinds[False] >= 6
+
+
+# Conversations that are too long.
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [({"max_length": 90}, 2), ({"max_rounds": 3}, 3), ({"max_question_length": 9}, 1), ({}, 5)],
+)
+def test_whole_last_rounds_go_where_a_row_is_too_short(folder, tmp_path, limits, kept):
+    turns_ = turns("<image>\nHow many are there?", "There is one red.", *["How many?", "one."] * 4)
+    long = {"id": "long", "image": "0.png", "conversations": turns_}
+    cut = {**long, "conversations": turns_[: 2 * kept]}
+    (tmp_path / "long.json").write_text(json.dumps([long, cut]))
+    model = tiny(latent_counts=(4,), **{"llm.vocab_size": 640})
+    sizes = {"max_length": 300, "max_question_length": 60, "max_rounds": 8, **limits}
+    stage = StageConfig("one", str(tmp_path / "long.json"), str(folder), batch_size=1, **sizes)
+    config = RunConfig(model=model, stages=(stage,), tokenizer="", loader_threads=1)
+    source = pipeline.open_source(config, stage)
+    loader = pipeline.stage_loader(config, stage, source, load_tokenizer(folder / "tokenizer"))
+    found, expected = loader.load(0), loader.load(1)
+    assert (found.dropped_rounds, expected.dropped_rounds) == (5 - kept, 0)
+    for name in ("input_ids", "labels", "question_ids", "crops"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    batches = pipeline.training_batches(config, stage, source, loader.maker.tokenizer)
+    counts = [counts for _, counts in itertools.islice(batches, 2)][-1]
+    batches.close()
+    assert (counts.shortened, counts.dropped_rounds) == ((1, 5 - kept) if kept < 5 else (0, 0))
+
+
+def test_no_image_is_dropped_with_its_round(folder):
+    said = turns("How many are there?", "one.", "<image>\nHow many?", "one.")
+    (folder / "late.json").write_text(json.dumps([{"id": "late", "image": "0.png", "conversations": said}]))
+    model = tiny(latent_counts=(4,), **{"llm.vocab_size": 640})
+    stage = StageConfig("one", str(folder / "late.json"), batch_size=1, max_length=300, max_rounds=1)
+    config = RunConfig(model=model, stages=(stage,), tokenizer="")
+    loader = pipeline.stage_loader(
+        config, stage, pipeline.open_source(config, stage), load_tokenizer(folder / "tokenizer")
+    )
+    assert loader.load(0).reason == "too_many_rounds"
+
+
+# Dynamic resolution.
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_images_of_any_shape_share_their_crops(folder, packing):
+    rng = np.random.default_rng(5)
+    sizes = [(60, 60), (90, 40), (40, 90), (100, 30), (24, 24)] * 3
+    for i, (width, height) in enumerate(sizes):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(folder / f"shape{i}.png")
+    (folder / "shapes.json").write_text(
+        json.dumps([{**record(i), "image": f"shape{i}.png"} for i in range(len(sizes))])
+    )
+    grids = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))
+    model = tiny(latent_counts=(1, 4), tile_grids=grids, tile_tokens=4, **{"llm.vocab_size": 640})
+    stage = StageConfig(
+        "one", str(folder / "shapes.json"), max_length=250, max_question_length=16, max_rounds=6, batch_size=5,
+        packing=packing,
+    )  # fmt: skip
+    config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
+    source = pipeline.open_source(config, stage)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    batches = pipeline.training_batches(config, stage, source, tokenizer)
+    crops, samples = Counter(), 0
+    for fed in take(batches, 9):
+        used = (fed.batch.crop_kind == PIXELS).sum()
+        rows, slots = len(fed.batch.tokens), fed.batch.crops.shape[1]
+        assert used <= slots and (packing or slots < 5 * rows)  # less than the worst case for every row
+        crops[fed.batch.crops.shape] += 1
+        samples += fed.samples
+    batches.close()
+    assert len(crops) == 1 and samples >= 9 * 4
+    loader = pipeline.stage_loader(config, stage, source, tokenizer)
+    counts = [len(loader.load(number).crops) for number in range(5)]
+    assert counts == [5, 4, 3, 4, 1]  # 90 x 40 keeps more on three tiles in a row than on two
 
 
 # Validation.

@@ -4,34 +4,41 @@ import json
 from pathlib import Path
 
 import pytest
+from bench_files import write_image
 
-from fusion_jax.data.sources import Record
 from fusion_jax.errors import UserError
 from fusion_jax.evals import held_out
+from fusion_jax.evals.runner import run_task
 
 
 class Parrot:
     """Answers with the name of the image it is shown."""
+
+    rows, max_tokens = 4, 32
 
     def answer(self, prompts):
         return [prompt.image_path.stem for prompt in prompts]
 
 
 def write(folder: Path, answers, kinds):
-    records = [
-        {
-            "id": str(i),
-            "image": f"{answer}.png",
-            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}],
-            **({"kinds": [kind]} if kind else {}),
-        }
-        for i, (answer, kind) in enumerate(zip(answers, kinds))
-    ]
+    records = []
+    for i, (answer, kind) in enumerate(zip(answers, kinds)):
+        write_image(folder / f"{answer}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        kinds = {"kinds": [kind]} if kind else {}
+        records.append({"id": str(i), "image": f"{answer}.png", "conversations": turns, **kinds})
     (folder / "held_out.json").write_text(json.dumps(records))
 
 
-def test_accuracy_ignores_case_and_final_punctuation_only():
-    assert held_out.accuracy(["Red.", " top  left", "two"], ["red", "top left", "2"]) == pytest.approx(2 / 3)
+def run(folder):
+    return run_task(Parrot(), held_out.TASK, folder, progress=False)
+
+
+def test_score_ignores_case_and_final_punctuation_only(tmp_path):
+    write(tmp_path, ["red", "top left", "2"], ["a", "b", "c"])
+    questions = held_out.read(tmp_path)
+    scores = [held_out.score(q, said)[1] for q, said in zip(questions, ["Red.", " top  left", "two"])]
+    assert scores == [1.0, 1.0, 0.0]
 
 
 def test_majority_is_counted_per_kind():
@@ -39,23 +46,29 @@ def test_majority_is_counted_per_kind():
 
 
 def test_every_image_moves_and_none_is_lost():
-    records = [Record(str(i), Path(f"{i}.png"), [], "") for i in range(7)]
-    moved = held_out.permuted(records)
-    assert all(a.image_path != b.image_path for a, b in zip(records, moved))
-    assert {r.image_path for r in moved} == {r.image_path for r in records}
+    moved = held_out.others(7)
+    assert all(other != i for i, other in enumerate(moved))
+    assert sorted(moved) == list(range(7))
 
 
 def test_a_model_that_looks_is_right_and_loses_it_on_permuted_images(tmp_path):
     write(tmp_path, ["red", "blue", "star", "ring"], ["colour", "colour", "shape", "shape"])
-    scores = held_out.run(Parrot(), tmp_path)
-    assert scores["held_out_accuracy"] == 1.0
-    assert scores["shuffled_image_accuracy"] == 0.0
-    assert scores["majority_accuracy"] == 0.5
-    assert scores["accuracy_per_kind"] == {"colour": 1.0, "shape": 1.0}
-    assert scores["examples"][2]["question"] == "What?" and scores["examples"][2]["expected"] == "star"
+    result = run(tmp_path)
+    assert result.scores["questions"] == 4
+    assert result.scores["held_out_accuracy"] == 1.0
+    assert result.scores["shuffled_image_accuracy"] == 0.0
+    assert result.scores["majority_accuracy"] == 0.5
+    assert result.scores["accuracy_per_kind"] == {"colour": 1.0, "shape": 1.0}
+    row = result.predictions[2].row()
+    assert row["question"] == "What?" and row["reference"] == "star" and row["answer"] == "star"
 
 
 def test_records_without_kinds_are_named(tmp_path):
     write(tmp_path, ["red"], [None])
     with pytest.raises(UserError, match="kinds"):
-        held_out.run(Parrot(), tmp_path)
+        run(tmp_path)
+
+
+def test_missing_file_says_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match=r"there is no held_out.json in .*expected held_out.json in LLaVA format"):
+        run(tmp_path)

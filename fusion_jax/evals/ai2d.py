@@ -1,0 +1,74 @@
+"""AI2D: multiple choice about science diagrams, test split (Kembhavi et al., ECCV 2016).
+
+*test*.parquet      question, options (a list), answer (the right one's number from 0, as text), image
+AI2D_TEST.tsv       index, question, A, B, C, D, answer (a letter), image (base64)
+the archive         questions/NAME.png.json, images/NAME.png, ai2d_test_ids.csv
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+
+DATA = "the test split in Parquet files, AI2D_TEST.tsv, or questions/, images/ and ai2d_test_ids.csv"
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("ai2d",), "ai2d", DATA)
+    if parquet := folder.find("*test*.parquet"):
+        rows = files.read_parquet(parquet, ("question", "options", "answer"))
+        return [
+            _question(str(n), r.values["question"], r.values["options"], int(r.values["answer"]), r.picture("image"))
+            for n, r in enumerate(rows)
+        ]
+    if tables := folder.find("*ai2d*test*.tsv"):
+        return [_from_tsv(row, tables[0]) for row in files.read_table(tables[0], ("index", "question", "A", "answer"))]
+    return list(_from_archive(folder))
+
+
+def _from_tsv(row: dict[str, str], path: Path) -> Question:
+    options = [row[x] for x in "ABCDE" if not choices.is_missing(row.get(x))]
+    image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
+    return _question(row["index"], row["question"], options, choices.LETTERS.index(row["answer"]), image)
+
+
+def _from_archive(folder: files.Folder) -> Iterator[Question]:
+    path = folder.need("ai2d_test_ids.csv")[0]
+    tests = {line.strip() for line in path.read_text().splitlines()}
+    images, annotations = folder.images("images", "ai2d/images"), folder.images("questions", "ai2d/questions")
+    for file in sorted(annotations.glob("*.json"), key=lambda p: (len(p.name), p.name)):
+        name = file.name.removesuffix(".json")
+        if Path(name).stem in tests:
+            data = files.need_keys(files.read_json(file), ("questions",), str(file))
+            for text, q in data["questions"].items():
+                files.need_keys(q, ("answerTexts", "correctAnswer", "questionId"), f"{file}, {text!r}")
+                right = int(q["correctAnswer"])
+                yield _question(q["questionId"], text, q["answerTexts"], right, picture(images / name))
+
+
+def _question(key: str, text: str, options: Sequence[str], right: int, image: Picture) -> Question:
+    options = list(options)
+    prompt = f"{text}\n{choices.lettered(options)}\n{choices.BY_LETTER}"
+    return Question(key, prompt, choices.LETTERS[right], (image,), text, {"options": options})
+
+
+def parse(answer: str) -> str:
+    """lmms-eval's rule: the capital letter in front of a period at the start, or else the whole answer without marks,
+    in lower case."""
+    first = re.match(r"\s*([A-Z])\.", answer)
+    return re.sub(r"[^\w\s]", "", first[1] if first else answer).strip().lower()
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = parse(answer)
+    return said, float(said == question.reference.lower())
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    return {"accuracy": percent([p.score for p in predictions])}
+
+
+TASK = Task("ai2d", "AI2D", DATA, read, score, summarise, headline="accuracy", max_tokens=16)

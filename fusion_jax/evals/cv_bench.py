@@ -1,0 +1,61 @@
+"""CV-Bench: counts, places, depths and distances, 2D and 3D (Cambrian-1, NeurIPS 2024).
+
+    test_2d.parquet, test_3d.parquet   idx, type, task, source, question, choices, answer ("(C)"), prompt, image
+    or test_2d.jsonl, test_3d.jsonl    the same with `filename` (img/2D/...) in place of the image
+
+2D is the mean of its two sources, ADE20K and COCO; 3D has one, Omni3D; the score is the mean of 2D and 3D.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent_by, picture
+
+DATA = "test_2d.parquet and test_3d.parquet, or the same as .jsonl with the images in img/"
+_COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
+    if parquet := folder.find("test*.parquet"):
+        rows = files.read_parquet(parquet, _COLUMNS)
+        return [_question(row.values, row.picture("image")) for row in rows]
+    questions = []
+    for path in folder.need("test_?d.jsonl", "*.jsonl"):
+        for number, line in enumerate(files.read_records(path)):
+            row = files.need_keys(line, (*_COLUMNS, "filename"), f"{path}, line {number + 1}")
+            questions.append(_question(row, picture(path.parent / row["filename"])))
+    return questions
+
+
+def _question(row: dict, image) -> Question:
+    prompt = f"{row['prompt']}\n{choices.BY_LETTER}"
+    about = {key: row[key] for key in ("type", "task", "source")} | {"options": list(row["choices"])}
+    answer = row["answer"].strip("()")
+    return Question(f"{row['type']}/{row['idx']}", prompt, answer, (image,), row.get("question") or "", about)
+
+
+def score(question: Question, answer: str) -> Scored:
+    """The first letter of what stands behind the last `answer is` or `answer:`."""
+    said = answer.lower().strip()
+    for phrase in ("answer is", "answer is:", "answer:"):
+        said = said.split(phrase)[-1]
+    said = said.strip().rstrip(".").lstrip("(").rstrip(")")[:1].upper()
+    return said, float(said == question.reference)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`accuracy` over 2D and 3D (of what there is), each of them, and accuracy by source and task."""
+    sources = percent_by(predictions, "source")
+    means = {}
+    for side in ("2D", "3D"):
+        of_side = sorted({p.question.about["source"] for p in predictions if p.question.about["type"] == side})
+        if of_side:
+            means[side] = sum(sources[name] for name in of_side) / len(of_side)
+    total = sum(means.values()) / len(means)
+    return {"accuracy": total, **means, "by_source": sources, "by_task": percent_by(predictions, "task")}
+
+
+TASK = Task("cv_bench", "CV-Bench", DATA, read, score, summarise, headline="accuracy", max_tokens=16)

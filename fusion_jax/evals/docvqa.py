@@ -1,0 +1,117 @@
+"""DocVQA and InfographicVQA: questions about scanned pages and infographics (Mathew et al., WACV 2021 and 2022).
+
+    val_v1.0_withQT.json, val_v1.0.json               {"data": [{"questionId", "question", "answers", "image"}]}
+    infographicsVQA_val_v1.0_withQT.json              the same with "image_local_name" for the image
+    documents/, infographicsvqa_images/               the images
+    or Parquet with the columns questionId, question, answers, image, in validation and test files
+
+ANLS is the robust reading competition's. The test splits have no answers; they become a file for its server.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+
+_THRESHOLD = 0.5
+_FILES = {
+    "docvqa": ("{0}_v1.0_withQT.json", "{0}_v1.0.json"),
+    "infovqa": ("infographicsVQA_{0}_v1.0_withQT.json", "infographicsVQA_{0}_v*.json"),
+}
+_IMAGES = {
+    "docvqa": ("spdocvqa_images", "documents", "images", ""),
+    "infovqa": ("infographicsvqa_images", "images", ""),
+}
+_TITLES = {"docvqa": "DocVQA", "infovqa": "InfographicVQA"}
+
+
+def _data(name: str, split: str) -> str:
+    patterns = " or ".join(pattern.format(split) for pattern in _FILES[name])
+    return f"{patterns} with the images in {_IMAGES[name][0]}/, or the {split} split in Parquet files"
+
+
+def read(name: str, split: str, data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, (name, f"{_TITLES[name]}"), name, _data(name, split))
+    if parquet := folder.find(f"*{_TITLES[name]}*/{split}*.parquet", f"{split}*.parquet"):
+        rows = files.read_parquet(parquet, ("questionId", "question"))
+        return [_question(row.values, row.picture("image")) for row in rows]
+    path = folder.need(*(pattern.format(split) for pattern in _FILES[name]))[0]
+    images = folder.images(*_IMAGES[name])
+    questions = []
+    for number, row in enumerate(files.need_keys(files.read_json(path), ("data",), str(path))["data"]):
+        key = "image_local_name" if name == "infovqa" else "image"
+        files.need_keys(row, ("questionId", "question", key), f"{path}, data {number}")
+        # DocVQA's files say documents/x.png, while its archives differ in what they call that folder.
+        place = images / row[key]
+        place = place if place.is_file() else images / Path(row[key]).name
+        questions.append(_question(row, picture(place)))
+    return questions
+
+
+def _question(row: dict[str, Any], image: Picture) -> Question:
+    answers = row.get("answers")
+    reference = list(answers) if answers else None
+    return Question(str(row["questionId"]), f"{row['question']}\n{choices.SHORT}", reference, (image,), row["question"])
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's: insertions, deletions and replacements of one character."""
+    before = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+        before = row
+    return before[-1]
+
+
+def anls(answer: str, references: Sequence[str]) -> float:
+    """1 minus the smallest relative edit distance to a reference, without case and double spaces; 0 below a half.
+
+    As in the official script, the distance is divided by the longer text as it was before spaces went.
+    """
+
+    def distance(reference: str) -> float:
+        a, b = (" ".join(text.strip().lower().split()) for text in (reference, answer))
+        length = max(len(reference.upper()), len(answer.upper()))
+        return edit_distance(a, b) / length if length else 0.0
+
+    similarity = 1 - min(map(distance, references))
+    return similarity if similarity >= _THRESHOLD else 0.0
+
+
+def score(question: Question, answer: str) -> Scored:
+    return answer, None if question.reference is None else anls(answer, question.reference)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    if any(p.score is None for p in predictions):
+        return {}
+    return {"anls": percent([p.score for p in predictions])}
+
+
+def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
+    if all(p.score is not None for p in predictions):
+        return []
+    rows = [{"questionId": int(p.question.id), "answer": p.answer} for p in predictions]
+    return files.write_json(folder / "submission.json", rows)
+
+
+def _task(name: str, split: str) -> Task:
+    return Task(
+        name if split == "val" else f"{name}_{split}",
+        f"{_TITLES[name]} ({split})",
+        _data(name, split),
+        functools.partial(read, name, split),
+        score,
+        summarise,
+        headline="anls" if split == "val" else "",
+        max_tokens=32,
+        submit=submit,
+    )
+
+
+TASKS = [_task(name, split) for name in ("docvqa", "infovqa") for split in ("val", "test")]

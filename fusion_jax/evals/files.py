@@ -1,0 +1,258 @@
+"""Benchmark files: finding them in a data folder, and reading TSV, CSV, JSON, JSONL and Parquet.
+
+A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder and the
+benchmarks' own archives use.
+"""
+
+import base64
+import binascii
+import csv
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals.task import Picture
+
+_SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
+_DEPTH = 4  # folders below the data folder in which files are looked for
+csv.field_size_limit(sys.maxsize)  # a field may be a whole image
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One benchmark's data: the folder, and what should be in it, for errors."""
+
+    path: Path
+    task: str
+    expects: str
+
+    def find(self, *patterns: str) -> list[Path]:
+        """Files whose name or path below the folder fits the first pattern that fits any, sorted; case counts not.
+
+        A pattern such as `val/*.json` must fit the end of a path. Empty where none fits.
+        """
+        paths = _listing(self.path)
+        return next((found for pattern in patterns if (found := _matching(paths, pattern))), [])
+
+    def need(self, *patterns: str) -> list[Path]:
+        """The same, with UserError where no pattern fits."""
+        found = self.find(*patterns)
+        if not found:
+            raise self.wrong(f"there is no file {' or '.join(patterns)}")
+        return found
+
+    def images(self, *names: str) -> Path:
+        """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""
+        for name in names:
+            path = self.path / name
+            if path.is_dir():
+                return path
+        raise self.wrong(f"there is no image folder {' or '.join(repr(name) for name in names)}")
+
+    def wrong(self, what: str) -> UserError:
+        """An error about this folder, with what was expected and what is there."""
+        entries = sorted(os.listdir(self.path))
+        shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
+        return UserError(f"{self.task}: {what} in {self.path} (found: {shown or 'nothing'}); expected {self.expects}.")
+
+
+def open_folder(data_dir: Path, names: Sequence[str], task: str, expects: str) -> Folder:
+    """The benchmark's own folder below `data_dir` (one of `names`, whatever their case), or `data_dir` itself."""
+    if not data_dir.is_dir():
+        raise UserError(f"{task}: there is no data folder {data_dir}; expected {expects}.")
+    inside = {entry.name.lower(): entry for entry in sorted(data_dir.iterdir()) if entry.is_dir()}
+    for name in names:
+        if name.lower() in inside:
+            return Folder(inside[name.lower()], task, expects)
+    return Folder(data_dir, task, expects)
+
+
+def _listing(folder: Path) -> list[Path]:
+    """All data files a few levels deep."""
+    found = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if len(Path(here).relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
+        folders.sort()
+        found += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
+    return found
+
+
+def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
+    return [path for path in paths if Path(str(path).lower()).match(pattern.lower())]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or one object a line, as some benchmarks call JSON too. UserError where it is neither."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"Cannot read {path}: {e}.") from e
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as whole:
+        try:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError:
+            raise UserError(f"{path} is not valid JSON: {whole}.") from whole
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records of a JSON list, or of a file with one a line. UserError as for `read_json`."""
+    value = read_json(path)
+    return value if isinstance(value, list) else [value]
+
+
+def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a TSV or CSV file by column. UserError where a needed column is missing."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"Cannot read {path}: {e}.") from e
+    _need_columns(path, reader.fieldnames or (), needed)
+    return rows
+
+
+def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in columns]:
+        raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.")
+
+
+def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
+    """The record, if it is an object with these keys; UserError naming the first that is missing."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where} must be an object with the keys {', '.join(keys)}.")
+    if missing := [key for key in keys if key not in record]:
+        raise UserError(f"{where} has no key {missing[0]!r}; it has {', '.join(map(str, record))}.")
+    return record
+
+
+def decode_base64(text: str, name: str) -> Picture:
+    """A picture that a table holds as base64."""
+
+    def load() -> bytes:
+        try:
+            return base64.b64decode(text, validate=False)
+        except (binascii.Error, ValueError) as e:
+            raise UserError(f"{name}: the image is not valid base64.") from e
+
+    return Picture(name, load)
+
+
+@dataclass(frozen=True)
+class ParquetRow:
+    """One row: its values without images, and its images by column, read when they are asked for."""
+
+    path: Path
+    number: int
+    group: int  # row group, and the row's place in it
+    place: int
+    values: dict[str, Any]
+
+    def has(self, column: str) -> bool:
+        """Whether there is an image in a column."""
+        columns = _open_parquet(self.path).schema_arrow.names
+        return column in columns and _filled(self.path, self.group, column)[self.place]
+
+    def picture(self, column: str, item: int | None = None) -> Picture:
+        """The image in a column, or the item-th of a list of them."""
+
+        def load() -> bytes:
+            cell = _cells(self.path, self.group, column)[self.place]
+            cell = cell[item] if item is not None else cell
+            data = cell.get("bytes") if isinstance(cell, dict) else cell
+            if isinstance(data, str):
+                return base64.b64decode(data)
+            if not isinstance(data, bytes):
+                raise UserError(f"{self.path}, row {self.number}: the column {column} holds no image.")
+            return data
+
+        return Picture(f"{self.path}, row {self.number}, {column}", load)
+
+
+def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[str] = ("image",)) -> list[ParquetRow]:
+    """All rows of Parquet files, with every column but those of images (which need not be there).
+
+    Raises:
+      UserError: no such column, no Parquet, or pyarrow is not installed.
+    """
+    return [row for path in paths for row in _parquet_rows(path, needed, images)]
+
+
+def _parquet_rows(path: Path, needed: Sequence[str], images: Sequence[str]) -> Iterator[ParquetRow]:
+    file = _open_parquet(path)
+    columns = file.schema_arrow.names
+    _need_columns(path, columns, needed)
+    plain = [name for name in columns if name not in images]
+    number = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        rows = file.read_row_group(group, columns=plain).to_pylist() if plain else [{}] * count
+        for place, values in enumerate(rows):
+            yield ParquetRow(path, number, group, place, values)
+            number += 1
+
+
+@functools.lru_cache(maxsize=8)
+def _open_parquet(path: Path):
+    try:
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UserError(f"Reading {path} needs pyarrow: pip install 'fusion_jax[eval]'.") from e
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{path} is not a Parquet file: {e}.") from e
+
+
+@functools.lru_cache(maxsize=2)
+def _cells(path: Path, group: int, column: str) -> list:
+    """An image column of one row group. Questions are asked roughly in order, so a group is read about once."""
+    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).to_pylist()
+
+
+@functools.lru_cache(maxsize=16)
+def _filled(path: Path, group: int, column: str) -> list[bool]:
+    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Path]:
+    """A submission as `path`.tsv, and as .xlsx where openpyxl is installed."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    tsv = path.with_suffix(".tsv")
+    tsv.write_text(text.getvalue(), encoding="utf-8")
+    try:
+        import openpyxl
+    except ImportError:
+        return [tsv]
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    clean = openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE
+    for row in [columns, *rows]:
+        # A text stays a text, even one that begins like a formula.
+        cells = [openpyxl.cell.WriteOnlyCell(sheet, clean.sub("", v) if isinstance(v, str) else v) for v in row]
+        for cell, value in zip(cells, row):
+            if isinstance(value, str):
+                cell.data_type = "s"
+        sheet.append(cells)
+    xlsx = path.with_suffix(".xlsx")
+    book.save(xlsx)
+    return [tsv, xlsx]
+
+
+def write_json(path: Path, value: Any) -> list[Path]:
+    """A submission as JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    return [path]

@@ -1,0 +1,105 @@
+"""HallusionBench: yes/no questions with true, changed, or no pictures (Guan et al., CVPR 2024).
+
+    HallusionBench.json               a list with category (VD, VS), subcategory, set_id, figure_id, question_id,
+                                      question, visual_input ("0": no picture), gt_answer ("1": yes), gt_answer_details,
+                                      filename
+    hallusion_bench/VD/figure/...     the images
+    or Parquet with the same columns and `image`
+
+An answer is right (1), wrong (0) or unclear (2): by a language model in the official evaluation, by the words yes and
+no without a judge. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import files
+from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+
+DATA = "HallusionBench.json with the images in hallusion_bench/, or HallusionBench's Parquet files"
+_PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")
+_COLUMNS = (*_PLACE, "question", "visual_input", "gt_answer", "gt_answer_details")
+# The benchmark's own words (github.com/tianyi-lab/HallusionBench, BSD-3-Clause): others would judge differently.
+_GRADING = (
+    "Imagine you are an intelligent teacher. Thoroughly read the question, reference answer and the prediction answer "
+    "to ensure a clear understanding of the information provided. Assess the correctness of the predictions. If the "
+    "prediction answer does not conflict with the reference answer, please generate “correct”. If the prediction "
+    "answer conflict with the reference answer, please generate “incorrect”. If the prediction answer is unclear "
+    'about the answer, please generate "unclear". \n\n Question:{}\nReference answer: {}\nPrediction answer:{}\nOutput:'
+)
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("hallusion_bench", "hallusionbench"), "hallusion_bench", DATA)
+    # The archive's image folder has the benchmark's name as well.
+    if folder.path != data_dir and (data_dir / "HallusionBench.json").is_file():
+        folder = files.Folder(data_dir, folder.task, folder.expects)
+    if parquet := folder.find("*.parquet"):
+        return [
+            _question(r.values, (r.picture("image"),) if r.has("image") else ())
+            for r in files.read_parquet(parquet, _COLUMNS)
+        ]
+    path = folder.need("HallusionBench.json")[0]
+    images = folder.images("hallusion_bench", "images", "")
+    questions = []
+    for number, line in enumerate(files.read_records(path)):
+        row = files.need_keys(line, _COLUMNS, f"{path}, record {number}")
+        name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
+        shown = () if str(row["visual_input"]) == "0" else (picture(images / name),)
+        questions.append(_question(row, shown))
+    return questions
+
+
+def _question(row: dict[str, Any], pictures: tuple[Picture, ...]) -> Question:
+    about = {key: str(row[key]) for key in (*_PLACE, "visual_input")} | {"details": row["gt_answer_details"]}
+    key = "_".join(str(row[name]) for name in _PLACE)
+    reference = "yes" if str(row["gt_answer"]) == "1" else "no"
+    group = "_".join(str(row[name]) for name in _PLACE[:3])
+    return Question(key, row["question"], reference, pictures, row["question"], about, group)
+
+
+def _scored(question: Question, verdict: int) -> Scored:
+    unseen = question.about["category"] == "VS" and question.about["figure_id"] == "0"
+    return verdict, float(verdict == 1 or (unseen and verdict == 2))
+
+
+def score(question: Question, answer: str) -> Scored:
+    """Right or wrong by the one of the words yes and no that is there; unclear with both or neither."""
+    said = {"yes", "no"} & set(re.findall(r"[a-z]+", answer.lower()))
+    return _scored(question, 2 if len(said) != 1 else int(said == {question.reference}))
+
+
+def judged(question: Question, answer: str, judge: Judge) -> Scored:
+    said = judge.ask(_GRADING.format(question.text, question.about["details"], answer), 16).lower()
+    return _scored(question, 0 if "incorrect" in said else 1 if "correct" in said else 2)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`aAcc` of questions, `fAcc` of figures and `qAcc` of questions over all their figures, for all questions and for
+    those with a picture alone, which some leaderboards show."""
+    with_image = [p for p in predictions if p.question.pictures]
+    figures = _figures(predictions)
+    return figures | ({f"{key}_images_only": v for key, v in _figures(with_image).items()} if with_image else {})
+
+
+def _figures(predictions: Sequence[Prediction]) -> dict[str, float]:
+    by_figure, by_question = defaultdict(list), defaultdict(list)
+    for p in predictions:
+        category, subcategory, group, figure, number = (p.question.about[key] for key in _PLACE)
+        by_question[category, subcategory, group, number].append(p.score)
+        if (category, figure) != ("VS", "0"):  # there is no figure
+            by_figure[category, subcategory, group, figure].append(p.score)
+    return {
+        "aAcc": percent([p.score for p in predictions]),
+        "fAcc": percent([min(scores) for scores in by_figure.values()]),
+        "qAcc": percent([min(scores) for scores in by_question.values()]),
+    }
+
+
+TASK = Task(
+    "hallusion_bench", "HallusionBench", DATA, read, score, summarise, headline="aAcc", max_tokens=128, judged=judged
+)

@@ -1,0 +1,186 @@
+"""MathVista, testmini: mathematics in figures, tables and photographs (Lu et al., ICLR 2024).
+
+    *testmini*.parquet     pid, question, query, decoded_image, choices, unit, precision, answer, question_type,
+                           answer_type, metadata
+    or testmini.json       {"1": the same with the image's file in `image`, ...} and images/
+
+An answer is first extracted from what the model says, by a language model in the official evaluation. Without a judge
+that is done by rules: an answer that is one already, `The answer is "..."`, and then the last number said.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.docvqa import edit_distance
+from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
+
+DATA = "MathVista's testmini split in Parquet files, or testmini.json with images/"
+_COLUMNS = ("pid", "question", "question_type", "answer_type", "answer", "choices")
+_PLACES = {1: ("one decimal place", "1.2, 1.3, 1.4"), 2: ("two decimal places", "1.23, 1.34, 1.45")}
+_EXTRACTION = """Copy the final answer out of a response to a question about a picture, without explaining anything.
+Give a number as digits alone, a list as a Python list, and a chosen option as its letter. If there is none, say NONE.
+
+Question: Which number is missing?
+Response: The number missing in the sequence is 14.
+Answer: 14
+
+Question: Which two years does the peak lie between?
+Response: It lies between 2007 and 2008.
+Answer: [2007, 2008]
+
+Question: Which part is blue? (A) 3/11 (B) 8/11
+Response: Eight of eleven parts are blue, so (B) 8/11 is right.
+Answer: B
+
+Question: {}
+Response: {}
+Answer:"""
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("mathvista",), "mathvista", DATA)
+    if parquet := folder.find("*testmini*.parquet"):
+        rows = files.read_parquet(parquet, _COLUMNS, ("decoded_image",))
+        return [_question(row.values, row.picture("decoded_image")) for row in rows]
+    path = folder.need("testmini.json")[0]
+    questions = []
+    for key, line in files.read_json(path).items():
+        row = files.need_keys(line, (*_COLUMNS, "image"), f"{path}, {key}")
+        images = next((p for p in (path.parent, folder.path) if (p / row["image"]).is_file()), folder.path)
+        questions.append(_question(row, picture(images / row["image"])))
+    return questions
+
+
+def query(row: dict[str, Any]) -> str:
+    """The official zero-shot query: a hint at the kind of answer, the question with its unit, the choices."""
+    places = int(row.get("precision") or 0)
+    if row["question_type"] == "multi_choice":
+        hint = "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+    elif row["answer_type"] == "integer":
+        hint = (
+            "Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at "
+            "the end."
+        )
+    elif row["answer_type"] == "float":
+        words, examples = _PLACES[places]
+        hint = (
+            f"Please answer the question requiring a floating-point number with {words} and provide the final value, "
+            f"e.g., {examples}, at the end."
+        )
+    else:
+        hint = (
+            "Please answer the question requiring a Python list as an answer and provide the final list, e.g., "
+            "[1, 2, 3], [1.2, 1.3, 1.4], at the end."
+        )
+    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+    options = [f"({letter}) {text}" for letter, text in zip(choices.LETTERS, row["choices"] or ())]
+    return "\n".join(
+        [f"Hint: {hint}", f"Question: {row['question']}{unit}", *(["Choices:", *options] if options else [])]
+    )
+
+
+def _question(row: dict[str, Any], image: Picture) -> Question:
+    metadata = row.get("metadata") or {}
+    about = {
+        "options": list(row["choices"] or ()),
+        "question_type": row["question_type"],
+        "answer_type": row["answer_type"],
+        "precision": int(row.get("precision") or 0),
+        "task": metadata.get("task") or "",
+        "skills": list(metadata.get("skills") or ()),
+    }
+    answer = row["answer"] or None
+    prompt = row.get("query") or query(row)
+    return Question(str(row["pid"]), prompt, answer, (image,), row["question"], about)
+
+
+def ready(answer: str, about: dict[str, Any]) -> str | None:
+    """An answer that needs no extraction: one of the choices, or a number of the kind that is asked for."""
+    if not answer or (about["question_type"] == "multi_choice" and answer in about["options"]):
+        return answer
+    try:
+        if about["answer_type"] == "integer":
+            return str(int(answer))
+        if about["answer_type"] == "float":
+            return str(float(answer))
+    except ValueError:
+        pass
+    return None
+
+
+def extract(answer: str, about: dict[str, Any]) -> str:
+    """The answer by rules alone."""
+    if (done := ready(answer, about)) is not None:
+        return done
+    if found := re.search(r'The answer is "(.*)"\.', answer):
+        return found[1]
+    if about["answer_type"] in ("integer", "float"):
+        numbers = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", answer)
+        return numbers[-1].replace(",", "").rstrip(".") if numbers else ""
+    if about["answer_type"] == "list":
+        lists = re.findall(r"\[[^\[\]]*\]", answer)
+        return lists[-1] if lists else answer
+    letters = choices.LETTERS[: len(about["options"])]
+    alone = re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer) if letters else []
+    return alone[-1] if alone else answer
+
+
+def normalise(extraction: str, about: dict[str, Any]) -> str | None:
+    """The extraction in the form of references: an option's text (the nearest by edit distance, if need be), a whole
+    number, or a rounded one; None where it is none."""
+    options = about["options"]
+    if about["question_type"] == "multi_choice":
+        extraction = extraction.strip()
+        if letter := re.search(r"\(([a-zA-Z])\)", extraction):
+            extraction = letter[1].upper()
+        if len(extraction) == 1 and extraction in choices.LETTERS[: len(options)]:
+            return options[choices.LETTERS.index(extraction)]
+        return min(options, key=lambda option: edit_distance(extraction, option))
+    try:
+        if about["answer_type"] == "integer":
+            return str(int(float(extraction)))
+        if about["answer_type"] == "float":
+            return str(round(float(extraction), about["precision"]))
+    except (ValueError, OverflowError):
+        return None
+    return extraction
+
+
+def _scored(question: Question, extraction: str) -> Scored:
+    said = normalise(extraction, question.about)
+    return said, float(said is not None and said == question.reference)
+
+
+def score(question: Question, answer: str) -> Scored:
+    return _scored(question, extract(answer.strip(), question.about))
+
+
+def judged(question: Question, answer: str, judge: Judge) -> Scored:
+    done = ready(answer.strip(), question.about)
+    return _scored(question, judge.ask(_EXTRACTION.format(question.prompt, answer), 64) if done is None else done)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    skills = sorted({skill for p in predictions for skill in p.question.about["skills"]})
+    return {
+        "accuracy": percent([p.score for p in predictions]),
+        "by_task": percent_by(predictions, "task"),
+        "by_skill": {s: percent([p.score for p in predictions if s in p.question.about["skills"]]) for s in skills},
+    }
+
+
+TASK = Task(
+    "mathvista",
+    "MathVista (testmini)",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=512,
+    judged=judged,
+)

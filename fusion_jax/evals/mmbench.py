@@ -1,0 +1,155 @@
+"""MMBench in English and Chinese: multiple choice, each question asked once for every rotation of its options.
+
+    mmbench_dev_20230712.tsv, MMBench_DEV_EN.tsv and the like: index, question, hint, A, B, C, D, answer, category,
+    l2-category, image (base64); or Parquet with the same columns
+
+Circular evaluation (Liu et al., ECCV 2024): a question is right when all its rotations are. The files hold the
+rotations: their index is the first one's plus a multiple of a million, and their image may be the index of the row that
+has it. From a file without rotations they are made here. The test splits have no answers; they become a file for the
+benchmark's server.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
+
+_PASS = 1_000_000
+_LAST_LINE = {"en": choices.BY_LETTER, "cn": "请直接回答选项字母。"}
+_COLUMNS = ("index", "question", "A", "B")
+_INDEX_LENGTH = 64  # an image column this short names another row
+
+
+def _patterns(language: str, split: str) -> tuple[str, ...]:
+    names = [f"*mmbench*{split}*{language}*"]
+    if language == "en":
+        names.append(f"*mmbench_{split}_2*")  # the first release says no language
+    return (*(f"{name}.{ending}" for name in names for ending in ("tsv", "parquet")), f"{split}-*.parquet")
+
+
+def _data(language: str, split: str) -> str:
+    return f"MMBench's {split} split for {language.upper()} as TSV (such as MMBench_{split}_{language}.tsv) or Parquet"
+
+
+def read(language: str, split: str, data_dir: Path) -> list[Question]:
+    name = f"mmbench_{language}_{split}"
+    names = (f"mmbench_{language}", "mmbench-cn" if language == "cn" else "mmbench_en", "mmbench")
+    folder = files.open_folder(data_dir, names, name, _data(language, split))
+    paths = folder.need(*_patterns(language, split))
+    rows: list[tuple[dict, Picture]] = []
+    if paths[0].suffix.lower() == ".parquet":
+        rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
+    elif len(paths) > 1:
+        raise folder.wrong(f"there are several such files: {', '.join(path.name for path in paths)}")
+    else:
+        table = files.read_table(paths[0], (*_COLUMNS, "image"))
+        by_index = {row["index"]: row["image"] for row in table}
+        for row in table:
+            data = row["image"]
+            data = by_index.get(data, data) if len(data) <= _INDEX_LENGTH else data
+            rows.append((row, files.decode_base64(data, f"{paths[0]}, index {row['index']}")))
+    questions = [_question(language, row, image) for row, image in rows]
+    if all(int(q.id) < _PASS for q in questions):
+        questions = [turned for q in questions for turned in _rotations(language, q)]
+    if split == "dev" and any(q.reference is None for q in questions):
+        raise folder.wrong(f"{paths[0].name} has questions without an answer, as only the test split has,")
+    return questions
+
+
+def _question(language: str, row: dict, image: Picture) -> Question:
+    options = {}
+    for letter in "ABCD":
+        if choices.is_missing(row.get(letter)):
+            break
+        options[letter] = str(row[letter])
+    hint = "" if choices.is_missing(row.get("hint")) else f"{row['hint']}\n"
+    index = int(row["index"])
+    category = row.get("category")
+    about = {
+        "options": options,
+        "words": f"{hint}{row['question']}",
+        "category": "" if choices.is_missing(category) else category,
+    }
+    answer = None if choices.is_missing(row.get("answer")) else str(row["answer"]).strip()
+    return Question(
+        str(index),
+        _prompt(language, about["words"], options),
+        answer,
+        (image,),
+        str(row["question"]),
+        about,
+        str(index % _PASS),
+    )
+
+
+def _prompt(language: str, words: str, options: dict[str, str]) -> str:
+    return f"{words}\n{choices.lettered(list(options.values()))}\n{_LAST_LINE[language]}"
+
+
+def _rotations(language: str, question: Question) -> list[Question]:
+    """The question with its options moved up by 0, 1, 2, ... places."""
+    options = list(question.about["options"].values())
+    turned = []
+    for shift in range(len(options)):
+        moved = dict(zip(choices.LETTERS, options[shift:] + options[:shift]))
+        answer = question.reference
+        if answer is not None:
+            answer = choices.LETTERS[(choices.LETTERS.index(answer) - shift) % len(options)]
+        about = {**question.about, "options": moved}
+        index = str(int(question.id) + shift * _PASS)
+        prompt = _prompt(language, about["words"], moved)
+        turned.append(Question(index, prompt, answer, question.pictures, question.text, about, question.group))
+    return turned
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = choices.find_letter(answer, question.about["options"])
+    return said, None if question.reference is None else float(said == question.reference)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`circular`, the published figure; `vanilla`, one pass alone; and circular accuracy by category."""
+    if any(p.score is None for p in predictions):
+        return {}
+    passes: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        passes[p.question.group].append(p)
+    right = {group: float(all(p.score for p in part)) for group, part in passes.items()}
+    kinds = defaultdict(list)
+    for group, part in passes.items():
+        kinds[part[0].question.about["category"]].append(right[group])
+    return {
+        "circular": percent(list(right.values())),
+        "vanilla": percent([p.score for p in predictions if int(p.question.id) < _PASS]),
+        "by_category": {kind: percent(values) for kind, values in sorted(kinds.items())},
+    }
+
+
+def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
+    """What the server takes: every row's question, options and prediction."""
+    rows = []
+    for p in predictions:
+        options = p.question.about["options"]
+        rows.append([int(p.question.id), p.question.text, *(options.get(x, "") for x in "ABCD"), p.answer])
+    return files.write_table(folder / "submission", ("index", "question", *"ABCD", "prediction"), rows)
+
+
+def _task(language: str, split: str) -> Task:
+    return Task(
+        f"mmbench_{language}_{split}",
+        f"MMBench-{language.upper()} ({split})",
+        _data(language, split),
+        functools.partial(read, language, split),
+        score,
+        summarise,
+        headline="circular" if split == "dev" else "",
+        max_tokens=16,
+        submit=submit,
+    )
+
+
+TASKS = [_task(language, split) for language in ("en", "cn") for split in ("dev", "test")]

@@ -1,0 +1,154 @@
+"""MMMU: college questions in thirty subjects, multiple choice and open, some with several pictures (Yue et al., CVPR
+2024).
+
+    Accounting/validation-00000-of-00001.parquet and so on, or data/validation-*.parquet: id, question,
+    options (a Python list as text), answer, question_type, image_1 ... image_7
+
+Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Reading of answers
+as in the official eval_utils.py; where that draws a choice at random, the question's id decides here. The test split
+has no answers; it becomes a file for the server.
+"""
+
+import ast
+import functools
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, percent_by
+
+_IMAGES = tuple(f"image_{n}" for n in range(1, 8))
+_OPEN = choices.SHORT
+_KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,000
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1e5
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+
+def _data(split: str) -> str:
+    return f"MMMU's {split} split in Parquet files, in one folder a subject or in data/"
+
+
+def read(split: str, data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("mmmu",), f"mmmu ({split})", _data(split))
+    columns = ("id", "question", "options", "answer", "question_type")
+    rows = files.read_parquet(folder.need(f"{split}-*.parquet", f"*{split}*.parquet"), columns, _IMAGES)
+    return [_question(row) for row in rows]
+
+
+def _question(row: files.ParquetRow) -> Question:
+    v = row.values
+    options = ast.literal_eval(v["options"]) if isinstance(v["options"], str) else list(v["options"])
+    if multiple := v["question_type"] == "multiple-choice":
+        prompt = f"{v['question']}\n{choices.lettered(options)}\n\n{choices.BY_LETTER}"
+    else:
+        prompt = f"{v['question']}\n\n{_OPEN}"
+    numbers = sorted(set(re.findall(r"<image (\d)>", prompt)))
+    pictures = tuple(row.picture(f"image_{n}") for n in numbers if row.has(f"image_{n}"))
+    answer = v["answer"]
+    if isinstance(answer, str) and answer.startswith("[") and not multiple:
+        answer = ast.literal_eval(answer)  # several right answers
+    subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", v["id"])
+    about = {"options": options, "multiple": multiple, "subject": subject}
+    return Question(v["id"], prompt, None if answer in ("?", "", None) else answer, pictures, v["question"], about)
+
+
+def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
+    """The letter: in brackets, or as a word between spaces, or by its text in an answer of over five words; the last of
+    several."""
+    for mark in ",.!?;:'":
+        answer = answer.strip(mark)
+    answer = f" {answer} "
+    letters = choices.LETTERS[: len(options)]
+    for form in ("({})", " {} "):
+        if found := [x for x in letters if form.format(x) in answer]:
+            return max(found, key=lambda x: answer.rfind(form.format(x)))
+    if len(answer.split()) > 5:
+        said = answer.lower()
+        if found := [x for x, text in zip(letters, options) if text.lower() in said]:
+            return max(found, key=lambda x: said.rfind(options[letters.index(x)].lower()))
+    return random.Random(seed).choice(letters)
+
+
+def _normal(text: str) -> list[str | float]:
+    """A number rounded to two places, or the text in lower case; a single letter only beside a space."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def parse_open(answer: str) -> list[str | float]:
+    """What may be the answer in each line: the shortest text behind a word such as `is` or `answer`, behind `=` in the
+    last line too, and all numbers in it."""
+    answer = answer.strip().strip(".").lower()
+    # Official, and after lower() without effect: sentences end before a capital letter.
+    lines = re.split(r"\.\s(?=[A-Z])|\n", answer)
+    found = []
+    for number, line in enumerate(lines):
+        keys = (*_KEYS, "=") if number == len(lines) - 1 else _KEYS
+        shortest = ""
+        for tail in (line.split(key)[-1].strip() for key in keys if key in line):
+            shortest = tail if not shortest or len(tail) < len(shortest) else shortest
+        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
+            found.append(shortest)
+    found = found or [answer]
+    numbers = [match for text in found for pattern in _NUMBERS for match in re.findall(pattern, text)]
+    return list(dict.fromkeys(value for text in (*found, *numbers) for value in _normal(text)))
+
+
+def matches(said: Sequence[str | float], reference: str | Sequence[str]) -> bool:
+    """A number that equals a right one, or a text that contains a right one."""
+    right = [value for text in ([reference] if isinstance(reference, str) else reference) for value in _normal(text)]
+    return any(
+        any(isinstance(r, str) and r in value for r in right) if isinstance(value, str) else value in right
+        for value in said
+    )
+
+
+def score(question: Question, answer: str) -> Scored:
+    if question.about["multiple"]:
+        said = parse_choice(answer, question.about["options"], question.id)
+        return said, None if question.reference is None else float(said == question.reference)
+    said = parse_open(answer)
+    return said, None if question.reference is None else float(matches(said, question.reference))
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    if any(p.score is None for p in predictions):
+        return {}
+    return {
+        "accuracy": percent([p.score for p in predictions]),
+        "by_subject": percent_by(predictions, "subject"),
+    }
+
+
+def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
+    if all(p.score is not None for p in predictions):
+        return []
+    answers = {p.question.id: p.parsed if p.question.about["multiple"] else p.answer for p in predictions}
+    return files.write_json(folder / "submission.json", answers)
+
+
+def _task(name: str, split: str) -> Task:
+    return Task(
+        name,
+        f"MMMU ({split})",
+        _data(split),
+        functools.partial(read, split),
+        score,
+        summarise,
+        headline="accuracy" if split == "validation" else "",
+        max_tokens=128,
+        submit=submit,
+    )
+
+
+TASKS = [_task("mmmu", "validation"), _task("mmmu_test", "test")]

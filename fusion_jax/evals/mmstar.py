@@ -1,0 +1,53 @@
+"""MMStar: 1500 multiple choice questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
+
+mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by
+
+DATA = "mmstar.parquet or MMStar.tsv"
+_COLUMNS = ("index", "question", "answer", "category", "l2_category")
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("mmstar",), "mmstar", DATA)
+    if parquet := folder.find("*.parquet"):
+        return [_question(row.values, row.picture("image")) for row in files.read_parquet(parquet, _COLUMNS)]
+    path = folder.need("*mmstar*.tsv")[0]
+    rows = files.read_table(path, (*_COLUMNS, "image"))
+    return [_question(row, files.decode_base64(row["image"], f"{path}, index {row['index']}")) for row in rows]
+
+
+def _question(row: dict[str, Any], image: Picture) -> Question:
+    words = row["question"].strip()
+    # The published prompt has no period at its end here.
+    prompt = f"{words}\n{choices.BY_LETTER.rstrip('.')}"
+    about = {"category": row["category"], "l2_category": row["l2_category"]}
+    return Question(str(row["index"]), prompt, row["answer"].strip(), (image,), words, about)
+
+
+def score(question: Question, answer: str) -> Scored:
+    """MMStar's rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
+    said = answer.lower().strip().replace("\n", " ")
+    right = question.reference.lower()
+    letter = said[:1]
+    for start in ("(", "option ", "the answer is "):
+        if said.startswith(start) and letter != right:
+            letter = said[len(start) : len(start) + 1]
+    return letter, float(bool(letter) and letter == right)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    return {
+        "accuracy": percent([p.score for p in predictions]),
+        "by_category": percent_by(predictions, "category"),
+        "by_l2_category": percent_by(predictions, "l2_category"),
+    }
+
+
+TASK = Task("mmstar", "MMStar", DATA, read, score, summarise, headline="accuracy", max_tokens=16)

@@ -1,0 +1,82 @@
+"""POPE: is an object in the picture? Three splits of yes/no questions (Li et al., EMNLP 2023).
+
+coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json   one object a line, with
+    {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there ...?", "label": "yes"}
+val2014/                                                                    the images
+or Parquet with the columns id or question_id, question, answer, category, image
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
+
+DATA = "coco_pope_{random,popular,adversarial}.json with the images in val2014/, or POPE's Parquet files"
+SPLITS = ("random", "popular", "adversarial")
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("pope",), "pope", DATA)
+    if parquet := folder.find("*.parquet"):
+        rows = files.read_parquet(parquet, ("question", "answer", "category"))
+        return [
+            _question(
+                row.values["category"], f"{n}", row.values["question"], row.values["answer"], row.picture("image")
+            )
+            for n, row in enumerate(rows)
+        ]
+    images = None
+    questions = []
+    for split in SPLITS:
+        path = folder.need(f"coco_pope_{split}.json")[0]
+        images = images or folder.images("val2014", "coco/val2014", "images", "../coco/val2014", "")
+        for number, line in enumerate(files.read_records(path)):
+            row = files.need_keys(line, ("image", "text", "label"), f"{path}, line {number + 1}")
+            key = str(row.get("question_id", number + 1))
+            questions.append(_question(split, key, row["text"], row["label"], picture(images / row["image"])))
+    return questions
+
+
+def _question(split: str, key: str, text: str, label: str, image) -> Question:
+    prompt = f"{text.strip()}\n{choices.SHORT}"
+    label = "no" if label.strip().lower() == "no" else "yes"
+    return Question(f"{split}/{key}", prompt, label, (image,), text, {"split": split})
+
+
+def parse(answer: str) -> str:
+    """POPE's rule: only the first sentence counts; it is a no if one of its words is `no`, `No` or `not`."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = parse(answer)
+    return said, float(said == question.reference)
+
+
+def measure(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 and share of yes, in percent; 0 for what would divide by nothing."""
+    said = [p.parsed == "yes" for p in predictions]
+    true = [p.question.reference == "yes" for p in predictions]
+    hits = sum(s and t for s, t in zip(said, true))
+    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
+    return {
+        "accuracy": 100 * sum(s == t for s, t in zip(said, true)) / len(said),
+        "precision": 100 * precision,
+        "recall": 100 * recall,
+        "f1": 100 * 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "yes_ratio": 100 * sum(said) / len(said),
+    }
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Each split's figures, and their means over the splits, which is what is published."""
+    splits = {name: [p for p in predictions if p.question.about["split"] == name] for name in SPLITS}
+    each = {name: measure(part) for name, part in splits.items() if part}
+    means = {key: sum(m[key] for m in each.values()) / len(each) for key in next(iter(each.values()))}
+    return means | {f"{name}_{key}": value for name, m in each.items() for key, value in m.items()}
+
+
+TASK = Task("pope", "POPE", DATA, read, score, summarise, headline="f1", max_tokens=16)

@@ -1,0 +1,146 @@
+"""Answers on disk: appended as they come, shared by several processes, and refused when another checkpoint gave them.
+
+OUTPUT/TASK/parts/00001-of-00004.jsonl   what process 1 of 4 has answered; the first line says who answered
+OUTPUT/TASK/predictions.jsonl            all of them in the benchmark's order, scored; written by process 0
+"""
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fusion_jax.errors import UserError
+
+_PARTS = "parts"
+
+
+def fingerprint(step_folder: Path) -> str:
+    """Names a checkpoint by its files: the same for a copy elsewhere, another for every other save.
+
+    Sizes of the parameters' files, and the contents of the small ones (the config, and the index that names every
+    tensor's blocks), are enough for that, and the weights need not be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for name in ("params", "about") for p in (step_folder / name).rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(step_folder).as_posix()} {size}\n".encode())
+        if size <= 1 << 16:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_folder(output: Path, header: dict[str, Any]) -> None:
+    """UserError if any answers in the output folder are another checkpoint's."""
+    for path in sorted(output.glob(f"*/{_PARTS}/*.jsonl")):
+        _check_header(path, header)
+
+
+def _check_header(path: Path, header: dict[str, Any]) -> None:
+    with open(path, encoding="utf-8") as file:
+        first = file.readline()
+    if not first.endswith("\n"):
+        return  # stopped before it had said anything
+    try:
+        there = json.loads(first)["checkpoint"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not a file of answers; give another --output_dir.") from e
+    if there != header["checkpoint"]:
+        raise UserError(
+            f"{path} holds answers of another checkpoint ({json.loads(first).get('folder')}); give another "
+            "--output_dir, or delete that folder."
+        )
+
+
+class Part:
+    """The answers of one process to one task, appended to its own file."""
+
+    def __init__(self, folder: Path, index: int, count: int, header: dict[str, Any]):
+        self.path = folder / _PARTS / f"{index:05d}-of-{count:05d}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115
+        if not _lock(self._file):
+            self._file.close()
+            raise UserError(f"{self.path} is being written by another process; give each its own --process_index.")
+        _check_header(self.path, header)
+        data = self.path.read_bytes()
+        kept = data.rfind(b"\n") + 1  # a process that was killed may have left half a line
+        self._file.truncate(kept)
+        if not kept:
+            self._write(header)
+            self.flush()
+
+    def add(self, key: str, prompt: str, answer: str) -> None:
+        self._write({"id": key, "prompt": digest(prompt), "answer": answer})
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, value: dict[str, Any]) -> None:
+        self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else has the file; a file system without locks is taken at its word."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def digest(prompt: str) -> str:
+    """Short name of a prompt: an answer counts only for the words that were asked."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def read_answers(folder: Path) -> dict[tuple[str, str], str]:
+    """All answers to a task so far, of all processes, by question and `digest` of its prompt."""
+    answers = {}
+    for path in sorted((folder / _PARTS).glob("*.jsonl")):
+        for row in _rows(path):
+            answers[row["id"], row["prompt"]] = row["answer"]
+    return answers
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number and line.endswith("\n"):
+                yield json.loads(line)
+
+
+def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: float = 2.0) -> dict:
+    """All answers, once every wanted one is there.
+
+    Raises:
+      UserError: no process has answered anything for `patience` seconds.
+    """
+    last, since = -1, time.monotonic()
+    while True:
+        answers = read_answers(folder)
+        missing = len(wanted - answers.keys())
+        if not missing:
+            return answers
+        if missing != last:
+            last, since = missing, time.monotonic()
+        if time.monotonic() - since > patience:
+            raise UserError(
+                f"{folder}: {missing} of {len(wanted)} answers are missing and none came for {patience:.0f} seconds; "
+                "start the other processes again, or this one alone with --process_count=1."
+            )
+        time.sleep(poll)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSONL that appears at once or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,67 @@
+"""RealWorldQA: questions about photographs, many of them from cars (xAI, 2024).
+
+*.parquet with the columns question (options and instruction in it), answer, image
+or RealWorldQA.tsv: index, question, A, B, C, D, answer, image (base64)
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
+
+DATA = "the test split in Parquet files, or RealWorldQA.tsv"
+_DIGITS = dict(
+    zip(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), map(str, range(11)))
+)
+_OPTION = re.compile(r"\b[A-Z]\.\s+([^\n]*)")
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("realworldqa",), "realworldqa", DATA)
+    if parquet := folder.find("*.parquet"):
+        rows = files.read_parquet(parquet, ("question", "answer"))
+        return [
+            _question(str(n), r.values["question"], r.values["answer"], r.picture("image")) for n, r in enumerate(rows)
+        ]
+    path = folder.need("*realworldqa*.tsv")[0]
+    questions = []
+    for row in files.read_table(path, ("index", "question", "answer", "image")):
+        options = [row[x] for x in "ABCDE" if not choices.is_missing(row.get(x))]
+        words = f"{row['question']}\n{choices.lettered(options)}\n{choices.BY_LETTER}" if options else row["question"]
+        image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
+        questions.append(_question(row["index"], words, row["answer"], image))
+    return questions
+
+
+def _question(key: str, text: str, answer: str, image: Picture) -> Question:
+    return Question(key, text.strip(), answer.strip(), (image,))
+
+
+def parse(answer: str, question: str) -> str:
+    """lmms-eval's flexible rule: numbers up to ten as digits, no marks, and the letter of the first option whose text
+    is in the answer."""
+    said = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
+    options = [text.strip() for text in _OPTION.findall(question)]
+    found = re.search("|".join(map(re.escape, options)), said) if options else None
+    # Of two options with the same text the later one is meant.
+    letters = dict(zip(options, choices.LETTERS))
+    return letters.get(found[0], said) if found else said
+
+
+def score(question: Question, answer: str) -> Scored:
+    def plain(text: str) -> str:
+        return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+    said = parse(answer, question.prompt)
+    return said, float(plain(said) == plain(question.reference))
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    return {"accuracy": percent([p.score for p in predictions])}
+
+
+TASK = Task("realworldqa", "RealWorldQA", DATA, read, score, summarise, headline="accuracy", max_tokens=16)

@@ -1,0 +1,62 @@
+"""All benchmarks by name."""
+
+from collections.abc import Sequence
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals import (
+    ai2d,
+    chartqa,
+    cv_bench,
+    docvqa,
+    hallusion,
+    held_out,
+    mathvista,
+    mmbench,
+    mme,
+    mmmu,
+    mmstar,
+    mmvet,
+    mmvp,
+    ocrbench,
+    pope,
+    realworldqa,
+    scienceqa,
+    seed,
+    textvqa,
+    vizwiz,
+)
+from fusion_jax.evals.task import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        held_out.TASK,
+        *mmbench.TASKS,
+        pope.TASK,
+        mmvet.TASK,
+        seed.TASK,
+        textvqa.TASK,
+        ai2d.TASK,
+        cv_bench.TASK,
+        mmvp.TASK,
+        mme.TASK,
+        scienceqa.TASK,
+        chartqa.TASK,
+        *docvqa.TASKS,
+        ocrbench.TASK,
+        *mmmu.TASKS,
+        mmstar.TASK,
+        realworldqa.TASK,
+        *vizwiz.TASKS,
+        hallusion.TASK,
+        mathvista.TASK,
+    )
+}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, each once; UserError with the list of all for an unknown one."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"Unknown task {name!r}; allowed: {', '.join(TASKS)}.")
+    return [TASKS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,178 @@
+"""What an evaluation leaves in its output folder for people: summary.json, summary.md and report.html.
+
+All three cover every task that the folder holds answers of, not only those of the last run. A task's part of the
+report is kept beside its predictions, so that an image is read once.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fusion_jax.data.image import load_image
+from fusion_jax.errors import BadRecord
+from fusion_jax.evals import published
+from fusion_jax.evals.registry import TASKS
+from fusion_jax.evals.runner import Result
+from fusion_jax.evals.task import Picture, Prediction
+
+WRONG = 40  # wrong answers shown per task
+_SIDE = 256  # pixels of a thumbnail's longer side
+_PART = "report_part.html"
+
+
+def write(output: Path, header: dict[str, Any], results: Sequence[Result]) -> list[Path]:
+    """Writes or updates the summary and the report; returns their files."""
+    summary = {**header, "tasks": _earlier(output, header)}
+    for result in results:
+        summary["tasks"][result.task.name] = {
+            "scores": result.scores,
+            "seconds": round(result.seconds, 1),
+            "files": [str(path.relative_to(output)) for path in result.files],
+        }
+        (output / result.task.name / _PART).write_text(_section(result), encoding="utf-8")
+    names = [name for name in TASKS if name in summary["tasks"]]
+    summary["tasks"] = {name: summary["tasks"][name] for name in names}
+    table = markdown({name: summary["tasks"][name]["scores"] for name in names})
+    paths = [output / "summary.json", output / "summary.md", output / "report.html"]
+    paths[0].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[1].write_text(f"Checkpoint: {header['folder']}\n\n{table}", encoding="utf-8")
+    parts = [output / name / _PART for name in names]
+    paths[2].write_text(_page(summary, [p.read_text(encoding="utf-8") for p in parts if p.exists()]), encoding="utf-8")
+    return paths
+
+
+def _earlier(output: Path, header: dict[str, Any]) -> dict[str, Any]:
+    path = output / "summary.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        return there["tasks"] if there["checkpoint"] == header["checkpoint"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def markdown(scores: dict[str, dict[str, Any]]) -> str:
+    """A table of headline figures beside the published ones, then all other figures."""
+    lines = [
+        f"| benchmark | figure | this checkpoint | {' | '.join(published.MODELS)} | questions |",
+        "|---|---|---|" + "---|" * (len(published.MODELS) + 1),
+    ]
+    for name, figures in scores.items():
+        task = TASKS[name]
+        figures_there = published.FIGURES.get(name, ())
+        beside = " | ".join(f"{x:.1f}" for x in figures_there) or " | ".join(" " * len(published.MODELS))
+        figure = figures.get(task.headline)
+        shown = _shown(figure) if figure is not None else "not scored here"
+        lines.append(f"| {task.title} | {task.headline} | {shown} | {beside} | {figures['questions']} |")
+    lines += ["", "All figures:", ""]
+    for name, figures in scores.items():
+        every = ", ".join(f"{key} {_shown(value)}" for key, value in _flat(figures).items() if key != "questions")
+        lines.append(f"- {TASKS[name].title}: {every or 'no figures without the benchmark’s own server or a judge'}")
+    return "\n".join(lines) + "\n"
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in figures.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+
+
+def is_wrong(prediction: Prediction) -> bool:
+    """Scored, and not with full marks, where those were expected."""
+    return prediction.score is not None and prediction.score < 1 and not prediction.question.control
+
+
+def _section(result: Result) -> str:
+    wrong = [p for p in result.predictions if is_wrong(p)]
+    shown = [wrong[i * len(wrong) // min(WRONG, len(wrong))] for i in range(min(WRONG, len(wrong)))]
+    title = html.escape(result.task.title)
+    asked = sum(not p.question.control for p in result.predictions)
+    note = f"{len(wrong)} of {asked} answers without full marks; {len(shown)} of them shown."
+    if all(p.score is None for p in result.predictions):
+        note = "These answers are not scored here."
+    cards = "\n".join(_card(p) for p in shown)
+    return f'<section id="{result.task.name}"><h2>{title}</h2><p>{note}</p><div class="cards">{cards}</div></section>'
+
+
+def _card(prediction: Prediction) -> str:
+    q = prediction.question
+    pictures = "".join(thumbnail(p) for p in q.pictures[:4])
+    rows = [
+        ("question", q.text or q.prompt),
+        ("model", prediction.answer),
+        ("read as", prediction.parsed),
+        ("right", q.reference),
+        ("score", f"{prediction.score:g}"),
+    ]
+    if str(prediction.parsed) == prediction.answer:
+        del rows[2]
+    text = "".join(f"<dt>{name}</dt><dd>{html.escape(_words(value))}</dd>" for name, value in rows)
+    return f'<article>{pictures}<dl>{text}</dl><p class="id">{html.escape(q.id)}</p></article>'
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def thumbnail(picture: Picture) -> str:
+    """An `img` element that carries the picture, made small; words in its place where it cannot be read."""
+    name = html.escape(Path(picture.name).name)
+    try:
+        image = load_image(picture.load())
+    except BadRecord as bad:
+        return f"<p>{html.escape(bad.detail)}</p>"
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return (
+        f'<img alt="{name}" loading="lazy" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { padding: .25rem .75rem; border-bottom: 1px solid #8885; text-align: right }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
+article { border: 1px solid #8885; border-radius: .5rem; padding: .75rem; overflow-wrap: anywhere }
+img { max-width: 100%; display: block; margin-bottom: .5rem }
+dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: .1rem .75rem } dt { opacity: .7 } dd { margin: 0 }
+dd { white-space: pre-wrap } .id { opacity: .6; font-size: .8rem; margin: .5rem 0 0 }
+"""
+
+
+def _page(summary: dict[str, Any], sections: Sequence[str]) -> str:
+    rows = []
+    for name, entry in summary["tasks"].items():
+        task, figures = TASKS[name], entry["scores"]
+        beside = published.FIGURES.get(name, ("",) * len(published.MODELS))
+        figure = figures.get(task.headline)
+        cells = [task.headline, "" if figure is None else _shown(figure), *beside, figures["questions"]]
+        rows.append(
+            f'<tr><td><a href="#{name}">{html.escape(task.title)}</a></td>'
+            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+            + "</tr>"
+        )
+    heads = ("benchmark", "figure", "this checkpoint", *published.MODELS, "questions")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1><p>{html.escape(str(summary['folder']))}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"{''.join(sections)}</body></html>\n"
+    )

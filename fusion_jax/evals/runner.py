@@ -1,0 +1,271 @@
+"""Asks a checkpoint a benchmark's questions, scores the answers, and leaves everything needed to look again.
+
+Works without an output folder too (`evaluate_tasks`, inside training); with one it can be interrupted and shared.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from fusion_jax.data.sources import Record
+from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.evals import predictions as files
+from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.registry import find_tasks
+from fusion_jax.evals.task import Prediction, Question, Task
+
+log = logging.getLogger("fusion_jax")
+
+_WINDOW = 8  # batches whose questions are sorted by length: little padding, and tables are still read in order
+_JUDGE_THREADS = 8
+
+
+class Answers(Protocol):
+    """What is needed of `generate.Answerer`."""
+
+    rows: int
+    max_tokens: int
+
+    def answer(self, prompts: Sequence[Record]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where answers go, and who answers.
+
+    Attributes:
+      folder: see predictions.py and report.py for what is in it.
+      header: `checkpoint` (a fingerprint) and `folder` (for people) of the checkpoint.
+      index, count: this process and how many share the work; process 0 joins it.
+      patience: seconds that process 0 waits for another sign of life of the others.
+    """
+
+    folder: Path
+    header: dict[str, Any]
+    index: int = 0
+    count: int = 1
+    patience: float = 600.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A task's predictions in the benchmark's order, its figures, and the seconds it took."""
+
+    task: Task
+    predictions: list[Prediction]
+    scores: dict[str, Any]
+    seconds: float
+    files: list[Path] = dataclasses.field(default_factory=list)
+
+
+def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0) -> dict[str, float]:
+    """Figures of some tasks as one flat dict, `task/figure`, for a training loop's metrics.
+
+    No language model is asked to grade, nothing is written.
+
+    Args:
+      answerer: a `generate.Answerer` of the current parameters.
+      tasks: names from `registry.TASKS`.
+      data_dir: as for `run_task`.
+      limit: about so many questions a task, spread evenly; 0 for all.
+
+    Raises:
+      UserError: unknown task, data folder of the wrong shape, or an image that cannot be read.
+    """
+    flat = {}
+    for task in find_tasks(tasks):
+        result = run_task(answerer, task, Path(data_dir), limit=limit, progress=False)
+        flat |= {f"{task.name}/{key}": float(v) for key, v in result.scores.items() if isinstance(v, int | float)}
+    return flat
+
+
+def run_task(
+    answerer: Answers,
+    task: Task,
+    data_dir: Path,
+    output: Output | None = None,
+    limit: int = 0,
+    judge: Judge | None = None,
+    progress: bool = True,
+) -> Result | None:
+    """Answers and scores a task's questions; only what the output folder does not hold yet is asked.
+
+    Args:
+      data_dir: the benchmark's data, or a folder with one folder for each benchmark.
+      limit: about so many questions, spread evenly over the benchmark; 0 for all.
+      judge: grades where the official rule asks a language model to.
+
+    Returns:
+      The result, or None in a process other than 0, which has then answered its share.
+
+    Raises:
+      UserError: see `evaluate_tasks`; the output folder holds another checkpoint's answers.
+    """
+    start = time.perf_counter()
+    questions = sample(_read(task, data_dir), limit)
+    if not questions:
+        raise UserError(f"{task.name}: {data_dir} holds no questions; expected {task.data}.")
+    _check(task, questions)
+    if output is None:
+        answers: dict[tuple[str, str], str] = {}
+        _ask(answerer, task, questions, progress, lambda q, a: answers.__setitem__(_key(q), a), lambda: None)
+    else:
+        folder = output.folder / task.name
+        # In one piece, so that a table's rows are read by one process.
+        begin, end = (len(questions) * i // output.count for i in (output.index, output.index + 1))
+        share = questions[begin:end]
+        part = files.Part(folder, output.index, output.count, {"task": task.name, **output.header})
+        done = files.read_answers(folder)
+        missing = [q for q in share if _key(q) not in done]
+        if len(missing) < len(share):
+            log.info("%s: %d of %d questions are answered already", task.name, len(share) - len(missing), len(share))
+        try:
+            _ask(answerer, task, missing, progress, lambda q, a: part.add(q.id, q.prompt, a), part.flush)
+        finally:
+            part.close()
+        if output.index:
+            return None
+        answers = files.wait_for(folder, {_key(q) for q in questions}, output.patience)
+    predictions = _score(task, [Prediction(q, answers[_key(q)]) for q in questions], judge, output)
+    scores = {"questions": len(predictions), **task.summarise(predictions)}
+    written = []
+    if output is not None:
+        files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
+        written = task.submit(predictions, output.folder / task.name) if task.submit else []
+    return Result(task, predictions, scores, time.perf_counter() - start, written)
+
+
+def _read(task: Task, data_dir: Path) -> list[Question]:
+    """The task's questions; every error says what was expected."""
+    try:
+        return task.read(data_dir)
+    except UserError as error:
+        if "; expected " in str(error):
+            raise
+        raise UserError(f"{task.name}: {str(error).rstrip('.')}; expected {task.data}.") from error
+
+
+def sample(questions: list[Question], limit: int) -> list[Question]:
+    """About `limit` of the questions, evenly spread and with whole groups; all of them for 0."""
+    if not limit or limit >= len(questions):
+        return questions
+    groups = list(dict.fromkeys(q.group or q.id for q in questions))
+    count = max(1, limit * len(groups) // len(questions))
+    chosen = {groups[i * len(groups) // count] for i in range(count)}
+    return [q for q in questions if (q.group or q.id) in chosen]
+
+
+def record(task: Task, question: Question) -> Record:
+    """The question as the model gets it: all pictures, then the words."""
+    images = tuple(p.load() for p in question.pictures)
+    tags = "<image>\n" * len(images)
+    turns = [{"from": "human", "value": tags + question.prompt.replace("<image>", "")}]
+    first = question.pictures[0].name if images else None
+    return Record(question.id, first and Path(first), turns, f"{task.name}, question {question.id}", images)
+
+
+def _key(question: Question) -> tuple[str, str]:
+    return question.id, files.digest(question.prompt)
+
+
+def _check(task: Task, questions: Sequence[Question]) -> None:
+    """Ids must differ and files of pictures must be there: said before an hour is spent on answers."""
+    seen = set()
+    for question in questions:
+        if question.id in seen:
+            raise UserError(f"{task.name}: two questions have the id {question.id!r}.")
+        seen.add(question.id)
+    missing = [(p.name, q.id) for q in questions for p in q.pictures if p.stored_in_file and not Path(p.name).is_file()]
+    if missing:
+        raise UserError(
+            f"{task.name}: {len(missing)} of {len(questions)} images are missing, the first is {missing[0][0]} "
+            f"(question {missing[0][1]})."
+        )
+
+
+def _ask(
+    answerer: Answers,
+    task: Task,
+    questions: Sequence[Question],
+    progress: bool,
+    keep: Callable[[Question, str], None],
+    flush: Callable[[], None],
+) -> None:
+    rows = max(1, getattr(answerer, "rows", 1))
+    bar = tqdm(total=len(questions), desc=task.name, unit="q", disable=not progress)
+    with bar, _longest(answerer, task.max_tokens):
+        for batch in _batches(questions, rows):
+            try:
+                answers = answerer.answer([record(task, question) for question in batch])
+            except BadRecord as bad:
+                raise UserError(f"{bad.where}: {bad.detail}.") from bad
+            for question, answer in zip(batch, answers):
+                keep(question, answer)
+            flush()
+            bar.update(len(batch))
+
+
+def _batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:
+    """Batches of like lengths, from windows in the benchmark's order."""
+    for start in range(0, len(questions), rows * _WINDOW):
+        window = questions[start : start + rows * _WINDOW]
+        window = sorted(window, key=lambda q: (len(q.pictures), len(q.prompt)))
+        yield from (window[i : i + rows] for i in range(0, len(window), rows))
+
+
+@contextmanager
+def _longest(answerer: Answers, max_tokens: int) -> Iterator[None]:
+    """The answerer with the task's answer length."""
+    before = answerer.max_tokens
+    answerer.max_tokens = max_tokens
+    try:
+        yield
+    finally:
+        answerer.max_tokens = before
+
+
+def _score(task: Task, predictions: list[Prediction], judge: Judge | None, output: Output | None) -> list[Prediction]:
+    if judge is None or task.judged is None:
+        scored = [task.score(p.question, p.answer) for p in predictions]
+    else:
+        scored = _judge(task, predictions, judge, output)
+    return [dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in zip(predictions, scored)]
+
+
+def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Output | None) -> list[tuple]:
+    """The judge's verdicts; those in the output folder are not asked for again."""
+    path = output.folder / task.name / "verdicts.jsonl" if output else None
+    known = {}
+    if path and path.exists():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+        path.write_text("".join(whole), encoding="utf-8")
+        known = {row["of"]: (row["parsed"], row["score"]) for row in map(json.loads, whole)}
+
+    def name(p: Prediction) -> str:
+        return files.digest(json.dumps([judge.model, p.question.id, p.question.prompt, p.answer]))
+
+    waiting = [p for p in predictions if name(p) not in known]
+    with (
+        ThreadPoolExecutor(_JUDGE_THREADS) as pool,
+        tqdm(total=len(waiting), desc=f"{task.name}, judge", unit="q", disable=not waiting) as bar,
+    ):
+        # A window at a time: after an error nothing is asked beyond it.
+        for start in range(0, len(waiting), _JUDGE_THREADS):
+            window = waiting[start : start + _JUDGE_THREADS]
+            verdicts = list(pool.map(lambda p: task.judged(p.question, p.answer, judge), window))
+            for p, (parsed, score) in zip(window, verdicts):
+                known[name(p)] = (parsed, score)
+                if path:
+                    with open(path, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"of": name(p), "parsed": parsed, "score": score}) + "\n")
+            bar.update(len(window))
+    return [known[name(p)] for p in predictions]

@@ -1,0 +1,73 @@
+"""ScienceQA, test split: school questions with and without a picture (Lu et al., NeurIPS 2022).
+
+problems.json        {"1": {"question", "choices", "answer" (number), "hint", "image" (a name or null), ...}, ...}
+pid_splits.json      {"test": ["4", ...], ...}
+images/test/4/image.png
+or Parquet with the columns question, choices, answer, hint, image (null without one)
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+
+DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
+
+
+def read(data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("scienceqa",), "scienceqa", DATA)
+    if parquet := folder.find("*test*.parquet"):
+        rows = files.read_parquet(parquet, ("question", "choices", "answer", "hint"))
+        return [
+            _question(str(n), row.values, (row.picture("image"),) if row.has("image") else ())
+            for n, row in enumerate(rows)
+        ]
+    problems, splits = folder.need("problems.json")[0], folder.need("pid_splits.json")[0]
+    data = files.read_json(problems)
+    pids = files.need_keys(files.read_json(splits), ("test",), str(splits))["test"]
+    images = folder.images("images/test", "test", "images", "")
+    questions = []
+    for pid in pids:
+        row = files.need_keys(data.get(pid), ("question", "choices", "answer", "hint", "image"), f"{problems}, {pid}")
+        shown = (picture(images / pid / row["image"]),) if row["image"] else ()
+        questions.append(_question(pid, row, shown))
+    return questions
+
+
+def _question(key: str, row: dict[str, Any], pictures: tuple[Picture, ...]) -> Question:
+    options = list(row["choices"])
+    context = f"Context: {row['hint']}\n" if row["hint"] else ""
+    prompt = f"{context}{row['question']}\n{choices.lettered(options)}\n{choices.BY_LETTER}"
+    answer = choices.LETTERS[int(row["answer"])]
+    return Question(key, prompt, answer, pictures, row["question"], {"options": options, "image": bool(pictures)})
+
+
+def parse(answer: str, options: Sequence[str]) -> str:
+    """LLaVA's rule: a letter alone, `A. ` at the start, or `The answer is A`; FAILED for anything else."""
+    said = answer.replace("\n", ". ")
+    if said.strip() in tuple("ABCDE"):
+        letter = said.strip()
+    elif found := re.match(r"([A-E])\. ", said) or re.search(r"The answer is ([A-E])", said):
+        letter = found[1]
+    else:
+        return "FAILED"
+    return letter if letter in choices.LETTERS[: len(options)] else "FAILED"
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = parse(answer, question.about["options"])
+    return said, float(said == question.reference)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    with_image = [p.score for p in predictions if p.question.about["image"]]
+    return {
+        "accuracy": percent([p.score for p in predictions]),
+        **({"image_accuracy": percent(with_image)} if with_image else {}),
+    }
+
+
+TASK = Task("scienceqa", "ScienceQA", DATA, read, score, summarise, headline="image_accuracy", max_tokens=16)

@@ -1,0 +1,73 @@
+"""VizWiz-VQA: photographs by blind people with their questions (Gurari et al., CVPR 2018).
+
+    val.json, test.json   [{"image", "question", "answers": [{"answer"}, ...ten of them]}, ...]
+    val/, test/           the images
+    or Parquet with the columns question_id, question, answers (ten texts), image
+
+The official evaluation normalises the model's answer and compares it with the people's as they wrote them. The test
+split has no answers; it becomes a file for the server.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import choices, files, vqa
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+
+_HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def _data(split: str) -> str:
+    return f"{split}.json with the images in {split}/, or the {split} split in Parquet files"
+
+
+def read(split: str, data_dir: Path) -> list[Question]:
+    folder = files.open_folder(data_dir, ("vizwiz",), f"vizwiz ({split})", _data(split))
+    if parquet := folder.find(f"{split}*.parquet"):
+        rows = files.read_parquet(parquet, ("question_id", "question"))
+        return [_question(f"{Path(str(r.values['question_id'])).stem}.jpg", r.values, r.picture("image")) for r in rows]
+    path = folder.need(f"{split}.json")[0]
+    images = folder.images(split, "images", "")
+    questions = []
+    for number, line in enumerate(files.read_records(path)):
+        row = files.need_keys(line, ("image", "question"), f"{path}, record {number}")
+        questions.append(_question(row["image"], row, picture(images / row["image"])))
+    return questions
+
+
+def _question(key: str, row: dict[str, Any], image: Picture) -> Question:
+    answers = row.get("answers")
+    people = [a["answer"] if isinstance(a, dict) else a for a in answers] if answers else None
+    prompt = f"{row['question'].capitalize()}\n{_HINT}\n{choices.SHORT}"
+    return Question(key, prompt, people, (image,), row["question"])
+
+
+def score(question: Question, answer: str) -> Scored:
+    said = answer.replace("\n", " ").replace("\t", " ").strip()
+    said = vqa.digits_and_articles(vqa.punctuation(said))
+    return said, None if question.reference is None else vqa.accuracy(said, question.reference)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    if any(p.score is None for p in predictions):
+        return {}
+    return {"accuracy": percent([p.score for p in predictions])}
+
+
+def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
+    if all(p.score is not None for p in predictions):
+        return []
+    rows = [{"image": p.question.id, "answer": vqa.normalise(p.answer)} for p in predictions]
+    return files.write_json(folder / "submission.json", rows)
+
+
+def _task(split: str) -> Task:
+    name = "vizwiz" if split == "val" else f"vizwiz_{split}"
+    headline = "accuracy" if split == "val" else ""
+    reader = functools.partial(read, split)
+    return Task(name, f"VizWiz ({split})", _data(split), reader, score, summarise, headline, 16, submit=submit)
+
+
+TASKS = [_task(split) for split in ("val", "test")]

@@ -1,0 +1,64 @@
+"""VQA accuracy: ten people's answers, and the normaliser that decides which of them agree.
+
+The normaliser is that of EvalAI's TextVQA server (facebookresearch/mmf), with its slips, because figures are only
+comparable with them: at most 32 periods go, and a period in front of a digit stays wherever it stands.
+"""
+
+import re
+from collections.abc import Sequence
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(_DIGITS)}}
+_ARTICLES = {"a", "an", "the"}
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"\.(?!\d)")
+_THOUSANDS = re.compile(r"(?<=\d),+(?=\d)")
+_FORMS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
+"""
+
+
+def _slips(form: str) -> list[str]:
+    """The form with one of its apostrophes left out, in every way."""
+    return [form[:i] + form[i + 1 :] for i, letter in enumerate(form) if letter == "'"]
+
+
+_CONTRACTIONS = {slip: form for form in _FORMS.split() for slip in _slips(form)} | {"somebody'd": "somebodyd"}
+
+
+def punctuation(text: str) -> str:
+    """Marks become spaces, or nothing where the text has one beside a space, or digits around a comma."""
+    squeeze = _THOUSANDS.search(text) is not None
+    out = text
+    for mark in _MARKS:
+        out = out.replace(mark, "" if squeeze or f"{mark} " in text or f" {mark}" in text else " ")
+    return _PERIOD.sub("", out, count=32)
+
+
+def digits_and_articles(text: str) -> str:
+    """Lower case, numbers up to ten as digits, no articles, apostrophes put back."""
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def normalise(text: str) -> str:
+    """An answer as TextVQA's server compares it."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    return digits_and_articles(punctuation(text))
+
+
+def accuracy(answer: str, people: Sequence[str]) -> float:
+    """Mean over the people of min(1, agreeing others / 3): 1 from four of ten on, 0.9 for three, 0.6 for two, 0.3.
+
+    Both sides are compared as they are: normalise them first.
+    """
+    agreeing = [person == answer for person in people]
+    return sum(min(1.0, (sum(agreeing) - own) / 3) for own in agreeing) / len(agreeing)

@@ -1,0 +1,315 @@
+"""The data engine's default backend: no network, no weights. A scene graph stands behind every word and every pixel.
+
+    caption --parse--> draft --settle--> scene graph --write--> description, caption
+                                             |--------draw----> image
+                                             |--------ask-----> questions and answers, true by construction
+                                             `-------claims---> is this answer right?
+
+The graph travels as the sample's state. Where there is none, because another model wrote the description, the
+description is parsed: what cannot be drawn as it says is refused.
+
+There are two styles. "scenes" is the one above. "shapes" are the small plain pictures of the quickstart: a caption of
+that style names its picture, and everything else follows from the name (`scene/shapes.py`).
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from fusion_jax.synth.backends.base import Reply, Unusable
+from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reason, shapes, write
+from fusion_jax.synth.scene import draw as drawing
+from fusion_jax.synth.scene.falsify import falsify
+from fusion_jax.synth.scene.graph import Scene
+from fusion_jax.synth.scene.parse import Draft, parse
+
+VERSION = 1
+SOURCE = "embedded scenes"
+LICENCE = "Generated data, made by this program alone: free to use, change and share for any purpose."
+
+CAPTION_KINDS = ("caption_color", "caption_count", "caption_scene", "caption_spatial", "caption_text")
+CONTRAST_KINDS = ("contrast_short", "contrast_long")
+STYLES = ("scenes", shapes.STYLE)
+TRIES = 20  # for captions of at most twelve words
+
+
+def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
+    """A pool of captions in one of `STYLES`, each a function of the seed and its number."""
+    if style not in STYLES:
+        raise ValueError(f"no style {style!r}; there are {', '.join(STYLES)}")
+    for number in range(count):
+        if style == shapes.STYLE:
+            yield shapes.Picture(seed, "train", number).caption
+            continue
+        rng = graph.generator(seed, "pool", number)
+        texts = rng.choices((0, 1, 2), (8, 3, 1))[0]
+        made = compose.settle(compose.random_draft(rng, rng.choices((1, 2, 3), (2, 5, 4))[0], texts), rng)
+        yield write.pool_caption(made, rng)
+
+
+def scenes_of(data: dict[str, Any]) -> list[Scene]:
+    """The scenes of a request: its state, or else read from its descriptions. `Unusable` where that fails."""
+    state = data.get("state")
+    try:
+        if isinstance(state, dict) and "scenes" in state:
+            return [graph.from_json(each) for each in state["scenes"]]
+        return [read_exactly(description) for description in data["descriptions"]]
+    except compose.Impossible as error:
+        raise Unusable("not_drawable", str(error)) from None
+    except ValueError as error:
+        raise Unusable("foreign_state", str(error)) from None
+
+
+def read_exactly(description: str) -> Scene:
+    """The scene of a description, what it leaves open decided by its words. Raises `compose.Impossible`."""
+    return compose.settle(parse(description), graph.generator(description), exact=True)
+
+
+class LanguageModel:
+    """Judges, describes, asks and states from scene graphs.
+
+    Attributes:
+      wrong_share: share of the answers that are made wrong, for tests of verification.
+    """
+
+    name = "embedded"
+    paid = False
+
+    def __init__(self, wrong_share: float = 0.0):
+        self.wrong_share = wrong_share
+        self.settings = {"version": VERSION} | ({"wrong_share": wrong_share} if wrong_share else {})
+
+    def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
+        del messages, schema
+        rng = graph.generator(seed, purpose, data.get("kind", ""))
+        picture = _picture(data)
+        if picture is not None:
+            return _reply_about_shapes(picture, purpose, data)
+        state = None
+        if purpose == "judge":
+            parsed = {"drawable": bool(parse(data["caption"]).groups)}
+        elif purpose == "describe":
+            parsed, scenes = _describe(data["kind"], data["caption"], rng)
+            state = {"scenes": [graph.to_json(made) for made in scenes]}
+        elif purpose == "qa":
+            parsed = {"pairs": self._pairs(data, rng, seed)}
+        elif purpose == "statement":
+            scenes = scenes_of(data)
+            parsed = {"statements": [_statement(pair, scenes) for pair in data["pairs"]]}
+        elif purpose == "verify":
+            parsed = _verify(data["question"], data["answer"], data)
+        else:
+            raise ValueError(f"no purpose {purpose!r}")
+        return Reply(json.dumps(parsed, ensure_ascii=False), parsed, state=state)
+
+    def _pairs(self, data: dict, rng: random.Random, seed: int) -> list[dict]:
+        scenes = scenes_of(data)
+        pairs = _ask(data["kind"], scenes, rng)
+        for number, pair in enumerate(pairs):
+            if planted(seed, number, self.wrong_share):
+                wrong = falsify(pair["question"], pair["answer"], scenes, graph.generator(seed, "false", number))
+                if wrong is None:
+                    continue
+                if "options" in pair and wrong not in pair["options"]:
+                    wrong = next(option for option in pair["options"] if option != pair["answer"])
+                pair["answer"] = wrong
+        return pairs
+
+
+def _picture(data: dict[str, Any]) -> shapes.Picture | None:
+    """The picture of shapes that a request is about, or None for one about a scene."""
+    try:
+        return shapes.from_json(data.get("state")) or shapes.from_caption(data.get("caption", ""))
+    except ValueError as error:
+        raise Unusable("foreign_state", str(error)) from None
+
+
+def _reply_about_shapes(picture: shapes.Picture, purpose: str, data: dict) -> Reply:
+    state = None
+    if purpose == "judge":
+        parsed: dict = {"drawable": True}
+    elif purpose == "describe":
+        if data["kind"] not in shapes.KINDS:
+            raise Unusable("no_such_kind", f"pictures of shapes come in the kinds {', '.join(shapes.KINDS)}")
+        parsed, state = {"description": shapes.description(picture)}, picture.to_json()
+    elif purpose == "qa":
+        rounds = shapes.ask(picture, data["kind"])
+        parsed = {"pairs": [{"question": r.question, "answer": r.answer} for r in rounds]}
+    elif purpose == "statement":
+        parsed = {"statements": [f"{pair['question']} {pair['answer']}" for pair in data["pairs"]]}
+    else:
+        parsed = _verify(data["question"], data["answer"], data)
+    return Reply(json.dumps(parsed, ensure_ascii=False), parsed, state=state)
+
+
+def planted(seed: int, number: int, share: float) -> bool:
+    """Whether the pair of this number in the `qa` reply to this seed is to be made wrong."""
+    return graph.generator(seed, "planted", number).random() < share
+
+
+class VisionModel:
+    """An oracle: reads the scene graph that travels with the images, never their pixels."""
+
+    name = "embedded-oracle"
+    paid = False
+
+    def __init__(self):
+        self.settings = {"version": VERSION}
+
+    def verify(
+        self, images: list[Image.Image], messages: list[dict], question: str, answer: str, seed: int, data: dict
+    ) -> Reply:
+        del images, messages, seed
+        parsed = _verify(question, answer, data)
+        return Reply(json.dumps(parsed), parsed)
+
+
+class ImageGenerator:
+    """Draws scene graphs (`scene/draw.py`)."""
+
+    name = "embedded"
+    paid = False
+
+    def __init__(self):
+        self.settings = {"version": VERSION}
+
+    def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
+        picture = _picture(data)
+        if picture is not None:
+            return picture.draw(min(size), 0.0)[0].resize(size)
+        index = data.get("index", 0)
+        scenes = scenes_of({"descriptions": [description] * (index + 1), "state": data.get("state")})
+        return drawing.draw(scenes[index], size, seed)
+
+
+def _verify(question: str, answer: str, data: dict) -> dict:
+    picture = _picture(data)
+    if picture is not None:
+        return {"correct": shapes.correct(picture, question, answer)}
+    return {"correct": claims.correct(question, answer, scenes_of(data))}
+
+
+def _describe(kind: str, caption: str, rng: random.Random) -> tuple[dict, list[Scene]]:
+    draft = parse(caption)
+    if not draft.groups:
+        raise Unusable("not_drawable", "the caption names nothing that the embedded backend can draw")
+    if kind in CAPTION_KINDS:
+        return _caption(kind, draft, rng)
+    if kind in CONTRAST_KINDS:
+        left = compose.settle(compose.extend(draft, rng, rng.randint(3, 5)), rng)
+        scenes = [left, compose.vary(left, rng)]
+        texts = [write.description(made, rng, 120, 180) for made in scenes]
+        return dict(zip(("left", "right"), texts)), scenes
+    if kind == "text_qa":
+        made = compose.settle(compose.extend(_with_room(draft), rng, rng.randint(3, 5), rng.randint(1, 3)), rng)
+        texts = [group.text for group in made.texts]
+        return {"description": write.description(made, rng, 110, 150), "texts": texts}, [made]
+    made = compose.settle(compose.extend(draft, rng, rng.randint(3, 5)), rng)
+    return {"description": write.description(made, rng, 60, 180)}, [made]
+
+
+def _with_room(draft: Draft) -> Draft:
+    """A draft that leaves room for a thing with a text, and has at most three texts itself."""
+    groups = sorted(draft.groups, key=lambda group: not group.text)[:3]
+    for group in groups:
+        group.count = min(group.count or 1, 1 if group.text or len(groups) == 3 else 2)
+    return Draft(draft.setting, groups, [])
+
+
+_WRITERS = {
+    "caption_color": write.color_caption,
+    "caption_count": write.count_caption,
+    "caption_scene": write.scene_caption,
+    "caption_spatial": write.spatial_caption,
+    "caption_text": write.text_caption,
+}
+
+
+def _caption(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Scene]]:
+    """A caption of at most twelve words about a scene that holds just what it names."""
+    for attempt in range(TRIES):
+        wanted = {"caption_scene": rng.randint(1, 2), "caption_text": 1}.get(
+            kind, 2 if attempt > 5 else rng.randint(2, 3)
+        )
+        # Relations are between groups by their numbers, which leaving the last ones out does not change.
+        kept = range(min(len(draft.groups), max(1, wanted)))
+        relations = [(a, r, b) for a, r, b in draft.relations if a in kept and b in kept]
+        groups = [draft.groups[i] for i in kept]
+        if kind == "caption_text":
+            # First what carries a text already.
+            groups = sorted(draft.groups, key=lambda g: (not g.text, g.noun not in compose.CARRIERS))[:wanted]
+            groups, relations = [g for g in groups if g.noun in compose.CARRIERS], []
+        texts = 1 if kind == "caption_text" else 0
+        part = compose.extend(Draft(draft.setting, groups, relations), rng, wanted, texts, longest=4)
+        if kind != "caption_text":
+            for group in part.groups:
+                group.text = ""
+        made = compose.settle(part, rng, colours=3 if kind == "caption_color" else None)
+        written = _WRITERS[kind](made, rng)
+        if written:
+            return written, [made]
+    raise Unusable("too_long", f"no caption of {write.CAPTION_WORDS} words could be made of it")
+
+
+def _ask(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
+    if kind in CONTRAST_KINDS:
+        return _ask_both(kind, scenes, rng)
+    (made,) = scenes
+    if kind == "reasoning":
+        return [{"question": q, "answer": a} for q, a in reason.answers(made, rng, rng.randint(1, 4))]
+    if kind == "multi_choice":
+        return _multiple_choice(made, rng)
+    if kind == "text_qa":
+        chosen = ask.choose(made, rng, rng.randint(2, 5), ("text",))
+        return [_pair(fact, fact.short if rng.random() < 0.5 else fact.sentence, rng) for fact in chosen]
+    if kind == "conv_short":
+        return [_pair(fact, fact.short, rng) for fact in ask.choose(made, rng, rng.randint(4, 8))]
+    if kind == "conv_long":
+        pairs = []
+        for fact in ask.choose(made, rng, rng.randint(3, 8)):
+            more = [s for s in ask.details(made, fact.about, rng) if s.lower() != fact.sentence.lower()]
+            least = 1 if write.count_words(fact.sentence) < 5 else 0
+            pairs.append(_pair(fact, " ".join([fact.sentence, *more[: rng.randint(least, 2)]]), rng))
+        return pairs
+    raise ValueError(f"{kind} asks nothing")
+
+
+def _pair(fact: ask.Fact, answer: str, rng: random.Random) -> dict:
+    return {"question": rng.choice(fact.questions), "answer": answer}
+
+
+def _multiple_choice(made: Scene, rng: random.Random) -> list[dict]:
+    topics = tuple(topic for topic in ask.TOPICS if topic not in ("exists", "absent"))
+    pairs = []
+    for fact in ask.choose(made, rng, rng.randint(4, 8), topics):
+        wrong = rng.sample(fact.wrong, min(3, len(fact.wrong)))
+        options = [fact.short, *wrong]
+        rng.shuffle(options)
+        pairs.append(_pair(fact, fact.short, rng) | {"options": options})
+    return pairs
+
+
+def _ask_both(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
+    pairs = []
+    for fact in contrast.choose(*scenes, rng, rng.randint(3, 7)):
+        answer = fact.short
+        if kind == "contrast_long":
+            more = [s for side, made in zip(contrast.SIDES, scenes) for s in contrast.details(made, side, fact.about)]
+            answer = " ".join([fact.sentence, *more[: rng.randint(0, 2)]])
+        pairs.append(_pair(fact, answer, rng))
+    return pairs
+
+
+def _statement(pair: dict, scenes: list[Scene]) -> str:
+    """A question and its answer as one statement, whether the answer is right or not."""
+    question, answer = pair["question"].split("\n")[0], pair["answer"]
+    known = ask.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
+    fact = known.get(question.lower())
+    if fact is not None and answer == fact.short:
+        return fact.sentence
+    if write.count_words(answer) >= 5 and answer.endswith("."):
+        return " ".join(answer.split()[:40])
+    return f'The answer to "{question}" is "{answer}".'

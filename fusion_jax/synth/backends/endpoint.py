@@ -1,0 +1,213 @@
+"""OpenAI-compatible endpoints: chat for language and vision models, images for generators.
+
+Servers differ in what they know. What one rejects by name (a form of structured output, `seed`, `max_tokens` under that
+name) is left out or replaced from then on, and said once in the log.
+"""
+
+import base64
+import binascii
+import io
+import logging
+import warnings
+from typing import Any
+
+from PIL import Image
+
+from fusion_jax.data.image import MAX_PIXELS
+from fusion_jax.errors import UserError
+from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
+from fusion_jax.synth.backends.http import Client, Rate, Rejected
+from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
+
+log = logging.getLogger("fusion_jax")
+
+_JPEG_QUALITY = 92
+
+
+class ChatEndpoint:
+    """A language or a vision model behind /chat/completions."""
+
+    paid = True
+
+    def __init__(self, config: ModelConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
+        """Args: as for `Client`. Raises UserError."""
+        self.name = config.model
+        self.settings = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        self.client = Client(config, what, rates, share)
+        self._structured = STRUCTURED.index(config.structured)
+        self._length_key = "max_tokens"
+        self._left_out: frozenset[str] = frozenset()
+
+    def check(self) -> None:
+        self.client.check()
+
+    def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
+        """See `LanguageModel.chat`; `data` is not read."""
+        del data
+        for _ in range(8):
+            body = self._body(messages, schema, seed, purpose)
+            try:
+                return self._reply(self.client.post("/chat/completions", body))
+            except Rejected as e:
+                if e.reason == "not_found":
+                    raise UserError(
+                        f"{self.client.address}/chat/completions does not serve {self.name!r} ({e}); "
+                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                    ) from e
+                if not self._adapt(body, str(e)):
+                    raise
+        raise Unusable("bad_request", "the endpoint rejects every form of the request")
+
+    def verify(
+        self, images: list[Image.Image], messages: list[dict], question: str, answer: str, seed: int, data: dict
+    ) -> Reply:
+        """See `VisionModel.verify`."""
+        del question, answer, data
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images
+        ]
+        parts.append({"type": "text", "text": messages[-1]["content"]})
+        asked = [*messages[:-1], {"role": "user", "content": parts}]
+        return self.chat(asked, _VERDICT, seed, "verify", {})
+
+    def _body(self, messages: list[dict], schema: dict | None, seed: int, purpose: str) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": messages,
+            "temperature": self.settings["temperature"],
+            self._length_key: self.settings["max_tokens"],
+            "seed": seed,
+        }
+        if schema is not None and STRUCTURED[self._structured] == "json_schema":
+            named = {"name": purpose, "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        elif schema is not None and STRUCTURED[self._structured] == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        return {key: value for key, value in body.items() if key not in self._left_out}
+
+    def _adapt(self, body: dict[str, Any], complaint: str) -> bool:
+        """Whether the request can be made otherwise after such a complaint."""
+        said = complaint.lower()
+        if "max_tokens" in body and "max_completion_tokens" in said:
+            self._length_key = "max_completion_tokens"
+            log.info("%s: max_completion_tokens in place of max_tokens", self.client.address)
+            return True
+        for key in ("seed", "temperature"):
+            if key in body and key in said:
+                self._left_out |= {key}
+                log.info("%s does not take %s: left out", self.client.address, key)
+                return True
+        about_format = any(word in said for word in ("response_format", "schema", "json", "structured", "guided"))
+        if "response_format" in body and about_format:
+            asked = STRUCTURED.index(body["response_format"]["type"])
+            self._structured = max(self._structured, asked + 1)
+            log.info(
+                "%s does not offer %s: %s instead",
+                self.client.address,
+                STRUCTURED[asked],
+                STRUCTURED[self._structured],
+            )
+            return True
+        return False
+
+    def _reply(self, found: dict[str, Any]) -> Reply:
+        try:
+            choice = found["choices"][0]
+            message = choice["message"]
+            content = message.get("content")
+        except (KeyError, IndexError, TypeError, AttributeError) as e:
+            raise Retryable("broken_reply", "the reply has no choices[0].message") from e
+        if isinstance(content, list):  # parts, as some servers answer
+            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+            raise Refused("refused", self.client.scrub(str(message.get("refusal") or "content filter"))[:300])
+        counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
+        prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+        return Reply(self.client.scrub(content if isinstance(content, str) else ""), None, prompt, completion)
+
+
+_VERDICT = {
+    "type": "object",
+    "properties": {"correct": {"type": "boolean"}},
+    "required": ["correct"],
+    "additionalProperties": False,
+}
+
+
+class ImageEndpoint:
+    """A generator behind /images/generations."""
+
+    paid = True
+
+    def __init__(self, config: ImageConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
+        """Args: as for `Client`. Raises UserError."""
+        self.name = config.model
+        self.settings: dict[str, Any] = {}
+        self.client = Client(config, what, rates, share)
+        self._left_out: frozenset[str] = frozenset()
+
+    def check(self) -> None:
+        self.client.check()
+
+    def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
+        """See `ImageGenerator.draw`. An image of another size than asked for is resized."""
+        del data
+        body = {
+            "model": self.name,
+            "prompt": description,
+            "n": 1,
+            "size": f"{size[0]}x{size[1]}",
+            "response_format": "b64_json",
+            "seed": seed,
+        }
+        for _ in range(4):
+            try:
+                sent = {key: value for key, value in body.items() if key not in self._left_out}
+                found = self.client.post("/images/generations", sent)
+                break
+            except Rejected as e:
+                if e.reason == "not_found":
+                    raise UserError(
+                        f"{self.client.address}/images/generations does not serve {self.name!r} ({e}); "
+                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                    ) from e
+                unknown = [key for key in ("seed", "response_format") if key in sent and key in str(e).lower()]
+                if not unknown:
+                    raise
+                self._left_out |= {unknown[0]}
+                log.info("%s does not take %s: left out", self.client.address, unknown[0])
+        else:
+            raise Unusable("bad_request", "the endpoint rejects every form of the request")
+        image = _decode(self._file(found))
+        return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+    def _file(self, found: dict[str, Any]) -> bytes:
+        listed = found.get("data")
+        first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], dict) else {}
+        if isinstance(first.get("b64_json"), str):
+            try:
+                return base64.b64decode(first["b64_json"], validate=True)
+            except binascii.Error as e:
+                raise Unusable("bad_image", "the image is no base64") from e
+        if isinstance(first.get("url"), str):
+            return self.client.fetch(first["url"])
+        raise Unusable("bad_image", "the reply holds no image")
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Unusable("bad_image", f"the image has {image.width} x {image.height} pixels")
+                return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise Unusable("bad_image", "what was drawn is no image file") from e
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

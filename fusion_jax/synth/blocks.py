@@ -1,0 +1,216 @@
+"""The run's folder while it is worked on: samples in blocks, each a file that appears whole or not at all.
+
+    OUT/manifest.json           config, prompts, inputs; at the end what came out
+    OUT/work/pool.json          how many captions and blocks there are; written once all blocks are
+    OUT/work/blocks/00012.jsonl {"block": 12, "done": ["filter", "judge"]}, then a sample a line
+    OUT/journal/                paid replies (journal.py)
+    OUT/images/                 images, named by what they were drawn from
+
+A block's file is replaced when its samples have been through the stages that were asked for. Killed before, they go
+through them again; what had been paid for by then comes out of the journal.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.data import shards
+from fusion_jax.dicts import to_dict
+from fusion_jax.errors import UserError, check
+from fusion_jax.synth import captions
+from fusion_jax.synth.config import OPERATIONAL, SynthConfig
+from fusion_jax.synth.images import write_once
+from fusion_jax.synth.kinds import KINDS
+from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
+from fusion_jax.synth.replies import Invalid, one_line
+from fusion_jax.synth.stages import STAGES, Sample, make_seed
+
+FORMAT, VERSION = "fusion_jax synthesis", 1
+MAX_CAPTION = 2000  # characters
+
+
+def identity(config: SynthConfig) -> dict[str, Any]:
+    """What a run that goes on must find unchanged: the config without what does not change the result, the prompts."""
+    said = json.loads(json.dumps(to_dict(config)))
+    for part, keys in OPERATIONAL.items():
+        for key in keys:
+            (said[part] if part else said).pop(key)
+    prompts = {"judge": JUDGE.version, "verify": VERIFY.version, "statement": STATEMENT.version}
+    for name in config.kinds:
+        kind = KINDS[name]
+        prompts[name] = "/".join(ask.version for ask in (kind.describe, kind.ask) if ask)
+    return {"format": FORMAT, "version": VERSION, "config": said, "prompts": prompts}
+
+
+def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
+    """Makes the folder, or finds that it holds this very run, and returns its manifest. UserError otherwise."""
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
+    wanted = identity(config)
+    if out.exists() and any(path.name != "lock" for path in out.iterdir()):
+        try:
+            manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+            found = {key: manifest[key] for key in wanted}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
+            ) from None
+        if found != wanted:
+            raise UserError(
+                f"{out} holds a run made otherwise ({_difference(found, wanted)}); name another with --out."
+            )
+        return manifest
+    manifest = wanted | {"state": "running"}
+    write_json(out / "manifest.json", manifest)
+    return manifest
+
+
+def _difference(found: Any, wanted: Any, where: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *found]:
+            if found.get(key) != wanted.get(key):
+                return _difference(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
+    return f"{where} was {found!r} and is {wanted!r}"[:300]
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "lock", "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UserError(f"Another process is working in {out}.") from e
+            yield
+    except OSError as e:
+        raise UserError(f"Cannot write to {out}: {e.strerror or e}; the same command goes on from here.") from e
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_once(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
+    """Deals all captions into blocks, unless that is done; returns what pool.json says. UserError as `read_pool`."""
+    told = out / "work" / "pool.json"
+    if told.exists():
+        return json.loads(told.read_text(encoding="utf-8"))
+    names, weights = zip(*sorted(config.kinds.items()))
+    seen: set[int] = set()
+    waiting: list[Sample] = []
+    blocks = count = 0
+    for sample in _captions(config):
+        _assign(config, sample, count, names, weights, seen)
+        waiting.append(sample)
+        count += 1
+        if len(waiting) == config.block:
+            write_block(out, blocks, [], waiting)
+            blocks, waiting = blocks + 1, []
+    if waiting:
+        write_block(out, blocks, [], waiting)
+        blocks += 1
+    inputs = [_describe_input(pool.path) for pool in config.pools]
+    found = {"captions": count, "blocks": blocks, "inputs": inputs}
+    write_json(told, found)
+    return found
+
+
+def _captions(config: SynthConfig) -> Iterator[Sample]:
+    for i, pool in enumerate(config.pools):
+        source, licence = pool.source, pool.licence
+        if pool.path.startswith("embedded:"):
+            from fusion_jax.synth.backends import factory
+
+            source, licence = source or factory.embedded().SOURCE, licence or factory.embedded().LICENCE
+        for found in captions.read_pool(pool, make_seed(config.seed, "pool", i)):
+            origin = {"pool": Path(pool.path).name, "record": found.pop("record"), "source": source, "licence": licence}
+            yield found | {"origin": origin}
+
+
+def _assign(
+    config: SynthConfig, sample: Sample, n: int, names: tuple[str, ...], weights: tuple[float, ...], seen: set[int]
+) -> None:
+    """Number, kind and key of a caption; `dropped` if it is none or was there before."""
+    reason, text = None, ""
+    try:
+        text = one_line(sample["caption"])
+    except Invalid:
+        reason = "empty_caption"
+    if len(text) > MAX_CAPTION:
+        reason, text = "caption_too_long", text[:MAX_CAPTION]
+    known = int.from_bytes(hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest())
+    if reason is None and known in seen:
+        reason = "duplicate_caption"
+    seen.add(known)
+    # By its text, not its number: other captions beside it do not change what it becomes.
+    at = make_seed(config.seed, text, "kind") / (1 << 31) * sum(weights)
+    kind = next((name for name, end in zip(names, _ends(weights)) if at < end), names[-1])
+    sample |= {"id": f"{n:08d}-{kind}", "n": n, "kind": kind, "caption": text, "lineage": {}}
+    sample["stage"] = config.stages.get(kind, KINDS[kind].stage)
+    sample["key"] = hashlib.sha256(f"{kind}/{text}".encode()).hexdigest()[:16]
+    if reason is not None:
+        sample["dropped"] = {"stage": "pool", "reason": reason, "detail": "", "again": False}
+
+
+def _ends(weights: tuple[float, ...]) -> Iterator[float]:
+    end = 0.0
+    for weight in weights:
+        end += weight
+        yield end
+
+
+def _describe_input(path: str) -> dict[str, Any]:
+    if path.startswith(("tfds:", "embedded:")):
+        return {"path": path}
+    return {"path": Path(path).name, "bytes": os.path.getsize(path), "sha256": shards.hash_file(Path(path))}
+
+
+def _block_path(out: Path, number: int) -> Path:
+    return out / "work" / "blocks" / f"{number:05d}.jsonl"
+
+
+def write_block(out: Path, number: int, done: list[str], samples: list[Sample]) -> None:
+    lines = [{"block": number, "done": done}, *samples]
+    write_once(
+        _block_path(out, number),
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode(errors="replace"),
+    )
+
+
+def read_done(out: Path, number: int) -> list[str]:
+    """The stages that a block's samples have been through."""
+    with open(_block_path(out, number), encoding="utf-8") as f:
+        return json.loads(f.readline())["done"]
+
+
+def read_block(out: Path, number: int) -> tuple[list[str], list[Sample]]:
+    """Those stages, and the samples."""
+    with open(_block_path(out, number), encoding="utf-8") as f:
+        head, *samples = map(json.loads, f)
+    return head["done"], samples
+
+
+def all_samples(out: Path, blocks: int) -> Iterator[Sample]:
+    """All samples in their order, a block in memory at a time."""
+    for number in range(blocks):
+        yield from read_block(out, number)[1]
+
+
+def missing(done: list[str], wanted: list[str], number: int) -> list[str]:
+    """Which of the wanted stages a block still has to go through. UserError where one before them is missing."""
+    todo = [stage for stage in STAGES if stage in wanted and stage not in done]
+    if todo:
+        before = list(STAGES)[: list(STAGES).index(todo[0])]
+        gap = [stage for stage in before if stage not in done]
+        check(
+            not gap, f"Stage {todo[0]} needs stage {gap[0] if gap else ''}, which block {number} has not been through."
+        )
+        order = list(STAGES)[len(before) : len(before) + len(todo)]
+        check(order == todo, f"Stage {todo[-1]} needs all stages before it: {', '.join(order)}.")
+    return todo

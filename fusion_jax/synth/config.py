@@ -1,0 +1,257 @@
+"""What a synthesis run makes and with what: frozen dataclasses, each field a key of configs/synthesize*.py."""
+
+from dataclasses import dataclass, field
+
+from fusion_jax.errors import check
+
+LANGUAGE_BACKENDS = ("embedded", "endpoint", "vllm")
+IMAGE_BACKENDS = ("embedded", "endpoint", "diffusers")
+STRUCTURED = ("json_schema", "json_object", "none")
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """One source of captions.
+
+    path: .txt (a caption a line), .jsonl, .parquet, `tfds:name[/config][:version]:split`, or `embedded:COUNT` for
+    captions that the embedded backend writes. text: field with the caption (TFDS: `captions/text`). image: field with
+    the caption's own image, if it has one, relative to image_folder. limit: captions to take, 0 for all.
+    source, licence: what every record says of its origin; required, except of embedded ones. data_dir: TFDS's.
+    """
+
+    path: str
+    text: str = "caption"
+    image: str = ""
+    image_folder: str = ""
+    limit: int = 0
+    source: str = ""
+    licence: str = ""
+    data_dir: str = ""
+
+    def __post_init__(self):
+        check(self.limit >= 0, f"pool {self.path}: limit={self.limit} must not be negative.")
+        if not self.path.startswith("embedded:"):
+            for name in ("source", "licence"):
+                check(bool(getattr(self, name)), f"pool {self.path}: give its {name}, which every record will name.")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Thresholds of the text filters, by default as published; None turns one off.
+
+    ngram: length of the n-grams, of characters and of words, whose repetition counts. perplexity_model: KenLM file;
+    without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
+    blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
+    `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
+    """
+
+    alphanumeric_min: float | None = 0.60
+    perplexity_max: float | None = 5500.0
+    perplexity_model: str = ""
+    flagged_words: bool = True
+    flagged_words_file: str = ""
+    character_repetition_max: float | None = 0.0937
+    word_repetition_max: float | None = 0.0309
+    special_min: float | None = 0.165
+    special_max: float | None = 0.420
+    ngram: int = 10
+    blip_min: float | None = 0.8
+    clip_min: float | None = 0.28
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language or vision model.
+
+    backend: embedded; endpoint (OpenAI-compatible: vLLM, SGLang, Ollama, hosted); vllm (in this process).
+    model: as served, or vLLM's model folder. base_url: of the endpoint up to and with /v1; empty: OPENAI_BASE_URL.
+    api_key_env: the environment variable that holds the key; the key itself is never part of a config.
+    concurrency: requests under way. requests_per_second: 0 for no limit. timeout: seconds for a whole request.
+    retries: of one request after overload, cut connections and the like. structured: how the answer's form is asked
+    for; where the endpoint does not offer it, the next weaker one is taken.
+    price_prompt, price_completion: per million tokens, for the books.
+    """
+
+    backend: str = "embedded"
+    model: str = ""
+    base_url: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.7
+    max_tokens: int = 2048
+    concurrency: int = 16
+    requests_per_second: float = 0.0
+    timeout: float = 120.0
+    retries: int = 8
+    structured: str = "json_schema"
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+
+    def __post_init__(self):
+        check(
+            self.backend in LANGUAGE_BACKENDS,
+            f"backend={self.backend!r} is unknown; allowed: {', '.join(LANGUAGE_BACKENDS)}.",
+        )
+        check(
+            self.structured in STRUCTURED,
+            f"structured={self.structured!r} is unknown; allowed: {', '.join(STRUCTURED)}.",
+        )
+        check(self.backend == "embedded" or bool(self.model), f"backend={self.backend!r} needs a model.")
+        check_traffic(self)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image generator.
+
+    backend: embedded; endpoint (OpenAI-compatible /images/generations); diffusers (any text-to-image pipeline).
+    model: as served, or the pipeline's name or local folder. steps, guidance: of diffusers pipelines.
+    dtype, device: of diffusers; device empty: cuda where there is one. The rest as in `ModelConfig`.
+    price_image: of one image.
+    """
+
+    backend: str = "embedded"
+    model: str = "black-forest-labs/FLUX.1-dev"
+    width: int = 384
+    height: int = 384
+    steps: int = 50
+    guidance: float = 3.5
+    dtype: str = "bfloat16"
+    device: str = ""
+    base_url: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    requests_per_second: float = 0.0
+    timeout: float = 300.0
+    retries: int = 8
+    price_image: float = 0.0
+
+    def __post_init__(self):
+        check(
+            self.backend in IMAGE_BACKENDS,
+            f"backend={self.backend!r} is unknown; allowed: {', '.join(IMAGE_BACKENDS)}.",
+        )
+        check(16 <= self.width <= 4096 and 16 <= self.height <= 4096, "width and height must be 16 to 4096 pixels.")
+        check_traffic(self)
+
+
+def check_traffic(config: "ModelConfig | ImageConfig") -> None:
+    check(config.concurrency >= 1, f"concurrency={config.concurrency} must be at least 1.")
+    check(config.retries >= 0, f"retries={config.retries} must not be negative.")
+    check(config.timeout > 0, f"timeout={config.timeout} must be above 0 seconds.")
+    check(config.requests_per_second >= 0, "requests_per_second must not be negative; 0 means no limit.")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """CLIP or SigLIP for CLIPScores. path: local folder; empty: no CLIPScores, images are judged by SSIM_a alone.
+
+    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper.
+    """
+
+    path: str = ""
+    device: str = ""
+    weight: float = 2.5
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """What is kept of the finished samples.
+
+    image_score_min: CLIPScore + 0.5 SSIM_a below this drops a sample as soon as its image is scored. ssim_scale: how
+    far SSIM_a sizes an image down. keep: share of each kind kept after ranking by the statements' mean CLIPScore
+    (without a scorer, by the image score). text_similarity: Jaccard similarity of word 3-shingles from which texts are
+    the same. image_distance: differing bits of 64-bit perceptual hashes up to which images are the same; -1: images may
+    be alike. validation: share of the samples that goes into validation.json.
+    """
+
+    image_score_min: float = 0.0
+    ssim_scale: float = 0.5
+    keep: float = 1.0
+    text_similarity: float = 0.8
+    image_distance: int = 4
+    validation: float = 0.0
+
+    def __post_init__(self):
+        for name in ("keep", "text_similarity", "ssim_scale"):
+            check(0 < getattr(self, name) <= 1, f"select.{name}={getattr(self, name)} must be above 0, at most 1.")
+        check(0 <= self.validation < 1, f"select.validation={self.validation} must be a share in [0, 1).")
+        check(-1 <= self.image_distance <= 16, f"select.image_distance={self.image_distance} must be -1 to 16.")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Of engine "ray". address: of the cluster; empty starts a local one.
+
+    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`, 1 by default. gpus, cpus: what one worker
+    of each takes, 0 and 0.1 by default: workers that ask endpoints mostly wait.
+    """
+
+    address: str = ""
+    actors: dict[str, int] = field(default_factory=dict)
+    gpus: dict[str, float] = field(default_factory=dict)
+    cpus: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """A whole run.
+
+    pools: captions in. kinds: {kind: weight}; each caption becomes one kind, drawn by seed in these shares.
+    stages: {kind: training stage} where it is not the kind's own (see synth/kinds).
+    attempts: how often a model is asked for an answer that keeps the limits. verify: whether answers are verified.
+    block: captions worked on and saved together. processes: of a local run, for CPU-bound backends.
+    journal: folder of paid replies, by default the run's own; another run's folder gives this one its replies.
+    shards: write ArrayRecord shards besides the JSON files.
+    """
+
+    pools: tuple[PoolConfig, ...]
+    kinds: dict[str, float]
+    stages: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    filters: FilterConfig = FilterConfig()
+    llm: ModelConfig = ModelConfig()
+    vision: ModelConfig = ModelConfig()
+    images: ImageConfig = ImageConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    select: SelectConfig = SelectConfig()
+    attempts: int = 3
+    judge: bool = True
+    verify: bool = True
+    block: int = 256
+    engine: str = "local"
+    processes: int = 1
+    ray: RayConfig = RayConfig()
+    journal: str = ""
+    shards: bool = True
+
+    def __post_init__(self):
+        from fusion_jax.synth.kinds import KINDS, STAGES  # kinds are made of prompts and schemas: loaded when needed
+
+        check(len(self.pools) > 0, "config.pools is empty; name at least one source of captions.")
+        check(bool(self.kinds), "config.kinds is empty; give at least one kind and its weight.")
+        for key, kinds in (("kinds", self.kinds), ("stages", self.stages)):
+            for kind in kinds:
+                check(kind in KINDS, f"config.{key}: {kind!r} is no kind; allowed: {', '.join(KINDS)}.")
+        for kind, weight in self.kinds.items():
+            check(weight > 0, f"config.kinds.{kind}={weight} must be above 0.")
+        for kind, stage in self.stages.items():
+            check(stage in STAGES, f"config.stages.{kind}={stage!r} is no stage; allowed: {', '.join(STAGES)}.")
+        check(self.engine in ENGINES, f"config.engine={self.engine!r} is unknown; allowed: {', '.join(ENGINES)}.")
+        for name in ("attempts", "block", "processes"):
+            check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        backends = {self.llm.backend, self.vision.backend, self.images.backend}
+        check(
+            self.processes == 1 or backends == {"embedded"},
+            "config.processes above 1 is for the embedded backend; endpoints take `concurrency`, GPUs engine='ray'.",
+        )
+
+
+# What may differ between a run and the one that goes on with it: it does not change the result.
+OPERATIONAL = {
+    "": ("engine", "processes", "ray", "journal"),
+    "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
+    "vision": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
+    "images": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries", "device"),
+    "scorer": ("device",),
+}

@@ -1,0 +1,159 @@
+"""Runs the stages over all blocks in this process or a few, and knows what is left to do.
+
+Samples of several blocks are under way at once, so that no block's last, slow request leaves an endpoint idle; a block
+is saved when its last sample is through.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import tqdm
+
+from fusion_jax.errors import UserError
+from fusion_jax.synth import blocks
+from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
+from fusion_jax.synth.tools import Tools
+
+log = logging.getLogger("fusion_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be done with one block.
+
+    Attributes:
+      number: the block's. todo: stages its samples have yet to go through. again: samples that a failing endpoint
+        dropped go through their stage, and the later ones that are done, once more.
+    """
+
+    number: int
+    todo: list[str]
+    again: bool
+
+
+def plan(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
+    """The blocks with something left to do. UserError where a stage before the wanted ones is missing."""
+    left = []
+    for number in range(count):
+        done = blocks.read_done(out, number)
+        todo = blocks.missing(done, stages, number)
+        again = retry_failed and any(_failed(sample) for sample in blocks.read_block(out, number)[1])
+        if todo or again:
+            left.append(Work(number, todo, again))
+    return left
+
+
+def _failed(sample: Sample) -> bool:
+    return sample.get("dropped", {}).get("again", False)
+
+
+def needed(work: list[Work]) -> tuple[str, ...]:
+    """The models that this work takes."""
+    stages = set().union(*(STAGES if one.again else one.todo for one in work)) if work else set()
+    return tuple(dict.fromkeys(name for stage in STAGES if stage in stages for name in NEEDS[stage]))
+
+
+def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
+    """The stages one sample goes through; what a failing endpoint had dropped is taken up again."""
+    if not (work.again and _failed(sample)):
+        return work.todo
+    failed = sample.pop("dropped")["stage"]
+    order = list(STAGES)
+    return [stage for stage in order[order.index(failed) :] if stage in done or stage in work.todo]
+
+
+def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
+    """Does the work. UserError for what ends a run; blocks that are finished stay so."""
+    if not work:
+        return
+    if config.processes > 1 and len(work) > 1:
+        context = multiprocessing.get_context("spawn")  # the caller may have threads, which do not survive a fork
+        with context.Pool(min(config.processes, len(work)), _start_process, (config, out)) as pool:
+            done = pool.imap_unordered(_work_in_process, work)
+            _follow(done, len(work), config.block, progress)
+        return
+    tools = Tools(config, out)
+    tools.check(needed(work))
+    _follow(work_through(tools, work), len(work), config.block, progress)
+    tools.journal.close()
+
+
+def _follow(done: Iterator[int], count: int, block: int, progress: bool) -> None:
+    # A terminal gets a live bar; a log file a line now and then.
+    slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+    with tqdm.tqdm(total=count * block, unit="caption", desc="synthesis", disable=not progress, **slow) as bar:
+        for _ in done:
+            bar.update(block)
+
+
+_tools: Tools | None = None  # of a worker process
+
+
+def _start_process(config: SynthConfig, out: Path) -> None:
+    global _tools
+    _tools = Tools(config, out, share=1 / config.processes)
+
+
+def _work_in_process(work: Work) -> int:
+    assert _tools is not None
+    return next(work_through(_tools, [work]))
+
+
+def threads_for(config: SynthConfig) -> int:
+    """Twice as many samples as places at the busiest endpoint: some wait, back off, decode."""
+    parts = (config.llm, config.vision, config.images)
+    remote = [part.concurrency for part in parts if part.backend in ("endpoint", "vllm")]
+    return 2 * max(remote) if remote else 1
+
+
+def work_through(tools: Tools, work: list[Work]) -> Iterator[int]:
+    """Yields the number of each block once it is saved."""
+    threads = threads_for(tools.config)
+    ahead = 1 + -(-2 * threads // tools.config.block)  # blocks under way
+    if threads == 1:
+        for one in work:
+            done, samples = blocks.read_block(tools.out, one.number)
+            made = [run_stages(tools, sample, stages_of(sample, one, done)) for sample in samples]
+            yield _save(tools, one, done, made)
+        return
+    under_way: collections.deque[tuple[Work, list[str], list[Future]]] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for one in work:
+                tools.journal.refresh()
+                done, samples = blocks.read_block(tools.out, one.number)
+                futures = [pool.submit(run_stages, tools, s, stages_of(s, one, done)) for s in samples]
+                under_way.append((one, done, futures))
+                if len(under_way) > ahead:
+                    yield _finish(tools, *under_way.popleft())
+            while under_way:
+                yield _finish(tools, *under_way.popleft())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _finish(tools: Tools, work: Work, done: list[str], futures: list[Future]) -> int:
+    return _save(tools, work, done, [future.result() for future in futures])
+
+
+def _save(tools: Tools, work: Work, done: list[str], samples: list[Sample]) -> int:
+    with _said(tools.out):
+        blocks.write_block(tools.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
+    return work.number
+
+
+@contextlib.contextmanager
+def _said(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"Cannot write to {out}: {e.strerror}; the same command goes on from here.") from e

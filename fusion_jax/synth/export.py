@@ -1,0 +1,147 @@
+"""From the selection to what training reads.
+
+OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
+OUT/validation.json                          the validation share of all of them
+OUT/shards/stage1/ ...                       the same records with their images (data/convert.py)
+OUT/stage1.yaml ...                          the mixtures that a stage's `data` names
+OUT/lineage.jsonl                            how each record was made, a line each
+OUT/dropped.jsonl                            every caption that became no record, where and why
+
+{"id": "00000012-conv_short", "image": "images/3f/3f0c...png", "conversations": [...], "kind": "conv_short",
+ "source": "...", "licence": "..."}
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+from fusion_jax.data import convert, shards
+from fusion_jax.errors import check
+from fusion_jax.synth.blocks import all_samples
+from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.images import write_once
+from fusion_jax.synth.kinds import KINDS, STAGES
+from fusion_jax.synth.select import verdicts
+from fusion_jax.synth.stages import Sample, conversation
+
+log = logging.getLogger("fusion_jax")
+
+VALIDATION = "validation"
+
+
+def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
+    """Writes all that stands above and returns the counts: records by file, kind and reason. UserError without any
+    record."""
+    selection = out / "work" / "selection.jsonl"
+    check(selection.exists(), f"There is no {selection}; run the stage `select` first.")
+    chosen = verdicts(selection)
+    files: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        written = {name: stack.enter_context(_Whole(out / f"{name}.json")) for name in (*STAGES, VALIDATION)}
+        lineage = stack.enter_context(_Whole(out / "lineage.jsonl"))
+        left_out = stack.enter_context(_Whole(out / "dropped.jsonl"))
+        for sample in all_samples(out, blocks):
+            verdict = None if "dropped" in sample else next(chosen)
+            if verdict is not None and verdict["id"] != sample["id"]:
+                raise AssertionError(f"the selection names {verdict['id']} where {sample['id']} stands")
+            if verdict is None or "reason" in verdict:
+                why = sample.get("dropped") or {"stage": "select", **verdict}
+                dropped[f"{why['stage']}: {why['reason']}"] += 1
+                said = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
+                left_out.line(said | {key: why[key] for key in ("stage", "reason", "detail")})
+                continue
+            name = VALIDATION if verdict["split"] == VALIDATION else sample["stage"]
+            written[name].item(record(config, sample))
+            lineage.line(_lineage(sample, name))
+            files[name] += 1
+            kinds[sample["kind"]] += 1
+    _drop_empty(out, files)
+    if config.shards:
+        for name in STAGES:
+            if files[name]:
+                _shards(out, name)
+    for name in STAGES:
+        if files[name]:
+            part = f"shards: shards/{name}" if config.shards else f"json_path: {name}.json\n    image_folder: ."
+            write_once(out / f"{name}.yaml", f"datasets:\n  - {part}\n".encode())
+    order = [name for name in (*STAGES, VALIDATION) if files[name]]
+    return {
+        "records": {name: files[name] for name in order},
+        "kinds": {name: kinds[name] for name in KINDS if kinds[name]},
+        "dropped": dict(sorted(dropped.items())),
+    }
+
+
+def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
+    """One LLaVA record of a finished sample."""
+    files = [image["file"] for image in sample["images"]]
+    return {
+        "id": sample["id"],
+        "image": files[0] if len(files) == 1 else files,
+        "conversations": conversation(sample, KINDS[sample["kind"]], config.seed),
+        "kind": sample["kind"],
+        "source": sample["origin"]["source"],
+        "licence": sample["origin"]["licence"],
+    }
+
+
+def _lineage(sample: Sample, file: str) -> dict[str, Any]:
+    keys = ("id", "kind", "caption", "origin", "descriptions", "answer", "state", "images", "pairs", "wrong")
+    keys += ("unverified", "statements", "scores", "lineage")
+    return {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
+
+
+class _Whole:
+    """A file of JSON that appears when it is finished: a list by `item`, or lines by `line`."""
+
+    def __init__(self, path: Path):
+        self._path, self._part = path, path.with_name(f".{path.name}.tmp")
+        self._items = 0
+
+    def __enter__(self) -> "_Whole":
+        self._file: IO[str] = open(self._part, "w", encoding="utf-8", errors="replace")
+        return self
+
+    def item(self, value: Any) -> None:
+        self._file.write(("[\n" if not self._items else ",\n") + json.dumps(value, ensure_ascii=False))
+        self._items += 1
+
+    def line(self, value: Any) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def __exit__(self, kind, *_) -> None:
+        if self._path.suffix == ".json":
+            self._file.write("\n]\n" if self._items else "[]\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            os.replace(self._part, self._path)
+        else:
+            self._part.unlink()
+
+
+def _drop_empty(out: Path, files: Counter[str]) -> None:
+    """A stage without records has no files."""
+    for name in (*STAGES, VALIDATION):
+        if not files[name]:
+            (out / f"{name}.json").unlink()
+            (out / f"{name}.yaml").unlink(missing_ok=True)
+            shutil.rmtree(out / "shards" / name, ignore_errors=True)
+
+
+def _shards(out: Path, name: str) -> None:
+    """Shards of one file; those of an earlier selection, which the run itself made, go first."""
+    folder, told = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
+    digest = shards.hash_file(out / f"{name}.json")
+    if not told.exists() or told.read_text() != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_once(told, digest.encode())
+    convert.convert(out / f"{name}.json", out, folder, max_bad_records=0.0, progress=False)

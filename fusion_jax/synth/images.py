@@ -1,0 +1,85 @@
+"""Images of the engine: the published quality score, perceptual hashes, and files that appear whole or not at all."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # of SSIM (Wang et al. 2004), for 8-bit images
+
+
+def ssim(a: Float[np.ndarray, "H W"], b: Float[np.ndarray, "H W"]) -> float:
+    """Structural similarity of two grey images with values 0 to 255, at least 8 x 8: 1 for equal ones.
+
+    Its windows are 8 x 8 pixels, one at every fourth pixel, as video encoders take them: a small part of the work that
+    a window around every pixel makes.
+    """
+    mean_a, mean_b = _window_means(a), _window_means(b)
+    var_a, var_b = _window_means(a * a) - mean_a**2, _window_means(b * b) - mean_b**2
+    both = _window_means(a * b) - mean_a * mean_b
+    top = (2 * mean_a * mean_b + _C1) * (2 * both + _C2)
+    return float(np.mean(top / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2))))
+
+
+def _window_means(x: Float[np.ndarray, "H W"]) -> np.ndarray:
+    """Means of the windows, (H // 4 - 1, W // 4 - 1) float64; pixels beyond the last whole window do not count."""
+    x = x[: x.shape[0] // 4 * 4, : x.shape[1] // 4 * 4]
+    rows = x[0::4] + x[1::4] + x[2::4] + x[3::4]
+    cells = (rows[:, 0::4] + rows[:, 1::4] + rows[:, 2::4] + rows[:, 3::4]).astype(np.float64)
+    return (cells[:-1, :-1] + cells[1:, :-1] + cells[:-1, 1:] + cells[1:, 1:]) / 64
+
+
+def ssim_a(image: Image.Image, scale: float = 0.5) -> float:
+    """The papers' measure of an image's make: SSIM of the whole with itself, resized down by `scale` and back, plus a
+    quarter of the sum of the same over its four quadrants: at most 2. High where structures are larger than noise."""
+    grey = image.convert("L")
+    width, height = grey.size
+    w, h = width // 2, height // 2
+    quadrants = [(0, 0, w, h), (w, 0, width, h), (0, h, w, height), (w, h, width, height)]
+    return _there_and_back(grey, scale) + 0.25 * sum(_there_and_back(grey.crop(box), scale) for box in quadrants)
+
+
+def _there_and_back(image: Image.Image, scale: float) -> float:
+    small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    back = image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+    return ssim(np.asarray(image, np.float32), np.asarray(back, np.float32))
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that are alike for images that look alike."""
+    import imagehash
+
+    return int(str(imagehash.phash(image)), 16)
+
+
+def write_once(path: Path, data: bytes, sync: bool = True) -> None:
+    """A file with these bytes, whole or not at all; with `sync` also if the machine loses its power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(part, "wb") as f:
+        f.write(data)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as a PNG file, without metadata."""
+    buffer = io.BytesIO()
+    plain = image.convert("RGB")
+    plain.info = {}
+    plain.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def open_file(path: str | os.PathLike) -> Image.Image:
+    """An image file of the pool. OSError where it cannot be used."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise OSError(f"{path} is no image that can be read: {e}") from e

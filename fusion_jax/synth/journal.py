@@ -1,0 +1,124 @@
+"""Replies that were paid for, kept so that nothing is ever asked twice.
+
+    JOURNAL/<process>.jsonl     KEY {"text": "...", "prompt_tokens": 812, ...}\\n
+
+KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
+to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
+line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
+disk. Only keys and places stay in memory.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.errors import UserError
+
+_SYNC_EVERY = 1.0  # seconds; a process that is killed loses nothing, a machine that dies this much
+_KEY = 32
+
+
+def make_key(*parts: Any) -> str:
+    """A name for what JSON can say: (32,) hexadecimal digits."""
+    said = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(said.encode()).hexdigest()[:_KEY]
+
+
+class Journal:
+    """Get and put replies by key; for all threads of a process."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"Cannot write the journal {folder}: {e.strerror}.") from e
+        self._lock = threading.Lock()
+        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self._file = -1
+        self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._synced = 0.0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes up what other processes have written since."""
+        with self._lock:
+            for path in sorted(self.folder.glob("*.jsonl")):
+                if path != self._path:
+                    self._take_up(path)
+
+    def _take_up(self, path: Path) -> None:
+        start = self._read.get(path, 0)
+        if path.stat().st_size == start:
+            return
+        with open(path, "rb") as f:
+            f.seek(start)
+            for line in f:
+                if not line.endswith(b"\n"):  # torn, or still being written
+                    break
+                key = line[:_KEY]
+                if line[_KEY : _KEY + 1] == b" ":
+                    self._places.setdefault(bytes.fromhex(key.decode()), (path, start + _KEY + 1, len(line) - _KEY - 2))
+                start += len(line)
+        self._read[path] = start
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: str) -> dict | None:
+        """What was kept under the key, or None."""
+        with self._lock:
+            place = self._places.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        path, start, length = place
+        with open(path, "rb") as f:
+            f.seek(start)
+            return json.loads(f.read(length))
+
+    def put(self, key: str, value: dict) -> None:
+        """Keeps a value; UserError where it cannot be written."""
+        said = json.dumps(value, separators=(",", ":")).encode()
+        with self._lock:
+            try:
+                if self._file < 0:
+                    self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                start = os.lseek(self._file, 0, os.SEEK_END)
+                line = key.encode() + b" " + said + b"\n"
+                if os.write(self._file, line) != len(line):
+                    os.ftruncate(self._file, start)
+                    raise OSError("the disk is full")
+                if time.monotonic() - self._synced > _SYNC_EVERY:
+                    os.fsync(self._file)
+                    self._synced = time.monotonic()
+            except OSError as e:
+                raise UserError(f"Cannot write the journal {self._path}: {e}.") from e
+            self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(said))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file >= 0:
+                os.fsync(self._file)
+                os.close(self._file)
+                self._file = -1
+                self._read[self._path] = self._path.stat().st_size
+                self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+
+    def values(self):
+        """Everything kept, once each, in no particular order: for the books."""
+        by_file: dict[Path, list[tuple[int, int]]] = {}
+        with self._lock:
+            for path, start, length in self._places.values():
+                by_file.setdefault(path, []).append((start, length))
+        for path, places in by_file.items():
+            with open(path, "rb") as f:
+                for start, length in sorted(places):
+                    f.seek(start)
+                    yield json.loads(f.read(length))

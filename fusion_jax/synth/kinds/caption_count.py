@@ -1,0 +1,73 @@
+"""Count captions: how many of what, at most three of a kind and six in all."""
+
+from fusion_jax.synth.kinds.base import NUMBER, TEXT, Ask, Kind, listed, obj
+from fusion_jax.synth.kinds.common import NUMBERS, caption, caption_turns, drop_article, only_caption, stands_in
+from fusion_jax.synth.replies import Invalid, one_line, words
+
+EACH, IN_ALL = 3, 6
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers a text names, in words or digits."""
+    said = [word.lower() for word in words(text)]
+    return [
+        NUMBERS.index(word) if word in NUMBERS else int(word) for word in said if word in NUMBERS or word.isdecimal()
+    ]
+
+
+def check(value: dict, data: dict) -> dict:
+    del data
+    text = caption(value)
+    objects = [{"name": drop_article(one_line(each["name"])), "count": each["count"]} for each in value["objects"]]
+    if not objects:
+        raise Invalid("no_object", "nothing is counted")
+    names = [each["name"].lower() for each in objects]
+    if len(set(names)) < len(names):
+        raise Invalid("object_twice", "an object is counted twice")
+    for each in objects:
+        if not stands_in(each["name"], text):
+            raise Invalid("object_not_in_caption", f"{each['name']!r} is not in the caption")
+        if not 1 <= each["count"] <= EACH:
+            raise Invalid("too_many_objects", f"{each['count']} of a kind, the limit is {EACH}")
+    if sum(each["count"] for each in objects) > IN_ALL:
+        raise Invalid("too_many_objects", f"more than {IN_ALL} objects in all")
+    # "a", "an" and "the" may stand for one; every other number has to be said, and no number but these.
+    said = _numbers(text)
+    counts = [each["count"] for each in objects]
+    if sorted(n for n in said if n != 1) != sorted(n for n in counts if n != 1) or said.count(1) > counts.count(1):
+        raise Invalid("counts_differ", "the caption's numbers are not those of the list")
+    return {"caption": text, "objects": objects}
+
+
+def prose(text: str) -> dict | None:
+    """Each number word counts the word after it, or the one after that where adjectives come between."""
+    found = only_caption(text)
+    if not found:
+        return None
+    said = words(found["caption"])
+    objects = []
+    for i, word in enumerate(said[:-1]):
+        if word.lower() in NUMBERS or word.isdecimal():
+            count = NUMBERS.index(word.lower()) if word.lower() in NUMBERS else int(word)
+            objects.append({"name": said[i + 1], "count": count})
+    return found | {"objects": objects}
+
+
+KIND = Kind(
+    name="caption_count",
+    stage="stage1",
+    describe=Ask(
+        instructions=(
+            "You rewrite a caption for a picture so that it counts things. Choose one to three kinds of things that "
+            "stand apart from each other and say in words how many of each there are: at most 3 of a kind, at most 6 "
+            "in all. At most 12 words. List each thing as it stands in your caption, with its number."
+        ),
+        form='{"caption": "...", "objects": [{"name": "...", "count": 2}, ...]}',
+        schema=obj(caption=TEXT, objects=listed(obj(name=TEXT, count=NUMBER))),
+        check=check,
+        prose=prose,
+    ),
+    descriptions=lambda answer: [answer["caption"]],
+    ask=None,
+    turns=caption_turns,
+)

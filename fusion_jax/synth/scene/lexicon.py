@@ -1,0 +1,350 @@
+"""The words of the embedded backend: what it can draw, name and read.
+
+A word that is not here is not drawn: `parse.py` passes over it, and a caption with none of these nouns is refused.
+"""
+
+import dataclasses
+
+# Named colours and how they are painted. Each is nearest to itself under the shading of `paint.py`.
+RGB = {
+    "red": (208, 34, 38),
+    "orange": (243, 134, 20),
+    "yellow": (247, 216, 44),
+    "green": (52, 158, 66),
+    "blue": (38, 98, 214),
+    "purple": (128, 56, 176),
+    "pink": (245, 140, 186),
+    "brown": (128, 78, 42),
+    "white": (246, 246, 244),
+    "black": (38, 38, 44),
+    "gray": (140, 144, 150),
+}
+COLOURS = tuple(RGB)
+COLOUR_WORDS = {colour: colour for colour in COLOURS} | {
+    "grey": "gray",
+    "silver": "gray",
+    "violet": "purple",
+    "crimson": "red",
+    "scarlet": "red",
+    "golden": "yellow",
+    "navy": "blue",
+}
+
+SIZES = ("small", "", "large")  # "" is neither, and not spoken of
+SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+ROWS = ("air", "back", "front")
+COLUMNS = ("left", "center", "right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noun:
+    """A thing that can be drawn.
+
+    Attributes:
+      name, plural: its words.
+      home: where it makes sense: "indoors", "outdoors" or "anywhere".
+      air: it hangs or flies in the upper third; everything else stands on the ground.
+      height: of an ordinary one among its neighbours, 1 is the band it stands in.
+      colours: that it comes in when a caption names none.
+      use: what it is for or what it does, "can ..." or "is used to ..." (reasoning).
+      carrier: texts can be written on it.
+    """
+
+    name: str
+    plural: str
+    home: str
+    height: float
+    colours: tuple[str, ...]
+    use: str
+    air: bool = False
+    carrier: bool = False
+
+
+_PAINTED = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black", "gray", "brown")
+_GAY = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+
+_NOUNS = (
+    Noun("apple", "apples", "anywhere", 0.62, ("red", "green", "yellow"), "can be eaten"),
+    Noun("pear", "pears", "anywhere", 0.66, ("green", "yellow", "brown"), "can be eaten"),
+    Noun("pumpkin", "pumpkins", "anywhere", 0.66, ("orange", "yellow", "green", "white"), "can be cooked or carved"),
+    Noun("cake", "cakes", "indoors", 0.7, ("pink", "brown", "white", "yellow"), "can be sliced and shared"),
+    Noun("mug", "mugs", "indoors", 0.66, _PAINTED, "holds a hot drink", carrier=True),
+    Noun("teapot", "teapots", "indoors", 0.66, _PAINTED, "is used to pour tea"),
+    Noun("bottle", "bottles", "anywhere", 0.95, ("green", "blue", "brown", "red", "purple"), "keeps a liquid"),
+    Noun("vase", "vases", "indoors", 0.85, _PAINTED, "can hold cut stems"),
+    Noun("candle", "candles", "indoors", 0.85, _PAINTED, "gives a little light"),
+    Noun("lamp", "lamps", "indoors", 0.95, _PAINTED, "can light up a room"),
+    Noun("clock", "clocks", "indoors", 0.75, _PAINTED, "shows the time"),
+    Noun("chair", "chairs", "indoors", 1.0, _PAINTED, "is something to sit on"),
+    Noun("ball", "balls", "anywhere", 0.6, _GAY, "can be thrown and caught"),
+    Noun("gift", "gifts", "anywhere", 0.7, _GAY, "waits to be unwrapped"),
+    Noun("hat", "hats", "anywhere", 0.55, _PAINTED, "can be worn on the head"),
+    Noun("suitcase", "suitcases", "anywhere", 0.75, _PAINTED, "is packed for a journey"),
+    Noun("bucket", "buckets", "anywhere", 0.7, _PAINTED, "can carry water or sand"),
+    Noun("barrel", "barrels", "outdoors", 0.85, ("brown", "red", "blue", "green", "gray"), "stores what must keep"),
+    Noun("umbrella", "umbrellas", "outdoors", 1.0, _GAY, "gives shade and keeps off the rain"),
+    Noun("tent", "tents", "outdoors", 0.85, _GAY, "is used to sleep outdoors"),
+    Noun("house", "houses", "outdoors", 1.0, ("red", "yellow", "white", "blue", "pink", "brown"), "can be lived in"),
+    Noun("tree", "trees", "outdoors", 1.0, ("green", "orange", "yellow", "red"), "gives shade to those below"),
+    Noun("cactus", "cacti", "anywhere", 0.95, ("green", "blue", "purple"), "can live with little water"),
+    Noun(
+        "flower", "flowers", "anywhere", 0.8, ("red", "yellow", "pink", "purple", "white", "orange"), "needs sunlight"
+    ),
+    Noun("mushroom", "mushrooms", "outdoors", 0.65, ("red", "brown", "orange", "white"), "grows in damp places"),
+    Noun("car", "cars", "outdoors", 0.62, _PAINTED, "can take people along a road"),
+    Noun("bus", "buses", "outdoors", 0.8, _GAY, "can take many people at once"),
+    Noun("cat", "cats", "anywhere", 0.85, ("gray", "black", "white", "orange", "brown"), "can move quietly by itself"),
+    Noun("rabbit", "rabbits", "anywhere", 0.85, ("white", "gray", "brown", "black"), "can hop away quickly"),
+    Noun("duck", "ducks", "anywhere", 0.66, ("yellow", "white", "brown", "green"), "can swim and walk"),
+    Noun("snail", "snails", "outdoors", 0.58, ("brown", "orange", "yellow", "pink"), "moves very slowly"),
+    Noun("balloon", "balloons", "anywhere", 1.0, _GAY, "rises because it is light", air=True),
+    Noun("kite", "kites", "outdoors", 1.0, _GAY, "needs wind to fly", air=True),
+    Noun("bird", "birds", "outdoors", 0.62, ("blue", "red", "yellow", "black", "white", "brown"), "can fly", air=True),
+    Noun("butterfly", "butterflies", "outdoors", 0.66, _GAY, "can fly on thin wings", air=True),
+    Noun("airplane", "airplanes", "outdoors", 0.6, ("white", "red", "blue", "yellow", "gray"), "can fly far", air=True),
+    Noun("lantern", "lanterns", "anywhere", 0.95, _GAY, "gives a soft light", air=True),
+    Noun("sign", "signs", "outdoors", 1.0, _PAINTED, "tells people something", carrier=True),
+    Noun("billboard", "billboards", "outdoors", 1.0, _PAINTED, "is read from far away", carrier=True),
+    Noun("banner", "banners", "anywhere", 0.8, _PAINTED, "can be read by everyone below", air=True, carrier=True),
+    Noun("book", "books", "indoors", 0.85, _PAINTED, "can be read", carrier=True),
+    Noun("box", "boxes", "anywhere", 0.8, ("brown", *_GAY, "white"), "keeps things together", carrier=True),
+    Noun("chalkboard", "chalkboards", "anywhere", 1.0, ("black", "green"), "is written on with chalk", carrier=True),
+)
+NOUNS = {noun.name: noun for noun in _NOUNS}
+CARRIERS = tuple(name for name, noun in NOUNS.items() if noun.carrier)
+
+# Other words for the same drawing, singular and plural.
+_SYNONYMS = {
+    "cup": ("mug", "cups"),
+    "present": ("gift", "presents"),
+    "kitten": ("cat", "kittens"),
+    "bunny": ("rabbit", "bunnies"),
+    "plane": ("airplane", "planes"),
+    "automobile": ("car", "automobiles"),
+    "crate": ("box", "crates"),
+    "signboard": ("sign", "signboards"),
+    "blackboard": ("chalkboard", "blackboards"),
+    "pail": ("bucket", "pails"),
+    "cottage": ("house", "cottages"),
+    "parasol": ("umbrella", "parasols"),
+}
+# Word -> (name, it is a plural).
+NOUN_WORDS = {noun.name: (noun.name, False) for noun in NOUNS.values()}
+NOUN_WORDS |= {noun.plural: (noun.name, True) for noun in NOUNS.values()}
+NOUN_WORDS |= {word: (name, False) for word, (name, _) in _SYNONYMS.items()}
+NOUN_WORDS |= {many: (name, True) for name, many in _SYNONYMS.values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A background scene.
+
+    Attributes:
+      phrase: after "a" or "an": "sandy beach". preposition: "on" or "in".
+      indoors: whether it is under a roof.
+      ground, behind: what things stand on and what is behind them, as noun phrases.
+      words: by which a caption names it.
+      shows: nouns that the backdrop itself may show, so nobody asks whether they are there.
+      clash: colours that would be lost against it.
+      mood: a true sentence about it.
+    """
+
+    name: str
+    phrase: str
+    preposition: str
+    indoors: bool
+    ground: str
+    behind: str
+    words: tuple[str, ...]
+    mood: str
+    shows: tuple[str, ...] = ()
+    clash: tuple[str, ...] = ()
+
+
+_SETTINGS = (
+    Setting(
+        "beach",
+        "sandy beach",
+        "on",
+        False,
+        "pale sand",
+        "the sea and a bright sky",
+        ("beach", "seaside", "shore", "sand"),
+        "Small waves run along the water.",
+    ),
+    Setting(
+        "meadow",
+        "grassy meadow",
+        "in",
+        False,
+        "short grass",
+        "gentle hills under the sky",
+        ("meadow", "grass", "lawn", "field", "garden", "park"),
+        "Blades of grass cover the ground.",
+        clash=("green",),
+    ),
+    Setting(
+        "snow",
+        "snowy field",
+        "in",
+        False,
+        "white snow",
+        "distant mountains",
+        ("snow", "snowy", "winter"),
+        "Everything on the ground is covered in snow.",
+        clash=("white",),
+    ),
+    Setting(
+        "desert",
+        "dry desert",
+        "in",
+        False,
+        "dry sand",
+        "wide dunes under a warm sky",
+        ("desert", "dunes", "dune"),
+        "No water is in sight.",
+        clash=("orange",),
+    ),
+    Setting(
+        "forest",
+        "forest clearing",
+        "in",
+        False,
+        "soft moss",
+        "a row of dark trees",
+        ("forest", "woods", "clearing"),
+        "Tall trunks close off the view.",
+        shows=("tree",),
+        clash=("green",),
+    ),
+    Setting(
+        "street",
+        "city street",
+        "on",
+        False,
+        "gray asphalt",
+        "a skyline of tall buildings",
+        ("street", "road", "city", "town"),
+        "Rows of windows look down from the skyline.",
+        shows=("house",),
+        clash=("gray",),
+    ),
+    Setting(
+        "courtyard",
+        "brick courtyard",
+        "in",
+        False,
+        "stone paving",
+        "a wall of bricks",
+        ("courtyard", "brick", "bricks", "yard", "alley"),
+        "The joints of the brickwork run straight across.",
+        clash=("brown",),
+    ),
+    Setting(
+        "night",
+        "field at night",
+        "in",
+        False,
+        "dark grass",
+        "a starry sky",
+        ("night", "starry", "moonlight"),
+        "Stars are scattered over the sky.",
+        clash=("black", "blue"),
+    ),
+    Setting(
+        "table",
+        "wooden table",
+        "on",
+        True,
+        "brown boards",
+        "a plain wall",
+        ("table", "desk"),
+        "The grain of the wood is easy to see.",
+        clash=("brown",),
+    ),
+    Setting(
+        "kitchen",
+        "tiled kitchen",
+        "in",
+        True,
+        "a light counter",
+        "rows of square tiles",
+        ("kitchen", "counter", "tiles"),
+        "The tiles make a regular grid.",
+        clash=("white",),
+    ),
+    Setting(
+        "living room",
+        "living room",
+        "in",
+        True,
+        "a wooden floor",
+        "striped wallpaper",
+        ("room", "parlor", "floor", "wallpaper"),
+        "Broad stripes run down the wallpaper.",
+    ),
+    Setting(
+        "library",
+        "quiet library",
+        "in",
+        True,
+        "a soft carpet",
+        "shelves full of books",
+        ("library", "shelves", "bookshelf", "carpet"),
+        "The shelves reach from one side to the other.",
+        shows=("book",),
+    ),
+)
+SETTINGS = {setting.name: setting for setting in _SETTINGS}
+SETTING_WORDS = {word: setting.name for setting in _SETTINGS for word in setting.words}
+
+# What the embedded backend writes on things when a caption does not say: greetings, shops, notices.
+TEXTS = (
+    "OPEN",
+    "CLOSED",
+    "WELCOME",
+    "FRESH BREAD",
+    "SALE TODAY",
+    "HAPPY BIRTHDAY",
+    "GOOD MORNING",
+    "TEA ROOM",
+    "Mind the step",
+    "Thank you",
+    "No parking here",
+    "Summer fair",
+    "Keep calm and read on",
+    "Hot soup all day",
+    "Lost and found",
+    "Ring the bell",
+    "Best of luck",
+    "Back in five minutes",
+    "FRAGILE",
+    "THIS SIDE UP",
+    "Do not disturb",
+    "Free entry",
+    "Ice cream",
+    "Flea market on Sunday",
+    "Please wait to be seated",
+    "Paint and brushes",
+    "MUSIC TONIGHT",
+    "Apples and pears",
+    "Winter sale",
+    "Reading club",
+    "Meet us at noon",
+    "Half price books",
+    "Handle with care",
+    "Garden tools",
+    "Bus stop",
+    "First floor",
+    "Quiet please",
+    "See you soon",
+    "Made by hand",
+    "Home sweet home",
+)
+
+
+def article(phrase: str) -> str:
+    """ "a" or "an" before a phrase of this module."""
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase

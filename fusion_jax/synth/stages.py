@@ -1,0 +1,276 @@
+"""The stages that work on one sample at a time, in their order.
+
+    caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement
+    -> rank -> (select.py)
+
+A sample is a dict that JSON can hold. A stage adds its findings to it, or raises `Drop`, which the sample then carries
+as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `again` marks what may succeed another time
+(an endpoint that was down). Keys, by the stage that adds them:
+
+    pool       id, n, key (hash of caption and kind: the root of all its seeds), kind, stage, caption,
+               origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
+    describe   answer (by kind), descriptions, state
+    draw       images [{file, seed}]
+    score      scores {clip, ssim_a, image}, hashes (perceptual, one an image)
+    qa         pairs, asked (how many pairs there were)
+    verify     pairs (the right ones), wrong, unverified
+    statement  statements, where there is a scorer
+    rank       scores.statement
+    each       lineage {stage: {model, prompt, seed, attempts}}
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fusion_jax.synth import filters, images
+from fusion_jax.synth.backends.base import BackendError, Refused, Retryable
+from fusion_jax.synth.kinds import KINDS, Ask, Kind
+from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
+from fusion_jax.synth.replies import Invalid
+from fusion_jax.synth.tools import Tools, load_image
+
+Sample = dict[str, Any]
+
+
+class Drop(Exception):
+    """The sample goes, for this reason."""
+
+    def __init__(self, reason: str, detail: str = "", again: bool = False):
+        super().__init__(detail or reason)
+        self.reason, self.again = reason, again
+
+
+def make_seed(*parts: Any) -> int:
+    """31 bits out of whatever names the draw: the same on every machine, in whatever order samples are worked on."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+def _ask(tools: Tools, sample: Sample, stage: str, ask: Ask, data: dict, where: str = "") -> tuple[dict, Any]:
+    """The clean answer to a request and the reply it was in. Drop once all attempts are used up.
+
+    Args:
+      where: tells requests of one stage apart.
+    """
+
+    def call(seed: int, messages: list[dict]):
+        if stage == "verify":
+            shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+            return tools.vision.verify(shown, messages, data["question"], data["answer"], seed, data)
+        return tools.llm.chat(messages, ask.schema, seed, stage, data)
+
+    model = tools.vision if stage == "verify" else tools.llm
+    # Image files are named by what decides them: their names stand for them.
+    shown = [image["file"] for image in sample["images"]] if stage == "verify" else []
+    drop, complaint = Drop("no_answer"), ""
+    for attempt in range(tools.config.attempts):
+        seed = make_seed(tools.config.seed, sample["key"], stage, where, attempt)
+        messages = ask.messages(data, complaint)
+        try:
+            reply = tools.paid(model, stage, [messages, ask.schema, seed, shown], lambda s=seed, m=messages: call(s, m))
+            answer = ask.read(reply.text, reply.parsed, data)
+        except Refused as e:
+            drop = Drop("refused", str(e))
+            continue
+        except Invalid as e:
+            drop, complaint = Drop(e.reason, str(e)), str(e)
+            continue
+        except BackendError as e:
+            raise Drop(e.reason, str(e), again=isinstance(e, Retryable)) from e
+        made = {"model": model.name, "settings": model.settings, "prompt": ask.version, "seed": seed}
+        sample["lineage"][stage] = made | {"attempts": attempt + 1}
+        return answer, reply
+    raise drop
+
+
+def _filter(tools: Tools, sample: Sample) -> None:
+    config = tools.config.filters
+    if found := filters.failed(sample["caption"], config):
+        raise Drop(*found)
+    if "image" in sample and "clip_score" not in sample and config.clip_min is not None and tools.scorer is not None:
+        try:
+            image = images.open_file(sample["image"])
+        except OSError as e:
+            raise Drop("missing_image", str(e)) from e
+        sample["clip_score"] = float(tools.scorer.similarity([image], [sample["caption"]])[0, 0])
+    for key, least in (("clip_score", config.clip_min), ("blip_score", config.blip_min)):
+        if least is not None and sample.get(key, least) < least:
+            raise Drop(key, f"{sample[key]:.4g}")
+
+
+def _judge(tools: Tools, sample: Sample) -> None:
+    if not tools.config.judge:
+        return
+    answer, _ = _ask(tools, sample, "judge", JUDGE, {"caption": sample["caption"]})
+    if not answer["drawable"]:
+        raise Drop("not_drawable")
+
+
+def _describe(tools: Tools, sample: Sample) -> None:
+    kind = KINDS[sample["kind"]]
+    data = {"kind": kind.name, "caption": sample["caption"]}
+    sample["answer"], reply = _ask(tools, sample, "describe", kind.describe, data)
+    sample["descriptions"] = kind.descriptions(sample["answer"])
+    sample["state"] = reply.state
+
+
+def _refilter(tools: Tools, sample: Sample) -> None:
+    for text in sample["descriptions"]:
+        if found := filters.failed(text, tools.config.filters):
+            raise Drop(*found)
+
+
+def _data(sample: Sample) -> dict[str, Any]:
+    return {key: sample[key] for key in ("kind", "caption", "descriptions", "state")}
+
+
+def _draw(tools: Tools, sample: Sample) -> None:
+    drawn, model = [], tools.generator
+    for index, description in enumerate(sample["descriptions"]):
+        seed = make_seed(tools.config.seed, sample["key"], "draw", index)
+        try:
+            name = tools.drawn(description, seed, _data(sample) | {"index": index})
+        except BackendError as e:
+            raise Drop(e.reason, str(e), again=isinstance(e, Retryable)) from e
+        drawn.append({"file": name, "seed": seed})
+    sample["images"] = drawn
+    sample["lineage"]["draw"] = {
+        "model": model.name,
+        "settings": model.settings,
+        "seeds": [one["seed"] for one in drawn],
+    }
+
+
+def _score(tools: Tools, sample: Sample) -> None:
+    config = tools.config
+    shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+    made = [images.ssim_a(image, config.select.ssim_scale) for image in shown]
+    clip = _clip_scores(tools, shown, sample["descriptions"], paired=True)
+    values = [(clip[i] if clip else 0.0) + 0.5 * made[i] for i in range(len(shown))]
+    # Of a pair of images the worse one counts.
+    scores = {"ssim_a": min(made), "clip": min(clip) if clip else None, "image": min(values)}
+    sample["scores"] = {key: None if value is None else round(value, 6) for key, value in scores.items()}
+    sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in shown]
+    sample["lineage"]["score"] = {"model": tools.scorer.name if tools.scorer else None}
+    if sample["scores"]["image"] < config.select.image_score_min:
+        raise Drop("image_score", f"{sample['scores']['image']:.4g}")
+
+
+def _clip_scores(tools: Tools, shown: list, texts: list[str], paired: bool) -> list[float] | None:
+    """CLIPScores, weight * max(cosine, 0): of image i with text i, or of each text with its best image."""
+    if tools.scorer is None:
+        return None
+    cosines = np.maximum(tools.scorer.similarity(shown, texts), 0) * tools.config.scorer.weight
+    return [float(x) for x in (np.diagonal(cosines) if paired else cosines.max(axis=0))]
+
+
+def _qa(tools: Tools, sample: Sample) -> None:
+    kind = KINDS[sample["kind"]]
+    if kind.ask is None:  # the caption itself is what is learned
+        request = kind.turns([{"answer": ""}], make_seed(tools.config.seed, sample["key"], "turns"))[0][0]
+        sample["pairs"] = [{"question": request, "answer": sample["descriptions"][0]}]
+    else:
+        answer, _ = _ask(tools, sample, "qa", kind.ask, _data(sample))
+        sample["pairs"] = answer["pairs"]
+    sample["asked"] = len(sample["pairs"])
+
+
+def _verify(tools: Tools, sample: Sample) -> None:
+    if not tools.config.verify:
+        return
+    kept, wrong, unverified = [], [], []
+    for k, pair in enumerate(sample["pairs"]):
+        data = _data(sample) | {"question": _whole_question(pair), "answer": pair["answer"]}
+        try:
+            answer, _ = _ask(tools, sample, "verify", VERIFY, data, str(k))
+        except Drop as e:
+            if e.again:  # the endpoint failed, not the answer: the whole sample may be tried another time
+                raise
+            unverified.append(pair | {"reason": e.reason})
+            continue
+        (kept if answer["correct"] else wrong).append(pair)
+    sample |= {"pairs": kept, "wrong": wrong, "unverified": unverified}
+    if not kept:
+        raise Drop("no_right_answer", f"{len(wrong)} wrong, {len(unverified)} not verified")
+
+
+def _whole_question(pair: dict) -> str:
+    if "options" not in pair:
+        return pair["question"]
+    return f"{pair['question']} ({', '.join(pair['options'])})"
+
+
+def _statement(tools: Tools, sample: Sample) -> None:
+    """Statements only serve the scorer: without one, none is paid for."""
+    if not tools.config.scorer.path:
+        return
+    if KINDS[sample["kind"]].ask is None:
+        sample["statements"] = list(sample["descriptions"])
+    else:
+        data = _data(sample) | {
+            "pairs": [{"question": _whole_question(p), "answer": p["answer"]} for p in sample["pairs"]]
+        }
+        answer, _ = _ask(tools, sample, "statement", STATEMENT, data)
+        sample["statements"] = answer["statements"]
+
+
+def _rank(tools: Tools, sample: Sample) -> None:
+    """The mean CLIPScore of the statements, each with the image that it fits better."""
+    sample["scores"]["statement"] = None
+    if tools.scorer is None:
+        return
+    shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+    found = _clip_scores(tools, shown, sample["statements"], paired=False)
+    sample["scores"]["statement"] = round(sum(found) / len(found), 6)
+
+
+# In order; what each needs beside the CPU decides where a cluster runs it.
+STAGES: dict[str, Callable[[Tools, Sample], None]] = {
+    "filter": _filter,
+    "judge": _judge,
+    "describe": _describe,
+    "refilter": _refilter,
+    "draw": _draw,
+    "score": _score,
+    "qa": _qa,
+    "verify": _verify,
+    "statement": _statement,
+    "rank": _rank,
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "filter": (),
+    "judge": ("llm",),
+    "describe": ("llm",),
+    "refilter": (),
+    "draw": ("generator",),
+    "score": ("scorer",),
+    "qa": ("llm",),
+    "verify": ("vision",),
+    "statement": ("llm",),
+    "rank": ("scorer",),
+}
+
+
+def run_stages(tools: Tools, sample: Sample, stages: list[str]) -> Sample:
+    """The sample after these stages; it is changed in place. Only errors that end the run are raised."""
+    for stage in stages:
+        if "dropped" in sample:
+            break
+        try:
+            STAGES[stage](tools, sample)
+        except Drop as e:
+            detail = " ".join(str(e).split())[:300]
+            sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": detail, "again": e.again}
+    return sample
+
+
+def conversation(sample: Sample, kind: Kind, seed: int) -> list[dict[str, str]]:
+    """The turns of a finished sample as training reads them; image tags stand before the first question."""
+    turns = kind.turns(sample["pairs"], make_seed(seed, sample["key"], "turns"))
+    said = []
+    for i, (question, answer) in enumerate(turns):
+        tags = "<image>\n" * kind.images if i == 0 else ""
+        said += [{"from": "human", "value": tags + question}, {"from": "gpt", "value": answer}]
+    return said

@@ -1,0 +1,121 @@
+"""What stages work with: the models of a run, made when first wanted, and the journal between them and the stages."""
+
+import functools
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fusion_jax.errors import UserError
+from fusion_jax.synth import images
+from fusion_jax.synth.backends.base import Refused, Reply
+from fusion_jax.synth.backends.factory import Factory
+from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.journal import Journal, make_key
+
+
+class Tools:
+    """The models of one process; for all its threads.
+
+    Attributes:
+      config: the run's. out: its folder. share: the part of the configured traffic that this process may make.
+    """
+
+    def __init__(self, config: SynthConfig, out: Path, share: float = 1.0):
+        self.config, self.out = config, out
+        self._factory = Factory(share)
+        self.journal = Journal(config.journal or out / "journal")
+        self._making = threading.RLock()
+
+    def _made(self, name: str, make: Any) -> Any:
+        # Several threads want a model at once, and loading it twice would not fit.
+        with self._making:
+            if name not in self.__dict__:
+                self.__dict__[name] = make()
+            return self.__dict__[name]
+
+    @property
+    def llm(self):
+        return self._made("_llm", lambda: self._factory.language_model(self.config.llm))
+
+    @property
+    def vision(self):
+        return self._made("_vision", lambda: self._factory.vision_model(self.config.vision))
+
+    @property
+    def generator(self):
+        return self._made("_generator", lambda: self._factory.image_generator(self.config.images))
+
+    @property
+    def scorer(self):
+        return self._made("_scorer", lambda: self._factory.scorer(self.config.scorer))
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Finds out now whether the models (llm, vision, generator, scorer) can be used. UserError if not."""
+        for name in names:
+            check = getattr(getattr(self, name), "check", None)
+            if check is not None:
+                check()
+
+    def paid(self, model: Any, purpose: str, asked: list[Any], call: Any) -> Reply:
+        """A reply out of the journal, or of the model and then in the journal. Raises what the model raises.
+
+        Args:
+          asked: all that decides the reply besides the model and its settings. call: () -> Reply.
+        """
+        if not model.paid:
+            return call()
+        key = make_key(purpose, model.name, model.settings, asked)
+        found = self.journal.get(key)
+        if found is None:
+            try:
+                reply = call()
+            except Refused as e:
+                found = {"purpose": purpose, "model": model.name, "refused": str(e)}
+            else:
+                found = {"purpose": purpose, "model": model.name, "text": reply.text, "parsed": reply.parsed}
+                found |= {"tokens": [reply.prompt_tokens, reply.completion_tokens], "state": reply.state}
+            self.journal.put(key, found)
+        if "refused" in found:
+            raise Refused("refused", found["refused"])
+        return Reply(found["text"], found["parsed"], *found["tokens"], found["state"])
+
+    def drawn(self, description: str, seed: int, data: dict) -> str:
+        """Path within the run's folder of the image; drawn unless it is there. Raises as `draw`."""
+        model, config = self.generator, self.config.images
+        size = (config.width, config.height)
+        key = make_key("draw", model.name, model.settings, [description, size, seed, data["index"]])
+        name = f"images/{key[:2]}/{key}.png"
+        path = self.out / name
+        entry = self.journal.get(key) if model.paid else None
+        if entry is not None and "refused" in entry:
+            raise Refused("refused", entry["refused"])
+        if not (path.exists() and path.stat().st_size):
+            try:
+                image = model.draw(description, size, seed, data)
+            except Refused as e:
+                if model.paid:
+                    self.journal.put(key, {"purpose": "draw", "model": model.name, "refused": str(e)})
+                raise
+            try:
+                images.write_once(path, images.png(image), sync=model.paid)
+            except OSError as e:
+                raise UserError(f"Cannot write {path}: {e.strerror}; the same command goes on from here.") from e
+        # After the file: an image that is there is never paid for again, and always stands in the books.
+        if model.paid and entry is None:
+            self.journal.put(key, {"purpose": "draw", "model": model.name, "image": name})
+        return name
+
+
+@functools.lru_cache(maxsize=8)
+def _open(path: str, changed: int) -> Image.Image:
+    del changed
+    with open(path, "rb") as f:
+        return Image.open(io.BytesIO(f.read())).convert("RGB")
+
+
+def load_image(path: Path) -> Image.Image:
+    """An image of the run; the last few are kept, since several stages look at the same one."""
+    return _open(str(path), path.stat().st_mtime_ns)

@@ -1,0 +1,120 @@
+"""The data engine: `python -m fusion_jax.synthesize --config configs/synthesize.py --out runs/synthesis`.
+
+Captions in; images, conversations and the mixtures that training reads out (docs/synthesis.md). Killed and started
+again it goes on where it was and ends with what an undisturbed run gives; nothing that was paid for is asked again.
+Stages can be run one at a time, `--stages filter,judge`: each takes up what the ones before it left.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from fusion_jax.cli import run_main
+from fusion_jax.dicts import from_dict
+from fusion_jax.errors import UserError, check
+from fusion_jax.synth import blocks, engine, filters
+from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.export import export
+from fusion_jax.synth.journal import Journal
+from fusion_jax.synth.report import costs, write_report
+from fusion_jax.synth.select import select
+from fusion_jax.synth.stages import STAGES
+
+log = logging.getLogger("fusion_jax")
+
+LAST = ("select", "export")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "synthesis configuration", lock_config=True)
+_OUT = flags.DEFINE_string("out", None, "folder of the run: new, empty, or one that this config began")
+_STAGES = flags.DEFINE_list("stages", [], f"which of {', '.join(('pool', *STAGES, *LAST))}; default: all")
+_RETRY = flags.DEFINE_bool("retry_failed", False, "try again what a failing endpoint dropped")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --out DIR.")
+    if _OUT.value is None or _CONFIG.value is None:
+        raise UserError("Give --config FILE and --out DIR.")
+    config = from_dict(SynthConfig, _CONFIG.value.to_dict())
+    manifest = synthesize(config, Path(_OUT.value), _STAGES.value, _RETRY.value)
+    print(json.dumps({key: manifest[key] for key in ("state", "captions", "records") if key in manifest}))
+
+
+def synthesize(
+    config: SynthConfig, out: Path, stages: list[str] | None = None, retry_failed: bool = False, progress: bool = True
+) -> dict:
+    """Runs, or goes on with, the wanted stages in `out` (default: all) and returns the run's manifest.
+
+    Raises:
+      UserError: unusable configuration, captions, folder or models; too little left to go on with.
+    """
+    every = ("pool", *STAGES, *LAST)
+    wanted = list(stages or every)
+    for stage in wanted:
+        check(stage in every, f"Unknown stage {stage!r}; allowed: {', '.join(every)}.")
+    filters.check_config(config.filters)
+    out = out.absolute()
+    manifest = _free_or_known(config, out)
+    with blocks.locked(out):
+        started = time.perf_counter()
+        manifest = blocks.open_run(config, out)
+        pool = _pool(config, out, wanted)
+
+        work = engine.plan(out, pool["blocks"], wanted, retry_failed)
+        if config.engine == "ray" and work:
+            check(not retry_failed, "--retry_failed runs with config.engine='local'; the journal serves both.")
+            from fusion_jax.synth import cluster
+
+            cluster.run(config, out, work, progress)
+        else:
+            engine.run(config, out, work, progress)
+
+        if "select" in wanted:
+            for number in range(pool["blocks"]):
+                missing = [stage for stage in STAGES if stage not in blocks.read_done(out, number)]
+                check(not missing, f"Stage select needs stage {missing[0] if missing else ''} to be through.")
+            select(config, out, pool["blocks"])
+        if "export" in wanted:
+            counts = {"captions": pool["captions"]} | export(config, out, pool["blocks"])
+            books = costs(config, Journal(config.journal or out / "journal"))
+            write_report(config, out, counts, books)
+            manifest |= {"state": "complete", "inputs": pool["inputs"]} | counts | {"costs": books}
+            blocks.write_json(out / "manifest.json", manifest)
+            _tell(out, counts, books, time.perf_counter() - started)
+            check(
+                bool(counts["records"]),
+                f"None of the {pool['captions']} captions became a record; see {out}/report.html.",
+            )
+    return manifest
+
+
+def _free_or_known(config: SynthConfig, out: Path) -> dict:
+    """Looks before anything is written, the lock's file included."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return blocks.open_run(config, out)
+    return {}
+
+
+def _pool(config: SynthConfig, out: Path, wanted: list[str]) -> dict:
+    if "pool" not in wanted:
+        check((out / "work" / "pool.json").exists(), f"{out} holds no captions yet; run the stage `pool` first.")
+    return blocks.make_pool(config, out)
+
+
+def _tell(out: Path, counts: dict, books: dict, seconds: float) -> None:
+    made = sum(counts["records"].values())
+    log.info("%d of %d captions became records in %.0f s: %s", made, counts["captions"], seconds, counts["records"])
+    for reason, lost in counts["dropped"].items():
+        log.info("  lost %6d  %s", lost, reason)
+    if books:
+        cost = sum(line.get("cost", 0.0) for line in books.values())
+        log.info("  %d paid replies, cost %.2f", sum(line["replies"] for line in books.values()), cost)
+    log.info("look at %s", out / "report.html")
+
+
+if __name__ == "__main__":
+    run_main(main)

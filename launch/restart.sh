@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Runs a command again for as long as it asks for it. Needs nothing but bash; works inside containers.
+usage() {
+  cat <<'TEXT'
+bash launch/restart.sh [options] -- COMMAND ...
+
+Runs COMMAND; when it ends with an exit code that means "run me again" it is started once more, and otherwise this script
+ends with COMMAND's exit code. Training ends with 75 after it has saved on SIGTERM or on a notice of preemption.
+
+  --codes LIST        exit codes that mean "run me again" (default: 75)
+  --fast SECONDS      a run shorter than this did no work (default: 60)
+  --max_fast N        so many fast runs in a row end it, with exit code 1 (default: 3)
+  --pause SECONDS     wait before a new run (default: 5)
+  --pid_file FILE     the process id of this script, removed at its end
+  --dry_run           print what would be run
+
+SIGTERM, or Ctrl-C, goes to COMMAND as SIGTERM; COMMAND's exit code is then passed on and it is not started again, so that
+whatever started this script (SLURM, Kubernetes) decides. A second Ctrl-C kills COMMAND.
+TEXT
+}
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+codes=75 fast=60 max_fast=3 pause=5 pid_file=
+options "--codes --fast --max_fast --pause --pid_file" "" "$@"
+[ ${#REST[@]} -eq 0 ] || die "unexpected argument '${REST[0]}'; the command stands behind --."
+[ ${#AFTER[@]} -gt 0 ] || die "no command; give it behind --, for example: restart.sh -- python -m fusion_jax.train ..."
+[[ $codes =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--codes must be exit codes with commas between, got '$codes'."
+for name in fast max_fast pause; do number "--$name" "${!name}"; done
+
+if [ -n "${DRY_RUN:-}" ]; then
+  shown "${AFTER[@]}"
+  echo "# again on exit code $codes, ${pause} s later; ended by $max_fast runs in a row shorter than $fast s"
+  exit 0
+fi
+
+child='' stopped='' interrupted=''
+stop() { # signal that arrived
+  interrupted=1
+  if [ -n "$child" ]; then
+    if [ "$1" = INT ] && [ -n "$stopped" ]; then kill -KILL "$child"; else kill -TERM "$child"; fi 2>/dev/null
+  fi
+  stopped=1
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+if [ -n "$pid_file" ]; then
+  echo $$ >"$pid_file" || die "cannot write $pid_file."
+  trap 'rm -f "$pid_file"' EXIT
+fi
+
+fast_runs=0
+while :; do
+  started=$SECONDS
+  "${AFTER[@]}" &
+  child=$!
+  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null # the signal came before there was a child to pass it to
+  while :; do # a signal ends `wait` early: only a wait without one tells the child's exit code
+    interrupted=
+    wait "$child"
+    code=$?
+    [ -n "$interrupted" ] || break
+  done
+  child=
+  [[ ",$codes," == *",$code,"* ]] || exit "$code"
+  [ -z "$stopped" ] || exit "$code"
+  took=$((SECONDS - started))
+  if ((took < fast)); then fast_runs=$((fast_runs + 1)); else fast_runs=0; fi
+  if ((fast_runs >= max_fast)); then
+    echo "restart: $fast_runs runs in a row ended with exit code $code in under $fast s; giving up." >&2
+    exit 1
+  fi
+  echo "restart: exit code $code after $took s; again in $pause s" >&2
+  # A second at a time: bash sees to a signal only once the command that runs has ended.
+  for ((waited = 0; waited < pause; waited++)); do
+    [ -z "$stopped" ] || exit "$code"
+    sleep 1
+  done
+  [ -z "$stopped" ] || exit "$code"
+done

@@ -1,0 +1,101 @@
+"""Planning rows from measured records: dealing crops to groups, rows of text alone, sizes of batches."""
+
+import numpy as np
+import pytest
+from fixtures import tiny
+
+from fusion_jax.data import packing
+from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, size_batches
+
+SPEC = layout_spec(tiny(), 100, 16, 8)
+
+
+def records(*crops, length=30, rounds=1):
+    return [Measured(number, length, count, rounds) for number, count in enumerate(crops)]
+
+
+def test_units_go_where_the_crops_left_are_like_theirs():
+    sizes = Sizes(rows=4, groups=2, crops=5, packing=False)
+    assert deal([[0], [1], [2], [3]], [4, 1, 1, 3], sizes, 5) == [[0], [1], [2], [3]]
+    # The third is too heavy for what is left and waits; a row may stay empty.
+    assert deal([[0], [1], [2], [3]], [4, 4, 2, 1], sizes, 5) == [[0], [3], [1], []]
+    assert deal([], [], sizes, 5) == [[], [], [], []]
+
+
+def test_rows_of_text_alone_go_together():
+    sizes, waiting = Sizes(2, 2, 1, False), records(1, 0, 1, 0, 0)
+    assert enough(waiting[:3], sizes, 2, split=True) and not enough(waiting[:2], sizes, 2, split=True)
+    assert enough(waiting[:2], sizes, 2, split=False)
+    first = plan(waiting[:3], SPEC, sizes, 4, split=True)
+    assert (first.rows, first.crops) == ([[0], [2]], 1)
+    # Both kinds fill a step: the oldest record goes.
+    both = plan(waiting[1:], SPEC, sizes, 4, split=True)
+    assert (both.rows, both.crops) == ([[0], [2]], 0)
+    assert plan(waiting[:2], SPEC, sizes, 4, split=False).rows == [[0], [1]]
+
+
+def test_no_record_waits_for_ever():
+    rng = np.random.default_rng(0)
+    for packed, split in ((False, True), (False, False), (True, True)):
+        sizes = Sizes(rows=4, groups=2, crops=6, packing=packed)
+        waiting, number, waited, taken = [], 0, {}, set()
+        for _ in range(200):
+            while not enough(waiting, sizes, 8, split):
+                waiting.append(Measured(number, int(rng.integers(5, 90)), int(rng.choice([0, 1, 1, 2, 5])), 1))
+                number += 1
+            step = plan(waiting, SPEC, sizes, 4, split)
+            places = [i for row in step.rows for i in row]
+            assert places and len(set(places)) == len(places)
+            for g in range(2):
+                group = [i for row in step.rows[2 * g : 2 * g + 2] for i in row]
+                assert sum(waiting[i].crops for i in group) <= step.crops
+            for row in step.rows:
+                assert sum(waiting[i].length + 4 for i in row) <= 100
+            assert not taken & {waiting[i].number for i in places}
+            taken |= {waiting[i].number for i in places}
+            waiting = [m for i, m in enumerate(waiting) if i not in places]
+            for m in waiting:
+                waited[m.number] = waited.get(m.number, 0) + 1
+        assert max(waited.values()) <= 40 and number - len(taken) == len(waiting)
+
+
+@pytest.mark.parametrize(("groups", "crops_at_least"), [(1, 0.82), (4, 0.8), (16, 0.7)])
+def test_published_mix_fills_rows_and_crops(groups, crops_at_least):
+    """16 packed rows of 4096 as one, four or sixteen devices share them; l^2 changes at every step."""
+    rng = np.random.default_rng(0)
+    spec = layout_spec(tiny(), 4096, 16, 16)
+
+    def record(number):  # the mix of `packing.length_mix`, its parts apart
+        kind, image = rng.choice(3, p=(0.6, 0.25, 0.15)), rng.random() < 0.9
+        rounds = int((1, rng.integers(2, 4), rng.integers(4, 9))[kind])
+        text = rng.integers(10, 61, rounds).sum()
+        for length in rng.choice(3, rounds, p=(0.4, 0.4, 0.2)):
+            text += rng.integers(*((5, 21), (60, 201), (200, 501))[length])
+        return Measured(number, min(int(text), 2300) + 576 * image, int(image), rounds * image)
+
+    sample = [record(number) for number in range(512)]
+    sizes = size_batches(sample, spec, 64, groups, packing.LATENT_COUNTS, 1, True)
+    assert sizes.rows % groups == 0 and 16 <= sizes.rows <= 32
+    waiting, number, slots, crops, samples = [], 512, [], [], []
+    for latents in packing.LATENT_COUNTS * 8:
+        while not enough(waiting, sizes, 64, True):
+            waiting.append(record(number))
+            number += 1
+        step = plan(waiting, spec, sizes, latents, True)
+        places = [i for row in step.rows for i in row]
+        slots.append(sum(waiting[i].length + waiting[i].rounds * latents for i in places) / (sizes.rows * 4096))
+        crops.append(sum(waiting[i].crops for i in places) / (sizes.crops * groups))
+        samples.append(len(places))
+        waiting = [m for i, m in enumerate(waiting) if i not in places]
+    assert np.mean(slots) >= 0.96 and np.mean(crops) >= crops_at_least
+    assert abs(np.mean(samples) / 64 * 16 / sizes.rows - 1) < 0.15
+
+
+def test_sizes_of_unpacked_batches():
+    assert size_batches(records(1, 1, 0), SPEC, 8, 2, (4,), 1, False) == Sizes(8, 2, 4, False)
+    # Most have one image, some four: room for the mean and one deviation of a group's rows.
+    mixed = size_batches(records(*[1] * 30, *[4] * 10), SPEC, 8, 1, (4,), 4, False)
+    assert mixed.rows == 8 and 14 < mixed.crops < 19
+    assert size_batches(records(1, 2, 4), SPEC, 8, 8, (4,), 6, False).crops == 6  # the largest must have room
+    assert size_batches([], SPEC, 8, 2, (), 1, True) == Sizes(2, 2, 1, True)

@@ -1,0 +1,149 @@
+"""MM-Vet's submission and grades, and the judge behind a real local endpoint: retries, refusals, and a silent key."""
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from bench_files import Rule, write_image, write_json
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals import judge, mmvet
+from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.runner import Output, run_task
+
+KEY = "sk-secret-5550123"
+
+
+class Endpoint:
+    """Speaks chat completions; `replies` are texts, statuses, or raw bodies, one a request, the last for ever."""
+
+    def __init__(self, replies):
+        self.replies, self.requests, self.keys = list(replies), [], []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.requests.append(body)
+                endpoint.keys.append(self.headers.get("Authorization"))
+                reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
+                reply = reply(body) if callable(reply) else reply
+                status, text = (reply, "{}") if isinstance(reply, int) else (200, reply)
+                if status == 200 and not text.startswith("<"):
+                    text = json.dumps({"choices": [{"message": {"content": text}}]})
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def judge(self, **changes):
+        url = f"http://127.0.0.1:{self.server.server_port}/v1/"
+        return Judge(url, "grader", KEY, **{"pause": 0.01, "attempts": 3, **changes})
+
+
+@pytest.fixture
+def endpoint():
+    started = []
+
+    def start(*replies):
+        started.append(Endpoint(replies))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = {
+        "v1_0": {"imagename": "a.png", "question": "x?", "answer": "-1<AND>-5", "capability": ["ocr", "math"]},
+        "v1_1": {"imagename": "b.png", "question": "What is it?", "answer": "dog<OR>puppy", "capability": ["rec"]},
+        "v1_2": {"imagename": "b.png", "question": "Who?", "answer": "a man", "capability": ["rec", "ocr"]},
+    }
+    write_json(tmp_path / "mm-vet" / "mm-vet.json", rows)
+    for name in ("a", "b"):
+        write_image(tmp_path / "mm-vet" / "images" / f"{name}.png")
+    return tmp_path
+
+
+def test_without_a_judge_there_is_a_submission_and_no_score(data, tmp_path):
+    output = Output(tmp_path / "out", {"checkpoint": "x", "folder": "y"})
+    result = run_task(Rule(lambda w: f"said {w[8:9]}"), mmvet.TASK, data, output, progress=False)
+    assert result.scores == {"questions": 3}
+    assert json.loads(result.files[0].read_text()) == {"v1_0": "said x", "v1_1": "said W", "v1_2": "said W"}
+    assert result.predictions[0].question.prompt == "x?"  # nothing is added
+
+
+def test_grades_become_totals_by_ability(data, endpoint):
+    grades = {"x?": "0.5", "What is it?": "1.0", "Who?": "0.0"}
+    server = endpoint(lambda body: grades[body["messages"][0]["content"].splitlines()[-1].split(" | ")[0]])
+    result = run_task(Rule(lambda _: "a | dog"), mmvet.TASK, data, judge=server.judge(), progress=False)
+    assert result.scores["total"] == pytest.approx(50.0)
+    assert result.scores["by_capability"] == {"math": 50.0, "ocr": 25.0, "rec": 50.0}
+    assert result.scores["by_integration"] == {"math_ocr": 50.0, "ocr_rec": 0.0, "rec": 100.0}
+    lines = {r["messages"][0]["content"].splitlines()[-1] for r in server.requests}
+    assert "x? | -1 <AND> -5 | a | dog | " in lines
+    assert server.requests[0]["model"] == "grader" and set(server.keys) == {f"Bearer {KEY}"}
+
+
+def test_a_reply_without_a_number_is_asked_again_then_counts_nothing(data, endpoint):
+    server = endpoint("a good answer")
+    question = mmvet.read(data)[0]
+    assert mmvet.judged(question, "x", server.judge()) == ("no number", 0.0)
+    assert [r["temperature"] for r in server.requests] == [0.0, 0.0, 0.5, 1.0, 1.5]
+    assert server.requests[1]["messages"][0]["content"].endswith("(digit): ")
+
+
+@pytest.mark.parametrize("said, score", [("0.7", 0.7), ("1.0 because", 1.0), (" 0.3", None), ("1.5", None)])
+def test_grades_are_read_as_the_official_evaluator_does(data, endpoint, said, score):
+    server = endpoint(said, "0.1")
+    assert mmvet.judged(mmvet.read(data)[0], "x", server.judge())[1] == (0.1 if score is None else score)
+
+
+def test_verdicts_are_kept_and_not_paid_for_twice(data, endpoint, tmp_path):
+    server = endpoint("1.0")
+    output = Output(tmp_path / "out", {"checkpoint": "x", "folder": "y"})
+    for _ in range(2):
+        result = run_task(Rule(lambda _: "dog"), mmvet.TASK, data, output, judge=server.judge(), progress=False)
+        assert result.scores["total"] == 100.0
+    assert len(server.requests) == 3
+
+
+def test_the_judge_is_asked_again_after_a_passing_fault(endpoint):
+    server = endpoint(503, 429, "fine")
+    assert server.judge().ask("?", 3) == "fine" and len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "replies, asked, says",
+    [((500,), 3, "status 500"), ((401,), 1, "status 401"), (("<html>",), 3, "not in the form of chat completions")],
+)
+def test_a_judge_that_does_not_answer_ends_in_one_sentence_without_the_key(endpoint, caplog, replies, asked, says):
+    server = endpoint(*replies)
+    with caplog.at_level(logging.DEBUG), pytest.raises(UserError, match=says) as error:
+        server.judge().ask("?", 3)
+    assert len(server.requests) == asked
+    assert KEY not in str(error.value) + caplog.text + repr(server.judge()) and "\n" not in str(error.value)
+
+
+def test_nobody_is_there():
+    with pytest.raises(UserError, match="does not answer"):
+        Judge("http://127.0.0.1:9", "m", pause=0.0, attempts=2).ask("?", 1)
+
+
+def test_configuration_comes_from_the_environment():
+    assert judge.from_environment({}) is None
+    assert judge.from_environment({"JUDGE_API_KEY": KEY, "JUDGE_BASE_URL": "http://x/v1"}) is None
+    found = judge.from_environment({"JUDGE_MODEL": "m", "JUDGE_BASE_URL": "https://x/v1", "JUDGE_API_KEY": KEY})
+    assert (found.model, found.base_url, found.key) == ("m", "https://x/v1", KEY)
+    with pytest.raises(UserError, match="JUDGE_BASE_URL"):
+        judge.from_environment({"JUDGE_MODEL": "m", "JUDGE_API_KEY": KEY})

@@ -1,0 +1,269 @@
+"""Proofs of survival with real runs in real processes; `launch/soak.sh` runs the long versions, tests the short ones.
+
+In the end parameters are compared, bit for bit, with those of an undisturbed run.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fusion_jax import checkpoint, lock, metrics
+from fusion_jax.errors import AGAIN
+from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
+
+ROOT = Path(__file__).parents[1]
+STAGES, STEPS = ("stage1", "stage2"), 24
+PATIENCE = 600  # seconds for one run, on a slow machine
+
+
+class Lab:
+    """Data, a compilation cache for all runs, and the undisturbed run."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+        sizes = ScenesConfig(stage1=48, stage1_5=48, stage2=48, validation=8, held_out=16, pixels=48)
+        self.data = make_scenes(folder / "data", sizes, workers=1, progress=False)
+        self.undisturbed = folder / "undisturbed"
+        code, said = self.run(self.undisturbed)
+        assert code == 0, said
+
+    def start(self, workdir: Path, *arguments, devices: int = 1, name: str = "") -> subprocess.Popen:
+        """A training run. What it says goes to `WORKDIR<name>.log`, start after start."""
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        config = f"{ROOT / 'tests' / 'tiny_run.py'}:{self.data},survival"
+        command = [sys.executable, "-m", "fusion_jax.train", "--config", config, "--workdir", str(workdir), *arguments]
+        with log_of(workdir, name).open("a") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def run(self, workdir: Path, *arguments, devices: int = 1) -> tuple[int, str]:
+        """A run to its end: exit code, and what this start said."""
+        log = log_of(workdir)
+        before = log.stat().st_size if log.exists() else 0
+        process = self.start(workdir, *arguments, devices=devices)
+        try:
+            code = process.wait(PATIENCE)
+        finally:
+            process.kill()
+        return code, log.read_text()[before:]
+
+    def pair(self, workdir: Path) -> list[subprocess.Popen]:
+        """A run of two processes. The second's log is `WORKDIR_1.log`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}"
+        ours = [(f"--process_id={i}", name) for i, name in enumerate(("", "_1"))]
+        return [self.start(workdir, address, "--num_processes=2", which, name=name) for which, name in ours]
+
+
+def assert_same(workdir: Path, undisturbed: Path) -> int:
+    """Number of parameter arrays, all of which, and all reported losses, are those of the undisturbed run."""
+    ours, theirs = (jax.tree.leaves(checkpoint.load_model(w).params) for w in (workdir, undisturbed))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "records_seen")
+    for stage in STAGES:
+        rows = [metrics.read(w / stage / "metrics.jsonl") for w in (workdir, undisturbed)]
+        a, b = ([{key: row[key] for key in exact} for row in r] for r in rows)
+        assert a == b, f"{workdir}: metrics of {stage} differ"
+    return len(ours)
+
+
+def log_of(workdir: Path, name: str = "") -> Path:
+    return workdir.with_name(f"{workdir.name}{name}.log")
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, stage: str, step: int) -> None:
+    """Returns when the run has reported that step of that stage, or has ended."""
+    path, deadline = workdir / stage / "metrics.jsonl", time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+            return
+        time.sleep(0.005)
+
+
+def unfinished(workdir: Path) -> list[Path]:
+    """Checkpoints that are being written."""
+    return list(workdir.glob(f"*/{checkpoint.FOLDER}/*.orbax-checkpoint-tmp*"))
+
+
+def wait_for_save(process: subprocess.Popen, workdir: Path) -> None:
+    """Returns while the run writes a checkpoint, or when it has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline and not unfinished(workdir):
+        time.sleep(0.0005)
+
+
+def kill(lab: Lab, workdir: Path, count: int, seed: int = 0) -> str:
+    """SIGKILL at random steps and, every third time, during a save, in the first stage and half of the second."""
+    rng, hit, total = random.Random(seed), 0, STEPS + STEPS // 2
+    for i in range(count):
+        process = lab.start(workdir)
+        # Further on with every kill, so that each finds the run alive.
+        stage, step = divmod(int(total * (i + rng.random()) / count), STEPS)
+        wait_for_step(process, workdir, STAGES[stage], step + 1)
+        if i % 3 == 2:
+            wait_for_save(process, workdir)
+        else:
+            time.sleep(0.05 * rng.random())
+        assert process.poll() is None, f"run {i + 1} ended before its kill: see {log_of(workdir)}"
+        process.kill()
+        process.wait()
+        hit += bool(unfinished(workdir))
+    assert hit >= count // 3 - 1, f"only {hit} kills during a save"
+    return f"{count} kills, {hit} of them during a save"
+
+
+def refuse(lab: Lab, workdir: Path) -> str:
+    """A second run in the workdir of a live one, which is stopped meanwhile and killed afterwards."""
+    process = lab.start(workdir)
+    deadline = time.monotonic() + PATIENCE
+    while str(process.pid) not in (workdir / lock.FILE).read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    code, said = lab.run(workdir)
+    process.kill()
+    process.wait()
+    message = f"error: {workdir} is in use by a live run (process {process.pid} on {socket.gethostname()}"
+    assert code == 2 and message in said, said
+    return "exit code 2, one sentence with process and host"
+
+
+def terminate(lab: Lab, workdir: Path, number: signal.Signals = signal.SIGTERM) -> str:
+    """A request to stop in the last stage: saved, exit code 75."""
+    stage = STAGES[-1]
+    process = lab.start(workdir)
+    wait_for_step(process, workdir, stage, STEPS // 2 + 2)
+    asked = time.monotonic()
+    process.send_signal(number)
+    code = process.wait(PATIENCE)
+    seconds = time.monotonic() - asked
+    assert code == AGAIN, f"exit code {code}: see {log_of(workdir)}"
+    saved = max(checkpoint.steps_in(workdir / stage / checkpoint.FOLDER))
+    reported = metrics.read(workdir / stage / "metrics.jsonl")[-1]["step"]
+    assert STEPS // 2 < saved == reported < STEPS, f"step {reported} was done, {saved} saved"
+    assert seconds < 30, f"{seconds:.0f} s"
+    return f"{number.name}: the step at hand saved, exit code {AGAIN} after {seconds:.1f} s"
+
+
+def truncate_newest(lab: Lab, workdir: Path) -> str:
+    """The largest file of the newest checkpoint loses its second half; the run ends like the undisturbed one."""
+    folder = workdir / STAGES[-1] / checkpoint.FOLDER
+    newest, before = checkpoint.steps_in(folder)[-1], checkpoint.steps_in(folder)[-2]
+    path = max((p for p in (folder / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+    code, said = lab.run(workdir)
+    assert code == 0, said
+    assert f"{path.name} has" in said and f"going back to step {before}" in said, said
+    assert f"{STAGES[-1]} continues after step {before}" in said
+    arrays = assert_same(workdir, lab.undisturbed)
+    return f"named and set aside, the one before goes on; all {arrays} arrays and every loss as undisturbed"
+
+
+def change_devices(lab: Lab) -> str:
+    """Saved on eight devices (2 data x 2 fsdp x 2 tensor), continued on 1, 2 and 4."""
+    workdir = lab.folder / "eight"
+    meshes = {8: (2, 2, 2), 4: (1, 4, 1), 2: (1, 1, 2), 1: (1, 1, 1)}
+
+    def flags(devices):
+        return [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), meshes[devices])]
+
+    process = lab.start(workdir, *flags(8), devices=8)
+    wait_for_step(process, workdir, STAGES[0], 10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == AGAIN, log_of(workdir).read_text()
+    saved = max(checkpoint.steps_in(workdir / STAGES[0] / checkpoint.FOLDER))
+    wanted = {row["step"]: row["ce"] for row in metrics.read(lab.undisturbed / STAGES[0] / "metrics.jsonl")}
+    worst = 0.0
+    for devices in (4, 2, 1):
+        copy = lab.folder / f"eight_on_{devices}"
+        shutil.copytree(workdir, copy)
+        code, said = lab.run(copy, *flags(devices), devices=devices)
+        assert code == 0 and f"{STAGES[0]} continues after step {saved}" in said, said
+        rows = metrics.read(copy / STAGES[0] / "metrics.jsonl")
+        worst = max(worst, *(abs(row["ce"] - wanted[row["step"]]) for row in rows if row["step"] <= saved + 3))
+    assert worst < 1e-3, worst
+    return f"8 devices to 4, 2 and 1 at step {saved}: losses of the next steps within {worst:.1e} of one device's"
+
+
+def kill_one_of_two(lab: Lab) -> str:
+    """Of two processes each in turn is killed: the other ends by itself and says why, and both go on together."""
+    undisturbed, workdir = lab.folder / "two", lab.folder / "two_killed"
+    assert [process.wait(PATIENCE) for process in lab.pair(undisturbed)] == [0, 0], log_of(undisturbed).read_text()
+    seconds = []
+    for victim, step in ((1, 5), (0, 14)):
+        processes = lab.pair(workdir)
+        wait_for_step(processes[0], workdir, STAGES[0], step)
+        processes[victim].kill()
+        killed = time.monotonic()
+        code = processes[1 - victim].wait(PATIENCE)
+        seconds.append(time.monotonic() - killed)
+        said = log_of(workdir, "_1" if victim == 0 else "").read_text()
+        assert code not in (0, 2), said
+        assert "start all of them again" in said or "another task died" in said, said
+        processes[victim].wait()
+    processes = lab.pair(workdir)
+    wait_for_step(processes[0], workdir, STAGES[1], 5)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them only
+    assert [process.wait(PATIENCE) for process in processes] == [AGAIN, AGAIN], log_of(workdir).read_text()
+    assert [process.wait(PATIENCE) for process in lab.pair(workdir)] == [0, 0], log_of(workdir).read_text()
+    arrays = assert_same(workdir, undisturbed)
+    return (
+        f"the other ends with a message after {' and '.join(f'{s:.0f} s' for s in seconds)}; SIGTERM to one saves and "
+        f"ends both with {AGAIN}; all {arrays} arrays and every loss as two undisturbed processes"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="empty folder for the runs")
+    parser.add_argument("--report", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the twenty kills")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    lab = Lab(options.folder, options.folder / "compiled")
+    workdir = options.folder / "disturbed"
+    proofs = {
+        "Kills": lambda: kill(lab, workdir, max(3, round(20 * options.scale))),
+        "A second run in the same workdir": lambda: refuse(lab, workdir),
+        "Request to stop": lambda: terminate(lab, workdir),
+        "Truncated file in the newest checkpoint": lambda: truncate_newest(lab, workdir),
+        "Other devices": lambda: change_devices(lab),
+        "One of two processes killed": lambda: kill_one_of_two(lab),
+    }
+    lines = []
+    for name, proof in proofs.items():
+        since = time.monotonic()
+        result = proof()
+        lines.append(f"| {name} | {result} | {time.monotonic() - since:.0f} s |")
+        print(lines[-1], flush=True)
+    versions = checkpoint.environment()
+    devices, packages = versions["devices"], versions["packages"]
+    options.report.write_text(
+        "# Soak\n\n"
+        f"Written by `bash launch/soak.sh` on {time.strftime('%F')}: {os.cpu_count()} cores, {devices['kind']}, "
+        f"jax {packages['jax']}, orbax-checkpoint {packages['orbax-checkpoint']}, commit {versions['commit']}, "
+        f"{time.monotonic() - begun:.0f} s in all. What each proof does is in `tests/soak.py`. The runs have "
+        f"{len(STAGES)} stages of {STEPS} steps and save every 3 steps. The first four proofs disturb the same run, "
+        "whose parameters and losses are then compared, bit for bit, with those of an undisturbed one.\n\n"
+        "| proof | result | took |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
