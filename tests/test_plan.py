@@ -19,6 +19,7 @@ from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
+from fusion_jax.models.config import replace
 from fusion_jax.planning import hlo, program, report, typical
 from fusion_jax.planning.chips import CHIPS, KNOWN, Topology
 
@@ -246,3 +247,30 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install fusion_jax\[plan\]"):
         Topology("v5e:2x2").devices()
+
+
+# One whole plan.
+
+TINY = {
+    "vision.image_size": 128, "vision.width": 256, "vision.mlp_dim": 256, "vision.heads": 2, "vision.layers": 2,
+    "llm.vocab_size": 500, "llm.width": 256, "llm.mlp_dim": 512, "llm.layers": 2, "llm.heads": 2, "llm.kv_heads": 2,
+    "exchange.layers": 1, "exchange.heads": 2, "latent_counts": (4,),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install fusion_jax[plan]")
+def test_tiny_model_is_planned_for_four_chips():
+    config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
+    config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
+    topology = Topology("v5e:2x2")
+    found = report.analyse(program.compile_step(config, stage, topology), topology)
+    line = report.line(found, 1e6)
+    assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
+    assert line["bound_by"] in ("compute", "hbm", "interconnect")
+    # Everything twice forward, once more backward as twice, and padding.
+    assert 4 / 3 < line["compiled_over_model_flops"] < 6
+    assert {axes for _, axes in found.collectives} == {"fsdp"}
+    # At least every parameter but norms and biases, gathered for forward and backward in bfloat16.
+    assert sum(found.collectives.values()) > 2 * 2 * 0.9 * found.program.parameter_count * 3 / 4
+    assert 0 < line["mfu_bound"] < 0.75
+    assert "fits" in report.table(found, 1e6)
