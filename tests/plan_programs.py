@@ -1,4 +1,4 @@
-"""Compiles small programs for 8 CPU devices and prints their optimized HLO as JSON; run by test_plan.py."""
+"""Compiles small programs for 8 CPU devices and prints their optimized HLO as JSON; run by test_planning.py."""
 
 import json
 import os
