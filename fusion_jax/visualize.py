@@ -5,6 +5,7 @@ With --compare the model as trained stands above itself with a part switched off
 """
 
 import logging
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from fusion_jax.cli import run_main
 from fusion_jax.errors import UserError, check
 from fusion_jax.levels import Levels, Maps, levels
 from fusion_jax.models import config as model_config
-from fusion_jax.models.connector import adaptive_cells
 from fusion_jax.models.fusion import Fusion
 
 log = logging.getLogger("fusion_jax")
@@ -122,10 +122,10 @@ def _heat(
 
 
 def _limits(grids: Sequence[np.ndarray | None], unit: str) -> tuple[float, float]:
-    """Colours from 0 on for attention, from the least on for cosines; the highest half per cent share the last."""
+    """Colours from 0 for attention, from the least for cosines; of many, the highest half per cent share the last."""
     values = np.concatenate([grid.ravel() for grid in grids if grid is not None] or [np.zeros(1)])
     low = float(values.min()) if unit == _COSINE else 0.0
-    high = float(np.percentile(values, 99.5))
+    high = float(np.percentile(values, 99.5) if values.size > 500 else values.max())
     return low, max(high, low + 1e-6)
 
 
@@ -140,17 +140,16 @@ def _relative(grid: np.ndarray | None) -> np.ndarray | None:
 
 
 def _percent(grid: np.ndarray | None) -> str:
-    return "" if grid is None else f"\n{100 * grid.sum():.0f}% of it on the image"
+    return "" if grid is None else f" ({100 * grid.sum():.0f}%)"
 
 
 def _windows(axes: Axes, found: Levels) -> None:
-    """The l x l windows' borders over the image."""
+    """Borders of the l x l windows over the image; through the shared tokens where l does not divide the grid."""
     height, width = found.picture.shape[:2]
-    index, valid = adaptive_cells(found.side, int(round(found.latents**0.5)))
-    for cell, real in zip(index[1:], valid[1:]):
-        start = cell[real].min() / found.side
-        axes.axvline(start * width - 0.5, color="white", linewidth=0.8)
-        axes.axhline(start * height - 0.5, color="white", linewidth=0.8)
+    cells = math.isqrt(found.latents)
+    for share in np.arange(1, cells) / cells:
+        axes.axvline(share * width - 0.5, color="white", linewidth=0.8)
+        axes.axhline(share * height - 0.5, color="white", linewidth=0.8)
 
 
 def _exchange(axes: Axes, found: Levels, maps: np.ndarray, number: int, limits) -> None:
@@ -166,7 +165,7 @@ def _figure(rows: int, columns: int, picture: np.ndarray, extra: float) -> tuple
     """A figure of panels in the image's shape, all of them blank; `extra` inches of height for text."""
     panel = 2.35
     shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 1.8)
-    figure = Figure(figsize=(panel * columns, rows * (panel * shape * 0.82 + 0.55) + extra), layout="constrained")
+    figure = Figure(figsize=(panel * columns, rows * (panel * shape * 0.66 + 0.5) + extra), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -209,13 +208,14 @@ def _three(found: Levels, maps: Maps, layers, heads) -> list[tuple[np.ndarray | 
     pixel = averaged(maps.pixel, layers, heads, found.early, "encoder")
     back = averaged(maps.pixel_back, layers, heads, found.early, "encoder")
     question = averaged(maps.question, layers, heads, _early(found), "LLM")
-    none = "" if pixel is not None else "\nthe encoder does not read the question"
-    hidden = "\nno patch sees the word here" if pixel is not None and _relative(back) is None else none
+    none = "\nquestion not read" if pixel is None else ""
+    share = "\nword to patches" + _percent(pixel)
+    hidden = none or ("\nno patch sees the word" if _relative(back) is None else "\npatches to word")
     return [
-        (_relative(pixel), "Pixel level: word to patches" + (none or _percent(pixel)), _EVEN),
-        (_relative(back), "Pixel level: patches to word" + hidden, _EVEN),
-        (maps.space, "Space level: tokens and word\nin the LLM's space", _COSINE),
-        (_relative(question), "Question level: word to image" + _percent(question), _EVEN),
+        (_relative(pixel), f"Pixel level:{none or share}", _EVEN),
+        (_relative(back), f"Pixel level:{hidden}", _EVEN),
+        (maps.space, "Space level:\nimage tokens like the word", _COSINE),
+        (_relative(question), "Question level:\nword to image" + _percent(question), _EVEN),
     ]
 
 
@@ -252,9 +252,12 @@ def draw(found: Levels, layers: str | Sequence[int] = "all", heads: str | Sequen
             limits = _limits(list(maps), _EVEN)
             for i in range(len(maps)):
                 _exchange(axes[row + i // COLUMNS, i % COLUMNS], found, maps, i, limits)
-        text = "Top row: " + _about(found, layers, heads) + " Attention is relative to its mean over the image."
+        text = "Top row: " + _about(found, layers, heads) + " Attention is relative to its mean over the image; "
+        text += "in brackets, the share of it that is on the image."
         if exchanges:
             text += " Exchange: what each latent reads in its window (white borders), relative to reading it evenly."
+            if found.side % math.isqrt(found.latents):
+                text += " Windows overlap here, and tokens of several show their mean."
             if (found.windows >= 0).sum(1).max() == 1:
                 text += " Each window holds one token here, so there is nothing to choose."
         _caption(figure, text, COLUMNS)
@@ -265,26 +268,27 @@ def _early_and_late(axes: np.ndarray, found: Levels, heads) -> None:
     """Encoder and LLM, early and late, on one scale each; and how much of the attention is on the image, by layer."""
     for first, (maps, early, what, extent) in enumerate(
         (
-            (found.whole.pixel, found.early, "encoder", found.whole.extent),
+            (found.whole.pixel, found.early, "Encoder", found.whole.extent),
             (found.whole.question, _early(found), "LLM", found.whole.extent),
         )
     ):
         halves = [averaged(maps, half, heads, early, what) if early else None for half in ("early", "late")]
         limits = _limits([_relative(half) for half in halves], _EVEN)
         for i, (half, name) in enumerate(zip(halves, ("early", "late"))):
-            title = f"Word to image, {name} {what} layers{_percent(half)}"
+            title = f"{what}, {name} layers:\nword to image{_percent(half)}"
             _heat(axes[2 * first + i], found.picture, _relative(half), title, _EVEN, extent, limits)
     chart = axes[4]
     chart.set_axis_on()
+    chart.set_box_aspect(min(found.picture.shape[0] / found.picture.shape[1], 1))
     for maps, what, mark in ((found.whole.pixel, "encoder", "o"), (found.whole.question, "LLM", "s")):
         if maps is not None:
             taken = maps[:, chosen(heads, maps.shape[1], 0, f"heads of the {what}")].sum((2, 3)).mean(1)
             depth = (np.arange(len(taken)) + 0.5) / len(taken)
             chart.plot(depth, 100 * taken, mark + "-", markersize=3.5, linewidth=1.4, label=what)
     chart.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
-    chart.set(xlim=(0, 1), xlabel="depth (first layer to last)", ylabel="% on the image")
+    chart.set(xlim=(0, 1), xlabel="depth, first to last layer", ylabel="%")
     chart.set_ylim(0, None)
-    chart.set_title("Word's attention on the image")
+    chart.set_title("Share of the word's attention\nthat is on the image")
     chart.spines[["top", "right"]].set_visible(False)
     chart.legend(frameon=False, fontsize=8)
 
