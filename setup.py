@@ -48,6 +48,16 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
+        # Benchmarks in Parquet and spreadsheets; the plug-in wants an environment of its own.
+        "eval": ["openpyxl>=3.1", "pyarrow>=16"],
+        "lmms_eval": ["lmms-eval>=0.7.3"],
+        # python -m fusion_jax.plan
+        "plan": ["libtpu>=0.0.51"],
+        # Data synthesis; then image generators in this process, many machines, perplexity of captions.
+        "synth": ["jsonschema>=4.23", "datasketch>=1.6", "ImageHash>=4.3", "httpx2>=2.0"],
+        "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
+        "ray": ["ray[data]>=2.51"],
+        "kenlm": ["kenlm>=0.3"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -59,6 +69,9 @@ setup(
             "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
+            "openpyxl==3.1.5",
+            "diffusers==0.42.1",
         ],
     },
+    entry_points={"lmms_eval.models": ["fusion_jax = fusion_jax.evals.lmms_eval_plugin:MANIFEST"]},
 )

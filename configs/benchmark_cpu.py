@@ -29,6 +29,7 @@ def get_config():
             "question_tokens": 40,
             "answer_tokens": 80,
             "decode_tokens": 32,
+            "decode_rows": 1,
             "repeats": 7,
         }
     )

@@ -8,9 +8,11 @@ Published (facts: 1 epoch each, AdamW 0.9/0.999/1e-8, cosine to 0, warm-up 3%, w
     stage2     7M   128    1e-5         1e-5 / 1e-6                     4096 (3072 for FUSION-X 8B)
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from fusion_jax.config import to_dict
+from fusion_jax.config import RunConfig, StageConfig, to_dict
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import VARIANTS
 
@@ -38,6 +40,17 @@ def stage(name: str, rates: str, data: str) -> dict:
     }
 
 
+def complete(values: dict) -> ConfigDict:
+    """A run's configuration with the defaults of `RunConfig` and `StageConfig` added, so that the command line can set
+    every key."""
+
+    def defaults(kind: type) -> dict:
+        return {f.name: to_dict(f.default) for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+
+    stages = [defaults(StageConfig) | dict(stage) for stage in values["stages"]]
+    return ConfigDict(defaults(RunConfig) | values | {"stages": stages})
+
+
 def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigDict:
     """A published run.
 
@@ -52,7 +65,7 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:
         raise UserError(f"config argument {unknown[0]!r} is no stage; allowed: {', '.join(STAGES)}.")
-    return ConfigDict(
+    return complete(
         {
             "model": to_dict(VARIANTS[variant][size]),
             "tokenizer": f"{data}/tokenizer_{size}",

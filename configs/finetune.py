@@ -9,8 +9,7 @@ CHECKPOINT,DATA[,PARTS]: DATA holds stage1.yaml, stage2.yaml and validation.json
 `all` (16 bytes).
 """
 
-from ml_collections import ConfigDict
-
+from configs.common import complete
 from fusion_jax import checkpoint
 from fusion_jax.errors import UserError
 
@@ -41,7 +40,7 @@ def get_config(arguments: str = ""):
             **changes,
         }
 
-    return ConfigDict(
+    return complete(
         {
             "model": model,
             "init_from": start,

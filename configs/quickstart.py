@@ -4,8 +4,7 @@ python -m fusion_jax.synth.make_scenes --out runs/quickstart/data
 python -m fusion_jax.train --config configs/quickstart.py --workdir runs/quickstart
 """
 
-from ml_collections import ConfigDict
-
+from configs.common import complete
 from fusion_jax.config import to_dict
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
 
@@ -40,7 +39,7 @@ def get_config(data: str = "runs/quickstart/data"):
         }
         return base | changes
 
-    return ConfigDict(
+    return complete(
         {
             "model": to_dict(MODEL),
             "tokenizer": f"{data}/tokenizer",

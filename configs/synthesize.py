@@ -39,6 +39,8 @@ def get_config(count: str = "1000"):
         # Simple scenes look alike without being the same: their texts decide.
         "select": {"image_distance": -1, "validation": 0.02},
         "processes": 2,
+        "block": 64,
+        "shards": True,
         "engine": "local",
         "journal": "",
     }

@@ -29,6 +29,7 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
+from fusion_jax.sampling import Sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
@@ -119,23 +120,23 @@ def benchmark_prefill(config, model: fusion.Fusion, params) -> dict:
 
 
 def benchmark_decode(config, model: fusion.Fusion, params) -> dict:
-    """Cached greedy decode at batch 1: the time of `decode_tokens` minus that of one."""
-    batch = jax.tree.map(jnp.asarray, random_batch(model.config, 1, config.question_tokens, 0))
-    prefilled = generate.prefill(model, params, batch, batch.tokens.shape[1] + config.decode_tokens)
+    """Cached greedy decode: the time of `decode_tokens` minus that of one."""
+    count = config.get("decode_rows", 1)
+    batch = jax.tree.map(jnp.asarray, random_batch(model.config, count, config.question_tokens, 0))
+    prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=config.decode_tokens + 1)] * count)
     medians = []
     for steps in (config.decode_tokens, 1):
 
         def run(steps=steps):
-            logits, positions, cache = jax.tree.map(jnp.copy, prefilled)
-            jax.block_until_ready(cache)
+            ready = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled))
             start = time.perf_counter()
-            jax.block_until_ready(generate.decode(model, params, logits, positions, cache, steps, (), False))
+            jax.block_until_ready(generate.decode(model, params, ready, steps, (), False))
             return time.perf_counter() - start
 
         run()
         medians.append(statistics.median(run() for _ in range(config.repeats)))
     seconds = medians[0] - medians[1]
-    return {"tokens_per_second": (config.decode_tokens - 1) / seconds, "seconds": seconds}
+    return {"rows": count, "tokens_per_second": count * (config.decode_tokens - 1) / seconds, "seconds": seconds}
 
 
 def main(argv: list[str]) -> None:

@@ -4,17 +4,14 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 `config.model.llm.layers`, ...
 """
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any
 
 from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.image import DECODES
 from fusion_jax.data.tiles import most_tokens
-from fusion_jax.errors import UserError, check
+from fusion_jax.dicts import from_dict as from_dict
+from fusion_jax.dicts import to_dict as to_dict
+from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.remat import POLICIES
 
@@ -108,10 +105,12 @@ class RunConfig:
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
-    Every N steps: log_every, checkpoint_every, validate_every (0 = never).
+    Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
     keep_every: and those of every n-th step (0 = none).
     validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
+    evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
+    (0 = all).
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
     decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
     loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
@@ -136,6 +135,10 @@ class RunConfig:
     validation_data: str = ""
     validation_batches: int = 8
     sample_answers: int = 4
+    evaluate_every: int = 0
+    evaluation_tasks: tuple[str, ...] = ()
+    evaluation_data: str = ""
+    evaluation_limit: int = 100
     max_bad_records: float = 0.01
     max_skipped_steps: int = 20
     decode: str = "exact"
@@ -170,56 +173,3 @@ class RunConfig:
                 f"stage {stage.name!r}: max_length={stage.max_length} has no room for text beside "
                 f"{visual} visual tokens ({image} of the image, {longest} latents).",
             )
-
-
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; UserError naming the key otherwise."""
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
-            return value
-        return from_dict(kind, value, key)
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
-        return tuple(_convert(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
-        return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
-    if origin is types.UnionType:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    check(
-        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
-        f"{key} must be {kind.__name__}, got {value!r}.",
-    )
-    return value
-
-
-def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
-    """A validated dataclass out of nested mappings.
-
-    Raises:
-      UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
-    """
-    check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
-            raise UserError(f"{where}.{key} is not a known key; {hint}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        check(name in values or not required, f"{where}.{name} is missing.")
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
-
-
-def to_dict(config: Any) -> Any:
-    """Nested plain dicts and tuples, for JSON and ConfigDicts; `from_dict` reads them back."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, tuple | list):
-        return tuple(to_dict(item) for item in config)
-    return dict(config) if isinstance(config, dict) else config

@@ -44,10 +44,6 @@ CLUSTERS = {
     "Kubernetes": ("KUBERNETES_SERVICE_HOST",),
     "JAX": ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_VISIBLE_DEVICES"),
 }
-_CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration to look at as well", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder that training would write to")
-_JSON = flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
-_PATIENCE = flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
 
 
 def version(package: str) -> str | None:
@@ -319,18 +315,20 @@ def check_config(config, answer: dict | Problem, workdir: str | None) -> Finding
 def examine() -> tuple[list[Fact], list[Problem]]:
     """All checks, in the order of the report."""
     findings: list[Fact | Problem] = []
-    answer = ask_devices(_PATIENCE.value)
+    answer = ask_devices(flags.FLAGS.patience)
     findings += check_devices(answer)
     findings += check_versions()
     findings += check_compiler()
     findings += check_machine()
-    if _CONFIG.value is None:
-        findings += check_disk(_WORKDIR.value)
+    if flags.FLAGS.config is None:
+        findings += check_disk(flags.FLAGS.workdir)
     else:
         from fusion_jax.config import RunConfig, from_dict
 
         try:
-            findings.extend(check_config(from_dict(RunConfig, _CONFIG.value.to_dict()), answer, _WORKDIR.value))
+            findings.extend(
+                check_config(from_dict(RunConfig, flags.FLAGS.config.to_dict()), answer, flags.FLAGS.workdir)
+            )
         except UserError as error:
             findings.append(Problem(True, str(error), "See the config."))
     findings += check_cluster()
@@ -343,7 +341,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Unexpected argument {argv[1]!r}; doctor takes --workdir, --config, --patience and --json.")
     facts, problems = examine()
     stops = any(problem.stops for problem in problems)
-    if _JSON.value:
+    if flags.FLAGS.json:
         report = {"facts": facts, "problems": problems}
         report = {name: [dataclasses.asdict(item) for item in items] for name, items in report.items()}
         print(json.dumps({"ready": not stops, **report}, indent=1))
@@ -362,4 +360,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "run configuration to look at as well", lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder that training would write to")
+    flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
+    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
     run_main(main)

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fusion_jax.cli import run_main
-from fusion_jax.config import from_dict
+from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import blocks, engine, filters
 from fusion_jax.synth.config import SynthConfig
@@ -28,19 +28,14 @@ log = logging.getLogger("fusion_jax")
 
 LAST = ("select", "export")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "synthesis configuration", lock_config=True)
-_OUT = flags.DEFINE_string("out", None, "folder of the run: new, empty, or one that this config began")
-_STAGES = flags.DEFINE_list("stages", [], f"which of {', '.join(('pool', *STAGES, *LAST))}; default: all")
-_RETRY = flags.DEFINE_bool("retry_failed", False, "try again what a failing endpoint dropped")
-
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --out DIR.")
-    if _OUT.value is None or _CONFIG.value is None:
+    if flags.FLAGS.out is None or flags.FLAGS.config is None:
         raise UserError("Give --config FILE and --out DIR.")
-    config = from_dict(SynthConfig, _CONFIG.value.to_dict())
-    manifest = synthesize(config, Path(_OUT.value), _STAGES.value, _RETRY.value)
+    config = from_dict(SynthConfig, flags.FLAGS.config.to_dict())
+    manifest = synthesize(config, Path(flags.FLAGS.out), flags.FLAGS.stages, flags.FLAGS.retry_failed)
     print(json.dumps({key: manifest[key] for key in ("state", "captions", "records") if key in manifest}))
 
 
@@ -117,4 +112,8 @@ def _tell(out: Path, counts: dict, books: dict, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "synthesis configuration", lock_config=True)
+    flags.DEFINE_string("out", None, "folder of the run: new, empty, or one that this config began")
+    flags.DEFINE_list("stages", [], f"which of {', '.join(('pool', *STAGES, *LAST))}; default: all")
+    flags.DEFINE_bool("retry_failed", False, "try again what a failing endpoint dropped")
     run_main(main)

@@ -41,6 +41,8 @@ from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, RunAgain, UserError
+from fusion_jax.evals.registry import find_tasks
+from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
@@ -103,6 +105,8 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         if saved is not None:
             resume.check(config, stage, records[stage.name], saved, folder)
     validation = sources.load_source(config.validation_data) if config.validation_data else None
+    if config.evaluate_every:
+        _check_evaluation(config)
     if config.wandb_project:
         metrics.import_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -169,6 +173,15 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"tokens of {config.tokenizer or config.init_from}."
         )
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if not config.evaluation_tasks or not Path(config.evaluation_data).is_dir():
+        raise UserError(
+            f"config.evaluate_every={config.evaluate_every} needs evaluation_tasks (they are "
+            f"{list(config.evaluation_tasks)}) and the folder evaluation_data (it is {config.evaluation_data!r})."
+        )
+    find_tasks(config.evaluation_tasks)
 
 
 def _cache_compiled_programs(workdir: Path) -> None:
@@ -280,6 +293,10 @@ class StageRun:
                     with phase("validating"):
                         self._validate(model, current.params, step, writer, stop)
                     interval = metrics.Interval()  # validation is not training time
+                if config.evaluate_every and step % config.evaluate_every == 0 and not stop.requested:
+                    with phase("evaluating"):
+                        self._evaluate_tasks(model, current.params, step, writer)
+                    interval = metrics.Interval()
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if stop.requested and step < steps:
                     with phase("saving"):
@@ -348,6 +365,15 @@ class StageRun:
         shown = self._sample_answers(model, params)
         if shown:
             writer.text(step, "answers", "\n\n".join(shown))
+
+    def _evaluate_tasks(self, model: fusion.Fusion, params, step: int, writer: metrics.Writer) -> None:
+        """Scores of the config's benchmarks, into the metrics and the log."""
+        config = self.config
+        answerer = generate.Answerer(model, params, config, self.tokenizer)
+        scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
+        writer.scalars(step, _prefixed("evaluation/", scores))
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
 
     def _evaluate(self, model: fusion.Fusion, params, batch):
         shards = sharding.batch_shards(self.mesh)

@@ -172,7 +172,8 @@ def test_duration(seconds, text):
 REPORT = {
     "total": 2.34567, "ce": 2.25, "v2t": 0.5, "t2v": 0.45, "grad_norm": 1.5, "learning_rate/default": 1e-4,
     "learning_rate/^llm/": 2e-5, "skipped": 0, "samples_per_second": 12.34, "text_tokens_per_second": 3456.7,
-    "visual_tokens_per_second": 789.2, "mfu": 0.42, "input_wait_share": 0.07, "seconds_per_step": 0.5,
+    "visual_tokens_per_second": 789.2, "mfu": 0.42, "input_wait_share": 0.07, "checkpoint_share": 0.01,
+    "seconds_per_step": 0.5,
 }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def test_line_names_what_a_person_looks_for():
     line = metrics.line("stage1", 20, 100, REPORT, 190)
     for part in (
         "stage1 20/100", "total 2.3457", "ce 2.2500", "v2t 0.500", "t2v 0.450", "lr 1.0e-04/2.0e-05", "grad 1.50",
-        "12.3 samples/s", "3457 text tok/s", "789 visual tok/s", "mfu 42%", "wait 7%", "left 3m10s",
+        "12.3 samples/s", "3457 text tok/s", "789 visual tok/s", "mfu 42%", "input 7%", "save 1%", "left 3m10s",
     ):  # fmt: skip
         assert part in line
     assert "skipped" not in line and "\n" not in line
@@ -195,7 +196,8 @@ def test_interval_reports_means_rates_and_mfu(monkeypatch):
         step = {name: jnp.float32(k) for name in ("total", "ce", "v2t", "t2v", "grad_norm")}
         tokens = {"text_tokens": jnp.float32(10 * k), "visual_tokens": jnp.float32(100 * k)}
         rest = {"skipped": jnp.float32(k), "learning_rate/default": jnp.float32(k / 10), "supervised_tokens": 1.0}
-        interval.add({**step, **tokens, **rest}, samples=8, flops=3e9, waited=0.5)
+        interval.add({**step, **tokens, **rest}, samples=8, flops=3e9)
+        interval.spend("input", 0.5)
     report = interval.report(peak=10e9)
     assert {report[name] for name in ("total", "ce", "v2t", "t2v", "grad_norm")} == {2.0}
     assert report["skipped"] == 3 and report["learning_rate/default"] == pytest.approx(0.3)

@@ -111,7 +111,7 @@ PATCHES, PATCH_FEATURES = random_array(2, 2, 4, 5, seed=2), random_array(2, 2, 4
 
 def visual(question=QUESTION, question_features=QUESTION_FEATURES, patches=PATCHES, patch_features=PATCH_FEATURES):
     fields = (question, question_features, patches, patch_features)
-    image = jnp.zeros((2, 2, 4, 6))
+    image = jnp.zeros((2, 2 * 4, 6))
     return Visual(image, None, None, *(None if a is None else jnp.asarray(a) for a in fields))
 
 

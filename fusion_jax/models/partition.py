@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 Names = tuple[str | None, ...]
 
@@ -41,7 +42,7 @@ def active() -> bool:
     return not mesh.empty and not mesh.manual_axes and bool(nn.get_logical_axis_rules())
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: ArrayLike, *names: str | None) -> ArrayLike:
     """`x` with its axes dealt over the devices that the logical names mean."""
     return nn.with_logical_constraint(x, names) if active() else x
 

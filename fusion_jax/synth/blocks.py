@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.config import to_dict
 from fusion_jax.data import shards
+from fusion_jax.dicts import to_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import captions
 from fusion_jax.synth.config import OPERATIONAL, SynthConfig

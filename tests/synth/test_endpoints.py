@@ -13,7 +13,7 @@ import model_server
 import pytest
 import tile_world
 
-from fusion_jax.config import from_dict
+from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig

@@ -12,8 +12,8 @@ import pytest
 import tile_world
 from PIL import Image
 
-from fusion_jax.config import from_dict
 from fusion_jax.data.sources import load_source
+from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks, select
 from fusion_jax.synth.backends import factory

@@ -15,14 +15,14 @@ class ClipScorer:
 
     def __init__(self, config: ScorerConfig):
         """UserError where packages or files are missing."""
+        path = Path(config.path)
+        if not path.is_dir():
+            raise UserError(f"There is no folder {path} (scorer.path): give a CLIP or SigLIP model's folder.")
         try:
             import torch
             from transformers import AutoModel, AutoProcessor
         except ImportError as e:
             raise UserError("scorer.path needs torch and transformers: pip install 'fusion_jax[torch]'.") from e
-        path = Path(config.path)
-        if not path.is_dir():
-            raise UserError(f"There is no folder {path} (scorer.path): give a CLIP or SigLIP model's folder.")
         self._torch, self._lock = torch, threading.Lock()
         self._device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:

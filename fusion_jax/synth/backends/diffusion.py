@@ -41,7 +41,7 @@ class Diffusion:
         if Path(config.model).is_dir():
             _check_memory(Path(config.model), dtype.itemsize, self._device, torch)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(config.model, torch_dtype=dtype)
+            pipeline = DiffusionPipeline.from_pretrained(config.model, dtype=dtype)
             self._pipeline = pipeline.to(self._device)
         except torch.OutOfMemoryError as e:
             raise self._too_large(config) from e

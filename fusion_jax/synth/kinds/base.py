@@ -48,6 +48,10 @@ class Ask:
         said = json.dumps([self.instructions, self.form, self.schema, _DATA, _FORM], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:8]
 
+    @functools.cached_property
+    def _validator(self):
+        return jsonschema.Draft202012Validator(self.schema)
+
     def messages(self, data: dict, complaint: str = "") -> list[dict[str, str]]:
         """Chat messages; `complaint` says what was wrong with the last answer."""
         shown = json.dumps({key: data[key] for key in self.shows}, ensure_ascii=False)
@@ -68,10 +72,8 @@ class Ask:
         if not isinstance(value, dict):
             raise Invalid("malformed", "the answer is no JSON object")
         value = _prune(value, self.schema)
-        try:
-            jsonschema.validate(value, self.schema)
-        except jsonschema.ValidationError as e:
-            raise Invalid("malformed", f"{e.json_path}: {e.validator} {e.validator_value}"[:200]) from e
+        for wrong in self._validator.iter_errors(value):
+            raise Invalid("malformed", f"{wrong.json_path}: {wrong.validator} {wrong.validator_value}"[:200])
         return self.check(value, data)
 
 

@@ -1,0 +1,62 @@
+"""Frozen dataclasses from the nested mappings of config files, and back. Nothing here loads JAX."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from fusion_jax.errors import UserError, check
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type; UserError naming the key otherwise."""
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        return from_dict(kind, value, key)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
+        return tuple(_convert(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
+        return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
+    if origin is types.UnionType:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    check(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        f"{key} must be {kind.__name__}, got {value!r}.",
+    )
+    return value
+
+
+def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
+    """A validated dataclass out of nested mappings.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
+    """
+    check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
+            raise UserError(f"{where}.{key} is not a known key; {hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        check(name in values or not required, f"{where}.{name} is missing.")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def to_dict(config: Any) -> Any:
+    """Nested plain dicts and tuples, for JSON and ConfigDicts; `from_dict` reads them back."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return tuple(to_dict(item) for item in config)
+    return dict(config) if isinstance(config, dict) else config

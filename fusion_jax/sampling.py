@@ -1,0 +1,109 @@
+"""How the next token is chosen: greedy, or drawn after repetition penalty, temperature, top-k and top-p, row by row.
+
+Settings lie on the device as arrays, one value a row, so that one compiled program serves requests that differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.errors import check
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What one request wants.
+
+    Attributes:
+      max_tokens: longest answer in tokens, the stop token included.
+      temperature: 0 takes the most likely token. top_k: draw among so many, 0 for all. top_p: draw among the most
+        likely tokens that together hold this share, 1 for all.
+      repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive and
+        multiplied where negative; 1 changes nothing.
+      seed: the same seed, prompt and settings give the same answer, whatever shares the batch.
+      stop: texts that end the answer and are not part of it.
+    """
+
+    max_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1.")
+        check(0 <= self.temperature <= 100, f"temperature={self.temperature:g} must lie in 0..100.")
+        check(0 <= self.top_k < 2**31, f"top_k={self.top_k} must not be negative.")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p:g} must lie above 0 and not above 1.")
+        check(
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty={self.repetition_penalty:g} must lie in 0.01..100.",
+        )
+        check(all(self.stop), "stop: a stop text is empty.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the plain argmax does."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Settings:
+    """`Sampling`s as arrays, B rows; `seeds` are uint32, the rest as named."""
+
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    penalty: jax.Array | np.ndarray
+    seeds: jax.Array | np.ndarray
+
+
+def settings(samplings: Sequence[Sampling]) -> Settings:
+    """Arrays on the host, one row a sampling."""
+    return Settings(
+        np.array([s.temperature for s in samplings], np.float32),
+        np.array([s.top_k for s in samplings], np.int32),
+        np.array([s.top_p for s in samplings], np.float32),
+        np.array([s.repetition_penalty for s in samplings], np.float32),
+        np.array([s.seed % 2**32 for s in samplings], np.uint32),
+    )
+
+
+def choose(logits: jax.Array, rows: Settings, seen: jax.Array, made: jax.Array) -> jax.Array:
+    """The next token of each row.
+
+    Args:
+      logits: (B, V) float32. seen: (B, V) bool, tokens that the penalty falls on. made: (B,) int32, tokens that the
+        answer has so far: with the row's seed it makes the draw's key, so a draw does not depend on neighbours.
+
+    Returns:
+      (B,) int32.
+    """
+    penalty = rows.penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
+    scaled = _keep(logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None], rows.top_k, rows.top_p)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(rows.seeds, made)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+    return jnp.where(rows.temperature > 0, drawn, likeliest)
+
+
+def _keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits with everything outside top-k, and then top-p, at -inf. Equal logits at the edge of either stay in."""
+    vocabulary = logits.shape[-1]
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)[:, None]
+    falling = jnp.where(jnp.arange(vocabulary)[None] < count, falling, -jnp.inf)
+    shares = jax.nn.softmax(falling, axis=-1)
+    # A token stays while the likelier ones before it hold less than top_p, so the first always does.
+    inside = (jnp.cumsum(shares, axis=-1) - shares < top_p[:, None]) & (falling > -jnp.inf)
+    # Without top-p rounding must not cost the last tokens.
+    inside = jnp.where(top_p[:, None] >= 1, falling > -jnp.inf, inside)
+    lowest = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

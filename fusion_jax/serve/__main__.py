@@ -1,0 +1,122 @@
+"""`python -m fusion_jax.serve --checkpoint DIR`: the API under /v1 and, where Gradio is installed, a web page at /.
+
+An API key comes from the environment variable FUSION_API_KEY; it is never logged.
+"""
+
+import logging
+import os
+import signal
+
+import jax.numpy as jnp
+from absl import flags
+
+from fusion_jax import checkpoint, generate
+from fusion_jax.cli import run_main
+from fusion_jax.config import DTYPES, RunConfig
+from fusion_jax.errors import UserError, check
+from fusion_jax.models.fusion import Fusion
+
+log = logging.getLogger("fusion_jax")
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "step folder, stage folder or workdir")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for all")
+_PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
+_NAME = flags.DEFINE_string("model_name", "fusion", "name of the model in the API")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "compute; by default the training's")
+_ROWS = flags.DEFINE_integer("rows", 8, "requests answered at once")
+_QUEUE = flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429")
+_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "seconds for one request")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens")
+_LENGTHS = flags.DEFINE_list("lengths", [], "prompt lengths to compile, visual tokens included (default: by training)")
+_QUESTIONS = flags.DEFINE_list("question_lengths", [], "question tokens of the encoder to compile")
+_ROUNDS = flags.DEFINE_list("rounds", [], "rounds of a conversation to compile")
+_IMAGES = flags.DEFINE_integer("images", 0, "most images of a conversation (default: by training)")
+_LATENTS = flags.DEFINE_integer("latents", 0, "l^2, one of the model's latent counts (default: its fixed one)")
+_URLS = flags.DEFINE_bool("allow_image_urls", False, "fetch image_url from public http(s) addresses")
+_PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images are refused undecoded")
+_BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused")
+_PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
+_DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1 or not _CHECKPOINT.value:
+        raise UserError("Give --checkpoint DIR; --help lists all flags.")
+    try:
+        import uvicorn
+
+        from fusion_jax.serve import api, protocol
+        from fusion_jax.serve.engine import Engine
+    except ImportError as error:
+        raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
+    page = _import_page() if _PAGE.value else None
+
+    # ---- Model.
+    loaded = checkpoint.load_model(_CHECKPOINT.value)
+    config = loaded.config
+    model = Fusion(config.model, jnp.dtype(_DTYPE.value or config.dtype))
+    buckets = buckets_of(config)
+    prompts = generate.Prompts(config, loaded.tokenizer, buckets, _LATENTS.value or None)
+    engine = Engine(model, loaded.params, prompts, _ROWS.value, _MAX_TOKENS.value, _QUEUE.value)
+    limits = protocol.Limits(
+        _MAX_TOKENS.value, _BYTES.value, _BYTES.value, image_pixels=_PIXELS.value, images=buckets.images[-1]
+    )
+    key = os.environ.get("FUSION_API_KEY", "")
+    options = api.Options(_NAME.value, limits, key, _URLS.value, _TIMEOUT.value)
+    log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
+    engine.start()
+
+    # ---- Server.
+    app = api.make_app(engine, options)
+    if page is not None:
+        app = page.mount(app, engine, options)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, _HOST.value, _PORT.value, log_level="warning", timeout_graceful_shutdown=_DRAIN.value, ws="none"
+        )
+    )
+    # uvicorn drains on these signals and then raises them again: that would end the process as if it had failed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    log.info("listening on http://%s:%d%s", _HOST.value, _PORT.value, "; an API key is asked for" if key else "")
+    server.run()
+    check(server.started, f"Could not listen on {_HOST.value}:{_PORT.value}; is the port taken?")
+    log.info("all requests are answered; bye")
+
+
+def _import_page():
+    try:
+        from fusion_jax.serve import page
+    except ImportError as error:
+        log.warning("no web page: the package %s is missing (pip install 'fusion_jax[serve]')", error.name)
+        return None
+    return page
+
+
+def buckets_of(config: RunConfig) -> generate.Buckets:
+    """From the flags, and where they say nothing from the limits that the stages trained with."""
+    stages = config.stages
+    longest = max(stage.max_length for stage in stages)
+    question = max(stage.max_question_length for stage in stages)
+    rounds = max(stage.max_rounds for stage in stages)
+    images = _IMAGES.value or max(stage.max_images for stage in stages)
+    return generate.Buckets(
+        _numbers("lengths", _LENGTHS.value) or _halves(longest),
+        _numbers("question_lengths", _QUESTIONS.value) or (question,),
+        _numbers("rounds", _ROUNDS.value) or (rounds,),
+        (0, 1) if images == 1 else (0, 1, images),
+    )
+
+
+def _numbers(name: str, values: list[str]) -> tuple[int, ...]:
+    check(all(v.strip().isdigit() and int(v) for v in values), f"--{name} must be numbers, such as 512,1024.")
+    return tuple(sorted({int(value) for value in values}))
+
+
+def _halves(longest: int) -> tuple[int, ...]:
+    """The length itself and its half: a short prompt shall not cost what a long one does."""
+    return (longest // 2, longest) if longest >= 128 else (longest,)
+
+
+if __name__ == "__main__":
+    run_main(main)
