@@ -39,6 +39,28 @@ def _mask(q_segments, kv_segments, causal: bool, window: int):
     return mask
 
 
+def reference_weights(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B K G d"],
+    q_segments: Int[Array, "B Q"] | None = None,
+    kv_segments: Int[Array, "B K"] | None = None,
+    causal: bool = False,
+    window: int = 0,
+) -> Float[Array, "B G R Q K"]:
+    """What every query gives every key, float32; the H heads as G groups of R that share keys and values. A row sums
+    to 1, or to 0 where its query sees no key."""
+    batch, q_length, heads, size = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, q_length, groups, heads // groups, size)
+    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
+    mask = _mask(q_segments, kv_segments, causal, window)
+    if mask is not None:
+        mask = mask[:, None, None]
+        scores = jnp.where(mask, scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return weights if mask is None else jnp.where(mask, weights, 0.0)
+
+
 def reference_attention(
     q: Float[Array, "B Q H d"],
     k: Float[Array, "B K G d"],
@@ -49,19 +71,8 @@ def reference_attention(
     window: int = 0,
 ) -> Float[Array, "B Q H d"]:
     """Softmax attention, scale d^-0.5, G key/value heads shared by H / G query heads each; softmax in float32."""
-    batch, q_length, heads, size = q.shape
-    groups = k.shape[2]
-    q = q.reshape(batch, q_length, groups, heads // groups, size)
-    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
-    mask = _mask(q_segments, kv_segments, causal, window)
-    if mask is not None:
-        mask = mask[:, None, None]
-        scores = jnp.where(mask, scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0.0)
-    out = jnp.einsum("bghqk,bkgd->bqghd", weights.astype(v.dtype), v)
-    return out.reshape(batch, q_length, heads, size)
+    weights = reference_weights(q, k, q_segments, kv_segments, causal, window)
+    return jnp.einsum("bghqk,bkgd->bqghd", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 # The blocked kernel, for CPU. XLA's plain attention writes the (B, H, Q, K) scores to memory several times; one head at

@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         self.stacks = [
             nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},  # the latter for `levels.py` alone
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=stack.blocks,

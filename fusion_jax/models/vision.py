@@ -141,7 +141,7 @@ class VisionEncoder(nn.Module):
         )
         scan = nn.scan(
             remat(_EncoderStep, self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for `levels.py` alone
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.layers,
