@@ -31,7 +31,8 @@ class Chip:
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 
-# From the vendor's pages (docs.cloud.google.com/tpu/docs: v5e, v5p, v6e, read in 2026). The interconnect is published
+# v5e and v5p from the vendor's pages (docs.cloud.google.com/tpu/docs, read in 2026); v6e's are still to be checked
+# there, as is how v5e's interconnect divides over its links. The interconnect is published
 # for a chip as a whole: v5e 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways
 # over 4. The network between slices: 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s a v5p chip, 100 Gbit/s a v6e chip.
 CHIPS = {

@@ -102,6 +102,7 @@ def analyse(program: Program, topology: Topology) -> Report:
         links = topology.links([devices[i] for i in one.groups[0]])
         network += one.bytes * one.times / (links * chip.link if links else chip.dcn)
     compiled = (work.flops + kernels) * topology.chips
+    in_kernels = sum(sum(s.bytes for s in k.operands + k.results) * k.times for k in work.kernels)
     return Report(
         topology=topology,
         program=program,
@@ -109,11 +110,11 @@ def analyse(program: Program, topology: Topology) -> Report:
         model_flops=model_flops,
         compiled_flops=compiled,
         kernel_flops=kernels * topology.chips,
-        hbm_bytes=work.hbm_bytes + sum(sum(s.bytes for s in k.operands + k.results) * k.times for k in work.kernels),
+        hbm_bytes=work.hbm_bytes + in_kernels,
         collectives=dict(sums),
         seconds={
             "compute": compiled / topology.chips / chip.peak,
-            "hbm": work.hbm_bytes / chip.hbm_rate,
+            "hbm": (work.hbm_bytes + in_kernels) / chip.hbm_rate,
             "interconnect": network,
         },
     )
