@@ -43,6 +43,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compiler alone, to plan on a machine without a TPU.
+        "plan": ["jax[tpu]>=0.10.2"],
         # Shards in buckets.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
@@ -51,8 +53,6 @@ setup(
         # Benchmarks in Parquet and spreadsheets; the plug-in wants an environment of its own.
         "eval": ["openpyxl>=3.1", "pyarrow>=16"],
         "lmms_eval": ["lmms-eval>=0.7.3"],
-        # python -m fusion_jax.plan
-        "plan": ["libtpu>=0.0.51"],
         # Data synthesis; then image generators in this process, many machines, perplexity of captions.
         "synth": ["jsonschema>=4.23", "datasketch>=1.6", "ImageHash>=4.3", "httpx2>=2.0"],
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],

@@ -13,6 +13,13 @@ from fusion_jax.data.layout import Batch
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.state import TrainState
 
+# By default the TPU compiler cuts a product with a dealt weight into as many as there are parts, each a hop of the ring
+# away: over 128 chips they are 32 wide, which idles the matrix unit, and take many minutes to compile.
+TPU_OPTIONS = {
+    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
+}
+
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """CE + lambda (L_v2t + L_t2v), each a sum over this batch divided by `totals` (default: this batch's own counts).
@@ -133,5 +140,6 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
     return sharding.OnMesh(jitted, mesh)

@@ -274,7 +274,7 @@ def _fill(
     for r, image in enumerate(np.maximum(shown - 1, 0), at.rounds):
         slot, tiling = (int(whole[image]), tilings[image]) if len(pictures) else (at.crops, tiles.WHOLE)
         row["round_crop"][r] = slot
-        found = _round_windows(slot, tiling, spec, latent_count)
+        found = round_windows(slot, tiling, spec, latent_count)
         row["windows"][r, :, : found.shape[1]] = found
 
     slots = slice(at.crops, end.crops)
@@ -305,7 +305,7 @@ def _grid_windows(side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
     return windows(side, cells)
 
 
-def _round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int) -> np.ndarray:
+def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int) -> np.ndarray:
     """The windows of one round's latents over its image: (L, up to M) indices into the group's context, -1 none.
 
     A latent sees its cell of the whole view and its cell of the tiles.

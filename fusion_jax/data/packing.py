@@ -13,6 +13,7 @@ Nothing here knows tokens or images: sizes go in, rows of indices come out, the 
 import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -104,26 +105,49 @@ def padding_efficiency(lengths: Sequence[int], batch_size: int) -> float:
     return float(lengths.sum() / sum(len(batch) * batch.max() for batch in batches))
 
 
-def length_mix(count: int, seed: int, image_tokens: int = 576, longest: int = 4096, window: int = WINDOW) -> np.ndarray:
-    """Positions that the samples of a made-up but typical mix take: (count,) int64.
+@dataclass(frozen=True)
+class Mix:
+    """A made-up but typical mix of samples: 90% have an image; rounds 1 (60%), 2-3 (25%), 4-8 (15%); a question has
+    10-60 tokens, an answer 5-20 (40%), 60-200 (40%) or 200-500 (20%).
 
-    90% have an image. Rounds: 1 (60%), 2-3 (25%), 4-8 (15%). A question has 10-60 tokens; an answer 5-20 (40%), 60-200
-    (40%) or 200-500 (20%). With an image each round has l^2 latents, drawn once per `window` samples; without one there
-    are none. Samples longer than `longest` lose whole last rounds, none is dropped.
+    Attributes:
+      has_image: (count,) bool. rounds: (count,) int. questions, answers: (count, 8) int, tokens of each round; those
+        from `rounds` on are there but do not count.
+    """
+
+    has_image: np.ndarray
+    rounds: np.ndarray
+    questions: np.ndarray
+    answers: np.ndarray
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, count: int) -> "Mix":
+        has_image = rng.random(count) < 0.9
+        kind = rng.choice(3, count, p=(0.6, 0.25, 0.15))
+        rounds = np.choose(kind, (np.ones(count, int), rng.integers(2, 4, count), rng.integers(4, 9, count)))
+        shape = (count, 8)
+        questions = rng.integers(10, 61, shape)
+        kind = rng.choice(3, shape, p=(0.4, 0.4, 0.2))
+        answers = np.choose(
+            kind, [rng.integers(low, high + 1, shape) for low, high in ((5, 20), (60, 200), (200, 500))]
+        )
+        return cls(has_image, rounds, questions, answers)
+
+
+def length_mix(count: int, seed: int, image_tokens: int = 576, longest: int = 4096, window: int = WINDOW) -> np.ndarray:
+    """Positions that the samples of a `Mix` take: (count,) int64.
+
+    With an image each round has l^2 latents, drawn once per `window` samples; without one there are none. Samples
+    longer than `longest` lose whole last rounds, none is dropped.
     """
     rng = np.random.default_rng(seed)
     latents = np.repeat(rng.choice(LATENT_COUNTS, -(-count // window)), window)[:count]
-    has_image = rng.random(count) < 0.9
-    kind = rng.choice(3, count, p=(0.6, 0.25, 0.15))
-    rounds = np.choose(kind, (np.ones(count, int), rng.integers(2, 4, count), rng.integers(4, 9, count)))
-    shape = (count, 8)
-    question = rng.integers(10, 61, shape)
-    kind = rng.choice(3, shape, p=(0.4, 0.4, 0.2))
-    answer = np.choose(kind, [rng.integers(low, high + 1, shape) for low, high in ((5, 20), (60, 200), (200, 500))])
+    mix = Mix.draw(rng, count)
     # Length after each round; the last one that the sample has and that fits.
-    ends = np.cumsum(question + answer + (has_image * latents)[:, None], axis=1) + (has_image * image_tokens)[:, None]
+    ends = np.cumsum(mix.questions + mix.answers + (mix.has_image * latents)[:, None], axis=1)
+    ends += (mix.has_image * image_tokens)[:, None]
     fitting = np.maximum((ends <= longest).sum(1), 1)
-    return ends[np.arange(count), np.minimum(rounds, fitting) - 1]
+    return ends[np.arange(count), np.minimum(mix.rounds, fitting) - 1]
 
 
 def measure(

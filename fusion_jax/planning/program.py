@@ -1,0 +1,159 @@
+"""The real train step, compiled for chips that are not here."""
+
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fusion_jax import optim, sharding, state, train_step
+from fusion_jax.config import MeshConfig, RunConfig, StageConfig
+from fusion_jax.errors import check
+from fusion_jax.models.fusion import Fusion
+from fusion_jax.planning import typical
+from fusion_jax.planning.chips import Topology
+from fusion_jax.planning.typical import TypicalStep
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled train step and what it was compiled for.
+
+    Attributes:
+      text: its optimized HLO; empty where it does not fit. needed, limit: bytes of HBM a chip takes and has, as the
+        compiler says.
+      parameters, optimizer, batch: bytes a chip of its arguments. temporaries: bytes beyond them.
+      parameter_count: of the model. seconds: of compiling.
+    """
+
+    config: RunConfig
+    stage: StageConfig
+    mesh: Mesh
+    step: TypicalStep
+    text: str
+    needed: float
+    limit: float
+    parameters: float
+    optimizer: float
+    batch: float
+    parameter_count: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.text)
+
+    @property
+    def temporaries(self) -> float:
+        return self.needed - self.parameters - self.optimizer - self.batch
+
+
+def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
+    """`fsdp=64,tensor=2`: sizes not named are 1, or what remains if none is -1. Without text the config's.
+
+    Raises:
+      UserError: it cannot be read, or names another axis.
+    """
+    if not text:
+        return config
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        check(
+            name in sharding.AXES and re.fullmatch(r"-1|\d+", size) is not None,
+            f"--mesh={text}: {part!r} is none of {', '.join(f'{axis}=N' for axis in sharding.AXES)}.",
+        )
+        sizes[name] = int(size)
+    return MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes)
+
+
+def bytes_per_chip(tree) -> int:
+    """Of arrays with shardings, abstract or not: what one device holds."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None):
+    """Everything that can be wrong, before anything is compiled.
+
+    Returns:
+      (mesh, typical step).
+
+    Raises:
+      UserError: mesh, model or batch do not divide.
+    """
+    sizes = sharding.mesh_sizes(config.mesh, topology.chips)
+    typical_step = typical.step(config, stage, sizes[0] * sizes[1], latent_count)
+    mesh = sharding.make_mesh(config.mesh, topology.devices())
+    sharding.check_model(config.model, mesh)
+    return mesh, typical_step
+
+
+def abstract_arguments(config: RunConfig, stage: StageConfig, mesh: Mesh, step: TypicalStep):
+    """(optimizer, labels, arguments of the train step as shapes with shardings)."""
+    params = state.abstract_parameters(config.model, mesh)
+    tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
+    rows, everywhere = sharding.of_rows(mesh), sharding.replicated(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), step.batch)
+    rates = optim.learning_rates(stage, 0, 1)
+    rates = {label: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) for label in rates}
+    return tx, labels, (state.abstract(params, tx, mesh), batch, rates)
+
+
+def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None) -> Program:
+    """Compiles a stage's train step, of the largest l^2 by default.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    mesh, step = prepare(config, stage, topology, latent_count)
+    tx, labels, arguments = abstract_arguments(config, stage, mesh, step)
+    model = Fusion(config.model, jnp.dtype(config.dtype), config.remat)
+    start = time.perf_counter()
+    text, limit = "", topology.chip.hbm
+    try:
+        compiled = train_step.compile_step(model, stage, tx, labels, mesh).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, limit = _too_large(str(error))
+        if not needed:
+            raise
+    else:
+        memory = compiled.memory_analysis()
+        # The old state is given up for the new one.
+        needed = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        )
+        text = compiled.as_text()
+    seconds = time.perf_counter() - start
+    old, batch, _ = arguments
+    return Program(
+        config=config,
+        stage=stage,
+        mesh=mesh,
+        step=step,
+        text=text,
+        needed=needed,
+        limit=limit,
+        parameters=bytes_per_chip(old.params),
+        optimizer=bytes_per_chip(old.opt_state),
+        batch=bytes_per_chip(batch),
+        parameter_count=sum(int(np.prod(x.shape)) for x in jax.tree.leaves(old.params)),
+        seconds=seconds,
+    )
+
+
+def _too_large(message: str) -> tuple[float, float]:
+    """(bytes needed, bytes there are) of the compiler's complaint that a program does not fit; (0, 0) of another."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if not found:
+        return 0.0, 0.0
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]

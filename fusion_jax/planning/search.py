@@ -1,0 +1,91 @@
+"""Which mesh, remat policy and batch size suit a topology: one compilation after the other, the best so far kept."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+
+from fusion_jax.config import MeshConfig, RunConfig, StageConfig
+from fusion_jax.errors import UserError
+from fusion_jax.planning import program, report
+from fusion_jax.planning.chips import Topology
+from fusion_jax.planning.report import Report
+
+log = logging.getLogger("fusion_jax")
+
+_CHEAPEST_FIRST = ("none", "dots", "attention", "full")  # by what is computed again
+
+
+def meshes(chips: int, slices: int) -> Iterator[MeshConfig]:
+    """Parameters over all chips of a slice; copied a few times; with tensor parallelism beside."""
+    per_slice = chips // slices
+    for copies, tensor in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4)):
+        if per_slice % (copies * tensor) == 0 and per_slice > copies * tensor:
+            yield MeshConfig(slices * copies, per_slice // copies // tensor, tensor)
+
+
+def search(
+    config: RunConfig,
+    stage: StageConfig,
+    topology: Topology,
+    policies: Sequence[str],
+    latent_count: int | None = None,
+) -> list[Report]:
+    """Everything tried, the best first: what fits before what does not, then by samples a second.
+
+    First the remat policies from the one that computes least again, until one fits; with that one the meshes; with the
+    best mesh twice and half the batch.
+
+    Raises:
+      UserError: nothing could be compiled at all.
+    """
+    tried: list[Report] = []
+
+    def attempt(config: RunConfig, stage: StageConfig) -> Report | None:
+        try:
+            program.prepare(config, stage, topology, latent_count)
+        except UserError as error:
+            log.info("left out: %s", error)
+            return None
+        found = report.analyse(program.compile_step(config, stage, topology, latent_count), topology)
+        tried.append(found)
+        log.info("%s", summary(found))
+        return found
+
+    for policy in sorted(policies, key=_CHEAPEST_FIRST.index):
+        found = attempt(dataclasses.replace(config, remat=policy), stage)
+        if found and found.program.fits:
+            break
+    if not tried:
+        raise UserError("--search: the config's mesh or batch divides nothing here; give another --mesh.")
+    chosen = dataclasses.replace(config, remat=best(tried).program.config.remat)
+    first = tuple(tried[0].program.mesh.shape.values())
+    for mesh in meshes(topology.chips, topology.slices):
+        if dataclasses.astuple(mesh) != first:
+            attempt(dataclasses.replace(chosen, mesh=mesh), stage)
+    chosen = best(tried).program.config
+    for batch_size in (stage.batch_size * 2, stage.batch_size // 2):
+        if batch_size % stage.accumulation == 0 and batch_size:
+            attempt(chosen, dataclasses.replace(stage, batch_size=batch_size))
+    return sorted(tried, key=_merit, reverse=True)
+
+
+def _merit(tried: Report) -> tuple[bool, float]:
+    return (True, tried.samples_per_second) if tried.program.fits else (False, -tried.program.needed)
+
+
+def best(tried: Sequence[Report]) -> Report:
+    return max(tried, key=_merit)
+
+
+def summary(tried: Report) -> str:
+    """One line of a ranking."""
+    p = tried.program
+    mesh = ",".join(f"{axis}={size}" for axis, size in p.mesh.shape.items() if size > 1)
+    what = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
+    if not p.fits:
+        return f"{what} of {p.limit / report.GIB:.1f}, does not fit"
+    return f"{what}, {tried.samples_per_second:.1f} samples/s and {tried.mfu:.1%} MFU at most ({tried.bound_by})"
+
+
+def ranking(tried: Sequence[Report]) -> str:
+    return "\n".join(["Tried, the best first:", *(f"  {summary(one)}" for one in tried)])
