@@ -45,7 +45,8 @@ class Maps:
     Attributes:
       extent: (left, right, top, bottom) of the grid as fractions of the image, 0 to 1; tiles may reach beyond it.
       pixel: (encoder layers, heads, h, w) attention from the word to each patch; None where the encoder does not read
-        the question. Over all patches and question tokens a row sums to 1, so over the patches to at most 1.
+        the question. Over all patches and question tokens a row sums to 1, so over the patches of a crop (the whole
+        view, or one tile) to at most 1.
       pixel_back: the same shape, attention from each patch to the word. 0 where a layer hides the text from patches.
       space: (h', w') cosine, -1 to 1. (h', w') is smaller than (h, w) where tokens are resized behind the encoder.
       question: (LLM layers, heads, h', w') attention from the word to each image token; at most 1 in sum.

@@ -209,7 +209,8 @@ def _three(found: Levels, maps: Maps, layers, heads) -> list[tuple[np.ndarray | 
     back = averaged(maps.pixel_back, layers, heads, found.early, "encoder")
     question = averaged(maps.question, layers, heads, _early(found), "LLM")
     none = "\nquestion not read" if pixel is None else ""
-    share = "\nword to patches" + _percent(pixel)
+    # Each tile is encoded by itself, with attention of its own: a share of all of them means nothing.
+    share = "\nword to patches" + ("" if maps is found.tiles else _percent(pixel))
     hidden = none or ("\nno patch sees the word" if _relative(back) is None else "\npatches to word")
     return [
         (_relative(pixel), f"Pixel level:{none or share}", _EVEN),
@@ -287,7 +288,7 @@ def _early_and_late(axes: np.ndarray, found: Levels, heads) -> None:
             chart.plot(depth, 100 * taken, mark + "-", markersize=3.5, linewidth=1.4, label=what)
     chart.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
     chart.set(xlim=(0, 1), xlabel="depth, first to last layer", ylabel="%")
-    chart.set_ylim(0, None)
+    chart.set_ylim(0, 1.08 * chart.dataLim.ymax)
     chart.set_title("Share of the word's attention\nthat is on the image")
     chart.spines[["top", "right"]].set_visible(False)
     chart.legend(frameon=False, fontsize=8)

@@ -206,6 +206,9 @@ def test_figures_are_files_that_open(found, ask, tmp_path):
             assert image.format == "PNG" and min(image.size) > 400
         assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     titles = [axes.get_title() for axes in figures["tiles"].axes]
+    pixel = [title.partition("word to patches")[2] for title in titles if "word to patches" in title]
+    # Tiles are encoded one by one, so their attention has no common share.
+    assert len(pixel) == 2 and re.fullmatch(r" \(\d+%\)", pixel[0]) and pixel[1] == ""
     assert "Exchange 2 of 2\nafter LLM layer 2" in titles
     assert (
         "l² = 4" in figures["tiles"].get_supxlabel() and "Layers: late; heads: 0." in figures["tiles"].get_supxlabel()
