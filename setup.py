@@ -58,6 +58,9 @@ setup(
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],
+        # The page needs gradio, which asks for pillow<13: install it apart where the pins matter.
+        "serve": ["fastapi>=0.115.2", "uvicorn>=0.30", "prometheus_client>=0.20"],
+        "page": ["gradio>=6"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -70,6 +73,10 @@ setup(
             "torch==2.13.0",
             "transformers==5.23.0",
             "openpyxl==3.1.5",
+            "fastapi==0.165.0",
+            "uvicorn==0.54.0",
+            "prometheus_client==0.26.0",
+            "openai==3.52.0",
             "diffusers==0.42.1",
         ],
     },
