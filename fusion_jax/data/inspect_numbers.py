@@ -63,7 +63,7 @@ class Opened:
     @functools.cached_property
     def order(self) -> grain.MapDataset:
         """Record numbers as the run reads them, epoch after epoch."""
-        return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        return pipeline.record_order(len(self.source), self.seed)
 
 
 def open_stage(config: RunConfig, stage: StageConfig, tokenizer: Tokenizer, devices: int = 1) -> Opened:

@@ -352,6 +352,11 @@ def draw_latent_count(counts: tuple[int, ...], seed: int, step: int) -> int:
     return int(np.random.default_rng((seed, step)).choice(counts)) if counts else 0
 
 
+def record_order(records: int, seed: int) -> grain.MapDataset:
+    """Record numbers as a run reads them, epoch after epoch, each shuffled in its own way."""
+    return grain.MapDataset.range(records).seed(seed).shuffle().repeat()
+
+
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
     """Stages differ in their order of data even where they share it."""
     return (config.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31
@@ -393,7 +398,7 @@ def training_batches(
         config.max_bad_records,
         (sizes.groups * process // processes, sizes.groups * (process + 1) // processes),
     )
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order = record_order(len(source), seed)
     # Ahead of the step: enough measured records for two batches, then two finished batches.
     reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
     measured = order.map(_Measure(loader)).to_iter_dataset(reading)
