@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU, a compilation cache so that equal programs compile once, run-time shape checks."""
+"""Shared by all tests: CPU, compiling fast, a cache so that equal programs compile once, run-time shape checks."""
 
 import os
 
@@ -6,6 +6,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from jaxtyping import install_import_hook
+
+# Most of a test is compilation of a program that runs once or twice on tiny arrays: optimised little, whole training
+# runs included, it takes a third of the time. Processes that tests start inherit this.
+_FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_FAST_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
 # Annotated shapes are checked while testing only.
 install_import_hook("fusion_jax.models", "beartype.beartype")

@@ -24,22 +24,6 @@ from fusion_jax.models.config import (
 from fusion_jax.train_step import loss_and_parts
 
 QUESTION_LENGTH = 6
-# Tests compile many programs and run each once or twice on tiny arrays: ten times less of their time this way.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
-@functools.cache
-def _options() -> dict | None:
-    try:
-        jax.jit(lambda x: x, compiler_options=FAST_COMPILE)(0)
-    except jax.errors.JaxRuntimeError:  # another version of XLA, or another device, may not know them
-        return None
-    return FAST_COMPILE
-
-
-def jit(function, **arguments):
-    """`jax.jit` that compiles fast and optimises little."""
-    return jax.jit(function, compiler_options=_options(), **arguments)
 
 
 def tiny(preset: str = "paper", **changes) -> FusionConfig:
@@ -144,14 +128,14 @@ def mixed_batch(config: FusionConfig) -> Batch:
 def forward_fn(config: FusionConfig):
     """Compiled (params, batch) -> (hidden, Visual or None)."""
     model = fusion.Fusion(config)
-    return jit(lambda p, batch: model.apply({"params": p}, batch)[:2])
+    return jax.jit(lambda p, batch: model.apply({"params": p}, batch)[:2])
 
 
 @functools.cache
 def grad_fn(config: FusionConfig, dtype=jnp.float32, remat: str = "none"):
     """Compiled (params, batch) -> ((loss, parts), gradients)."""
     model = fusion.Fusion(config, dtype, remat)
-    return jit(jax.value_and_grad(lambda p, batch: loss_and_parts(model, p, batch), has_aux=True))
+    return jax.jit(jax.value_and_grad(lambda p, batch: loss_and_parts(model, p, batch), has_aux=True))
 
 
 def flat(tree) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from fixtures import FAST_COMPILE, QUESTION_LENGTH, example, flat, lay, randomise, tiny
+from fixtures import QUESTION_LENGTH, example, flat, lay, randomise, tiny
 
 from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import MeshConfig, StageConfig
@@ -77,7 +77,7 @@ def main(arrays_file: str, report_file: str):
         batch = sharding.put_batch(batch_of(kind, config), mesh)
         step = train_step.compile_step(Fusion(config, remat="attention"), stage, tx, labels, mesh)
         lowered = step.lower(current, batch, optim.learning_rates(stage, 5, 10))
-        compiled = lowered.compile(compiler_options=FAST_COMPILE)
+        compiled = lowered.compile()
         largest = max(jax.tree.leaves(current.params), key=lambda x: x.size)
         report[name] = {
             "constraints": lowered.as_text().count("sdy.sharding_constraint"),

@@ -43,7 +43,7 @@ class Lab:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_NUM_CPU_DEVICES": str(devices),
         }
         config = f"{ROOT / 'tests' / 'tiny_run.py'}:{self.data},survival"
         command = [sys.executable, "-m", "fusion_jax.train", "--config", config, "--workdir", str(workdir), *arguments]

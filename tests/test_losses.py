@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import jit, mixed_batch, random_array, tiny
+from fixtures import mixed_batch, random_array, tiny
 
 from fusion_jax import losses
 from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE
@@ -36,7 +36,7 @@ def ours(hidden, kernel, targets, weights):
 
 def both(arguments):
     # Traced anew each time: CHUNK is read while tracing.
-    run = [jit(jax.value_and_grad(lambda *a, f=f: f(*a), argnums=(0, 1))) for f in (ours, plain)]
+    run = [jax.jit(jax.value_and_grad(lambda *a, f=f: f(*a), argnums=(0, 1))) for f in (ours, plain)]
     (value, grads), (expected, expected_grads) = (f(*arguments) for f in run)
     return value, grads, expected, expected_grads
 
@@ -66,7 +66,7 @@ def test_weights_count(monkeypatch, chunk):
 
 def test_gradient_scales_with_what_comes_from_above():
     arguments = inputs(6)
-    run = jit(jax.grad(lambda scale, *a: scale * ours(*a), argnums=(1, 2)))
+    run = jax.jit(jax.grad(lambda scale, *a: scale * ours(*a), argnums=(1, 2)))
     for one, two in zip(run(1.0, *arguments), run(-2.5, *arguments)):
         np.testing.assert_allclose(-2.5 * np.asarray(one), two, rtol=1e-5, atol=1e-6)
 
@@ -74,7 +74,7 @@ def test_gradient_scales_with_what_comes_from_above():
 def test_padded_columns_have_no_influence_and_no_gradient():
     hidden, kernel, targets, weights = inputs(8)
     huge = kernel.at[:, VOCAB:].set(100.0)
-    run = jit(jax.value_and_grad(ours, argnums=1))
+    run = jax.jit(jax.value_and_grad(ours, argnums=1))
     (value, _), (after, grad) = run(hidden, kernel, targets, weights), run(hidden, huge, targets, weights)
     assert float(value) == float(after)
     assert (np.asarray(grad)[:, VOCAB:] == 0).all() and np.isfinite(np.asarray(grad)).all()
@@ -84,7 +84,7 @@ def test_unsupervised_positions_have_no_influence_and_no_gradient():
     hidden, kernel, targets, weights = inputs(5)
     other = jnp.where(weights[..., None] > 0, hidden, 30.0)
     moved = jnp.where(weights > 0, targets, 3)
-    run = jit(jax.value_and_grad(ours, argnums=(0, 1)))
+    run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
     value, (d_hidden, d_kernel) = run(hidden, kernel, targets, weights)
     after, (d_hidden_after, d_kernel_after) = run(other, kernel, moved, weights)
     assert float(value) == float(after)
@@ -96,7 +96,7 @@ def test_unsupervised_positions_have_no_influence_and_no_gradient():
 def test_bfloat16_head_gives_a_float32_loss_near_the_exact_one():
     hidden, kernel, targets, weights = inputs(10)
     half = (hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), targets, weights)
-    value, (d_hidden, d_kernel) = jit(jax.value_and_grad(ours, argnums=(0, 1)))(*half)
+    value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*half)
     assert (value.dtype, d_hidden.dtype, d_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_allclose(value, plain(hidden, kernel, targets, weights), rtol=0.02)
 

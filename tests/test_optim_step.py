@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fixtures import assert_trees_close, flat, grad_fn, jit, mixed_batch, params, tiny
+from fixtures import assert_trees_close, flat, grad_fn, mixed_batch, params, tiny
 
 from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import StageConfig
@@ -112,7 +112,7 @@ def _compiled(accumulation, freeze, rates, decay, clip):
     weights = params(CONFIG)
     labels, tx = optim.labels(stage, weights), optim.optimizer(stage, weights)
     step = train_step.compile_step(Fusion(CONFIG), stage, tx, labels, sharding.make_mesh())
-    kept = jit(lambda s, b, r: step(s, b, r))  # inside another jit nothing is donated
+    kept = jax.jit(lambda s, b, r: step(s, b, r))  # inside another jit nothing is donated
     return stage, tx, lambda s, b: kept(s, b, optim.learning_rates(stage, int(s.step), STEPS))
 
 
@@ -143,7 +143,7 @@ def test_step_equals_optax_adamw():
     expected, opt_state = params(CONFIG), reference.init(params(CONFIG))
     for _ in range(2):
         _, grads = grad_fn(CONFIG)(expected, mixed_batch(CONFIG))
-        updates, opt_state = jit(reference.update)(grads, opt_state, expected)
+        updates, opt_state = jax.jit(reference.update)(grads, opt_state, expected)
         expected = optax.apply_updates(expected, updates)
         current, metrics = step[2](current, mixed_batch(CONFIG))
         np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
@@ -209,7 +209,7 @@ def test_frozen_parameters_get_zero_gradients():
     def loss(p):
         return sum(jnp.sum(a * a) / 2 for a in jax.tree.leaves(optim.freeze(p, labels)))
 
-    grads = flat(jit(jax.grad(loss))(params(CONFIG)))
+    grads = flat(jax.jit(jax.grad(loss))(params(CONFIG)))
     for path, label in flat(labels).items():
         expected = 0 * grads[path] if label == "frozen" else flat(params(CONFIG))[path]
         np.testing.assert_allclose(grads[path], expected, rtol=1e-6)

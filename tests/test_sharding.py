@@ -164,8 +164,6 @@ def ran(tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_COMPILATION_CACHE_DIR": str(root / ".jax_cache"),
-        # Programs that run twice: compiled fast rather than well.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     command = [sys.executable, worker, *outputs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

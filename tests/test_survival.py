@@ -31,8 +31,7 @@ def test_saved_on_eight_devices_restored_on_fewer(tmp_path):
     script = tmp_path / "eight.py"
     script.write_text(EIGHT)
     for action, devices in (("save", 8), ("restore", 4)):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, script, action, tmp_path / "checkpoints"],
             env=environment,

@@ -236,17 +236,3 @@ def test_steps_that_are_never_finite_stop_the_run(data, tmp_path):
     result = run("train", "--config", f"{script}:{data}", "--workdir", tmp_path / "run")
     assert result.returncode == 2
     assert "3 steps in a row" in result.stderr and "max_skipped_steps=3" in result.stderr
-
-
-def test_two_devices_give_the_losses_of_one(data, finished, tmp_path):
-    undisturbed, _ = finished
-    call = command("train", "--config", f"{CONFIG}:{data}", "--workdir", tmp_path / "two")
-    call["env"] |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    result = subprocess.run(**call, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "2 device(s)" in result.stdout
-    for stage in ("stage1", "stage2"):
-        one, two = (metrics.read(folder / stage / "metrics.jsonl") for folder in (undisturbed, tmp_path / "two"))
-        for key in ("total", "ce", "v2t", "t2v", "grad_norm"):
-            a, b = ([row[key] for row in rows if key in row] for rows in (one, two))
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{stage} {key}")

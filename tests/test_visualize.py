@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import tiny_run
-from fixtures import jit, params, tiny
+from fixtures import params, tiny
 from PIL import Image
 
 from fusion_jax import checkpoint
@@ -89,8 +89,8 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         return method == "__call__" and module.name in ("query", "key", "value", "out", "norm")
 
     model = Fusion(c)
-    (hidden, _, _), kept = jit(lambda p, b: levels_module.captured(model, p, b, wanted))(weights, batch)
-    plain, _, _ = jit(lambda p, b: model.apply({"params": p}, b))(weights, batch)
+    (hidden, _, _), kept = jax.jit(lambda p, b: levels_module.captured(model, p, b, wanted))(weights, batch)
+    plain, _, _ = jax.jit(lambda p, b: model.apply({"params": p}, b))(weights, batch)
     # Looking changes nothing; keeping more results, XLA fuses otherwise, so the last bit may differ.
     np.testing.assert_allclose(hidden, plain, rtol=0, atol=2e-6)
     kept = kept["intermediates"]

@@ -28,7 +28,7 @@ def get_config(argument: str = "data"):
         {
             "model": to_dict(MODEL),
             "tokenizer": f"{data}/tokenizer",
-            "stages": [stage("stage1"), stage("stage2", accumulation=2)],
+            "stages": [stage("stage1", accumulation=2), stage("stage2", accumulation=2)],
             "validation_data": f"{data}/validation.json",
             "validation_batches": 1,
             "sample_answers": 2,

@@ -60,14 +60,14 @@ def word_repetition(text: str, n: int) -> float:
 @lru_cache(maxsize=4)
 def load_perplexity_model(path: str):
     """A KenLM model. UserError without the package or the file."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no KenLM model {path} (filters.perplexity_model).")
     try:
         import kenlm
     except ImportError as e:
         raise UserError(
             "filters.perplexity_model needs the package kenlm: pip install kenlm, or leave it empty."
         ) from e
-    if not Path(path).is_file():
-        raise UserError(f"There is no KenLM model {path} (filters.perplexity_model).")
     try:
         return kenlm.Model(path)
     except OSError as e:

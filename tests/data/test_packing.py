@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from fixtures import QUESTION_LENGTH, assert_trees_close, jit, params, tiny
+from fixtures import QUESTION_LENGTH, assert_trees_close, params, tiny
 
 from fusion_jax import losses
 from fusion_jax.data import packing
@@ -186,7 +186,7 @@ def run_fn(config):
         total, parts = losses_of(model, p, batch, hidden, visual)
         return total, (parts, hidden, visual)
 
-    return jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def losses_by_example(config, rows, batch, hidden, visual, spec) -> dict[int, np.ndarray]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import jit, random_array
+from fixtures import random_array
 
 from fusion_jax.models.attention import attention, blocked_attention, reference_attention
 
@@ -69,7 +69,7 @@ def compiled(kernel, case):
         out, pull = jax.vjp(lambda *a: KERNELS[kernel](*a, q_segments, kv_segments, causal, window), q, k, v)
         return out, pull(cotangent.astype(out.dtype))
 
-    return jit(run)
+    return jax.jit(run)
 
 
 def run(kernel, case, dtype=jnp.float32, inputs=None):
@@ -159,5 +159,5 @@ def test_the_chosen_kernel_keeps_the_contract_on_long_rows():
     length = 131
     q, k, v = (random_array(1, length, n, 4, seed=s) for s, n in ((0, 2), (1, 1), (2, 1)))
     segments = np.repeat([1, 2, 0], [60, 65, 6])[None].astype(np.int32)
-    out = jit(functools.partial(attention, causal=True))(q, k, v, segments, segments)
+    out = jax.jit(functools.partial(attention, causal=True))(q, k, v, segments, segments)
     np.testing.assert_allclose(out, loops(q, k, v, segments, segments, True), atol=5e-6)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import image_windows, jit, random_array, randomise
+from fixtures import image_windows, random_array, randomise
 
 from fusion_jax.models import connector
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
@@ -112,7 +112,7 @@ def plan(round_image=ROUND_IMAGE, round_end=ROUND_END, latent_start=LATENT_START
 
 @functools.cache
 def exchange_fn():
-    return jit(lambda w, x, p: SemanticExchange(HEADS).apply({"params": w}, x, p))
+    return jax.jit(lambda w, x, p: SemanticExchange(HEADS).apply({"params": w}, x, p))
 
 
 def exchange(x=STATE, **changes):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import example, image_windows, jit, lay, params, random_array, tiny
+from fixtures import example, image_windows, lay, params, random_array, tiny
 
 from fusion_jax import generate
 from fusion_jax.models import layers, llm
@@ -177,7 +177,7 @@ def decoder_fn(config=STACKED, cached=False):
     def run(weights, x, segments, positions, plan, cache):
         return llm.Decoder(config).apply({"params": weights["llm"]}, x, segments, positions, plan, cache)
 
-    return jit(run)
+    return jax.jit(run)
 
 
 def decode(x, segments, positions, plan=None, cache=None, config=STACKED):
@@ -236,7 +236,7 @@ def test_cached_decode_keeps_to_the_sliding_window_of_positions():
     config = tiny(**{"llm.sliding_window": 3, "semantic_exchange": False})
     decoder = llm.Decoder(config)
     variables = {"params": params(config)["llm"]}
-    run = jit(lambda *a: decoder.apply(variables, *a))
+    run = jax.jit(lambda *a: decoder.apply(variables, *a))
 
     def arrays(*values):
         return [jnp.asarray(a, jnp.int32) for a in values]
@@ -322,7 +322,7 @@ def test_greedy_in_a_padded_batch_equals_one_by_one():
 
 @functools.cache
 def _forward():
-    return jit(lambda p, batch: Fusion(tiny()).apply({"params": p}, batch)[0])
+    return jax.jit(lambda p, batch: Fusion(tiny()).apply({"params": p}, batch)[0])
 
 
 def test_a_stopped_row_is_filled_while_the_other_goes_on():

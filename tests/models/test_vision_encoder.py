@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import jit, params, random_array, tiny
+from fixtures import params, random_array, tiny
 
 from fusion_jax.models.config import VisionConfig
 from fusion_jax.models.vision import EncoderLayer, VisionEncoder, normalise, patchify
@@ -28,7 +28,7 @@ def encoder_fn(config, view="guided"):
         views = {"guided": x} if view == "guided" else {"guided": x, "plain": x[:, ::-1]}
         return VisionEncoder(config).apply({"params": weights["vision"]}, views, text, mask)
 
-    return jit(run)
+    return jax.jit(run)
 
 
 def encode(config, x, text=None, mask=TEXT_MASK, view="guided"):
@@ -41,7 +41,7 @@ def encode(config, x, text=None, mask=TEXT_MASK, view="guided"):
 @functools.cache
 def layer_fn(mask):
     layer = EncoderLayer(tiny().vision, mask, jnp.float32)
-    return jit(lambda weights, x, segments, early: layer.apply({"params": weights}, x, segments, early))
+    return jax.jit(lambda weights, x, segments, early: layer.apply({"params": weights}, x, segments, early))
 
 
 def layer_params(config, k):
@@ -94,7 +94,7 @@ def test_state_0_is_patches_plus_positions_and_pixels_beyond_the_last_patch_are_
     weights = params(config)["vision"]
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (2, 30, 30, 3)).astype(np.uint8)
-    run = jit(lambda c, b: VisionEncoder(config).apply({"params": weights}, c, b, method="embed"))
+    run = jax.jit(lambda c, b: VisionEncoder(config).apply({"params": weights}, c, b, method="embed"))
     out = np.asarray(run(crops, np.array([False, True])))
     dense, position = weights["patch_embedding"], np.asarray(weights["position_embedding"])
     tile = (crops[0, 8:16, 16:24] / 127.5 - 1).reshape(-1)  # row 1, column 2: patch 5

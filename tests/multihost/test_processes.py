@@ -66,7 +66,6 @@ def start(data, workdir, processes, *overrides):
         "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     started = []
     for process in range(processes):
