@@ -4,6 +4,8 @@ Small widths over the published layout (so400m tower with 27 layers at 384/14, f
 shows what the arithmetic costs. float32, preset `released`, l^2 = 16.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from fusion_jax.config import to_dict
@@ -18,10 +20,20 @@ MODEL = FusionConfig(
 )
 
 
-def get_config():
+# 1.2 GiB of state (parameters and AdamW) for a step of about a second: saving shows more than beside a long step.
+LARGE_STATE = dataclasses.replace(
+    MODEL,
+    vision=VisionConfig(image_size=48, patch_size=16, width=192, mlp_dim=512, layers=4, heads=6),
+    llm=LLMConfig(vocab_size=64_000, width=768, mlp_dim=2048, layers=2, heads=16, kv_heads=4),
+    exchange=ExchangeConfig(start=0, stride=1, layers=1),
+    latent_counts=(9,),
+)
+
+
+def get_config(what: str = ""):
     return ConfigDict(
         {
-            "model": to_dict(MODEL),
+            "model": to_dict(LARGE_STATE if what == "checkpoint" else MODEL),
             "dtype": "float32",
             "remat": "attention",
             "batch_size": 2,
@@ -31,5 +43,6 @@ def get_config():
             "decode_tokens": 32,
             "decode_rows": 1,
             "repeats": 7,
+            "steps_between": 5,  # checkpoint: undisturbed steps before each save
         }
     )

@@ -3,6 +3,8 @@
 Random weights and random tokens; what is measured is the compiled program that training and generation run. The last
 line is one JSON object. Times are wall-clock medians after compilation.
 
+`python -m fusion_jax.benchmark checkpoint --config configs/benchmark_cpu.py:checkpoint` measures what saving costs.
+
 `python -m fusion_jax.benchmark input [--workers N] [--decode exact|fast]` measures what comes before: image files to
 crops, packing, memory; see data/input_benchmark.py.
 """
@@ -12,7 +14,9 @@ import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from fusion_jax import flops, generate, optim, sharding, state, train_step
+from fusion_jax import checkpoint, flops, generate, optim, sharding, state, train_step
 from fusion_jax.config import DTYPES, MeshConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
@@ -34,7 +38,7 @@ from fusion_jax.sampling import Sampling
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
 _DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
-KINDS = ("step", "prefill", "decode", "input")
+KINDS = ("step", "prefill", "decode", "checkpoint", "input")
 
 
 def random_batch(model: FusionConfig, rows: int, question: int, answer: int, seed: int = 0) -> Batch:
@@ -72,8 +76,8 @@ def _times(run, repeats: int) -> list[float]:
     return times
 
 
-def benchmark_step(config, model: fusion.Fusion, params) -> dict:
-    """One whole optimizer step (AdamW, clipping), loss to update."""
+def _compile_step(config, model: fusion.Fusion, params):
+    """The step, its state, batch and learning rates, and the seconds of compiling."""
     stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     batch = random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens)
@@ -83,11 +87,16 @@ def benchmark_step(config, model: fusion.Fusion, params) -> dict:
     places = jax.tree.map(lambda p: p.sharding, state.abstract_parameters(model.config, mesh))
     current = state.begin(jax.device_put(params, places), tx, mesh)
     batch = sharding.put_batch(sharding.local_rows(batch, mesh), mesh)
-    del params
     start = time.perf_counter()
     rates = optim.learning_rates(stage, 500, 1000)
     step = train_step.compile_step(model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
-    compile_seconds = time.perf_counter() - start
+    return step, current, batch, rates, time.perf_counter() - start
+
+
+def benchmark_step(config, model: fusion.Fusion, params) -> dict:
+    """One whole optimizer step (AdamW, clipping), loss to update."""
+    step, current, batch, rates, compile_seconds = _compile_step(config, model, params)
+    del params
 
     def run():
         nonlocal current
@@ -105,6 +114,49 @@ def benchmark_step(config, model: fusion.Fusion, params) -> dict:
         "model_tflop_per_step": cost / 1e12,
         "model_gflop_per_second": cost / seconds / 1e9,
         "mfu": cost / seconds / flops.peak(model.dtype),
+    }
+
+
+def benchmark_checkpoint(config, model: fusion.Fusion, params) -> dict:
+    """What a save costs training: the time that the loop waits, and what it adds to the steps beside the writing.
+
+    `stall_share` is that cost over the time of 500 steps; `write_seconds` is how long the background wrote.
+    """
+    step, current, batch, rates, _ = _compile_step(config, model, params)
+    del params
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(current))
+
+    def timed_step():
+        nonlocal current
+        start = time.perf_counter()
+        current, _ = jax.block_until_ready(step(current, batch, rates))
+        return time.perf_counter() - start
+
+    timed_step()
+    undisturbed, costs, waits, writes = [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = checkpoint.Checkpoints(Path(folder), {"json": "{}"}, keep=1)
+        for number in range(1, config.repeats + 1):
+            undisturbed += [timed_step() for _ in range(config.steps_between)]
+            usual = statistics.median(undisturbed)
+            start = time.perf_counter()
+            checkpoints.save(number, current, {})
+            waits.append(time.perf_counter() - start)
+            beside = []
+            while checkpoints.writing:
+                beside.append(timed_step())
+            writes.append(time.perf_counter() - start)
+            costs.append(waits[-1] + sum(beside) - usual * len(beside))
+            print(f"save {number}: waited {waits[-1]:.2f} s, cost {costs[-1]:.2f} s", file=sys.stderr)
+        checkpoints.close()
+    seconds, cost = statistics.median(undisturbed), statistics.median(costs)
+    return {
+        "state_gib": size / 2**30,
+        "seconds_per_step": seconds,
+        "wait_seconds": statistics.median(waits),
+        "write_seconds": statistics.median(writes),
+        "cost_seconds": cost,
+        "stall_share": cost / (500 * seconds),
     }
 
 
@@ -151,7 +203,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     model = fusion.Fusion(model_config, jnp.dtype(config.dtype), config.remat)
     params = fusion.init(model_config, jax.random.key(0))
-    measure = {"step": benchmark_step, "prefill": benchmark_prefill, "decode": benchmark_decode}[argv[1]]
+    measure = {
+        "step": benchmark_step,
+        "prefill": benchmark_prefill,
+        "decode": benchmark_decode,
+        "checkpoint": benchmark_checkpoint,
+    }[argv[1]]
     result = {"benchmark": argv[1], "device": jax.devices()[0].device_kind, **measure(config, model, params)}
     print(json.dumps(result))
 

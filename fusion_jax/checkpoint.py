@@ -162,6 +162,11 @@ class Checkpoints:
             )
         return None
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is still going on in the background."""
+        return self._writer is not None and self._writer.is_alive()
+
     def close(self) -> None:
         """Waits for the last save."""
         self._wait()
