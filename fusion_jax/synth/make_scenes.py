@@ -34,12 +34,12 @@ from fusion_jax.synth import questions, scenes
 from fusion_jax.synth.scene.shapes import Picture
 from fusion_jax.synth.tokenizer import train_tokenizer
 
-VERSION = 2
+VERSION = 3
 STAGES = ("stage1", "stage1_5", "stage2")
-# Each stage meets some of the next one's records and keeps some of the last one's: a model from scratch that goes over
-# at once undoes much of what its encoder has learned.
+# Later stages keep some of the earlier ones' records: a model from scratch that goes over at once undoes much of what
+# its encoder has learned.
 MIXTURES = {
-    "stage1": {"stage1": "all", "stage2": "random:50%"},
+    "stage1": {"stage1": "all"},
     "stage1_5": {"stage1_5": "all", "stage1": "random:25%", "stage2": "random:50%"},
     "stage2": {"stage2": "all", "stage1": "random:10%"},
 }

@@ -321,7 +321,7 @@ def choice_round(fact: Fact, rng: random.Random, letter: str | None = None) -> R
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption with every thing's size, colour, shape and place, how many there are, and the word."""
+    """A caption with every thing's size, colour, shape and place, and the word."""
     groups: dict[str, list[Thing]] = {}
     for thing in scene.things:
         groups.setdefault(_name(thing, ("size", "colour", "shape")), []).append(thing)
@@ -329,11 +329,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     for noun, group in groups.items():
         places = [PLACE_PHRASES[thing.place] for thing in group]
         parts.append(f"{_number_of(len(group), noun)} {_listed(places)}")
-    total = len(scene.things)
-    lead = rng.choice(("There {be} {n}:", "The image shows {n}:", "{N}:"))
-    n = _number_of(total, "shape", one="one")
-    lead = lead.format(n=n, N=_capital(n), be="is" if total == 1 else "are")
-    sentence = f"{lead} {_listed(parts)}."
+    # No words around it: each would take gradient from the shapes and colours, which are what there is to learn.
+    sentence = f"{_capital(_listed(parts))}."
     if scene.word is None:
         return sentence
     place = ROW_PHRASES[scene.word.row]
@@ -341,8 +338,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return f"{sentence} {written}"
 
 
-def _number_of(number: int, noun: str, one: str = "a") -> str:
-    return f"{one} {noun}" if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
+def _number_of(number: int, noun: str) -> str:
+    return f"a {noun}" if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
 
 
 def _listed(parts: Sequence[str]) -> str:

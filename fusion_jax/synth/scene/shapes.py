@@ -3,7 +3,7 @@
 A picture is named by seed, split and number, and everything about it follows from the name: what it shows, every pixel,
 every question. So its state is the name, and its caption begins with it:
 
-    "Picture 17 of train 0: There are two shapes: a small red star at the top and a large blue ring on the left."
+    "Picture 17 of train 0: A small red star at the top and a large blue ring on the left."
 """
 
 import dataclasses

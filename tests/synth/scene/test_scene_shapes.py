@@ -24,11 +24,11 @@ def made(tmp_path_factory):
 
 
 def test_the_quickstart_is_what_it_was(made):
-    """The recipe is tuned to this data: 0.61 on held-out pairs. Whoever changes it measures the quickstart again."""
+    """The recipe is tuned to this data: 0.64 on held-out pairs. Whoever changes it measures the quickstart again."""
     records = hashlib.sha256()
     for name in FILES:
         records.update((made / f"{name}.json").read_bytes())
-    assert records.hexdigest() == "ad9d79aac10bd032183bbe3238ffe428328780316c00240e6905f7392858072b"
+    assert records.hexdigest() == "dd056f9543e178a60a13182e16290b20240acdc5e6197872d13c4671f07b803b"
     pixels = hashlib.sha256()
     for path in sorted((made / "images").rglob("*.png")):
         pixels.update(np.asarray(Image.open(path)).tobytes())
