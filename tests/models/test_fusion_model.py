@@ -14,7 +14,6 @@ from fixtures import (
     flat,
     forward_fn,
     grad_fn,
-    jit,
     lay,
     mixed_batch,
     params,
@@ -74,7 +73,7 @@ def test_presets_differ_where_they_should():
 
 def test_init_is_finite_and_random():
     config = tiny()
-    first = jit(functools.partial(fusion.init, config))(jax.random.key(1))
+    first = jax.jit(functools.partial(fusion.init, config))(jax.random.key(1))
     for path, leaf in flat(first).items():
         assert leaf.dtype == np.float32 and np.isfinite(leaf).all()
         spread = float(leaf.std())
@@ -267,7 +266,7 @@ def test_every_policy_gives_the_gradients_of_the_encoder_layers(remat):
             x = encoder.apply({"params": p}, crops, jnp.array([False]), method="embed")
             return (encoder.apply({"params": p}, {"guided": x}, None, None)["guided"] ** 2).mean()
 
-        return jit(jax.grad(loss))(params(config)["vision"], crops)
+        return jax.jit(jax.grad(loss))(params(config)["vision"], crops)
 
     assert_trees_close(gradients(remat), gradients("none"), rtol=1e-4, atol=1e-6)
 
