@@ -29,8 +29,8 @@ def get_config(data: str = "runs/quickstart/data"):
         base = {
             "name": name,
             "data": f"{data}/{name}.yaml",
-            "max_length": 120,
-            "max_question_length": 56,
+            "max_length": 108,
+            "max_question_length": 54,
             "max_rounds": 2,
             "batch_size": 16,
             "learning_rate": 1.5e-3,
@@ -49,7 +49,7 @@ def get_config(data: str = "runs/quickstart/data"):
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "stages": [
                 # Captions have short requests and one round: a third less to compute.
-                stage("stage1", steps=1200, max_length=104, max_question_length=12, max_rounds=1),
+                stage("stage1", steps=1200, max_length=96, max_question_length=8, max_rounds=1),
                 stage("stage1_5", steps=400),
                 stage("stage2", steps=1400),
             ],
