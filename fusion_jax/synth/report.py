@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.synth.config import SynthConfig
-from fusion_jax.synth.images import write_once
+from fusion_jax.synth.images import open_file, write_once
 from fusion_jax.synth.journal import Journal
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.stages import STAGES
-from fusion_jax.synth.tools import load_image
 
 PER_KIND = 4
 _THUMBNAIL = 240
@@ -161,7 +160,7 @@ def _histogram(title: str, values: list[float], bins: int = 30) -> str:
 def _card(out: Path, made: dict[str, Any]) -> str:
     pictures = []
     for image in made["images"]:
-        small = load_image(out / image["file"]).copy()
+        small = open_file(out / image["file"])
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)

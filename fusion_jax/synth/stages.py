@@ -30,7 +30,7 @@ from fusion_jax.synth.backends.base import BackendError, Refused, Retryable
 from fusion_jax.synth.kinds import KINDS, Ask, Kind
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid
-from fusion_jax.synth.tools import Tools, load_image
+from fusion_jax.synth.tools import Tools
 
 Sample = dict[str, Any]
 
@@ -57,7 +57,7 @@ def _ask(tools: Tools, sample: Sample, stage: str, ask: Ask, data: dict, where: 
 
     def call(seed: int, messages: list[dict]):
         if stage == "verify":
-            shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+            shown = [tools.image(image["file"]) for image in sample["images"]]
             return tools.vision.verify(shown, messages, data["question"], data["answer"], seed, data)
         return tools.llm.chat(messages, ask.schema, seed, stage, data)
 
@@ -145,7 +145,7 @@ def _draw(tools: Tools, sample: Sample) -> None:
 
 def _score(tools: Tools, sample: Sample) -> None:
     config = tools.config
-    shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+    shown = [tools.image(image["file"]) for image in sample["images"]]
     made = [images.ssim_a(image, config.select.ssim_scale) for image in shown]
     clip = _clip_scores(tools, shown, sample["descriptions"], paired=True)
     values = [(clip[i] if clip else 0.0) + 0.5 * made[i] for i in range(len(shown))]
@@ -221,7 +221,7 @@ def _rank(tools: Tools, sample: Sample) -> None:
     sample["scores"]["statement"] = None
     if tools.scorer is None:
         return
-    shown = [load_image(tools.out / image["file"]) for image in sample["images"]]
+    shown = [tools.image(image["file"]) for image in sample["images"]]
     found = _clip_scores(tools, shown, sample["statements"], paired=False)
     sample["scores"]["statement"] = round(sum(found) / len(found), 6)
 

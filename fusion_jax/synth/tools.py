@@ -1,7 +1,6 @@
 """What stages work with: the models of a run, made when first wanted, and the journal between them and the stages."""
 
-import functools
-import io
+import collections
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from fusion_jax.synth.backends.base import Refused, Reply
 from fusion_jax.synth.backends.factory import Factory
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.journal import Journal, make_key
+
+RECENT = 8  # images kept in memory
 
 
 class Tools:
@@ -28,6 +29,8 @@ class Tools:
         self._factory = Factory(share)
         self.journal = Journal(config.journal or out / "journal")
         self._making = threading.RLock()
+        self._recent: collections.OrderedDict[str, Image.Image] = collections.OrderedDict()
+        self._looking = threading.Lock()
 
     def _made(self, name: str, make: Any) -> Any:
         # Several threads want a model at once, and loading it twice would not fit.
@@ -99,23 +102,28 @@ class Tools:
                 if model.paid:
                     self.journal.put(key, {"purpose": "draw", "model": model.name, "refused": str(e)})
                 raise
+            image = image.convert("RGB")
             try:
                 images.write_once(path, images.png(image), sync=model.paid)
             except OSError as e:
                 raise UserError(f"Cannot write {path}: {e.strerror}; the same command goes on from here.") from e
+            self._keep(name, image)
         # After the file: an image that is there is never paid for again, and always stands in the books.
         if model.paid and entry is None:
             self.journal.put(key, {"purpose": "draw", "model": model.name, "image": name})
         return name
 
+    def image(self, name: str) -> Image.Image:
+        """An image that was drawn, RGB. The last few are kept: the stages after drawing look at the same ones."""
+        with self._looking:
+            found = self._recent.get(name)
+        if found is None:
+            found = images.open_file(self.out / name)
+            self._keep(name, found)
+        return found
 
-@functools.lru_cache(maxsize=8)
-def _open(path: str, changed: int) -> Image.Image:
-    del changed
-    with open(path, "rb") as f:
-        return Image.open(io.BytesIO(f.read())).convert("RGB")
-
-
-def load_image(path: Path) -> Image.Image:
-    """An image of the run; the last few are kept, since several stages look at the same one."""
-    return _open(str(path), path.stat().st_mtime_ns)
+    def _keep(self, name: str, image: Image.Image) -> None:
+        with self._looking:
+            self._recent[name] = image
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
