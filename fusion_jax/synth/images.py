@@ -1,7 +1,8 @@
 """Images of the engine: the published quality score, perceptual hashes, and files that appear whole or not at all."""
 
-import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,23 @@ def write_once(path: Path, data: bytes, sync: bool = True) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file, without metadata."""
-    buffer = io.BytesIO()
-    plain = image.convert("RGB")
-    plain.info = {}
-    plain.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    """The image as a PNG file: RGB, without metadata.
+
+    Every row is kept as its difference from the one above. Pillow tries all five filters on each row, which takes as
+    long as the compression and saves 3%.
+    """
+    pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    flat = pixels.reshape(height, width * 3)
+    rows = np.empty((height, 1 + width * 3), np.uint8)
+    rows[:, 0] = 2  # the filter's number
+    rows[0, 1:] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB, not interlaced
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 def open_file(path: str | os.PathLike) -> Image.Image:
