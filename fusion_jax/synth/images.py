@@ -12,8 +12,9 @@ from PIL import Image
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # of SSIM (Wang et al. 2004), for 8-bit images
 
 
-def ssim(a: Float[np.ndarray, "H W"], b: Float[np.ndarray, "H W"]) -> float:
-    """Structural similarity of two grey images with values 0 to 255, at least 8 x 8: 1 for equal ones.
+def ssim(a: Float[np.ndarray, "*C H W"], b: Float[np.ndarray, "*C H W"]) -> float:
+    """Structural similarity of two grey images with values 0 to 255, at least 8 x 8: 1 for equal ones. Of stacks of
+    images the mean.
 
     Its windows are 8 x 8 pixels, one at every fourth pixel, as video encoders take them: a small part of the work that
     a window around every pixel makes.
@@ -25,12 +26,14 @@ def ssim(a: Float[np.ndarray, "H W"], b: Float[np.ndarray, "H W"]) -> float:
     return float(np.mean(top / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2))))
 
 
-def _window_means(x: Float[np.ndarray, "H W"]) -> np.ndarray:
-    """Means of the windows, (H // 4 - 1, W // 4 - 1) float64; pixels beyond the last whole window do not count."""
-    x = x[: x.shape[0] // 4 * 4, : x.shape[1] // 4 * 4]
-    rows = x[0::4] + x[1::4] + x[2::4] + x[3::4]
-    cells = (rows[:, 0::4] + rows[:, 1::4] + rows[:, 2::4] + rows[:, 3::4]).astype(np.float64)
-    return (cells[:-1, :-1] + cells[1:, :-1] + cells[:-1, 1:] + cells[1:, 1:]) / 64
+def _window_means(x: Float[np.ndarray, "*C H W"]) -> np.ndarray:
+    """Means of the windows, (*C, H // 4 - 1, W // 4 - 1) float64; pixels beyond the last whole window do not count."""
+    *stack, height, width = x.shape
+    height, width = height // 4 * 4, width // 4 * 4
+    rows = x[..., :height, :width].reshape(*stack, height // 4, 4, width).sum(-2)
+    cells = (rows[..., 0::4] + rows[..., 1::4] + rows[..., 2::4] + rows[..., 3::4]).astype(np.float64)
+    pairs = cells[..., :-1, :] + cells[..., 1:, :]
+    return (pairs[..., :-1] + pairs[..., 1:]) / 64
 
 
 def ssim_a(image: Image.Image, scale: float = 0.5) -> float:
@@ -39,14 +42,15 @@ def ssim_a(image: Image.Image, scale: float = 0.5) -> float:
     grey = image.convert("L")
     width, height = grey.size
     w, h = width // 2, height // 2
-    quadrants = [(0, 0, w, h), (w, 0, width, h), (0, h, w, height), (w, h, width, height)]
-    return _there_and_back(grey, scale) + 0.25 * sum(_there_and_back(grey.crop(box), scale) for box in quadrants)
+    quadrants = [grey.crop((x, y, x + w, y + h)) for y in (0, height - h) for x in (0, width - w)]
+    # As the channels of one image, each of which is resized for itself, they take half the time.
+    return _there_and_back(grey, scale) + _there_and_back(Image.merge("CMYK", quadrants), scale)
 
 
 def _there_and_back(image: Image.Image, scale: float) -> float:
     small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     back = image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
-    return ssim(np.asarray(image, np.float32), np.asarray(back, np.float32))
+    return ssim(*(np.array([np.asarray(c) for c in one.split()], np.float32) for one in (image, back)))
 
 
 def perceptual_hash(image: Image.Image) -> int:
