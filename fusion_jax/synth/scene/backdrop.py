@@ -110,26 +110,30 @@ def _tile(name: str) -> Image.Image:
     return Image.fromarray(np.clip(128 + 40 * grey, 0, 255).astype(np.uint8))
 
 
-def textured(
-    name: str, size: tuple[int, int], dark: Colour, light: Colour, rng: random.Random, zoom: float
-) -> Image.Image:
-    """A piece of a tile, its greys spread between two colours; `zoom`: pixels of the picture to one of the tile."""
+def _piece(name: str, size: tuple[int, int], rng: random.Random, zoom: float) -> Image.Image:
+    """A random piece of a tile, grey, of `size`; `zoom`: pixels of the picture to one of the tile."""
     tile = _tile(name)
     wide, high = min(TILE, math.ceil(size[0] / zoom)), min(TILE, math.ceil(size[1] / zoom))
     left, top = rng.randint(0, TILE - wide), rng.randint(0, TILE - high)
     piece = tile.crop((left, top, left + wide, top + high))
     if rng.random() < 0.5:
         piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if piece.size != size:
-        piece = piece.resize(size, Image.Resampling.BICUBIC)
-    ramps = [[round(a + (b - a) * k / 255) for k in range(256)] for a, b in zip(dark, light)]
-    return Image.merge("RGB", [piece.point(ramp) for ramp in ramps])
+    return piece if piece.size == size else piece.resize(size, Image.Resampling.BICUBIC)
+
+
+def textured(
+    name: str, size: tuple[int, int], dark: Colour, light: Colour, rng: random.Random, zoom: float
+) -> Image.Image:
+    """A piece of a tile, its greys spread between two colours."""
+    piece = _piece(name, size, rng, zoom)
+    piece.putpalette([round(a + (b - a) * k / 255) for k in range(256) for a, b in zip(dark, light)])
+    return piece.convert("RGB")
 
 
 def gradient(size: tuple[int, int], top: Colour, bottom: Colour) -> Image.Image:
     ramp = np.linspace(0, 1, size[1])[:, None, None]
     column = np.array(top) * (1 - ramp) + np.array(bottom) * ramp
-    return Image.fromarray(np.clip(column, 0, 255).astype(np.uint8)).resize(size)
+    return Image.fromarray(np.clip(column, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
 
 
 def _vary(colour: Colour, rng: random.Random, by: int = 10) -> Colour:
@@ -140,9 +144,14 @@ def _vary(colour: Colour, rng: random.Random, by: int = 10) -> Colour:
 def _fill(image: Image.Image, points: Sequence[tuple[float, float]], colour: Colour) -> None:
     """A polygon with smooth edges; points as shares of the image."""
     w, h = image.size
-    mask = Image.new("L", (w * 2, h * 2))
-    ImageDraw.Draw(mask).polygon([(x * w * 2, y * h * 2) for x, y in points], fill=255)
-    image.paste(colour, (0, 0), mask.reduce(2))
+    xs, ys = zip(*points)
+    left, right = max(0, math.floor(min(xs) * w) - 1), min(w, math.ceil(max(xs) * w) + 2)
+    top, bottom = max(0, math.floor(min(ys) * h) - 1), min(h, math.ceil(max(ys) * h) + 2)
+    if left >= right or top >= bottom:
+        return
+    mask = Image.new("L", ((right - left) * 2, (bottom - top) * 2))
+    ImageDraw.Draw(mask).polygon([((x * w - left) * 2, (y * h - top) * 2) for x, y in points], fill=255)
+    image.paste(colour, (left, top), mask.reduce(2))
 
 
 def _ridge(image: Image.Image, base: float, height: float, bumps: float, colour: Colour, rng: random.Random) -> None:
@@ -162,7 +171,7 @@ def _sky(size, rng, top: Colour, bottom: Colour, clouds: float, zoom: float) -> 
     """A sky with soft clouds; `clouds` is how white they get."""
     sky = gradient(size, _vary(top, rng), _vary(bottom, rng))
     if clouds:
-        tile = textured("clouds", size, (0, 0, 0), (255, 255, 255), rng, zoom).getchannel(0)
+        tile = _piece("clouds", size, rng, zoom)
         cut = rng.randint(116, 150)
         sky.paste(
             (255, 255, 255), (0, 0), tile.point([round(clouds * min(220, max(0, 2.4 * (k - cut)))) for k in range(256)])
@@ -172,8 +181,8 @@ def _sky(size, rng, top: Colour, bottom: Colour, clouds: float, zoom: float) -> 
 
 def _fade(ground: Image.Image, top: float, bottom: float) -> Image.Image:
     """Lighter at the horizon, darker near the viewer: depth."""
-    pixels = np.asarray(ground, np.float32) * np.linspace(top, bottom, ground.height, dtype=np.float32)[:, None, None]
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    pixels = np.asarray(ground) * np.linspace(top, bottom, ground.height, dtype=np.float32)[:, None, None]
+    return Image.fromarray(np.minimum(pixels, 255, out=pixels).astype(np.uint8))
 
 
 def _pebbles(image: Image.Image, rng: random.Random, shades: Sequence[Colour], count: int) -> None:

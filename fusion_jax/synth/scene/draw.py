@@ -122,7 +122,7 @@ def draw(scene: Scene, size: tuple[int, int] = (384, 384), seed: int = 0) -> Ima
     rng = graph.generator(seed, "backdrop")
     horizon = rng.uniform(0.5, 0.56)
     image = backdrop(scene.setting, size, horizon, rng)
-    canvas = np.array(image)
+    canvas = np.stack(image.split())
     for index, placed in enumerate(layout(scene, size, seed)):
         group = scene.groups[placed.group]
         own = graph.generator(seed, "thing", placed.group)
@@ -131,11 +131,15 @@ def draw(scene: Scene, size: tuple[int, int] = (384, 384), seed: int = 0) -> Ima
         if group.row != "air":
             _shadow(canvas, placed.box)
         _stamp(canvas, group, master(group.noun, variant), placed.box, own, each)
-    return Image.fromarray(canvas)
+    return _as_image(canvas)
+
+
+def _as_image(planes: np.ndarray) -> Image.Image:
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 
 
 def _stamp(canvas: np.ndarray, group: Group, model: Master, box, own: random.Random, each: random.Random) -> None:
-    """Puts one thing onto the canvas (height, width, 3) uint8, in place."""
+    """Puts one thing onto the canvas (3, height, width) uint8, in place."""
     left, top, right, bottom = box
     size = (max(2, right - left), max(2, bottom - top))
     paint, coverage = _resized(model.paint, size), _resized(model.coverage, size)
@@ -147,18 +151,22 @@ def _stamp(canvas: np.ndarray, group: Group, model: Master, box, own: random.Ran
     if group.noun in SWAYING:
         tilt = each.uniform(-1, 1) * SWAYING[group.noun] * 0.6
         paint, coverage = (i.rotate(tilt, Image.Resampling.BICUBIC) for i in (paint, coverage))
-    pixels = np.asarray(paint, np.float32)
-    rgb = pixels[..., :3] + pixels[..., 3:] * (np.array(colour, np.float32) / 255)
-    keep = 1 - np.asarray(coverage, np.float32)[..., None] / 255
+    *fixed, tint = paint.split()
+    rgb = np.stack(fixed) + np.asarray(tint) * (np.array(colour, np.float32) / 255)[:, None, None]
+    keep = 1 - np.asarray(coverage, np.float32) / 255
     if group.text:
-        face = Image.fromarray(np.clip(rgb + 0.5, 0, 255).astype(np.uint8))
+        face = _as_image(_bytes(rgb))
         _write(face, group)
-        rgb = np.asarray(face, np.float32)
-    height, width = canvas.shape[:2]
+        rgb = np.stack(face.split()).astype(np.float32)
+    height, width = canvas.shape[1:]
     y0, x0, y1, x1 = max(0, top), max(0, left), min(height, top + size[1]), min(width, left + size[0])
-    part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-    region = canvas[y0:y1, x0:x1]
-    region[:] = np.clip(region * keep[part] + rgb[part] + 0.5, 0, 255).astype(np.uint8)
+    part = np.s_[..., y0 - top : y1 - top, x0 - left : x1 - left]
+    region = canvas[:, y0:y1, x0:x1]
+    region[:] = _bytes(region * keep[part] + rgb[part])
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return np.minimum(values + 0.5, 255).astype(np.uint8)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -178,12 +186,12 @@ def _shadow(canvas: np.ndarray, box: tuple[int, int, int, int]) -> None:
     wide = right - left
     disc = _soft_disc().resize((max(4, round(wide * 1.25)), max(3, round(wide * 0.3))), Image.Resampling.BILINEAR)
     x, y = left - round(wide * 0.06), bottom - round(disc.height * 0.56)
-    height, width = canvas.shape[:2]
+    height, width = canvas.shape[1:]
     y0, x0, y1, x1 = max(0, y), max(0, x), min(height, y + disc.height), min(width, x + disc.width)
     if y1 <= y0 or x1 <= x0:
         return
-    dark = np.asarray(disc, np.float32)[y0 - y : y1 - y, x0 - x : x1 - x, None] / 255
-    region = canvas[y0:y1, x0:x1]
+    dark = np.asarray(disc, np.float32)[y0 - y : y1 - y, x0 - x : x1 - x] / 255
+    region = canvas[:, y0:y1, x0:x1]
     region[:] = (region * (1 - dark)).astype(np.uint8)
 
 
