@@ -226,7 +226,28 @@ def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folde
         width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert width[0] <= width[1]  # nothing to scroll sideways on a phone
 
+        page.locator("#words").get_by_text("colour").click()
+        shown = page.locator("#picture img")
+        shown.wait_for()
+        assert page.locator("#word input, #word textarea").input_value() == "colour"
+        assert shown.get_attribute("alt") == "Where the model looks for colour"
+        page.wait_for_function("() => document.querySelector('#picture img').naturalWidth > 600")
+        first = shown.get_attribute("src")
+        page.locator("#word input, #word textarea").fill("Which")
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            "old => document.querySelector('#picture img')?.src !== old", arg=shown.evaluate("i => i.src")
+        )
+        assert shown.get_attribute("src") != first
+        page.locator("#word input, #word textarea").fill("dog")
+        page.locator("#show").click()
+        page.get_by_text("'dog' is not in the question").first.wait_for()
+        assert metrics(server)["fusion_recompilations"] == 0
+
         page.get_by_role("button", name="New conversation").click()
+        shown.wait_for(state="detached")
+        page.locator("#show").click()
+        page.get_by_text("Upload an image first.").first.wait_for()
         page.locator("#image input[type=file]").set_input_files(folder / "large.png")
         page.locator("#image img").first.wait_for()
         page.locator("#question textarea").fill("Which colour is it?")
