@@ -342,9 +342,11 @@ def draw_small(found: Levels) -> Figure:
         if found.exchange is None:
             _image(axes[1, 1], found.picture, "Image\n(no exchange)")
         else:
-            title = f"Exchange: latents to image\nmean of {len(found.exchange)} layers"
+            title = f"Exchange: latents to image\nmean of {len(found.exchange)} layer(s)"
             _heat(axes[1, 1], found.picture, exchange_maps(found).mean(0), title, "× even in its window")
             _windows(axes[1, 1], found)
+        for panel in axes.flat:
+            panel.title.set_fontsize(8.5)
     return figure
 
 

@@ -217,9 +217,9 @@ def test_figures_are_files_that_open(found, ask, tmp_path):
 
 def test_the_small_figure_has_all_levels_in_two_columns(found, ask):
     for one, last in (
-        (found["released"], "Exchange: latents to image\nmean of 2 layers"),
+        (found["released"], "Exchange: latents to image\nmean of 2 layer(s)"),
         (ask("paper", exchange=False), "Image\n(no exchange)"),
-        (ask("paper", changes={"text_guided": False}), "Exchange: latents to image\nmean of 2 layers"),
+        (ask("paper", changes={"text_guided": False}), "Exchange: latents to image\nmean of 2 layer(s)"),
     ):
         figure = draw_small(one)
         picture = pixels(figure, 170)

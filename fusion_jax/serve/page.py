@@ -21,9 +21,16 @@ from fusion_jax.serve.pictures import Busy, Pictures, suggested
 
 log = logging.getLogger("fusion_jax")
 
-_STYLE = (
-    "footer {display: none !important} #image {max-height: 45vh} @media (max-width: 700px) {#image {max-height: 30vh}}"
-)
+_STYLE = """
+footer {display: none !important}
+#image {max-height: 45vh}
+#picture .image-container {padding-top: 36px}  /* its label and buttons lie over nothing */
+:is(#picture, #chat) .wrap:has(.error) {display: none}  /* the message is shown; what stood there stays legible */
+@media (max-width: 700px) {#image {max-height: 30vh}}
+"""
+_INTO_VIEW = """
+() => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
+"""
 _KEPT = (3600, 24 * 3600)  # seconds: how often uploads and pictures are looked through, and how long they are kept
 
 
@@ -83,7 +90,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
     longest = options.limits.max_tokens
     with gr.Blocks(title=options.model, analytics_enabled=False, fill_width=True, delete_cache=_KEPT) as page:
         with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=2, min_width=280):
                 # Without a mode Gradio hands the file on undecoded: our own limits come first.
                 image = gr.Image(
                     type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], elem_id="image"
@@ -91,8 +98,8 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
                 with gr.Accordion("Settings", open=False):
                     temperature = gr.Slider(0, 2, 0, label="Temperature (0: the likeliest words)")
                     length = gr.Slider(1, longest, min(256, longest), step=1, label="Longest answer in tokens")
-            with gr.Column(scale=2, min_width=280):
-                chat = gr.Chatbot(label="Conversation", height="60vh", elem_id="chat")
+            with gr.Column(scale=3, min_width=280):
+                chat = gr.Chatbot(label="Conversation", height="60vh", elem_id="chat", buttons=["copy", "copy_all"])
                 with gr.Row():
                     question = gr.Textbox(
                         show_label=False,
@@ -104,24 +111,23 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
                     )
                     send = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
                 with gr.Row():
-                    stop, clear = gr.Button("Stop", size="sm"), gr.Button("New conversation", size="sm")
-            with gr.Column(scale=1, min_width=280):
-                with gr.Row():
-                    word = gr.Textbox(
-                        label="Word to look for",
-                        placeholder="A word of the last question",
-                        scale=3,
-                        min_width=150,
-                        max_lines=1,
-                        elem_id="word",
-                    )
-                    show = gr.Button("Show attention", scale=1, min_width=110, elem_id="show")
+                    stop = gr.Button("Stop", size="sm", min_width=100)
+                    clear = gr.Button("New conversation", size="sm", min_width=100)
+            with gr.Column(scale=3, min_width=280):
+                word = gr.Textbox(
+                    label="Word to look for",
+                    placeholder="A word of the last question; Enter draws",
+                    max_lines=1,
+                    elem_id="word",
+                )
                 words = gr.Radio(show_label=False, container=False, visible=False, elem_id="words")
+                show = gr.Button("Show attention", size="sm", elem_id="show")
                 picture = gr.Image(
                     label="Where the model looks for the word",
                     format="png",
                     interactive=False,
                     visible=False,
+                    buttons=["fullscreen", "download"],
                     elem_id="picture",
                 )
         private = {"api_visibility": "private"}
@@ -140,7 +146,11 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
         # Whoever goes through the words by keyboard gets the picture of the one where he stops.
         pressed = words.input(inputs=[words, image, chat], trigger_mode="always_last", **drawing)
         words.input(lambda chosen: chosen, words, word, **private)
-        image.change(lambda: gr.Image(None, visible=False), None, picture, **private)
+        for one in (seen, pressed):
+            one.success(None, js=_INTO_VIEW, **private)
+        # Another word or image: the word that was pressed may be pressed again.
+        word.input(None, None, words, js="() => null", **private)
+        image.change(lambda: (gr.Image(None, visible=False), None), None, [picture, words], **private)
         clear.click(
             lambda: ([], None, "", "", gr.Radio([], value=None, visible=False)),
             None,

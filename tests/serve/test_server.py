@@ -226,22 +226,23 @@ def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folde
         width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert width[0] <= width[1]  # nothing to scroll sideways on a phone
 
+        drawn = "word => document.querySelector('#picture img')?.alt === `Where the model looks for ${word}`"
         page.locator("#words").get_by_text("colour").click()
-        shown = page.locator("#picture img")
-        shown.wait_for()
-        assert page.locator("#word input, #word textarea").input_value() == "colour"
-        assert shown.get_attribute("alt") == "Where the model looks for colour"
+        page.wait_for_function(drawn, arg="colour")
         page.wait_for_function("() => document.querySelector('#picture img').naturalWidth > 600")
+        page.wait_for_function("() => document.querySelector('#word input').value === 'colour'")
+        shown, word = page.locator("#picture img"), page.locator("#word input")
         first = shown.get_attribute("src")
-        page.locator("#word input, #word textarea").fill("Which")
+        word.fill("Which")
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            "old => document.querySelector('#picture img')?.src !== old", arg=shown.evaluate("i => i.src")
-        )
+        page.wait_for_function(drawn, arg="Which")
         assert shown.get_attribute("src") != first
-        page.locator("#word input, #word textarea").fill("dog")
+        word.fill("dog")
         page.locator("#show").click()
         page.get_by_text("'dog' is not in the question").first.wait_for()
+        assert shown.is_visible() and page.locator("#picture .error").is_hidden()  # the last picture stays
+        page.locator("#words").get_by_text("colour").click()  # once more, after a typed word
+        page.wait_for_function(drawn, arg="colour")
         assert metrics(server)["fusion_recompilations"] == 0
 
         page.get_by_role("button", name="New conversation").click()
