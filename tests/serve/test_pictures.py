@@ -27,7 +27,7 @@ QUESTION = "How many circles can you see here?"
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     tokenizer = load_tokenizer(
-        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"))
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
     )
 
     def make(dtype=jnp.float32, queue_limit=4):

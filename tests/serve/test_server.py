@@ -40,7 +40,9 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """A checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer"))
+    tokenizer = load_tokenizer(
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer", 600)
+    )
     stage = StageConfig(name="s", data="")
     tx = optim.optimizer(stage, weights())
     saved = checkpoint.Checkpoints(folder / "s" / checkpoint.FOLDER, checkpoint.describe(config(), tokenizer))
