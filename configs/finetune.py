@@ -1,12 +1,12 @@
 """Fine-tuning of any checkpoint on one accelerator (or more); the model, tokenizer and template are the checkpoint's.
 
 python -m fusion_jax.convert import --vision SIGLIP-FOLDER --llm LLM-FOLDER --to weights/start
-python -m fusion_jax.train --config configs/finetune.py:weights/start,runs/scenes --workdir runs/finetune
+python -m fusion_jax.train --config configs/finetune.py:weights/start,runs/pictures --workdir runs/finetune
 python -m fusion_jax.train --config configs/finetune.py:runs/finetune,data,all --workdir runs/finetune_all
 
-CHECKPOINT,DATA[,PARTS]: DATA holds stage1.yaml, stage2.yaml and validation.json, as make_scenes writes them. PARTS is
-`connectors` (default: encoder and language model stay as they are, 4 bytes of memory for each of their parameters) or
-`all` (16 bytes).
+CHECKPOINT,DATA[,PARTS]: DATA holds stage1.yaml, stage2.yaml and validation.json, as the data engine writes them. PARTS
+is `connectors` (default: encoder and language model stay as they are, 4 bytes of memory for each of their parameters)
+or `all` (16 bytes).
 """
 
 from configs.common import complete

@@ -1,6 +1,6 @@
-"""Quickstart: the whole system, small enough for two CPU cores, on generated scenes.
+"""Quickstart: the whole system, small enough for two CPU cores, on pictures that the data engine draws.
 
-python -m fusion_jax.synth.make_scenes --out runs/quickstart/data
+python -m fusion_jax.synthesize --config configs/quickstart_data.py --out runs/quickstart/data
 python -m fusion_jax.train --config configs/quickstart.py --workdir runs/quickstart
 """
 
@@ -9,7 +9,7 @@ from fusion_jax.config import to_dict
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
 
 MODEL = FusionConfig(
-    # One patch to a cell of the scenes.
+    # One patch to a cell of the pictures.
     vision=VisionConfig(image_size=48, patch_size=16, width=96, mlp_dim=256, layers=4, heads=4),
     llm=LLMConfig(vocab_size=640, width=128, mlp_dim=320, layers=3, heads=4, kv_heads=2),
     exchange=ExchangeConfig(start=0, stride=2, layers=2, heads=4),
@@ -21,7 +21,7 @@ MODEL = FusionConfig(
 
 
 def get_config(data: str = "runs/quickstart/data"):
-    """`data` is the folder that make_scenes wrote: `--config configs/quickstart.py:some/folder`."""
+    """`data` is the data engine's folder: `--config configs/quickstart.py:some/folder`."""
     data = data or "runs/quickstart/data"
 
     # Equal shapes in the last two stages: one compiled step per l^2 serves both.
@@ -29,8 +29,8 @@ def get_config(data: str = "runs/quickstart/data"):
         base = {
             "name": name,
             "data": f"{data}/{name}.yaml",
-            "max_length": 108,
-            "max_question_length": 54,
+            "max_length": 100,
+            "max_question_length": 38,
             "max_rounds": 2,
             "batch_size": 16,
             "learning_rate": 1.5e-3,

@@ -91,15 +91,15 @@ def _examples(asked: Sequence[Prediction]) -> list[dict[str, Any]]:
 
 
 def _show(asked: Sequence[Prediction], count: int) -> None:
-    """Logs `count` questions of as many kinds as possible, in the benchmark's order."""
+    """Logs `count` questions on as many topics as possible, in the benchmark's order."""
     seen: dict[str, int] = {}
     ranked = []
     for position, p in enumerate(asked):
         if p.question.control:
             continue
-        kind = str(p.question.about.get("kind", p.question.about.get("category", "")))
-        seen[kind] = seen.get(kind, 0) + 1
-        ranked.append((seen[kind], position))
+        topic = str(p.question.about.get("topic", p.question.about.get("category", "")))
+        seen[topic] = seen.get(topic, 0) + 1
+        ranked.append((seen[topic], position))
     for _, position in sorted(ranked)[:count]:
         p = asked[position]
         log.info(

@@ -34,7 +34,7 @@ from fusion_jax.models import attention, layers
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.fusion import Fusion
 
-BUCKET = 32  # lengths are rounded up to this: few programs for many questions
+BUCKET = 32  # lengths are rounded up to this, unless told otherwise: few programs for many questions
 LARGEST_SIDE = 1024  # of the picture that is kept to be drawn
 
 
@@ -103,6 +103,7 @@ def levels(
     word: str,
     latents: int = 0,
     exchange: bool = True,
+    step: int = BUCKET,
 ) -> Levels:
     """Runs the question once and reads the attention of one word.
 
@@ -115,6 +116,7 @@ def levels(
       word: a word of the question, or several in a row.
       latents: l^2, one of the trained; 0 for the middle one.
       exchange: False leaves latents and exchange out, on the same parameters.
+      step: lengths are rounded up to multiples of it, each of which is one compiled program.
 
     Raises:
       UserError: the word is not in the question (the message lists its words), the image cannot be read, or the model
@@ -132,7 +134,7 @@ def levels(
         picture = images.load_image(image)
     except BadRecord as error:
         raise UserError(f"The question cannot be asked about this image: {error.detail}.") from error
-    batch = _lay_out(c, example, latents)
+    batch = _lay_out(c, example, latents, step)
     asked = question.replace(IMAGE_TAG, "").strip()
     places, pieces = _row_tokens(tokenizer, batch, asked, word)
     read = word_tokens(tokenizer, example.question_ids.tolist(), asked, word) if c.text_guided else []
@@ -175,17 +177,17 @@ def _prompt(
     return maker.with_crops(text.text(record, prompt=True), record)
 
 
-def _lay_out(c: FusionConfig, example: Example, latents: int) -> Batch:
+def _lay_out(c: FusionConfig, example: Example, latents: int, step: int = BUCKET) -> Batch:
     # Without latents the round stays, absent: every exchange layer then leaves the row as it is.
-    asked = _round_up(len(example.question_ids))
+    asked = _round_up(len(example.question_ids), step)
     spec = layout_spec(c, 1, asked, 1)
-    length = _round_up(laid_out_length(example, spec, latents))
+    length = _round_up(laid_out_length(example, spec, latents), step)
     crops = max(1, sum(tiling.crops for tiling in example.tilings))
     return lay_out([example], dataclasses.replace(spec, length=length, crops=crops), latents)
 
 
-def _round_up(value: int) -> int:
-    return -(-max(value, 1) // BUCKET) * BUCKET
+def _round_up(value: int, step: int) -> int:
+    return -(-max(value, 1) // step) * step
 
 
 def _indicator(places: Sequence[int], length: int) -> np.ndarray:
@@ -214,9 +216,14 @@ def word_tokens(tokenizer: Tokenizer, ids: Sequence[int], question: str, word: s
     said = [(first + a, first + b) for a, b in _occurrences(text[first:last], word)]
     found = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in said)]
     if not found:
-        words = list(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", question)))
-        raise UserError(f"The word {word.strip()!r} is not in the question; its words are: {', '.join(words)}.")
+        said = ", ".join(words(question))
+        raise UserError(f"The word {word.strip()!r} is not in the question; its words are: {said}.")
     return found
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in their order, each once."""
+    return list(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", text)))
 
 
 def _spans(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

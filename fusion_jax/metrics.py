@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -11,11 +12,24 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from fusion_jax.errors import UserError
 
 log = logging.getLogger("fusion_jax")
+
+
+def _import_tensorboard():
+    """tensorboardX, kept from loading PyTorch where that is installed: seconds at every start, for nothing."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # "not installed", until the import below is done
+    try:
+        import tensorboardX
+
+        return tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 class Writer:
@@ -31,7 +45,7 @@ class Writer:
         truncate(self.path, start_step)
         self._before = read(self.path) if self.path.exists() else []
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        self._board = _import_tensorboard().SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
         self._run = None
         if wandb_project:
             name = f"{folder.parent.name}/{folder.name}"

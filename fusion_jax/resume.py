@@ -7,6 +7,7 @@ from typing import Any
 
 from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig, from_dict
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import FusionConfig, replace
 
@@ -30,6 +31,24 @@ def newest_about(folder: Path) -> dict[str, Any] | None:
         except UserError as error:
             log.warning("%s", error)
     return None
+
+
+def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
+    """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
+
+    Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
+    UserError as `checkpoint.find`, `continue_model` and `load_tokenizer`.
+    """
+    folder = checkpoint.find(source)
+    about = checkpoint.load_about(folder)
+    config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        config = dataclasses.replace(config, template=about["config"]["template"])
+        checkpoint.save_tokenizer(about, Path(scratch))
+        tokenizer = load_tokenizer(scratch)
+    return config, tokenizer, about.get("origin", {})
 
 
 def check(config: RunConfig, stage: StageConfig, records: int, about: dict[str, Any], where: Path) -> None:

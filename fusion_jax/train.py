@@ -6,7 +6,6 @@ same workdir it goes on from the newest checkpoint and gives the same losses as 
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -87,7 +86,9 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
     # ---- Inputs: everything that can be wrong is looked at before any long work.
     scratch = tempfile.TemporaryDirectory()  # lives as long as this function
     if config.init_from:
-        config, tokenizer, origin = _continue_from(config, workdir if begun else Path(config.init_from), scratch.name)
+        config, tokenizer, origin = resume.start_from(
+            config, workdir if begun else Path(config.init_from), scratch.name
+        )
     else:
         tokenizer, origin = load_tokenizer(config.tokenizer), {}
     _check_tokenizer(config, tokenizer)
@@ -147,23 +148,6 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
         metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
         log.info("done; loss curves in %s", workdir / "losses.png")
-
-
-def _continue_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
-    """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
-
-    Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
-    """
-    folder = checkpoint.find(source)
-    about = checkpoint.load_about(folder)
-    config = dataclasses.replace(config, model=resume.continue_model(config.model, about, str(source)))
-    if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        config = dataclasses.replace(config, template=about["config"]["template"])
-        checkpoint.save_tokenizer(about, Path(scratch))
-        tokenizer = load_tokenizer(scratch)
-    return config, tokenizer, about.get("origin", {})
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -329,6 +329,35 @@ def draw_side_by_side(
     return figure
 
 
+def draw_small(found: Levels) -> Figure:
+    """The three levels and the mean of the exchange layers in two columns, legible on a phone; layers and heads are
+    averaged. Without exchange the image has its place."""
+    pixel, _, space, question = _three(found, found.whole, "all", "mean")
+    with matplotlib.rc_context(_SAVED):
+        figure, axes = _figure(2, 2, found.picture, 0.9)
+        asked = textwrap.shorten(" ".join(found.question.split()), 100, placeholder=" …")
+        figure.suptitle(textwrap.fill(f"“{asked}”", 52) + f"\nword: “{found.word}”", fontsize=10, fontweight="bold")
+        for panel, (grid, title, unit) in zip(axes.flat, (pixel, space, question)):
+            _heat(panel, found.picture, grid, title, unit, found.whole.extent)
+        if found.exchange is None:
+            _image(axes[1, 1], found.picture, "Image\n(no exchange)")
+        else:
+            title = f"Exchange: latents to image\nmean of {len(found.exchange)} layer(s)"
+            _heat(axes[1, 1], found.picture, exchange_maps(found).mean(0), title, "× even in its window")
+            _windows(axes[1, 1], found)
+        for panel in axes.flat:
+            panel.title.set_fontsize(8.5)
+    return figure
+
+
+def pixels(figure: Figure, dpi: int) -> np.ndarray:
+    """The figure as (height, width, 3) uint8."""
+    with matplotlib.rc_context(_SAVED):
+        figure.set_dpi(dpi)
+        figure.canvas.draw()
+        return np.array(figure.canvas.buffer_rgba())[..., :3]
+
+
 def save(figure: Figure, out: str | Path) -> list[Path]:
     """Writes `out`.png and `out`.svg, folders being made; an ending .png or .svg of `out` is dropped."""
     out = Path(out)

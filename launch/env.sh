@@ -24,9 +24,9 @@ fi
 stamp=".venv/installed-$(cat requirements.txt setup.py | cksum | cut -d' ' -f1)-${EXTRAS:-}"
 if [ ! -e "$stamp" ]; then
   echo "installing requirements (a minute or two) ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".${EXTRAS:+[$EXTRAS]}" 2>/dev/null ||
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-build-isolation -e ".${EXTRAS:+[$EXTRAS]}" 2>/dev/null ||
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
   touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

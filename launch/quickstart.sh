@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run=${RUN:-runs/quickstart}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
-python -m fusion_jax.synth.make_scenes --out "$run/data" ${SCENES:-}
+python -m fusion_jax.synthesize --config "configs/quickstart_data.py:${SAMPLES:-}" --out "$run/data"
 
 train_start=$SECONDS
 python -m fusion_jax.train --config "configs/quickstart.py:$run/data" --workdir "$run"

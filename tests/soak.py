@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from shapes_data import make_shapes
 
 from fusion_jax import checkpoint, lock, metrics
 from fusion_jax.errors import AGAIN
-from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
 
 ROOT = Path(__file__).parents[1]
 STAGES, STEPS = ("stage1", "stage2"), 24
@@ -31,8 +31,7 @@ class Lab:
 
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.cache = folder, cache
-        sizes = ScenesConfig(stage1=48, stage1_5=48, stage2=48, validation=8, held_out=16, pixels=48)
-        self.data = make_scenes(folder / "data", sizes, workers=1, progress=False)
+        self.data = make_shapes(folder / "data", "48,48,48,8,16")
         self.undisturbed = folder / "undisturbed"
         code, said = self.run(self.undisturbed)
         assert code == 0, said

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_run
+from shapes_data import make_shapes
 
 from fusion_jax import device_check, doctor
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.device_check import Fact, Problem
-from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "tiny_run.py"
@@ -21,8 +21,7 @@ CONFIG = ROOT / "tests" / "tiny_run.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    config = ScenesConfig(stage1=4, stage1_5=4, stage2=4, validation=2, held_out=2, pixels=48)
-    return make_scenes(tmp_path_factory.mktemp("scenes") / "data", config, workers=1, progress=False)
+    return make_shapes(tmp_path_factory.mktemp("scenes") / "data", "4,4,4,2,2")
 
 
 def run(*arguments, **variables):

@@ -32,7 +32,9 @@ QUESTIONS = ("What is in the picture?", "Which colour?", "How many circles can y
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t")))
+    return load_tokenizer(
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
+    )
 
 
 def picture(seed, size=24):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from shapes_data import make_shapes
 
 from fusion_jax import checkpoint, metrics
-from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "tiny_run.py"
@@ -44,8 +44,7 @@ def train(data, workdir, *overrides):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    config = ScenesConfig(stage1=48, stage1_5=48, stage2=48, validation=8, held_out=16, pixels=48)
-    return make_scenes(tmp_path_factory.mktemp("scenes") / "data", config, workers=1, progress=False)
+    return make_shapes(tmp_path_factory.mktemp("scenes") / "data", "48,48,48,8,16")
 
 
 @pytest.fixture(scope="session")

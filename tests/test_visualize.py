@@ -24,7 +24,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.levels import encoder_weights, exchange_weights, levels, llm_weights, word_tokens
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.visualize import chosen, draw, draw_side_by_side, exchange_maps, look, save
+from fusion_jax.visualize import chosen, draw, draw_side_by_side, draw_small, exchange_maps, look, pixels, save
 
 QUESTION = "Where is the extraordinary white star? A star is white."
 SIZES = {"llm.vocab_size": 640, "llm.layers": 3, "exchange.layers": 2, "exchange.stride": 2}
@@ -213,6 +213,23 @@ def test_figures_are_files_that_open(found, ask, tmp_path):
     assert (
         "l² = 4" in figures["tiles"].get_supxlabel() and "Layers: late; heads: 0." in figures["tiles"].get_supxlabel()
     )
+
+
+def test_the_small_figure_has_all_levels_in_two_columns(found, ask):
+    for one, last in (
+        (found["released"], "Exchange: latents to image\nmean of 2 layer(s)"),
+        (ask("paper", exchange=False), "Image\n(no exchange)"),
+        (ask("paper", changes={"text_guided": False}), "Exchange: latents to image\nmean of 2 layer(s)"),
+    ):
+        figure = draw_small(one)
+        picture = pixels(figure, 170)
+        assert picture.dtype == np.uint8 and picture.shape[1] == round(2 * 2.35 * 170) and picture.shape[2] == 3
+        assert picture.std() > 20
+        panels = [axes for axes in figure.axes if axes.get_title()]
+        titles = [axes.get_title().partition(":")[0] for axes in panels]
+        assert titles[:3] == ["Pixel level", "Space level", "Question level"] and panels[3].get_title() == last
+        assert [len(axes.images) for axes in panels[1:3]] == [2, 2]  # the image and the map over it
+        assert len(panels[0].images) == (1 if one.whole.pixel is None else 2)
 
 
 def test_layers_and_heads_are_chosen():

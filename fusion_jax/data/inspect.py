@@ -8,7 +8,6 @@ With `--out` also a page to open in a browser: the same figures, and rows of the
 them: pictures, every token, what is supervised.
 """
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -19,11 +18,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from fusion_jax import checkpoint, resume
+from fusion_jax import resume
 from fusion_jax.cli import run_main
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables
-from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check
 
 SAMPLES, IMAGES, ROWS = 4000, 200, 9
@@ -68,7 +67,10 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
     if out is not None:
         _check_writable(out)
     with tempfile.TemporaryDirectory() as scratch:
-        config, tokenizer = _tokenizer(config, scratch)
+        if config.init_from:
+            config, tokenizer, _ = resume.start_from(config, Path(config.init_from), scratch)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
         sections, found = [], []
         for stage in config.stages:
             if options.stage and stage.name != options.stage:
@@ -92,19 +94,6 @@ def _check_writable(out: Path) -> None:
     """Before the work, not behind it."""
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out={out}: give the name of a file in a folder that exists.")
-
-
-def _tokenizer(config: RunConfig, scratch: str) -> tuple[RunConfig, Tokenizer]:
-    """The tokenizer, and the config with what the checkpoint it starts from decides."""
-    if config.init_from:
-        about = checkpoint.load_about(checkpoint.find(config.init_from))
-        model = resume.continue_model(config.model, about, config.init_from)
-        config = dataclasses.replace(config, model=model)
-        if not config.tokenizer:
-            config = dataclasses.replace(config, template=about["config"]["template"])
-            checkpoint.save_tokenizer(about, Path(scratch))
-            return config, load_tokenizer(scratch)
-    return config, load_tokenizer(config.tokenizer)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
 
         from fusion_jax.serve import api, protocol
         from fusion_jax.serve.engine import Engine
+        from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
     page = _import_page() if _PAGE.value else None
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     # ---- Server.
     app = api.make_app(engine, options)
     if page is not None:
-        app = page.mount(app, engine, options)
+        app = page.mount(app, engine, options, Pictures(engine, config))
     server = uvicorn.Server(
         uvicorn.Config(
             app, _HOST.value, _PORT.value, log_level="warning", timeout_graceful_shutdown=_DRAIN.value, ws="none"

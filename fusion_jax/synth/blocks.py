@@ -13,6 +13,7 @@ through them again; what had been paid for by then comes out of the journal.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def identity(config: SynthConfig) -> dict[str, Any]:
         for key in keys:
             (said[part] if part else said).pop(key)
     prompts = {"judge": JUDGE.version, "verify": VERIFY.version, "statement": STATEMENT.version}
-    for name in config.kinds:
+    for name in config.used_kinds:
         kind = KINDS[name]
         prompts[name] = "/".join(ask.version for ask in (kind.describe, kind.ask) if ask)
     return {"format": FORMAT, "version": VERSION, "config": said, "prompts": prompts}
@@ -101,12 +102,11 @@ def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
     told = out / "work" / "pool.json"
     if told.exists():
         return json.loads(told.read_text(encoding="utf-8"))
-    names, weights = zip(*sorted(config.kinds.items()))
     seen: set[int] = set()
     waiting: list[Sample] = []
     blocks = count = 0
-    for sample in _captions(config):
-        _assign(config, sample, count, names, weights, seen)
+    for sample, kinds in _captions(config):
+        _assign(config, sample, count, kinds, seen)
         waiting.append(sample)
         count += 1
         if len(waiting) == config.block:
@@ -121,7 +121,8 @@ def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
     return found
 
 
-def _captions(config: SynthConfig) -> Iterator[Sample]:
+def _captions(config: SynthConfig) -> Iterator[tuple[Sample, dict[str, float]]]:
+    """Each caption, and what kinds it may become in what shares."""
     for i, pool in enumerate(config.pools):
         source, licence = pool.source, pool.licence
         if pool.path.startswith("embedded:"):
@@ -130,12 +131,10 @@ def _captions(config: SynthConfig) -> Iterator[Sample]:
             source, licence = source or factory.embedded().SOURCE, licence or factory.embedded().LICENCE
         for found in captions.read_pool(pool, make_seed(config.seed, "pool", i)):
             origin = {"pool": Path(pool.path).name, "record": found.pop("record"), "source": source, "licence": licence}
-            yield found | {"origin": origin}
+            yield found | {"origin": origin} | ({"split": pool.split} if pool.split else {}), pool.kinds or config.kinds
 
 
-def _assign(
-    config: SynthConfig, sample: Sample, n: int, names: tuple[str, ...], weights: tuple[float, ...], seen: set[int]
-) -> None:
+def _assign(config: SynthConfig, sample: Sample, n: int, kinds: dict[str, float], seen: set[int]) -> None:
     """Number, kind and key of a caption; `dropped` if it is none or was there before."""
     reason, text = None, ""
     try:
@@ -149,20 +148,14 @@ def _assign(
         reason = "duplicate_caption"
     seen.add(known)
     # By its text, not its number: other captions beside it do not change what it becomes.
+    names, weights = zip(*sorted(kinds.items()))
     at = make_seed(config.seed, text, "kind") / (1 << 31) * sum(weights)
-    kind = next((name for name, end in zip(names, _ends(weights)) if at < end), names[-1])
+    kind = next((name for name, end in zip(names, itertools.accumulate(weights)) if at < end), names[-1])
     sample |= {"id": f"{n:08d}-{kind}", "n": n, "kind": kind, "caption": text, "lineage": {}}
     sample["stage"] = config.stages.get(kind, KINDS[kind].stage)
     sample["key"] = hashlib.sha256(f"{kind}/{text}".encode()).hexdigest()[:16]
     if reason is not None:
         sample["dropped"] = {"stage": "pool", "reason": reason, "detail": "", "again": False}
-
-
-def _ends(weights: tuple[float, ...]) -> Iterator[float]:
-    end = 0.0
-    for weight in weights:
-        end += weight
-        yield end
 
 
 def _describe_input(path: str) -> dict[str, Any]:

@@ -128,7 +128,12 @@ def _tfds(pool: PoolConfig) -> Iterator[dict[str, Any]]:
 def _embedded(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
     from fusion_jax.synth.backends import factory
 
-    count = pool.path.removeprefix("embedded:")
-    check(count.isdecimal() and int(count) > 0, f"pool {pool.path!r}: write embedded:COUNT, COUNT at least 1.")
-    for caption in factory.embedded().captions(int(count), seed):
+    style, _, count = pool.path.removeprefix("embedded:").rpartition(":")
+    styles, style = factory.embedded().STYLES, style or "scenes"
+    check(
+        count.isdecimal() and int(count) > 0 and style in styles,
+        f"pool {pool.path!r}: write embedded:COUNT or embedded:STYLE:COUNT, COUNT at least 1, STYLE one of "
+        f"{', '.join(styles)}.",
+    )
+    for caption in factory.embedded().captions(int(count), seed, style):
         yield {"caption": caption}

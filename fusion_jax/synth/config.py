@@ -14,10 +14,12 @@ ENGINES = ("local", "ray")
 class PoolConfig:
     """One source of captions.
 
-    path: .txt (a caption a line), .jsonl, .parquet, `tfds:name[/config][:version]:split`, or `embedded:COUNT` for
-    captions that the embedded backend writes. text: field with the caption (TFDS: `captions/text`). image: field with
-    the caption's own image, if it has one, relative to image_folder. limit: captions to take, 0 for all.
-    source, licence: what every record says of its origin; required, except of embedded ones. data_dir: TFDS's.
+    path: .txt (a caption a line), .jsonl, .parquet, `tfds:name[/config][:version]:split`, or captions that the
+    embedded backend writes: `embedded:COUNT`, `embedded:STYLE:COUNT`. text: field with the caption (TFDS:
+    `captions/text`). image: field with the caption's own image, if it has one, relative to image_folder. limit:
+    captions to take, 0 for all. source, licence: what every record says of its origin; required, except of embedded
+    ones. data_dir: TFDS's. kinds: {kind: weight} of this pool, where it has its own. split: file that its records go
+    to, instead of their stage's and of no mixture: "held_out" for a test.
     """
 
     path: str
@@ -28,6 +30,8 @@ class PoolConfig:
     source: str = ""
     licence: str = ""
     data_dir: str = ""
+    kinds: dict[str, float] = field(default_factory=dict)
+    split: str = ""
 
     def __post_init__(self):
         check(self.limit >= 0, f"pool {self.path}: limit={self.limit} must not be negative.")
@@ -158,23 +162,25 @@ class ScorerConfig:
 class SelectConfig:
     """What is kept of the finished samples.
 
-    image_score_min: CLIPScore + 0.5 SSIM_a below this drops a sample as soon as its image is scored. ssim_scale: how
-    far SSIM_a sizes an image down. keep: share of each kind kept after ranking by the statements' mean CLIPScore
-    (without a scorer, by the image score). text_similarity: Jaccard similarity of word 3-shingles from which texts are
-    the same. image_distance: differing bits of 64-bit perceptual hashes up to which images are the same; -1: images may
-    be alike. validation: share of the samples that goes into validation.json.
+    image_score_min: CLIPScore + 0.5 SSIM_a below this drops a sample as soon as its image is scored; None: images are
+    not scored. ssim_scale: how far SSIM_a sizes an image down. keep: share of each kind kept after ranking by the
+    statements' mean CLIPScore (without a scorer, by the image score). text_similarity: Jaccard similarity of word
+    3-shingles from which texts are the same; None: texts may be alike. image_distance: differing bits of 64-bit
+    perceptual hashes up to which images are the same; -1: images may be alike. validation: share of the samples that
+    goes into validation.json.
     """
 
-    image_score_min: float = 0.0
+    image_score_min: float | None = 0.0
     ssim_scale: float = 0.5
     keep: float = 1.0
-    text_similarity: float = 0.8
+    text_similarity: float | None = 0.8
     image_distance: int = 4
     validation: float = 0.0
 
     def __post_init__(self):
         for name in ("keep", "text_similarity", "ssim_scale"):
-            check(0 < getattr(self, name) <= 1, f"select.{name}={getattr(self, name)} must be above 0, at most 1.")
+            value = getattr(self, name)
+            check(value is None or 0 < value <= 1, f"select.{name}={value} must be above 0, at most 1.")
         check(0 <= self.validation < 1, f"select.validation={self.validation} must be a share in [0, 1).")
         check(-1 <= self.image_distance <= 16, f"select.image_distance={self.image_distance} must be -1 to 16.")
 
@@ -202,7 +208,9 @@ class SynthConfig:
     attempts: how often a model is asked for an answer that keeps the limits. verify: whether answers are verified.
     block: captions worked on and saved together. processes: of a local run, for CPU-bound backends.
     journal: folder of paid replies, by default the run's own; another run's folder gives this one its replies.
-    shards: write ArrayRecord shards besides the JSON files.
+    shards: write ArrayRecord shards besides the JSON files. mixtures: {stage: {other stage: sampling strategy}}, what a
+    stage's mixture takes besides its own records. tokenizer: pieces of a SentencePiece vocabulary that is trained on
+    the stages' texts, for models that start from nothing; 0 for none.
     """
 
     pools: tuple[PoolConfig, ...]
@@ -224,19 +232,35 @@ class SynthConfig:
     ray: RayConfig = RayConfig()
     journal: str = ""
     shards: bool = True
+    mixtures: dict[str, dict[str, str]] = field(default_factory=dict)
+    tokenizer: int = 0
 
     def __post_init__(self):
         from fusion_jax.synth.kinds import KINDS, STAGES  # kinds are made of prompts and schemas: loaded when needed
 
         check(len(self.pools) > 0, "config.pools is empty; name at least one source of captions.")
-        check(bool(self.kinds), "config.kinds is empty; give at least one kind and its weight.")
-        for key, kinds in (("kinds", self.kinds), ("stages", self.stages)):
+        for pool in self.pools:
+            check(
+                not pool.split or (pool.split.isidentifier() and pool.split not in STAGES),
+                f"pool {pool.path}: split={pool.split!r} must be a plain name and no stage, as held_out.",
+            )
+            check(bool(pool.kinds or self.kinds), "config.kinds is empty; give at least one kind and its weight.")
+        weights = {"kinds": self.kinds} | {f"pools[{i}].kinds": pool.kinds for i, pool in enumerate(self.pools)}
+        for key, kinds in (weights | {"stages": self.stages}).items():
             for kind in kinds:
                 check(kind in KINDS, f"config.{key}: {kind!r} is no kind; allowed: {', '.join(KINDS)}.")
-        for kind, weight in self.kinds.items():
-            check(weight > 0, f"config.kinds.{kind}={weight} must be above 0.")
-        for kind, stage in self.stages.items():
-            check(stage in STAGES, f"config.stages.{kind}={stage!r} is no stage; allowed: {', '.join(STAGES)}.")
+        for key, kinds in weights.items():
+            for kind, weight in kinds.items():
+                check(weight > 0, f"config.{key}.{kind}={weight} must be above 0.")
+        named = {f"stages.{kind}": (stage,) for kind, stage in self.stages.items()}
+        named |= {f"mixtures.{stage}": (stage, *others) for stage, others in self.mixtures.items()}
+        for key, stages in named.items():
+            for stage in stages:
+                check(stage in STAGES, f"config.{key}: {stage!r} is no stage; allowed: {', '.join(STAGES)}.")
+        check(
+            self.tokenizer == 0 or self.tokenizer >= 300,
+            f"config.tokenizer={self.tokenizer}: a vocabulary has at least 300 pieces, 259 of them bytes and marks.",
+        )
         check(self.engine in ENGINES, f"config.engine={self.engine!r} is unknown; allowed: {', '.join(ENGINES)}.")
         for name in ("attempts", "block", "processes"):
             check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
@@ -245,6 +269,11 @@ class SynthConfig:
             self.processes == 1 or backends == {"embedded"},
             "config.processes above 1 is for the embedded backend; endpoints take `concurrency`, GPUs engine='ray'.",
         )
+
+    @property
+    def used_kinds(self) -> list[str]:
+        """The kinds that any pool's captions may become."""
+        return sorted(set().union(*(pool.kinds or self.kinds for pool in self.pools)))
 
 
 # What may differ between a run and the one that goes on with it: it does not change the result.

@@ -1,14 +1,15 @@
 """From the selection to what training reads.
 
 OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
-OUT/validation.json                          the validation share of all of them
+OUT/validation.json                          the validation share of all of them, and what a pool is kept for
 OUT/shards/stage1/ ...                       the same records with their images (data/convert.py)
 OUT/stage1.yaml ...                          the mixtures that a stage's `data` names
+OUT/tokenizer/                               a vocabulary of the stages' texts, if wanted
 OUT/lineage.jsonl                            how each record was made, a line each
 OUT/dropped.jsonl                            every caption that became no record, where and why
 
 {"id": "00000012-conv_short", "image": "images/3f/3f0c...png", "conversations": [...], "kind": "conv_short",
- "source": "...", "licence": "..."}
+ "topics": ["colour"], "source": "...", "licence": "..."}    topics: of the rounds, where the backend knows them
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import logging
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +30,12 @@ from fusion_jax.synth.images import write_once
 from fusion_jax.synth.kinds import KINDS, STAGES
 from fusion_jax.synth.select import verdicts
 from fusion_jax.synth.stages import Sample, conversation
+from fusion_jax.synth.tokenizer import train_tokenizer
 
 log = logging.getLogger("fusion_jax")
 
 VALIDATION = "validation"
+_TOKENIZER_RECORDS = 20_000  # of a stage
 
 
 def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
@@ -43,8 +47,10 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
     files: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    splits = sorted({pool.split for pool in config.pools if pool.split} - {VALIDATION})
+    every = (*STAGES, VALIDATION, *splits)
     with contextlib.ExitStack() as stack:
-        written = {name: stack.enter_context(_Whole(out / f"{name}.json")) for name in (*STAGES, VALIDATION)}
+        written = {name: stack.enter_context(_Whole(out / f"{name}.json")) for name in every}
         lineage = stack.enter_context(_Whole(out / "lineage.jsonl"))
         left_out = stack.enter_context(_Whole(out / "dropped.jsonl"))
         for sample in all_samples(out, blocks):
@@ -57,21 +63,24 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
                 said = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
                 left_out.line(said | {key: why[key] for key in ("stage", "reason", "detail")})
                 continue
-            name = VALIDATION if verdict["split"] == VALIDATION else sample["stage"]
+            name = sample["stage"] if verdict["split"] == "train" else verdict["split"]
             written[name].item(record(config, sample))
             lineage.line(_lineage(sample, name))
             files[name] += 1
             kinds[sample["kind"]] += 1
-    _drop_empty(out, files)
+    _drop_empty(out, every, files)
     if config.shards:
         for name in STAGES:
             if files[name]:
                 _shards(out, name)
     for name in STAGES:
         if files[name]:
-            part = f"shards: shards/{name}" if config.shards else f"json_path: {name}.json\n    image_folder: ."
-            write_once(out / f"{name}.yaml", f"datasets:\n  - {part}\n".encode())
-    order = [name for name in (*STAGES, VALIDATION) if files[name]]
+            others = {other: how for other, how in config.mixtures.get(name, {}).items() if files[other]}
+            parts = [_part(config, other, how) for other, how in ({name: "all"} | others).items()]
+            write_once(out / f"{name}.yaml", ("datasets:\n" + "".join(parts)).encode())
+    if config.tokenizer:
+        train_tokenizer(_texts(out, files), out / "tokenizer", config.tokenizer)
+    order = [name for name in every if files[name]]
     return {
         "records": {name: files[name] for name in order},
         "kinds": {name: kinds[name] for name in KINDS if kinds[name]},
@@ -79,14 +88,29 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
     }
 
 
+def _part(config: SynthConfig, name: str, how: str) -> str:
+    source = f"shards: shards/{name}" if config.shards else f"json_path: {name}.json\n    image_folder: ."
+    return f'  - {source}\n    sampling_strategy: "{how}"\n'
+
+
+def _texts(out: Path, files: Counter[str]) -> Iterator[str]:
+    """What the stages' records say."""
+    for name in STAGES:
+        if files[name]:
+            for made in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
+                yield from (turn["value"].removeprefix("<image>\n") for turn in made["conversations"])
+
+
 def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
     """One LLaVA record of a finished sample."""
     files = [image["file"] for image in sample["images"]]
+    topics = [pair.get("topic") for pair in sample["pairs"]]
     return {
         "id": sample["id"],
         "image": files[0] if len(files) == 1 else files,
         "conversations": conversation(sample, KINDS[sample["kind"]], config.seed),
         "kind": sample["kind"],
+        **({"topics": topics} if all(topics) else {}),
         "source": sample["origin"]["source"],
         "licence": sample["origin"]["licence"],
     }
@@ -128,9 +152,9 @@ class _Whole:
             self._part.unlink()
 
 
-def _drop_empty(out: Path, files: Counter[str]) -> None:
+def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
     """A stage without records has no files."""
-    for name in (*STAGES, VALIDATION):
+    for name in every:
         if not files[name]:
             (out / f"{name}.json").unlink()
             (out / f"{name}.yaml").unlink(missing_ok=True)

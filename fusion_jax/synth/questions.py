@@ -12,14 +12,13 @@ that never looks should come no further than one over the number of possible ans
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fusion_jax.synth import scenes
 from fusion_jax.synth.scenes import CELLS, COLOURS, SHAPES, SIZES, WORDS, Scene, Thing
 
 KINDS = ("colour", "shape", "place", "count", "word", "choice", "exists", "size")
 NUMBERS = ("zero", "one", "two", "three", "four")
-LETTERS = ("A", "B", "C")
 
 ANSWERS = {
     "colour": COLOURS,
@@ -27,7 +26,6 @@ ANSWERS = {
     "place": CELLS,
     "count": NUMBERS,
     "word": WORDS,
-    "choice": LETTERS,
     "exists": ("yes", "no"),
     "size": SIZES,
 }
@@ -36,13 +34,14 @@ ANSWERS = {
 SHARES = {"colour": 8, "shape": 6, "place": 8, "count": 7, "word": 6, "choice": 5, "exists": 4, "size": 4}
 
 # Further rounds cannot choose their scene, and few find a word to ask about: these weights bring stage 2 to `SHARES`.
-ROUND_SHARES = {"colour": 7, "shape": 8, "place": 8, "count": 4, "word": 25, "choice": 9, "exists": 2, "size": 1}
+ROUND_SHARES = {"colour": 7, "shape": 8, "place": 8, "count": 4, "word": 25, "exists": 2, "size": 1}
 SENTENCE_SHARES = {"colour": 7, "shape": 7, "place": 7, "count": 6, "word": 10, "exists": 5, "size": 4, "describe": 5}
 
 # Every scene has a count of zero of something; without this it would be the answer to a third of the further rounds.
 ANSWER_WEIGHTS = {"zero": 0.3, "one": 0.3, "two": 1.2, "three": 1.8, "four": 2.2}
 
 CHOICE_OF = ("colour", "shape", "place", "count", "word")  # what a multiple choice question may be about
+OPTIONS = 3
 
 PLACE_PHRASES = {
     "top left": "at the top left",
@@ -69,17 +68,6 @@ WORDINGS = {
     "describe": ("What is {s}?", "What do you see {s}?", "Tell me what is {s}."),
 }
 
-CAPTION_REQUESTS = (
-    "Describe the image.",
-    "What is in the image?",
-    "Tell me what you see.",
-    "Write a caption for the image.",
-    "What does the image show?",
-)
-
-BRIEFLY = "\nAnswer briefly."
-BY_LETTER = "\nAnswer with the option's letter."
-
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
@@ -104,24 +92,24 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One question, one answer."""
+    """One question, one answer; a multiple choice question (`kind` "choice") has options, one of them the answer."""
 
     kind: str
     question: str
     answer: str
+    options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The question a picture is drawn for: a scene is drawn again until it can be asked with this answer.
 
-    For "choice", `about` is the kind of the fact behind it, `answer` that fact's answer and `letter` the right option.
+    For "choice", `about` is the kind of the fact behind it and `answer` that fact's answer.
     """
 
     kind: str
     answer: str
     about: str = ""
-    letter: str = ""
 
 
 def article(noun: str) -> str:
@@ -183,14 +171,14 @@ def _subjects(scene: Scene, kind: str):
 
 def _colour_facts(scene: Scene) -> list[Fact]:
     found = [
-        Fact("colour", form, s, thing.colour, f"{_capital(s)} is {thing.colour}.")
+        Fact("colour", form, s, thing.colour, f"{_capital(s)} is {thing.colour} in colour.")
         for form, s, thing in _subjects(scene, "colour")
     ]
     for shape in SHAPES:
         group = [thing for thing in scene.things if thing.shape == shape]
         if len(group) > 1 and len({thing.colour for thing in group}) == 1:
             s, colour = f"the {plural(shape)}", group[0].colour
-            found.append(Fact("colour", "plural", s, colour, f"{_capital(s)} are {colour}.", plural=True))
+            found.append(Fact("colour", "plural", s, colour, f"{_capital(s)} are {colour} in colour.", plural=True))
     return found
 
 
@@ -216,7 +204,7 @@ def _place_facts(scene: Scene) -> list[Fact]:
 
 def _size_facts(scene: Scene) -> list[Fact]:
     return [
-        Fact("size", form, s, thing.size, f"{_capital(s)} is {thing.size}.")
+        Fact("size", form, s, thing.size, f"{_capital(s)} is {thing.size} in size.")
         for form, s, thing in _subjects(scene, "size")
     ]
 
@@ -224,11 +212,11 @@ def _size_facts(scene: Scene) -> list[Fact]:
 def _count_facts(scene: Scene) -> list[Fact]:
     def fact(form: str, noun: str, number: int) -> Fact:
         if number == 0:
-            statement = f"There are no {plural(noun)}."
+            statement = f"There are no {plural(noun)} in the image."
         elif number == 1:
-            statement = f"There is one {noun}."
+            statement = f"There is one {noun} in the image."
         else:
-            statement = f"There are {NUMBERS[number]} {plural(noun)}."
+            statement = f"There are {NUMBERS[number]} {plural(noun)} in the image."
         return Fact("count", form, plural(noun), NUMBERS[number], statement)
 
     found = [fact("shape", shape, sum(thing.shape == shape for thing in scene.things)) for shape in SHAPES]
@@ -258,7 +246,7 @@ def _exists_facts(scene: Scene, split: str) -> list[Fact]:
 def _word_facts(scene: Scene) -> list[Fact]:
     if scene.word is None:
         return []
-    return [Fact("word", "word", "", scene.word.text, f"The word is {scene.word.text}.")]
+    return [Fact("word", "word", "", scene.word.text, f"The written word is {scene.word.text}.")]
 
 
 def _describe_facts(scene: Scene) -> list[Fact]:
@@ -304,20 +292,19 @@ def wording(fact: Fact, rng: random.Random) -> str:
 
 
 def short_round(fact: Fact, rng: random.Random) -> Round:
-    return Round(fact.kind, wording(fact, rng) + BRIEFLY, fact.answer)
+    return Round(fact.kind, wording(fact, rng), fact.answer)
 
 
 def sentence_round(fact: Fact, rng: random.Random) -> Round:
     return Round(fact.kind, wording(fact, rng), fact.statement)
 
 
-def choice_round(fact: Fact, rng: random.Random, letter: str | None = None) -> Round:
+def choice_round(fact: Fact, rng: random.Random) -> Round:
     """The fact as multiple choice; the wrong options are any other answers of its kind."""
-    right = LETTERS.index(letter or rng.choice(LETTERS))
-    options = rng.sample([answer for answer in ANSWERS[fact.kind] if answer != fact.answer], len(LETTERS) - 1)
-    options.insert(right, fact.answer)
-    lines = "".join(f"\n{name}. {option}" for name, option in zip(LETTERS, options))
-    return Round("choice", wording(fact, rng) + lines + BY_LETTER, LETTERS[right])
+    wrong = [answer for answer in ANSWERS[fact.kind] if answer != fact.answer]
+    options = [fact.answer, *rng.sample(wrong, OPTIONS - 1)]
+    rng.shuffle(options)
+    return Round("choice", wording(fact, rng), fact.answer, tuple(options))
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -354,8 +341,8 @@ def target(index: int, rng: random.Random) -> Target:
     nth = turn * SHARES[kind] + cycle[:slot].count(kind)
     if kind != "choice":
         return Target(kind, ANSWERS[kind][nth % len(ANSWERS[kind])])
-    about = CHOICE_OF[nth // len(LETTERS) % len(CHOICE_OF)]
-    return Target("choice", rng.choice(ANSWERS[about]), about, LETTERS[nth % len(LETTERS)])
+    about = CHOICE_OF[nth % len(CHOICE_OF)]
+    return Target("choice", rng.choice(ANSWERS[about]), about)
 
 
 def _cycle() -> tuple[str, ...]:
@@ -372,10 +359,6 @@ def target_scene(goal: Target, rng: random.Random, split: str = "train") -> tupl
         fact = pick(facts(scene, kind, split), rng, goal.answer)
         if fact is not None:
             return scene, fact
-
-
-def target_round(goal: Target, fact: Fact, rng: random.Random) -> Round:
-    return choice_round(fact, rng, goal.letter) if goal.kind == "choice" else short_round(fact, rng)
 
 
 _SINGULAR = {plural(noun): noun for noun in (*SHAPES, "thing", "shape")}
@@ -401,54 +384,40 @@ def _more_rounds(
     start: Sequence[Round],
     shares: dict[str, int],
     rng: random.Random,
-    split: str,
-    short: bool,
+    make: Callable[[Fact, random.Random], Round],
 ) -> list[Round]:
     rounds = list(start)
     kinds = [kind for kind in shares if kind not in {r.kind for r in rounds}]
     while len(rounds) < count and kinds:
         kind = rng.choices(kinds, [shares[k] for k in kinds])[0]
-        kinds.remove(kind)  # one of each kind: four rounds about four things
-        about = rng.choice(CHOICE_OF) if kind == "choice" else kind
+        kinds.remove(kind)  # one of each kind: two rounds about two things
         history = set().union(*(_words(f"{r.question} {r.answer}") for r in rounds))
-        left = [fact for fact in facts(scene, about, split) if not _told(fact, history)]
+        left = [fact for fact in facts(scene, kind) if not _told(fact, history)]
         if kind == "exists" and len({fact.answer for fact in left}) < 2:
             continue  # what is there tends to be told already: the rest would be a row of "no"
         fact = pick(left, rng)
-        if fact is None:
-            continue
-        if kind == "choice":
-            rounds.append(choice_round(fact, rng))
-        else:
-            rounds.append(short_round(fact, rng) if short else sentence_round(fact, rng))
+        if fact is not None:
+            rounds.append(make(fact, rng))
     return rounds
 
 
-def caption_round(scene: Scene, rng: random.Random) -> list[Round]:
-    """Stage 1: one request, the caption."""
-    return [Round("caption", rng.choice(CAPTION_REQUESTS), caption(scene, rng))]
+def _some(rng: random.Random) -> int:
+    """How many rounds a conversation has."""
+    return rng.choices((1, 2), (0.3, 0.7))[0]
 
 
-def sentence_rounds(scene: Scene, rng: random.Random, split: str = "train") -> list[Round]:
-    """Stage 1.5: one to four questions answered by sentences."""
-    count = rng.choices((1, 2), (0.3, 0.7))[0]
-    return _more_rounds(scene, count, (), SENTENCE_SHARES, rng, split, short=False)
+def sentence_rounds(scene: Scene, rng: random.Random) -> list[Round]:
+    """One or two questions answered by sentences."""
+    return _more_rounds(scene, _some(rng), (), SENTENCE_SHARES, rng, sentence_round)
 
 
-def short_rounds(scene: Scene, first: Round, rng: random.Random, split: str = "train") -> list[Round]:
-    """Stage 2: the round the picture was drawn for and up to three more, short answers or letters."""
-    count = rng.choices((1, 2), (0.3, 0.7))[0]
-    return _more_rounds(scene, count, (first,), ROUND_SHARES, rng, split, short=True)
+def short_rounds(scene: Scene, first: Fact, rng: random.Random) -> list[Round]:
+    """The fact that the picture was drawn for and maybe another one, answered in a word or two."""
+    return _more_rounds(scene, _some(rng), (short_round(first, rng),), ROUND_SHARES, rng, short_round)
 
 
-def text_round(rng: random.Random) -> Round:
-    """A question without an image: a small sum or one about a word."""
-    which = rng.randrange(3)
-    if which == 0:
-        a = rng.randrange(5)
-        b = rng.randrange(5 - a)
-        return Round("text", f"How many are {NUMBERS[a]} and {NUMBERS[b]}?{BRIEFLY}", NUMBERS[a + b])
-    word = rng.choice(WORDS)
-    if which == 1:
-        return Round("text", f"How many letters are in the word {word}?{BRIEFLY}", NUMBERS[len(word)])
-    return Round("text", f"What is the first letter of the word {word}?{BRIEFLY}", word[0])
+def choice_rounds(scene: Scene, first: Fact, rng: random.Random) -> list[Round]:
+    """The same as multiple choice; another fact comes first where the picture's own has too few other answers."""
+    if first.kind in CHOICE_OF:
+        return [choice_round(first, rng)]
+    return _more_rounds(scene, 1, (), dict.fromkeys(CHOICE_OF, 1), rng, choice_round)

@@ -27,17 +27,21 @@ _SHINGLE = 3  # words
 
 def select(config: SynthConfig, out: Path, blocks: int) -> Path:
     """Writes OUT/work/selection.jsonl, a line for each sample that came this far, in their order, and returns its path:
-    {"id", "split": "train" | "validation"} or {"id", "reason", "detail"}."""
+    {"id", "split": "train" | "validation" | the pool's own} or {"id", "reason", "detail"}."""
     ranked: list[tuple[str, float, int, str]] = []
     texts: dict[int, np.ndarray] = {}
     hashes: dict[int, list[int]] = {}
+    splits: dict[int, str] = {}
     for sample in all_samples(out, blocks):
         if "dropped" in sample:
             continue
         n = sample["n"]
         ranked.append((sample["kind"], rank_score(sample), n, sample["id"]))
-        texts[n] = shingles(said(sample))
-        hashes[n] = [int(one, 16) for one in sample["hashes"]]
+        if config.select.text_similarity is not None:
+            texts[n] = shingles(said(sample))
+        hashes[n] = [int(one, 16) for one in sample.get("hashes", ())]
+        if "split" in sample:
+            splits[n] = sample["split"]
     verdicts: dict[int, dict[str, Any]] = {}
     kept = []
     for kind in sorted({one[0] for one in ranked}):
@@ -46,16 +50,18 @@ def select(config: SynthConfig, out: Path, blocks: int) -> Path:
         kept += of_kind[:most]
         for one in of_kind[most:]:
             verdicts[one[2]] = {"id": one[3], "reason": "low_rank", "detail": f"{one[1]:.4g}"}
-    kept_texts, kept_images = TextIndex(config.select.text_similarity), ImageIndex(config.select.image_distance)
+    kept_texts = TextIndex(config.select.text_similarity) if texts else None
+    kept_images = ImageIndex(config.select.image_distance)
     for _, _, n, name in sorted(kept, key=lambda one: (-one[1], one[2])):
-        if (other := kept_texts.find(texts[n])) is not None:
+        if kept_texts and (other := kept_texts.find(texts[n])) is not None:
             verdicts[n] = {"id": name, "reason": "near_duplicate_text", "detail": other}
         elif (other := kept_images.find(hashes[n])) is not None:
             verdicts[n] = {"id": name, "reason": "near_duplicate_image", "detail": other}
         else:
-            kept_texts.add(name, texts[n])
+            if kept_texts:
+                kept_texts.add(name, texts[n])
             kept_images.add(name, hashes[n])
-            verdicts[n] = {"id": name, "split": _split(config, name)}
+            verdicts[n] = {"id": name, "split": splits.get(n) or _split(config, name)}
     path = out / "work" / "selection.jsonl"
     write_once(path, "".join(json.dumps(verdicts[n]) + "\n" for n in sorted(verdicts)).encode())
     return path
@@ -68,8 +74,9 @@ def verdicts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rank_score(sample: Sample) -> float:
-    statement = sample["scores"]["statement"]
-    return sample["scores"]["image"] if statement is None else statement
+    scores = sample["scores"]
+    found = scores["image"] if scores["statement"] is None else scores["statement"]
+    return 0.0 if found is None else found
 
 
 def said(sample: Sample) -> str:

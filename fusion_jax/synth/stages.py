@@ -11,8 +11,9 @@ as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `agai
                origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
     describe   answer (by kind), descriptions, state
     draw       images [{file, seed}]
-    score      scores {clip, ssim_a, image}, hashes (perceptual, one an image)
-    qa         pairs, asked (how many pairs there were)
+    score      scores {clip, ssim_a, image}; hashes (perceptual, one an image) where alike images go
+    qa         pairs [{question, answer}], with options of multiple choice and, where the backend tells it, the topic;
+               asked (how many pairs there were)
     verify     pairs (the right ones), wrong, unverified
     statement  statements, where there is a scorer
     rank       scores.statement
@@ -146,14 +147,18 @@ def _draw(tools: Tools, sample: Sample) -> None:
 def _score(tools: Tools, sample: Sample) -> None:
     config = tools.config
     shown = [tools.image(image["file"]) for image in sample["images"]]
+    if config.select.image_distance >= 0:
+        sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in shown]
+    sample["lineage"]["score"] = {"model": tools.scorer.name if tools.scorer else None}
+    if config.select.image_score_min is None:
+        sample["scores"] = dict.fromkeys(("ssim_a", "clip", "image"))
+        return
     made = [images.ssim_a(image, config.select.ssim_scale) for image in shown]
     clip = _clip_scores(tools, shown, sample["descriptions"], paired=True)
     values = [(clip[i] if clip else 0.0) + 0.5 * made[i] for i in range(len(shown))]
     # Of a pair of images the worse one counts.
     scores = {"ssim_a": min(made), "clip": min(clip) if clip else None, "image": min(values)}
     sample["scores"] = {key: None if value is None else round(value, 6) for key, value in scores.items()}
-    sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in shown]
-    sample["lineage"]["score"] = {"model": tools.scorer.name if tools.scorer else None}
     if sample["scores"]["image"] < config.select.image_score_min:
         raise Drop("image_score", f"{sample['scores']['image']:.4g}")
 
@@ -172,8 +177,14 @@ def _qa(tools: Tools, sample: Sample) -> None:
         request = kind.turns([{"answer": ""}], make_seed(tools.config.seed, sample["key"], "turns"))[0][0]
         sample["pairs"] = [{"question": request, "answer": sample["descriptions"][0]}]
     else:
-        answer, _ = _ask(tools, sample, "qa", kind.ask, _data(sample))
-        sample["pairs"] = answer["pairs"]
+        answer, reply = _ask(tools, sample, "qa", kind.ask, _data(sample))
+        # A backend that knows what its questions are about may say so; nobody is asked for it.
+        said = (reply.parsed or {}).get("pairs", ())
+        topics = {pair["question"]: pair["topic"] for pair in said if "topic" in pair}
+        sample["pairs"] = [
+            pair | ({"topic": topics[pair["question"]]} if pair["question"] in topics else {})
+            for pair in answer["pairs"]
+        ]
     sample["asked"] = len(sample["pairs"])
 
 

@@ -8,6 +8,7 @@ The chat marks lie behind SentencePiece's own vocabulary of V pieces: SentencePi
 the folder splits the text at them first.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -24,15 +25,17 @@ ADDED_TOKENS = (
     ("<|user|>", True),
 )
 EOS = "<|endoftext|>"
+# Stands in every row of the Phi-3 template: said so often that it takes few tokens.
+_SYSTEM = ["You are a helpful AI assistant."] * 20
 
 
-def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size: int = 600) -> pathlib.Path:
+def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size: int) -> pathlib.Path:
     """Trains on `texts` and writes `tokenizer.model` and the three JSON files of a Phi-3 tokenizer.
 
     The result depends on the texts and their order only.
 
     Args:
-      texts: what the tokenizer should write in few tokens. The scenes have some 150 words, which 600 pieces hold.
+      texts: what the tokenizer should write in few tokens.
       folder: where the files go; made where missing.
       vocab_size: the number of pieces, 259 of them taken by the bytes and the three control pieces. A text too small to
         fill it gives a smaller vocabulary.
@@ -43,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A line break is a byte piece; SentencePiece reads its training text line by line anyway.
-    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    lines = [line for text in itertools.chain(_SYSTEM, texts) for line in text.split("\n") if line.strip()]
     model = folder / "tokenizer.model"
     with model.open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(

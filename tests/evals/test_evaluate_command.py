@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 from bench_files import cell, pope_folder, write_parquet
-
-from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
+from shapes_data import make_shapes
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -38,8 +37,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    config = ScenesConfig(stage1=4, stage1_5=4, stage2=4, validation=2, held_out=6, pixels=48)
-    make_scenes(folder / "scenes", config, workers=1, progress=False)
+    make_shapes(folder / "scenes", "4,4,4,2,6")
     tiny_checkpoint.save(folder / "run", folder / "scenes")
     data = folder / "data"
     pope_folder(data / "pope", LABELS)

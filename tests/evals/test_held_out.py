@@ -20,13 +20,13 @@ class Parrot:
         return [prompt.image_path.stem for prompt in prompts]
 
 
-def write(folder: Path, answers, kinds):
+def write(folder: Path, answers, topics):
     records = []
-    for i, (answer, kind) in enumerate(zip(answers, kinds)):
+    for i, (answer, topic) in enumerate(zip(answers, topics)):
         write_image(folder / f"{answer}.png")
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
-        kinds = {"kinds": [kind]} if kind else {}
-        records.append({"id": str(i), "image": f"{answer}.png", "conversations": turns, **kinds})
+        told = {"topics": [topic]} if topic else {}
+        records.append({"id": str(i), "image": f"{answer}.png", "conversations": turns, **told})
     (folder / "held_out.json").write_text(json.dumps(records))
 
 
@@ -58,15 +58,14 @@ def test_a_model_that_looks_is_right_and_loses_it_on_permuted_images(tmp_path):
     assert result.scores["held_out_accuracy"] == 1.0
     assert result.scores["shuffled_image_accuracy"] == 0.0
     assert result.scores["majority_accuracy"] == 0.5
-    assert result.scores["accuracy_per_kind"] == {"colour": 1.0, "shape": 1.0}
+    assert result.scores["accuracy_per_topic"] == {"colour": 1.0, "shape": 1.0}
     row = result.predictions[2].row()
     assert row["question"] == "What?" and row["reference"] == "star" and row["answer"] == "star"
 
 
-def test_records_without_kinds_are_named(tmp_path):
-    write(tmp_path, ["red"], [None])
-    with pytest.raises(UserError, match="kinds"):
-        run(tmp_path)
+def test_records_without_topics_count_as_one(tmp_path):
+    write(tmp_path, ["red", "blue", "star"], [None, None, None])
+    assert run(tmp_path).scores["accuracy_per_topic"] == {"all": 1.0}
 
 
 def test_missing_file_says_what_is_expected(tmp_path):

@@ -51,8 +51,6 @@ def test_commands_name_modules_flags_and_configs_that_exist():
         assert spec, words[2]
         text = Path(spec.origin).read_text()
         flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text))
-        if "make_scenes" in words[2]:  # whose flags are the fields of its config
-            flags |= {"pixels"}
         for word in words:
             if word.startswith("--"):
                 assert word.lstrip("-").split("=")[0].split(".")[0] in flags, word

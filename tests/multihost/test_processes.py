@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from shapes_data import make_shapes
 
 from fusion_jax import checkpoint, distributed, metrics
 from fusion_jax.errors import AGAIN, UserError
-from fusion_jax.synth.make_scenes import ScenesConfig, make_scenes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"
@@ -101,8 +101,7 @@ def parameters(workdir, step=4):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    config = ScenesConfig(stage1=16, stage1_5=16, stage2=32, validation=4, held_out=4, pixels=48)
-    return make_scenes(tmp_path_factory.mktemp("scenes") / "data", config, workers=1, progress=False)
+    return make_shapes(tmp_path_factory.mktemp("scenes") / "data", "16,16,32,4,4")
 
 
 @pytest.fixture(scope="module")

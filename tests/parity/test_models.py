@@ -22,7 +22,10 @@ from fusion_jax.train_step import losses_of
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
 CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no golden cases under {GOLDENS} (set FUSION_GOLDENS)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CASES, reason=f"no golden cases under {GOLDENS} (set FUSION_GOLDENS)"),
+]
 MASKS = {"io_released": "released", "io_paper_mask": "paper"}
 
 

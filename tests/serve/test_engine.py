@@ -22,7 +22,9 @@ BUCKETS = generate.Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), imag
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t")))
+    return load_tokenizer(
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,9 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """A checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer"))
+    tokenizer = load_tokenizer(
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer", 600)
+    )
     stage = StageConfig(name="s", data="")
     tx = optim.optimizer(stage, weights())
     saved = checkpoint.Checkpoints(folder / "s" / checkpoint.FOLDER, checkpoint.describe(config(), tokenizer))
@@ -226,7 +228,29 @@ def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folde
         width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert width[0] <= width[1]  # nothing to scroll sideways on a phone
 
+        drawn = "word => document.querySelector('#picture img')?.alt === `Where the model looks for ${word}`"
+        page.locator("#words").get_by_text("colour").click()
+        page.wait_for_function(drawn, arg="colour")
+        page.wait_for_function("() => document.querySelector('#picture img').naturalWidth > 600")
+        page.wait_for_function("() => document.querySelector('#word input').value === 'colour'")
+        shown, word = page.locator("#picture img"), page.locator("#word input")
+        first = shown.get_attribute("src")
+        word.fill("Which")
+        page.keyboard.press("Enter")
+        page.wait_for_function(drawn, arg="Which")
+        assert shown.get_attribute("src") != first
+        word.fill("dog")
+        page.locator("#show").click()
+        page.get_by_text("'dog' is not in the question").first.wait_for()
+        assert shown.is_visible() and page.locator("#picture .error").is_hidden()  # the last picture stays
+        page.locator("#words").get_by_text("colour").click()  # once more, after a typed word
+        page.wait_for_function(drawn, arg="colour")
+        assert metrics(server)["fusion_recompilations"] == 0
+
         page.get_by_role("button", name="New conversation").click()
+        shown.wait_for(state="detached")
+        page.locator("#show").click()
+        page.get_by_text("Upload an image first.").first.wait_for()
         page.locator("#image input[type=file]").set_input_files(folder / "large.png")
         page.locator("#image img").first.wait_for()
         page.locator("#question textarea").fill("Which colour is it?")

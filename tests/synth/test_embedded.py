@@ -34,7 +34,7 @@ def sample(kind: str, number: int, model: embedded.LanguageModel | None = None) 
     assert answer == asked.describe.read(reply.text, None, data)  # as if it came over the wire
     data |= {"descriptions": asked.descriptions(answer), "state": json.loads(json.dumps(reply.state))}
     if asked.ask is None:
-        return data, [{"question": "Describe the image briefly.", "answer": answer["caption"]}]
+        return data, [{"question": "Describe the image briefly.", "answer": data["descriptions"][0]}]
     reply = model.chat([], None, number, "qa", data)
     pairs = asked.ask.read(reply.text, reply.parsed, data)["pairs"]
     assert len(pairs) == len(reply.parsed["pairs"])  # no limit broken, nothing cut

@@ -33,8 +33,8 @@ def words(count, start="word"):
 def test_there_are_the_published_kinds():
     captions = {f"caption_{name}" for name in ("color", "count", "scene", "spatial", "text")}
     questions = {"multi_choice", "conv_short", "conv_long", "reasoning", "contrast_short", "contrast_long", "text_qa"}
-    assert set(KINDS) == captions | questions
-    assert {name for name, kind in KINDS.items() if kind.stage == "stage1"} == captions
+    assert set(KINDS) == captions | questions | {"caption_long"}
+    assert {name for name, kind in KINDS.items() if kind.stage == "stage1"} == captions | {"caption_long"}
     assert {name for name, kind in KINDS.items() if kind.images == 2} == {"contrast_short", "contrast_long"}
     versions = [KINDS[name].describe.version for name in captions]
     assert len(set(versions)) == len(captions)
@@ -56,7 +56,7 @@ def test_every_kind_reads_what_its_schema_says(kind, form):
     assert len(texts) == KINDS[kind].images
     if KINDS[kind].ask is None:
         turns = KINDS[kind].turns([{"answer": texts[0]}], 3)
-        assert turns[0][1] == made["caption"]
+        assert turns[0][1] in made.values()
         return
     pairs = KINDS[kind].ask.read(*said(tile_world.questions(kind, texts, 0)), {"descriptions": texts})["pairs"]
     assert 2 <= len(pairs) <= 5

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from fusion_jax.synth import questions, scenes
-from fusion_jax.synth.questions import LETTERS, Target
+from fusion_jax.synth.questions import CHOICE_OF, OPTIONS, Target
 from fusion_jax.synth.scenes import CELLS, COLOURS, SHAPES, WORDS, Scene, Thing, Word
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -75,24 +75,24 @@ def made(count: int = 500, split: str = "train"):
         rng = random.Random(f"{split}/{index}")
         goal = questions.target(index, rng)
         scene, fact = questions.target_scene(goal, rng, split)
-        yield goal, scene, questions.target_round(goal, fact, rng), rng
+        yield goal, scene, fact, rng
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_short_answers_are_true(split):
-    for goal, scene, asked, rng in made(split=split):
-        rounds = questions.short_rounds(scene, asked, rng, split)
-        assert rounds[0] == asked and 1 <= len(rounds) <= 4
-        assert asked.kind == goal.kind and asked.answer in (goal.answer, goal.letter)
-        for r in rounds:
-            if r.kind == "choice":
-                options = dict(re.findall(r"\n([A-C])\. (.+)", r.question))
-                assert len(set(options.values())) == len(LETTERS)
-                assert r.question.endswith("\nAnswer with the option's letter.")
-                assert options[r.answer] == true_answer(scene, r.question)
-            else:
-                assert r.question.endswith("\nAnswer briefly.")
-                assert r.answer == true_answer(scene, r.question)
+    for goal, scene, fact, rng in made(split=split):
+        rounds = questions.short_rounds(scene, fact, rng)
+        assert 1 <= len(rounds) <= 2
+        assert (rounds[0].kind, rounds[0].answer) == (goal.about or goal.kind, goal.answer)
+        assert all(r.answer == true_answer(scene, r.question) for r in rounds)
+
+
+def test_choices_hold_the_true_answer_once():
+    for goal, scene, fact, rng in made():
+        (asked,) = questions.choice_rounds(scene, fact, rng)
+        assert asked.kind == "choice" and asked.answer == true_answer(scene, asked.question)
+        assert fact.kind not in CHOICE_OF or asked.answer == goal.answer
+        assert len(set(asked.options)) == OPTIONS and asked.answer in asked.options
 
 
 def test_sentences_say_the_true_answer():
@@ -110,8 +110,8 @@ def test_sentences_say_the_true_answer():
 
 
 def test_rounds_do_not_give_later_answers_away():
-    for _, scene, asked, rng in made(300):
-        rounds = questions.short_rounds(scene, asked, rng)
+    for _, scene, fact, rng in made(300):
+        rounds = questions.short_rounds(scene, fact, rng)
         for i, r in enumerate(rounds[1:], 1):
             if r.kind in ("colour", "shape", "place", "word"):
                 before = " ".join(f"{earlier.question} {earlier.answer}" for earlier in rounds[:i])
@@ -146,10 +146,11 @@ def test_sides_are_named_only_when_one_thing_lies_there():
 
 def test_training_text_never_names_a_held_out_pair():
     pairs = re.compile("|".join(f"{colour} {shape}" for colour, shape in scenes.UNSEEN))
-    for _, scene, asked, rng in made():
-        rounds = [*questions.short_rounds(scene, asked, rng), *questions.sentence_rounds(scene, rng)]
-        rounds += questions.caption_round(scene, rng)
-        assert not any(pairs.search(r.question + r.answer) for r in rounds)
+    for _, scene, fact, rng in made():
+        rounds = [*questions.short_rounds(scene, fact, rng), *questions.sentence_rounds(scene, rng)]
+        rounds += questions.choice_rounds(scene, fact, rng)
+        assert not any(pairs.search(" ".join((r.question, r.answer, *r.options))) for r in rounds)
+        assert not pairs.search(questions.caption(scene, rng))
 
 
 def test_kinds_and_answers_take_turns():
@@ -158,38 +159,26 @@ def test_kinds_and_answers_take_turns():
     two_answers = (kinds["exists"] + kinds["size"]) / len(goals)
     assert 0.14 < two_answers < 0.18
     for kind, answers in questions.ANSWERS.items():
-        given = Counter(goal.letter or goal.answer for goal in goals if goal.kind == kind)
+        given = Counter(goal.answer for goal in goals if goal.kind == kind)
         assert set(given) == set(answers) and max(given.values()) - min(given.values()) <= 1
         share = questions.SHARES[kind] / sum(questions.SHARES.values())
         assert abs(kinds[kind] / len(goals) - share) < 0.01
 
 
 def test_stage_2_is_balanced_as_a_whole():
-    answers: dict[str, Counter] = {kind: Counter() for kind in questions.KINDS}
-    for _, scene, asked, rng in made(1500):
-        for r in questions.short_rounds(scene, asked, rng):
+    answers: dict[str, Counter] = {kind: Counter() for kind in questions.ANSWERS}
+    for _, scene, fact, rng in made(1500):
+        for r in questions.short_rounds(scene, fact, rng):
             answers[r.kind][r.answer] += 1
     total = sum(sum(given.values()) for given in answers.values())
     for kind, given in answers.items():
         count, fair = sum(given.values()), 1 / len(questions.ANSWERS[kind])
         assert max(given.values()) / count < 1.45 * fair, (kind, given)
-        assert (0.05 if kind in ("exists", "size") else 0.11) < count / total < 0.17, kind
-    assert (sum(answers["exists"].values()) + sum(answers["size"].values())) / total < 0.18
+        share = questions.SHARES[kind] / (sum(questions.SHARES.values()) - questions.SHARES["choice"])
+        assert 0.7 * share < count / total < 1.25 * share, kind
 
 
 def test_a_target_is_met():
-    goal = Target("choice", "FISH", "word", "C")
-    scene, fact = questions.target_scene(goal, random.Random(0))
+    scene, fact = questions.target_scene(Target("choice", "FISH", "word"), random.Random(0))
     assert scene.word.text == "FISH"
-    assert questions.target_round(goal, fact, random.Random(0)).answer == "C"
-
-
-def test_text_questions_are_right():
-    for seed in range(200):
-        r = questions.text_round(random.Random(seed))
-        if found := re.match(r"How many are (\w+) and (\w+)\?", r.question):
-            assert NUMBERS[found[1]] + NUMBERS[found[2]] == NUMBERS[r.answer]
-        elif found := re.match(r"How many letters are in the word (\w+)\?", r.question):
-            assert len(found[1]) == NUMBERS[r.answer]
-        else:
-            assert re.match(rf"What is the first letter of the word {r.answer}", r.question)
+    assert questions.choice_rounds(scene, fact, random.Random(0))[0].answer == "FISH"

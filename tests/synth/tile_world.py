@@ -37,7 +37,7 @@ def number(text: str, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, (text, *parts))).encode()).digest()[:6])
 
 
-def captions(count: int, seed: int = 0) -> list[str]:
+def captions(count: int, seed: int = 0, style: str = "scenes") -> list[str]:
     """Different captions of two to five tiles, no two neighbours of one colour."""
     made = []
     for i in range(count):
@@ -183,6 +183,7 @@ def reply(purpose: str, data: dict, wrong_share: float = 0.0) -> dict:
 # ---- The same as a backend without a network.
 
 SOURCE, LICENCE = "tile world", "CC0"
+STYLES = ("scenes",)
 
 
 class LanguageModel:

@@ -8,8 +8,8 @@
 The graph travels as the sample's state. Where there is none, because another model wrote the description, the
 description is parsed: what cannot be drawn as it says is refused.
 
-There are two styles. "scenes" is the one above. "shapes" are the small plain pictures of the quickstart: a caption of
-that style names its picture, and everything else follows from the name (`scene/shapes.py`).
+There are two styles. "scenes" is the one above. "shapes" are the small plain pictures of the quickstart, for training
+and for tests ("shapes/train", ...): a caption names its picture, and all else follows from it (`scene/shapes.py`).
 """
 
 import json
@@ -32,7 +32,7 @@ LICENCE = "Generated data, made by this program alone: free to use, change and s
 
 CAPTION_KINDS = ("caption_color", "caption_count", "caption_scene", "caption_spatial", "caption_text")
 CONTRAST_KINDS = ("contrast_short", "contrast_long")
-STYLES = ("scenes", shapes.STYLE)
+STYLES = ("scenes", *(f"{shapes.STYLE}/{split}" for split in shapes.SPLITS))
 TRIES = 20  # for captions of at most twelve words
 
 
@@ -41,8 +41,8 @@ def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
     if style not in STYLES:
         raise ValueError(f"no style {style!r}; there are {', '.join(STYLES)}")
     for number in range(count):
-        if style == shapes.STYLE:
-            yield shapes.Picture(seed, "train", number).caption
+        if style != "scenes":
+            yield shapes.Picture(seed, style.removeprefix(f"{shapes.STYLE}/"), number).caption
             continue
         rng = graph.generator(seed, "pool", number)
         texts = rng.choices((0, 1, 2), (8, 3, 1))[0]
@@ -134,10 +134,13 @@ def _reply_about_shapes(picture: shapes.Picture, purpose: str, data: dict) -> Re
     elif purpose == "describe":
         if data["kind"] not in shapes.KINDS:
             raise Unusable("no_such_kind", f"pictures of shapes come in the kinds {', '.join(shapes.KINDS)}")
-        parsed, state = {"description": shapes.description(picture)}, picture.to_json()
+        parsed, state = {"description": shapes.description(picture, data["kind"])}, picture.to_json()
     elif purpose == "qa":
-        rounds = shapes.ask(picture, data["kind"])
-        parsed = {"pairs": [{"question": r.question, "answer": r.answer} for r in rounds]}
+        pairs = []
+        for r in picture.ask(data["kind"]):
+            options = {"options": list(r.options)} if r.options else {}
+            pairs.append({"question": r.question, "answer": r.answer, "topic": r.kind} | options)
+        parsed = {"pairs": pairs}
     elif purpose == "statement":
         parsed = {"statements": [f"{pair['question']} {pair['answer']}" for pair in data["pairs"]]}
     else:
@@ -179,7 +182,7 @@ class ImageGenerator:
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
         picture = _picture(data)
         if picture is not None:
-            return picture.draw(min(size), 0.0)[0].resize(size)
+            return picture.draw(min(size)).resize(size)
         index = data.get("index", 0)
         scenes = scenes_of({"descriptions": [description] * (index + 1), "state": data.get("state")})
         return drawing.draw(scenes[index], size, seed)
@@ -278,7 +281,7 @@ def _ask(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
 
 
 def _pair(fact: ask.Fact, answer: str, rng: random.Random) -> dict:
-    return {"question": rng.choice(fact.questions), "answer": answer}
+    return {"question": rng.choice(fact.questions), "answer": answer, "topic": fact.topic}
 
 
 def _multiple_choice(made: Scene, rng: random.Random) -> list[dict]:

@@ -1,8 +1,9 @@
-"""The kinds of samples that the papers name, a file each: prompt, form of the answer, limits."""
+"""The kinds of samples, a file each: prompt, form of the answer, limits. All but caption_long are the papers'."""
 
 from fusion_jax.synth.kinds import (
     caption_color,
     caption_count,
+    caption_long,
     caption_scene,
     caption_spatial,
     caption_text,
@@ -19,9 +20,11 @@ from fusion_jax.synth.kinds.base import STAGES, Ask, Kind
 _FILES = (
     caption_color,
     caption_count,
+    caption_long,
     caption_scene,
     caption_spatial,
     caption_text,
+    caption_long,
     multi_choice,
     conv_short,
     conv_long,

@@ -1,0 +1,52 @@
+"""The quickstart's data: small pictures of plain shapes, drawn, asked about and verified by the data engine's default.
+
+python -m fusion_jax.synthesize --config configs/quickstart_data.py --out runs/quickstart/data
+python -m fusion_jax.synthesize --config configs/quickstart_data.py:100,50,100,20,20 --out small
+
+After the colon: samples of stage1, stage1_5 and stage2, for validation and for the test, whose pictures all have a pair
+of colour and shape that no other picture has.
+"""
+
+from ml_collections import ConfigDict
+
+from fusion_jax.errors import check
+
+# One question in nine is a multiple choice one, as many as the pictures are drawn for.
+SHORT = {"conv_short": 43.0, "multi_choice": 5.0}
+POOLS = {
+    "stage1": ("train", {"caption_long": 1.0}),
+    "stage1_5": ("train", {"conv_long": 1.0}),
+    "stage2": ("train", SHORT),
+    "validation": ("validation", SHORT),
+    "held_out": ("held_out", SHORT),
+}
+
+
+def get_config(counts: str = ""):
+    found = (counts or "7000,3000,7000,240,480").split(",")
+    check(len(found) == len(POOLS), f"After the colon stand {len(POOLS)} counts: {', '.join(POOLS)}.")
+    pools = []
+    for (name, (split, kinds)), count in zip(POOLS.items(), found):
+        kept = {} if split == "train" else {"split": name}
+        pools.append({"path": f"embedded:shapes/{split}:{count}", "kinds": kinds, **kept})
+    config = {
+        "pools": pools,
+        "kinds": {},
+        "stages": dict.fromkeys(SHORT, "stage2"),
+        "seed": 0,
+        # The texts are few and plain on purpose: no filter for what the web holds, no two need to differ, and there is
+        # nothing to choose by.
+        "filters": dict.fromkeys(
+            ("alphanumeric_min", "character_repetition_max", "word_repetition_max", "special_min", "special_max")
+        ),
+        "select": {"image_score_min": None, "text_similarity": None, "image_distance": -1},
+        "judge": False,
+        "images": {"backend": "embedded", "width": 96, "height": 96},
+        "processes": 2,
+        "shards": False,
+        # Later stages keep some of the earlier ones' records: a model from scratch that goes over at once undoes much
+        # of what its encoder has learned.
+        "mixtures": {"stage1_5": {"stage1": "random:25%", "stage2": "random:50%"}, "stage2": {"stage1": "random:10%"}},
+        "tokenizer": 600,
+    }
+    return ConfigDict(config)
