@@ -1,5 +1,6 @@
 """Image measures, and models in this process: tiny ones with random weights through the real libraries."""
 
+import io
 import json
 import threading
 
@@ -33,6 +34,8 @@ def test_ssim_against_its_definition():
             expected.append(top / ((p.mean() ** 2 + q.mean() ** 2 + c1) * (p.var() + q.var() + c2)))
     assert images.ssim(a, b) == pytest.approx(np.mean(expected), rel=1e-3)
     assert images.ssim(a, a) == pytest.approx(1, abs=1e-6)
+    both = images.ssim(np.stack([a, b]), np.stack([b, b]))
+    assert both == pytest.approx((images.ssim(a, b) + 1) / 2, rel=1e-6)
 
 
 def test_ssim_a_falls_with_noise_and_is_at_most_2():
@@ -48,6 +51,16 @@ def test_perceptual_hash():
     again = one.resize((200, 200)).resize((64, 64))
     distance = (images.perceptual_hash(one) ^ images.perceptual_hash(again)).bit_count()
     assert distance <= 2 < 10 < (images.perceptual_hash(one) ^ images.perceptual_hash(other)).bit_count()
+
+
+@pytest.mark.parametrize(("width", "height", "mode"), [(64, 64, "RGB"), (17, 1, "RGB"), (1, 33, "RGBA")])
+def test_png_is_a_whole_file_with_the_same_pixels(width, height, mode):
+    image = picture().resize((width, height)).convert(mode)
+    data = images.png(image)
+    Image.open(io.BytesIO(data)).verify()  # the chunks' checksums
+    again = Image.open(io.BytesIO(data))
+    assert again.format == "PNG" and again.mode == "RGB" and not again.info
+    assert np.array_equal(np.asarray(again), np.asarray(image.convert("RGB")))
 
 
 def test_files_appear_whole(tmp_path):
