@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: environment, data, three stages, evaluation. About 14 minutes on 2 cores.
+# From a fresh clone to a trained model: environment, data, three stages, evaluation. About 15 minutes on 2 cores.
 # Started again, it goes on where it stopped.
 start=$SECONDS
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
