@@ -6,4 +6,4 @@ EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15 "$@"

@@ -16,7 +16,6 @@ import fcntl
 import io
 import json
 import logging
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -257,7 +256,7 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
       advance: told how many more records have been looked at.
     """
     plan, k, spans = task
-    data = sources.map_file(plan.json_path)
+    data = sources.DataFile(plan.json_path)
     root = None if plan.settings["allow_outside"] else os.path.realpath(plan.image_folder)
     names = {kind: plan.name(kind, k) for kind in ("shard", "text")}
     parts = {kind: plan.out / _PARTIAL / f"{name}.{os.getpid()}.tmp" for kind, name in names.items()}
@@ -301,11 +300,11 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
 
 
 def _read_record(
-    plan: Plan, data: mmap.mmap | bytes, span: np.ndarray, number: int, root: str | None
+    plan: Plan, data: sources.DataFile, span: np.ndarray, number: int, root: str | None
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    record = sources.parse_json(data[span[0] : span[1]], where)
+    record = sources.parse_json(data.read(span), where)
     name, turns, names, where = sources.check_record(record, number, where)
     files, about = [], []
     for image in names:

@@ -25,6 +25,7 @@ TensorFlow Datasets nothing is kept for a record, but 4 bytes for each that `ran
 """
 
 import codecs
+import io
 import json
 import math
 import mmap
@@ -113,22 +114,21 @@ class _Json(_Part):
         self.path, self.image_folder = path, folder
         self.root = None if allow_outside else os.path.realpath(folder)
         self.spans = spans if len(numbers) == len(spans) else spans[np.asarray(numbers)]
-        self._data = None
+        self._file = None
 
     def read(self, k: int) -> Record:
-        if self._data is None:
-            self._data = map_file(self.path)
-        start, stop = self.spans[k]
+        if self._file is None:
+            self._file = DataFile(self.path)
         number = int(self.numbers[k])
         where = f"{self.path}, record {number}"
-        name, turns, images, where = check_record(parse_json(self._data[start:stop], where), number, where)
+        name, turns, images, where = check_record(parse_json(self._file.read(self.spans[k]), where), number, where)
         paths = tuple(locate(self.image_folder, image, self.root, where) for image in images)
         return Record(name, paths[0] if paths else None, turns, where, paths)
 
     text = read
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_data": None}  # a mapping stays in its process; another one maps the file again
+        return self.__dict__ | {"_file": None}  # an open file stays in its process; another one opens it again
 
 
 class _Stored(_Part):
@@ -367,7 +367,7 @@ def _open_stored(
 
 def scan_json(path: Path) -> np.ndarray:
     """Where each record of a JSON list or JSONL file lies: (records, 2) int64. UserError if invalid or empty."""
-    data = map_file(path)
+    data = _map(path)
     spans = _scan_lines(data, path) if path.suffix == ".jsonl" else _scan_list(data, path)
     if not len(spans):
         raise UserError(f"{path} holds no records.")
@@ -403,8 +403,26 @@ def _sample(total: int, count: int, seed: list[int]) -> np.ndarray:
     return np.sort(chosen).astype(np.uint32 if total <= 1 << 32 else np.uint64)
 
 
-def map_file(path: Path) -> mmap.mmap | bytes:
-    """The file's bytes, mapped. UserError where it cannot be read."""
+class DataFile:
+    """A file that is read piece by piece for as long as a run takes, by any number of threads.
+
+    Not mapped: where the file is cut or written anew meanwhile, a mapping ends the process (SIGBUS) without a word.
+    """
+
+    def __init__(self, path: Path):
+        """Raises UserError where the file cannot be opened."""
+        try:
+            self._file = io.FileIO(path)
+        except OSError as e:
+            raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
+
+    def read(self, span: np.ndarray) -> bytes:
+        """The bytes from `span[0]` up to `span[1]`; fewer where the file has become shorter."""
+        return os.pread(self._file.fileno(), int(span[1] - span[0]), int(span[0]))
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, mapped: to find its records in one pass. UserError where it cannot be read."""
     try:
         with open(path, "rb") as f:
             # An empty file cannot be mapped.

@@ -46,6 +46,16 @@ def test_json_list(tmp_path, monkeypatch, chunk, style):
         source[12]
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    """A mapped file would end the process here."""
+    path = write(tmp_path / "a.json", make(1000))
+    source = load_source(path)
+    assert source[999].id == "r999"
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"a.json, record 999 is no longer valid JSON: the file changed"):
+        source[999]
+
+
 def test_jsonl_with_blank_lines_bom_and_no_last_newline(tmp_path):
     lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in make(3))
     (tmp_path / "a.jsonl").write_text("\ufeff" + lines + "\r\n \n", encoding="utf-8")
