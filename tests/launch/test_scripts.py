@@ -336,7 +336,11 @@ def wait_until(condition, seconds=30):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_restart_passes_signals_on_and_does_not_run_again(tmp_path, number):
     command = ["--pid_file", tmp_path / "pid", "--", sys.executable, "-c", SAVING, tmp_path]
-    process = subprocess.Popen(["bash", str(LAUNCH / "restart.sh"), *map(str, command)])
+    # A shell's background job, which these tests may be, has SIGINT ignored, and so would have what it starts.
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH / "restart.sh"), *map(str, command)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_until((tmp_path / "ready").exists)
     assert int((tmp_path / "pid").read_text()) == process.pid
     process.send_signal(number)
