@@ -136,10 +136,8 @@ def decode(
         done = now.done | (made >= now.limit)
         for stop in stop_ids:
             done = done | (token == stop)
-        # The last token needs no successor.
-        logits, cache = jax.lax.cond(
-            jnp.all(done), lambda: (now.logits, now.cache), functools.partial(forward, now, token)
-        )
+        # Also where no row goes on: a condition here would copy the whole cache at every step.
+        logits, cache = forward(now, token)
         # A row that is done stays where it is: its position must not grow for ever.
         positions = now.positions + ~done
         return (

@@ -75,6 +75,22 @@ def reference_attention(
     return jnp.einsum("bghqk,bkgd->bqghd", weights.astype(v.dtype), v).reshape(q.shape)
 
 
+def cached_attention(
+    q: Float[Array, "B 1 H d"],
+    k: Float[Array, "B G C d"],
+    v: Float[Array, "B G C d"],
+    q_segments: Int[Array, "B 1"],
+    kv_segments: Int[Array, "B C"],
+) -> Float[Array, "B 1 H d"]:
+    """`reference_attention` of one new token over a cache, whose heads stand before its places."""
+    batch, _, heads, size = q.shape
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
+    scores = jnp.einsum("bghd,bgkd->bghk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
+    mask = _mask(q_segments, kv_segments, False, 0)[:, None]
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1), 0.0)
+    return jnp.einsum("bghk,bgkd->bghd", weights.astype(v.dtype), v).reshape(batch, 1, heads, size)
+
+
 # The blocked kernel, for CPU. XLA's plain attention writes the (B, H, Q, K) scores to memory several times; one head at
 # a time stays in the cache, and the backward pass recomputes the scores from the saved log-sum-exp.
 

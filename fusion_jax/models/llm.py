@@ -20,13 +20,14 @@ class Cache:
     """Keys and values of the tokens seen so far, one buffer for all layers.
 
     Attributes:
-      keys, values: (layers, B, capacity, G, d), rotary embedding applied.
+      keys, values: (layers, B, G, capacity, d), rotary embedding applied. Heads before places: one new token's
+        product with all keys then needs no copy of them.
       segments: (B, capacity) int32, 1 where a slot holds a real token. positions: (B, capacity) int32, its position.
       length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
     """
 
-    keys: Float[Array, "layers B C G d"]
-    values: Float[Array, "layers B C G d"]
+    keys: Float[Array, "layers B G C d"]
+    values: Float[Array, "layers B G C d"]
     segments: Int[Array, "B C"]
     positions: Int[Array, "B C"]
     length: Int[Array, ""]
@@ -34,7 +35,7 @@ class Cache:
 
 def empty_cache(config: LLMConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
     """A cache for `capacity` tokens a row."""
-    shape = (config.layers, batch, capacity, config.kv_heads, config.per_head)
+    shape = (config.layers, batch, config.kv_heads, capacity, config.per_head)
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
 
@@ -72,11 +73,12 @@ class DecoderLayer(nn.Module):
         k = layers.apply_rotary(heads("key", c.kv_heads), shared.cos, shared.sin)
         v = heads("value", c.kv_heads)
         if buffers is not None:
-            start = (index, 0, shared.slot, 0, 0)
-            buffers = tuple(jax.lax.dynamic_update_slice(b, a[None], start) for b, a in zip(buffers, (k, v)))
+            start = (index, 0, 0, shared.slot, 0)
+            new = (a.swapaxes(1, 2)[None] for a in (k, v))
+            buffers = tuple(jax.lax.dynamic_update_slice(b, a, start) for b, a in zip(buffers, new))
         if buffers is not None and length == 1:
             k, v = (jax.lax.dynamic_index_in_dim(b, index, 0, keepdims=False) for b in buffers)
-            y = attention.attention(q, k, v, shared.segments, shared.cached_segments)
+            y = attention.cached_attention(q, k, v, shared.segments, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
         # As many residual branches as layers, twice: their sum stays at the scale of the embedding.
