@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.data.sources import load_records
+from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
 from fusion_jax.generate import first_question
@@ -44,7 +45,7 @@ def read(data_dir: Path) -> list[Question]:
     """Every question with its own image, then all of them again, each with another record's.
 
     Raises:
-      UserError: the file is missing.
+      UserError: the file is missing, or a record cannot be used.
     """
     folder = files.open_folder(data_dir, ("held_out",), "held_out", DATA)
     path = folder.path / FILE
@@ -52,7 +53,10 @@ def read(data_dir: Path) -> list[Question]:
         raise folder.wrong(f"there is no {FILE}")
     source, raw = load_records(path), files.read_json(path)
     seen, blind = [], []
-    records = [source[i] for i in range(len(source))]
+    try:
+        records = [source[i] for i in range(len(source))]
+    except BadRecord as bad:
+        raise UserError(f"A test is taken whole, but one record cannot be used: {bad}.") from bad
     for number, (record, other) in enumerate(zip(records, others(len(records)))):
         words = first_question(record).turns[0]["value"].replace("<image>", "").strip()
         (topic, *_), answer = raw[number].get("topics", ("all",)), record.turns[1]["value"]

@@ -68,6 +68,15 @@ def test_records_without_topics_count_as_one(tmp_path):
     assert run(tmp_path).scores["accuracy_per_topic"] == {"all": 1.0}
 
 
+def test_a_record_that_cannot_be_used_is_named(tmp_path):
+    write(tmp_path, ["red", "blue"], ["colour", "colour"])
+    records = json.loads((tmp_path / "held_out.json").read_text())
+    records[1]["image"] = "../blue.png"
+    (tmp_path / "held_out.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match=r"record 1 \(id 1\): the image ../blue.png lies outside"):
+        run(tmp_path)
+
+
 def test_missing_file_says_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"there is no held_out.json in .*expected held_out.json in LLaVA format"):
         run(tmp_path)
