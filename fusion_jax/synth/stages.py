@@ -178,13 +178,12 @@ def _qa(tools: Tools, sample: Sample) -> None:
         sample["pairs"] = [{"question": request, "answer": sample["descriptions"][0]}]
     else:
         answer, reply = _ask(tools, sample, "qa", kind.ask, _data(sample))
-        # A backend that knows what its questions are about may say so; nobody is asked for it.
-        said = (reply.parsed or {}).get("pairs", ())
-        topics = {pair["question"]: pair["topic"] for pair in said if "topic" in pair}
-        sample["pairs"] = [
-            pair | ({"topic": topics[pair["question"]]} if pair["question"] in topics else {})
-            for pair in answer["pairs"]
-        ]
+        sample["pairs"] = answer["pairs"]
+        # The embedded backend knows what its questions are about. What a model writes is never taken for it.
+        topics = (reply.state or {}).get("topics", {})
+        for pair in sample["pairs"]:
+            if pair["question"] in topics:
+                pair["topic"] = topics[pair["question"]]
     sample["asked"] = len(sample["pairs"])
 
 

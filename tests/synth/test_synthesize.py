@@ -200,6 +200,22 @@ def test_answers_are_cleaned_and_the_report_escapes(tmp_path, monkeypatch):
     assert "<i>" not in page and "<script" not in page
 
 
+def test_a_topic_that_a_model_adds_to_its_answer_is_left_out(tmp_path, monkeypatch):
+    class Talkative(tile_world.LanguageModel):
+        def chat(self, messages, schema, seed, purpose, data):
+            if purpose != "qa":
+                return super().chat(messages, schema, seed, purpose, data)
+            said = {"pairs": [{"question": "Is it red?", "answer": "yes", "topic": "<script>"}]}
+            return Reply(json.dumps(said), said)
+
+    monkeypatch.setattr(tile_world, "LanguageModel", Talkative)
+    monkeypatch.setattr(tile_world.VisionModel, "verify", lambda *_: Reply("yes"))
+    run(make_config(2, kinds={"conv_short": 1.0}), tmp_path / "out")
+    records = json.loads((tmp_path / "out" / "stage1_5.json").read_text())
+    assert records and not any("topics" in record for record in records)
+    assert "<script>" not in (tmp_path / "out" / "lineage.jsonl").read_text()
+
+
 def test_unusable_answers_are_asked_again_and_counted(tmp_path, monkeypatch):
     asked = []
 

@@ -95,7 +95,7 @@ class LanguageModel:
             parsed, scenes = _describe(data["kind"], data["caption"], rng)
             state = {"scenes": [graph.to_json(made) for made in scenes]}
         elif purpose == "qa":
-            parsed = {"pairs": self._pairs(data, rng, seed)}
+            parsed, state = _with_topics(self._pairs(data, rng, seed))
         elif purpose == "statement":
             scenes = scenes_of(data)
             parsed = {"statements": [_statement(pair, scenes) for pair in data["pairs"]]}
@@ -140,12 +140,18 @@ def _reply_about_shapes(picture: shapes.Picture, purpose: str, data: dict) -> Re
         for r in picture.ask(data["kind"]):
             options = {"options": list(r.options)} if r.options else {}
             pairs.append({"question": r.question, "answer": r.answer, "topic": r.kind} | options)
-        parsed = {"pairs": pairs}
+        parsed, state = _with_topics(pairs)
     elif purpose == "statement":
         parsed = {"statements": [f"{pair['question']} {pair['answer']}" for pair in data["pairs"]]}
     else:
         parsed = _verify(data["question"], data["answer"], data)
     return Reply(json.dumps(parsed, ensure_ascii=False), parsed, state=state)
+
+
+def _with_topics(pairs: list[dict]) -> tuple[dict, dict]:
+    """The reply's pairs, and beside them what each question is about."""
+    topics = {pair["question"]: pair.pop("topic") for pair in pairs if "topic" in pair}
+    return {"pairs": pairs}, {"topics": topics}
 
 
 def planted(seed: int, number: int, share: float) -> bool:
