@@ -180,11 +180,11 @@ def test_typical_step_has_the_shapes_of_real_batches():
     config, stage = run_config(flare, "l_3b,stage1", batch_size=16, packing=True, max_question_length=128)
     step = typical.step(config, stage, 4, 36)
     spec = layout_spec(config.model, stage.max_length, stage.max_question_length, stage.max_rounds)
-    spec = dataclasses.replace(spec, crops=step.sizes.crops)
-    real = lay_out_rows([[]] * step.sizes.rows, spec, 36, step.sizes.groups)
+    groups, crops = step.batch.crop_kind.shape
+    real = lay_out_rows([[]] * len(step.batch.tokens), dataclasses.replace(spec, crops=crops), 36, groups)
     expected = jax.tree.map(lambda x: (x.shape, x.dtype), real)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), step.batch) == expected
-    assert step.sizes.rows % 4 == 0
+    assert groups == 4 and len(step.batch.tokens) % 4 == 0
     assert 0.8 < step.tokens / step.batch.tokens.size <= 1
     assert flops.forward_flops(config.model, step.shape) > 0
     assert typical.mean_samples(config, stage, 4) >= 16 * 0.9

@@ -260,7 +260,7 @@ def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
         "packing": sizes.packing,
         "rows": sizes.rows,
         "groups": sizes.groups,
-        "crops_per_group": sizes.crops,
+        "crops_per_group": [min(sizes.crops.values()), max(sizes.crops.values())],
         "samples": sum(map(len, by_step)) / len(steps),
         "empty_rows": sum(not row for step in steps for row in step.rows) / len(steps),
         "text_only_steps": sum(step.plan.crops == 0 for step in steps) / len(steps),

@@ -108,7 +108,9 @@ def _heads(names: str) -> list[str]:
 
 
 def _step_table(step: dict[str, Any], figures: dict[str, Any]) -> Table:
-    crops = f"{step['groups']} x {step['crops_per_group']}" if step["groups"] > 1 else number(step["crops_per_group"])
+    fewest, most = step["crops_per_group"]
+    crops = f"{fewest} to {most}" if fewest < most else str(most)
+    crops = f"{step['groups']} x {crops}" if step["groups"] > 1 else crops
     lines = [
         ("samples", f"{step['samples']:.1f}", f"batch_size {figures['batch_size']}"),
         ("rows", number(step["rows"]), f"of {number(figures['max_length'])} positions"),

@@ -25,7 +25,7 @@ import numpy as np
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, image, sources, tiles
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out, lay_out_rows, needs
-from fusion_jax.data.plan import Measured, Sizes, enough, plan, size_batches
+from fusion_jax.data.plan import Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -335,7 +335,7 @@ def stage_sizes(config: RunConfig, stage: StageConfig, loader: Loader, shards: i
     """The sizes of the stage's batches; `shards`: parts that the rows of a microbatch are dealt over."""
     model = config.model
     if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
-        return Sizes(stage.batch_size, stage.batch_size, 1, False)  # a row, a crop: nothing is to be shared
+        return a_crop_each(stage.batch_size, _latent_counts(model))
     return size_batches(
         sample_records(loader, stage_seed(config, stage)),
         loader.spec,
@@ -385,8 +385,10 @@ def training_batches(
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
     sizes = stage_sizes(config, stage, loader, shards)
-    if sizes.packing or sizes.crops != sizes.rows_per_group:
-        what = f"{sizes.rows} rows of {stage.max_length} and {sizes.crops * sizes.groups} crops"
+    fewest, most = (sizes.groups * pick(sizes.crops.values()) for pick in (min, max))
+    if sizes.packing or fewest != sizes.rows:
+        crops = f"{fewest} to {most}" if fewest < most else str(most)
+        what = f"{sizes.rows} rows of {stage.max_length} and {crops} crops"
         log.info("%s: %s hold %d samples on average", stage.name, what, stage.batch_size)
     feeding = _Feeding(
         loader,

@@ -9,7 +9,7 @@ images of its own groups.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,11 +33,12 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group, whether rows are packed."""
+    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group at each l^2, whether rows are
+    packed. The fewer latents, the more records share a row."""
 
     rows: int
     groups: int
-    crops: int
+    crops: Mapping[int, int]
     packing: bool
 
     @property
@@ -58,7 +59,7 @@ def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: 
     if not sizes.packing:
         return [[i] for i in range(len(waiting))]
     lengths = [m.length + m.rounds * latents for m in waiting]
-    others = [([m.crops for m in waiting], sizes.crops), ([m.rounds for m in waiting], spec.rounds)]
+    others = [([m.crops for m in waiting], sizes.crops[latents]), ([m.rounds for m in waiting], spec.rounds)]
     return packing.preferred(packing.best_fit(lengths, spec.length, others), lengths, spec.length)
 
 
@@ -67,8 +68,8 @@ def enough(waiting: Sequence[Measured], sizes: Sizes, batch_size: int, split: bo
     if sizes.packing:
         return len(waiting) >= WAITING_PACKED * batch_size
     pictured = sum(m.crops > 0 for m in waiting)
-    wanted = sizes.rows if sizes.crops >= sizes.rows_per_group * max((m.crops for m in waiting), default=0) else 0
-    wanted = wanted or WAITING * sizes.rows
+    most = sizes.rows_per_group * max((m.crops for m in waiting), default=0)
+    wanted = sizes.rows if min(sizes.crops.values()) >= most else WAITING * sizes.rows
     return max(pictured, len(waiting) - pictured) >= wanted if split else len(waiting) >= wanted
 
 
@@ -78,7 +79,7 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
     Args:
       latents: l^2. split: see `enough`; rows of text alone then go together and cost no encoder.
     """
-    found, crops = units(waiting, spec, sizes, latents), sizes.crops
+    found, crops = units(waiting, spec, sizes, latents), sizes.crops[latents]
     if split and not sizes.packing:
         text = [unit for unit in found if waiting[unit[0]].crops == 0]
         pictured = [unit for unit in found if waiting[unit[0]].crops > 0]
@@ -107,6 +108,11 @@ def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
     return [row for group in groups for row in group + [[]] * (sizes.rows_per_group - len(group))]
 
 
+def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:
+    """One record a row, each at most one crop: nothing is to be shared, and nothing to be measured."""
+    return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False)
+
+
 def size_batches(
     sample: Sequence[Measured],
     spec: LayoutSpec,
@@ -118,19 +124,22 @@ def size_batches(
 ) -> Sizes:
     """How many rows and crops hold `batch_size` samples on average, judged by a sample of the records.
 
-    K is the mean of a group's crops and a little more: 3% where best fit can choose among many (at the smallest l^2,
-    with which a row has most of them), else one standard deviation. Units beyond it wait for lighter company.
+    K is the mean of a group's crops and a little more: 6% where best fit can choose among many, else one standard
+    deviation. Units beyond it wait for lighter company.
 
     Args:
       groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.
     """
+    latent_counts = latent_counts or (0,)
     if not packed:
         costs = [m.crops for m in sample if m.crops] or [0]
         per_group = batch_size // groups
         crops = math.ceil(per_group * np.mean(costs) + math.sqrt(per_group) * np.std(costs) - 1e-9)
-        return Sizes(batch_size, groups, max(crops, most_crops), False)
-    free = Sizes(1, 1, max(most_crops, sum(m.crops for m in sample)), True)
-    found = [len(units(sample, spec, free, latents)) for latents in latent_counts or (0,)] if sample else [0]
-    rows = math.ceil(np.mean(found) / max(len(sample), 1) * batch_size / groups)
-    per_row = sum(m.crops for m in sample) / max(min(found), 1)
-    return Sizes(max(rows, 1) * groups, groups, max(math.ceil(1.03 * max(rows, 1) * per_row), most_crops), True)
+        return Sizes(batch_size, groups, dict.fromkeys(latent_counts, max(crops, most_crops)), False)
+    in_all = sum(m.crops for m in sample)
+    free = Sizes(1, 1, dict.fromkeys(latent_counts, max(most_crops, in_all)), True)
+    found = {latents: len(units(sample, spec, free, latents)) for latents in latent_counts}
+    rows = max(math.ceil(np.mean(list(found.values())) / max(len(sample), 1) * batch_size / groups), 1)
+    means = {latents: rows * in_all / max(count, 1) for latents, count in found.items()}
+    crops = {latents: max(math.ceil(1.06 * mean), most_crops) for latents, mean in means.items()}
+    return Sizes(rows * groups, groups, crops, True)

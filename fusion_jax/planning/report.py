@@ -146,11 +146,11 @@ def table(report: Report, stage_samples: float | None) -> str:
     """The same and where it comes from, for reading."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    rows, length = step.batch.tokens.shape
+    (rows, length), (groups, crops) = step.batch.tokens.shape, step.batch.crop_kind.shape
     out = [
         f"{program.stage.name} on {topology.name}, {topology.chips} chips ({mesh}), remat {program.config.remat}",
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
-        f"  step                   {rows} rows of {length}, {step.sizes.groups} groups of {step.sizes.crops} crops, "
+        f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",
         f"  samples in a step      {step.samples} at this l^2, {report.samples:.0f} on average",
         f"  positions in use       {step.tokens / step.batch.tokens.size:.1%} of the rows, "

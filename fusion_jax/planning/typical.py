@@ -17,7 +17,7 @@ from fusion_jax.data import layout, tiles
 from fusion_jax.data.layout import Batch, LayoutSpec
 from fusion_jax.data.packing import Mix
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, plan, size_batches
+from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, size_batches
 from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig
 
@@ -40,13 +40,12 @@ class TypicalStep:
     """A step of a stage at one l^2.
 
     Attributes:
-      batch: shapes and dtypes of the whole global batch. shape: what of it is real, for `flops`. sizes: rows and crops.
-      samples: conversations in this step.
+      batch: shapes and dtypes of the whole global batch. shape: what of it is real, for `flops`. samples: conversations
+      in this step.
     """
 
     batch: Batch
     shape: flops.BatchShape
-    sizes: Sizes
     samples: int
 
     @property
@@ -104,7 +103,7 @@ def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int |
     waiting = draw(model, stage, spec, max(WAITING_PACKED * stage.batch_size, 512))
     measured = [sample.measured for sample in waiting]
     if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
-        sizes = Sizes(stage.batch_size, stage.batch_size, 1, False)
+        sizes = a_crop_each(stage.batch_size, counts)
     else:
         groups = shards * stage.accumulation
         sizes = size_batches(
@@ -117,11 +116,10 @@ def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int |
     )
     planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
     chosen = [[waiting[i] for i in row] for row in planned.rows]
-    sizes = dataclasses.replace(sizes, crops=planned.crops)
+    spec = dataclasses.replace(spec, crops=planned.crops)
     return TypicalStep(
         batch=abstract_batch(spec, sizes, latent_count),
         shape=_shape(model, spec, chosen, latent_count),
-        sizes=sizes,
         samples=sum(map(len, chosen)),
     )
 
@@ -133,8 +131,8 @@ def mean_samples(config: RunConfig, stage: StageConfig, shards: int) -> float:
 
 
 def abstract_batch(spec: LayoutSpec, sizes: Sizes, latent_count: int) -> Batch:
-    """Shapes and dtypes of a batch of these sizes, as `layout.lay_out_rows` would make it."""
-    one = layout.lay_out_rows([[]], dataclasses.replace(spec, crops=sizes.crops), latent_count)
+    """Shapes and dtypes of a batch of these rows and groups, as `layout.lay_out_rows` would make it."""
+    one = layout.lay_out_rows([[]], spec, latent_count)
     shared = ("crops", "crop_kind", "quadrants", "crop_text", "crop_text_mask")
 
     def wide(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
