@@ -104,6 +104,31 @@ ENTRY %main (a: bf16[8,16]) -> bf16[32,16] {
 """
 
 
+def test_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    [one] = hlo.read(SCATTER_TEXT, 4).collectives
+    assert (one.kind, one.bytes) == ("reduce-scatter", 3 / 4 * 32 * 16 * 2)
+    whole = SCATTER_TEXT.replace("ROOT %s = bf16[8,16]{1,0} dynamic-slice", "ROOT %s = bf16[8,16]{1,0} slice")
+    [one] = hlo.read(whole, 4).collectives
+    assert (one.kind, one.bytes) == ("all-reduce", 2 * 3 / 4 * 32 * 16 * 2)
+
+
+SCATTER_TEXT = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (p: bf16[32,16]) -> bf16[8,16] {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %r = bf16[32,16]{1,0} all-reduce(%p), channel_id=5, replica_groups={{0,1,2,3}}, to_apply=%add
+  %i = u32[] partition-id()
+  %c = u32[] constant(0)
+  ROOT %s = bf16[8,16]{1,0} dynamic-slice(%r, %i, %c), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (a: bf16[32,16]) -> bf16[8,16] {
+  %a = bf16[32,16]{1,0} parameter(0)
+  ROOT %f = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [

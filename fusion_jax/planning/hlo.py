@@ -363,6 +363,9 @@ class _Reader:
                 )
             )
         kind = op.removesuffix("-start")
+        # How TPU programs write a reduce-scatter: a fusion that sums and keeps a slice, sent as the slices alone.
+        if kind == "all-reduce" and fused and _only_sliced(computation, instruction):
+            kind = "reduce-scatter"
         if kind in KINDS:
             self._collective(kind, instruction, operands, times, outer)
         if op in ("fusion", "call", "async-start"):
@@ -414,10 +417,7 @@ class _Reader:
         """A fusion that only takes a slice of an operand reads no more; one that updates a slice writes no more."""
         name = re.search(r"calls=%?([\w.\-]+)", instruction.rest)[1]
         inner = self.module.computations[name]
-        users: dict[str, list[Instruction]] = {}
-        for one in inner.values():
-            for operand in one.operands:
-                users.setdefault(operand, []).append(one)
+        users = _users(inner)
         for one in inner.values():
             if one.op != "parameter" or int(one.operands[0]) >= len(read):
                 continue
@@ -433,6 +433,19 @@ class _Reader:
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "while"}
 _FREE |= {"replica-id", "call", "conditional", "custom-call-start", "optimization-barrier"}
+
+
+def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = {}
+    for one in computation.values():
+        for operand in one.operands:
+            users.setdefault(operand, []).append(one)
+    return users
+
+
+def _only_sliced(computation: dict[str, Instruction], instruction: Instruction) -> bool:
+    uses = _through_bitcasts(_users(computation), instruction.name)
+    return bool(uses) and all(use.op == "dynamic-slice" for use in uses)
 
 
 def _through_bitcasts(users: dict[str, list[Instruction]], name: str) -> list[Instruction]:
