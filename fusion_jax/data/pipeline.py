@@ -389,7 +389,13 @@ def training_batches(
     if sizes.packing or fewest != sizes.rows:
         crops = f"{fewest} to {most}" if fewest < most else str(most)
         what = f"{sizes.rows} rows of {stage.max_length} and {crops} crops"
-        log.info("%s: %s hold %d samples on average", stage.name, what, stage.batch_size)
+        log.info("%s: %s hold %.0f samples on average", stage.name, what, sizes.samples)
+    if sizes.samples > 1.1 * stage.batch_size:
+        log.warning(
+            "%s: steps hold %.0f samples, not batch_size=%d, because each of %d devices and microbatches has as many "
+            "rows; set batch_size=%.0f, by which steps are counted, or let fewer share the rows (mesh, accumulation)",
+            *(stage.name, sizes.samples, stage.batch_size, sizes.groups, sizes.samples),
+        )
     feeding = _Feeding(
         loader,
         sizes,

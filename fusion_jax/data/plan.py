@@ -33,13 +33,14 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group at each l^2, whether rows are
-    packed. The fewer latents, the more records share a row."""
+    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group at each l^2 (the fewer latents,
+    the more records share a row), whether rows are packed, samples that they hold on average."""
 
     rows: int
     groups: int
     crops: Mapping[int, int]
     packing: bool
+    samples: float
 
     @property
     def rows_per_group(self) -> int:
@@ -110,7 +111,7 @@ def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
 
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:
     """One record a row, each at most one crop: nothing is to be shared, and nothing to be measured."""
-    return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False)
+    return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False, batch_size)
 
 
 def size_batches(
@@ -122,7 +123,8 @@ def size_batches(
     most_crops: int,
     packed: bool,
 ) -> Sizes:
-    """How many rows and crops hold `batch_size` samples on average, judged by a sample of the records.
+    """How many rows and crops hold `batch_size` samples on average or, where rows divide over no fewer groups, more;
+    judged by a sample of the records.
 
     K is the mean of a group's crops and a little more: 6% where best fit can choose among many, else one standard
     deviation. Units beyond it wait for lighter company.
@@ -135,11 +137,13 @@ def size_batches(
         costs = [m.crops for m in sample if m.crops] or [0]
         per_group = batch_size // groups
         crops = math.ceil(per_group * np.mean(costs) + math.sqrt(per_group) * np.std(costs) - 1e-9)
-        return Sizes(batch_size, groups, dict.fromkeys(latent_counts, max(crops, most_crops)), False)
+        crops = dict.fromkeys(latent_counts, max(crops, most_crops))
+        return Sizes(batch_size, groups, crops, False, batch_size)
     in_all = sum(m.crops for m in sample)
-    free = Sizes(1, 1, dict.fromkeys(latent_counts, max(most_crops, in_all)), True)
+    free = Sizes(1, 1, dict.fromkeys(latent_counts, max(most_crops, in_all)), True, len(sample))
     found = {latents: len(units(sample, spec, free, latents)) for latents in latent_counts}
-    rows = max(math.ceil(np.mean(list(found.values())) / max(len(sample), 1) * batch_size / groups), 1)
+    wanted = np.mean(list(found.values())) / max(len(sample), 1) * batch_size
+    rows = max(math.ceil(wanted / groups), 1)
     means = {latents: rows * in_all / max(count, 1) for latents, count in found.items()}
     crops = {latents: max(math.ceil(1.06 * mean), most_crops) for latents, mean in means.items()}
-    return Sizes(rows * groups, groups, crops, True)
+    return Sizes(rows * groups, groups, crops, True, batch_size * rows * groups / (wanted or rows * groups))

@@ -255,7 +255,7 @@ def test_counts_stop_the_run_beyond_the_allowed_share():
 
 def test_a_source_without_usable_records_ends_instead_of_hanging():
     bad = BadRecord("missing_key", "file, record 0", "the key is missing")
-    fed, counts = first_batch_of_nothing(bad, sizes=Sizes(1, 1, {4: 1}, False))
+    fed, counts = first_batch_of_nothing(bad, sizes=Sizes(1, 1, {4: 1}, False, 1))
     assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1
     with pytest.raises(UserError):
         counts.check(0.5, 3)
@@ -406,6 +406,13 @@ def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
     assert min(emitted.values()) >= counts.seen // RECORDS - 2
 
 
+def test_more_groups_than_rows_are_told(open_packed, caplog):
+    open_packed(batch_size=32)
+    assert "not batch_size" not in caplog.text
+    open_packed(devices=8)
+    assert "each of 8 devices" in caplog.text and f"not batch_size={ROWS}" in caplog.text
+
+
 @pytest.mark.parametrize("after", [1, 4])
 @pytest.mark.parametrize("file", ["good.json", "bad.json"])
 def test_packed_state_resumes_at_the_identical_next_batch(open_packed, bad_file, file, after):
@@ -440,7 +447,7 @@ def test_rows_are_dealt_evenly_over_devices_and_microbatches(open_packed):
 
 def test_rows_that_no_record_fills_are_empty():
     bad = BadRecord("missing_key", "file, record 0", "the key is missing")
-    fed, counts = first_batch_of_nothing(bad, Sizes(2, 1, {4: 3}, True))
+    fed, counts = first_batch_of_nothing(bad, Sizes(2, 1, {4: 3}, True, 2))
     assert len(fed.bad) == counts.seen == counts.bad["missing_key"] > 1
     assert fed.samples == 0 and fed.batch.tokens.shape == (2, 40)
 

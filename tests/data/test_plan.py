@@ -16,7 +16,7 @@ def records(*crops, length=30, rounds=1):
 
 
 def test_units_go_where_the_crops_left_are_like_theirs():
-    sizes = Sizes(rows=4, groups=2, crops={4: 5}, packing=False)
+    sizes = Sizes(rows=4, groups=2, crops={4: 5}, packing=False, samples=4)
     assert deal([[0], [1], [2], [3]], [4, 1, 1, 3], sizes, 5) == [[0], [1], [2], [3]]
     # The third is too heavy for what is left and waits; a row may stay empty.
     assert deal([[0], [1], [2], [3]], [4, 4, 2, 1], sizes, 5) == [[0], [3], [1], []]
@@ -24,7 +24,7 @@ def test_units_go_where_the_crops_left_are_like_theirs():
 
 
 def test_rows_of_text_alone_go_together():
-    sizes, waiting = Sizes(2, 2, {4: 1}, False), records(1, 0, 1, 0, 0)
+    sizes, waiting = Sizes(2, 2, {4: 1}, False, 2), records(1, 0, 1, 0, 0)
     assert enough(waiting[:3], sizes, 2, split=True) and not enough(waiting[:2], sizes, 2, split=True)
     assert enough(waiting[:2], sizes, 2, split=False)
     first = plan(waiting[:3], SPEC, sizes, 4, split=True)
@@ -38,7 +38,7 @@ def test_rows_of_text_alone_go_together():
 def test_no_record_waits_for_ever():
     rng = np.random.default_rng(0)
     for packed, split in ((False, True), (False, False), (True, True)):
-        sizes = Sizes(rows=4, groups=2, crops={4: 6}, packing=packed)
+        sizes = Sizes(rows=4, groups=2, crops={4: 6}, packing=packed, samples=8)
         waiting, number, waited, taken = [], 0, {}, set()
         for _ in range(200):
             while not enough(waiting, sizes, 8, split):
@@ -91,14 +91,14 @@ def test_published_mix_fills_rows_and_crops(groups, slots_at_least, crops_at_lea
         samples.append(len(places))
         waiting = [m for i, m in enumerate(waiting) if i not in places]
     assert np.mean(slots) >= slots_at_least and np.mean(crops) >= crops_at_least
+    assert abs(np.mean(samples) / sizes.samples - 1) < 0.15
     assert sizes.crops[144] < sizes.crops[4]  # each l^2 its own: with many latents fewer images share a row
-    assert abs(np.mean(samples) / 64 * 16 / sizes.rows - 1) < 0.15
 
 
 def test_sizes_of_unpacked_batches():
-    assert size_batches(records(1, 1, 0), SPEC, 8, 2, (4,), 1, False) == Sizes(8, 2, {4: 4}, False)
+    assert size_batches(records(1, 1, 0), SPEC, 8, 2, (4,), 1, False) == Sizes(8, 2, {4: 4}, False, 8)
     # Most have one image, some four: room for the mean and one deviation of a group's rows.
     mixed = size_batches(records(*[1] * 30, *[4] * 10), SPEC, 8, 1, (4,), 4, False)
     assert mixed.rows == 8 and 14 < mixed.crops[4] < 19
     assert size_batches(records(1, 2, 4), SPEC, 8, 8, (4,), 6, False).crops == {4: 6}  # the largest must have room
-    assert size_batches([], SPEC, 8, 2, (), 1, True) == Sizes(2, 2, {0: 1}, True)
+    assert size_batches([], SPEC, 8, 2, (), 1, True) == Sizes(2, 2, {0: 1}, True, 8)
