@@ -35,6 +35,7 @@ def stage(name: str, rates: str, data: str) -> dict:
         "max_length": published["max_length"],
         "max_question_length": 1024,
         "max_rounds": 16,
+        "packing": True,
         "learning_rate": published[rates],
         "learning_rate_by_path": by_path,
     }
@@ -73,7 +74,7 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
             "stages": [stage(name, rates, data) for name in chosen or STAGES],
             "init_from": "",
             "dtype": "bfloat16",
-            "remat": "full",
+            "remat": "dots",  # full on few or small chips: docs/scaling.md
             # Parameters dealt over all devices; several slices of a TPU: --config.mesh.data=SLICES.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }

@@ -66,8 +66,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
     profile = watch.parse_steps(_PROFILE.value)
     distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    with distributed.ends_with_the_others(), watch.Stop() as stop:
-        train(from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value), stop, profile)
+    config = from_dict(RunConfig, _CONFIG.value.to_dict())
+    with distributed.ends_with_the_others(), watch.Stop() as stop, watch.says_when_memory_is_short(config.remat):
+        train(config, Path(_WORKDIR.value), stop, profile)
 
 
 def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, profile=None) -> None:

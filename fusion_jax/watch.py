@@ -1,8 +1,9 @@
-"""What happens around the loop: requests to stop, time by phase, a watchdog for hangs, traces."""
+"""What happens around the loop: requests to stop, time by phase, a watchdog for hangs, traces, memory."""
 
 import faulthandler
 import logging
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -195,3 +196,19 @@ def memory() -> dict[str, float]:
     except OSError:  # no Linux
         pass
     return values
+
+
+@contextmanager
+def says_when_memory_is_short(remat: str) -> Iterator[None]:
+    """UserError, with what helps, instead of the runtime's report that something does not fit into a device."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"RESOURCE_EXHAUSTED:?\s*([^\n]*)", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"The run does not fit into a device's memory ({found[1][:200].strip()}); what helps, the cheapest first: "
+            f"a higher accumulation of the stage, remat=full (now {remat}), a shorter max_length, more devices to "
+            "share the parameters (mesh.fsdp). python -m fusion_jax.plan says beforehand what fits on TPUs."
+        ) from error

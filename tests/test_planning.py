@@ -250,7 +250,7 @@ def test_mesh_that_does_not_divide_is_one_sentence(mesh, message):
 
 
 def test_batch_that_does_not_divide_is_one_sentence():
-    config, stage = run_config(flare, "l_8b,stage1", batch_size=100)
+    config, stage = run_config(flare, "l_8b,stage1", batch_size=100, packing=False)
     with pytest.raises(UserError, match=r"100 rows in 1 microbatch.* do not divide over the 128 devices"):
         program.prepare(config, stage, Topology("v5p:4x4x8"))
 

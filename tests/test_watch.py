@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,3 +178,13 @@ def test_time_to_save_comes_every_few_minutes():
 
 def test_memory_in_use_is_plausible():
     assert 0.05 < watch.memory()["host_gib"] < 100
+
+
+def test_what_does_not_fit_into_memory_is_said_with_what_helps():
+    with (
+        pytest.raises(UserError, match=r"Out of memory.*accumulation.*now dots"),
+        watch.says_when_memory_is_short("dots"),
+    ):
+        jnp.zeros(1 << 46).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), watch.says_when_memory_is_short("dots"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
