@@ -3,12 +3,16 @@
 Random weights and random tokens; what is measured is the compiled program that training and generation run. The last
 line is one JSON object. Times are wall-clock medians after compilation.
 
+`python -m fusion_jax.benchmark step --config configs/flare.py:l_3b,stage1` times a run's step at its real shapes on the
+devices that are there.
+
 `python -m fusion_jax.benchmark checkpoint --config configs/benchmark_cpu.py:checkpoint` measures what saving costs.
 
 `python -m fusion_jax.benchmark input [--workers N] [--decode exact|fast]` measures what comes before: image files to
 crops, packing, memory; see data/input_benchmark.py.
 """
 
+import dataclasses
 import functools
 import json
 import resource
@@ -22,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from fusion_jax import checkpoint, flops, generate, optim, sharding, state, train_step
-from fusion_jax.config import DTYPES, MeshConfig, StageConfig, from_dict
+from fusion_jax import checkpoint, flops, generate, optim, sharding, state, train_step, watch
+from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
@@ -33,11 +38,14 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
+from fusion_jax.planning import typical
 from fusion_jax.sampling import Sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
 _DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
+_LATENTS = flags.DEFINE_integer("latents", None, "step of a run's configuration: l^2; by default the largest")
+RUN_REPEATS = 5
 KINDS = ("step", "prefill", "decode", "checkpoint", "input")
 
 
@@ -76,16 +84,26 @@ def _times(run, repeats: int) -> list[float]:
     return times
 
 
-def _compile_step(config, model: fusion.Fusion, params):
-    """The step, its state, batch and learning rates, and the seconds of compiling."""
+def _small_step(config):
+    """Of a benchmark configuration: a batch of equal conversations, one a row."""
     stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
-    tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
-    batch = random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens)
+    model = _model(config)
     mesh = sharding.make_mesh(from_dict(MeshConfig, config.get("mesh", {}), "config.mesh"))
-    sharding.check_model(model.config, mesh)
     sharding.check_rows(config.batch_size // config.accumulation, mesh, "benchmark")
-    places = jax.tree.map(lambda p: p.sharding, state.abstract_parameters(model.config, mesh))
-    current = state.begin(jax.device_put(params, places), tx, mesh)
+    return (
+        model,
+        stage,
+        mesh,
+        random_batch(model.config, config.batch_size, config.question_tokens, config.answer_tokens),
+    )
+
+
+def _compile_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batch):
+    """The step, its state, batch and learning rates, and the seconds of compiling."""
+    sharding.check_model(model.config, mesh)
+    params = state.initial_parameters(model.config, 0, mesh)
+    tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
+    current = state.begin(params, tx, mesh)
     batch = sharding.put_batch(sharding.local_rows(batch, mesh), mesh)
     start = time.perf_counter()
     rates = optim.learning_rates(stage, 500, 1000)
@@ -93,10 +111,35 @@ def _compile_step(config, model: fusion.Fusion, params):
     return step, current, batch, rates, time.perf_counter() - start
 
 
-def benchmark_step(config, model: fusion.Fusion, params) -> dict:
-    """One whole optimizer step (AdamW, clipping), loss to update."""
-    step, current, batch, rates, compile_seconds = _compile_step(config, model, params)
-    del params
+def benchmark_step(config) -> dict:
+    """One whole optimizer step (AdamW, clipping), loss to update.
+
+    Of a run's configuration it is its first stage's, with typical samples at `--latents` (`planning.typical`); where
+    that does not fit into the devices, with more microbatches, until each device has one row at a time.
+    """
+    if "stages" not in config:
+        work = _small_step(config)
+        return _time_step(*work, samples=config.batch_size, repeats=config.repeats)
+    run = from_dict(RunConfig, config.to_dict())
+    stage, model = run.stages[0], _model(config)
+    mesh = sharding.make_mesh(run.mesh)
+    shards = sharding.batch_shards(mesh)
+    while True:
+        batch, samples = typical.random_batch(run, stage, shards, _LATENTS.value)
+        shape = {"rows": len(batch.tokens), "latents": batch.latent_count, "accumulation": stage.accumulation}
+        try:
+            with watch.says_when_memory_is_short(run.remat):
+                return shape | _time_step(model, stage, mesh, batch, samples, RUN_REPEATS)
+        except UserError:
+            if len(batch.tokens) <= shards * stage.accumulation:
+                raise
+        stage = dataclasses.replace(stage, accumulation=2 * stage.accumulation)
+        print(f"does not fit; with accumulation {stage.accumulation}:", file=sys.stderr)
+
+
+def _time_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batch, samples: int, repeats: int) -> dict:
+    cost = flops.step_flops(model.config, flops.shape_of(batch))
+    step, current, batch, rates, compile_seconds = _compile_step(model, stage, mesh, batch)
 
     def run():
         nonlocal current
@@ -104,26 +147,25 @@ def benchmark_step(config, model: fusion.Fusion, params) -> dict:
         return metrics
 
     jax.block_until_ready(run())
-    seconds = statistics.median(_times(run, config.repeats))
-    cost = flops.step_flops(model.config, flops.shape_of(batch))
+    seconds = statistics.median(_times(run, repeats))
     return {
         "seconds_per_step": seconds,
-        "samples_per_second": config.batch_size / seconds,
+        "samples_per_second": samples / seconds,
         "compile_seconds": compile_seconds,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        **{key: value for key, value in watch.memory().items() if key == "hbm_peak_gib"},
         "model_tflop_per_step": cost / 1e12,
         "model_gflop_per_second": cost / seconds / 1e9,
         "mfu": cost / seconds / flops.peak(model.dtype),
     }
 
 
-def benchmark_checkpoint(config, model: fusion.Fusion, params) -> dict:
+def benchmark_checkpoint(config) -> dict:
     """What a save costs training: the time that the loop waits, and what it adds to the steps beside the writing.
 
     `stall_share` is that cost over the time of 500 steps; `write_seconds` is how long the background wrote.
     """
-    step, current, batch, rates, _ = _compile_step(config, model, params)
-    del params
+    step, current, batch, rates, _ = _compile_step(*_small_step(config))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(current))
 
     def timed_step():
@@ -160,8 +202,10 @@ def benchmark_checkpoint(config, model: fusion.Fusion, params) -> dict:
     }
 
 
-def benchmark_prefill(config, model: fusion.Fusion, params) -> dict:
+def benchmark_prefill(config) -> dict:
     """Batch 1, every crop encoded, the exchange layers, logits of the first token."""
+    model = _model(config)
+    params = fusion.init(model.config, jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, random_batch(model.config, 1, config.question_tokens, 0))
     capacity = batch.tokens.shape[1] + config.decode_tokens
     run = functools.partial(generate.prefill, model, params, batch, capacity)
@@ -171,8 +215,10 @@ def benchmark_prefill(config, model: fusion.Fusion, params) -> dict:
     return {"seconds": statistics.median(_times(run, config.repeats)), "compile_seconds": compile_seconds}
 
 
-def benchmark_decode(config, model: fusion.Fusion, params) -> dict:
+def benchmark_decode(config) -> dict:
     """Cached greedy decode: the time of `decode_tokens` minus that of one."""
+    model = _model(config)
+    params = fusion.init(model.config, jax.random.key(0))
     count = config.get("decode_rows", 1)
     batch = jax.tree.map(jnp.asarray, random_batch(model.config, count, config.question_tokens, 0))
     prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=config.decode_tokens + 1)] * count)
@@ -191,6 +237,12 @@ def benchmark_decode(config, model: fusion.Fusion, params) -> dict:
     return {"rows": count, "tokens_per_second": count * (config.decode_tokens - 1) / seconds, "seconds": seconds}
 
 
+def _model(config) -> fusion.Fusion:
+    if config.dtype not in DTYPES:
+        raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    return fusion.Fusion(from_dict(FusionConfig, config.model, "config.model"), jnp.dtype(config.dtype), config.remat)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in KINDS:
         raise UserError(f"Say what to measure: python -m fusion_jax.benchmark {'|'.join(KINDS)} --config FILE.")
@@ -198,18 +250,15 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"benchmark": "input", **input_benchmark.measure(_WORKERS.value, _DECODE.value)}))
         return
     config = _CONFIG.value
-    model_config = from_dict(FusionConfig, config.model, "config.model")
-    if config.dtype not in DTYPES:
-        raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
-    model = fusion.Fusion(model_config, jnp.dtype(config.dtype), config.remat)
-    params = fusion.init(model_config, jax.random.key(0))
+    if argv[1] != "step" and "stages" in config:
+        raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
     measure = {
         "step": benchmark_step,
         "prefill": benchmark_prefill,
         "decode": benchmark_decode,
         "checkpoint": benchmark_checkpoint,
     }[argv[1]]
-    result = {"benchmark": argv[1], "device": jax.devices()[0].device_kind, **measure(config, model, params)}
+    result = {"benchmark": argv[1], "device": jax.devices()[0].device_kind, **measure(config)}
     print(json.dumps(result))
 
 

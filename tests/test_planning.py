@@ -215,6 +215,21 @@ def test_typical_step_has_the_shapes_of_real_batches():
     assert typical.mean_samples(config, stage, 4) >= 16 * 0.9
 
 
+@pytest.mark.parametrize(("family", "arguments"), [(flare, "l_3b"), (flare, "x_3b"), (fusion, "3b")])
+def test_random_batch_is_what_was_planned(family, arguments):
+    config, stage = run_config(family, f"{arguments},stage1", batch_size=16, max_question_length=128)
+    small = replace(config.model, **{"vision.image_size": 56, "vision.patch_size": 14, "image_tokens": 0})
+    config = dataclasses.replace(config, model=small)
+    step = typical.step(config, stage, 4, 36)
+    batch, samples = typical.random_batch(config, stage, 4, 36)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), step.batch)
+    real = flops.shape_of(batch)
+    assert samples == step.samples and dataclasses.replace(real, lengths=(), crops=()) == dataclasses.replace(
+        step.shape, lengths=(), crops=()
+    )
+    assert sorted(real.lengths) == sorted(step.shape.lengths) and sorted(real.crops) == sorted(step.shape.crops)
+
+
 def test_typical_samples_keep_the_limits_of_their_stage():
     config, stage = run_config(fusion, "3b,stage1", batch_size=64, packing=True, max_question_length=64, max_rounds=3)
     spec = layout_spec(config.model, stage.max_length, 64, 3)

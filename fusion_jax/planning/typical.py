@@ -1,7 +1,7 @@
-"""The step to plan: a typical batch of a stage, without any data.
+"""The step to plan or to time: a typical batch of a stage, without any data.
 
 Samples are those of `data.packing.Mix`; which of them share a row, and how many rows and crops a batch has, is decided
-by the code that trains (`data.plan`). What the arrays hold is never needed, their shapes are.
+by the code that trains (`data.plan`). Planning needs the arrays' shapes alone.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import numpy as np
 from fusion_jax import flops
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import layout, tiles
-from fusion_jax.data.layout import Batch, LayoutSpec
+from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.layout import Batch, Example, LayoutSpec
 from fusion_jax.data.packing import Mix
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, size_batches
@@ -92,6 +93,58 @@ def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int |
     Raises:
       UserError: the rows do not divide.
     """
+    spec, sizes, rows, latent_count = _rows(config, stage, shards, latent_count)
+    return TypicalStep(
+        batch=abstract_batch(spec, sizes, latent_count),
+        shape=_shape(config.model, spec, rows, latent_count),
+        samples=sum(map(len, rows)),
+    )
+
+
+def random_batch(
+    config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None, seed: int = 0
+) -> tuple[Batch, int]:
+    """The batch of `step` with random tokens and pixels, to be timed, and its samples."""
+    spec, sizes, rows, latent_count = _rows(config, stage, shards, latent_count)
+    rng, size = np.random.default_rng(seed), config.model.vision.image_size
+    pixels = rng.integers(0, 256, (spec.quadrants + 1, size, size, 3), np.uint8)
+    examples = [[_random_example(rng, config.model, spec, sample, pixels) for sample in row] for row in rows]
+    return layout.lay_out_rows(examples, spec, latent_count, sizes.groups), sum(map(len, rows))
+
+
+def _random_example(
+    rng: np.random.Generator, model: FusionConfig, spec: LayoutSpec, sample: Sample, pixels: np.ndarray
+) -> Example:
+    takes, tiling = sample.measured, sample.tiling
+    rounds = max(takes.rounds, 1)
+    asked = takes.length - sample.supervised - (spec.tokens_of(tiling) if tiling else 0)
+
+    def words(count: int) -> np.ndarray:
+        return rng.integers(3, model.llm.vocab_size, count)
+
+    def share(count: int, r: int) -> int:
+        return count // rounds + (r < count % rounds)
+
+    ids, labels = [], []
+    for r in range(rounds):
+        places = [LATENTS] * (takes.rounds > 0) + [IMAGE] * (tiling is not None and r == 0)
+        answer = words(share(sample.supervised, r))
+        prompt = np.append(places, words(share(asked, r)))
+        ids += [prompt, answer]
+        labels += [np.full(len(prompt) - 1, IGNORE), [ANSWER_START], answer]
+    return Example(
+        input_ids=np.concatenate(ids).astype(np.int32),
+        labels=np.concatenate(labels).astype(np.int32),
+        question_ids=words(sample.questions).astype(np.int32),
+        crops=np.broadcast_to(pixels, (tiling.crops, *pixels.shape)) if tiling else None,
+        tilings=(tiling,) if tiling and tiling.rows else (),
+    )
+
+
+def _rows(
+    config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None
+) -> tuple[LayoutSpec, Sizes, list[list[Sample]], int]:
+    """The layout with its crops, the sizes, the samples of each row, and l^2."""
     model = config.model
     spec = layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
     counts = model.latent_counts if model.semantic_exchange else ()
@@ -117,11 +170,7 @@ def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int |
     planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
     chosen = [[waiting[i] for i in row] for row in planned.rows]
     spec = dataclasses.replace(spec, crops=planned.crops)
-    return TypicalStep(
-        batch=abstract_batch(spec, sizes, latent_count),
-        shape=_shape(model, spec, chosen, latent_count),
-        samples=sum(map(len, chosen)),
-    )
+    return spec, sizes, chosen, latent_count
 
 
 def mean_samples(config: RunConfig, stage: StageConfig, shards: int) -> float:

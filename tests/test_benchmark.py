@@ -1,0 +1,49 @@
+"""The benchmark of a run's step, as its command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "vision": {"image_size": 56, "patch_size": 14, "width": 32, "mlp_dim": 64, "layers": 2, "heads": 2},
+    "llm": {"vocab_size": 500, "width": 64, "mlp_dim": 128, "layers": 2, "heads": 2, "kv_heads": 2},
+    "exchange": {"layers": 1, "heads": 2},
+}
+pytestmark = pytest.mark.slow
+
+
+def test_step_of_a_run_is_timed_at_its_shapes():
+    model = [f"--config.model.{part}.{key}={value}" for part, keys in TINY.items() for key, value in keys.items()]
+    stage = [
+        "--config.stages[0].batch_size=8",
+        "--config.stages[0].max_length=512",
+        "--config.model.latent_counts=(4,)",
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fusion_jax.benchmark",
+            "step",
+            "--config",
+            "configs/flare.py:l_8b,stage1",
+            *model,
+            *stage,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["latents"] == 4 and line["accumulation"] == 1 and line["rows"] >= 2
+    assert line["samples_per_second"] * line["seconds_per_step"] >= 8 * 0.9
+    rate = line["model_tflop_per_step"] * 1e3 / line["seconds_per_step"]
+    assert line["model_gflop_per_second"] == pytest.approx(rate) and 0 < line["mfu"] < 1
