@@ -20,13 +20,13 @@ class Cache:
     """Keys and values of the tokens seen so far, one buffer for all layers.
 
     Attributes:
-      keys, values: (layers, B, G, capacity, d), rotary embedding applied. Heads before places: one new token's
-        product with all keys then needs no copy of them.
+      keys: (layers, B, G, d, capacity), rotary embedding applied. values: (layers, B, G, capacity, d). As a new token's
+        products with them read them: neither is copied first.
       segments: (B, capacity) int32, 1 where a slot holds a real token. positions: (B, capacity) int32, its position.
       length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
     """
 
-    keys: Float[Array, "layers B G C d"]
+    keys: Float[Array, "layers B G d C"]
     values: Float[Array, "layers B G C d"]
     segments: Int[Array, "B C"]
     positions: Int[Array, "B C"]
@@ -35,9 +35,9 @@ class Cache:
 
 def empty_cache(config: LLMConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
     """A cache for `capacity` tokens a row."""
-    shape = (config.layers, batch, config.kv_heads, capacity, config.per_head)
-    slots = jnp.zeros((batch, capacity), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
+    rows, slots = (config.layers, batch, config.kv_heads), jnp.zeros((batch, capacity), jnp.int32)
+    keys = jnp.zeros((*rows, config.per_head, capacity), dtype)
+    return Cache(keys, jnp.zeros((*rows, capacity, config.per_head), dtype), slots, slots, jnp.int32(0))
 
 
 @jax.tree_util.register_dataclass
@@ -73,12 +73,14 @@ class DecoderLayer(nn.Module):
         k = layers.apply_rotary(heads("key", c.kv_heads), shared.cos, shared.sin)
         v = heads("value", c.kv_heads)
         if buffers is not None:
-            start = (index, 0, 0, shared.slot, 0)
-            new = (a.swapaxes(1, 2)[None] for a in (k, v))
-            buffers = tuple(jax.lax.dynamic_update_slice(b, a, start) for b, a in zip(buffers, new))
+            keys, values = buffers
+            buffers = (
+                jax.lax.dynamic_update_slice(keys, k.transpose(0, 2, 3, 1)[None], (index, 0, 0, 0, shared.slot)),
+                jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2)[None], (index, 0, 0, shared.slot, 0)),
+            )
         if buffers is not None and length == 1:
             k, v = (jax.lax.dynamic_index_in_dim(b, index, 0, keepdims=False) for b in buffers)
-            y = attention.cached_attention(q, k, v, shared.segments, shared.cached_segments)
+            y = attention.cached_attention(q, k, v, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
         # As many residual branches as layers, twice: their sum stays at the scale of the embedding.

@@ -448,7 +448,7 @@ def _insert(state: generate.State, new: generate.State, row) -> generate.State:
     def put(old, one, axis=0):
         return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), row, axis)
 
-    def buffer(old, one):  # (layers, R, G, C, d) and (layers, 1, G, P, d)
+    def buffer(old, one):  # values (layers, R, G, C, d) and (layers, 1, G, P, d), keys with the last two swapped
         return jax.lax.dynamic_update_slice(old, one.astype(old.dtype), (0, row, 0, 0, 0))
 
     def slots(old, one):  # (R, C) and (1, P): what an earlier answer left in the ring counts no more
