@@ -89,7 +89,7 @@ def _import_page():
     try:
         from fusion_jax.serve import page
     except ImportError as error:
-        log.warning("no web page: the package %s is missing (pip install 'fusion_jax[serve]')", error.name)
+        log.warning("no web page: the package %s is missing (pip install 'fusion_jax[page]')", error.name)
         return None
     return page
 
