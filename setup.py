@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusion_jax" / "__init__.py
 setup(
     name="fusion_jax",
     version=VERSION,
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Vision-language models whose vision encoder reads the question (FLARE, FUSION), in JAX",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
