@@ -41,6 +41,7 @@ setup(
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "httpcore2>=2.0",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],

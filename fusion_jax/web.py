@@ -1,0 +1,209 @@
+"""HTTP requests that end: one deadline for everything, a limit on the size, no redirects, nothing decompressed.
+
+Timeouts of sockets and of HTTP libraries run anew with every byte that arrives, so a server that sends one now and then
+is never timed out. Here the time that is left is asked for before each wait: for the name, the connection (over all its
+addresses), TLS, the head and the body.
+"""
+
+import functools
+import queue
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpcore2
+
+_LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
+_KEEP = 5.0  # seconds that an idle connection is kept for
+_PIECE = 1 << 14  # bytes written at a time
+_clock = threading.local()  # `end`: when the request of this thread must be over, monotonic time
+
+
+class WebError(Exception):
+    """No answer. `reason`: timeout, no_host, forbidden (by `allowed`), no_connection, cut, too_large, encoded, invalid
+    (the request itself)."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """headers: by lower-case name; of a name given twice the first."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Web:
+    """Connections to be used again; for any number of threads."""
+
+    def __init__(self, connections: int = 1, allowed: Callable[[str], bool] | None = None, proxy: str = ""):
+        """
+        Args:
+          connections: how many at most. allowed: IP address -> whether it may be connected to; must hold for all
+            addresses of a host. None allows all. proxy: http://HOST:PORT that requests go through.
+        """
+        options: dict[str, Any] = {
+            "ssl_context": _tls(),
+            "max_connections": connections,
+            "max_keepalive_connections": connections,
+            "keepalive_expiry": _KEEP,
+            "network_backend": _Network(allowed),
+        }
+        self._pool = httpcore2.ConnectionPool(**options)
+        if proxy:
+            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            names = (parts.username, parts.password)
+            auth = tuple(urllib.parse.unquote(name or "").encode() for name in names) if parts.username else None
+            place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            self._pool = httpcore2.HTTPProxy(place, proxy_auth=auth, **options)
+
+    def send(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | None, seconds: float, max_bytes: int
+    ) -> Answer:
+        """One request and its answer, whatever its status. WebError where none came in time and within the size."""
+        _clock.end = time.monotonic() + seconds
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            place = httpcore2.URL(scheme=parts.scheme.encode(), host=host.encode(), port=port, target=target.encode())
+            sent = {"Host": parts.netloc.rpartition("@")[2], "Accept-Encoding": "identity"} | headers
+            sent_bytes = [(name.encode("ascii"), value.encode("ascii")) for name, value in sent.items()]
+        except ValueError as error:
+            raise WebError("invalid", f"the request cannot be sent ({error})") from error
+        limits = {"timeout": {"pool": seconds}}
+        try:
+            with self._pool.stream(method, place, headers=sent_bytes, content=body, extensions=limits) as response:
+                return self._read(response, max_bytes)
+        except httpcore2.TimeoutException as error:
+            raise WebError("timeout", f"no whole answer within {seconds:g} s") from error
+        except (httpcore2.LocalProtocolError, ValueError) as error:
+            raise WebError("invalid", f"the request cannot be sent ({error})") from error
+        except (httpcore2.ConnectError, httpcore2.ProxyError) as error:
+            raise WebError("no_connection", str(error) or "no connection") from error
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
+            raise WebError("cut", str(error) or "the connection was cut") from error
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _read(self, response: httpcore2.Response, max_bytes: int) -> Answer:
+        headers: dict[str, str] = {}
+        for name, value in response.headers:
+            headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+            raise WebError("encoded", "the answer is compressed, which was not asked for")
+        body = bytearray()
+        for piece in response.iter_stream():
+            body += piece
+            if len(body) > max_bytes:
+                raise WebError("too_large", f"over {max_bytes} bytes")
+            _left()
+        return Answer(response.status, headers, bytes(body))
+
+
+def proxy_for(url: str) -> str:
+    """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ""."""
+    parts, named = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return named.get(parts.scheme) or named.get("all") or ""
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpcore2.default_ssl_context()
+
+
+def _left() -> float:
+    """Seconds left to this thread's request, above 0."""
+    left = _clock.end - time.monotonic()
+    if left <= 0:
+        raise httpcore2.ReadTimeout("too late")
+    return left
+
+
+class _Network(httpcore2.NetworkBackend):
+    """Connections whose every wait ends at the deadline of the thread that waits."""
+
+    def __init__(self, allowed: Callable[[str], bool] | None):
+        self._allowed, self._sockets = allowed, httpcore2.SyncBackend()
+
+    def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
+        del timeout, local_address, socket_options
+        places = _lookup(host, port)
+        if self._allowed is not None and not all(self._allowed(place[4][0]) for place in places):
+            raise WebError("forbidden", "the host is not on the public network")
+        problem: Exception = httpcore2.ConnectError("no address")
+        for number, place in enumerate(places):
+            try:
+                # To the very address that was looked at: asking for the name again could give another one.
+                part = _left() / (len(places) - number)
+                return _Stream(self._sockets.connect_tcp(place[4][0], port, part))
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                problem = error
+        _left()
+        raise httpcore2.ConnectError(str(problem)) from problem
+
+
+class _Stream(httpcore2.NetworkStream):
+    """Another stream with the time that is left as its timeout, whatever it is asked for."""
+
+    def __init__(self, inner: httpcore2.NetworkStream):
+        self._inner = inner
+
+    def read(self, max_bytes, timeout=None):
+        return self._inner.read(max_bytes, _left())
+
+    def write(self, buffer, timeout=None):
+        # In pieces: the timeout of a large one would run anew with every part of it that is taken.
+        for start in range(0, len(buffer), _PIECE):
+            self._inner.write(buffer[start : start + _PIECE], _left())
+
+    def close(self):
+        self._inner.close()
+
+    def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left()))
+
+    def get_extra_info(self, info):
+        return self._inner.get_extra_info(info)
+
+
+def _lookup(host: str, port: int) -> list[tuple]:
+    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own."""
+    if not _LOOKUPS.acquire(timeout=_left()):
+        raise httpcore2.ConnectTimeout("too many names are being looked up")
+    answers: queue.SimpleQueue[list[tuple] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+        finally:
+            _LOOKUPS.release()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    try:
+        thread.start()
+    except BaseException:
+        _LOOKUPS.release()
+        raise
+    try:
+        found = answers.get(timeout=_left())
+    except queue.Empty:
+        raise httpcore2.ConnectTimeout("the name took too long") from None
+    if isinstance(found, Exception) or not found:
+        raise WebError("no_host", f"no such host ({found or 'no address'})")
+    return found
