@@ -257,8 +257,18 @@ class Prompts:
         self.stop_ids = conversation.stop_ids(tokenizer, conversation.find_template(config.template))
         self._maker = ExampleMaker(config.model, tokenizer, config.template)
 
+    @property
+    def text_bytes(self) -> int | None:
+        """More bytes than a prompt's texts may have in any case: a token for each position, all of them the longest."""
+        return self.buckets.lengths[-1] * self.tokenizer.longest if isinstance(self.buckets, Buckets) else None
+
     def example(self, record: Record) -> Example:
-        """BadRecord where the record cannot be used or fits no bucket; images are read only after that is known."""
+        """BadRecord where the record cannot be used or fits no bucket; images are read only after that is known, and
+        text is tokenized only where it is not far too long."""
+        said = sum(len(turn["value"].encode(errors="replace")) for turn in record.turns)
+        if self.text_bytes is not None and said > self.text_bytes:
+            detail = f"the texts have {said} bytes, and no prompt has over {self.text_bytes}"
+            raise BadRecord("too_long", record.where, detail)
         example = self._maker.text(record, prompt=True)
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)

@@ -171,7 +171,8 @@ def _prompt(
     c: FusionConfig, template: str, tokenizer: Tokenizer, image: str | Path | bytes, question: str, exchange: bool
 ) -> Example:
     path = None if isinstance(image, bytes) else Path(image)
-    record = Record("image", path, [{"from": "human", "value": question}], "the question", (path or image,))
+    turn = {"from": "human", "value": question.replace(IMAGE_TAG, "", 1)}
+    record = Record("image", path, [turn], "the question", (path or image,), literal=True)
     maker = ExampleMaker(c, tokenizer, template)
     text = maker if exchange else ExampleMaker(dataclasses.replace(c, semantic_exchange=False), tokenizer, template)
     return maker.with_crops(text.text(record, prompt=True), record)

@@ -54,10 +54,11 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Writes the answer as it comes. An answer that Ctrl-C stops counts as far as it came."""
-        turns = [*self.turns, {"from": "human", "value": question.replace(conversation.IMAGE_TAG, "")}]
+        turns = [*self.turns, {"from": "human", "value": question}]
+        record = Record("chat", self.picture, turns, "the conversation", literal=True)
         answer = ""
         try:
-            for piece in self.answerer.stream(Record("chat", self.picture, turns, "the conversation"), self.how):
+            for piece in self.answerer.stream(record, self.how):
                 self.write(piece)
                 answer += piece
         except KeyboardInterrupt:
@@ -68,7 +69,9 @@ class Chat:
     def save(self, name: str) -> None:
         if not name:
             raise UserError("Say where: /save FILE")
-        record = {"id": "chat", "conversations": [dict(turn) for turn in self.turns]}
+        # In a record the tag is an image, whoever wrote it.
+        turns = [turn | {"value": turn["value"].replace(conversation.IMAGE_TAG, "")} for turn in self.turns]
+        record = {"id": "chat", "conversations": turns}
         if self.picture is not None and record["conversations"]:
             record["image"] = str(self.picture.absolute())
             first = record["conversations"][0]

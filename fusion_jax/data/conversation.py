@@ -38,6 +38,8 @@ IGNORE = -100  # in labels: not supervised
 ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
 
 IMAGE_TAG = "<image>"  # how records say where the image belongs
+# The same in somebody's own words, where `<image>` is text: half a surrogate pair, which no text may hold.
+IMAGE_SLOT = "\ud800"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say this; no tokenizer takes it
 _LATENTS_TAG = "<latent_image>"  # only in the readable prompt
 
@@ -178,15 +180,21 @@ def encode_prompt(
     *,
     latents: bool = True,
     latents_without_image: bool = True,
+    literal: bool = False,
     where: str = "conversation",
 ) -> Encoded:
     """A conversation that waits for its next answer, for generation: `turns` ends with a human turn.
 
     The ids are those of the same conversation in training, up to the last answer; the last one is where H_P is read.
     Arguments and errors as for `encode_conversation`.
+
+    Args:
+      literal: the turns are somebody's own words. Control tokens in them, and `<image>`, are text; only the template
+        writes roles and ends, and IMAGE_SLOT says where an image goes. Data sets stay as they were published: a token
+        that is written in their texts is that token.
     """
-    rounds = _rounds(turns, images, finished=False, where=where)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image))
+    rounds = _rounds(turns, images, finished=False, where=where, tag=IMAGE_SLOT if literal else IMAGE_TAG)
+    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image), literal)
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
@@ -195,8 +203,8 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
     return tuple(sorted(ids | {tokenizer.token_id(stop) for stop in template.stops if tokenizer.has_token(stop)}))
 
 
-def _rounds(turns, images: int, finished: bool, where: str) -> list[tuple[str, str | None]]:
-    """Validated (question, answer) pairs with an IMAGE_TAG for each image; the answer of an unfinished last round is
+def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG) -> list[tuple[str, str | None]]:
+    """Validated (question, answer) pairs with a `tag` for each image; the answer of an unfinished last round is
     None. A single image's tag starts its question, and a newline follows it."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
@@ -207,7 +215,8 @@ def _rounds(turns, images: int, finished: bool, where: str) -> list[tuple[str, s
             raise BadRecord("bad_turns", where, f"turn {k} must have 'from' set to 'human' or 'gpt'")
         if not isinstance(turn.get("value"), str):
             raise BadRecord("bad_turns", where, f"turn {k} must have a text as 'value'")
-        if _LONE_SURROGATE.search(turn["value"]):
+        said = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
+        if _LONE_SURROGATE.search(said):
             raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is no text")
     turns = turns[1:] if turns[0]["from"] == "gpt" else turns
     if not turns:
@@ -226,7 +235,7 @@ def _rounds(turns, images: int, finished: bool, where: str) -> list[tuple[str, s
         raise BadRecord("no_answer", where, "an answer is empty")
     if finished and any(IMAGE_TAG in answer for answer in answers):
         raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
-    tags = [question.count(IMAGE_TAG) for question in questions]
+    tags = [question.count(tag) for question in questions]
     detail = f"{sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)} for {images:d} image{'s' * (images != 1)}"
     if sum(tags) > images:
         raise BadRecord("several_images" if images == 1 else "image_tag_without_image", where, detail)
@@ -234,18 +243,21 @@ def _rounds(turns, images: int, finished: bool, where: str) -> list[tuple[str, s
         raise BadRecord("image_without_tag", where, detail)
     if images == 1:
         owner = tags.index(1) if sum(tags) else 0
-        questions[owner] = f"{IMAGE_TAG}\n{questions[owner].replace(IMAGE_TAG, '').strip()}"
+        questions[owner] = f"{tag}\n{questions[owner].replace(tag, '').strip()}"
     return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
 
 
-def _encode(rounds, tokenizer: Tokenizer, template: Template, images: int, latents: bool) -> Encoded:
+def _encode(
+    rounds, tokenizer: Tokenizer, template: Template, images: int, latents: bool, literal: bool = False
+) -> Encoded:
     """`rounds` as `_rounds` returns them."""
     tokenizer.token_id(template.end)  # a template of another model would be spelt out in letters, silently
+    tag = IMAGE_SLOT if literal else IMAGE_TAG
     row = _Row(tokenizer)
     row.text(template.system)
     for k, (question, answer) in enumerate(rounds):
         row.text((template.between if k else "") + template.question)
-        pieces = question.split(IMAGE_TAG, images)
+        pieces = question.split(tag, images)
         # The published template writes the latents before its one image; see `layout` for their order in the row.
         leading = next((i for i, piece in enumerate(pieces) if piece.strip()), len(pieces) - 1) if images > 1 else 0
         for i, piece in enumerate(pieces):
@@ -253,15 +265,15 @@ def _encode(rounds, tokenizer: Tokenizer, template: Template, images: int, laten
                 row.placeholder(IMAGE, IMAGE_TAG)
             if i == leading and latents:
                 row.placeholder(LATENTS, _LATENTS_TAG)
-            row.text(piece)
+            row.text(piece, literal)
         row.text(template.answer)
         row.mark_answer_start()
         if answer is not None:
-            row.answer(answer + template.end)
+            row.answer(answer, template.end, literal)
     instructs = [0]
     if images:
-        texts = ["".join(question.split(IMAGE_TAG, images)).strip() for question, _ in rounds]
-        instructs = [tokenizer.bos_id, *tokenizer.encode("".join(texts))]
+        texts = ["".join(question.split(tag, images)).strip() for question, _ in rounds]
+        instructs = [tokenizer.bos_id, *tokenizer.encode_parts([("".join(texts), literal)])]
     return Encoded(
         input_ids=np.asarray(row.ids, np.int32),
         labels=np.asarray(row.labels, np.int32),
@@ -272,15 +284,17 @@ def _encode(rounds, tokenizer: Tokenizer, template: Template, images: int, laten
 
 
 class _Row:
-    """A row under construction. Unsupervised text is gathered and tokenized in one piece when something else comes."""
+    """A row under construction. Unsupervised text is gathered and tokenized in one piece when something else comes.
+    Parts that are `literal` hold no control tokens, whatever is written there."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.ids, self.labels, self.prompt = [tokenizer.bos_id], [IGNORE], []
-        self._pending, self._after = "", None  # _after: the id the pending text follows, None at the start of a piece
+        self._pending: list[tuple[str, bool]] = []
+        self._after = None  # the id that the pending text follows, None at the start of a piece
 
-    def text(self, text: str) -> None:
-        self._pending += text
+    def text(self, text: str, literal: bool = False) -> None:
+        self._pending.append((text, literal))
         self.prompt.append(text)
 
     def placeholder(self, marker: int, tag: str) -> None:
@@ -296,15 +310,15 @@ class _Row:
         self._flush()
         self.labels[-1] = ANSWER_START
 
-    def answer(self, text: str) -> None:
-        self.prompt.append(text)
-        ids = self.tokenizer.encode(text, after=self._after)
+    def answer(self, text: str, end: str, literal: bool) -> None:
+        self.prompt += [text, end]
+        ids = self.tokenizer.encode_parts([(text, literal), (end, False)], after=self._after)
         self.ids += ids
         self.labels += ids
         self._after = ids[-1]
 
     def _flush(self) -> None:
-        ids = self.tokenizer.encode(self._pending, after=self._after)
+        ids = self.tokenizer.encode_parts(self._pending, after=self._after)
         self.ids += ids
         self.labels += [IGNORE] * len(ids)
-        self._pending, self._after = "", self.ids[-1]
+        self._pending, self._after = [], self.ids[-1]

@@ -78,7 +78,9 @@ class ExampleMaker:
     def text(self, record: Record, prompt: bool = False) -> Example:
         """The same without its crops, of images at most their sizes being read. BadRecord as above."""
         model = self.model
-        encode = conversation.encode_prompt if prompt else conversation.encode_conversation
+        encode, more = conversation.encode_conversation, {}
+        if prompt:
+            encode, more = conversation.encode_prompt, {"literal": record.literal}
         encoded = encode(
             record.turns,
             self.tokenizer,
@@ -87,6 +89,7 @@ class ExampleMaker:
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",
             where=record.where,
+            **more,
         )
         question = encoded.instructs if record.images and model.text_guided else encoded.instructs[:0]
         tilings = ()

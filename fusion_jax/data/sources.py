@@ -70,6 +70,8 @@ class Record:
       where: file and record, for messages.
       images: all images in order, each as a file or as a file's bytes: what to load. By default `image_path` alone.
       sizes: width and height of each image where the source knows them, which only shards do; else empty.
+      literal: the texts are somebody's own words, in which control tokens and image tags are text; see
+        `conversation.encode_prompt`.
     """
 
     id: str
@@ -78,6 +80,7 @@ class Record:
     where: str
     images: tuple[Path | bytes, ...] | None = field(default=None, repr=False)
     sizes: tuple[tuple[int, int], ...] = ()
+    literal: bool = False
 
     def __post_init__(self):
         if self.images is None:

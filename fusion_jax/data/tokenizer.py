@@ -9,9 +9,11 @@ The two are appended after the folder's last id unless the folder already has th
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,10 +40,22 @@ class Tokenizer:
       fingerprint: hash of their contents.
       bos_id, eos_id, pad_id, vision_start_id, vision_end_id: token ids.
       vocab_size: number of ids, the two vision tokens included.
+      longest: bytes of text that one token stands for at most.
     """
 
-    def __init__(self, folder: Path, added: dict[str, int], special: set[str], size: int, names: dict[str, str]):
-        """Args: the folder; every added token's id; which of them are special; number of ids; tokens by role."""
+    longest: int
+
+    def __init__(
+        self,
+        folder: Path,
+        added: dict[str, int],
+        special: set[str],
+        size: int,
+        names: dict[str, str],
+        marks: dict[str, int] | None = None,
+    ):
+        """Args: the folder; every added token's id; which of them are special; number of ids; tokens by role; control
+        tokens that the model itself recognises."""
         self.folder = folder
         self.fingerprint = _fingerprint(folder)
         self._added = added
@@ -59,6 +73,10 @@ class Tokenizer:
         # Padding must be a token that no text contains: the pad_token of many configs is a token that ends answers.
         choices = ("<|reserved_special_token_0|>", names.get("unk_token"), names.get("pad_token"), names["eos_token"])
         self.pad_id = next(i for i in map(self._find, choices) if i is not None)
+        control = {token: i for token, i in added.items() if token in special or not _is_words(token)} | (marks or {})
+        self._control = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
+        # Ordinary text may come out as the token for unknown characters.
+        self._control_ids = {i for token, i in control.items() if token != names.get("unk_token")}
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
         """Ids of `text`; special tokens written in it are recognised, and no BOS is put in front.
@@ -72,6 +90,49 @@ class Tokenizer:
         if name is None:
             return self._encode(text)
         return self._encode(name + text)[len(self._encode(name)) :]
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None = None) -> list[int]:
+        """Ids of texts that follow each other, as `encode` gives them for all of it in one piece, except that control
+        tokens which are written in a literal part are text there: special tokens, and others that are no words.
+
+        Args:
+          parts: texts, and whether each is literal.
+          after: as in `encode`.
+        """
+        parts = [("".join(text for text, _ in some), literal) for literal, some in itertools.groupby(parts, _second)]
+        ids = self.encode("".join(text for text, _ in parts), after)
+        if not any(literal for _, literal in parts):
+            return ids
+        own = [self._find(token) for text, literal in parts if not literal for token in self._control.findall(text)]
+
+        def clean(ids: list[int]) -> bool:
+            return [i for i in ids if i in self._control_ids] == [i for i in own if i in self._control_ids]
+
+        if clean(ids) and not any(literal and self._control.search(text) for text, literal in parts):
+            return ids
+        # The second time for what is a control token only once the tokenizer has folded its characters.
+        folded = [(unicodedata.normalize("NFKC", text) if literal else text, literal) for text, literal in parts]
+        for some in (parts, folded):
+            runs = self._cut(some)
+            ids = [i for k, run in enumerate(runs) for i in self.encode(run, self.vision_end_id if k else after)]
+            if clean(ids):
+                return ids
+        ids = []  # some other normalisation: without them
+        for text, literal in parts:
+            new = self.encode(text, self.vision_end_id if ids else after)
+            ids += [i for i in new if not (literal and i in self._control_ids)]
+        return ids
+
+    def _cut(self, parts: Sequence[tuple[str, bool]]) -> list[str]:
+        """The whole text, cut inside every control token of a literal part: no half of one is recognised."""
+        runs, run = [], []
+        for text, literal in parts:
+            at = 0
+            while literal and (found := self._control.search(text, at)):
+                runs.append("".join([*run, text[at : found.start() + 1]]))
+                run, at = [], found.start() + 1
+            run.append(text[at:])
+        return [*runs, "".join(run)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are no UTF-8 become U+FFFD.
@@ -173,7 +234,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._guard = names["unk_token"]
         self._guard_length = len(self._model.encode(self._guard))
         self._bytes = [_piece_bytes(self._model, i) for i in range(len(self._model))]
-        super().__init__(folder, added, special, size, names)
+        self.longest = max(map(len, [*self._bytes, *(token.encode() for token in added)]))
+        # Symbols that its trainer was told to keep whole; learnt pieces have a score, and words are no marks.
+        ids = [i for i in range(len(self._model)) if self._model.get_score(i) == 0 and self._bytes[i]]
+        marks = {self._model.id_to_piece(i): i for i in ids if not self._model.is_byte(i)}
+        marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not _is_words(piece.replace(_SPACE, " "))}
+        super().__init__(folder, added, special, size, names, marks)
 
     def _find(self, token: str | None) -> int | None:
         return self._added.get(token, self._pieces.get(token))
@@ -243,7 +309,9 @@ class JsonTokenizer(Tokenizer):
         decoder = self._model.get_added_tokens_decoder()
         added = {token.content: i for i, token in decoder.items()}
         special = {token.content for token in decoder.values() if token.special}
-        super().__init__(folder, added, special, max(self._model.get_vocab(True).values()) + 1, names)
+        vocabulary = self._model.get_vocab(True)
+        self.longest = max(len(token.encode()) for token in vocabulary)
+        super().__init__(folder, added, special, max(vocabulary.values()) + 1, names)
 
     def _find(self, token: str | None) -> int | None:
         return None if token is None else self._model.token_to_id(token)
@@ -279,6 +347,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if data.is_file():
         return JsonTokenizer(folder, data.read_text(encoding="utf-8"))
     raise UserError(f"The tokenizer folder {folder} holds neither tokenizer.model nor tokenizer.json.")
+
+
+def _second(pair: tuple) -> object:
+    return pair[1]
+
+
+def _is_words(token: str) -> bool:
+    """Whether a token is of letters, digits and spaces alone: words, or the spaces of an indented line."""
+    return all(part.isalnum() for part in token.split())
 
 
 def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:

@@ -84,7 +84,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
             raise _error("Write a word of your last question first.")
         data = _checked(image, options)
         with _errors():
-            drawn = pictures.draw(data, asked[-1].replace(protocol.IMAGE_TAG, "").strip(), word)
+            drawn = pictures.draw(data, asked[-1].strip(), word)
         return gr.Image(drawn, visible=True, alt_text=f"Where the model looks for {word}")
 
     longest = options.limits.max_tokens
@@ -199,8 +199,10 @@ def _record(history: list[dict], image: str | None, options: Options) -> Record:
         # After an error a question stands without an answer: the next one takes its place.
         if turns and turns[-1]["from"] == who:
             turns.pop()
-        turns.append({"from": who, "value": text.replace(protocol.IMAGE_TAG, "")})
-    return Record("page", None, list(itertools.dropwhile(lambda t: t["from"] == "gpt", turns)), "the page", images)
+        turns.append({"from": who, "value": text})
+    return Record(
+        "page", None, list(itertools.dropwhile(lambda t: t["from"] == "gpt", turns)), "the page", images, literal=True
+    )
 
 
 def _checked(image: str, options: Options) -> bytes:

@@ -54,7 +54,9 @@ class Pictures:
             self.core.reserve()
             try:
                 # An answer's limits hold for pictures, too.
-                self.core.prepare(Record("picture", None, [{"from": "human", "value": question}], "the page", (image,)))
+                self.core.prepare(
+                    Record("picture", None, [{"from": "human", "value": question}], "the page", (image,), literal=True)
+                )
                 return self._draw(image, question, word)
             finally:
                 self.core.release()
