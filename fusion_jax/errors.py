@@ -11,11 +11,12 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-AGAIN = 75  # exit code of a run that was asked to stop and has saved: launchers start it again (EX_TEMPFAIL)
+AGAIN = 75  # exit code of what is to be started again by launchers (EX_TEMPFAIL), such as a run that stopped and saved
 
 
 class RunAgain(Exception):
-    """The run was asked to stop and has saved. Commands print the message and exit with AGAIN."""
+    """The run was asked to stop and has saved, or its device has failed, and it should be started again. Commands print
+    the message and exit with AGAIN."""
 
 
 class BadRecord(Exception):

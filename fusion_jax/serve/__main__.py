@@ -1,10 +1,12 @@
 """`python -m fusion_jax.serve --checkpoint DIR`: the API under /v1 and, where Gradio is installed, a web page at /.
 
-An API key comes from the environment variable FUSION_API_KEY; it is never logged.
+An API key comes from the environment variable FUSION_API_KEY; it is never logged. Where the device fails the process
+says why and ends with exit code 75, on which supervisors start it again.
 """
 
 import logging
 import os
+import resource
 import signal
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from absl import flags
 from fusion_jax import checkpoint, generate
 from fusion_jax.cli import run_main
 from fusion_jax.config import DTYPES, RunConfig
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import RunAgain, UserError, check
 from fusion_jax.models.fusion import Fusion
 
 log = logging.getLogger("fusion_jax")
@@ -25,7 +27,10 @@ _NAME = flags.DEFINE_string("model_name", "fusion", "name of the model in the AP
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "compute; by default the training's")
 _ROWS = flags.DEFINE_integer("rows", 8, "requests answered at once")
 _QUEUE = flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429")
-_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "seconds for one request")
+_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "seconds for one request", lower_bound=0.1)
+_HEADER_SECONDS = flags.DEFINE_float("header_seconds", 10.0, "seconds for a request's headers", lower_bound=0.1)
+_BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "seconds for a request's body", lower_bound=0.1)
+_CONNECTIONS = flags.DEFINE_integer("connections", 512, "open at once; idle ones make room for new ones", lower_bound=1)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens")
 _LENGTHS = flags.DEFINE_list("lengths", [], "prompt lengths to compile, visual tokens included (default: by training)")
 _QUESTIONS = flags.DEFINE_list("question_lengths", [], "question tokens of the encoder to compile")
@@ -35,22 +40,29 @@ _LATENTS = flags.DEFINE_integer("latents", 0, "l^2, one of the model's latent co
 _URLS = flags.DEFINE_bool("allow_image_urls", False, "fetch image_url from public http(s) addresses")
 _PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images are refused undecoded")
 _BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused")
+_BODIES = flags.DEFINE_integer("max_bodies_bytes", 256 << 20, "of all requests being read; more get status 429")
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
+
+
+_FILES = 256  # open files besides the connections
+_NO_KEY = "FUSION_API_KEY holds white space or control characters, which no request can send."
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _CHECKPOINT.value:
         raise UserError("Give --checkpoint DIR; --help lists all flags.")
     try:
-        import uvicorn
-
         from fusion_jax.serve import api, protocol
+        from fusion_jax.serve.connections import Patience, make_server
         from fusion_jax.serve.engine import Engine
+        from fusion_jax.serve.intake import return_large_buffers
         from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
     page = _import_page() if _PAGE.value else None
+    key = _key()
+    _check_files(_CONNECTIONS.value)
 
     # ---- Model.
     loaded = checkpoint.load_model(_CHECKPOINT.value)
@@ -60,29 +72,61 @@ def main(argv: list[str]) -> None:
     prompts = generate.Prompts(config, loaded.tokenizer, buckets, _LATENTS.value or None)
     engine = Engine(model, loaded.params, prompts, _ROWS.value, _MAX_TOKENS.value, _QUEUE.value)
     limits = protocol.Limits(
-        _MAX_TOKENS.value, _BYTES.value, _BYTES.value, image_pixels=_PIXELS.value, images=buckets.images[-1]
+        _MAX_TOKENS.value,
+        body_bytes=_BYTES.value,
+        image_bytes=_BYTES.value,
+        image_pixels=_PIXELS.value,
+        images=buckets.images[-1],
+        text_bytes=prompts.text_bytes,
     )
-    key = os.environ.get("FUSION_API_KEY", "")
-    options = api.Options(_NAME.value, limits, key, _URLS.value, _TIMEOUT.value)
+    options = api.Options(
+        _NAME.value,
+        limits,
+        key,
+        fetch_urls=_URLS.value,
+        timeout=_TIMEOUT.value,
+        body_seconds=_BODY_SECONDS.value,
+        bodies_bytes=max(_BODIES.value, _BYTES.value),
+    )
     log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
     engine.start()
 
     # ---- Server.
+    return_large_buffers()
     app = api.make_app(engine, options)
     if page is not None:
         app = page.mount(app, engine, options, Pictures(engine, config))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, _HOST.value, _PORT.value, log_level="warning", timeout_graceful_shutdown=_DRAIN.value, ws="none"
-        )
-    )
+    patience = Patience(_CONNECTIONS.value, _HEADER_SECONDS.value, _BODY_SECONDS.value)
+
+    server = make_server(app, _HOST.value, _PORT.value, patience, _DRAIN.value, lambda: engine.problem)
     # uvicorn drains on these signals and then raises them again: that would end the process as if it had failed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("listening on http://%s:%d%s", _HOST.value, _PORT.value, "; an API key is asked for" if key else "")
     server.run()
     check(server.started, f"Could not listen on {_HOST.value}:{_PORT.value}; is the port taken?")
+    if engine.problem:
+        raise RunAgain(f"The engine has failed: {engine.problem}. Start the server again.")
     log.info("all requests are answered; bye")
+
+
+def _key() -> str:
+    """The API key, "" for none."""
+    given = os.environ.get("FUSION_API_KEY", "")
+    key = given.strip()
+    check(bool(key) or not given, "FUSION_API_KEY is set to white space; give a key, or unset it.")
+    check(not any(c.isspace() or not c.isprintable() for c in key if not "\udc80" <= c <= "\udcff"), _NO_KEY)
+    return key
+
+
+def _check_files(connections: int) -> None:
+    """UserError where the process may not have so many files open."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    check(
+        allowed == resource.RLIM_INFINITY or connections + _FILES <= allowed,
+        f"--connections={connections} needs {connections + _FILES} open files and {allowed} are allowed: raise "
+        "`ulimit -n`, or lower it.",
+    )
 
 
 def _import_page():

@@ -6,6 +6,7 @@ import functools
 import hmac
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -18,26 +19,40 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.fetch import FetchError, fetch
 from fusion_jax.serve import engine, protocol
-from fusion_jax.serve.fetch import fetch
-from fusion_jax.serve.protocol import ApiError, Limits
+from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.intake import Budget, Pool, read_body
+from fusion_jax.serve.protocol import Limits
+
+FETCH_SECONDS = 10.0  # for all images of a request that are addresses
+_GRACE = 1.0  # seconds behind its deadline in which a caller may still take what is written for him
 
 log = logging.getLogger("fusion_jax")
 
 
 @dataclass(frozen=True)
 class Options:
-    """model: the name that is served. api_key: what callers must show; "" for nothing. fetch_urls: whether image_url
-    may be an http(s) address. timeout: seconds for a request, from its acceptance."""
+    """What the application is to do.
+
+    Attributes:
+      model: the name that is served. api_key: what callers must show; "" for nothing. fetch_urls: whether image_url may
+        be an http(s) address. timeout: seconds for a request, from the end of its headers. body_seconds: of these, for
+        its body. bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts;
+        fetching: that wait for images.
+    """
 
     model: str
     limits: Limits
     api_key: str = field(default="", repr=False)
     fetch_urls: bool = False
     timeout: float = 120.0
+    body_seconds: float = 60.0
+    bodies_bytes: int = 256 << 20
+    threads: int = 4
+    fetching: int = 8
 
 
 class _Metrics:
@@ -77,25 +92,44 @@ class _Metrics:
         yield ended
 
 
+class _Rooms:
+    """What all requests share: the engine, the metrics, memory for bodies, and threads. Those that fetch images are of
+    their own, so that nobody else waits for a slow host."""
+
+    def __init__(self, core: engine.Engine, options: Options):
+        self.core, self.options = core, options
+        self.measured = _Metrics(core)
+        self.budget = Budget(options.bodies_bytes)
+        self.preparing = Pool("prepare", options.threads)
+        self.fetching = Pool("fetch", options.fetching)
+
+
 def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     """The application; the engine must have been started, and is drained when the application ends."""
+    rooms = _Rooms(core, options)
+    measured, created = rooms.measured, int(time.time())
+    key = os.fsencode(options.api_key)  # from the environment: it may hold bytes that are no UTF-8
 
     @contextlib.asynccontextmanager
     async def lifespan(app) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(core.close)
+        rooms.preparing.close()
+        rooms.fetching.close()
 
-    app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    measured, created = _Metrics(core), int(time.time())
+    # A redirect would lead to whatever host the caller names.
+    app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.exception_handler(ApiError)
     async def say(request: Request, error: ApiError) -> Response:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(error.body(), error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        text = f"{request.method} {request.url.path}: {error.detail}."
+        text = f"{request.method} {request.scope['path'][:200]}: {error.detail}."
         return JSONResponse(ApiError(error.status_code, text, "not_found").body(), error.status_code)
 
     @app.exception_handler(Exception)
@@ -103,9 +137,11 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
         return JSONResponse(ApiError(500, "The server failed; its log says why.", "internal_error").body(), 500)
 
     def authorize(request: Request) -> None:
-        if options.api_key:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), options.api_key.encode()):
+        if key:
+            # Headers are read as Latin-1: encoded so, the bytes are those that were sent.
+            scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), key)
+            if scheme.lower() != "bearer" or not right:
                 raise ApiError(401, "Missing or wrong API key.", "invalid_api_key")
 
     @app.get("/health")
@@ -129,80 +165,63 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     async def one_model(request: Request, name: str) -> Response:
         authorize(request)
         if name != options.model:
-            raise ApiError(404, f"The model {name!r} does not exist; served is {options.model!r}.", "model_not_found")
+            raise ApiError(
+                404, f"The model {name[:80]!r} does not exist; served is {options.model!r}.", "model_not_found"
+            )
         return JSONResponse(card)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        running = _Running(rooms)
         try:
             authorize(request)
-            try:
-                core.reserve()
-            except engine.Full as error:
-                raise ApiError(429, "Too many requests are waiting; try again.", "queue_full") from error
-            except engine.Closing as error:
-                raise ApiError(503, "The server is shutting down.", "shutting_down") from error
-            running = _Running(core, options, measured)
-            try:
-                response = await running.respond(request)
-            except BaseException:
-                running.close()
-                raise
-        except ApiError as error:
-            measured.responses.labels(error.status).inc()
+            return await running.respond(request)
+        except BaseException as error:
+            running.close()
+            if isinstance(error, Exception):
+                measured.responses.labels(error.status if isinstance(error, ApiError) else 500).inc()
             raise
-        return response
 
     return app
 
 
 class _Running:
-    """One accepted chat request; `close` gives back all that it holds and may be called twice."""
+    """One chat request; `close` gives back all that it holds and may be called twice."""
 
-    def __init__(self, core: engine.Engine, options: Options, measured: _Metrics):
-        self.core, self.options, self.measured = core, options, measured
+    def __init__(self, rooms: _Rooms):
+        self.rooms, self.core, self.options = rooms, rooms.core, rooms.options
         self.accepted = time.monotonic()
         self.events: asyncio.Queue[engine.Event] = asyncio.Queue()
         self.asked: engine.Request | None = None
-        self.open = True
+        self._share = rooms.budget.share()
+        self._placed = self._heard = False
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, possibly below 0."""
+        return self.accepted + self.options.timeout - time.monotonic()
 
     def close(self) -> None:
-        if self.open:
-            self.open = False
-            if self.asked is not None:
-                self.asked.cancel()
+        self._share.free()
+        if self.asked is not None:
+            self.asked.cancel()
+        if self._placed:
+            self._placed = False
             self.core.release()
 
     async def respond(self, request: Request) -> Response:
-        options = self.options
+        """Whatever takes so long, and whether or not it can be stopped: ApiError 504 at the deadline."""
         try:
-            body = await asyncio.wait_for(_body(request, options.limits.body_bytes), options.timeout)
+            async with asyncio.timeout(max(self.left, 0)):
+                return await self._respond(request)
         except TimeoutError as error:
-            raise ApiError(408, "The request's body did not arrive in time.", "timeout") from error
-        except ClientDisconnect as error:
-            raise ApiError(499, "The caller has left.", "cancelled") from error
-        loop, core = asyncio.get_running_loop(), self.core
-        read = functools.partial(fetch, max_bytes=options.limits.image_bytes) if options.fetch_urls else None
+            raise self._late() from error
 
-        def ask() -> protocol.ChatRequest:
-            wanted = protocol.parse(body, options.model, options.limits, read)
-            try:
-                example = core.prepare(wanted.record)
-            except BadRecord as error:
-                code = "context_length_exceeded" if error.reason == "too_long" else error.reason
-                raise ApiError(400, str(error), code, "messages") from error
-            left = self.accepted + options.timeout - time.monotonic()
-            try:
-                self.asked = core.submit(
-                    example, wanted.how, lambda event: loop.call_soon_threadsafe(self.events.put_nowait, event), left
-                )
-            except engine.Closing as error:
-                raise ApiError(503, "The server is shutting down.", "shutting_down") from error
-            except UserError as error:
-                raise ApiError(400, str(error), "invalid_value") from error
-            return wanted
-
-        wanted = await run_in_threadpool(ask)
+    async def _respond(self, request: Request) -> Response:
+        options = self.options
+        seconds = min(options.body_seconds, self.left)
+        body = await read_body(request, options.limits.body_bytes, seconds, self._share)
+        wanted = await self._submit(body)
         name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if wanted.stream:
             # The first event decides about the status: a request that times out in the queue is no success.
@@ -217,26 +236,51 @@ class _Running:
             text += event.text
         counts = protocol.usage(self.asked.prompt_tokens, self.asked.stream.made)
         self.close()
-        self.measured.responses.labels(200).inc()
+        self.rooms.measured.responses.labels(200).inc()
         return JSONResponse(protocol.completion(name, options.model, created, text, event.finish, counts))
+
+    async def _submit(self, body) -> protocol.ChatRequest:
+        """Hands the request to the engine. Its place is taken once everything that the caller sends is here."""
+        options, core, rooms = self.options, self.core, self.rooms
+        wanted = await rooms.preparing.run(protocol.parse, body, options.model, options.limits, options.fetch_urls)
+        with _refusals():
+            core.reserve()
+        self._placed = True
+        if wanted.addresses:
+            found = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
+            self._share.grow(sum(map(len, found.values())))
+            wanted = await rooms.preparing.run(wanted.with_fetched, found, options.limits)
+        with _refusals():
+            example = await rooms.preparing.run(core.prepare, wanted.record)
+            self._share.free()
+            loop = asyncio.get_running_loop()
+            self.asked = core.submit(
+                example, wanted.how, lambda event: loop.call_soon_threadsafe(self.events.put_nowait, event), self.left
+            )
+        return wanted
 
     async def _next(self, request: Request) -> engine.Event:
         """The next event, while the caller is still there."""
         while True:
             with contextlib.suppress(TimeoutError):
                 event = await asyncio.wait_for(self.events.get(), 0.5)
-                if event.text and self.accepted:
-                    self.measured.first.observe(time.monotonic() - self.accepted)
-                    self.accepted = 0.0
+                if event.text and not self._heard:
+                    self.rooms.measured.first.observe(time.monotonic() - self.accepted)
+                    self._heard = True
                 return event
             if await request.is_disconnected():
                 raise ApiError(499, "The caller has left.", "cancelled")
 
     def _check(self, event: engine.Event) -> None:
         if event.finish == "timeout":
-            raise ApiError(504, f"Not finished within {self.options.timeout:g} seconds.", "timeout")
+            raise self._late()
+        if event.finish == "error" and self.core.problem:
+            raise _failed(self.core.problem)
         if event.finish in ("error", "cancelled"):
             raise ApiError(500, "The answer was not finished; the server's log says why.", "internal_error")
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"Not finished within {self.options.timeout:g} seconds.", "timeout")
 
     async def _stream(self, event, wanted, name: str, created: int) -> AsyncIterator[bytes]:
         piece = functools.partial(protocol.chunk, name, self.options.model, created)
@@ -248,8 +292,11 @@ class _Running:
                     yield _sse(piece({"content": event.text}, None))
                 if event.finish is not None:
                     break
-                event = await self.events.get()
                 try:
+                    try:
+                        event = await asyncio.wait_for(self.events.get(), max(self.left, 0))
+                    except TimeoutError as error:
+                        raise self._late() from error
                     self._check(event)
                 except ApiError as error:
                     status = error.status
@@ -261,12 +308,12 @@ class _Running:
             yield b"data: [DONE]\n\n"
             status = 200
         finally:
-            self.measured.responses.labels(status).inc()
+            self.rooms.measured.responses.labels(status).inc()
             self.close()
 
 
 class _Streamed(StreamingResponse):
-    """Gives back what the request holds even where the caller leaves before the first piece."""
+    """Gives back what the request holds even where the caller leaves before the first piece, or does not read."""
 
     def __init__(self, running: _Running, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -274,7 +321,10 @@ class _Streamed(StreamingResponse):
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # Past the deadline it waits for a reader only; the connection is then cut, see `connections`.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(self.running.left, 0) + _GRACE):
+                    await super().__call__(scope, receive, send)
         finally:
             self.running.close()
 
@@ -283,11 +333,34 @@ def _sse(data: dict) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The request's body; ApiError as soon as it is longer than allowed."""
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > most:
-            raise ApiError(413, f"The request has over {most} bytes.", "request_too_large")
-    return bytes(data)
+@contextlib.contextmanager
+def _refusals():
+    """What the engine refuses, as the API says it."""
+    try:
+        yield
+    except engine.Full as error:
+        raise ApiError(429, "Too many requests are waiting; try again.", "queue_full") from error
+    except engine.Failed as error:
+        raise _failed(str(error)) from error
+    except engine.Closing as error:
+        raise ApiError(503, "The server is shutting down.", "shutting_down") from error
+    except BadRecord as error:
+        code = "context_length_exceeded" if error.reason == "too_long" else error.reason
+        raise ApiError(400, str(error), code, "messages") from error
+    except UserError as error:
+        raise ApiError(400, str(error), "invalid_value") from error
+
+
+def _failed(problem: str) -> ApiError:
+    return ApiError(503, f"The engine has failed, and the server ends: {problem}", "engine_failed")
+
+
+def _fetch(addresses: dict[int, str], most: int) -> dict[int, bytes]:
+    """What lies behind the addresses, with one deadline for all of them."""
+    end, found = time.monotonic() + FETCH_SECONDS, {}
+    for number, address in addresses.items():
+        try:
+            found[number] = fetch(address, max_bytes=most, seconds=max(end - time.monotonic(), 0.0))
+        except FetchError as error:
+            raise ApiError(400, f"image_url: {error}", "invalid_image_url", "messages") from error
+    return found

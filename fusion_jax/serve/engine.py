@@ -69,6 +69,10 @@ class Closing(Exception):
     """The server is shutting down."""
 
 
+class Failed(Closing):
+    """The engine has stopped for the reason that this says; only a new process answers again."""
+
+
 @dataclass(frozen=True)
 class Event:
     """What a request hears: new text (possibly empty), and at the end how it ended: stop, length, timeout, cancelled or
@@ -167,10 +171,9 @@ class Engine:
         self._thread.start()
 
     def reserve(self) -> None:
-        """Takes a place before any work is done for a request; to be given back by `release`. Raises Full, Closing."""
+        """Takes a place, to be given back by `release`. Raises Full, Closing, Failed."""
         with self._wake:
-            if self._closing:
-                raise Closing
+            self._check_open()
             if self._reserved >= self.rows + self.queue_limit:
                 raise Full
             self._reserved += 1
@@ -179,20 +182,26 @@ class Engine:
         with self._wake:
             self._reserved -= 1
 
+    def _check_open(self) -> None:
+        if self.problem:
+            raise Failed(self.problem)
+        if self._closing:
+            raise Closing
+
     def prepare(self, record: Record) -> Example:
         """Tokenizes and reads the images. BadRecord where the prompt cannot be used."""
         return self.prompts.example(record)
 
     def submit(self, example: Example, how: Sampling, emit: Callable[[Event], None], timeout: float) -> Request:
-        """Queues a prompt. `emit` is called from the engine's thread, last with an Event that has `finish`."""
+        """Queues a prompt. `emit` is called from the engine's thread, last with an Event that has `finish`. Raises
+        Closing, Failed."""
         check(how.max_tokens <= self.max_tokens, f"max_tokens={how.max_tokens} is over the limit of {self.max_tokens}.")
         stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens)
         spec = pipeline.layout_spec(self.prompts.config, 1, 1, 1)
         length = generate.needs(example, spec, self.prompts.latents).length
         request = Request(example, how, emit, time.monotonic() + timeout, length, stream)
         with self._wake:
-            if self._closing or self.problem:
-                raise Closing
+            self._check_open()
             self._waiting.append(request)
             self._wake.notify()
         return request
@@ -341,8 +350,10 @@ class Engine:
             while self._turn():
                 pass
         except BaseException as error:  # the device failed: nobody may wait for ever
-            self.problem = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            said = " ".join(str(error).split())[:300]
             log.exception("the engine has stopped")
+            with self._wake:
+                self.problem = f"{type(error).__name__}: {said}" if said else type(error).__name__
         with self._wake:
             self._closing = True
             left = [request for request in (*self._active, *self._waiting) if request is not None]
@@ -368,7 +379,7 @@ class Engine:
                 try:
                     self._join(row, request.example, request.how)
                 except (UserError, ValueError) as error:  # this one's fault, not the device's
-                    log.warning("a request failed: %s", error)
+                    log.warning("a request failed: %s", " ".join(str(error).split())[:300])
                     self._end(request, "error")
                     continue
                 self.statistics.prefills += 1
@@ -392,7 +403,7 @@ class Engine:
                 self._leave([row])  # a stop text: the device does not know that the row is done
             self._end(request, request.stream.finish, text)
         elif text:
-            request.emit(Event(text))
+            self._emit(request, Event(text))
 
     def _drop_ended(self) -> None:
         """Takes out what is cancelled or too late, waiting or running."""
@@ -412,8 +423,11 @@ class Engine:
 
     def _end(self, request: Request, finish: str, text: str = "") -> None:
         self.statistics.finished[finish] = self.statistics.finished.get(finish, 0) + 1
+        self._emit(request, Event(text, finish))
+
+    def _emit(self, request: Request, event: Event) -> None:
         try:
-            request.emit(Event(text, finish))
+            request.emit(event)
         except Exception:  # its listener has gone
             log.debug("a request's listener has gone", exc_info=True)
 

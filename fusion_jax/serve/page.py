@@ -175,7 +175,7 @@ def _errors() -> Iterator[None]:
     except Busy as error:
         raise _error("Another picture is being drawn; try again in a few seconds.") from error
     except Closing as error:
-        raise _error("The server is shutting down.") from error
+        raise _error(f"The engine has failed: {error}" if str(error) else "The server is shutting down.") from error
     except (BadRecord, UserError) as error:
         raise _error(str(error)) from error
     except jax.errors.JaxRuntimeError as error:

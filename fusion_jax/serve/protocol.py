@@ -1,31 +1,19 @@
-"""The requests of the OpenAI API as prompts, and its errors and answers."""
+"""The requests of the OpenAI API as prompts, and its answers."""
 
-import base64
-import binascii
+import io
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion_jax.data import image
-from fusion_jax.data.conversation import IMAGE_TAG
+from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.sampling import Sampling
-
-
-class ApiError(Exception):
-    """An error in that API's form. status: of HTTP. code: short machine-readable name. param: the key at fault."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.json_body import decode_base64, read_json, text_too_long
 
 
 @dataclass(frozen=True)
@@ -34,7 +22,7 @@ class Limits:
 
     Attributes:
       max_tokens: of an answer. body_bytes: of a request. image_bytes, image_pixels: of an image, before it is decoded.
-      images: of a conversation.
+      images: of a conversation. text_bytes: of all its texts in UTF-8.
     """
 
     max_tokens: int
@@ -42,58 +30,68 @@ class Limits:
     image_bytes: int = 20 << 20
     image_pixels: int = 40_000_000
     images: int = 1
+    text_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True)
 class ChatRequest:
     """record: the conversation with its images' bytes. how: settings. stream, usage: answer in pieces; tell the counts
-    at the end of them."""
+    at the end of them. addresses: of images that are still to be fetched, by their number; see `with_fetched`."""
 
     record: Record
     how: Sampling
     stream: bool
     usage: bool
+    addresses: dict[int, str]
+
+    def with_fetched(self, found: dict[int, bytes], limits: Limits) -> "ChatRequest":
+        """The request with these bytes for its addresses. ApiError where one is no image, or too large."""
+        for data in found.values():
+            check_image(data, limits, "image_url")
+        images = tuple(found.get(number, data) for number, data in enumerate(self.record.images))
+        return replace(self, record=replace(self.record, images=images), addresses={})
 
 
 # Keys whose other values would change the answer in ways that are not supported: better refused than ignored.
 _FIXED = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logprobs": (False,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logprobs": False,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "response_format": {"type": "text"},
 }
+_BETWEEN = "\n\n"  # between messages that follow each other in one turn
 
 
-def parse(body: bytes, model: str, limits: Limits, fetch: Callable[[str], bytes] | None) -> ChatRequest:
-    """A request's body, checked.
+def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> ChatRequest:
+    """A request's body, checked. A buffer is closed as soon as it has been read, to give its memory back.
 
     Args:
-      model: the name that is served. fetch: gives the bytes behind an http(s) address; None where that is not allowed.
+      model: the name that is served. urls: whether images may be http(s) addresses.
 
     Raises:
       ApiError: 400 or 404 with what is wrong.
     """
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from error
-    if not isinstance(data, dict):
-        raise ApiError(400, "The body must be a JSON object.", "invalid_json")
-    if data.get("model") is not None and data["model"] != model:
-        raise ApiError(404, f"The model {data['model']!r} does not exist; served is {model!r}.", "model_not_found")
+    data = read_json(io.BytesIO(body) if isinstance(body, bytes) else body, limits.text_bytes)
+    wanted = _get(data, "model", str, model)
+    if wanted != model:
+        raise ApiError(404, f"The model {wanted[:80]!r} does not exist; served is {model!r}.", "model_not_found")
     for key, allowed in _FIXED.items():
-        if data.get(key) is not None and data[key] not in allowed:
-            raise ApiError(400, f"{key} can only be {json.dumps(allowed[0])} here.", "unsupported_value", key)
+        value = data.get(key)
+        same = value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+        if value is not None and not same:
+            raise ApiError(400, f"{key} can only be {json.dumps(allowed)} here.", "unsupported_value", key)
     options = _get(data, "stream_options", dict, {})
+    record, addresses = _record(data.get("messages"), limits, urls)
     return ChatRequest(
-        _record(data.get("messages"), limits, fetch),
+        record,
         _sampling(data, limits),
         _get(data, "stream", bool, False),
         _get(options, "include_usage", bool, False),
+        addresses,
     )
 
 
@@ -108,10 +106,12 @@ def _get(data: dict, key: str, kind: type | tuple[type, ...], default):
 
 
 def _sampling(data: dict, limits: Limits) -> Sampling:
-    wanted = _get(data, "max_completion_tokens", int, None) or _get(data, "max_tokens", int, limits.max_tokens)
-    if wanted > limits.max_tokens:
+    wanted = _get(data, "max_tokens", int, limits.max_tokens)
+    wanted = _get(data, "max_completion_tokens", int, wanted)
+    if not 1 <= wanted <= limits.max_tokens:
+        asked = str(wanted) if abs(wanted) < 10**12 else "a number"
         raise ApiError(
-            400, f"max_tokens={wanted} is over this server's {limits.max_tokens}.", "invalid_value", "max_tokens"
+            400, f"max_tokens must lie in 1..{limits.max_tokens}, not {asked}.", "invalid_value", "max_tokens"
         )
     stop = data.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
@@ -129,79 +129,90 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
             stop=tuple(stop),
         )
     except (UserError, OverflowError) as error:
-        raise ApiError(400, str(error), "invalid_value") from error
+        raise ApiError(400, str(error)[:200], "invalid_value") from error
 
 
-def _record(messages: Any, limits: Limits, fetch) -> Record:
+def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int, str]]:
+    """The conversation, and the addresses of those images that are not in it. Messages of one role that follow each
+    other are one turn. The template's own system text is part of what the model was trained on: it stays, and a system
+    message joins the user's turn behind it, or the one before it where none follows."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message.", "invalid_value", "messages")
-    turns, images, system = [], [], ""
+    turns: list[tuple[str, list[str]]] = []
+    images: list[bytes | str] = []
+    system, size = [], 0
     for k, message in enumerate(messages):
         where = f"messages[{k}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
             raise ApiError(400, f"{where}: role must be system, user or assistant.", "invalid_value", where)
-        text = _content(message.get("content"), role, where, images, limits, fetch)
+        text = _content(message.get("content"), role, where, images, limits, urls)
+        size += len(text.encode(errors="replace"))
+        if size > limits.text_bytes:
+            raise text_too_long(limits.text_bytes)
         if role in ("system", "developer"):
-            if turns:
-                raise ApiError(400, f"{where}: a system message must come first.", "invalid_value", where)
-            # The template's own system text is part of what the model was trained on: it stays.
-            system += text + "\n\n"
+            system.append(text)
             continue
-        turns.append({"from": "human" if role == "user" else "gpt", "value": text})
-    if not turns or turns[-1]["from"] != "human":
+        who = "human" if role == "user" else "gpt"
+        if not turns or turns[-1][0] != who:
+            turns.append((who, []))
+        if who == "human":
+            turns[-1][1].extend(system)
+            system = []
+        turns[-1][1].append(text)
+    if not turns or turns[-1][0] != "human":
         raise ApiError(400, "The last message must be the user's.", "invalid_value", "messages")
-    if system and turns[0]["from"] == "human":
-        turns[0]["value"] = system + turns[0]["value"]
-    return Record("request", None, turns, "messages", tuple(images))
+    turns[-1][1].extend(system)
+    said = [{"from": who, "value": _BETWEEN.join(texts)} for who, texts in turns]
+    addresses = {number: data for number, data in enumerate(images) if isinstance(data, str)}
+    known = tuple(b"" if isinstance(data, str) else data for data in images)
+    return Record("request", None, said, "messages", known, literal=True), addresses
 
 
-def _content(content: Any, role: str, where: str, images: list[bytes], limits: Limits, fetch) -> str:
-    """The text of a message with a tag for each image, whose bytes are appended to `images`."""
+def _content(content: Any, role: str, where: str, images: list[bytes | str], limits: Limits, urls: bool) -> str:
+    """The text of a message with a slot for each image, whose bytes or address is appended to `images`."""
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
+        return content
     if not isinstance(content, list):
         raise ApiError(400, f"{where}: content must be a text or a list of parts.", "invalid_value", where)
-    text = ""
+    texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            if IMAGE_TAG in part["text"]:
-                raise ApiError(
-                    400, f"{where}: {IMAGE_TAG} cannot be written; send an image_url.", "invalid_value", where
-                )
-            text += part["text"]
+            texts.append(part["text"])
         elif kind == "image_url" and role == "user":
             if len(images) == limits.images:
                 many = f"{where}: more than {limits.images} image(s) in a conversation."
                 raise ApiError(400, many, "too_many_images", where)
-            address = part.get("image_url")
-            address = address.get("url") if isinstance(address, dict) else address
-            images.append(_image(address, where, limits, fetch))
-            text += IMAGE_TAG + "\n"
+            # Taken out of the message: a long text that nobody needs once it is decoded.
+            images.append(_image(part.pop("image_url", None), where, limits, urls))
+            if isinstance(images[-1], bytes):
+                check_image(images[-1], limits, where)
+            texts.append(IMAGE_SLOT + "\n")
         else:
             raise ApiError(400, f"{where}: a part must be a text, or a user's image_url.", "invalid_value", where)
-    return text
+    return "".join(texts)
 
 
-def _image(address: Any, where: str, limits: Limits, fetch) -> bytes:
+def _image(address: Any, where: str, limits: Limits, urls: bool) -> bytes | str:
+    """An image's bytes, or the address that has them."""
+    address = address.pop("url", None) if isinstance(address, dict) else address
     if not isinstance(address, str):
         raise ApiError(400, f"{where}: image_url needs a url.", "invalid_image_url", where)
-    if address.startswith("data:"):
-        head, _, data = address.partition(",")
-        if not head.endswith(";base64"):
-            raise ApiError(400, f"{where}: a data URL must be base64.", "invalid_image_url", where)
-        try:
-            found = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{where}: the data URL is not valid base64.", "invalid_image_url", where) from error
-    elif fetch is not None and address.startswith(("http://", "https://")):
-        found = fetch(address)
-    else:
-        allowed = "a data URL" if fetch is None else "a data, http or https URL"
+    if urls and address.startswith(("http://", "https://")):
+        return address
+    if not address.startswith("data:"):
+        allowed = "a data, http or https URL" if urls else "a data URL"
         raise ApiError(400, f"{where}: image_url must be {allowed}.", "invalid_image_url", where)
-    check_image(found, limits, where)
-    return found
+    start = address.find(",", 0, 256) + 1
+    if not address[:start].endswith(";base64,"):
+        raise ApiError(400, f"{where}: a data URL must be base64.", "invalid_image_url", where)
+    if (len(address) - start) // 4 * 3 > limits.image_bytes + 3:
+        raise ApiError(400, f"{where}: the image has over {limits.image_bytes} bytes.", "image_too_large", where)
+    try:
+        return decode_base64(address, start)
+    except ValueError as error:
+        raise ApiError(400, f"{where}: the data URL is not valid base64.", "invalid_image_url", where) from error
 
 
 def check_image(data: bytes, limits: Limits, where: str) -> None:

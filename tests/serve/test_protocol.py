@@ -1,13 +1,13 @@
-"""What requests may say, and what the API answers to the rest; addresses that are never fetched."""
+"""What requests may say, and what the API answers to the rest."""
 
 import base64
 import json
-import socket
 
 import pytest
 from test_generate import picture
 
-from fusion_jax.serve import fetch, protocol
+from fusion_jax.data.conversation import IMAGE_SLOT
+from fusion_jax.serve import protocol
 from fusion_jax.serve.protocol import ApiError, Limits
 
 LIMITS = Limits(max_tokens=64, image_pixels=10_000, image_bytes=1 << 20, images=2)
@@ -45,7 +45,7 @@ def test_a_conversation_becomes_turns_and_images():
         stop="END",
     )
     assert [turn["from"] for turn in wanted.record.turns] == ["human", "gpt", "human"]
-    assert wanted.record.turns[0]["value"] == "Be brief.\n\n<image>\nWhat?"
+    assert wanted.record.turns[0]["value"] == "Be brief.\n\n" + IMAGE_SLOT + "\nWhat?"
     assert wanted.record.images == (picture(1),)
     assert wanted.stream and wanted.usage
     assert (wanted.how.max_tokens, wanted.how.temperature, wanted.how.top_p) == (9, 0.5, 0.9)
@@ -57,7 +57,6 @@ def test_a_conversation_becomes_turns_and_images():
     [
         ([], {}, 400, "invalid_value"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {}, 400, "invalid_value"),
-        ([{"role": "user", "content": "<image> hm"}], {}, 400, "invalid_value"),
         ([{"role": "robot", "content": "a"}], {}, 400, "invalid_value"),
         ([{"role": "user", "content": shown("data:image/png;base64,@@")}], {}, 400, "invalid_image_url"),
         ([{"role": "user", "content": shown("http://example.org/a.png")}], {}, 400, "invalid_image_url"),
@@ -85,34 +84,3 @@ def test_what_is_no_json_is_named():
         with pytest.raises(ApiError) as caught:
             protocol.parse(body, "fusion", LIMITS, None)
         assert caught.value.status == 400
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "10.1.2.3",
-        "192.168.0.1",
-        "169.254.169.254",
-        "0.0.0.0",
-        "[::1]",
-        "[fe80::1]",
-        "[::ffff:127.0.0.1]",
-        "[fd00::1]",
-        "2130706433",
-        "0x7f.1",
-        "100.64.0.1",
-        "224.0.0.1",
-    ],
-)
-def test_inner_addresses_are_never_fetched(host):
-    with pytest.raises(ApiError, match=r"public network|no known host"):
-        fetch.fetch(f"http://{host}/a.png", 1000)
-
-
-def test_one_inner_address_among_public_ones_is_enough_to_refuse(monkeypatch):
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("8.8.8.8", "10.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    with pytest.raises(ApiError, match="public network"):
-        fetch.fetch("http://both.example/a.png", 1000)
