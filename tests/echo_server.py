@@ -5,6 +5,7 @@ same sentence. In a thread by `serving`, or as a process that `fusion_jax.serve`
 """
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -56,11 +57,23 @@ class EchoEngine(Engine):
         pass
 
 
+class _Errors(logging.Handler):
+    def __init__(self, level: int):
+        super().__init__(level)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"[:300])
+
+
 @dataclass
 class Served:
+    """errors: what uvicorn and asyncio have logged, such as exceptions that no caller hears of."""
+
     port: int
     engine: EchoEngine
     app: object
+    errors: list[str]
 
     @property
     def address(self) -> str:
@@ -82,12 +95,17 @@ def serving(folder: Path, patience=None, rows=4, queue=12, model="fusion", limit
     server = make_server(app, "127.0.0.1", 0, patience or Patience(), 5)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
+    heard, logs = _Errors(logging.ERROR), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Served(server.servers[0].sockets[0].getsockname()[1], engine, app)
+        for log in logs:
+            log.addHandler(heard)
+        yield Served(server.servers[0].sockets[0].getsockname()[1], engine, app, heard.errors)
     finally:
+        for log in logs:
+            log.removeHandler(heard)
         server.should_exit = True
         thread.join(30)
 
