@@ -62,7 +62,7 @@ setup(
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],
         # The page needs gradio, which asks for pillow<13: install it apart where the pins matter.
-        "serve": ["fastapi>=0.115.2", "uvicorn>=0.30", "prometheus_client>=0.20"],
+        "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20", "httpx2>=2.0"],
         "page": ["gradio>=6"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],

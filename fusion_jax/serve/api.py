@@ -148,6 +148,8 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     async def health() -> Response:
         if core.problem:
             return JSONResponse({"status": "failed", "problem": core.problem}, 503)
+        if core.silent > options.timeout:
+            return JSONResponse({"status": "stuck", "problem": f"no answer of the device for {core.silent:.0f} s"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -108,7 +108,9 @@ class Connection(H11Protocol):
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
             ]
-            events = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+            events = [h11.Response(status_code=error.status, headers=headers), h11.EndOfMessage()]
+            if self.conn.our_state is h11.IDLE or self.scope["method"] != "HEAD":
+                events.insert(1, h11.Data(data=body))
             self.transport.write(b"".join(self.conn.send(event) for event in events))
         self.transport.close()
 

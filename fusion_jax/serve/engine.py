@@ -156,6 +156,7 @@ class Engine:
         self._warm: int | None = None
         self._thread: threading.Thread | None = None
         self._state: generate.State | None = None
+        self._working_since: float | None = None  # the thread has something to do for the device
         self.problem = ""  # why the engine's thread has ended
 
     # ---- From any thread.
@@ -202,23 +203,32 @@ class Engine:
         request = Request(example, how, emit, time.monotonic() + timeout, length, stream)
         with self._wake:
             self._check_open()
+            if len(self._waiting) > self.rows + self.queue_limit:
+                # Whoever has left gives his place back; a device that hangs takes nobody out of the queue.
+                self._waiting = deque(one for one in self._waiting if not one.cancelled)
             self._waiting.append(request)
             self._wake.notify()
         return request
 
     def answer(self, record: Record, how: Sampling, timeout: float = 600.0) -> Iterator[str]:
-        """The answer in pieces. Leaving the loop cancels it. UserError where it ends without being finished."""
+        """The answer in pieces. Leaving the loop cancels it. UserError where it ends without being finished; Failed."""
         events: queue.Queue[Event] = queue.Queue()
         self.reserve()
         try:
             request = self.submit(self.prepare(record), how, events.put, timeout)
             try:
                 while True:
-                    event = events.get()
+                    try:
+                        # The engine says so itself, unless its device hangs.
+                        event = events.get(timeout=max(request.deadline - time.monotonic(), 0) + 5)
+                    except queue.Empty:
+                        event = Event(finish="timeout")
                     if event.text:
                         yield event.text
                     if event.finish in ("stop", "length"):
                         return
+                    if event.finish == "error" and self.problem:
+                        raise Failed(self.problem)
                     check(event.finish is None, f"The answer was not finished: {event.finish}.")
             finally:
                 request.cancel()
@@ -236,6 +246,12 @@ class Engine:
     @property
     def reserved(self) -> int:
         return self._reserved
+
+    @property
+    def silent(self) -> float:
+        """Seconds for which the device has not answered."""
+        since = self._working_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def recompilations(self) -> int:
@@ -348,7 +364,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._turn():
-                pass
+                self._working_since = None
         except BaseException as error:  # the device failed: nobody may wait for ever
             said = " ".join(str(error).split())[:300]
             log.exception("the engine has stopped")
@@ -369,6 +385,7 @@ class Engine:
                 self._wake.wait()
             if self._thread is None and not self._waiting and not self.busy:
                 return False
+        self._working_since = time.monotonic()
         self._drop_ended()
         for row in range(self.rows):
             while self._active[row] is None:

@@ -87,6 +87,8 @@ def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
                 escaped.append((quote, at))
         if values > MOST_VALUES:
             raise ApiError(400, f"The body has over {MOST_VALUES} JSON values.", "too_many_values")
+        if size > most and quote >= 0 and data.startswith(b'"data:', quote):
+            raise ApiError(400, "A data URL must be base64, without spaces or line breaks.", "invalid_image_url")
         if size > most:
             raise text_too_long(text_bytes)
     return escaped

@@ -24,6 +24,7 @@ _LINES = [
     b"POST /v1/chat/completions/ HTTP/1.1",
     b"POST /v1/chat/completions HTTP/1.0",
     b"HEAD /health HTTP/1.1",
+    b"HEAD /v1/chat/completions HTTP/1.1",
     b"OPTIONS * HTTP/1.1",
     b"CONNECT 127.0.0.1:80 HTTP/1.1",
     b"GET http://127.0.0.1/health HTTP/1.1",
@@ -96,7 +97,7 @@ def _request(random) -> bytes:
     body = [_BODY, _BODY, _STREAM, b"", b"{", random.bytes(int(random.integers(5000)))][random.integers(6)]
     if random.random() < 0.6:
         how = random.integers(3)
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        head = (b"HEAD" if random.random() < 0.1 else b"POST") + b" /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
         if how == 0:
             return head + b"Transfer-Encoding: chunked\r\n\r\n" + _chunked(body, random)
         length = len(body) + (0 if how == 1 else int(random.integers(-9, 10)))

@@ -100,6 +100,17 @@ def test_slow_headers_and_silent_connections_are_closed(server):
     assert time.monotonic() - begun < 5
 
 
+def test_what_is_no_http_is_refused_in_the_form_of_the_api(server):
+    for sent in (b"\x16\x03\x01\x02", b"GET /health\r\n\r\n", b"GET /health HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
+        said = rest(begin(server, sent + b"\r\n\r\n"))
+        assert said.startswith(b"HTTP/1.1 400") and b'"code": "invalid_http"' in said
+    # To HEAD there is no body, also where its own is broken.
+    chunked = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    said = rest(begin(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nHEAD /health HTTP/1.1\r\n" + chunked))
+    assert said.endswith(b"\r\n\r\n") and b"HTTP/1.1 400" in said
+    assert not server.errors
+
+
 def test_slow_bodies_hold_no_place(server):
     """More of them than there are places; a quick caller is answered meanwhile."""
     slow = [begin(server, head(1000) + b'{"mess') for _ in range(12)]
@@ -172,6 +183,8 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(server.engine), "pace", 2.0)  # the device hangs
         late()
+        status, answer = get(server, "/health")
+        assert status == 503 and json.loads(answer)["status"] == "stuck"
         begun = time.monotonic()
         stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         stream.request("POST", "/v1/chat/completions", json.dumps(asked(stream=True, max_tokens=64)))
@@ -179,7 +192,7 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
         assert time.monotonic() - begun < 3
         stream.close()
     time.sleep(1)
-    assert settles(server)
+    assert settles(server) and get(server, "/health")[0] == 200
     monkeypatch.setattr(type(server.engine), "pace", 0.4)
     stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     stream.request("POST", "/v1/chat/completions", json.dumps(asked(stream=True, max_tokens=64)))
