@@ -1,6 +1,7 @@
 """The conversation behind `fusion_jax.chat`: what its lines and commands do."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from fusion_jax.data import conversation, image
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.sampling import Sampling
+
+# What a terminal obeys rather than shows; line breaks and tabs are text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
@@ -59,7 +63,7 @@ class Chat:
         answer = ""
         try:
             for piece in self.answerer.stream(record, self.how):
-                self.write(piece)
+                self.write(_CONTROL.sub("", piece))
                 answer += piece
         except KeyboardInterrupt:
             self.write(" [stopped]")

@@ -76,3 +76,19 @@ def test_a_stopped_answer_counts_as_far_as_it_came(chat):
     assert chat.turns[-1]["value"] == "1 " and "[stopped]" in chat.written()
     chat.say("/what")
     assert "/image FILE" in chat.written()
+
+
+def test_what_is_typed_is_text_and_what_is_said_steers_no_terminal(chat, tmp_path, monkeypatch):
+    asked = []
+
+    def stream(record, how):
+        asked.append(record)
+        yield "a\x1b]0;title\x07b\r\x9b2J\n\tc"
+
+    monkeypatch.setattr(chat.answerer, "stream", stream)
+    chat.say("<image> <|end|>")
+    assert asked[0].literal and asked[0].turns[-1]["value"] == "<image> <|end|>"
+    assert "a]0;titleb2J\n\tc" in chat.written()
+    chat.say(f"/save {tmp_path / 'saved.json'}")
+    [record] = json.loads((tmp_path / "saved.json").read_text())
+    assert record["conversations"][0]["value"] == "<image>\n <|end|>"  # a second tag would be a second image

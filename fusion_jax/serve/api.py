@@ -6,7 +6,6 @@ import functools
 import hmac
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -108,7 +107,7 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     """The application; the engine must have been started, and is drained when the application ends."""
     rooms = _Rooms(core, options)
     measured, created = rooms.measured, int(time.time())
-    key = os.fsencode(options.api_key)  # from the environment: it may hold bytes that are no UTF-8
+    key = options.api_key.encode(errors="surrogateescape")  # from the environment: possibly bytes that are no UTF-8
 
     @contextlib.asynccontextmanager
     async def lifespan(app) -> AsyncIterator[None]:
@@ -223,13 +222,13 @@ class _Running:
         options = self.options
         seconds = min(options.body_seconds, self.left)
         body = await read_body(request, options.limits.body_bytes, seconds, self._share)
-        wanted = await self._submit(body)
+        stream, usage = await self._submit(body)
         name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        if wanted.stream:
+        if stream:
             # The first event decides about the status: a request that times out in the queue is no success.
             first = await self._next(request)
             self._check(first)
-            pieces = self._stream(first, wanted, name, created)
+            pieces = self._stream(first, usage, name, created)
             return _Streamed(self, pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         text, event = "", engine.Event()
         while event.finish is None:
@@ -241,8 +240,9 @@ class _Running:
         self.rooms.measured.responses.labels(200).inc()
         return JSONResponse(protocol.completion(name, options.model, created, text, event.finish, counts))
 
-    async def _submit(self, body) -> protocol.ChatRequest:
-        """Hands the request to the engine. Its place is taken once everything that the caller sends is here."""
+    async def _submit(self, body) -> tuple[bool, bool]:
+        """Hands the request to the engine, and keeps nothing of it but whether to stream, and to tell the usage then.
+        Its place is taken once everything that the caller sends is here."""
         options, core, rooms = self.options, self.core, self.rooms
         wanted = await rooms.preparing.run(protocol.parse, body, options.model, options.limits, options.fetch_urls)
         with _refusals():
@@ -259,7 +259,7 @@ class _Running:
             self.asked = core.submit(
                 example, wanted.how, lambda event: loop.call_soon_threadsafe(self.events.put_nowait, event), self.left
             )
-        return wanted
+        return wanted.stream, wanted.usage
 
     async def _next(self, request: Request) -> engine.Event:
         """The next event, while the caller is still there."""
@@ -284,7 +284,7 @@ class _Running:
     def _late(self) -> ApiError:
         return ApiError(504, f"Not finished within {self.options.timeout:g} seconds.", "timeout")
 
-    async def _stream(self, event, wanted, name: str, created: int) -> AsyncIterator[bytes]:
+    async def _stream(self, event, usage: bool, name: str, created: int) -> AsyncIterator[bytes]:
         piece = functools.partial(protocol.chunk, name, self.options.model, created)
         status = 499  # unless the end is reached
         try:
@@ -305,7 +305,7 @@ class _Running:
                     yield _sse(error.body())
                     return
             yield _sse(piece({}, event.finish))
-            if wanted.usage:
+            if usage:
                 yield _sse(piece(None, None, protocol.usage(self.asked.prompt_tokens, self.asked.stream.made)))
             yield b"data: [DONE]\n\n"
             status = 200

@@ -157,6 +157,7 @@ def _try(server, body: bytes, look: bool) -> str:
         data = answer.read()
         if answer.status == 200:
             assert data.endswith(b"data: [DONE]\n\n") or json.loads(data)["choices"], data[:200]
+            _check_marks(server)
         else:
             assert answer.status in (400, 404), (answer.status, data[:200])
             error = json.loads(data)["error"]
@@ -169,3 +170,16 @@ def _try(server, body: bytes, look: bool) -> str:
         return "accepted" if answer.status == 200 else "refused"
     finally:
         connection.close()
+
+
+def _check_marks(server) -> None:
+    """The prompt has the marks of its template, whatever its texts say."""
+    tokenizer = server.engine.prompts.tokenizer
+    ids = [i for i in server.engine.joined[-1].input_ids.tolist() if i in tokenizer._control_ids]
+    names = [tokenizer.decode([i], skip_special=False) for i in ids]
+    rounds = names.count("<|user|>")
+    assert names[:3] == ["<s>", "<|system|>", "<|end|>"] and rounds, names
+    talk = [name for name in names[3:] if name not in ("<vision_start>", "<vision_end>")]
+    assert talk == (["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"] * rounds)[:-1], names
+    slots = sum(1 for i in server.engine.joined[-1].input_ids.tolist() if i < 0)
+    assert names.count("<vision_start>") == names.count("<vision_end>") == slots, names

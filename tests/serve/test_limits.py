@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import time
+import weakref
 
 import pytest
 from echo_server import serving
@@ -231,6 +232,24 @@ def test_many_large_bodies_are_refused_before_memory_is(server):
     assert set(answers) == {b"HTTP/1.1 429", b"HTTP/1.1 408"}
     assert post(server, b" " * (1 << 20))[0] == 400  # all of it is given back
     assert settles(server)
+
+
+def test_a_waiting_request_keeps_no_image(server, monkeypatch):
+    """Its memory is no longer counted then."""
+    seen, parse = [], api.protocol.parse
+
+    def remembered(*arguments):
+        wanted = parse(*arguments)
+        seen.append(weakref.ref(wanted))
+        return wanted
+
+    monkeypatch.setattr(api.protocol, "parse", remembered)
+    monkeypatch.setattr(type(server.engine), "pace", 0.6)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, server, asked(shown(picture(1))))
+        time.sleep(0.4)
+        assert server.engine.reserved == 1 and len(seen) == 1 and seen[0]() is None
+        assert answer.result()[0] == 200
 
 
 def test_too_much_text_is_refused_before_it_is_tokenized(server, monkeypatch):
