@@ -265,10 +265,11 @@ class Prompts:
     def example(self, record: Record) -> Example:
         """BadRecord where the record cannot be used or fits no bucket; images are read only after that is known, and
         text is tokenized only where it is not far too long."""
-        said = sum(len(turn["value"].encode(errors="replace")) for turn in record.turns)
-        if self.text_bytes is not None and said > self.text_bytes:
+        if self.text_bytes is not None:
+            said = sum(len(turn["value"].encode(errors="replace")) for turn in record.turns)
             detail = f"the texts have {said} bytes, and no prompt has over {self.text_bytes}"
-            raise BadRecord("too_long", record.where, detail)
+            if said > self.text_bytes:
+                raise BadRecord("too_long", record.where, detail)
         example = self._maker.text(record, prompt=True)
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)

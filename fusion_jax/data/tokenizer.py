@@ -75,6 +75,7 @@ class Tokenizer:
         self.pad_id = next(i for i in map(self._find, choices) if i is not None)
         control = {token: i for token, i in added.items() if token in special or not _is_words(token)} | (marks or {})
         self._control = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
+        self._known: dict[str, list[int]] = {}
         # Ordinary text may come out as the token for unknown characters.
         self._control_ids = {i for token, i in control.items() if token != names.get("unk_token")}
 
@@ -103,10 +104,10 @@ class Tokenizer:
         ids = self.encode("".join(text for text, _ in parts), after)
         if not any(literal for _, literal in parts):
             return ids
-        own = [self._find(token) for text, literal in parts if not literal for token in self._control.findall(text)]
+        own = [i for text, literal in parts if not literal for i in self._marks(text)]
 
         def clean(ids: list[int]) -> bool:
-            return [i for i in ids if i in self._control_ids] == [i for i in own if i in self._control_ids]
+            return [i for i in ids if i in self._control_ids] == own
 
         if clean(ids) and not any(literal and self._control.search(text) for text, literal in parts):
             return ids
@@ -122,6 +123,12 @@ class Tokenizer:
             new = self.encode(text, self.vision_end_id if ids else after)
             ids += [i for i in new if not (literal and i in self._control_ids)]
         return ids
+
+    def _marks(self, text: str) -> list[int]:
+        """The control tokens of a text, one of the few that templates are made of."""
+        if text not in self._known:
+            self._known[text] = [i for i in self.encode(text) if i in self._control_ids]
+        return self._known[text]
 
     def _cut(self, parts: Sequence[tuple[str, bool]]) -> list[str]:
         """The whole text, cut inside every control token of a literal part: no half of one is recognised."""

@@ -4,6 +4,7 @@ An API key comes from the environment variable FUSION_API_KEY; it is never logge
 says why and ends with exit code 75, on which supervisors start it again.
 """
 
+import contextlib
 import logging
 import os
 import resource
@@ -103,7 +104,8 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("listening on http://%s:%d%s", _HOST.value, _PORT.value, "; an API key is asked for" if key else "")
-    server.run()
+    with contextlib.suppress(SystemExit):  # where it cannot listen
+        server.run()
     check(server.started, f"Could not listen on {_HOST.value}:{_PORT.value}; is the port taken?")
     if engine.problem:
         raise RunAgain(f"The engine has failed: {engine.problem}. Start the server again.")

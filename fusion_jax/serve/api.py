@@ -138,7 +138,7 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     def authorize(request: Request) -> None:
         if key:
             # Headers are read as Latin-1: encoded so, the bytes are those that were sent.
-            scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
+            scheme, given = [*request.headers.get("authorization", "").split(maxsplit=1), "", ""][:2]
             right = hmac.compare_digest(given.strip().encode("latin-1"), key)
             if scheme.lower() != "bearer" or not right:
                 raise ApiError(401, "Missing or wrong API key.", "invalid_api_key")

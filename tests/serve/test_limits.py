@@ -14,6 +14,9 @@ from echo_server import serving
 from test_generate import picture
 from test_protocol import data_url, shown
 
+from fusion_jax.data.sources import Record
+from fusion_jax.errors import BadRecord
+from fusion_jax.sampling import Sampling
 from fusion_jax.serve import api
 from fusion_jax.serve.connections import Patience
 
@@ -266,6 +269,14 @@ def test_too_much_text_is_refused_before_it_is_tokenized(server, monkeypatch):
             assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_too_much_text_of_the_page_is_not_tokenized_either(server, monkeypatch):
+    monkeypatch.setattr(server.engine.prompts.tokenizer, "encode_parts", lambda *_: pytest.fail("tokenized"))
+    turns = [{"from": "human", "value": "a" * 3_000_000}]
+    with pytest.raises(BadRecord, match="the texts have 3000000 bytes, and no prompt has over 2240"):
+        next(server.engine.answer(Record("page", None, turns, "the page", literal=True), Sampling()))
+    assert settles(server)
+
+
 def test_places_come_back_whatever_callers_do(server):
     """Leaving at any moment, by a proper end or by a reset."""
     body = json.dumps(asked(stream=True, max_tokens=64)).encode()
@@ -316,7 +327,7 @@ def test_messages_of_one_role_may_follow_each_other(server):
 def test_the_scheme_of_the_key_has_no_case(tmp_path, key):
     with serving(tmp_path, api_key=key) as server:
         sent = key.encode().decode("latin-1")  # its bytes, as they go over the wire
-        for right in (f"Bearer {sent}", f"bearer {sent}", f"BEARER   {sent} "):
+        for right in (f"Bearer {sent}", f"bearer {sent}", f"BEARER   {sent} ", f"Bearer\t{sent}"):
             assert post(server, asked(), {"Authorization": right})[0] == 200
         for wrong in (sent, "Bearer", "Bearer ", f"Basic {sent}", f"Bearer {sent}x", f"Bearer{sent}", "\xff\xfe", ""):
             status, answer = post(server, asked(), {"Authorization": wrong})
