@@ -8,7 +8,7 @@ import json
 import echo_server
 from test_generate import picture
 
-QUICK = 700
+QUICK = 500
 _CHECK = 50  # attempts between two looks at the server
 _PICTURE = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
 _NAMES = (

@@ -191,8 +191,9 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
         patch.setattr(api, "fetch", lambda *_, **__: time.sleep(1.8))
         late(content=shown("https://example.org/a.png"))
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.engine), "pace", 2.0)  # the device hangs
+        patch.setattr(type(server.engine), "pace", 2.5)  # the device hangs
         late()
+        time.sleep(0.2)
         status, answer = get(server, "/health")
         assert status == 503 and json.loads(answer)["status"] == "stuck"
         begun = time.monotonic()
@@ -201,7 +202,7 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
         assert stream.getresponse().status == 504
         assert time.monotonic() - begun < 3
         stream.close()
-    time.sleep(1)
+    time.sleep(1.5)
     assert settles(server) and get(server, "/health")[0] == 200
     monkeypatch.setattr(type(server.engine), "pace", 0.4)
     stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
