@@ -1,7 +1,7 @@
 """What every command shares: user errors end in one sentence and exit code 2, not in a traceback.
 
-Exit codes: 0 done; 2 a user error; 75 to be started again: stopped on request and saved, or a server whose
-device failed; 1 any other failure, with a traceback; 128 + N ended by signal N.
+Exit codes: 0 done; 2 a user error; 75 stopped on request and saved, start again to go on; 1 any other failure, with a
+traceback; 128 + N ended by signal N.
 """
 
 import logging

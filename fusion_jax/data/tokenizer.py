@@ -74,6 +74,7 @@ class Tokenizer:
         choices = ("<|reserved_special_token_0|>", names.get("unk_token"), names.get("pad_token"), names["eos_token"])
         self.pad_id = next(i for i in map(self._find, choices) if i is not None)
         control = {token: i for token, i in added.items() if token in special or not _is_words(token)} | (marks or {})
+        control.pop("", None)  # it would be everywhere
         self._control = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
         self._known: dict[str, list[int]] = {}
         # Ordinary text may come out as the token for unknown characters.
@@ -317,7 +318,7 @@ class JsonTokenizer(Tokenizer):
         added = {token.content: i for i, token in decoder.items()}
         special = {token.content for token in decoder.values() if token.special}
         vocabulary = self._model.get_vocab(True)
-        self.longest = max(len(token.encode()) for token in vocabulary)
+        self.longest = max((len(token.encode()) for token in vocabulary), default=1)
         super().__init__(folder, added, special, max(vocabulary.values()) + 1, names)
 
     def _find(self, token: str | None) -> int | None:
