@@ -81,12 +81,12 @@ def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 def _given(config: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
     value = config.get(key)
-    check(value is not None or default is not None, f"{where} lacks {key!r}.")
+    check(value is not None or default is not None, f"{where} lacks {shown(key)}.")
     return value
 
 
 def _refuse(where: str, key: str, expected: str, value: Any) -> None:
-    raise UserError(f"{where} has a value of the wrong kind: {key} must be {expected}, got {shown(value)}.")
+    raise UserError(f"{where} has a value of the wrong kind: {named(key)} must be {expected}, got {shown(value)}.")
 
 
 def whole(config: Mapping[str, Any], key: str, where: str, least: int, most: int, default: int | None = None) -> int:

@@ -23,9 +23,10 @@ from fusion_jax import __version__, checkpoint, metrics
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import check
+from fusion_jax.errors import UserError, check
+from fusion_jax.foreign import mapping, named, shown
 from fusion_jax.interop import hf_config, table
-from fusion_jax.interop.importing import parameter_shapes, unpack
+from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
 
 FORMATS = ("published", "transformers")
@@ -50,17 +51,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
+    check(isinstance(about, dict), f"{folder} is no whole checkpoint: its description is no object.")
+    for key in ("config", "tokenizer"):
+        check(isinstance(about.get(key), dict), f"{folder} is no whole checkpoint: its description lacks {key!r}.")
     config = from_dict(RunConfig, about["config"])
     try:
         metadata = ocp.metadata(folder, "params").metadata
-    except (ValueError, KeyError, OSError) as error:
+        found = {
+            path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+            for path, leaf in flatten_dict(metadata, sep="/").items()
+        }
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {first_line(error)}") from error
-    found = {
-        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in flatten_dict(metadata, sep="/").items()
-    }
     for name, shape in parameter_shapes(config.model).items():
         check(name in found, f"{folder} lacks the parameter {name}.")
         check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
+        check(found[name][1] in DTYPES, f"{folder}: {name} has type {found[name][1]}; allowed: {', '.join(DTYPES)}.")
     return Checkpoint(folder, config, about, found)
 
 
@@ -89,10 +95,15 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
         "is exported.",
     )
     published = format == "published"
-    origin = source.about.get("origin", {})
-    described = hf_config.published_config(model, config.template, origin.get("config", {}), main) if published else {}
+    described, unused = {}, {}
+    if published:
+        origin = mapping(source.about, "origin", f"{source.folder} (its description)")
+        with hf_config.reading(where := f"{source.folder} (what it came from)"):
+            described = hf_config.published_config(model, config.template, mapping(origin, "config", where), main)
     rows = table.published_rows(model, parameter_shapes(model), hf_config.is_fused(described))
-    unused = _unused(source, main) if published else {}
+    if published:
+        unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
+        unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
     tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
     tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
     check_room(target, size_of(tensors.values()))
@@ -101,6 +112,7 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
         if published:
             if source.about["tokenizer"]:
                 checkpoint.save_tokenizer(source.about, building)
+                load_tokenizer(building)  # or say what is wrong with it
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:
             from fusion_jax.interop.torch.folder import write_side_files
@@ -116,12 +128,12 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     return source.folder
 
 
-def _unused(source: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
+def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[str, np.ndarray]:
     """Tensors that the published files hold and nothing uses: as they were imported, else the identity."""
-    kept = source.about.get("origin", {}).get("unused")
-    if kept is not None:
-        return {name: unpack(packed) for name, packed in kept.items()}
-    width = source.config.model.vision.width
+    if origin.get("unused") is not None:
+        kept = mapping(origin, "unused", where)
+        check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors beyond those that nothing uses.")
+        return {name: unpack(packed, f"{where}, {named(name)}") for name, packed in kept.items()}
     return {
         f"{table.VISION}post_layernorm.weight": np.ones(width, DTYPES[dtype]),
         f"{table.VISION}post_layernorm.bias": np.zeros(width, DTYPES[dtype]),
@@ -171,7 +183,10 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
         path: jax.ShapeDtypeStruct(shape, DTYPES[dtype], sharding=here) if path in paths else ocp.PLACEHOLDER
         for path, (shape, dtype) in source.parameters.items()
     }
-    loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
+    try:
+        loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{source.folder} is damaged: {first_line(error)}") from error
     flat = flatten_dict(loaded, sep="/")
     return {path: np.asarray(flat[path]) for path in paths}
 
@@ -236,11 +251,14 @@ def _metrics(source: Checkpoint) -> list[str]:
     if not file.is_file():
         return []
     last: dict[str, float] = {}
-    for entry in metrics.read(file):
-        if entry["step"] <= checkpoint.step_of(source.folder):
-            wanted = ("total", "ce", "v2t", "t2v")
-            last |= {k: v for k, v in entry.items() if k in wanted or k.startswith("validation/")}
-    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(last.items())]
+    try:
+        for entry in metrics.read(file):
+            if entry["step"] <= checkpoint.step_of(source.folder):
+                wanted = ("total", "ce", "v2t", "t2v")
+                last |= {k: float(v) for k, v in entry.items() if k in wanted or k.startswith("validation/")}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{file} holds other lines than a run writes: {shown(str(error))}.") from error
+    rows = [f"| {named(name)} | {value:.4f} |" for name, value in sorted(last.items())]
     return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []
 
 

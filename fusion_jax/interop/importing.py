@@ -326,10 +326,13 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": base64.b64encode(array.tobytes()).decode()}
 
 
-def unpack(packed: Mapping[str, Any]) -> np.ndarray:
-    """A small tensor out of a checkpoint's `about`."""
-    data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
-    return data.reshape(packed["shape"])
+def unpack(packed: Any, where: str) -> np.ndarray:
+    """A small tensor out of a checkpoint's `about`. UserError, which begins with `where`, if it is none."""
+    try:
+        data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
+        return data.reshape(packed["shape"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where}, is no tensor: {shown(str(error))}.") from error
 
 
 def summary(plan: Plan) -> str:
