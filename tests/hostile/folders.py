@@ -4,6 +4,7 @@ Nothing is written beside the folder, a refusal is one printable sentence that n
 """
 
 import copy
+import io
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
@@ -112,9 +114,10 @@ def _bases(folder: Path) -> Path:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     decoder |= {"model_type": "llama", "rope_scaling": rope | {"original_max_position_embeddings": 32}}
     write(folder / "backbones" / "llm", decoder, table.llm_rows(_MODEL, shapes, fused=False))
-    for into, added in ((folder / "published", 2), (folder / "sharded", 2), (folder / "backbones" / "llm", 0)):
-        _write_tokenizer(into, 61 - added)
-    load_tokenizer(folder / "sharded")
+    _write_tokenizer(folder / "published", 59)
+    _write_tokenizer(folder / "backbones" / "llm", 61)
+    _write_tokenizer(folder / "sharded", 59)
+    _write_sentencepiece(folder / "sharded")
     return folder
 
 
@@ -131,6 +134,22 @@ def _write_tokenizer(folder: Path, size: int) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": 3}))
 
 
+def _write_sentencepiece(folder: Path) -> None:
+    """A model of 40 pieces instead of tokenizer.json, the added tokens behind it."""
+    model = io.BytesIO()
+    sentences = ["two red cubes are left of the blue ball", "what is written on the door"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=40, model_type="bpe", minloglevel=3
+    )
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {str(40 + i): {"content": word, "special": True} for i, word in enumerate(_WORDS[3:])}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": 40, "<|late|>": 44}))
+    load_tokenizer(folder)
+
+
 # ---- How it is damaged.
 
 
@@ -139,7 +158,7 @@ def _damage(random, path: Path, secret: Path) -> str:
     if way == 0:
         return f"{path.name} is {_replace(random, path, secret)}"
     content = path.read_bytes()
-    if way < 3:
+    if way < 3 or path.suffix == ".model":
         path.write_bytes(_scramble(random, content))
         return f"{path.name} scrambled"
     if path.suffix == ".json":
