@@ -233,6 +233,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, data: bytes):
         config, names = read_config(folder)
+        added_tokens(folder)  # tokenizer.json says the same itself; but the file is kept, and must be one
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
             # Files may ask for both; they would fill up or cut every text.

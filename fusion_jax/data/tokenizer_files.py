@@ -17,6 +17,7 @@ MOST_ADDED = 1 << 16
 MOST_IDS = RANGES["vocab_size"][1]
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CONFIG = "tokenizer_config.json"
+_MORE = "additional_special_tokens"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -53,12 +54,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
       UserError: a file is no JSON object, or a token of a role is no text.
     """
-    config, shared = _read(folder, _CONFIG), _read(folder, "special_tokens_map.json")
-    names = {}
-    for role in _ROLES:
-        file, content = (_CONFIG, config) if role in config else ("special_tokens_map.json", shared)
-        if content.get(role):
-            names[role] = _content(content[role], role, f"{folder / file}")
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", _CONFIG):
+        config, where = _read(folder, file), f"{folder / file}"
+        for role in _ROLES:
+            if role in config:
+                names.pop(role, None)  # null in the latter file takes back what the former says
+            if config.get(role) not in (None, ""):
+                names[role] = _content(config[role], role, where)
+        for token in sequence(config, _MORE, where):
+            _content(token, _MORE, where)
     return config, names
 
 
@@ -92,8 +97,8 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 def special_tokens(folder: Path, config: dict[str, Any]) -> list[str]:
     """`additional_special_tokens` of tokenizer_config.json."""
-    key, where = "additional_special_tokens", f"{folder / _CONFIG}"
-    return [_content(token, key, where) for token in sequence(config, key, where)]
+    where = f"{folder / _CONFIG}"
+    return [_content(token, _MORE, where) for token in sequence(config, _MORE, where)]
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

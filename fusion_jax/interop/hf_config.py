@@ -137,12 +137,13 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
         kind in ("siglip_vision_model", "siglip"),
         f"{where}: vision tower of type {shown(kind)} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
     )
-    act = text(tower, "hidden_act", where, "gelu_pytorch_tanh")
-    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {shown(act)} of the tower is not supported.")
     return _tower(tower, where)
 
 
 def _tower(tower: Mapping[str, Any], where: str) -> VisionConfig:
+    act = text(tower, "hidden_act", where, "gelu_pytorch_tanh")
+    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {shown(act)} of the tower is not supported.")
+
     def size(key: str, field: str) -> int:
         return _size(tower, key, field, f"{where} (vision tower)", _TOWER_DEFAULTS[key])
 

@@ -9,6 +9,8 @@ from fusion_jax.foreign import flag, mapping, number, sequence, shown, text, who
 from fusion_jax.models.config import RopeConfig
 from fusion_jax.models.limits import RANGES
 
+_WINDOWS = ("full_attention", "sliding_attention")
+
 
 def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
     """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
@@ -79,7 +81,10 @@ def sliding_window(config: Mapping[str, Any], where: str) -> int:
         config = {**config, "sliding_window": None}
     window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
     layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
-    kinds = set(map(str, sequence(config, "layer_types", where)))
+    kinds = sequence(config, "layer_types", where)
+    for kind in kinds:
+        check(kind in _WINDOWS, f"{where}: layer_types names {shown(kind)}; allowed: {', '.join(_WINDOWS)}.")
+    kinds = set(kinds)
     if config["model_type"] == "qwen2":
         if not flag(config, "use_sliding_window", where):
             return 0
