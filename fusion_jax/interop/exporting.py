@@ -54,7 +54,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     check(isinstance(about, dict), f"{folder} is no whole checkpoint: its description is no object.")
     for key in ("config", "tokenizer"):
         check(isinstance(about.get(key), dict), f"{folder} is no whole checkpoint: its description lacks {key!r}.")
-    config = from_dict(RunConfig, about["config"])
+    with hf_config.reading(f"{folder} (its config)"):
+        config = from_dict(RunConfig, about["config"])
     try:
         metadata = ocp.metadata(folder, "params").metadata
         found = {

@@ -75,13 +75,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Values of a wrong kind inside a config.json become one sentence that names the file."""
+    """Values of a wrong kind inside a config become one sentence that names the file."""
     try:
         yield
     except UserError as error:
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+        says = str(error)
+        if says.startswith(where):
+            raise
+        plain = says.isprintable() and len(says) <= 1000
+        raise UserError(f"{where}: {says if plain else shown(says)}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
-        raise UserError(f"{where} has a value of the wrong kind: {error}.") from error
+        raise UserError(f"{where} has a value of the wrong kind: {shown(str(error))}.") from error
 
 
 def _size(config: Mapping[str, Any], key: str, field: str, where: str, default: int | None = None) -> int:

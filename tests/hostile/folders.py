@@ -4,22 +4,27 @@ Nothing is written beside the folder, a refusal is one printable sentence that n
 """
 
 import copy
+import functools
 import io
 import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import sentencepiece
 import tokenizers
 from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
 
+from fusion_jax import checkpoint
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.interop import hf_config, importing, table
+from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorWriter
 
 QUICK = 150
@@ -37,29 +42,24 @@ def attempts(random, folder):
     (secret / "secret.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "key": _SECRET}))
     work = root / "work"
     while True:
-        kind = ("published", "sharded", "backbones")[random.integers(3)]
+        kind = ("published", "sharded", "backbones", "checkpoint")[random.integers(4)]
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(bases / kind, work)
-        files = sorted(path for path in work.rglob("*") if path.is_file())
-        chosen = random.permutation(len(files))[: random.integers(1, 3)]
-        said = [_damage(random, files[place], secret / "secret.json") for place in chosen]
-        yield f"{kind}: {'; '.join(said)}", lambda kind=kind: _try(kind, work, root)
+        if kind == "checkpoint":
+            format = exporting.FORMATS[random.integers(2)]
+            what, attempt = _damage_description(random, work), functools.partial(_export, work, root / "out", format)
+        else:
+            files = sorted(path for path in work.rglob("*") if path.is_file())
+            chosen = random.permutation(len(files))[: random.integers(1, 3)]
+            what = "; ".join(_damage(random, files[place], secret / "secret.json") for place in chosen)
+            attempt = functools.partial(_import, kind, work, root / "kept")
+        yield f"{kind}: {what}", functools.partial(_survive, attempt, work, root)
 
 
-def _try(kind: str, work: Path, root: Path) -> str:
+def _survive(attempt, work: Path, root: Path) -> str:
     before, begun, peak = _listing(root), time.monotonic(), _peak()
     try:
-        if kind == "backbones":
-            plan = importing.plan_backbones(work / "vision", work / "llm")
-        else:
-            plan = importing.plan_published(work)
-            importing.read(plan, lambda path, shape, dtype: importing.np.empty(shape, dtype))
-        if plan.tokenizer is not None:
-            plan.tokenizer.decode(plan.tokenizer.encode("w1 w2 <s>é\n"))
-            plan.tokenizer.save(root / "kept")
-            kept = b"".join(path.read_bytes() for path in (root / "kept").iterdir())
-            shutil.rmtree(root / "kept")
-            assert _SECRET.encode() not in kept, "a file from elsewhere was carried on"
+        attempt()
         outcome = "accepted"
     except UserError as error:
         message = str(error)
@@ -70,6 +70,25 @@ def _try(kind: str, work: Path, root: Path) -> str:
     assert time.monotonic() - begun < _SECONDS, f"took {time.monotonic() - begun:.0f} s"
     assert _peak() - peak < _MEGABYTES, f"took {_peak() - peak} MB"
     return outcome
+
+
+def _import(kind: str, work: Path, kept: Path) -> None:
+    if kind == "backbones":
+        plan = importing.plan_backbones(work / "vision", work / "llm")
+    else:
+        plan = importing.plan_published(work)
+        importing.read(plan, lambda path, shape, dtype: np.empty(shape, dtype))
+    if plan.tokenizer is not None:
+        plan.tokenizer.decode(plan.tokenizer.encode("w1 w2 <s>é\n"))
+        plan.tokenizer.save(kept)
+        content = b"".join(path.read_bytes() for path in kept.iterdir())
+        shutil.rmtree(kept)
+        assert _SECRET.encode() not in content, "a file from elsewhere was carried on"
+
+
+def _export(work: Path, target: Path, format: str) -> None:
+    exporting.export(work, target, format, progress=False)
+    shutil.rmtree(target)
 
 
 def _peak() -> int:
@@ -118,6 +137,7 @@ def _bases(folder: Path) -> Path:
     _write_tokenizer(folder / "backbones" / "llm", 61)
     _write_tokenizer(folder / "sharded", 59)
     _write_sentencepiece(folder / "sharded")
+    importing.write_checkpoint(importing.plan_published(folder / "published"), folder / "checkpoint", progress=False)
     return folder
 
 
@@ -151,6 +171,18 @@ def _write_sentencepiece(folder: Path) -> None:
 
 
 # ---- How it is damaged.
+
+
+def _damage_description(random, work: Path) -> str:
+    """What a checkpoint says of its config and of the folder it came from; its tokenizer is tried as a folder."""
+    about = checkpoint.load_about(work)
+    key = ("config", "origin")[random.integers(2)]
+    about[key] = _alter(random, about[key], key)
+    shutil.rmtree(work / "about")
+    with tempfile.TemporaryDirectory() as other:
+        ocp.save_checkpointables(Path(other) / "x", {"about": {"json": json.dumps(about)}})
+        shutil.copytree(Path(other) / "x" / "about", work / "about")
+    return f"a checkpoint with another {key}"
 
 
 def _damage(random, path: Path, secret: Path) -> str:
@@ -269,7 +301,7 @@ def _alter(random, content, name: str):
             parent[str(_TEXTS[random.integers(len(_TEXTS))])] = parent.pop(place)
         elif way == 2 and isinstance(content, dict):
             content[_KEYS[random.integers(len(_KEYS))]] = _value(random)
-        elif way == 3 and isinstance(node, int | float) and not isinstance(node, bool):
+        elif way == 3 and isinstance(node, int | float) and not isinstance(node, bool) and -1e9 < node < 1e9:
             parent[place] = (
                 node + int(random.integers(-3, 4)) if random.integers(2) else node * 10 ** int(random.integers(15))
             )
