@@ -1,92 +1,55 @@
-"""Files that others wrote: read with bounds, and their values asked for by type, before anything rests on them.
+"""Values in JSON files that others wrote, asked for by type and range before anything rests on them.
 
 Every fault is a `UserError` of one sentence that names file and key. Nothing here loads JAX.
 """
 
 import json
-import os
 import re
-import reprlib
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, parse_json, read_file, shown
 
 MOST_JSON_BYTES = 1 << 24  # config files have kilobytes
-_MOST_DEPTH = 64
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 80
-_short.maxlevel = 3
-
-
-def shown(value: Any) -> str:
-    """A foreign value for a message: short, on one line, without control characters."""
-    return _short.repr(value)
-
-
-def named(name: str) -> str:
-    """A foreign name for a message: as it is where that is short and printable, else as `shown`."""
-    return name if name.isprintable() and len(name) <= 120 else shown(name)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. Links are followed; pipes and devices are not waited for.
-
-    Raises:
-      UserError: there is none, it is something else than a file, too large or unreadable.
-    """
+    """The content of a regular file of at most `most` bytes. UserError where it is something else or unreadable."""
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            about = os.fstat(opened)
-            check(stat.S_ISREG(about.st_mode), f"{path} is no regular file.")
-            check(about.st_size <= most, f"{path} has {about.st_size:,} bytes; at most {most:,} are read.")
-            with os.fdopen(opened, "rb", closefd=False) as file:
-                return file.read(most)
-        finally:
-            os.close(opened)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        return read_file(path, most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """The JSON object that a file holds. Its numbers may still be infinite: `number` refuses those.
 
     Raises:
-      UserError: as `read_bytes`; it is no JSON object, is nested deeper than 64 levels, or has a text that is no
-        Unicode (half of a surrogate pair).
+      UserError: as `read_bytes`; it is no JSON object, is nested too deep, or has a text that is no Unicode (half of a
+        surrogate pair).
     """
+    data = read_bytes(path, most)
     try:
-        text = read_bytes(path, most).decode("utf-8")
-        content = json.loads(text)
-        if _SURROGATE.search(text):
+        content = parse_json(data)
+        if _SURROGATE.search(data):
             json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {shown(error)}.") from error
     check(isinstance(content, dict), f"{path} is no JSON object.")
-    level, depth = [content], 0
-    while level:
-        depth += 1
-        check(depth <= _MOST_DEPTH, f"{path} is nested deeper than {_MOST_DEPTH} levels.")
-        inner = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
-        level = [child for child in inner if isinstance(child, dict | list)]
     return content
 
 
 def _given(config: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
     value = config.get(key)
-    check(value is not None or default is not None, f"{where} lacks {shown(key)}.")
+    check(value is not None or default is not None, f"{where} lacks {shown(key)!r}.")
     return value
 
 
 def _refuse(where: str, key: str, expected: str, value: Any) -> None:
-    raise UserError(f"{where} has a value of the wrong kind: {named(key)} must be {expected}, got {shown(value)}.")
+    raise UserError(f"{where} has a value of the wrong kind: {shown(key)} must be {expected}, got {brief(value)}.")
 
 
 def whole(config: Mapping[str, Any], key: str, where: str, least: int, most: int, default: int | None = None) -> int:

@@ -28,7 +28,8 @@ from fusion_jax.data.tokenizer_files import (
     special_tokens,
 )
 from fusion_jax.errors import UserError
-from fusion_jax.foreign import read_bytes, shown
+from fusion_jax.files import shown
+from fusion_jax.foreign import read_bytes
 
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
@@ -244,7 +245,7 @@ class JsonTokenizer(Tokenizer):
         except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where it panics
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
-            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {shown(str(e))}.") from e
+            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {shown(e)}.") from e
         if largest >= MOST_IDS:
             raise UserError(f"{folder}/tokenizer.json has the token id {largest}, beyond {MOST_IDS:,}.")
         # Configs may declare tokens that tokenizer.json lacks; they come before ours so that ids agree with the config.

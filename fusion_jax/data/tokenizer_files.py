@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import flag, mapping, read_object, sequence, shown, text, whole
+from fusion_jax.files import brief
+from fusion_jax.foreign import flag, mapping, read_object, sequence, text, whole
 from fusion_jax.models.limits import RANGES
 
 MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
@@ -77,9 +78,9 @@ def declared_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dic
     check(len(entries) <= MOST_ADDED, f"{where} has {len(entries):,} tokens; at most {MOST_ADDED:,} are taken.")
     found = []
     for key, entry in entries.items():
-        check(key.isascii() and key.isdecimal() and len(key) <= 9, f"{where}: {shown(key)} is no token id.")
+        check(key.isascii() and key.isdecimal() and len(key) <= 9, f"{where}: {brief(key)} is no token id.")
         check(int(key) < MOST_IDS, f"{where}: token id {key} is beyond {MOST_IDS:,}.")
-        check(isinstance(entry, dict), f"{where}: {key} must be an object, got {shown(entry)}.")
+        check(isinstance(entry, dict), f"{where}: {key} must be an object, got {brief(entry)}.")
         flags = {name: flag(entry, name, f"{where}, {key}") for name in FLAGS}
         found.append((int(key), {"content": _content(entry, key, where), **flags}))
     return sorted(found, key=lambda item: item[0])
@@ -91,7 +92,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
     check(len(content) <= MOST_ADDED, f"{path} has {len(content):,} tokens; at most {MOST_ADDED:,} are taken.")
     for token, i in content.items():
         whole(content, token, f"{path}", 0, MOST_IDS - 1)
-        _content(token, shown(i), f"{path}")
+        _content(token, brief(i), f"{path}")
     return content
 
 
@@ -109,6 +110,6 @@ def _content(token: Any, key: str, where: str) -> str:
     """The text of a token, written as a text or as an object with `content`."""
     content = text(token, "content", f"{where}: {key}") if isinstance(token, dict) else token
     if not isinstance(content, str):
-        raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {shown(content)}.")
-    check(0 < len(content) <= 1000, f"{where}: the token {shown(content)} of {key} must have 1 to 1000 characters.")
+        raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {brief(content)}.")
+    check(0 < len(content) <= 1000, f"{where}: the token {brief(content)} of {key} must have 1 to 1000 characters.")
     return content

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 
 from fusion_jax.errors import check
-from fusion_jax.foreign import named
+from fusion_jax.files import shown
 from fusion_jax.interop import table
 from fusion_jax.interop.tensors import DTYPES, TensorFolder, size_of
 from fusion_jax.models.config import LLMConfig, VisionConfig
@@ -31,7 +31,7 @@ def check_sizes(tensors: TensorFolder, prefix: str, tower: VisionConfig | None, 
         size = size_of([(entry.shape, entry.dtype)]) if entry.dtype in DTYPES else 0
         check(
             size <= memory,
-            f"{entry.file}: {named(name)} has {size / 1e9:.1f} GB, more than this machine's {memory / 1e9:.1f} GB.",
+            f"{entry.file}: {shown(name)} has {size / 1e9:.1f} GB, more than this machine's {memory / 1e9:.1f} GB.",
         )
 
 
@@ -50,5 +50,5 @@ def check_tensors(
         entry = tensors.entries[row.name]
         check(
             entry.dtype in DTYPES,
-            f"{entry.file}: {row.name} has type {named(entry.dtype)}; allowed: {', '.join(DTYPES)}.",
+            f"{entry.file}: {row.name} has type {shown(entry.dtype)}; allowed: {', '.join(DTYPES)}.",
         )

@@ -24,7 +24,8 @@ from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import mapping, named, shown
+from fusion_jax.files import shown
+from fusion_jax.foreign import mapping
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
@@ -99,8 +100,9 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     described, unused = {}, {}
     if published:
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
-        with hf_config.reading(where := f"{source.folder} (what it came from)"):
-            described = hf_config.published_config(model, config.template, mapping(origin, "config", where), main)
+        came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
+        with hf_config.reading(f"{source.folder}"):
+            described = hf_config.published_config(model, config.template, came_from, main)
     rows = table.published_rows(model, parameter_shapes(model), hf_config.is_fused(described))
     if published:
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
@@ -110,16 +112,18 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     check_room(target, size_of(tensors.values()))
     with new_folder(target) as building:
         # What is small and may be refused comes before what takes long.
-        if published:
-            if source.about["tokenizer"]:
+        with hf_config.reading(f"{source.folder} (its tokenizer)"):
+            tokenizer = None
+            if source.about["tokenizer"] or not published:
                 checkpoint.save_tokenizer(source.about, building)
-                load_tokenizer(building)  # or say what is wrong with it
+                tokenizer = load_tokenizer(building)
+            if not published:
+                from fusion_jax.interop.torch.folder import write_side_files
+
+                write_side_files(building, model, tokenizer, find_template(config.template), main)
+        if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:
-            from fusion_jax.interop.torch.folder import write_side_files
-
-            checkpoint.save_tokenizer(source.about, building)
-            write_side_files(building, model, load_tokenizer(building), find_template(config.template), main)
             count = sum(int(np.prod(row.shape)) for row in rows)
             (building / "README.md").write_text(model_card(source, main, count))
         writer = TensorWriter(building, tensors)
@@ -134,7 +138,7 @@ def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[
     if origin.get("unused") is not None:
         kept = mapping(origin, "unused", where)
         check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors beyond those that nothing uses.")
-        return {name: unpack(packed, f"{where}, {named(name)}") for name, packed in kept.items()}
+        return {name: unpack(packed, f"{where}, {shown(name)}") for name, packed in kept.items()}
     return {
         f"{table.VISION}post_layernorm.weight": np.ones(width, DTYPES[dtype]),
         f"{table.VISION}post_layernorm.bias": np.zeros(width, DTYPES[dtype]),
@@ -258,8 +262,8 @@ def _metrics(source: Checkpoint) -> list[str]:
                 wanted = ("total", "ce", "v2t", "t2v")
                 last |= {k: float(v) for k, v in entry.items() if k in wanted or k.startswith("validation/")}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{file} holds other lines than a run writes: {shown(str(error))}.") from error
-    rows = [f"| {named(name)} | {value:.4f} |" for name, value in sorted(last.items())]
+        raise UserError(f"{file} holds other lines than a run writes: {shown(error)}.") from error
+    rows = [f"| {shown(name)} | {value:.4f} |" for name, value in sorted(last.items())]
     return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []
 
 

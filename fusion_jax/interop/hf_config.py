@@ -12,7 +12,8 @@ from typing import Any
 from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import flag, mapping, number, read_object, shown, text, whole
+from fusion_jax.files import brief, shown
+from fusion_jax.foreign import flag, mapping, number, read_object, text, whole
 from fusion_jax.interop.rope import rope_config, sliding_window
 from fusion_jax.models.config import (
     RELEASED,
@@ -82,10 +83,9 @@ def reading(where: str) -> Iterator[None]:
         says = str(error)
         if says.startswith(where):
             raise
-        plain = says.isprintable() and len(says) <= 1000
-        raise UserError(f"{where}: {says if plain else shown(says)}") from error
+        raise UserError(f"{where}: {shown(says, 1000)}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
-        raise UserError(f"{where} has a value of the wrong kind: {shown(str(error))}.") from error
+        raise UserError(f"{where} has a value of the wrong kind: {shown(error)}.") from error
 
 
 def _size(config: Mapping[str, Any], key: str, field: str, where: str, default: int | None = None) -> int:
@@ -103,10 +103,10 @@ def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConf
     check(kind not in PUBLISHED_TYPES, f"{where} is a whole model in the published format: import it with --from.")
     check(
         kind in LLM_TYPES,
-        f"{where}: model_type {shown(kind)} is unknown; allowed language models: {', '.join(LLM_TYPES)}.",
+        f"{where}: model_type {brief(kind)} is unknown; allowed language models: {', '.join(LLM_TYPES)}.",
     )
     act = text(config, "hidden_act", where, "silu")
-    check(act == "silu", f"{where}: hidden_act {shown(act)} is not supported; allowed: silu.")
+    check(act == "silu", f"{where}: hidden_act {brief(act)} is not supported; allowed: silu.")
     for key in ("attention_bias", "mlp_bias"):
         refused = flag(config, key, where)
         check(not refused, f"{where}: {key}=true is not supported (biases beyond those on q, k and v).")
@@ -139,14 +139,14 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
     kind = tower.get("model_type", config.get("model_type"))
     check(
         kind in ("siglip_vision_model", "siglip"),
-        f"{where}: vision tower of type {shown(kind)} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
+        f"{where}: vision tower of type {brief(kind)} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
     )
     return _tower(tower, where)
 
 
 def _tower(tower: Mapping[str, Any], where: str) -> VisionConfig:
     act = text(tower, "hidden_act", where, "gelu_pytorch_tanh")
-    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {shown(act)} of the tower is not supported.")
+    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {brief(act)} of the tower is not supported.")
 
     def size(key: str, field: str) -> int:
         return _size(tower, key, field, f"{where} (vision tower)", _TOWER_DEFAULTS[key])
@@ -177,7 +177,7 @@ def published_model(config: Mapping[str, Any], where: str = "config.json") -> Fu
     tower = mapping(config, "vision_config", where) or TOWERS.get(name)
     check(
         tower is not None,
-        f"{where}: mm_vision_tower {shown(name)} is unknown and there is no vision_config; known: {', '.join(TOWERS)}.",
+        f"{where}: mm_vision_tower {brief(name)} is unknown and there is no vision_config; known: {', '.join(TOWERS)}.",
     )
     return FusionConfig(
         vision=_tower(tower, where),
@@ -199,7 +199,7 @@ def _latent_counts(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
     check(
         isinstance(given, int | str) and re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", str(given)) is not None,
         f"{where} has a value of the wrong kind: query_len must be numbers with commas between them, got "
-        f"{shown(given)}.",
+        f"{brief(given)}.",
     )
     return tuple(map(int, str(given).split(",")))
 

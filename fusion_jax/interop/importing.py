@@ -23,7 +23,7 @@ from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import shown
+from fusion_jax.files import brief, shown
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.checking import check_sizes, check_tensors
 from fusion_jax.interop.tensors import (
@@ -104,7 +104,7 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
     check_tensors(rows, tensors, UNUSED, {})
     unused = [name for name, e in sorted(tensors.entries.items()) if name.endswith(UNUSED) and e.dtype in DTYPES]
     kept = size_of((tensors.entries[name].shape, tensors.entries[name].dtype) for name in unused)
-    check(kept <= _MOST_UNUSED, f"{folder} has {kept:,} bytes of tensors that nothing uses ({shown(unused[:1])}, ...).")
+    check(kept <= _MOST_UNUSED, f"{folder} has {kept:,} bytes of tensors that nothing uses ({brief(unused[:1])}, ...).")
     source = Source(tensors, rows, model.llm.vocab_size)
     tokenizer = _tokenizer(folder)
     _check_vocabulary(tokenizer, model.llm.vocab_size, folder)
@@ -332,7 +332,7 @@ def unpack(packed: Any, where: str) -> np.ndarray:
         data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
         return data.reshape(packed["shape"])
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{where}, is no tensor: {shown(str(error))}.") from error
+        raise UserError(f"{where}, is no tensor: {shown(error)}.") from error
 
 
 def summary(plan: Plan) -> str:

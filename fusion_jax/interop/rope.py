@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import flag, mapping, number, sequence, shown, text, whole
+from fusion_jax.files import brief
+from fusion_jax.foreign import flag, mapping, number, sequence, text, whole
 from fusion_jax.models.config import RopeConfig
 from fusion_jax.models.limits import RANGES
 
@@ -21,7 +22,7 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
     scaling = mapping(config, "rope_parameters", where) or mapping(config, "rope_scaling", where)
     both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
     kind = text(scaling, "rope_type", where, text(scaling, "type", where, "default"))
-    scaled = f"{where}: rope scaling of type {shown(kind)}"
+    scaled = f"{where}: rope scaling of type {brief(kind)}"
 
     def value(key: str, field: str, default: float | None = None) -> float:
         return number(both, key, scaled, *RANGES[field], default)
@@ -72,7 +73,7 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
             f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
         )
         return rope
-    raise UserError(f"{where}: rope scaling of type {shown(kind)} is unknown; allowed: default, llama3, longrope.")
+    raise UserError(f"{where}: rope scaling of type {brief(kind)} is unknown; allowed: default, llama3, longrope.")
 
 
 def sliding_window(config: Mapping[str, Any], where: str) -> int:
@@ -83,7 +84,7 @@ def sliding_window(config: Mapping[str, Any], where: str) -> int:
     layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
     kinds = sequence(config, "layer_types", where)
     for kind in kinds:
-        check(kind in _WINDOWS, f"{where}: layer_types names {shown(kind)}; allowed: {', '.join(_WINDOWS)}.")
+        check(kind in _WINDOWS, f"{where}: layer_types names {brief(kind)}; allowed: {', '.join(_WINDOWS)}.")
     kinds = set(kinds)
     if config["model_type"] == "qwen2":
         if not flag(config, "use_sliding_window", where):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_jax.errors import UserError
-from fusion_jax.foreign import named
+from fusion_jax.files import shown
 from fusion_jax.models.config import FusionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -220,7 +220,7 @@ def check_complete(rows: list[Row], found: Mapping[str, tuple[int, ...]], ignore
     for problem, names in (("lacks", missing), ("has the unknown tensor", extra)):
         if names:
             raise UserError(
-                f"{where} {problem} {named(names[0])}" + (f" and {len(names) - 1} more." if names[1:] else ".")
+                f"{where} {problem} {shown(names[0])}" + (f" and {len(names) - 1} more." if names[1:] else ".")
             )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:

@@ -26,7 +26,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fusion_jax.errors import UserError, check
-from fusion_jax.foreign import named, read_object, shown
+from fusion_jax.files import brief, shown
+from fusion_jax.foreign import read_object
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -81,7 +82,7 @@ class TensorFolder:
             for file, names in _shards(index, ".safetensors").items():
                 self._add(self.folder / file)
                 absent = [name for name in names if self.entries.get(name, Entry(index, (), "")).file.name != file]
-                check(not absent, f"{index} places {list(map(named, absent[:1]))} in {file}, which does not hold it.")
+                check(not absent, f"{index} places {list(map(shown, absent[:1]))} in {file}, which does not hold it.")
         elif pickled.is_file() or Path(f"{pickled}.index.json").is_file():
             check(
                 allow_pickle,
@@ -111,8 +112,8 @@ class TensorFolder:
             raise UserError(f"{file} is damaged or cut short: {_reason(error)}.") from error
 
     def _enter(self, name: str, entry: Entry) -> None:
-        check(name not in self.entries, f"{entry.file} holds {named(name)}, which another shard holds, too.")
-        check(len(entry.shape) <= 8, f"{entry.file}: {named(name)} has {len(entry.shape)} dimensions.")
+        check(name not in self.entries, f"{entry.file} holds {shown(name)}, which another shard holds, too.")
+        check(len(entry.shape) <= 8, f"{entry.file}: {shown(name)} has {len(entry.shape)} dimensions.")
         check(len(self.entries) < _MOST_TENSORS, f"{self.folder} holds more than {_MOST_TENSORS:,} tensors.")
         self.entries[name] = entry
 
@@ -144,7 +145,7 @@ class TensorFolder:
                     tensor.layout == torch.strided
                     and tensor.device.type == "cpu"
                     and tensor.nbytes <= tensor.untyped_storage().nbytes(),
-                    f"{path}: {named(name)} is no tensor whose numbers all lie in the file.",
+                    f"{path}: {shown(name)} is no tensor whose numbers all lie in the file.",
                 )
                 self._pickled[name] = tensor.detach()
 
@@ -189,7 +190,7 @@ def first_line(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """Like `first_line`, of an error whose text may hold foreign names."""
-    return named(first_line(error)[:200])
+    return shown(first_line(error))
 
 
 def _shards(index: Path, ending: str) -> dict[str, list[str]]:
@@ -202,7 +203,7 @@ def _shards(index: Path, ending: str) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for name, file in placed.items():
         plain = isinstance(file, str) and re.fullmatch(r"[\w-][\w.-]{0,200}", file, re.ASCII) is not None
-        check(plain and file.endswith(ending), f"{index}: {shown(file)} is no plain file name that ends in {ending}.")
+        check(plain and file.endswith(ending), f"{index}: {brief(file)} is no plain file name that ends in {ending}.")
         files.setdefault(file, []).append(name)
     check(bool(files), f"{index} is no valid index of shards: weight_map is empty.")
     return files
@@ -336,7 +337,7 @@ def _resolved(target: str | Path) -> Path:
         return resolved
     except (OSError, RuntimeError, ValueError) as error:
         says = getattr(error, "strerror", None) or "links that lead in a circle, or no path at all"
-        raise UserError(f"{shown(str(target))} cannot be made: {says}.") from error
+        raise UserError(f"{brief(str(target))} cannot be made: {says}.") from error
 
 
 def check_room(target: str | Path, size: int) -> None:
