@@ -25,7 +25,7 @@ from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import shown
-from fusion_jax.foreign import mapping
+from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
@@ -117,6 +117,7 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
             if source.about["tokenizer"] or not published:
                 checkpoint.save_tokenizer(source.about, building)
                 tokenizer = load_tokenizer(building)
+                _drop_pointers(building / "tokenizer_config.json")
             if not published:
                 from fusion_jax.interop.torch.folder import write_side_files
 
@@ -131,6 +132,14 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
             assign(writer[name], array, name)
         _copy(source, rows, writer, progress)
     return source.folder
+
+
+def _drop_pointers(path: Path) -> None:
+    """Who trusts the code of an exported folder should not run that of the folder its tokenizer came from."""
+    config = read_object(path) if path.is_file() else {}
+    if not config.keys().isdisjoint(hf_config.POINTERS):
+        kept = {key: value for key, value in config.items() if key not in hf_config.POINTERS}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[str, np.ndarray]:

@@ -58,7 +58,8 @@ _TOWER_DEFAULTS = {
 }
 # Qwen2's attention has biases on q, k and v by construction; its config.json does not say so.
 _BIASED = ("qwen2",)
-_CODE = ("auto_map", "custom_pipelines")  # repositories that `trust_remote_code=True` would fetch and run
+# Keys of configs that name repositories whose code `trust_remote_code=True` would fetch and run.
+POINTERS = ("auto_map", "custom_pipelines")
 # Of the config.json a model came from, what the parameters do not tell.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
@@ -328,5 +329,5 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     }
     if is_published(origin) and published_model(origin) == model:
         # Nothing that decides the arithmetic has changed: the folder's own words stay, but no pointer to code.
-        published |= {key: value for key, value in origin.items() if key not in _CODE}
+        published |= {key: value for key, value in origin.items() if key not in POINTERS}
     return published | {"torch_dtype": dtype}

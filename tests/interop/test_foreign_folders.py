@@ -449,11 +449,16 @@ def test_checkpoints_that_say_odd_things_of_themselves(made, tmp_path, path, val
 
 def test_exports_point_to_no_code_of_others(folder, tmp_path):
     with_entries(folder / "config.json", auto_map={"AutoModel": "someone/elsewhere--evil.Model"}, custom_pipelines={})
+    with_entries(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["someone/elsewhere--evil.T", None]})
     importing.write_checkpoint(importing.plan_published(folder), tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "fusion_llama"
-    assert not {"auto_map", "custom_pipelines"} & config.keys()
+    for name, key, value in (
+        ("config.json", "model_type", "fusion_llama"),
+        ("tokenizer_config.json", "bos_token", "<s>"),
+    ):
+        config = json.loads((tmp_path / "out" / name).read_text())
+        assert config[key] == value
+        assert not {"auto_map", "custom_pipelines"} & config.keys()
 
 
 def test_targets_that_no_folder_can_have(tmp_path):
