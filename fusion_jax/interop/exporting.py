@@ -117,8 +117,9 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
             if source.about["tokenizer"] or not published:
                 checkpoint.save_tokenizer(source.about, building)
                 tokenizer = load_tokenizer(building)
+            if published:
                 _drop_pointers(building / "tokenizer_config.json")
-            if not published:
+            else:
                 from fusion_jax.interop.torch.folder import write_side_files
 
                 write_side_files(building, model, tokenizer, find_template(config.template), main)
