@@ -9,6 +9,7 @@ The two are appended after the folder's last id unless the folder already has th
 """
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -286,8 +287,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       UserError: the folder or its files are missing or unreadable.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no tokenizer folder {folder}: it must hold tokenizer.model or tokenizer.json.")
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"There is no tokenizer folder {shown(folder, 1000)}: it must hold tokenizer.model or tokenizer.json."
+        )
     folder = folder.resolve()
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
     found = {name for name in _FILES if present(folder, name)}

@@ -254,7 +254,8 @@ def model_card(source: Checkpoint, dtype: str, parameters: int) -> str:
         ]
         for s in stages:
             length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
-            lines.append(f"| {s.name} | {Path(s.data).name} | {s.batch_size} | {s.learning_rate} | {length} |")
+            name, data = shown(s.name), shown(Path(s.data).name)
+            lines.append(f"| {name} | {data} | {s.batch_size} | {s.learning_rate} | {length} |")
         lines.append("")
     lines += _metrics(source)
     return "\n".join(lines)

@@ -68,8 +68,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a folder. UserError where it is missing or no JSON object."""
     folder = Path(folder)
     path = folder / "config.json"
-    check(folder.is_dir() or not folder.exists(), f"{folder} is no folder; give a Hugging Face folder.")
-    check(os.path.lexists(path), f"{folder} has no config.json; a Hugging Face folder needs it.")
+    # `os.path` takes any text for a path, also one that no file can have.
+    no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
+    check(not no_folder, f"{shown(folder, 1000)} is no folder; give a Hugging Face folder.")
+    check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
     config = read_object(path)
     text(config, "model_type", str(path), "")
     return config

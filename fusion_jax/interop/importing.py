@@ -143,6 +143,10 @@ def plan_backbones(
         f"{llm}: the tokenizer has {known} tokens, but config.json gives the model a vocabulary of "
         f"{decoder.vocab_size}.",
     )
+    check(
+        known > 0 and tokenizer.vocab_size == known + len(ADDED_TOKENS),
+        f"{llm}: the tokenizer has other tokens behind {' or '.join(ADDED_TOKENS)}; they must be its last, or absent.",
+    )
     model = FusionConfig(
         vision=tower,
         llm=replace(decoder, vocab_size=known + len(ADDED_TOKENS)),

@@ -155,11 +155,14 @@ class TensorFolder:
         check(entry.dtype in DTYPES, f"{entry.file}: {name} has type {entry.dtype}; allowed: {', '.join(DTYPES)}.")
         if name in self._pickled:
             tensor = self._pickled[name]
-            if entry.dtype == "bfloat16":  # NumPy has no such type of its own
-                import torch
+            try:
+                if entry.dtype == "bfloat16":  # NumPy has no such type of its own
+                    import torch
 
-                return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-            return tensor.numpy()
+                    return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+                return tensor.numpy()
+            except (RuntimeError, TypeError) as error:
+                raise UserError(f"{entry.file}: {shown(name)} cannot be read: {_reason(error)}.") from error
         readers = self._local.__dict__.setdefault("readers", {})
         try:
             if entry.file not in readers:

@@ -49,6 +49,8 @@ def attempts(random, folder):
             format = exporting.FORMATS[random.integers(2)]
             what, attempt = _damage_description(random, work), functools.partial(_export, work, root / "out", format)
         else:
+            if kind == "backbones":
+                _vary(random, work / "llm" / "config.json")
             files = sorted(path for path in work.rglob("*") if path.is_file())
             chosen = random.permutation(len(files))[: random.integers(1, 3)]
             what = "; ".join(_damage(random, files[place], secret / "secret.json") for place in chosen)
@@ -183,6 +185,20 @@ def _damage_description(random, work: Path) -> str:
         ocp.save_checkpointables(Path(other) / "x", {"about": {"json": json.dumps(about)}})
         shutil.copytree(Path(other) / "x" / "about", work / "about")
     return f"a checkpoint with another {key}"
+
+
+def _vary(random, path: Path) -> None:
+    """Another architecture or rotary scaling, so that what only these read is tried, too."""
+    config = json.loads(path.read_text())
+    longrope = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+    more = (
+        {},
+        {"model_type": "mistral", "sliding_window": 7, "layer_types": ["sliding_attention"] * 2},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"rope_scaling": longrope | {"original_max_position_embeddings": 16}, "max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": None},
+    )
+    path.write_text(json.dumps(config | more[random.integers(len(more))]))
 
 
 def _damage(random, path: Path, secret: Path) -> str:

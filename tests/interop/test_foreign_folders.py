@@ -476,6 +476,9 @@ def test_paths_of_other_kinds_than_folders(made, tmp_path):
         refused(lambda name=name: importing.plan_backbones(made / "one", tmp_path / name), f"{name} is no folder")
         refused(lambda name=name: exporting.export(tmp_path / name, target, "published"), "holds no checkpoint")
     refused(lambda: exporting.export(made / "one", target, "published"), "holds no checkpoint")
+    for name in ("x" * 300, "a\0b", "a\x1b[2Jb"):
+        refused(lambda name=name: importing.plan_published(tmp_path / name), "has no config.json")
+        refused(lambda name=name: load_tokenizer(tmp_path / name), "no tokenizer folder")
     # And the command ends as commands do.
     command = [sys.executable, "-m", "fusion_jax.convert", "import", "--from", tmp_path / "pipe", "--to", target]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1], timeout=120)
