@@ -317,6 +317,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
             check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
             check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
+        above = [parent for parent in target.parents if not parent.exists()]  # these go, too, when it fails
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
@@ -330,6 +331,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise UserError(f"{target} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for parent in above:
+                    parent.rmdir()
 
 
 def _resolved(target: str | Path) -> Path:
@@ -345,7 +350,8 @@ def _resolved(target: str | Path) -> Path:
 
 def check_room(target: str | Path, size: int) -> None:
     """UserError unless the disk of `target` has room for `size` bytes."""
-    folder = next(parent for parent in _resolved(target).parents if parent.exists())
+    resolved = _resolved(target)
+    folder = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     check(free >= size, f"{target} needs {size / 1e9:.2f} GB of disk room, but {free / 1e9:.2f} GB are free.")
 

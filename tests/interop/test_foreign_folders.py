@@ -458,11 +458,21 @@ def test_exports_point_to_no_code_of_others(folder, tmp_path, format):
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
 
 
+def test_failures_leave_no_folders_above_the_target(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "c" / "d"):
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "a").iterdir())
+    with new_folder(tmp_path / "a" / "b" / "c") as building:
+        (building / "x").touch()
+    assert (tmp_path / "a" / "b" / "c" / "x").is_file()
+
+
 def test_targets_that_no_folder_can_have(tmp_path):
     circle = tmp_path / "circle"
     circle.symlink_to(circle)
     os.mkfifo(tmp_path / "pipe")
-    for target in (circle / "x", tmp_path / ("x" * 300), "a\0b", tmp_path / "pipe" / "x"):
+    for target in (circle / "x", tmp_path / ("x" * 300), "a\0b", tmp_path / "pipe" / "x", "/"):
         refused(lambda target=target: check_room(target, 1) or new_folder(target).__enter__())
 
 
