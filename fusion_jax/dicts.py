@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from typing import Any
 
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, shown
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
@@ -17,18 +19,20 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return from_dict(kind, value, key)
     origin = typing.get_origin(kind)
     if origin is tuple:
-        check(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}.")
+        check(isinstance(value, list | tuple), f"{key} must be a list, got {brief(value)}.")
         return tuple(_convert(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {value!r}.")
+        check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {brief(value)}.")
         return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
     if origin is types.UnionType:
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # No NaN, no infinity; whole numbers compare exactly, whatever their size.
+        check(abs(value) <= sys.float_info.max, f"{key} must be a finite float, got {brief(value)}.")
         return float(value)
     check(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
-        f"{key} must be {kind.__name__}, got {value!r}.",
+        f"{key} must be {kind.__name__}, got {brief(value)}.",
     )
     return value
 
@@ -39,14 +43,14 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
     Raises:
       UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
     """
-    check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {values!r}.")
+    check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {brief(values)}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key)[:100], fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
-            raise UserError(f"{where}.{key} is not a known key; {hint}")
+            raise UserError(f"{where}.{shown(key)} is not a known key; {hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         check(name in values or not required, f"{where}.{name} is missing.")

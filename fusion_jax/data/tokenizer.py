@@ -10,7 +10,7 @@ The two are appended after the folder's last id unless the folder already has th
 
 import hashlib
 import itertools
-import json
+import os
 import re
 import shutil
 import unicodedata
@@ -20,13 +20,31 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from fusion_jax.data.tokenizer_files import (
+    FLAGS,
+    MOST_BYTES,
+    MOST_IDS,
+    added_tokens,
+    declared_tokens,
+    present,
+    read_config,
+    special_tokens,
+)
 from fusion_jax.errors import UserError
+from fusion_jax.files import shown
+from fusion_jax.foreign import read_bytes
 
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
 _SPACE = "▁"  # SentencePiece's visible stand-in for a space
 # Everything that decides what a tokenizer does; these are read, hashed and saved.
-_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
 # (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -176,7 +194,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
             return
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)  # a leftover of another tokenizer would mix with this one
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
@@ -213,21 +231,20 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path, model: bytes):
-        """Raises RuntimeError if `model` is not a SentencePiece model."""
+        """Raises RuntimeError or ValueError if `model` is not a SentencePiece model."""
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
-        config, names = _read_config(folder)
+        config, names = read_config(folder)
         self._pieces = {self._model.id_to_piece(i): i for i in range(len(self._model))}
         names.setdefault("unk_token", self._model.id_to_piece(self._model.unk_id()))
         added, special, strips = {}, set(), {}
-        for i, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
+        for i, token in declared_tokens(folder, config):
             added[token["content"]] = i
-            strips[token["content"]] = (bool(token.get("lstrip")), bool(token.get("rstrip")))
-            if token.get("special"):
+            strips[token["content"]] = (token["lstrip"], token["rstrip"])
+            if token["special"]:
                 special.add(token["content"])
-        for token, i in _read_json(folder / "added_tokens.json").items():
+        for token, i in added_tokens(folder).items():
             added.setdefault(token, i)
-        for token in (*names.values(), *config.get("additional_special_tokens", ())):
-            token = _content(token)
+        for token in (*names.values(), *special_tokens(folder, config)):
             if token in self._pieces or token in added:
                 added.setdefault(token, self._pieces.get(token))
                 special.add(token)
@@ -279,10 +296,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         out, first = bytearray(), True
         for i in ids:
-            if i in self._added_names or not self._bytes[i]:
+            known = i < len(self._bytes)  # ids of added tokens may leave a gap behind the model's own
+            if i in self._added_names or not known or not self._bytes[i]:
                 if skip_special and (i in self._special_ids or i not in self._added_names):
                     continue
-                name = self._added_names.get(i) or self._model.id_to_piece(i)
+                name = self._added_names.get(i) or (self._model.id_to_piece(i) if known else "")
                 out += name.encode()
             else:
                 # The first word's prefix is no space of the text.
@@ -295,16 +313,26 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
-    def __init__(self, folder: Path, data: str):
+    def __init__(self, folder: Path, data: bytes):
+        config, names = read_config(folder)
+        added_tokens(folder)  # tokenizer.json says the same itself; but the file is kept, and must be one
         try:
-            self._model = tokenizers.Tokenizer.from_str(data)
-        except Exception as e:  # the library raises bare Exception
-            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {e}.") from e
-        config, names = _read_config(folder)
+            self._model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            # Files may ask for both; they would fill up or cut every text.
+            self._model.no_padding()
+            self._model.no_truncation()
+            largest = max(self._model.get_vocab(True).values(), default=0)
+            self._model.decode(self._model.encode("What is it?", add_special_tokens=False).ids)
+        except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where it panics
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
+            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {shown(e)}.") from e
+        if largest >= MOST_IDS:
+            raise UserError(f"{folder}/tokenizer.json has the token id {largest}, beyond {MOST_IDS:,}.")
         # Configs may declare tokens that tokenizer.json lacks; they come before ours so that ids agree with the config.
-        for i, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
+        for i, token in declared_tokens(folder, config):
             if self._model.token_to_id(token["content"]) is None:
-                flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+                flags = {name: token[name] for name in FLAGS}
                 self._model.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
                 if self._model.token_to_id(token["content"]) != i:
                     raise UserError(
@@ -341,19 +369,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       UserError: the folder or its files are missing or unreadable.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no tokenizer folder {folder}: it must hold tokenizer.model or tokenizer.json.")
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"There is no tokenizer folder {shown(folder, 1000)}: it must hold tokenizer.model or tokenizer.json."
+        )
     folder = folder.resolve()
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.is_file():
+    found = {name for name in TOKENIZER_FILES if present(folder, name)}
+    if model.name in found:
+        content = read_bytes(model, MOST_BYTES)
         try:
-            return SentencePieceTokenizer(folder, model.read_bytes())
-        except RuntimeError as e:
+            return SentencePieceTokenizer(folder, content)
+        except (RuntimeError, ValueError) as e:
             # Some Llama-3 folders hold a file of this name that is no SentencePiece model, next to tokenizer.json.
-            if not data.is_file():
+            if data.name not in found:
                 raise UserError(f"{model} is no SentencePiece model, and there is no tokenizer.json beside it.") from e
-    if data.is_file():
-        return JsonTokenizer(folder, data.read_text(encoding="utf-8"))
+    if data.name in found:
+        return JsonTokenizer(folder, read_bytes(data, MOST_BYTES))
     raise UserError(f"The tokenizer folder {folder} holds neither tokenizer.model nor tokenizer.json.")
 
 
@@ -374,31 +406,10 @@ def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
     return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(_SPACE, " ").encode()
 
 
-def _read_config(folder: Path) -> tuple[dict, dict[str, str]]:
-    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are given)."""
-    config = _read_json(folder / "tokenizer_config.json")
-    both = _read_json(folder / "special_tokens_map.json") | config
-    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return config, {role: _content(both[role]) for role in roles if both.get(role)}
-
-
-def _content(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}.") from e
-
-
 def _fingerprint(folder: Path) -> str:
     """Hash of the names and contents of the tokenizer files in `folder`."""
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)

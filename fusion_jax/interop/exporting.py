@@ -23,9 +23,11 @@ from fusion_jax import __version__, checkpoint, metrics
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import check
+from fusion_jax.errors import UserError, check
+from fusion_jax.files import shown
+from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
-from fusion_jax.interop.importing import parameter_shapes, unpack
+from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
 
 FORMATS = ("published", "transformers")
@@ -50,17 +52,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
-    config = from_dict(RunConfig, about["config"])
+    check(isinstance(about, dict), f"{folder} is no whole checkpoint: its description is no object.")
+    for key in ("config", "tokenizer"):
+        check(isinstance(about.get(key), dict), f"{folder} is no whole checkpoint: its description lacks {key!r}.")
+    with hf_config.reading(f"{folder} (its config)"):
+        config = from_dict(RunConfig, about["config"])
     try:
         metadata = ocp.metadata(folder, "params").metadata
-    except (ValueError, KeyError, OSError) as error:
+        found = {
+            path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+            for path, leaf in flatten_dict(metadata, sep="/").items()
+        }
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {first_line(error)}") from error
-    found = {
-        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in flatten_dict(metadata, sep="/").items()
-    }
     for name, shape in parameter_shapes(config.model).items():
         check(name in found, f"{folder} lacks the parameter {name}.")
         check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
+        check(found[name][1] in DTYPES, f"{folder}: {name} has type {found[name][1]}; allowed: {', '.join(DTYPES)}.")
     return Checkpoint(folder, config, about, found)
 
 
@@ -89,24 +97,35 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
         "is exported.",
     )
     published = format == "published"
-    origin = source.about.get("origin", {})
-    described = hf_config.published_config(model, config.template, origin.get("config", {}), main) if published else {}
+    described, unused = {}, {}
+    if published:
+        origin = mapping(source.about, "origin", f"{source.folder} (its description)")
+        came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
+        with hf_config.reading(f"{source.folder}"):
+            described = hf_config.published_config(model, config.template, came_from, main)
     rows = table.published_rows(model, parameter_shapes(model), hf_config.is_fused(described))
-    unused = _unused(source, main) if published else {}
+    if published:
+        unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
+        unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
     tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
     tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
     check_room(target, size_of(tensors.values()))
     with new_folder(target) as building:
         # What is small and may be refused comes before what takes long.
-        if published:
-            if source.about["tokenizer"]:
+        with hf_config.reading(f"{source.folder} (its tokenizer)"):
+            tokenizer = None
+            if source.about["tokenizer"] or not published:
                 checkpoint.save_tokenizer(source.about, building)
+                tokenizer = load_tokenizer(building)
+            if published:
+                _drop_pointers(building / "tokenizer_config.json")
+            else:
+                from fusion_jax.interop.torch.folder import write_side_files
+
+                write_side_files(building, model, tokenizer, find_template(config.template), main)
+        if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:
-            from fusion_jax.interop.torch.folder import write_side_files
-
-            checkpoint.save_tokenizer(source.about, building)
-            write_side_files(building, model, load_tokenizer(building), find_template(config.template), main)
             count = sum(int(np.prod(row.shape)) for row in rows)
             (building / "README.md").write_text(model_card(source, main, count))
         writer = TensorWriter(building, tensors)
@@ -116,12 +135,20 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     return source.folder
 
 
-def _unused(source: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
+def _drop_pointers(path: Path) -> None:
+    """Who trusts the code of an exported folder should not run that of the folder its tokenizer came from."""
+    config = read_object(path) if path.is_file() else {}
+    if not config.keys().isdisjoint(hf_config.POINTERS):
+        kept = {key: value for key, value in config.items() if key not in hf_config.POINTERS}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[str, np.ndarray]:
     """Tensors that the published files hold and nothing uses: as they were imported, else the identity."""
-    kept = source.about.get("origin", {}).get("unused")
-    if kept is not None:
-        return {name: unpack(packed) for name, packed in kept.items()}
-    width = source.config.model.vision.width
+    if origin.get("unused") is not None:
+        kept = mapping(origin, "unused", where)
+        check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors beyond those that nothing uses.")
+        return {name: unpack(packed, f"{where}, {shown(name)}") for name, packed in kept.items()}
     return {
         f"{table.VISION}post_layernorm.weight": np.ones(width, DTYPES[dtype]),
         f"{table.VISION}post_layernorm.bias": np.zeros(width, DTYPES[dtype]),
@@ -171,7 +198,10 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
         path: jax.ShapeDtypeStruct(shape, DTYPES[dtype], sharding=here) if path in paths else ocp.PLACEHOLDER
         for path, (shape, dtype) in source.parameters.items()
     }
-    loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
+    try:
+        loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{source.folder} is damaged: {first_line(error)}") from error
     flat = flatten_dict(loaded, sep="/")
     return {path: np.asarray(flat[path]) for path in paths}
 
@@ -224,7 +254,8 @@ def model_card(source: Checkpoint, dtype: str, parameters: int) -> str:
         ]
         for s in stages:
             length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
-            lines.append(f"| {s.name} | {Path(s.data).name} | {s.batch_size} | {s.learning_rate} | {length} |")
+            name, data = shown(s.name), shown(Path(s.data).name)
+            lines.append(f"| {name} | {data} | {s.batch_size} | {s.learning_rate} | {length} |")
         lines.append("")
     lines += _metrics(source)
     return "\n".join(lines)
@@ -236,11 +267,14 @@ def _metrics(source: Checkpoint) -> list[str]:
     if not file.is_file():
         return []
     last: dict[str, float] = {}
-    for entry in metrics.read(file):
-        if entry["step"] <= checkpoint.step_of(source.folder):
-            wanted = ("total", "ce", "v2t", "t2v")
-            last |= {k: v for k, v in entry.items() if k in wanted or k.startswith("validation/")}
-    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(last.items())]
+    try:
+        for entry in metrics.read(file):
+            if entry["step"] <= checkpoint.step_of(source.folder):
+                wanted = ("total", "ce", "v2t", "t2v")
+                last |= {k: float(v) for k, v in entry.items() if k in wanted or k.startswith("validation/")}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{file} holds other lines than a run writes: {shown(error)}.") from error
+    rows = [f"| {shown(name)} | {value:.4f} |" for name, value in sorted(last.items())]
     return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []
 
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, shown
+from fusion_jax.foreign import flag, mapping, number, read_object, text, whole
+from fusion_jax.interop.rope import rope_config, sliding_window
 from fusion_jax.models.config import (
     RELEASED,
     ExchangeConfig,
     FusionConfig,
     LLMConfig,
-    RopeConfig,
     VisionConfig,
 )
+from fusion_jax.models.limits import RANGES
 
 # Language models that differ in nothing but what `LLMConfig` can say.
 LLM_TYPES = ("llama", "mistral", "phi3", "qwen2")
@@ -54,99 +58,42 @@ _TOWER_DEFAULTS = {
 }
 # Qwen2's attention has biases on q, k and v by construction; its config.json does not say so.
 _BIASED = ("qwen2",)
+# Keys of configs that name repositories whose code `trust_remote_code=True` would fetch and run.
+POINTERS = ("auto_map", "custom_pipelines")
 # Of the config.json a model came from, what the parameters do not tell.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a folder. UserError where it is missing or no JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no config.json; a Hugging Face folder needs it.") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    check(isinstance(config, dict), f"{path} is no JSON object.")
+    folder = Path(folder)
+    path = folder / "config.json"
+    # `os.path` takes any text for a path, also one that no file can have.
+    no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
+    check(not no_folder, f"{shown(folder, 1000)} is no folder; give a Hugging Face folder.")
+    check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
+    config = read_object(path)
+    text(config, "model_type", str(path), "")
     return config
 
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Values of a wrong kind inside a config.json become one sentence that names the file."""
+    """Values of a wrong kind inside a config become one sentence that names the file."""
     try:
         yield
     except UserError as error:
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as error:
-        raise UserError(f"{where} has a value of the wrong kind: {error}.") from error
+        says = str(error)
+        if says.startswith(where):
+            raise
+        raise UserError(f"{where}: {shown(says, 1000)}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
+        raise UserError(f"{where} has a value of the wrong kind: {shown(error)}.") from error
 
 
-def _required(config: Mapping[str, Any], key: str, where: str) -> Any:
-    check(config.get(key) is not None, f"{where} lacks {key!r}.")
-    return config[key]
-
-
-def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
-    """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
-
-    Raises:
-      UserError: a scaling that is not implemented, or one that lacks its values.
-    """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(config.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
-    partial = config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
-    check(partial == 1.0, f"{where}: partial_rotary_factor={partial} is not supported; only whole heads are rotated.")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-
-    def value(key: str, default: Any = None) -> Any:
-        found = next((c[key] for c in (scaling, config) if c.get(key) is not None), default)
-        check(found is not None, f"{where}: rope scaling of type {kind!r} lacks {key!r}.")
-        return found
-
-    if kind == "default":
-        return RopeConfig("default", theta)
-    if kind == "llama3":
-        return RopeConfig(
-            kind,
-            theta,
-            factor=float(value("factor")),
-            low_freq_factor=float(value("low_freq_factor")),
-            high_freq_factor=float(value("high_freq_factor")),
-            original_length=int(value("original_max_position_embeddings")),
-        )
-    if kind in ("longrope", "su"):
-        rope = RopeConfig(
-            "longrope",
-            theta,
-            original_length=int(value("original_max_position_embeddings")),
-            max_length=int(value("max_position_embeddings")),
-            short_factors=tuple(map(float, value("short_factor"))),
-            long_factors=tuple(map(float, value("long_factor"))),
-        )
-        ratio = rope.max_length / rope.original_length
-        usual = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
-        given = scaling.get("attention_factor") or usual
-        check(
-            math.isclose(given, usual, rel_tol=1e-4),
-            f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
-        )
-        return rope
-    raise UserError(f"{where}: rope scaling of type {kind!r} is unknown; allowed: default, llama3, longrope.")
-
-
-def _sliding_window(config: Mapping[str, Any], where: str) -> int:
-    """Positions that a query sees, itself included; 0 for all of them."""
-    window, layers = config.get("sliding_window"), _required(config, "num_hidden_layers", where)
-    kinds = set(config.get("layer_types") or ())
-    if config["model_type"] == "qwen2":
-        if not config.get("use_sliding_window"):
-            return 0
-        full = min(config.get("max_window_layers", 28), layers)  # the layers below that number see everything
-        kinds = {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
-    check(len(kinds) <= 1, f"{where}: layers with and without sliding window in one model are not supported.")
-    endless = not window or kinds == {"full_attention"} or window >= config.get("max_position_embeddings", math.inf)
-    return 0 if endless else int(window)
+def _size(config: Mapping[str, Any], key: str, field: str, where: str, default: int | None = None) -> int:
+    """A whole number in the range of our field of that name."""
+    return whole(config, key, where, *RANGES[field], default)
 
 
 def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConfig:
@@ -158,28 +105,29 @@ def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConf
     kind = config.get("model_type")
     check(kind not in PUBLISHED_TYPES, f"{where} is a whole model in the published format: import it with --from.")
     check(
-        kind in LLM_TYPES, f"{where}: model_type {kind!r} is unknown; allowed language models: {', '.join(LLM_TYPES)}."
+        kind in LLM_TYPES,
+        f"{where}: model_type {brief(kind)} is unknown; allowed language models: {', '.join(LLM_TYPES)}.",
     )
-    check(
-        config.get("hidden_act", "silu") == "silu",
-        f"{where}: hidden_act {config.get('hidden_act')!r} is not supported; allowed: silu.",
-    )
+    act = text(config, "hidden_act", where, "silu")
+    check(act == "silu", f"{where}: hidden_act {brief(act)} is not supported; allowed: silu.")
     for key in ("attention_bias", "mlp_bias"):
-        check(not config.get(key), f"{where}: {key}=true is not supported (biases beyond those on q, k and v).")
-    heads, width = (_required(config, key, where) for key in ("num_attention_heads", "hidden_size"))
-    head_dim = config.get("head_dim") or 0
+        refused = flag(config, key, where)
+        check(not refused, f"{where}: {key}=true is not supported (biases beyond those on q, k and v).")
+    heads = _size(config, "num_attention_heads", "heads", where)
+    width = _size(config, "hidden_size", "width", where)
+    head_dim = _size(config, "head_dim", "head_dim", where, 0)
     return LLMConfig(
-        vocab_size=_required(config, "vocab_size", where),
+        vocab_size=_size(config, "vocab_size", "vocab_size", where),
         width=width,
-        mlp_dim=_required(config, "intermediate_size", where),
-        layers=_required(config, "num_hidden_layers", where),
+        mlp_dim=_size(config, "intermediate_size", "mlp_dim", where),
+        layers=_size(config, "num_hidden_layers", "layers", where),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=_size(config, "num_key_value_heads", "kv_heads", where, heads),
         head_dim=0 if head_dim * heads == width else head_dim,
-        norm_eps=_required(config, "rms_norm_eps", where),
+        norm_eps=number(config, "rms_norm_eps", where, *RANGES["norm_eps"]),
         qkv_bias=kind in _BIASED,
-        tied_head=bool(config.get("tie_word_embeddings")),
-        sliding_window=_sliding_window(config, where),
+        tied_head=flag(config, "tie_word_embeddings", where),
+        sliding_window=sliding_window(config, where),
         rope=rope_config(config, where),
     )
 
@@ -190,33 +138,36 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
     Raises:
       UserError: another architecture.
     """
-    tower = config.get("vision_config") or config
+    tower = mapping(config, "vision_config", where) or config
     kind = tower.get("model_type", config.get("model_type"))
     check(
         kind in ("siglip_vision_model", "siglip"),
-        f"{where}: vision tower of type {kind!r} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
+        f"{where}: vision tower of type {brief(kind)} is unknown; allowed: SigLIP and SigLIP2 of fixed resolution.",
     )
-    act = tower.get("hidden_act", "gelu_pytorch_tanh")
-    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {act!r} of the tower is not supported.")
-    return _tower(tower)
+    return _tower(tower, where)
 
 
-def _tower(tower: Mapping[str, Any]) -> VisionConfig:
-    tower = {**_TOWER_DEFAULTS, **tower}
+def _tower(tower: Mapping[str, Any], where: str) -> VisionConfig:
+    act = text(tower, "hidden_act", where, "gelu_pytorch_tanh")
+    check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {brief(act)} of the tower is not supported.")
+
+    def size(key: str, field: str) -> int:
+        return _size(tower, key, field, f"{where} (vision tower)", _TOWER_DEFAULTS[key])
+
     return VisionConfig(
-        image_size=tower["image_size"],
-        patch_size=tower["patch_size"],
-        width=tower["hidden_size"],
-        mlp_dim=tower["intermediate_size"],
-        layers=tower["num_hidden_layers"] - 1,
-        heads=tower["num_attention_heads"],
-        norm_eps=tower.get("layer_norm_eps", 1e-6),
+        image_size=size("image_size", "image_size"),
+        patch_size=size("patch_size", "patch_size"),
+        width=size("hidden_size", "width"),
+        mlp_dim=size("intermediate_size", "mlp_dim"),
+        layers=size("num_hidden_layers", "layers") - 1,
+        heads=size("num_attention_heads", "heads"),
+        norm_eps=number(tower, "layer_norm_eps", f"{where} (vision tower)", *RANGES["norm_eps"], 1e-6),
     )
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model in the published FUSION format."""
-    return config.get("model_type") in PUBLISHED_TYPES
+    return text(config, "model_type", "config.json", "") in PUBLISHED_TYPES
 
 
 def published_model(config: Mapping[str, Any], where: str = "config.json") -> FusionConfig:
@@ -225,23 +176,35 @@ def published_model(config: Mapping[str, Any], where: str = "config.json") -> Fu
     Raises:
       UserError: a value is missing, or the tower is unknown and not described by `vision_config`.
     """
-    name = config.get("mm_vision_tower")
-    tower = config.get("vision_config") or TOWERS.get(name)
+    name = text(config, "mm_vision_tower", where, "")
+    tower = mapping(config, "vision_config", where) or TOWERS.get(name)
     check(
         tower is not None,
-        f"{where}: mm_vision_tower {name!r} is unknown and there is no vision_config; known: {', '.join(TOWERS)}.",
+        f"{where}: mm_vision_tower {brief(name)} is unknown and there is no vision_config; known: {', '.join(TOWERS)}.",
     )
     return FusionConfig(
-        vision=_tower(tower),
+        vision=_tower(tower, where),
         llm=llm_config({**config, "model_type": PUBLISHED_TYPES[config["model_type"]]}, where),
         exchange=ExchangeConfig(
-            _required(config, "start_of_vision_sampler_layers", where),
-            _required(config, "stride_of_vision_sampler_layers", where),
-            _required(config, "num_of_vision_sampler_layers", where),
+            whole(config, "start_of_vision_sampler_layers", where, 0, RANGES["layers"][1]),
+            whole(config, "stride_of_vision_sampler_layers", where, 0, RANGES["layers"][1]),
+            whole(config, "num_of_vision_sampler_layers", where, 0, RANGES["layers"][1]),
         ),
-        latent_counts=tuple(int(count) for count in str(_required(config, "query_len", where)).split(",")),
+        latent_counts=_latent_counts(config, where),
         **RELEASED,
     )
+
+
+def _latent_counts(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """`query_len`: "16", "4,16,36" or 16."""
+    given = config.get("query_len")
+    check(given is not None, f"{where} lacks 'query_len'.")
+    check(
+        isinstance(given, int | str) and re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", str(given)) is not None,
+        f"{where} has a value of the wrong kind: query_len must be numbers with commas between them, got "
+        f"{brief(given)}.",
+    )
+    return tuple(map(int, str(given).split(",")))
 
 
 def default_exchange(llm: LLMConfig) -> ExchangeConfig:
@@ -367,6 +330,6 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
         **({} if hub else {"vision_config": described}),
     }
     if is_published(origin) and published_model(origin) == model:
-        # Nothing that decides the arithmetic has changed: the folder's own words stay.
-        published |= origin
+        # Nothing that decides the arithmetic has changed: the folder's own words stay, but no pointer to code.
+        published |= {key: value for key, value in origin.items() if key not in POINTERS}
     return published | {"torch_dtype": dtype}

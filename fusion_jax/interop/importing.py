@@ -5,7 +5,6 @@ folders --headers--> names, shapes, dtypes --table--> what goes where        (al
 """
 
 import base64
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +23,9 @@ from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, shown
 from fusion_jax.interop import hf_config, table
+from fusion_jax.interop.checking import check_sizes, check_tensors
 from fusion_jax.interop.tensors import (
     DTYPES,
     TensorFolder,
@@ -43,6 +44,7 @@ UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "rotary_emb.inv_freq",
 # Parts of a SigLIP folder that are not its vision encoder.
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias")
 ADDED_TOKENS = (VISION_START, VISION_END)
+_MOST_UNUSED = 1 << 24  # bytes; they are some vectors, and are kept inside the checkpoint's description
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,13 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
     with hf_config.reading(where):
         model = hf_config.published_model(raw, where)
     tensors = TensorFolder(folder, allow_pickle)
+    check_sizes(tensors, table.VISION, model.vision, model.llm)
     shapes = parameter_shapes(model)
     rows = table.published_rows(model, shapes, hf_config.is_fused(raw))
-    _check_tensors(rows, tensors, UNUSED, {})
-    unused = {
-        name: _pack(tensors.get(name))
-        for name, entry in sorted(tensors.entries.items())
-        if name.endswith(UNUSED) and entry.dtype in DTYPES
-    }
+    check_tensors(rows, tensors, UNUSED, {})
+    unused = [name for name, e in sorted(tensors.entries.items()) if name.endswith(UNUSED) and e.dtype in DTYPES]
+    kept = size_of((tensors.entries[name].shape, tensors.entries[name].dtype) for name in unused)
+    check(kept <= _MOST_UNUSED, f"{folder} has {kept:,} bytes of tensors that nothing uses ({brief(unused[:1])}, ...).")
     source = Source(tensors, rows, model.llm.vocab_size)
     tokenizer = _tokenizer(folder)
     _check_vocabulary(tokenizer, model.llm.vocab_size, folder)
@@ -113,7 +114,7 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
         tokenizer=tokenizer,
         sources=[source],
         dtypes=_dtypes([source], shapes, dtype),
-        origin={"config": raw, "unused": unused},
+        origin={"config": raw, "unused": {name: _pack(tensors.get(name)) for name in unused}},
     )
 
 
@@ -142,6 +143,10 @@ def plan_backbones(
         f"{llm}: the tokenizer has {known} tokens, but config.json gives the model a vocabulary of "
         f"{decoder.vocab_size}.",
     )
+    check(
+        known > 0 and tokenizer.vocab_size == known + len(ADDED_TOKENS),
+        f"{llm}: the tokenizer has other tokens behind {' or '.join(ADDED_TOKENS)}; they must be its last, or absent.",
+    )
     model = FusionConfig(
         vision=tower,
         llm=replace(decoder, vocab_size=known + len(ADDED_TOKENS)),
@@ -149,21 +154,22 @@ def plan_backbones(
         **PRESETS[preset],
     )
     # Rows as the folder has them: its own vocabulary, more or less than what we keep.
-    shapes = parameter_shapes(model)
-    seen = TensorFolder(vision, allow_pickle)
+    seen, text = TensorFolder(vision, allow_pickle), TensorFolder(llm, allow_pickle)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in seen.entries) else ""
+    check_sizes(seen, prefix, tower, None)
+    check_sizes(text, "", None, decoder)
+    shapes = parameter_shapes(model)
     vision_rows = table.vision_rows(model, shapes, prefix)
     dropped = f"{prefix}encoder.layers.{tower.layers}."
     check(
         any(name.startswith(dropped) for name in seen.entries),
         f"{vision} lacks {dropped[:-1]}, the last of the {tower.layers + 1} layers that its config.json speaks of.",
     )
-    _check_tensors(vision_rows, seen, UNUSED, {}, (*_NOT_VISION, f"{prefix}head.", dropped))
-    text = TensorFolder(llm, allow_pickle)
+    check_tensors(vision_rows, seen, UNUSED, {}, (*_NOT_VISION, f"{prefix}head.", dropped))
     llm_rows = table.llm_rows(model, shapes, hf_config.is_fused(raw))
     vocabulary = (decoder.vocab_size, decoder.width)
     tied = (table.HEAD,) if decoder.tied_head else ()
-    _check_tensors(llm_rows, text, UNUSED, {table.EMBEDDING: vocabulary, table.HEAD: vocabulary}, tied)
+    check_tensors(llm_rows, text, UNUSED, {table.EMBEDDING: vocabulary, table.HEAD: vocabulary}, tied)
     sources = [Source(seen, vision_rows), Source(text, llm_rows, known)]
     return Plan(
         model=model,
@@ -176,7 +182,7 @@ def plan_backbones(
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if any(os.path.lexists(folder / name) for name in ("tokenizer.model", "tokenizer.json")):
         return load_tokenizer(folder)
     return None
 
@@ -191,25 +197,6 @@ def _check_vocabulary(tokenizer: Tokenizer | None, rows: int, folder: Path) -> N
         tokenizer is None or tokenizer.vocab_size <= rows,
         f"{folder}: the tokenizer has {tokenizer and tokenizer.vocab_size} tokens, but the embedding has {rows} rows.",
     )
-
-
-def _check_tensors(
-    rows: list[table.Row],
-    tensors: TensorFolder,
-    unused: tuple[str, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    others: tuple[str, ...] = (),
-) -> None:
-    """`table.check_complete` for a folder; `shapes` overrides rows', `others` are beginnings of names not wanted."""
-    found = {name: entry.shape for name, entry in tensors.entries.items() if not name.startswith(others)}
-    rows = [dataclasses.replace(row, shape=shapes.get(row.name, row.shape)) for row in rows]
-    table.check_complete(rows, found, unused, str(tensors.folder))
-    for row in rows:
-        entry = tensors.entries[row.name]
-        check(
-            entry.dtype in DTYPES,
-            f"{entry.file}: {row.name} has type {entry.dtype}; allowed: {', '.join(DTYPES)}.",
-        )
 
 
 def _dtypes(sources: list[Source], shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, str]:
@@ -343,10 +330,13 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": base64.b64encode(array.tobytes()).decode()}
 
 
-def unpack(packed: Mapping[str, Any]) -> np.ndarray:
-    """A small tensor out of a checkpoint's `about`."""
-    data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
-    return data.reshape(packed["shape"])
+def unpack(packed: Any, where: str) -> np.ndarray:
+    """A small tensor out of a checkpoint's `about`. UserError, which begins with `where`, if it is none."""
+    try:
+        data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
+        return data.reshape(packed["shape"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where}, is no tensor: {shown(error)}.") from error
 
 
 def summary(plan: Plan) -> str:

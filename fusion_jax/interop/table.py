@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_jax.errors import UserError
+from fusion_jax.files import shown
 from fusion_jax.models.config import FusionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -218,7 +219,9 @@ def check_complete(rows: list[Row], found: Mapping[str, tuple[int, ...]], ignore
     extra = [name for name in found if name not in expected and not name.endswith(ignored)]
     for problem, names in (("lacks", missing), ("has the unknown tensor", extra)):
         if names:
-            raise UserError(f"{where} {problem} {names[0]}" + (f" and {len(names) - 1} more." if names[1:] else "."))
+            raise UserError(
+                f"{where} {problem} {shown(names[0])}" + (f" and {len(names) - 1} more." if names[1:] else ".")
+            )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(found[name])}; the config asks for {shape}.")

@@ -9,11 +9,14 @@ memory maps in any order, so that neither side ever holds more than a tensor.
 
 import contextlib
 import json
+import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +26,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, shown
+from fusion_jax.foreign import read_object
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NAMES = {code: name for name, code in _CODES.items()}
+# The largest models have some 100,000 tensors; reading a header takes up to twenty times its size in memory.
+_MOST_TENSORS = 1 << 18
+_MOST_HEADER_BYTES = 1 << 24
+_MOST_INDEX_BYTES = 1 << 26
 
 Shape = tuple[int, ...]
 
@@ -62,15 +71,18 @@ class TensorFolder:
         self._pickled: dict[str, object] = {}
         self._local = threading.local()  # a reader per thread
         check(self.folder.is_dir(), f"There is no folder {self.folder}.")
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            path = self.folder / name
+            check(path.is_file() or not os.path.lexists(path), f"{path} is no regular file, or a link to nothing.")
         single, pickled = self.folder / "model.safetensors", self.folder / "pytorch_model.bin"
         index = self.folder / "model.safetensors.index.json"
         if single.is_file():
             self._add(single)
         elif index.is_file():
-            for file, names in _shards(index).items():
+            for file, names in _shards(index, ".safetensors").items():
                 self._add(self.folder / file)
                 absent = [name for name in names if self.entries.get(name, Entry(index, (), "")).file.name != file]
-                check(not absent, f"{index} places {absent[:1]} in {file}, which does not hold it.")
+                check(not absent, f"{index} places {list(map(shown, absent[:1]))} in {file}, which does not hold it.")
         elif pickled.is_file() or Path(f"{pickled}.index.json").is_file():
             check(
                 allow_pickle,
@@ -82,17 +94,28 @@ class TensorFolder:
             raise UserError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json.")
 
     def _add(self, file: Path) -> None:
+        check(os.path.lexists(file), f"{file} is missing, though the index of its folder names it.")
+        check(file.is_file(), f"{file} is no regular file, or a link to nothing.")
         try:
+            with file.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+            check(
+                header <= min(_MOST_HEADER_BYTES, file.stat().st_size),
+                f"{file} is damaged or cut short: it speaks of a header of {header:,} bytes.",
+            )
             with safe_open(file, "numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    check(name not in self.entries, f"{file} holds {name}, which another shard holds, too.")
                     part = opened.get_slice(name)
                     code = part.get_dtype()
-                    self.entries[name] = Entry(file, tuple(part.get_shape()), _NAMES.get(code, code))
-        except FileNotFoundError as error:
-            raise UserError(f"{file} is missing, though the index of its folder names it.") from error
+                    self._enter(name, Entry(file, tuple(part.get_shape()), _NAMES.get(code, code)))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or cut short: {error}.") from error
+            raise UserError(f"{file} is damaged or cut short: {_reason(error)}.") from error
+
+    def _enter(self, name: str, entry: Entry) -> None:
+        check(name not in self.entries, f"{entry.file} holds {shown(name)}, which another shard holds, too.")
+        check(len(entry.shape) <= 8, f"{entry.file}: {shown(name)} has {len(entry.shape)} dimensions.")
+        check(len(self.entries) < _MOST_TENSORS, f"{self.folder} holds more than {_MOST_TENSORS:,} tensors.")
+        self.entries[name] = entry
 
     def _add_pickled(self, file: Path) -> None:
         try:
@@ -100,22 +123,31 @@ class TensorFolder:
         except ImportError as error:
             raise UserError("Reading pickled weights needs PyTorch: pip install 'fusion_jax[torch]'.") from error
         index = Path(f"{file}.index.json")
-        files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index)]
+        files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index, ".bin")]
         for path in files:
+            check(os.path.lexists(path), f"{path} is missing, though {index} names it.")
+            check(path.is_file(), f"{path} is no regular file, or a link to nothing.")
+            _check_stored(path)
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except FileNotFoundError as error:
-                raise UserError(f"{path} is missing, though {index} names it.") from error
             except Exception as error:  # torch raises many kinds
-                says = first_line(error)
+                says = _reason(error)
                 raise UserError(f"{path} cannot be read as tensors without running code: {says}") from error
             check(
-                isinstance(loaded, dict) and all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()),
+                isinstance(loaded, dict)
+                and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()),
                 f"{path} holds other things than named tensors.",
             )
             for name, tensor in loaded.items():
+                self._enter(name, Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+                # A view can claim any size over a single stored number.
+                check(
+                    tensor.layout == torch.strided
+                    and tensor.device.type == "cpu"
+                    and tensor.nbytes <= tensor.untyped_storage().nbytes(),
+                    f"{path}: {shown(name)} is no tensor whose numbers all lie in the file.",
+                )
                 self._pickled[name] = tensor.detach()
-                self.entries[name] = Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def get(self, name: str) -> np.ndarray:
         """One tensor, in its own dtype; safe to call from several threads."""
@@ -123,18 +155,23 @@ class TensorFolder:
         check(entry.dtype in DTYPES, f"{entry.file}: {name} has type {entry.dtype}; allowed: {', '.join(DTYPES)}.")
         if name in self._pickled:
             tensor = self._pickled[name]
-            if entry.dtype == "bfloat16":  # NumPy has no such type of its own
-                import torch
+            try:
+                if entry.dtype == "bfloat16":  # NumPy has no such type of its own
+                    import torch
 
-                return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-            return tensor.numpy()
+                    return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+                return tensor.numpy()
+            except (RuntimeError, TypeError) as error:
+                raise UserError(f"{entry.file}: {shown(name)} cannot be read: {_reason(error)}.") from error
         readers = self._local.__dict__.setdefault("readers", {})
-        if entry.file not in readers:
-            readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
         try:
-            return readers[entry.file].get_tensor(name)
+            if entry.file not in readers:
+                readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
+            found = readers[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{entry.file}: {name} cannot be read: {error}.") from error
+            raise UserError(f"{entry.file}: {name} cannot be read: {_reason(error)}.") from error
+        check(found.shape == entry.shape, f"{entry.file} has changed since its header was read: {name}.")
+        return found
 
 
 def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
@@ -154,17 +191,41 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _shards(index: Path) -> dict[str, list[str]]:
-    """File name to tensor names of an index."""
+def _reason(error: Exception) -> str:
+    """Like `first_line`, of an error whose text may hold foreign names."""
+    return shown(first_line(error))
+
+
+def _shards(index: Path, ending: str) -> dict[str, list[str]]:
+    """File name to tensor names of an index; file names are plain and have that ending."""
     try:
-        placed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no valid index of shards: {error}.") from error
+        placed = read_object(index, _MOST_INDEX_BYTES).get("weight_map")
+    except UserError as error:
+        raise UserError(f"{index} is no valid index of shards: it {str(error).removeprefix(f'{index} ')}") from error
+    check(isinstance(placed, dict), f"{index} is no valid index of shards: weight_map must be an object.")
     files: dict[str, list[str]] = {}
     for name, file in placed.items():
-        check(Path(file).name == file, f"{index}: {file!r} is no plain file name.")
+        plain = isinstance(file, str) and re.fullmatch(r"[\w-][\w.-]{0,200}", file, re.ASCII) is not None
+        check(plain and file.endswith(ending), f"{index}: {brief(file)} is no plain file name that ends in {ending}.")
         files.setdefault(file, []).append(name)
+    check(bool(files), f"{index} is no valid index of shards: weight_map is empty.")
     return files
+
+
+def _check_stored(file: Path) -> None:
+    """PyTorch stores its zip entries as they are: a compressed one, or one larger than its file, is an attack."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{file} cannot be read as tensors without running code: it is no zip file of PyTorch's ({_reason(error)})."
+        ) from error
+    check(
+        all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        and sum(entry.file_size for entry in entries) <= file.stat().st_size,
+        f"{file} is compressed, or speaks of more bytes than it has; PyTorch writes no such files.",
+    )
 
 
 class TensorWriter:
@@ -211,7 +272,7 @@ class TensorWriter:
 
 
 def _bytes(shape: Shape, dtype: str) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -250,12 +311,13 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises:
       UserError: the target is a file or a folder that is not empty, cannot be made, or the disk is full.
     """
-    target = Path(target).resolve()
-    if target.exists():
-        check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
-        check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
-        check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
+    target = _resolved(target)
     try:
+        if target.exists():
+            check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
+            check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
+            check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
+        above = [parent for parent in target.parents if not parent.exists()]  # these go, too, when it fails
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
@@ -269,11 +331,27 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise UserError(f"{target} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for parent in above:
+                    parent.rmdir()
+
+
+def _resolved(target: str | Path) -> Path:
+    """The path without links. UserError where the system takes no such path: too long, or links in a circle."""
+    try:
+        resolved = Path(target).resolve()
+        resolved.exists()
+        return resolved
+    except (OSError, RuntimeError, ValueError) as error:
+        says = getattr(error, "strerror", None) or "links that lead in a circle, or no path at all"
+        raise UserError(f"{brief(str(target))} cannot be made: {says}.") from error
 
 
 def check_room(target: str | Path, size: int) -> None:
     """UserError unless the disk of `target` has room for `size` bytes."""
-    folder = next(parent for parent in Path(target).resolve().parents if parent.exists())
+    resolved = _resolved(target)
+    folder = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     check(free >= size, f"{target} needs {size / 1e9:.2f} GB of disk room, but {free / 1e9:.2f} GB are free.")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion_jax.errors import check
+from fusion_jax.models.limits import MOST_CHOICES, MOST_GRID, MOST_TILES, MOST_TOKENS, check_fields, within
 
 # Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
 QUADRANTS = 4
@@ -28,17 +29,18 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "mlp_dim", "heads"):
-            check(getattr(self, name) >= 1, f"vision.{name}={getattr(self, name)} must be at least 1.")
+        check_fields("vision", self, "image_size", "patch_size", "width", "mlp_dim", "heads", "norm_eps")
         check(self.width % self.heads == 0, f"vision.heads={self.heads} does not divide vision.width={self.width}.")
         check(
             self.layers >= 2,
             f"vision.layers={self.layers} must be at least 2: the taps need a shallow and a deep half.",
         )
+        check_fields("vision", self, "layers")
         check(
             0 < self.patch_size <= self.image_size,
             f"vision.patch_size={self.patch_size} must be between 1 and vision.image_size={self.image_size}.",
         )
+        within("vision.image_size / vision.patch_size", self.grid, 1, MOST_GRID)
 
     @property
     def grid(self) -> int:
@@ -76,6 +78,13 @@ class RopeConfig:
     def __post_init__(self):
         kinds = ("default", "llama3", "longrope")
         check(self.kind in kinds, f"llm.rope.kind={self.kind!r} is unknown; allowed: {', '.join(kinds)}.")
+        check_fields("llm.rope", self, "theta", "factor", "low_freq_factor", "high_freq_factor")
+        check_fields("llm.rope", self, "original_length", "max_length", "short_factors", "long_factors")
+        check(
+            self.low_freq_factor < self.high_freq_factor,
+            f"llm.rope.low_freq_factor={self.low_freq_factor} must be below "
+            f"llm.rope.high_freq_factor={self.high_freq_factor}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -96,14 +105,13 @@ class LLMConfig:
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "mlp_dim", "layers", "heads", "kv_heads"):
-            check(getattr(self, name) >= 1, f"llm.{name}={getattr(self, name)} must be at least 1.")
+        check_fields("llm", self, "vocab_size", "width", "mlp_dim", "layers", "heads", "kv_heads")
+        check_fields("llm", self, "head_dim", "norm_eps", "sliding_window")
         check(
             self.head_dim > 0 or self.width % self.heads == 0,
             f"llm.heads={self.heads} does not divide llm.width={self.width} (or set llm.head_dim).",
         )
         check(self.heads % self.kv_heads == 0, f"llm.kv_heads={self.kv_heads} does not divide llm.heads={self.heads}.")
-        check(self.sliding_window >= 0, f"llm.sliding_window={self.sliding_window} must not be negative.")
         check(self.per_head % 2 == 0, f"llm head size {self.per_head} is odd; rotary embedding needs an even one.")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self.rope, name)
@@ -193,14 +201,19 @@ class FusionConfig:
             value = getattr(self, name)
             check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
-            check(math.isqrt(count) ** 2 == count and count > 0, f"model: {count} tokens are not a square grid l x l.")
+            check(count > 0 and math.isqrt(count) ** 2 == count, f"model: {count} tokens are not a square grid l x l.")
+            check(count <= MOST_TOKENS, f"model: a grid of {count} tokens is too large; at most {MOST_TOKENS}.")
         for grid in self.tile_grids:
             check(
                 len(grid) == 2 and min(grid) >= 1,
                 f"model.tile_grids: {grid} must be two numbers of tiles, (rows, columns), each at least 1.",
             )
+            check(math.prod(grid) <= MOST_TILES, f"model.tile_grids: {grid} has more than {MOST_TILES} tiles.")
+        for name in ("latent_counts", "tile_grids"):
+            within(f"len(model.{name})", len(getattr(self, name)), 0, MOST_CHOICES)
+        check_fields("model", self, "tile_tokens", "mapping_loss_weight")
         check(
-            self.tile_tokens >= 0 and math.isqrt(self.tile_tokens) ** 2 == self.tile_tokens,
+            math.isqrt(self.tile_tokens) ** 2 == self.tile_tokens,
             f"model.tile_tokens={self.tile_tokens} is not a square.",
         )
         check(
@@ -211,17 +224,16 @@ class FusionConfig:
             not self.semantic_exchange or len(self.latent_counts) > 0,
             "model.latent_counts is empty; give at least one l^2, or set model.semantic_exchange=False.",
         )
-        check(
-            self.mapping_loss_weight >= 0, f"model.mapping_loss_weight={self.mapping_loss_weight} must not be negative."
-        )
         e, depth = self.exchange, self.llm.layers
         if e.layers and self.semantic_exchange:
+            check(e.layers > 0, f"model.exchange: layers={e.layers} must not be negative.")
             last = e.start + (e.layers - 1) * e.stride
             check(
                 e.stride >= 1 and e.start >= 0 and last < depth,
                 f"model.exchange: layers={e.layers} from start={e.start} with stride={e.stride} ends after decoder "
                 f"layer {last}, but llm.layers={depth} has layers 0 to {depth - 1}.",
             )
+            check_fields("model.exchange", e, "heads")
             check(
                 self.llm.width % e.heads == 0,
                 f"model.exchange.heads={e.heads} does not divide llm.width={self.llm.width}.",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-AREAS = ("json_bodies", "raw_http")
+AREAS = ("folders", "json_bodies", "raw_http")
 
 
 @dataclass

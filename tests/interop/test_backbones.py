@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,15 @@ def test_a_tokenizer_is_needed_and_must_fit(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
     with pytest.raises(UserError, match=r"the tokenizer has 80 tokens, but config.json gives the model .* 50\."):
         importing.plan_backbones(folders / "vision", tmp_path)
+
+
+def test_vision_tokens_amid_others_are_refused(folders, tmp_path):
+    """The vocabulary is cut behind them: other tokens would have no row, and with none before them there is no mean."""
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<unk>"', '"<vision_start>"'))
+    with pytest.raises(UserError, match=r"llama: the tokenizer has other tokens behind <vision_start>"):
+        importing.plan_backbones(folders / "vision", tmp_path / "llama")
 
 
 def test_a_tower_must_have_the_layers_of_its_config(folders, tmp_path):

@@ -1,0 +1,115 @@
+"""The files of a tokenizer folder, looked through before anything rests on them.
+
+They come from whoever published a model, and every checkpoint and export carries them on: so they must lie in the
+folder, and every value must be of its kind.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief
+from fusion_jax.foreign import flag, mapping, read_object, sequence, text, whole
+from fusion_jax.models.limits import RANGES
+
+MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
+MOST_ADDED = 1 << 16
+MOST_IDS = RANGES["vocab_size"][1]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_CONFIG = "tokenizer_config.json"
+_MORE = "additional_special_tokens"
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def present(folder: Path, name: str) -> bool:
+    """Whether a resolved folder holds that file.
+
+    Raises:
+      UserError: it is no regular file, or a link out of the folder. Such a link would carry any file of this machine
+        into checkpoints and exports. Links within a Hugging Face cache (`models--*/snapshots` to `blobs`) are its way
+        of keeping files.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return False
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is a link that leads in a circle.") from error
+    check(target.is_file(), f"{path} is no regular file, or a link to nothing.")
+    size = target.stat().st_size
+    check(size <= MOST_BYTES, f"{path} has {size:,} bytes; at most {MOST_BYTES:,} are read.")
+    rooms = [folder, *(parent for parent in folder.parents if parent.name.startswith("models--"))]
+    check(
+        any(room in target.parents for room in rooms),
+        f"{path} is a link out of its folder, to {target}; copy that file into the folder if it belongs to the "
+        "tokenizer.",
+    )
+    return True
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are given).
+
+    Raises:
+      UserError: a file is no JSON object, or a token of a role is no text.
+    """
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", _CONFIG):
+        config, where = _read(folder, file), f"{folder / file}"
+        for role in _ROLES:
+            if role in config:
+                names.pop(role, None)  # null in the latter file takes back what the former says
+            if config.get(role) not in (None, ""):
+                names[role] = _content(config[role], role, where)
+        for token in sequence(config, _MORE, where):
+            _content(token, _MORE, where)
+    return config, names
+
+
+def declared_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Id and entry of every token that tokenizer_config.json adds, by rising id.
+
+    An entry has `content` (text) and the `FLAGS` (bool).
+    """
+    where = f"{folder / _CONFIG} (added_tokens_decoder)"
+    entries = mapping(config, "added_tokens_decoder", f"{folder / _CONFIG}")
+    check(len(entries) <= MOST_ADDED, f"{where} has {len(entries):,} tokens; at most {MOST_ADDED:,} are taken.")
+    found = []
+    for key, entry in entries.items():
+        check(key.isascii() and key.isdecimal() and len(key) <= 9, f"{where}: {brief(key)} is no token id.")
+        check(int(key) < MOST_IDS, f"{where}: token id {key} is beyond {MOST_IDS:,}.")
+        check(isinstance(entry, dict), f"{where}: {key} must be an object, got {brief(entry)}.")
+        flags = {name: flag(entry, name, f"{where}, {key}") for name in FLAGS}
+        found.append((int(key), {"content": _content(entry, key, where), **flags}))
+    return sorted(found, key=lambda item: item[0])
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """added_tokens.json: text to id."""
+    content, path = _read(folder, "added_tokens.json"), folder / "added_tokens.json"
+    check(len(content) <= MOST_ADDED, f"{path} has {len(content):,} tokens; at most {MOST_ADDED:,} are taken.")
+    for token, i in content.items():
+        whole(content, token, f"{path}", 0, MOST_IDS - 1)
+        _content(token, brief(i), f"{path}")
+    return content
+
+
+def special_tokens(folder: Path, config: dict[str, Any]) -> list[str]:
+    """`additional_special_tokens` of tokenizer_config.json."""
+    where = f"{folder / _CONFIG}"
+    return [_content(token, _MORE, where) for token in sequence(config, _MORE, where)]
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return read_object(folder / name) if present(folder, name) else {}
+
+
+def _content(token: Any, key: str, where: str) -> str:
+    """The text of a token, written as a text or as an object with `content`."""
+    content = text(token, "content", f"{where}: {key}") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {brief(content)}.")
+    check(0 < len(content) <= 1000, f"{where}: the token {brief(content)} of {key} must have 1 to 1000 characters.")
+    return content

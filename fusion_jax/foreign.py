@@ -1,0 +1,114 @@
+"""Values in JSON files that others wrote, asked for by type and range before anything rests on them.
+
+Every fault is a `UserError` of one sentence that names file and key. Nothing here loads JAX.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief, parse_json, read_file, shown
+
+MOST_JSON_BYTES = 1 << 24  # config files have kilobytes
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. UserError where it is something else or unreadable."""
+    try:
+        return read_file(path, most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that a file holds. Its numbers may still be infinite: `number` refuses those.
+
+    Raises:
+      UserError: as `read_bytes`; it is no JSON object, is nested too deep, or has a text that is no Unicode (half of a
+        surrogate pair).
+    """
+    data = read_bytes(path, most)
+    try:
+        content = parse_json(data)
+        if _SURROGATE.search(data):
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {shown(error)}.") from error
+    check(isinstance(content, dict), f"{path} is no JSON object.")
+    return content
+
+
+def _given(config: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
+    value = config.get(key)
+    check(value is not None or default is not None, f"{where} lacks {shown(key)!r}.")
+    return value
+
+
+def _refuse(where: str, key: str, expected: str, value: Any) -> None:
+    raise UserError(f"{where} has a value of the wrong kind: {shown(key)} must be {expected}, got {brief(value)}.")
+
+
+def whole(config: Mapping[str, Any], key: str, where: str, least: int, most: int, default: int | None = None) -> int:
+    """A whole number of a config; `default`, or an error without one, where the key is missing or null.
+
+    Raises:
+      UserError: another type (also 4.0, "4" and true), or a number that is not within least .. most.
+    """
+    value = _given(config, key, where, default)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        _refuse(where, key, f"a whole number from {least} to {most}", value)
+    return value
+
+
+def number(
+    config: Mapping[str, Any], key: str, where: str, least: float, most: float, default: float | None = None
+) -> float:
+    """Like `whole` for any finite number."""
+    value = _given(config, key, where, default)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        _refuse(where, key, f"a number from {least:g} to {most:g}", value)
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    """A true or false of a config."""
+    value = _given(config, key, where, default)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        _refuse(where, key, "true or false", value)
+    return value
+
+
+def text(config: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    """A string of a config."""
+    value = _given(config, key, where, default)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        _refuse(where, key, "a text", value)
+    return value
+
+
+def mapping(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """An object inside a config; empty where it is missing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        _refuse(where, key, "an object", value)
+    return value or {}
+
+
+def sequence(config: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """A list inside a config; empty where it is missing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, list):
+        _refuse(where, key, "a list", value)
+    return value or []

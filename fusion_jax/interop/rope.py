@@ -1,0 +1,98 @@
+"""Rotary settings and attention windows of a Hugging Face config.json."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fusion_jax.errors import UserError, check
+from fusion_jax.files import brief
+from fusion_jax.foreign import flag, mapping, number, sequence, text, whole
+from fusion_jax.models.config import RopeConfig
+from fusion_jax.models.limits import RANGES
+
+_WINDOWS = ("full_attention", "sliding_attention")
+
+
+def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
+    """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
+
+    Raises:
+      UserError: a scaling that is not implemented, or one that lacks its values.
+    """
+    scaling = mapping(config, "rope_parameters", where) or mapping(config, "rope_scaling", where)
+    both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
+    kind = text(scaling, "rope_type", where, text(scaling, "type", where, "default"))
+    scaled = f"{where}: rope scaling of type {brief(kind)}"
+
+    def value(key: str, field: str, default: float | None = None) -> float:
+        return number(both, key, scaled, *RANGES[field], default)
+
+    def length(key: str, field: str) -> int:
+        return whole(both, key, scaled, *RANGES[field])
+
+    def factors(key: str, field: str) -> tuple[float, ...]:
+        values = sequence(both, key, where)
+        check(len(values) <= RANGES["head_dim"][1], f"{where}: {key} has {len(values)} values.")
+        return tuple(number({key: one}, key, where, *RANGES[field]) for one in values)
+
+    # The config's own word goes first where both give it.
+    theta = value("rope_theta", "theta", 10000.0)
+    if config.get("rope_theta") is not None:
+        theta = number(config, "rope_theta", where, *RANGES["theta"])
+    partial = value("partial_rotary_factor", "factor", 1.0)
+    check(partial == 1.0, f"{where}: partial_rotary_factor={partial} is not supported; only whole heads are rotated.")
+    if kind == "default":
+        check(
+            not any(isinstance(one, dict) for one in scaling.values()),
+            f"{where}: rotary settings for each kind of layer are not supported.",
+        )
+        return RopeConfig("default", theta)
+    if kind == "llama3":
+        return RopeConfig(
+            kind,
+            theta,
+            factor=value("factor", "factor"),
+            low_freq_factor=value("low_freq_factor", "low_freq_factor"),
+            high_freq_factor=value("high_freq_factor", "high_freq_factor"),
+            original_length=length("original_max_position_embeddings", "original_length"),
+        )
+    if kind in ("longrope", "su"):
+        rope = RopeConfig(
+            "longrope",
+            theta,
+            original_length=length("original_max_position_embeddings", "original_length"),
+            max_length=length("max_position_embeddings", "max_length"),
+            short_factors=factors("short_factor", "short_factors"),
+            long_factors=factors("long_factor", "long_factors"),
+        )
+        ratio = rope.max_length / rope.original_length
+        usual = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
+        given = value("attention_factor", "factor", usual)
+        check(
+            math.isclose(given, usual, rel_tol=1e-4),
+            f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
+        )
+        return rope
+    raise UserError(f"{where}: rope scaling of type {brief(kind)} is unknown; allowed: default, llama3, longrope.")
+
+
+def sliding_window(config: Mapping[str, Any], where: str) -> int:
+    """Positions that a query sees, itself included; 0 for all of them."""
+    if config.get("sliding_window") is False:  # some configs say so instead of null
+        config = {**config, "sliding_window": None}
+    window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
+    layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
+    kinds = sequence(config, "layer_types", where)
+    for kind in kinds:
+        check(kind in _WINDOWS, f"{where}: layer_types names {brief(kind)}; allowed: {', '.join(_WINDOWS)}.")
+    kinds = set(kinds)
+    if config["model_type"] == "qwen2":
+        if not flag(config, "use_sliding_window", where):
+            return 0
+        full = min(whole(config, "max_window_layers", where, 0, RANGES["layers"][1], 28), layers)
+        # The layers below that number see everything.
+        kinds = {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+    check(len(kinds) <= 1, f"{where}: layers with and without sliding window in one model are not supported.")
+    longest = config.get("max_position_embeddings")
+    longest = math.inf if longest is None else whole(config, "max_position_embeddings", where, *RANGES["max_length"])
+    return 0 if not window or kinds == {"full_attention"} or window >= longest else window
