@@ -304,7 +304,7 @@ def _read_record(
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    record = sources.parse_json(data.read(span), where)
+    record = sources.read_record(data, span, where)
     name, turns, names, where = sources.check_record(record, number, where)
     files, about = [], []
     for image in names:

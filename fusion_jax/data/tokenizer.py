@@ -9,7 +9,6 @@ The two are appended after the folder's last id unless the folder already has th
 """
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import sentencepiece
 import tokenizers
 
 from fusion_jax.errors import UserError
+from fusion_jax.files import parse_json, read_file, read_text, shown
 
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
@@ -268,16 +268,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not folder.is_dir():
         raise UserError(f"There is no tokenizer folder {folder}: it must hold tokenizer.model or tokenizer.json.")
     folder = folder.resolve()
+    try:
+        return _load(folder)
+    except OSError as e:
+        raise UserError(f"Cannot read the tokenizer file {e.filename or folder}: {e.strerror or e}.") from e
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:  # some key holds what it should not
+        said = f"{type(e).__name__}: {shown(e)}"
+        raise UserError(f"The tokenizer files in {folder} are not of the form that is expected ({said}).") from e
+
+
+def _load(folder: Path) -> Tokenizer:
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.is_file():
+    if model.exists():
         try:
-            return SentencePieceTokenizer(folder, model.read_bytes())
+            return SentencePieceTokenizer(folder, read_file(model))
         except RuntimeError as e:
             # Some Llama-3 folders hold a file of this name that is no SentencePiece model, next to tokenizer.json.
-            if not data.is_file():
+            if not data.exists():
                 raise UserError(f"{model} is no SentencePiece model, and there is no tokenizer.json beside it.") from e
-    if data.is_file():
-        return JsonTokenizer(folder, data.read_text(encoding="utf-8"))
+    if data.exists():
+        return JsonTokenizer(folder, read_text(data))
     raise UserError(f"The tokenizer folder {folder} holds neither tokenizer.model nor tokenizer.json.")
 
 
@@ -302,12 +312,15 @@ def _content(token: str | dict) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_file(path))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}.")
+    return found
 
 
 def _fingerprint(folder: Path) -> str:
@@ -315,6 +328,6 @@ def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in _FILES:
         if (folder / name).is_file():
-            content = (folder / name).read_bytes()
+            content = read_file(folder / name)
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 
 import pytest
 import sentencepiece
@@ -226,3 +228,29 @@ def test_answers_start_where_the_prompt_ends(tokenizer, answer):
     assert whole.labels[n - 1] == prompt.labels[n - 1] == -400
     assert (whole.labels[n:] == whole.input_ids[n:]).all()
     assert tokenizer.decode(whole.input_ids[n:]).strip() == answer.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "[]",
+        "{",
+        "[" * 5000,
+        '{"added_tokens_decoder": 5}',
+        '{"added_tokens_decoder": {"x": 1}}',
+        '{"bos_token": [1]}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["phi_folder", "llama_folder"])
+def test_configs_of_another_form_and_pipes(request, tmp_path, kind, text):
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy")
+    path = folder / "tokenizer_config.json"
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    with pytest.raises(UserError, match=str(folder)) as e:
+        load_tokenizer(folder)
+    assert len(str(e.value)) < 500

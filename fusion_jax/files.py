@@ -1,0 +1,103 @@
+"""Files that a user names: opened without waiting for a pipe, parsed without trusting their size or depth."""
+
+import errno
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DEEPEST = 100  # levels of lists and objects in JSON: far beyond any record, far from where parsers and printing give up
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading, and nothing else: reading a pipe or a device might never end.
+
+    Raises:
+      OSError: it cannot be opened, is no file, or no file can have such a name. `strerror` says which.
+    """
+    try:
+        _check_regular(os.stat(path), path)  # some devices act on being opened
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as e:
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", str(path)) from e
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _check_regular(found: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file", str(path))
+
+
+def read_file(path: str | Path, limit: int | None = None) -> bytes:
+    """A regular file's bytes. OSError as for `open_file`, and for a file of more than `limit` bytes."""
+    with open_file(path) as file:
+        data = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return data
+
+
+def read_text(path: str | Path, encoding: str = "utf-8", limit: int | None = None) -> str:
+    """A regular file's text. OSError as for `read_file`, UnicodeDecodeError for another encoding."""
+    return read_file(path, limit).decode(encoding)
+
+
+def parse_json(data: bytes | str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """One JSON value in UTF-8.
+
+    Args:
+      data: with or without a byte order mark. hook: json's `object_pairs_hook`.
+
+    Raises:
+      ValueError: no JSON, nested deeper than DEEPEST, integers of thousands of digits, or whatever `hook` raises.
+    """
+    text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    if _too_deep(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")):
+        raise ValueError(f"lists and objects are nested more than {DEEPEST} levels deep")
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except ValueError as e:
+        if type(e) is ValueError:  # int()'s own
+            raise ValueError("an integer has thousands of digits") from e
+        raise
+
+
+def _too_deep(data: bytes) -> bool:
+    if data.count(b"[") + data.count(b"{") <= DEEPEST:
+        return False
+    depth = 0
+    for mark in _MARKS.finditer(data):
+        first = mark[0]
+        if first in (b"[", b"{"):
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif first in (b"]", b"}"):
+            depth -= 1
+    return False
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A text out of a file as messages and logs may hold it: one line, printable, not long."""
+    text = str(value)
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(value: Any) -> str:
+    """`repr` of a value out of a file, for messages: of lists of lists only the beginning."""
+    return shown(_REPR.repr(value))
