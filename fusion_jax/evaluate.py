@@ -113,4 +113,4 @@ def _show(asked: Sequence[Prediction], count: int) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, goes_on=lambda: bool(_OUTPUT_DIR.value))

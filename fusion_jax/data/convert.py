@@ -22,14 +22,13 @@ import logging
 import multiprocessing
 import os
 import re
-import signal
 import stat
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ import tqdm
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
-from fusion_jax.cli import run_main
+from fusion_jax.cli import out_of_ctrl_c, run_main
 from fusion_jax.data import shards, sources
 from fusion_jax.data.image import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE
 from fusion_jax.errors import BadRecord, UserError, check
@@ -526,18 +525,13 @@ def _parallel(
         yield from (function(task, advance) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # which would unblock Ctrl-C below
     running: dict[connection.Connection, multiprocessing.process.BaseProcess] = {}
     try:
         for _, task in zip(range(workers), tasks):  # in this order: zip takes no task too many
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(function, theirs, os.getpid()), daemon=True)
-            # Ctrl-C reaches the whole group; only this process answers it, and ends the others.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
+            with out_of_ctrl_c():
                 process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             mine.send(task)
             running[mine] = process
@@ -641,4 +635,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main)
+    run_main(main, goes_on=lambda: not flags.FLAGS.check)
