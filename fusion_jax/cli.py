@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -64,24 +65,12 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
     log.propagate = False
 
     def guarded(argv: list[str]) -> int:
-        try:
-            main(argv)
-        except UserError as error:
-            _say(f"error: {error}")
-            return 2
-        except RunAgain as stopped:
-            _say(f"{stopped}")
-            return AGAIN
-        except BrokenPipeError:
-            if not _reader_is_gone():
-                raise
-            return 128 + signal.SIGPIPE
-        except OSError as error:
-            if error.errno not in _MISTAKES or error.filename is None:
-                raise
-            _say(f"error: {shown(error.filename)} cannot be used: {error.strerror}.")
-            return 2
-        return 0 if _reader_is_gone() or _flushed() else 1
+        code = _code(main, argv)
+        problem = _flush()
+        if problem is not None and code == 0:
+            _say(f"error: standard output cannot be written: {problem}.")
+            return 1
+        return code
 
     try:
         app.run(guarded, flags_parser=_parse)
@@ -91,42 +80,71 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
         sys.exit(INTERRUPTED)
 
 
+def _code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a command and gives its exit code."""
+    try:
+        main(argv)
+    except UserError as error:
+        _say(f"error: {error}")
+        return 2
+    except RunAgain as stopped:
+        _say(f"{stopped}")
+        return AGAIN
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _MISTAKES:
+            raise
+        what = "A file" if error.filename is None else shown(error.filename)
+        _say(f"error: {what} cannot be used: {error.strerror}.")
+        return 2
+    return 0
+
+
 class _Log(logging.StreamHandler):
     """Standard output. Where it cannot be written, its reader being gone or a disk full, the work goes on without."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _harmless(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # logging's name
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
+def _harmless(text: str) -> str:
+    """The text without what would move a terminal's cursor or change its colours: names in files may hold anything."""
+    return "\n".join(
+        line if line.replace("\t", "").isprintable() else shown(line, len(line)) for line in text.split("\n")
+    )
+
+
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, AttributeError):  # nobody listens, or there is no standard error
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(_harmless(text if len(text) < 3000 else f"{text[:3000]}...") + "\n")
         sys.stderr.flush()
 
 
 def _reader_is_gone() -> bool:
-    """Whether whatever read standard output has ended, as `head` does; it then leads nowhere from here on."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    except OSError:
+    """Whether whatever read standard output has ended, as `head` does."""
+    if sys.stdout is None:
         return False
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _flushed() -> bool:
+def _flush() -> str | None:
+    """Writes out what is left, so that Python need not at its end. What kept it from that, if anybody should know."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        _say(f"error: standard output cannot be written: {error.strerror}.")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+        return None if isinstance(error, BrokenPipeError) else error.strerror
+    return None
 
 
 def _end_soon() -> None:
@@ -161,7 +179,7 @@ def define_config(text: str, default: str | None = None) -> flags.FlagHolder:
         if any(word.startswith(("-flagfile", "--flagfile")) for word in sys.argv):
             _check_files(sys.argv)
         return config_flags.DEFINE_config_file("config", default, text)
-    except (UserError, flags.Error) as error:
+    except Exception as error:  # of reading --flagfile, or of overrides where there is no config
         _say(f"error: {_explain(error, [], [])}")
         sys.exit(2)
 
@@ -179,12 +197,12 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:
         # absl ends with 1 after it has printed the help that was asked for.
         if any(re.fullmatch(r"--?(help(short|full|xml)?|\?)(=.*)?", word) for word in argv):
-            _reader_is_gone()
+            _flush()
             sys.exit(0)
         _say("error: the config file ended the program instead of returning a configuration.")
         sys.exit(2)
     except BrokenPipeError:
-        _reader_is_gone()
+        _flush()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         _say(f"error: {_explain(error, configs, argv)}")
@@ -228,8 +246,11 @@ def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
             return f"{one.filename}, line {one.lineno}: {one.msg}."
         if (line := _line_in(one.__traceback__, configs)) is not None:
             said = str(one) if isinstance(one, UserError) else f"{type(one).__name__}: {one}"
-            return said if isinstance(one, UserError) else f"{line}: {shown(_plain(said), 500)}"
-    said = shown(_plain(str(error)), 1000)
+            return said if isinstance(one, UserError) else f"{line}: {shown(' '.join(said.split()), 500)}"
+    said = str(error)
+    if "Traceback" in said:  # ml_collections puts one into the text
+        said = f"{type(chain[-1]).__name__}: {chain[-1]}"
+    said = shown(_plain(said), 1000)
     if isinstance(error, UserError | flags.Error):
         return said
     overrides = ", ".join(word for word in argv if word.startswith(("--config.", "-config.")))
@@ -244,4 +265,7 @@ def _line_in(trace: TracebackType | None, files: list[str]) -> str | None:
 
 def _plain(text: str) -> str:
     """Texts of errors are representations of strings, some over several lines: one line for the terminal."""
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
+    text = text.replace("\\n", " ").replace("\\'", "'")
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        text = text[1:-1]
+    return " ".join(text.split())
