@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +25,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import fusion_jax
-from fusion_jax.errors import AGAIN, RunAgain, UserError
+from fusion_jax.errors import AGAIN, RunAgain, UserError, check
 from fusion_jax.files import open_file, shown
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -168,6 +169,13 @@ def out_of_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """UserError, before the work and not behind it, where no file of that name can be written."""
+    there = path if os.path.lexists(path) else os.path.dirname(path) or "."
+    good = os.access(there, os.W_OK) and os.path.isdir(there) == (there != path)
+    check(good, f"--{flag}={path}: give the name of a file in a folder that exists and can be written to.")
 
 
 # ---- Flags and config files.

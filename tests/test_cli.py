@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fusion_jax.cli import check_output
+from fusion_jax.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 COMMAND = """
 import logging, os, signal, sys, threading, time
@@ -133,6 +136,17 @@ def test_names_in_files_cannot_reach_the_terminal():
 def test_paths_that_can_never_work_are_mistakes(path, said):
     _, err = (process := start("open", path)).communicate(timeout=30)
     assert process.returncode == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_where_a_result_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere/x")
+    (tmp_path / "a.json").touch()
+    for path in ("a.json", "b.json", tmp_path / "b.json", os.devnull, "./c"):
+        check_output("output", path)
+    for path in (".", tmp_path, "gone/a.json", "a.json/b", "x" * 300 + "/a", "link"):
+        with pytest.raises(UserError, match="--output="):
+            check_output("output", path)
 
 
 def test_a_fault_of_our_own_keeps_its_traceback():

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from fusion_jax import resume
-from fusion_jax.cli import define_config, run_main
+from fusion_jax.cli import check_output, define_config, run_main
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables
 from fusion_jax.data.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
     if options.stage and options.stage not in names:
         raise UserError(f"There is no stage {options.stage!r}; the config has {', '.join(names)}.")
     if out is not None:
-        _check_writable(out)
+        check_output("out", out)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_from:
             config, tokenizer, _ = resume.start_from(config, Path(config.init_from), scratch)
@@ -82,12 +82,6 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
         out.write_text(inspect_page.page(sections), encoding="utf-8", errors="backslashreplace")
         print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return {"stages": found, "page": str(out) if out else None}
-
-
-def _check_writable(out: Path) -> None:
-    """Before the work, not behind it."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out={out}: give the name of a file in a folder that exists.")
 
 
 if __name__ == "__main__":

@@ -259,6 +259,9 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
             if name in names or not _NAME.fullmatch(name):
                 raise UserError(f"{path}: {where} has no file name of its own: {brief(name)}.")
             names.add(name)
+        # A record takes a byte and more; a count that lies would be drawn from, which takes memory.
+        if shard["records"] > shard["text"]["bytes"]:
+            raise UserError(f"{path}: shard {k} cannot hold {shard['records']} records in its bytes.")
     if counted != total:
         raise UserError(f"{path}: the shards hold {counted} records, the manifest says {total}.")
     if not total:

@@ -302,11 +302,11 @@ def test_out_in_the_image_folder(made, tmp_path):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_says_one_line_and_the_same_command_goes_on(made, tmp_path, workers):
     """The real command with its process group interrupted, as a terminal does it."""
-    records = json.loads((made / "a.json").read_text()) * 500
+    records = json.loads((made / "a.json").read_text()) * 150
     (tmp_path / "b.json").write_text(json.dumps(records))
     out = tmp_path / "out"
     arguments = ["--json_path", tmp_path / "b.json", "--image_folder", made / "images", "--out", out]
-    arguments += ["--records_per_shard", "1000", "--workers", workers]
+    arguments += ["--records_per_shard", "500", "--workers", workers]
     command = [sys.executable, "-m", "fusion_jax.data.convert", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -325,4 +325,4 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(made, tmp_path, worke
             time.sleep(0.05)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert "there already" in done.stdout
-    assert shards.read_manifest(out)["records"] == 20_000
+    assert shards.read_manifest(out)["records"] == 6_000
