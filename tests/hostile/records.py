@@ -20,7 +20,7 @@ from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.files import read_file
 from fusion_jax.synth.tokenizer import train_tokenizer
 
-QUICK = 500
+QUICK = 300
 SECONDS = 20.0  # for one attempt; most take milliseconds
 TURNS = [{"from": "human", "value": "<image>\nHow many cats?"}, {"from": "gpt", "value": "Two cats."}]
 GOOD = {"id": "7", "image": "a.png", "conversations": TURNS}
@@ -385,10 +385,12 @@ def _load(path: Path, images: Path, maker: ExampleMaker) -> str:
         if path.name == "t":
             _use(load_tokenizer(path))
             return "accepted"
-        source = load_source(path, images if random_folder_fits(path) else None)
+        source = load_source(path, images if _names_images(path) else None)
     except UserError as error:
         check_message(error)
         return "refused"
+    if path.suffix in (".json", ".jsonl"):
+        _convert(path, images)
     if len(source) > 10_000:
         source.text(len(source) - 1)
         return "accepted"
@@ -406,7 +408,20 @@ def _load(path: Path, images: Path, maker: ExampleMaker) -> str:
     return "accepted" if good else "refused"
 
 
-def random_folder_fits(path: Path) -> bool:
+def _convert(path: Path, images: Path) -> None:
+    """The same records as shards, whole, or nothing."""
+    out = path.parent / "out"
+    try:
+        convert.convert(path, images, out, max_bad_records=1, progress=False)
+    except UserError as error:
+        check_message(error)
+        assert not out.exists(), sorted(out.iterdir())
+    else:
+        assert convert.check_shards(out, progress=False) == []
+        assert not (out / "partial").exists()
+
+
+def _names_images(path: Path) -> bool:
     return path.suffix in (".json", ".jsonl", ".yaml")
 
 
