@@ -70,7 +70,9 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
         problem = _flush()
         if problem is not None and code == 0:
             _say(f"error: standard output cannot be written: {problem}.")
-            return 1
+            code = 1
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # all is said: Python's own end may take long
+            signal.signal(signal.SIGINT, lambda *_: os._exit(code))
         return code
 
     try:
