@@ -198,7 +198,9 @@ def _check_own(out: Path) -> None:
         # Without a plan, because a machine failed before it was on the disk, only the names can tell.
         inside = [path.name for path in partial.iterdir()]
         ours = all(map(_PROGRESS.fullmatch, inside)) and all(map(_SHARD.fullmatch, set(names) - {_PARTIAL}))
-        if ours and (_PLAN not in inside or _torn(partial / _PLAN, _LOCK in inside)):
+        reports = [partial / name for name in inside if re.fullmatch(r"\d+\.json", name)]
+        begun = _torn(partial / _PLAN, _LOCK in inside) if _PLAN in inside else _LOCK in inside or not inside
+        if ours and begun and all(map(_is_report, reports)):
             return
     raise UserError(f"{out} holds files that are no shards; name a new or empty folder with --out.")
 
@@ -222,6 +224,15 @@ def _torn(path: Path, locked: bool) -> bool:
     except ValueError:
         return locked or data[:1] in (b"", b"{")
     return False
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a shard's report, or torn."""
+    try:
+        said = parse_json(read_file(path))
+    except (OSError, ValueError) as e:
+        return isinstance(e, ValueError)
+    return isinstance(said, dict) and {"number", "skipped", "listed"} <= said.keys()
 
 
 def _complete(plan: Plan) -> dict[str, Any]:
@@ -254,7 +265,7 @@ def _prepare(plan: Plan) -> None:
 def _clear(out: Path, with_shards: bool = False, but: str = "") -> None:
     """Takes away SHARDS/partial, or what conversions wrote there, the plan last; with `with_shards` the shards too."""
     partial = out / _PARTIAL
-    if not partial.is_dir():
+    if not partial.is_dir() or partial.is_symlink():
         return
     ours = [path for path in partial.iterdir() if _PROGRESS.fullmatch(path.name) and path.name != but]
     if with_shards:

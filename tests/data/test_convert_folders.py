@@ -74,6 +74,11 @@ def write_user_files(out, name):
     elif name == "a plan of another program":
         (partial / "plan.json").write_text('{"format": "house", "rooms": 4}')
         (partial / "lock").write_text("")
+    elif name == "numbered files":
+        (partial / "00001.json").write_text('{"boxes": []}')
+    elif name == "numbered files and a lock":
+        (partial / "00001.json").write_text('{"boxes": []}')
+        (partial / "lock").write_text("")
     elif name == "a plan in words":
         (partial / "plan.json").write_text("buy milk")
     elif name == "a folder inside":
@@ -98,6 +103,8 @@ def write_user_files(out, name):
         "notes and a lock",
         "a plan of another program",
         "a plan in words",
+        "numbered files",
+        "numbered files and a lock",
         "a folder inside",
         "files beside",
         "a link",
@@ -121,6 +128,15 @@ def test_a_folder_named_partial_beside_complete_shards_stays(made, tmp_path):
     before = contents(out)
     run(made, out)
     assert contents(out) == before
+
+
+def test_a_link_beside_complete_shards_is_not_followed(made, tmp_path, monkeypatch):
+    interrupt(made, tmp_path / "another", monkeypatch)
+    run(made, tmp_path / "out")
+    (tmp_path / "out" / "partial").symlink_to(tmp_path / "another" / "partial")
+    before = contents(tmp_path)
+    run(made, tmp_path / "out")
+    assert contents(tmp_path) == before
 
 
 def test_files_put_into_the_folder_meanwhile_stay(made, tmp_path, monkeypatch):
