@@ -38,7 +38,7 @@ from absl import flags
 from PIL import Image, UnidentifiedImageError
 
 from fusion_jax.cli import out_of_ctrl_c, run_main
-from fusion_jax.data import json_file, shards, sources
+from fusion_jax.data import shards, sources
 from fusion_jax.data.image import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE
 from fusion_jax.errors import BadRecord, UserError, check
 from fusion_jax.files import brief, parse_json, read_file
@@ -131,7 +131,7 @@ def convert(
         check(value is None or value > 0, f"--{name} must be above 0, not {value}.")
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
 
-    spans = json_file.scan_json(json_path)
+    spans = sources.scan_json(json_path)
     source = {
         "file": json_path.name,
         "bytes": json_path.stat().st_size,
@@ -375,7 +375,7 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
       advance: told how many more records have been looked at.
     """
     plan, k, spans = task
-    data = json_file.DataFile(plan.json_path)
+    data = sources.DataFile(plan.json_path)
     root = None if plan.settings["allow_outside"] else os.path.realpath(plan.image_folder)
     names = {kind: plan.name(kind, k) for kind in ("shard", "text")}
     parts = {kind: plan.out / _PARTIAL / f"{name}.{os.getpid()}.tmp" for kind, name in names.items()}
@@ -419,11 +419,11 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
 
 
 def _read_record(
-    plan: Plan, data: json_file.DataFile, span: np.ndarray, number: int, root: str | None
+    plan: Plan, data: sources.DataFile, span: np.ndarray, number: int, root: str | None
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    record = json_file.read_record(data, span, where)
+    record = sources.read_record(data, span, where)
     name, turns, names, where = sources.check_record(record, number, where)
     files, about = [], []
     for image in names:

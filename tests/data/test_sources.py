@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import json_file
+from fusion_jax.data import sources
 from fusion_jax.data.sources import load_mixture, load_records, load_source
 from fusion_jax.errors import BadRecord, UserError
 
@@ -35,7 +35,7 @@ def ids(source):
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_list(tmp_path, monkeypatch, chunk, style):
     """Whatever the layout and wherever the reading window ends."""
-    monkeypatch.setattr(json_file, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     source = load_source(write(tmp_path / "a.json", make(12), **style))
     assert len(source) == 12
     assert ids(source) == [f"r{k}" for k in range(12)]
@@ -237,7 +237,7 @@ def test_a_file_changed_after_opening_is_named(tmp_path):
 
 
 def test_numbers_are_read_to_their_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_file, "_CHUNK", 1)
+    monkeypatch.setattr(sources, "_CHUNK", 1)
     assert len(load_source(write(tmp_path / "a.json", [12, 345]))) == 2
 
 

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from fusion_jax import files
-from fusion_jax.data import json_file, shards
+from fusion_jax.data import shards, sources
 from fusion_jax.data.sources import load_records, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -30,7 +30,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("chunk", [50, 1 << 22])
 def test_one_record_that_cannot_be_parsed_is_a_bad_record(tmp_path, monkeypatch, bad, chunk):
-    monkeypatch.setattr(json_file, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     (tmp_path / "a.json").write_text(f"[{GOOD}, {bad},\n {GOOD}]")
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{bad}\n{GOOD}\n")
     for name in ("a.json", "a.jsonl"):
@@ -57,8 +57,8 @@ def test_a_list_that_never_closes_is_invalid(tmp_path):
 
 
 def test_a_record_that_is_too_long_is_never_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_file, "_MAX_RECORD", 500)
-    monkeypatch.setattr(json_file, "_CHUNK", 100)
+    monkeypatch.setattr(sources, "_MAX_RECORD", 500)
+    monkeypatch.setattr(sources, "_CHUNK", 100)
     long = json.dumps({"id": "long", "conversations": [{"from": "human", "value": "x" * 5000}]})
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{long}\n{GOOD}\n{long}")
     source = load_source(tmp_path / "a.jsonl")
