@@ -13,6 +13,11 @@ def ended_early(*_) -> None:
     os._exit(130)
 
 
-# Python calls a command `-m` for as long as it looks for it, which is when this file is read.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# Python calls a command `-m` for as long as it looks for it, which is when this file is read: of this package's
+# commands, not of another program's that imports it.
+if (
+    sys.argv[:1] == ["-m"]
+    and any(word.removeprefix("-m").startswith("fusion_jax.") for word in sys.orig_argv)
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, ended_early)

@@ -231,7 +231,8 @@ def _check_files(argv: list[str]) -> list[str]:
             try:
                 open_file(path).close()
             except OSError as error:
-                raise UserError(f"Cannot read the --{match[1]} file {shown(path)}: {error.strerror}.") from error
+                what = "load the config file:" if match[1] == "config" else "read the --flagfile"
+                raise UserError(f"Cannot {what} {shown(path)}: {error.strerror}.") from error
             paths.append(path)
     return paths
 

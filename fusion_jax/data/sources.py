@@ -236,7 +236,7 @@ def load_source(
         return load_mixture(path, seed, image_folder, allow_outside=allow_outside)
     if path.suffix in (".json", ".jsonl"):
         return RecordSource([_open_json(path, image_folder, "all", seed, text, allow_outside)])
-    if path.is_dir():
+    if _is_folder(path):
         return RecordSource([_open_stored(text, shards.Shards(text), "all", seed, text)])
     raise UserError(
         f"Cannot tell what {path} is: it is no folder of shards, and data files end in .json, .jsonl, .yaml or .yml."

@@ -9,6 +9,7 @@ The two are appended after the folder's last id unless the folder already has th
 """
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -265,7 +266,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       UserError: the folder or its files are missing or unreadable.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if "\0" in str(folder) or not os.path.isdir(folder):
         raise UserError(f"There is no tokenizer folder {folder}: it must hold tokenizer.model or tokenizer.json.")
     folder = folder.resolve()
     try:

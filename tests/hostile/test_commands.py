@@ -26,7 +26,7 @@ def test_help_is_printed_and_ends_with_0(server, module):
 
 
 MISTAKES = [
-    (["--config=nowhere.py"], "Cannot read the --config file nowhere.py: No such file"),
+    (["--config=nowhere.py"], "Cannot load the config file: nowhere.py: No such file"),
     (["--config=folder"], "folder: Is a directory"),
     (["--config=pipe"], "pipe: it is a pipe"),
     (["--config=/dev/zero"], "it is a pipe, a device"),
@@ -50,8 +50,8 @@ MISTAKES = [
     (["--config=good.py", "--config.nothing=1"], "nothing"),
     (["--config.seed=1", "--config=good.py"], "config"),
     (["--config"], "config"),
-    (["--flagfile=pipe"], "Cannot read the --flagfile file pipe"),
-    (["--flagfile=gone"], "Cannot read the --flagfile file gone"),
+    (["--flagfile=pipe"], "Cannot read the --flagfile pipe"),
+    (["--flagfile=gone"], "Cannot read the --flagfile gone"),
     (["\udcff"], "error: "),
 ]
 
