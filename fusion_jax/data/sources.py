@@ -470,7 +470,7 @@ def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
                 start, line = start + len(_BOM), line[len(_BOM) :]
             if line.strip():
                 try:
-                    _DECODER.decode(line.decode())
+                    _DECODER.decode(line.decode("utf-8-sig"))  # files put together have more than one mark
                 except RecursionError:
                     pass  # a bad record, as reading it will say
                 except ValueError as e:
@@ -594,7 +594,8 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
 
     Raises:
       BadRecord: an object names a key twice (duplicate_key), too many bytes (too_large), or what `files.parse_json`
-        refuses, as where the file has changed since it was opened (unreadable_json).
+        refuses (unreadable_json).
+      UserError: the file has changed since it was opened.
     """
     if span[1] - span[0] > _MAX_RECORD:
         raise BadRecord("too_large", where, f"the record has {span[1] - span[0]} bytes, over {_MAX_RECORD}")
@@ -603,8 +604,8 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
         return parse_json(data, shards.unique)
     except shards.DuplicateKey as e:
         raise BadRecord("duplicate_key", where, f"{e}") from e
-    except json.JSONDecodeError as e:  # it was valid when the file was opened
-        raise BadRecord("unreadable_json", where, "no longer valid JSON: the file changed after it was opened") from e
+    except json.JSONDecodeError as e:  # it was valid then: where others lie is not known any more either
+        raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable_json", where, f"{e}") from e
 

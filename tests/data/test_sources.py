@@ -52,7 +52,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     source = load_source(path)
     assert source[999].id == "r999"
     path.write_text("[]")
-    with pytest.raises(BadRecord, match=r"a.json, record 999: no longer valid JSON: the file changed"):
+    with pytest.raises(UserError, match=r"a.json, record 999 is no longer valid JSON: the file changed"):
         source[999]
 
 
@@ -232,7 +232,7 @@ def test_a_file_changed_after_opening_is_named(tmp_path):
     path = write(tmp_path / "a.json", make(2))
     source = load_source(path)
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(BadRecord, match=r"a\.json.*changed"):
+    with pytest.raises(UserError, match=r"a\.json.*changed"):
         source[0]
 
 

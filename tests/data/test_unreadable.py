@@ -228,3 +228,8 @@ def test_lengths_that_lie_take_no_memory():
     for text in (DEEP, "[]", "{}", '{"images": {}}', '{"images": [], "number": %s}' % ("9" * 30), '{"images": [5]}'):
         with pytest.raises(ValueError):
             shards.parse_header(text.encode())
+
+
+def test_a_byte_order_mark_in_the_middle_of_lines_put_together(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{GOOD}\n\ufeff{GOOD}\n", encoding="utf-8")
+    assert [record.id for record in load_source(tmp_path / "a.jsonl")] == ["good", "good"]
