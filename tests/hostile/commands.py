@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-QUICK = 40
+QUICK = 25
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0  # for one command; most take a tenth of a second
 COMMANDS = {
