@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from fusion_jax import checkpoint, flops, generate, optim, sharding, state, train_step, watch
+from fusion_jax.cli import check_config, define_config, run_main
 from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
@@ -41,7 +41,7 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.planning import typical
 from fusion_jax.sampling import Sampling
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark_cpu.py", "benchmark configuration")
+_CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py")
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
 _DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
 _LATENTS = flags.DEFINE_integer("latents", None, "step of a run's configuration: l^2; by default the largest")
@@ -250,6 +250,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"benchmark": "input", **input_benchmark.measure(_WORKERS.value, _DECODE.value)}))
         return
     config = _CONFIG.value
+    check_config(config)
     if argv[1] != "step" and "stages" in config:
         raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
     measure = {
@@ -263,6 +264,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fusion_jax.cli import run_main
-
     run_main(main)

@@ -159,6 +159,7 @@ class RunConfig:
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
             check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        check(0 <= self.seed < 1 << 32, f"config.seed={self.seed} must be at least 0 and below 2^32.")
         for name in ("checkpoint_minutes", "keep_every", "hang_minutes"):
             check(getattr(self, name) >= 0, f"config.{name}={getattr(self, name)} must not be negative.")
         check(

@@ -17,10 +17,9 @@ import tempfile
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 from packaging.requirements import Requirement
 
-from fusion_jax.cli import run_main
+from fusion_jax.cli import define_config, run_main
 from fusion_jax.device_check import GIB, ROOT, Fact, Findings, Problem, ask_devices, check_devices
 from fusion_jax.errors import UserError
 
@@ -360,7 +359,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "run configuration to look at as well", lock_config=True)
+    define_config("run configuration to look at as well")
     flags.DEFINE_string("workdir", None, "folder that training would write to")
     flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
     flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")

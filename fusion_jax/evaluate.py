@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax import checkpoint
-from fusion_jax.cli import run_main
+from fusion_jax.cli import check_output, run_main
 from fusion_jax.errors import check
 from fusion_jax.evals import judge, predictions, report
 from fusion_jax.evals.registry import TASKS, find_tasks
@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     check(_ROWS.value >= 1, f"--batch_size={_ROWS.value} must be at least 1.")
     check(0 <= index < count, f"--process_index={index} must be at least 0 and below --process_count={count}.")
     check(count == 1 or bool(_OUTPUT_DIR.value), "Processes that share the work need one --output_dir for all.")
+    if _OUTPUT.value:
+        check_output("output", _OUTPUT.value)
     grader = judge.from_environment()
     step_folder = checkpoint.find(_CHECKPOINT.value)
     header = {"checkpoint": predictions.fingerprint(step_folder), "folder": str(step_folder)}
@@ -113,4 +115,4 @@ def _show(asked: Sequence[Prediction], count: int) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, goes_on=lambda: bool(_OUTPUT_DIR.value))

@@ -15,15 +15,15 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import flags
-from ml_collections import config_flags
 
+from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.models.remat import POLICIES
 from fusion_jax.planning import program, report, search
 from fusion_jax.planning.chips import Topology
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration, one of configs/")
+_CONFIG = define_config("run configuration, one of configs/")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "generation:shape, such as v5p:4x4x8")
 _SLICES = flags.DEFINE_integer("slices", 1, "slices of that shape, joined by the data centre's network")
 _MESH = flags.DEFINE_string("mesh", "", "axis=size,... instead of the config's, such as fsdp=64,tensor=2")
@@ -61,6 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fusion_jax.cli import run_main
-
     run_main(main)

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from fusion_jax.cli import run_main
+from fusion_jax.cli import define_config, run_main
 from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import blocks, engine, filters
@@ -112,8 +111,8 @@ def _tell(out: Path, counts: dict, books: dict, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "synthesis configuration", lock_config=True)
+    define_config("synthesis configuration")
     flags.DEFINE_string("out", None, "folder of the run: new, empty, or one that this config began")
     flags.DEFINE_list("stages", [], f"which of {', '.join(('pool', *STAGES, *LAST))}; default: all")
     flags.DEFINE_bool("retry_failed", False, "try again what a failing endpoint dropped")
-    run_main(main)
+    run_main(main, goes_on=lambda: True)

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
 
 from fusion_jax import (
     checkpoint,
@@ -35,7 +34,7 @@ from fusion_jax import (
     train_step,
     watch,
 )
-from fusion_jax.cli import run_main
+from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +45,7 @@ from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "run configuration", lock_config=True)
+_CONFIG = define_config("run configuration")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST: trace these steps of a stage for XProf")
 # Only where no cluster (TPU, SLURM, Open MPI) says it.

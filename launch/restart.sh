@@ -4,13 +4,17 @@ usage() {
   cat <<'TEXT'
 bash launch/restart.sh [options] -- COMMAND ...
 
-Runs COMMAND; when it ends with an exit code that means "run me again" it is started once more, and otherwise this script
-ends with COMMAND's exit code. Training ends with 75 after it has saved on SIGTERM or on a notice of preemption.
+Runs COMMAND; when it ends with an exit code that means "run me again" it is started once more. Training ends with 75 after
+it has saved on SIGTERM or on a notice of preemption. A failure (exit code 1, or above 128: killed by a signal, as for
+memory) is tried again a few times. In every other case (2 is a mistake that somebody has to correct) this script ends with
+COMMAND's exit code.
 
   --codes LIST        exit codes that mean "run me again" (default: 75)
   --fast SECONDS      a run shorter than this did no work (default: 60)
   --max_fast N        so many fast runs in a row end it, with exit code 1 (default: 3)
-  --pause SECONDS     wait before a new run (default: 5)
+  --pause SECONDS     wait before a new run (default: 5); twice, four times, ... as long after failures in a row
+  --retries N         so many failures in a row are tried again (default: 3)
+  --long SECONDS      a run of at least this length got on: failures before it no longer count (default: 3600)
   --pid_file FILE     the process id of this script, removed at its end
   --dry_run           print what would be run
 
@@ -20,16 +24,17 @@ TEXT
 }
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-codes=75 fast=60 max_fast=3 pause=5 pid_file=
-options "--codes --fast --max_fast --pause --pid_file" "" "$@"
+codes=75 fast=60 max_fast=3 pause=5 retries=3 long=3600 pid_file=
+options "--codes --fast --max_fast --pause --retries --long --pid_file" "" "$@"
 [ ${#REST[@]} -eq 0 ] || die "unexpected argument '${REST[0]}'; the command stands behind --."
 [ ${#AFTER[@]} -gt 0 ] || die "no command; give it behind --, for example: restart.sh -- python -m fusion_jax.train ..."
 [[ $codes =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--codes must be exit codes with commas between, got '$codes'."
-for name in fast max_fast pause; do number "--$name" "${!name}"; done
+for name in fast max_fast pause retries long; do number "--$name" "${!name}"; done
 
 if [ -n "${DRY_RUN:-}" ]; then
   shown "${AFTER[@]}"
   echo "# again on exit code $codes, ${pause} s later; ended by $max_fast runs in a row shorter than $fast s"
+  echo "# again on exit code 1 or above 128 (not 130), at most $retries times in a row"
   exit 0
 fi
 
@@ -48,7 +53,10 @@ if [ -n "$pid_file" ]; then
   trap 'rm -f "$pid_file"' EXIT
 fi
 
-fast_runs=0
+# Whether an exit code is a failure that another run may not have. 130 is Ctrl-C, which somebody meant.
+failed() { (($1 == 1 || ($1 > 128 && $1 != 130))); }
+
+fast_runs=0 failures=0
 while :; do
   started=$SECONDS
   "${AFTER[@]}" &
@@ -61,17 +69,28 @@ while :; do
     [ -n "$interrupted" ] || break
   done
   child=
-  [[ ",$codes," == *",$code,"* ]] || exit "$code"
+  took=$((SECONDS - started)) wait_for=$pause
   [ -z "$stopped" ] || exit "$code"
-  took=$((SECONDS - started))
-  if ((took < fast)); then fast_runs=$((fast_runs + 1)); else fast_runs=0; fi
-  if ((fast_runs >= max_fast)); then
-    echo "restart: $fast_runs runs in a row ended with exit code $code in under $fast s; giving up." >&2
-    exit 1
+  if [[ ",$codes," == *",$code,"* ]]; then
+    if ((took < fast)); then fast_runs=$((fast_runs + 1)); else fast_runs=0 failures=0; fi
+    if ((fast_runs >= max_fast)); then
+      echo "restart: $fast_runs runs in a row ended with exit code $code in under $fast s; giving up." >&2
+      exit 1
+    fi
+  elif failed "$code"; then
+    if ((took >= long)); then failures=0; fi
+    failures=$((failures + 1)) fast_runs=0
+    if ((failures > retries)); then
+      echo "restart: exit code $code after $took s, failure $failures in a row; giving up." >&2
+      exit "$code"
+    fi
+    wait_for=$((pause << failures))
+  else
+    exit "$code"
   fi
-  echo "restart: exit code $code after $took s; again in $pause s" >&2
+  echo "restart: exit code $code after $took s; again in $wait_for s" >&2
   # A second at a time: bash sees to a signal only once the command that runs has ended.
-  for ((waited = 0; waited < pause; waited++)); do
+  for ((waited = 0; waited < wait_for; waited++)); do
     [ -z "$stopped" ] || exit "$code"
     sleep 1
   done

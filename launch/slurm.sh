@@ -14,7 +14,8 @@ bash launch/slurm.sh --nodes N [options] [--dry_run] -- --config FILE --workdir 
   --grace SECONDS      SIGTERM comes so long before the limit (default: 120)
 
 Data, --workdir and the checkout must lie on a file system that all nodes share. The job is put back into the queue when training
-asks for it (exit code 75), by SLURM when a node fails or it is preempted, and stays ended in every other case.
+asks for it (exit code 75), up to three times in a row when it fails (exit code 1, or above 128: killed), by SLURM when a node
+fails or it is preempted, and stays ended in every other case.
 
 A .sqsh file:  docker build --file launch/Dockerfile --build-arg EXTRA=gpu --tag fusion_jax:gpu . &&
                enroot import --output fusion_jax.sqsh dockerd://fusion_jax:gpu

@@ -32,9 +32,22 @@ done
 
 took=$((SECONDS - started))
 echo "training ended with exit code $code after $took s"
-[ "$code" -eq 75 ] || exit "$code"
-if ((took < 60)); then
-  echo "error: it asked to be run again within a minute of its start, so it did no work; not put back into the queue." >&2
-  exit 1
+failures=runs/slurm/failures-$SLURM_JOB_ID # in a row: a file, because every run of the job is a new process
+if [ "$code" -eq 75 ]; then
+  if ((took < 60)); then
+    echo "error: it asked to be run again within a minute of its start, so it did no work; not put back into the queue." >&2
+    exit 1
+  fi
+  rm -f "$failures"
+elif ((code == 1 || (code > 128 && code != 130))); then # as launch/restart.sh does
+  count=0
+  if ((took < 3600)) && [ -e "$failures" ]; then count=$(cat "$failures"); fi
+  if ((count >= 3)); then
+    echo "error: it failed, as it did the last $count times; not put back into the queue." >&2
+    exit "$code"
+  fi
+  mkdir -p runs/slurm && echo $((count + 1)) >"$failures" || exit "$code" # uncounted, it might go on for ever
+else
+  exit "$code"
 fi
 scontrol requeue "$SLURM_JOB_ID"

@@ -7,6 +7,9 @@ Shard k holds what is usable of the records k*M to (k+1)*M of the file, so shard
 processes, and always the same way. Until all are there, SHARDS/partial holds the plan and a report of each finished
 shard: killed at any moment, the same command goes on and ends with the very bytes of an undisturbed run. The manifest
 comes last. Records that cannot be used are left out and counted by reason in the manifest, which lists the first 1000.
+
+SHARDS is new, empty, or left by such a run: any other folder is refused, and no file is removed that a conversion did
+not write. A run that ends over a mistake (too many records that cannot be used, for example) leaves nothing behind.
 """
 
 import contextlib
@@ -18,8 +21,7 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
-import signal
+import re
 import stat
 import sys
 import time
@@ -35,18 +37,27 @@ import tqdm
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
-from fusion_jax.cli import run_main
+from fusion_jax.cli import out_of_ctrl_c, run_main
 from fusion_jax.data import shards, sources
 from fusion_jax.data.image import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE
 from fusion_jax.errors import BadRecord, UserError, check
+from fusion_jax.files import brief, parse_json, read_file
 
 log = logging.getLogger("fusion_jax")
 
 RECORDS_PER_SHARD = 16384
 LISTED = 1000  # skipped records that the manifest names; the rest is counted
 _PARTIAL = "partial"
+_PLAN, _LOCK = "plan.json", "lock"
+# The names of all files that a conversion writes into SHARDS/partial, and into SHARDS before the manifest.
+_PROGRESS = re.compile(rf"{_LOCK}|({_PLAN}|{shards.MANIFEST}|\d{{5,}}\.json)(\.\d+\.tmp)?|.+\.array_record\.\d+\.tmp")
+_SHARD = re.compile(r"(shard|text)-\d{5,}-of-\d{5,}\.array_record")
 _NO_IMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 _ENOUGH = 1000  # records to have seen before too many bad ones stop a conversion early
+
+
+class Unusable(UserError):
+    """Too few records can be used. What was made of them is taken away, so that the corrected command starts anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +85,10 @@ class Plan:
 
     def report(self, k: int) -> Path:
         return self.out / _PARTIAL / f"{k:05d}.json"
+
+    @property
+    def file(self) -> Path:
+        return self.out / _PARTIAL / _PLAN
 
     def said(self) -> dict[str, Any]:
         """What a run that goes on must find unchanged."""
@@ -104,7 +119,8 @@ def convert(
       max_bad_records: stop once a larger share cannot be used.
 
     Raises:
-      UserError: unusable arguments or files, a folder with something else, too many bad records, a full disk.
+      UserError: unusable arguments or files, a folder with something else, a full disk.
+      Unusable: too many bad records.
     """
     json_path, out = Path(json_path).absolute(), Path(out).absolute()
     folder = json_path.parent if image_folder is None else Path(image_folder).absolute()
@@ -125,28 +141,98 @@ def convert(
     per_shard = -(-len(spans) // shard_count) if shard_count else records_per_shard or RECORDS_PER_SHARD
     settings = {"records_per_shard": per_shard, "allow_outside": allow_outside, "max_pixels": MAX_PIXELS}
     plan = Plan(json_path, folder, out, source, settings)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
         if (out / shards.MANIFEST).exists():
             return _complete(plan)
         with _lock(out):
+            if (out / shards.MANIFEST).exists():  # another process was faster
+                return _complete(plan)
             _prepare(plan)
-            return _write(plan, spans, workers, max_bad_records, progress)
+            try:
+                return _write(plan, spans, workers, max_bad_records, progress)
+            except BaseException as e:
+                if isinstance(e, Unusable) or all(_finished(plan, k) is None for k in range(plan.shards)):
+                    _clear(out, with_shards=True)  # there is nothing to go on with
+                raise
     except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's, of a full disk for example
         raise UserError(f"Cannot go on in {out}: {e}; the same command continues from here.") from e
+    finally:
+        with contextlib.suppress(OSError):  # not empty, as a rule
+            for folder in new:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
-    if out.exists() and any(out.iterdir()) and not (out / _PARTIAL).is_dir():
-        raise UserError(f"{out} holds files that are no shards; name a new or empty folder with --out.")
-    (out / _PARTIAL).mkdir(parents=True, exist_ok=True)
-    with open(out / _PARTIAL / "lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"Another process is converting into {out}.") from e
+    """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens.
+
+    Raises:
+      UserError: another run is at work there, or the folder holds what no conversion has left.
+    """
+    partial = out / _PARTIAL
+    check(not out.is_symlink() or out.exists(), f"{out} is a link to nothing; name a folder with --out.")
+    _check_own(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(descriptor), os.stat(partial / _LOCK))
+    except (BlockingIOError, FileNotFoundError):  # the latter: one that has just ended took the lock's file away
+        mine = False
+    try:
+        check(mine, f"Another process is converting into {out}.")
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_own(out: Path) -> None:
+    """UserError unless the folder is new, empty, or left by an unfinished conversion, as far as can be seen."""
+    if not out.exists() or not (names := [path.name for path in out.iterdir()]):
+        return
+    partial = out / _PARTIAL
+    if partial.is_dir() and not partial.is_symlink():
+        if _read_plan(out) is not None:
+            return
+        # Without a plan, because a machine failed before it was on the disk, only the names can tell.
+        inside = [path.name for path in partial.iterdir()]
+        ours = all(map(_PROGRESS.fullmatch, inside)) and all(map(_SHARD.fullmatch, set(names) - {_PARTIAL}))
+        reports = [partial / name for name in inside if re.fullmatch(r"\d+\.json", name)]
+        begun = _torn(partial / _PLAN, _LOCK in inside) if _PLAN in inside else _LOCK in inside or not inside
+        if ours and begun and all(map(_is_report, reports)):
+            return
+    raise UserError(f"{out} holds files that are no shards; name a new or empty folder with --out.")
+
+
+def _read_plan(out: Path) -> dict[str, Any] | None:
+    """What an unfinished conversion said about itself; None where no such thing can be read."""
+    try:
+        said = parse_json(read_file(out / _PARTIAL / _PLAN, 1 << 20))
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) and said.get("format") == shards.FORMAT else None
+
+
+def _torn(path: Path, locked: bool) -> bool:
+    """Whether this may be what a machine that failed left of a plan: no JSON, and beside our lock, empty, or begun."""
+    try:
+        data = read_file(path, 1 << 20).strip(b"\0 \n")
+        parse_json(data)
+    except OSError:
+        return False
+    except ValueError:
+        return locked or data[:1] in (b"", b"{")
+    return False
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a shard's report, or torn."""
+    try:
+        said = parse_json(read_file(path))
+    except (OSError, ValueError) as e:
+        return isinstance(e, ValueError)
+    return isinstance(said, dict) and {"number", "skipped", "listed"} <= said.keys()
 
 
 def _complete(plan: Plan) -> dict[str, Any]:
@@ -154,26 +240,48 @@ def _complete(plan: Plan) -> dict[str, Any]:
     manifest = shards.read_manifest(plan.out)
     _check_same({key: manifest.get(key) for key in plan.said()}, plan)
     shards.check_files(plan.out, manifest)
-    shutil.rmtree(plan.out / _PARTIAL, ignore_errors=True)
+    if _read_plan(plan.out) is not None:
+        _clear(plan.out)
+    with contextlib.suppress(OSError):
+        (plan.out / _PARTIAL).rmdir()
     log.info("%s is complete already", plan.out)
     return manifest
 
 
 def _prepare(plan: Plan) -> None:
     """Checks that what an unfinished run left is of this plan, and takes away what it had half written."""
-    told = plan.out / _PARTIAL / "plan.json"
-    if told.exists():
-        _check_same(json.loads(told.read_bytes()), plan)
+    said = _read_plan(plan.out)
+    if said is not None:
+        _check_same(said, plan)
+    elif any(path.name != _LOCK for path in (plan.out / _PARTIAL).iterdir()):
+        log.warning("%s: the plan of an earlier run cannot be read; starting anew", plan.file)
+        _clear(plan.out, with_shards=True, but=_LOCK)
     for left in (plan.out / _PARTIAL).glob("*.tmp"):
-        left.unlink()
-    _write_json(plan.out, told, plan.said())
+        if _PROGRESS.fullmatch(left.name):
+            left.unlink()
+    _write_json(plan.out, plan.file, plan.said())
+
+
+def _clear(out: Path, with_shards: bool = False, but: str = "") -> None:
+    """Takes away SHARDS/partial, or what conversions wrote there, the plan last; with `with_shards` the shards too."""
+    partial = out / _PARTIAL
+    if not partial.is_dir() or partial.is_symlink():
+        return
+    ours = [path for path in partial.iterdir() if _PROGRESS.fullmatch(path.name) and path.name != but]
+    if with_shards:
+        ours += [path for path in out.iterdir() if _SHARD.fullmatch(path.name)]
+    for path in sorted(ours, key=lambda path: (path.name == _PLAN, path.name == _LOCK)):
+        with contextlib.suppress(IsADirectoryError):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # files of somebody else lie there
+        partial.rmdir()
 
 
 def _check_same(found: dict[str, Any], plan: Plan) -> None:
     for key, value in plan.said().items():
         if found.get(key) != value:
             raise UserError(
-                f"{plan.out} holds shards made otherwise ({key} {found.get(key)!r}, now {value!r}); "
+                f"{plan.out} holds shards made otherwise ({key} {brief(found.get(key))}, now {value!r}); "
                 "name another folder with --out, or delete this one."
             )
 
@@ -185,8 +293,11 @@ def _write(plan: Plan, spans: np.ndarray, workers: int, max_bad: float, progress
     size = plan.settings["records_per_shard"]
     tasks = ((plan, k, spans[k * size : (k + 1) * size]) for k in range(plan.shards) if k not in reports)
     seen = sum(min(size, len(spans) - k * size) for k in reports)
-    with _bar(len(spans), seen, "converting", progress) as bar:
-        for report in _parallel(write_shard, tasks, workers, bar.update):
+    with (
+        _bar(len(spans), seen, "converting", progress) as bar,
+        contextlib.closing(_parallel(write_shard, tasks, workers, bar.update)) as done,
+    ):
+        for report in done:
             reports[report["number"]] = report
             _check_bad(reports.values(), max_bad, _ENOUGH)
     _check_bad(reports.values(), max_bad, 1)
@@ -209,9 +320,9 @@ def _write(plan: Plan, spans: np.ndarray, workers: int, max_bad: float, progress
         ],
     }
     if not manifest["records"]:
-        raise UserError(f"None of the {len(spans)} records can be used: {listed[0]['detail']}.")
+        raise Unusable(f"None of the {len(spans)} records can be used: {listed[0]['detail']}.")
     _write_json(plan.out, plan.out / shards.MANIFEST, manifest)
-    shutil.rmtree(plan.out / _PARTIAL)
+    _clear(plan.out)
     return manifest
 
 
@@ -221,7 +332,7 @@ def _check_bad(reports: Iterable[dict[str, Any]], allowed: float, enough: int) -
     seen = bad + sum(report["records"] for report in reports)
     if seen >= enough and bad > allowed * seen:
         first = next(report["listed"][0] for report in reports if report["listed"])
-        raise UserError(
+        raise Unusable(
             f"{bad} of {seen} records cannot be used, more than --max_bad_records={allowed:g} allows; "
             f"one is record {first['record']}: {first['detail']}."
         )
@@ -230,21 +341,29 @@ def _check_bad(reports: Iterable[dict[str, Any]], allowed: float, enough: int) -
 def _finished(plan: Plan, k: int) -> dict[str, Any] | None:
     """The report of a shard that an earlier run completed; None if it must be made (again)."""
     try:
-        report = json.loads(plan.report(k).read_bytes())
+        report = parse_json(read_file(plan.report(k)))
         files = [report["shard"], report["text"]] if report["records"] else []
-        if all((plan.out / file["name"]).stat().st_size == file["bytes"] for file in files):
+        whole = all((plan.out / file["name"]).stat().st_size == file["bytes"] for file in files)
+        sums = [report[key] for key in ("records", "images", "image_bytes")]
+        counts = [*sums, *report["skipped"].values(), *(one["record"] for one in report["listed"])]
+        whole = whole and report["number"] == k and all(type(count) is int for count in counts)
+        # Images that were missed in another folder may be in this one.
+        missed = report["skipped"].keys() & {"missing_image", "image_outside_folder"}
+        if whole and (not missed or report.get("image_folder") == str(plan.image_folder)):
             return report
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
 
 
 def _write_json(out: Path, path: Path, value: Any) -> None:
-    """Whole or not at all, unless the machine itself fails: shards are on the disk by then, and this can be redone."""
+    """Whole or not at all."""
     part = out / _PARTIAL / f"{path.name}.{os.getpid()}.tmp"
     with open(part, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
         f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(part, path)
 
 
@@ -281,7 +400,7 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
             image_bytes += sum(map(len, files))
         advance(1)
     report = {"number": k, "records": records, "images": images, "image_bytes": image_bytes}
-    report |= {"skipped": dict(sorted(skipped.items())), "listed": listed}
+    report |= {"skipped": dict(sorted(skipped.items())), "listed": listed, "image_folder": str(plan.image_folder)}
     for kind, writer in writers.items():
         writer.close()
         if not records:
@@ -304,7 +423,7 @@ def _read_record(
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    record = sources.parse_json(data.read(span), where)
+    record = sources.read_record(data, span, where)
     name, turns, names, where = sources.check_record(record, number, where)
     files, about = [], []
     for image in names:
@@ -372,6 +491,8 @@ def check_shard(task: tuple[Path, dict[str, Any]], advance: Callable[[int], None
         elif (found := shards.hash_file(path)) != file["sha256"]:
             problems.append(f"{path} has the hash {found}, the manifest says {file['sha256']}")
     path = out / shard["shard"]["name"]
+    if not all((out / shard[kind]["name"]).is_file() for kind in ("shard", "text")):
+        return problems
     try:
         whole, text = (shards.open_reader(out / shard[kind]["name"]) for kind in ("shard", "text"))
         counts = whole.num_records(), text.num_records()
@@ -403,8 +524,13 @@ def _parallel(
     workers: int,
     advance: Callable[[int], None],
 ) -> Iterator[Any]:
-    """What `function` makes of each task, in the order in which they finish. UserError if it raises one, or a process
-    dies. No process outlives this one by more than a record, even if this one is killed."""
+    """What `function` makes of each task, in the order in which they finish. No process outlives this one by more than
+    a record, even if this one is killed.
+
+    Raises:
+      UserError: a process died, or as `function` does.
+      OSError: as `function` does, also for its ValueError and RuntimeError.
+    """
     tasks = iter(tasks)
     if workers == 1:
         yield from (function(task, advance) for task in tasks)
@@ -415,7 +541,8 @@ def _parallel(
         for _, task in zip(range(workers), tasks):  # in this order: zip takes no task too many
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(function, theirs, os.getpid()), daemon=True)
-            process.start()
+            with out_of_ctrl_c():
+                process.start()
             theirs.close()
             mine.send(task)
             running[mine] = process
@@ -429,7 +556,7 @@ def _parallel(
                     advance(value)
                     continue
                 if kind == "error":
-                    raise UserError(value)
+                    raise value
                 if (task := next(tasks, None)) is None:
                     pipe.close()
                     running.pop(pipe).join()
@@ -443,8 +570,6 @@ def _parallel(
 
 
 def _serve(function: Callable[[Any, Callable[[int], None]], Any], pipe: connection.Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers itself
-
     waiting, sent = 0, time.monotonic()
 
     def advance(count: int) -> None:
@@ -459,10 +584,12 @@ def _serve(function: Callable[[Any, Callable[[int], None]], Any], pipe: connecti
             task = pipe.recv()
             try:
                 result = function(task, advance)
-            except (UserError, OSError, RuntimeError, ValueError) as e:
+            except UserError as e:
+                pipe.send(("error", UserError(f"{e}")))
+            except (OSError, RuntimeError, ValueError) as e:
                 if isinstance(e, ConnectionError):
                     raise
-                pipe.send(("error", f"{e}"))
+                pipe.send(("error", OSError(f"{e}")))  # the others' classes may not be known there
             else:
                 pipe.send(("advance", waiting))
                 pipe.send(("done", result))
@@ -519,4 +646,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main)
+    run_main(main, goes_on=lambda: not flags.FLAGS.check)

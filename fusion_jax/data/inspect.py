@@ -9,17 +9,15 @@ them: pictures, every token, what is supervised.
 """
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from fusion_jax import resume
-from fusion_jax.cli import run_main
+from fusion_jax.cli import check_output, define_config, run_main
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables
 from fusion_jax.data.tokenizer import load_tokenizer
@@ -51,11 +49,7 @@ def main(argv: list[str]) -> None:
     if values.config is None:
         raise UserError("Give --config FILE.")
     options = Options(values.stage, values.samples, values.images, values.rows, values.devices)
-    try:
-        config = values.config.to_dict()
-    except OSError as e:  # the file could not be read, which the flag says only now
-        raise UserError(f"Cannot load the config file: {' '.join(str(e).split()).partition('Attempted ')[2]}") from e
-    config = from_dict(RunConfig, config)
+    config = from_dict(RunConfig, values.config.to_dict())
     print(json.dumps(inspect(config, options, Path(values.out) if values.out else None)))
 
 
@@ -65,7 +59,7 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
     if options.stage and options.stage not in names:
         raise UserError(f"There is no stage {options.stage!r}; the config has {', '.join(names)}.")
     if out is not None:
-        _check_writable(out)
+        check_output("out", out)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_from:
             config, tokenizer, _ = resume.start_from(config, Path(config.init_from), scratch)
@@ -90,20 +84,12 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
     return {"stages": found, "page": str(out) if out else None}
 
 
-def _check_writable(out: Path) -> None:
-    """Before the work, not behind it."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out={out}: give the name of a file in a folder that exists.")
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "run configuration", lock_config=True)
+    define_config("run configuration")
     flags.DEFINE_string("stage", "", "one stage; default: all of the config")
     flags.DEFINE_integer("samples", SAMPLES, "records to look at, of each stage; 0: all")
     flags.DEFINE_integer("images", IMAGES, "of how many of them to decode the images, to find bad ones")
     flags.DEFINE_string("out", None, "HTML page to write")
     flags.DEFINE_integer("rows", ROWS, "rows of each stage on the page")
     flags.DEFINE_integer("devices", 1, "devices that the rows of a step are dealt over")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
     run_main(main)

@@ -32,13 +32,17 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from fusion_jax.data.image import MAX_BYTES, MAX_SIDE
 from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.files import brief, open_file, parse_json, read_file, shown
 
 FORMAT, VERSION = "fusion_jax shards", 1
 MANIFEST = "manifest.json"
+_MAX_MANIFEST = 1 << 28  # bytes
 _LENGTH = struct.Struct("<I")
 _WRITING = "group_size:1,uncompressed"
 _READING = "readahead_buffer_size:0,max_parallelism:0"
+_NAME = re.compile(r"[\w.+-]{1,200}\.array_record")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _TFDS = re.compile(r"tfds:([\w./=,-]+(?::\d+\.\d+\.\d+)?):(.+)")
 # Open shards of a process, all sources together: a reader dropped here is opened again when it is needed.
@@ -79,24 +83,30 @@ def unpack(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
         raise ValueError(f"{len(data)} bytes are no record")
     at = _LENGTH.size + _LENGTH.unpack_from(data)[0]
     header = parse_header(data[_LENGTH.size : at])
+    said = at + sum(image["bytes"] for image in header["images"])
+    if said != len(data):  # before anything is copied
+        raise ValueError(f"the record has {len(data)} bytes and its header says {said}")
     images = []
     for image in header["images"]:
         images.append(data[at : at + image["bytes"]])
         at += image["bytes"]
-    if at != len(data):
-        raise ValueError(f"the record has {len(data)} bytes and tells of {at}")
     return header, images
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """A record's JSON. ValueError where it is none."""
-    header = json.loads(text)
+    """A record's JSON. ValueError where it is none, or its images' sizes are no sizes."""
+    header = parse_json(text, unique)
     images = header.get("images") if isinstance(header, dict) else None
     if not isinstance(images, list):
         raise ValueError("the record has no list of images")
+    if type(header.get("number", 0)) is not int or not 0 <= header.get("number", 0) < 1 << 63:
+        raise ValueError("the record's number is none")
     for image in images:
-        if not isinstance(image, dict) or not all(type(image.get(k)) is int for k in ("width", "height", "bytes")):
-            raise ValueError("an image of the record has no width, height and bytes")
+        if not isinstance(image, dict) or not isinstance(image.get("name"), str):
+            raise ValueError("an image of the record has no name")
+        for key, least, most in (("width", 1, MAX_SIDE), ("height", 1, MAX_SIDE), ("bytes", 0, MAX_BYTES)):
+            if type(image.get(key)) is not int or not least <= image[key] <= most:
+                raise ValueError(f"an image of the record has no {key} between {least} and {most}")
     return header
 
 
@@ -140,7 +150,7 @@ class Shards:
             data = reader.read([at])[0]
             header, images = unpack(data) if which == 0 else (parse_header(data), None)
         except (RuntimeError, ValueError, IndexError) as e:
-            detail = f"the record is damaged ({e}); `python -m fusion_jax.data.convert --check` tells more"
+            detail = f"the record is damaged ({shown(e)}); `python -m fusion_jax.data.convert --check` tells more"
             raise BadRecord("corrupt_record", f"{path}, record {at}", detail) from e
         return header, [b""] * len(header["images"]) if images is None else images, f"{path}, record {at}"
 
@@ -181,7 +191,7 @@ def _fetch(url: str, size: int, sha256: str) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -206,7 +216,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             fs, name = _filesystem(path)
             text = fs.cat_file(name)
         else:
-            text = Path(path).read_bytes()
+            text = read_file(path, _MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
             f"{folder} is no folder of shards: it has no {MANIFEST}, which fusion_jax.data.convert writes last."
@@ -214,14 +224,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except Exception as e:  # remote file systems have errors of their own
         raise UserError(f"Cannot read {path}: {e}.") from e
     try:
-        manifest = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
+        manifest = parse_json(text, unique)
+    except ValueError as e:
         raise UserError(f"{path} is no valid manifest: {e}.") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is no manifest of shards: it lacks 'format': {FORMAT!r}.")
     if manifest.get("version") != VERSION:
         raise UserError(
-            f"{path} is of version {manifest.get('version')!r}; this program reads version {VERSION}: convert again."
+            f"{path} is of version {brief(manifest.get('version'))}; this program reads version {VERSION}: "
+            "convert again."
         )
     _check_manifest(manifest, path)
     return manifest
@@ -231,8 +242,8 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
     def need(mapping: Any, key: str, kind: type, where: str) -> Any:
         if not isinstance(mapping, dict) or key not in mapping:
             raise UserError(f"{path}: the key {key!r} is missing in {where}.")
-        if type(mapping[key]) is not kind or (kind is int and mapping[key] < 0):
-            raise UserError(f"{path}: {key!r} in {where} is no {kind.__name__}: {mapping[key]!r}.")
+        if type(mapping[key]) is not kind or (kind is int and not 0 <= mapping[key] < 1 << 53):
+            raise UserError(f"{path}: {key!r} in {where} is no {kind.__name__}: {brief(mapping[key])}.")
         return mapping[key]
 
     total, names = need(manifest, "records", int, "the manifest"), set()
@@ -245,9 +256,12 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
             name = need(file, "name", str, where)
             need(file, "bytes", int, where)
             need(file, "sha256", str, where)
-            if name in names or name != os.path.basename(name) or not name.endswith(".array_record"):
-                raise UserError(f"{path}: {where} has no file name of its own: {name!r}.")
+            if name in names or not _NAME.fullmatch(name):
+                raise UserError(f"{path}: {where} has no file name of its own: {brief(name)}.")
             names.add(name)
+        # A record takes a byte and more; a count that lies would be drawn from, which takes memory.
+        if shard["records"] > shard["text"]["bytes"]:
+            raise UserError(f"{path}: shard {k} cannot hold {shard['records']} records in its bytes.")
     if counted != total:
         raise UserError(f"{path}: the shards hold {counted} records, the manifest says {total}.")
     if not total:
@@ -403,7 +417,7 @@ def _turns(value: Any) -> Any:
     """Conversations in any of the three ways to store them; what is none is left for the record's own check."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return parse_json(value)
         except ValueError:
             return value
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):

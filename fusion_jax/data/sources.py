@@ -17,18 +17,20 @@
                 prompt: Describe the image.       # the question that a text answers
 
 A weight counts after the strategy: 1 is the default, 0.5 draws half of what was chosen. Which records make up the
-fraction is decided by seed and name and stays the same from epoch to epoch.
+fraction is decided by seed and name and stays the same from epoch to epoch. A percentage is rounded up, and takes one
+record at least.
 
 A JSON file is parsed once, when it is opened, to check it and to find where each record lies. Two numbers a record stay
-in memory; the text is read again from the mapped file, whose pages all processes of a host share. Of shards and
-TensorFlow Datasets nothing is kept for a record, but 4 bytes for each that `random` or the fraction of a weight chose.
+in memory; the text is read again from the file. Of shards and TensorFlow Datasets nothing is kept for a record, but 4
+bytes for each that `random` or the fraction of a weight chose.
+
+What cannot be read whole is a bad record where the rest of the file can be used: nested too deeply, an integer of
+thousands of digits, too long.
 """
 
 import codecs
-import io
 import json
 import math
-import mmap
 import operator
 import os
 import re
@@ -37,19 +39,28 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
 
 from fusion_jax.data import shards
 from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.files import brief, open_file, parse_json, read_text, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
-_STRATEGY = re.compile(r"(first|end|random):(?:(\d+)|(\d+(?:\.\d+)?)%)")
+_STRATEGY = re.compile(r"(first|end|random):(?:(\d{1,18})|(\d{1,3}(?:\.\d{1,300})?)%)", re.ASCII)
+_MAX_WEIGHT = 1_000_000
 _CHUNK = 1 << 22
-_MAX_RECORD = 1 << 26  # characters; past this a record that does not end is taken for a syntax error
+_MAX_RECORD = 1 << 26  # bytes of one record; in a list, one that has not ended by then is taken for a syntax error
+_MAX_YAML = 1 << 20  # bytes of a mixture
+_MAX_KEYS = 1000  # of one of its mappings, with all that is merged into it
 _BOM = codecs.BOM_UTF8
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Integers as floats: those of thousands of digits are a bad record's, and reading it will say so.
+_DECODER = json.JSONDecoder(parse_int=float)
+# What tells where a list or object ends; a quote alone begins a text that does not end here.
+_MARKS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 # What an entry of a mixture may name, and what else it may then say.
 _ENTRIES = {
     "json_path": ("image_folder", "allow_outside"),
@@ -124,7 +135,7 @@ class _Json(_Part):
             self._file = DataFile(self.path)
         number = int(self.numbers[k])
         where = f"{self.path}, record {number}"
-        name, turns, images, where = check_record(parse_json(self._file.read(self.spans[k]), where), number, where)
+        name, turns, images, where = check_record(read_record(self._file, self.spans[k], where), number, where)
         paths = tuple(locate(self.image_folder, image, self.root, where) for image in images)
         return Record(name, paths[0] if paths else None, turns, where, paths)
 
@@ -159,7 +170,8 @@ class RecordSource:
     """Records of one or several data sets, one after the other: `len(source)`, `source[i]`. Can be pickled.
 
     `source[i]` raises BadRecord for a record that is no conversation (reason missing_key, duplicate_key, bad_turns,
-    bad_image, image_outside_folder, corrupt_record or bad_record), naming file, record and key.
+    bad_image, image_outside_folder, corrupt_record, unreadable_json, too_large or bad_record), naming file, record and
+    key.
 
     Attributes:
       parts: name and number of records, weighted, of each data set, in order.
@@ -227,7 +239,7 @@ def load_source(
         return load_mixture(path, seed, image_folder, allow_outside=allow_outside)
     if path.suffix in (".json", ".jsonl"):
         return RecordSource([_open_json(path, image_folder, "all", seed, text, allow_outside)])
-    if path.is_dir():
+    if _is_folder(path):
         return RecordSource([_open_stored(text, shards.Shards(text), "all", seed, text)])
     raise UserError(
         f"Cannot tell what {path} is: it is no folder of shards, and data files end in .json, .jsonl, .yaml or .yml."
@@ -242,7 +254,7 @@ def load_records(
     Args:
       json_path: ends in .jsonl for one record a line; anything else is read as one JSON list.
       image_folder: where relative image paths start; by default the file's own folder.
-      strategy: all, first:N, end:N or random:N, N a number (all if there are fewer) or a percentage (rounded up).
+      strategy: all, first:N, end:N or random:N, N a number (all if there are fewer) or a percentage, rounded up.
       seed: decides, together with the file's name, what `random` takes; the file's order is kept.
 
     Raises:
@@ -271,11 +283,13 @@ def load_mixture(
     """
     path = Path(yaml_path)
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        config = yaml.load(read_text(path, limit=_MAX_YAML), Loader=_Loader)
     except OSError as e:
         raise UserError(f"Cannot read the data mixture {path}: {e.strerror}.") from e
-    except (yaml.YAMLError, ValueError) as e:
-        raise UserError(f"{path} is not valid YAML: {e}.") from e
+    except RecursionError as e:
+        raise UserError(f"{path} is no data mixture: it is nested too deeply.") from e
+    except Exception as e:  # besides YAMLError: values that are none of their tag raise almost anything
+        raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(e).split()), 500)}.") from e
     datasets = config.get("datasets") if isinstance(config, dict) else None
     if not isinstance(datasets, list) or not datasets:
         raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path.")
@@ -286,14 +300,18 @@ def load_mixture(
         if len(kinds) != 1:
             raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}.")
         keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
-        if unknown := sorted(map(str, entry.keys() - set(keys))):
-            raise UserError(f"{where} has the unknown key {unknown[0]!r}; allowed are {', '.join(keys)}.")
+        if unknown := sorted(brief(key) for key in entry.keys() - set(keys)):
+            raise UserError(f"{where} has the unknown key {unknown[0]}; allowed are {', '.join(keys)}.")
         weight = entry.get("weight", 1.0)
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise UserError(f"{where}: weight must be a number above 0, not {weight!r}.")
+        if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
+            said = brief(weight)
+            raise UserError(f"{where}: weight must be a number above 0, not {said}, and at most {_MAX_WEIGHT:,}.")
         folder = image_folder
         if "image_folder" in entry:
-            folder = None if entry["image_folder"] is None else path.parent / str(entry["image_folder"])
+            named = entry["image_folder"]
+            if not isinstance(named, str | None):
+                raise UserError(f"{where}: image_folder must be a text, not {brief(named)}.")
+            folder = None if named is None else path.parent / named
         part = _open_entry(entry, path.parent, folder, seed, where, allow_outside)
         part.weigh(weight, seed)
         parts.append(part)
@@ -308,7 +326,7 @@ def _open_entry(
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):
-            raise UserError(f"{where}: allow_outside must be true or false, not {outside!r}.")
+            raise UserError(f"{where}: allow_outside must be true or false, not {brief(outside)}.")
         return _open_json(here / entry["json_path"], image_folder, strategy, seed, where, outside)
     if "shards" in entry:
         folder = entry["shards"] if shards.is_url(entry["shards"]) else str(here / entry["shards"])
@@ -329,7 +347,14 @@ def _open_entry(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping names a key twice."""
+    """YAML in which no mapping names a key twice, or grows beyond all measure by what is merged into it."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a mapping has more than {_MAX_KEYS} keys", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -350,13 +375,20 @@ def _open_json(
     where: str,
     allow_outside: bool = False,
 ) -> _Json:
-    if image_folder is not None and not Path(image_folder).is_dir():
+    if image_folder is not None and not _is_folder(image_folder):
         raise UserError(f"{where}: there is no image folder {image_folder}.")
     _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
     folder = path.parent if image_folder is None else Path(image_folder)
     return _Json(path, folder, allow_outside, spans, numbers)
+
+
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return os.path.isdir(path)
+    except ValueError:  # a name that no file can have
+        return False
 
 
 def _open_stored(
@@ -370,8 +402,14 @@ def _open_stored(
 
 def scan_json(path: Path) -> np.ndarray:
     """Where each record of a JSON list or JSONL file lies: (records, 2) int64. UserError if invalid or empty."""
-    data = _map(path)
-    spans = _scan_lines(data, path) if path.suffix == ".jsonl" else _scan_list(data, path)
+    try:
+        with open_file(path) as file:
+            if file.read(2) in _UTF16:
+                raise UserError(f"{path} is in UTF-16; data files are read in UTF-8: save it in that encoding.")
+            file.seek(0)
+            spans = _scan_lines(file, path) if path.suffix == ".jsonl" else _scan_list(file, path)
+    except OSError as e:
+        raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
     if not len(spans):
         raise UserError(f"{path} holds no records.")
     return spans
@@ -383,7 +421,7 @@ def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float |
     if strategy == "all":
         return "first", None, 100.0
     if match is None or float(match[2] or match[3]) == 0 or float(match[3] or 0) > 100:
-        raise UserError(f"{where}: unknown sampling strategy {strategy!r}; allowed are {_STRATEGIES}.")
+        raise UserError(f"{where}: unknown sampling strategy {brief(strategy)}; allowed are {_STRATEGIES}.")
     return match[1], int(match[2]) if match[2] else None, float(match[3]) if match[3] else None
 
 
@@ -391,7 +429,7 @@ def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> rang
     """Numbers of the records that the strategy takes, ascending."""
     how, count, percent = _parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
-    count = math.ceil(round(total * percent / 100, 6)) if count is None else min(count, total)
+    count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
     if how == "first":
         return range(count)
     if how == "end":
@@ -415,7 +453,7 @@ class DataFile:
     def __init__(self, path: Path):
         """Raises UserError where the file cannot be opened."""
         try:
-            self._file = io.FileIO(path)
+            self._file = open_file(path)
         except OSError as e:
             raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
 
@@ -424,37 +462,35 @@ class DataFile:
         return os.pread(self._file.fileno(), int(span[1] - span[0]), int(span[0]))
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
-    """The file's bytes, mapped: to find its records in one pass. UserError where it cannot be read."""
-    try:
-        with open(path, "rb") as f:
-            # An empty file cannot be mapped.
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-    except OSError as e:
-        raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
-
-
-def _scan_lines(data: mmap.mmap | bytes, path: Path) -> np.ndarray:
+def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
     """Where each record of a JSONL file lies; blank lines are none: (records, 2) int64."""
-    spans, start, number = array("q"), len(_BOM) if data[:3] == _BOM else 0, 0
-    while start < len(data):
+    spans, start, number = array("q"), 0, 0
+    while line := file.readline(_MAX_RECORD + 1):
         number += 1
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
-        line = data[start:stop]
-        if line.strip():
-            try:
-                json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
-            spans.extend((start, stop))
-        start = stop + 1
+        stop = start + len(line)
+        if line.endswith(b"\n") or len(line) <= _MAX_RECORD:
+            if number == 1 and line.startswith(_BOM):
+                start, line = start + len(_BOM), line[len(_BOM) :]
+            if line.strip():
+                try:
+                    _DECODER.decode(line.decode("utf-8-sig"))  # files put together have more than one mark
+                except RecursionError:
+                    pass  # a bad record, as reading it will say
+                except ValueError as e:
+                    raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
+                spans.extend((start, stop - line.endswith(b"\n")))
+        else:  # as is this one, of which nothing more is kept
+            while (rest := file.readline(_CHUNK)) and not rest.endswith(b"\n"):
+                stop += len(rest)
+            stop += len(rest)
+            spans.extend((start, stop - rest.endswith(b"\n")))
+        start = stop
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _scan_list(data: mmap.mmap | bytes, path: Path) -> np.ndarray:
+def _scan_list(file: BinaryIO, path: Path) -> np.ndarray:
     """Where each element of a JSON list lies: (records, 2) int64. Only a few megabytes are decoded at a time."""
-    reader = _Reader(data, path)
+    reader = _Reader(file, path)
     if reader.peek() != "[":
         raise UserError(f"{path} must hold a JSON list of records; one record a line is read from files named .jsonl.")
     reader.skip(1)
@@ -477,12 +513,12 @@ def _scan_list(data: mmap.mmap | bytes, path: Path) -> np.ndarray:
 class _Reader:
     """A moving window of decoded text over the bytes of a JSON file."""
 
-    def __init__(self, data: mmap.mmap | bytes, path: Path):
-        self._data, self._path = data, path
-        self._read = self._byte = len(_BOM) if data[:3] == _BOM else 0  # next byte to decode; byte of text[at]
-        self._text, self._at = "", 0
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path = file, path
+        # Next byte to decode; byte of text[at]; whether the file has ended.
+        self._read = self._byte = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        self._text, self._at, self._ended = "", 0, False
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -503,44 +539,78 @@ class _Reader:
         self.peek()
         while True:
             try:
-                _, stop = self._json.raw_decode(self._text, self._at)
+                _, stop = _DECODER.raw_decode(self._text, self._at)
                 # What ends with the window may go on behind it, as a number does.
                 if stop < len(self._text) or not self._more():
                     break
-            except (json.JSONDecodeError, RecursionError) as e:
+            except RecursionError:  # a bad record, as reading it will say: only its end is looked for
+                if (stop := _end(self._text, self._at)) is not None:
+                    break
                 if len(self._text) - self._at > _MAX_RECORD or not self._more():
-                    self.fail(str(getattr(e, "msg", e)), getattr(e, "pos", self._at))
+                    self.fail("a list or object does not end", self._at)
+            except json.JSONDecodeError as e:
+                if len(self._text) - self._at > _MAX_RECORD or not self._more():
+                    self.fail(e.msg, e.pos)
         start = self._byte
         self.skip(stop - self._at)
         return start, self._byte
 
     def fail(self, what: str, at: int | None = None) -> None:
         byte = self._byte + len(self._text[self._at : at].encode()) if at is not None else self._byte
-        line = self._data[:byte].count(b"\n") + 1
+        self._file.seek(0)
+        line, left = 1, byte
+        while left > 0 and (piece := self._file.read(min(left, _CHUNK))):
+            line, left = line + piece.count(b"\n"), left - len(piece)
         raise UserError(f"{self._path} is not valid JSON at line {line}, byte {byte}: {what}.")
 
     def _more(self) -> bool:
         """Drops what has been passed and decodes on, twice as much as is left over; False at the file's end."""
-        if self._read >= len(self._data):
+        if self._ended:
             return False
         self._text, self._at = self._text[self._at :], 0
-        stop = min(self._read + max(_CHUNK, len(self._text)), len(self._data))
+        self._file.seek(self._read)
+        data = self._file.read(max(_CHUNK, len(self._text)))
+        self._ended = not data
         try:
-            self._text += self._utf8.decode(self._data[self._read : stop], final=stop == len(self._data))
+            self._text += self._utf8.decode(data, final=self._ended)
         except UnicodeDecodeError as e:
             raise UserError(f"{self._path} is not valid UTF-8 near byte {self._read + e.start}.") from e
-        self._read = stop
+        self._read += len(data)
         return True
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """One record's JSON. BadRecord (duplicate_key) where an object names a key twice."""
+def _end(text: str, at: int) -> int | None:
+    """Where the list or object that begins at `at` ends; None where it does not in this text."""
+    depth = 0
+    for mark in _MARKS.finditer(text, at):
+        first = mark[0]
+        if first == '"':
+            return None
+        depth += (first in ("[", "{")) - (first in ("]", "}"))
+        if depth == 0:
+            return mark.end()
+    return None
+
+
+def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
+    """One record's JSON.
+
+    Raises:
+      BadRecord: an object names a key twice (duplicate_key), too many bytes (too_large), or what `files.parse_json`
+        refuses (unreadable_json).
+      UserError: the file has changed since it was opened.
+    """
+    if span[1] - span[0] > _MAX_RECORD:
+        raise BadRecord("too_large", where, f"the record has {span[1] - span[0]} bytes, over {_MAX_RECORD}")
+    data = file.read(span)
     try:
-        return json.loads(data, object_pairs_hook=shards.unique)
+        return parse_json(data, shards.unique)
     except shards.DuplicateKey as e:
         raise BadRecord("duplicate_key", where, f"{e}") from e
-    except ValueError as e:
+    except json.JSONDecodeError as e:  # it was valid then: where others lie is not known any more either
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
+    except (ValueError, RecursionError) as e:
+        raise BadRecord("unreadable_json", where, f"{e}") from e
 
 
 def check_record(record: Any, number: int, where: str) -> tuple[str, list[dict[str, str]], list[str], str]:
@@ -550,7 +620,7 @@ def check_record(record: Any, number: int, where: str) -> tuple[str, list[dict[s
     name = str(number)
     if record.get("id") is not None:
         name = str(record["id"])
-        where = f"{where} (id {name})"
+        where = f"{where} (id {shown(name)})"
     if "conversations" not in record:
         raise BadRecord("missing_key", where, "the key 'conversations' is missing")
     turns = record["conversations"]
@@ -585,6 +655,7 @@ def locate(folder: Path, name: str, root: str | None, where: str) -> Path:
         raise BadRecord(
             "image_outside_folder",
             where,
-            f"the image {name} lies outside {folder}; `allow_outside: true` in a mixture would read it all the same",
+            f"the image {shown(name)} lies outside {folder}; "
+            "`allow_outside: true` in a mixture would read it all the same",
         )
     return path

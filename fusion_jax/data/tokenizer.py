@@ -31,7 +31,7 @@ from fusion_jax.data.tokenizer_files import (
     special_tokens,
 )
 from fusion_jax.errors import UserError
-from fusion_jax.files import shown
+from fusion_jax.files import read_file, shown
 from fusion_jax.foreign import read_bytes
 
 VISION_START = "<vision_start>"
@@ -374,6 +374,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"There is no tokenizer folder {shown(folder, 1000)}: it must hold tokenizer.model or tokenizer.json."
         )
     folder = folder.resolve()
+    try:
+        return _load(folder)
+    except OSError as e:
+        raise UserError(f"Cannot read the tokenizer file {e.filename or folder}: {e.strerror or e}.") from e
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:  # some key holds what it should not
+        said = f"{type(e).__name__}: {shown(e)}"
+        raise UserError(f"The tokenizer files in {folder} are not of the form that is expected ({said}).") from e
+
+
+def _load(folder: Path) -> Tokenizer:
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
     found = {name for name in TOKENIZER_FILES if present(folder, name)}
     if model.name in found:
@@ -411,6 +421,6 @@ def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            content = (folder / name).read_bytes()
+            content = read_file(folder / name)
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

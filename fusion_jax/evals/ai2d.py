@@ -12,6 +12,7 @@ from typing import Any
 
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.files import read_text
 
 DATA = "the test split in Parquet files, AI2D_TEST.tsv, or questions/, images/ and ai2d_test_ids.csv"
 
@@ -37,7 +38,7 @@ def _from_tsv(row: dict[str, str], path: Path) -> Question:
 
 def _from_archive(folder: files.Folder) -> Iterator[Question]:
     path = folder.need("ai2d_test_ids.csv")[0]
-    tests = {line.strip() for line in path.read_text().splitlines()}
+    tests = {line.strip() for line in read_text(path).splitlines()}
     images, annotations = folder.images("images", "ai2d/images"), folder.images("questions", "ai2d/questions")
     for file in sorted(annotations.glob("*.json"), key=lambda p: (len(p.name), p.name)):
         name = file.name.removesuffix(".json")

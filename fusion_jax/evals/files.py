@@ -19,6 +19,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.task import Picture
+from fusion_jax.files import open_file, parse_json, read_text
 
 _SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 _DEPTH = 4  # folders below the data folder in which files are looked for
@@ -92,15 +93,17 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
 def read_json(path: Path) -> Any:
     """A JSON file, or one object a line, as some benchmarks call JSON too. UserError where it is neither."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_text(path, "utf-8-sig")
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
         raise UserError(f"Cannot read {path}: {e}.") from e
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as whole:
+        return parse_json(text)
+    except ValueError as whole:
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
+            return [parse_json(line) for line in text.splitlines() if line.strip()]
+        except ValueError:
             raise UserError(f"{path} is not valid JSON: {whole}.") from whole
 
 
@@ -113,10 +116,12 @@ def read_records(path: Path) -> list[Any]:
 def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a TSV or CSV file by column. UserError where a needed column is missing."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
+    except (UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"Cannot read {path}: {e}.") from e
     _need_columns(path, reader.fieldnames or (), needed)
     return rows
@@ -209,7 +214,7 @@ def _open_parquet(path: Path):
     except ImportError as e:
         raise UserError(f"Reading {path} needs pyarrow: pip install 'fusion_jax[eval]'.") from e
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(open_file(path))
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{path} is not a Parquet file: {e}.") from e
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.files import read_text
 
 DATA = "one folder a subtask (existence/, count/, ...) with texts and images, or MME's Parquet files"
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -58,7 +59,7 @@ def _from_folders(folder: files.Folder) -> Iterator[Question]:
             images = here / "images" if text.parent.name == "questions_answers_YN" else here
             image = next((p for p in (images / f"{text.stem}{s}" for s in (".jpg", ".png")) if p.is_file()), None)
             image = image or images / f"{text.stem}.jpg"
-            for number, line in enumerate(text.read_text(encoding="utf-8").strip().splitlines(), 1):
+            for number, line in enumerate(read_text(text).strip().splitlines(), 1):
                 words, _, answer = line.rpartition("\t")
                 if not words:
                     raise folder.wrong(f"{text}, line {number} has no tab between question and answer")

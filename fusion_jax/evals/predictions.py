@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fusion_jax.errors import UserError
+from fusion_jax.files import open_file, parse_json, shown
 
 _PARTS = "parts"
+_LONGEST = 1 << 20  # bytes of the first line
 
 
 def fingerprint(step_folder: Path) -> str:
@@ -39,17 +41,20 @@ def check_folder(output: Path, header: dict[str, Any]) -> None:
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:
-    with open(path, encoding="utf-8") as file:
-        first = file.readline()
-    if not first.endswith("\n"):
-        return  # stopped before it had said anything
     try:
-        there = json.loads(first)["checkpoint"]
+        with open_file(path) as file:
+            first = file.readline(_LONGEST)
+        if not first.endswith(b"\n"):
+            return  # stopped before it had said anything
+        said = parse_json(first)
+        there = said["checkpoint"]
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not a file of answers; give another --output_dir.") from e
     if there != header["checkpoint"]:
         raise UserError(
-            f"{path} holds answers of another checkpoint ({json.loads(first).get('folder')}); give another "
+            f"{path} holds answers of another checkpoint ({shown(said.get('folder'))}); give another "
             "--output_dir, or delete that folder."
         )
 
@@ -111,10 +116,17 @@ def read_answers(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file):
-            if number and line.endswith("\n"):
-                yield json.loads(line)
+            if not number or not line.endswith(b"\n"):
+                continue
+            try:
+                row = parse_json(line)
+                known = all(isinstance(row[key], str) for key in ("id", "prompt", "answer"))
+            except (ValueError, KeyError, TypeError):
+                known = False
+            if known:  # a machine that failed may leave a torn line: that question is asked again
+                yield row
 
 
 def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: float = 2.0) -> dict:

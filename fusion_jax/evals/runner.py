@@ -22,6 +22,7 @@ from fusion_jax.evals import predictions as files
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.registry import find_tasks
 from fusion_jax.evals.task import Prediction, Question, Task
+from fusion_jax.files import shown
 
 log = logging.getLogger("fusion_jax")
 
@@ -152,6 +153,10 @@ def _read(task: Task, data_dir: Path) -> list[Question]:
         if "; expected " in str(error):
             raise
         raise UserError(f"{task.name}: {str(error).rstrip('.')}; expected {task.data}.") from error
+    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError, RecursionError) as error:
+        # A row that lacks what the benchmark's own files have, or holds something else there.
+        said = f"{type(error).__name__}: {shown(error)}"
+        raise UserError(f"{task.name}: a file in {data_dir} cannot be used ({said}); expected {task.data}.") from error
 
 
 def sample(questions: list[Question], limit: int) -> list[Question]:

@@ -279,6 +279,7 @@ def edit(folder, change):
         (lambda m: m["shards"][1].pop("text"), "'text' is missing in shard 1"),
         (lambda m: m["shards"][1]["shard"].pop("sha256"), "'sha256' is missing in 'shard' of shard 1"),
         (lambda m: m["shards"][1].update(records=-1), "'records' in shard 1"),
+        (lambda m: (m["shards"][1].update(records=10**12), m.update(records=10**12 + 42)), "shard 1 cannot hold"),
         (lambda m: m["shards"][1]["shard"].update(name="../x.array_record"), "no file name of its own"),
         (lambda m: m["shards"].append(m["shards"][0]), "no file name of its own"),
         (lambda m: m.update(shards=[], records=0), "no records"),

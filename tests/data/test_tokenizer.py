@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 import time
 import unicodedata
 
@@ -382,3 +384,29 @@ def test_a_literal_prompt_has_the_marks_of_its_template_alone(tokenizer, images)
     turns = [{"from": "human", "value": "<image>\n" * images + "a"}, {"from": "gpt", "value": "b"}]
     turns.append({"from": "human", "value": "c"})
     assert encode_prompt(turns, tokenizer, template, images).input_ids.tolist() == plain.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "[]",
+        "{",
+        "[" * 5000,
+        '{"added_tokens_decoder": 5}',
+        '{"added_tokens_decoder": {"x": 1}}',
+        '{"bos_token": [1]}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["phi_folder", "llama_folder"])
+def test_configs_of_another_form_and_pipes(request, tmp_path, kind, text):
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy")
+    path = folder / "tokenizer_config.json"
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    with pytest.raises(UserError, match=str(folder)) as e:
+        load_tokenizer(folder)
+    assert len(str(e.value)) < 500

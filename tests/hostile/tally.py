@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-AREAS = ("folders", "json_bodies", "raw_http")
+AREAS = ("commands", "folders", "json_bodies", "raw_http", "records")
 
 
 @dataclass

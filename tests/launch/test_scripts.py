@@ -290,10 +290,46 @@ def runs(folder):
     return len((folder / "runs").read_text())
 
 
-@pytest.mark.parametrize("codes, ended", [((0,), 0), ((75, 75, 0), 0), ((75, 3), 3), ((1,), 1), ((139,), 139)])
-def test_restart_runs_again_on_75_only(tmp_path, codes, ended):
+@pytest.mark.parametrize(
+    "codes, ended",
+    [
+        ((0,), 0),
+        ((75, 75, 0), 0),
+        ((75, 3), 3),
+        ((2,), 2),  # a mistake is never tried again
+        ((1, 2), 2),
+        ((137, 137, 75, 0), 0),
+        ((1, 137, 139, 0), 0),
+        ((1, 134, 143, 1), 1),  # three retries, then it is shown
+        ((137, 137, 137, 137), 137),
+        ((130,), 130),  # Ctrl-C
+        ((126,), 126),
+        ((127,), 127),
+    ],
+)
+def test_restart_runs_again_on_75_and_after_failures(tmp_path, codes, ended):
     result = script("restart", "--pause", 0, "--max_fast", 5, "--", *counting(tmp_path, codes))
     assert result.returncode == ended and runs(tmp_path) == len(codes), result.stderr
+    assert ("giving up" in result.stderr) == (len(codes) == 4 and ended not in (0, 2))
+
+
+@pytest.mark.parametrize("number, tried", [("KILL", 3), ("SEGV", 3), ("ABRT", 3), ("TERM", 3), ("INT", 1)])
+def test_restart_after_a_signal_that_kills(tmp_path, number, tried):
+    """A real death, as by the kernel when memory is short; Ctrl-C alone is meant by somebody."""
+    command = ["bash", "-c", f"echo x >> {tmp_path}/n; trap - INT; kill -{number} $$; sleep 9"]
+    if number == "INT":  # bash children of scripts ignore it
+        command = [sys.executable, "-c", f"open('{tmp_path}/n', 'a').write('x\\n'); raise SystemExit(130)"]
+    result = script("restart", "--pause", 0, "--retries", 2, "--", *command)
+    assert result.returncode == 128 + getattr(signal, f"SIG{number}"), result.stderr
+    assert len((tmp_path / "n").read_text().split()) == tried
+
+
+def test_restart_forgets_failures_after_a_long_run_and_waits_longer_after_each(tmp_path):
+    command = ["bash", "-c", f"echo x >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n); [ $n != 2 ] || sleep 2; exit 1"]
+    result = script("restart", "--pause", 0, "--retries", 1, "--long", 2, "--", *command)
+    assert result.returncode == 1 and len((tmp_path / "n").read_text().split()) == 3  # short, long, short
+    result = script("restart", "--pause", 1, "--retries", 2, "--", "false")
+    assert "again in 2 s" in result.stderr and "again in 4 s" in result.stderr and result.returncode == 1
 
 
 def test_restart_takes_other_codes(tmp_path):
@@ -442,13 +478,36 @@ def test_slurm_job_passes_the_signal_to_its_step_through_slurm(slurm):
     assert words[-4:] == ["--config", "c", "--workdir", "a b"]
 
 
-@pytest.mark.parametrize("code, took, requeued, ended", [(75, 100, True, 0), (75, 0, False, 1), (2, 100, False, 2)])
-def test_slurm_job_goes_back_into_the_queue_on_75(slurm, code, took, requeued, ended):
+def run_slurm_job(slurm, code, took):
+    """One run of the job; whether it went back into the queue."""
     # bash's clock is set forward instead of waiting.
     job = slurm / "launch" / "slurm_job.sh"
-    job.write_text(re.sub(r"^started=\$SECONDS$", f"started=$((SECONDS - {took}))", job.read_text(), flags=re.M))
+    job.write_text(re.sub(r"^started=.*$", f"started=$((SECONDS - {took}))", job.read_text(), flags=re.M))
     stand_in(slurm, "srun", f"exit {code}")
+    (slurm / "scontrol.called").unlink(missing_ok=True)
     process = slurm_job(slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert process.wait(20) == ended and (slurm / "scontrol.called").exists() == requeued
+    ended = process.wait(20)
+    requeued = (slurm / "scontrol.called").exists()
     if requeued:
-        assert (slurm / "scontrol.called").read_text().split() == ["requeue", "7"]
+        assert (slurm / "scontrol.called").read_text().split() == ["requeue", "7"] and ended == 0
+    return requeued, ended
+
+
+@pytest.mark.parametrize(
+    "code, took, requeued, ended",
+    [(75, 100, True, 0), (75, 0, False, 1), (2, 100, False, 2), (130, 100, False, 130), (127, 0, False, 127)],
+)
+def test_slurm_job_goes_back_into_the_queue_on_75(slurm, code, took, requeued, ended):
+    assert run_slurm_job(slurm, code, took) == (requeued, ended)
+
+
+def test_slurm_job_is_tried_again_a_few_times_after_failures(slurm):
+    for code in (1, 137, 143):
+        assert run_slurm_job(slurm, code, 5) == (True, 0)
+    assert run_slurm_job(slurm, 137, 5) == (False, 137)
+    assert run_slurm_job(slurm, 1, 4000) == (True, 0)  # it got on for an hour: what was before counts no more
+    assert run_slurm_job(slurm, 1, 5) == (True, 0)
+    assert run_slurm_job(slurm, 75, 100) == (True, 0)
+    for _ in range(3):
+        assert run_slurm_job(slurm, 1, 5) == (True, 0)
+    assert run_slurm_job(slurm, 1, 5) == (False, 1)

@@ -1,0 +1,155 @@
+"""What all commands share, with real processes: Ctrl-C, readers that go away, what terminals are shown."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusion_jax.cli import check_output
+from fusion_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+COMMAND = """
+import logging, os, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from fusion_jax.cli import run_main
+from fusion_jax.errors import UserError
+log = logging.getLogger("fusion_jax")
+def main(argv):
+    kind = argv[1]
+    if kind == "wait":
+        Path(argv[2]).touch()
+        time.sleep(60)
+    elif kind == "threads":  # a pool with a thousand tasks waiting, and one that does not end
+        pool = ThreadPoolExecutor(2)
+        jobs = [pool.submit(time.sleep, 60 if k < 2 else 0.5) for k in range(1000)]
+        Path(argv[2]).touch()
+        jobs[0].result()
+    elif kind == "say":
+        for k in range(20000):
+            print("a line of some length", k)
+    elif kind == "log":
+        for k in range(20000):
+            log.info("a line of some length %d", k)
+        Path(argv[2]).touch()
+    elif kind == "odd":
+        log.info("cut %s, \\x1b[2Jclear", "\\ud83d")
+        raise UserError("a name \\x1b[31m \\udcff \\u202e " + "x" * 9000)
+    elif kind == "open":
+        open(argv[2])
+    elif kind == "bug":
+        {}["x"]
+run_main(main, goes_on=lambda: "on" in sys.argv)
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def start(*arguments, **settings):
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT} | settings
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], **settings)
+
+
+def wait_for(path, process):
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [([], "stopped\n"), (["on"], "stopped; the same command goes on from here\n")]
+)
+def test_ctrl_c_is_one_line_and_130(tmp_path, arguments, said):
+    process = start("wait", tmp_path / "begun", *arguments)
+    wait_for(tmp_path / "begun", process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", said)
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_does_not_wait_for_threads(tmp_path, times):
+    process = start("threads", tmp_path / "begun")
+    wait_for(tmp_path / "begun", process)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    while times == 2 and process.poll() is None:  # impatiently
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "stopped\n")
+    assert time.monotonic() - begun < (4 if times == 2 else 15)
+
+
+@pytest.mark.parametrize("library", ["numpy", "jaxlib"])
+def test_ctrl_c_while_a_command_is_loaded(library):
+    """JAX alone takes seconds. The signal comes in the middle of them."""
+    command = [sys.executable, "-m", "fusion_jax.train", "--config=x", "--workdir=y"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while f"/{library}/" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("kind", ["say", "log"])
+def test_a_reader_that_goes_away_is_no_fault(tmp_path, kind):
+    process = start(kind, tmp_path / "done")
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(30)
+    assert err == ""
+    if kind == "log":  # a run goes on without its log
+        assert process.returncode == 0 and (tmp_path / "done").exists()
+    else:
+        assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_full_disk_under_standard_output_is_said():
+    with open("/dev/full", "w") as full:
+        process = start("say", stdout=full)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "No space left" in err and err.count("\n") == 1
+
+
+def test_names_in_files_cannot_reach_the_terminal():
+    out, err = (process := start("odd", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"})).communicate(timeout=30)
+    assert process.returncode == 2
+    assert r"cut \ud83d, \x1b[2Jclear" in out
+    assert err.startswith(r"error: a name \x1b[31m \udcff \u202e x") and len(err) < 4000
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("x" * 300, "File name too long"), ("/", "Is a directory"), ("/etc/passwd/x", "Not a directory")],
+)
+def test_paths_that_can_never_work_are_mistakes(path, said):
+    _, err = (process := start("open", path)).communicate(timeout=30)
+    assert process.returncode == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_where_a_result_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere/x")
+    (tmp_path / "a.json").touch()
+    for path in ("a.json", "b.json", tmp_path / "b.json", os.devnull, "./c"):
+        check_output("output", path)
+    for path in (".", tmp_path, "gone/a.json", "a.json/b", "x" * 300 + "/a", "link"):
+        with pytest.raises(UserError, match="--output="):
+            check_output("output", path)
+
+
+def test_a_fault_of_our_own_keeps_its_traceback():
+    for arguments in (["bug"], ["open", "gone"]):
+        _, err = (process := start(*arguments)).communicate(timeout=30)
+        assert process.returncode == 1 and "Traceback" in err
