@@ -24,7 +24,13 @@ VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
 _SPACE = "▁"  # SentencePiece's visible stand-in for a space
 # Everything that decides what a tokenizer does; these are read, hashed and saved.
-_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
 # (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -107,7 +113,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
             return
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)  # a leftover of another tokenizer would mix with this one
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
@@ -313,7 +319,7 @@ def _read_json(path: Path) -> dict:
 def _fingerprint(folder: Path) -> str:
     """Hash of the names and contents of the tokenizer files in `folder`."""
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)
