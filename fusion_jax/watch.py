@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fusion_jax import lock
 from fusion_jax.errors import AGAIN, UserError
 
 log = logging.getLogger("fusion_jax")
@@ -68,17 +70,22 @@ class Stop:
             name, seen = signal.Signals(data[0]).name, seen + 1
             if seen > 1:
                 log.warning("%s again: ending at once", name)
-                os._exit(128 + data[0])
+                self._end(128 + data[0])
             if self._several:
                 log.warning("%s: all processes save and end after the same step", name)
                 os.kill(os.getpid(), signal.SIGTERM)  # now it is a preemption notice
                 continue
             if self.nothing_to_lose:
                 log.warning("%s: nothing new to save; exit code %d: run me again", name, AGAIN)
-                os._exit(AGAIN)
+                self._end(AGAIN)
             log.warning("%s: finishing the step, then saving (once more ends at once)", name)
             self.requested = True
         os.close(reader)
+
+    def _end(self, code: int) -> NoReturn:
+        """Ends the process from this thread, while the main one may be anywhere."""
+        lock.sign_off()
+        os._exit(code)
 
 
 class Watch:
