@@ -72,7 +72,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], keep: int = 3, keep_every: int = 0):
+        """OSError: the folder cannot be made."""
         self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._about, self._keep, self._keep_every = about, keep, keep_every
         self._writer: threading.Thread | None = None
         self._written: int | None = None  # the newest checkpoint that is known to be whole

@@ -52,7 +52,7 @@ class Writer:
         self._board = _import_tensorboard().SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
         self._run = _start_wandb(wandb_project, folder) if wandb_project else None
         self._unpublished: list[tuple[int, dict[str, float]]] = []
-        self._trouble = ""  # the last one that the log has
+        self._trouble: dict[str, str] = {}  # the last of each kind, which the log has
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether an earlier start of the run has written a value whose name begins so at that step."""
@@ -107,9 +107,9 @@ class Writer:
             yield
         except Exception as error:
             trouble = f"{what} gets nothing: {type(error).__name__}: {error}"[:300]
-            if trouble != self._trouble:
+            if trouble != self._trouble.get(what):
                 log.warning("%s; training goes on", trouble)
-            self._trouble = trouble
+            self._trouble[what] = trouble
 
     def _board_lives(self) -> bool:
         """Its thread dies of a full disk, and then the queue to it would block for ever."""

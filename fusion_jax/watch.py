@@ -155,7 +155,10 @@ class Every:
 
 
 class Profile:
-    """A trace of the steps `first` to `last` for XProf, under `folder`. Steps are those of the stage."""
+    """A trace of the steps `first` to `last` for XProf, under `folder`. Steps are those of the stage.
+
+    One that cannot be taken or written costs itself alone: the log says so.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._first, self._last = steps or (0, -1)
@@ -163,20 +166,34 @@ class Profile:
 
     def before(self, step: int) -> None:
         if self._first <= step <= self._last and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            try:
+                jax.profiler.start_trace(str(self._folder))
+                self._running = True
+            except (RuntimeError, OSError) as error:
+                self._give_up(error)
 
     def after(self, step: int, results) -> None:
         """`results`: what the step gives, waited for where the trace ends."""
         if self._running and step >= self._last:
             jax.block_until_ready(results)
-            self.close()
-            log.info("trace of steps %d to %d in %s", self._first, self._last, self._folder)
+            if self.close():
+                log.info("trace of steps %d to %d in %s", self._first, self._last, self._folder)
 
-    def close(self) -> None:
-        if self._running:
+    def close(self) -> bool:
+        """Ends a trace that is running; whether it was written."""
+        if not self._running:
+            return False
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
+        except (RuntimeError, OSError) as error:
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        self._first, self._last = 0, -1
+        log.warning("no trace in %s: %s; training goes on", self._folder, error)
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
