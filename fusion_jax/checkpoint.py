@@ -364,8 +364,8 @@ def find(path: str | Path) -> Path:
             raise UserError(f"{path} is no whole checkpoint: {found}.")
         return path
     damaged = []
-    for folders in (".", FOLDER, f"*/{FOLDER}"):
-        steps = [folder / str(step) for folder in path.glob(folders) for step in steps_in(folder)]
+    for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
+        steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
         for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
             found = _unusable(newest)
             if found is None:
