@@ -21,8 +21,10 @@ from fusion_jax import integrity
 from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from fusion_jax.errors import UserError, check
+from fusion_jax.models.config import FusionConfig
 
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
+_MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
 _KINDS = {"config": dict, "tokenizer": dict, "origin": dict, "records": dict, "environment": dict}
 
 
@@ -133,11 +135,27 @@ def load_about(folder: Path) -> dict[str, Any]:
 def config_of(about: dict[str, Any], folder: Path | str) -> RunConfig:
     """The run config of an `about` entry. UserError, which names the folder, where it is none."""
     try:
-        return from_dict(RunConfig, about["config"])
+        config = from_dict(RunConfig, about["config"])
+        _check_model(config.model)
+        return config
     except UserError as error:
         raise UserError(f"{folder} has a config that cannot be used: {error}") from error
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} has a config that cannot be used ({first_line(error)}).") from error
+
+
+def _check_model(model: FusionConfig) -> None:
+    """UserError where a size is beyond any model: merely describing its parameters would take all memory."""
+    tokens = (model.vision.patches, model.image_tokens, model.tile_tokens, *model.latent_counts)
+    for name, value, most in (
+        ("vision.layers", model.vision.layers, _MOST_LAYERS),
+        ("llm.layers", model.llm.layers, _MOST_LAYERS),
+        ("exchange.layers", model.exchange.layers, _MOST_LAYERS),
+        ("tokens of an image, a tile or a latent grid", max(tokens), _MOST_TOKENS),
+        ("llm.vocab_size", model.llm.vocab_size, 2**31 - 129),
+        ("most_crops", model.most_crops, _MOST_TOKENS),
+    ):
+        check(value <= most, f"config.model: {name}={value} is more than the {most} that are possible.")
 
 
 def save_tokenizer(about: dict[str, Any], folder: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
@@ -388,7 +389,7 @@ def _unusable(folder: Path) -> str | None:
         try:
             load_about(folder)
         except UserError as error:
-            return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ")
+            return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
     return found
 
 
@@ -399,6 +400,19 @@ def load_params(folder: Path, like) -> dict:
       UserError: the checkpoint holds other parameters than `like`, or they cannot be read.
     """
     check_size(folder, like)
+    try:
+        stored = flatten_dict(ocp.metadata(folder, "params").metadata, sep="/")
+    except Exception as error:
+        _raise_if_no_damage(error)
+        raise UserError(f"{folder} is no whole checkpoint: its params cannot be read ({first_line(error)}).") from error
+    # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
+    for name, leaf in flatten_dict(like, sep="/").items():
+        shape = getattr(stored.get(name), "shape", None)
+        if shape is None or tuple(shape) != leaf.shape:
+            has = f"has shape {tuple(shape)}" if shape is not None else "is missing"
+            raise UserError(
+                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}."
+            )
     try:
         params = ocp.load_checkpointables(folder, {"params": _abstract(like)})["params"]
         _check_shapes(params, like)
@@ -416,7 +430,10 @@ def load_model(path: str | Path) -> Loaded:
     with tempfile.TemporaryDirectory() as files:
         save_tokenizer(about, Path(files))
         tokenizer = load_tokenizer(files)
-    like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
+    try:
+        like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
+    except (ArithmeticError, MemoryError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} has a config that no model can be made of: {first_line(error)}") from error
     return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
 
 
