@@ -78,7 +78,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
       UserError: anything that the person at the terminal can put right.
       RunAgain: stopped on request; the same call goes on.
     """
-    with _says_what_fails():
+    with _says_what_fails(workdir):
         # ---- Where to go on: the last stage that has a checkpoint.
         begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(_checkpoints(workdir, stage))]
         first = begun[-1] if begun else 0
@@ -113,7 +113,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
     # One of several processes speaks for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
         _cache_compiled_programs(workdir)
-        with _says_what_fails():
+        with _says_what_fails(workdir):
             if distributed.is_first():
                 temporary = workdir / "config.json.tmp"
                 temporary.write_text(json.dumps(to_dict(config), indent=2))
@@ -218,7 +218,7 @@ class StageRun:
         batches = pipeline.training_batches(
             config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
         )
-        with _says_what_fails():
+        with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
             )
@@ -294,16 +294,14 @@ class StageRun:
 
 
 @contextlib.contextmanager
-def _says_what_fails() -> Iterator[None]:
+def _says_what_fails(folder: Path) -> Iterator[None]:
     """UserError where a file or folder fails at the start. Later, training goes on for as long as it can."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        name = error.filename2 or error.filename
-        where = f" {name}:" if name else ""
+        name, reason = error.filename2 or error.filename or folder, error.strerror or error
         raise UserError(
-            f"The run cannot start:{where} {reason}; make room, repair the folder or give another."
+            f"The run cannot start in {folder} ({name}: {reason}); repair that, make room, or give another --workdir."
         ) from error
 
 

@@ -155,6 +155,7 @@ def content(random, step, outside):
         b"[" * 100_000,
         b"\0" * len(before),
     ][random.integers(8)]
+    path.unlink()  # it may be a link by now
     path.write_bytes(after)
     return path.relative_to(step)
 
@@ -196,6 +197,7 @@ def listed(random, step, outside):
         {key: entry for key, entry in entries.items() if key != name},
         {name: entries[name]},
     ][random.integers(6)]
+    path.unlink()
     path.write_text(json.dumps(forged))
     return path.read_text()[:60]
 
@@ -209,6 +211,7 @@ def text_of(random, step, part, change):
     path = step / part / "_strings.json"
     inner = json.loads(json.loads(text(path))["json"])
     forged = change(inner)
+    path.unlink()
     path.write_text(json.dumps({"json": forged if isinstance(forged, str) else json.dumps(forged)}))
     relist(step)
 
