@@ -8,42 +8,36 @@ self-describing: `load_model` needs nothing else. `files` says what the others m
 
 import json
 import logging
-import re
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from fusion_jax import integrity
-from fusion_jax.about import check_form, check_size, config_of, first_line, load_about, load_text, save_tokenizer
+from fusion_jax.about import check_form, config_of, first_line, load_text
 from fusion_jax.about import describe as describe
 from fusion_jax.about import environment as environment
-from fusion_jax.config import RunConfig
-from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.about import load_about as load_about
+from fusion_jax.about import save_tokenizer as save_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.models import fusion
+from fusion_jax.loading import FOLDER as FOLDER
+from fusion_jax.loading import Loaded as Loaded
+from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in
+from fusion_jax.loading import find as find
+from fusion_jax.loading import load_model as load_model
+from fusion_jax.loading import load_params as load_params
+from fusion_jax.loading import step_of as step_of
 from fusion_jax.state import TrainState
 
 log = logging.getLogger("fusion_jax")
-
-FOLDER = "checkpoints"
-
-
-def _abstract(tree):
-    """Shapes, dtypes and shardings; what has no sharding yet goes to the first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), tree)
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
@@ -61,7 +55,6 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 _TROUBLE = (OSError, ValueError, TimeoutError)
 _WRITING = ".writing"  # of a folder whose files are not all there and listed
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", f"*{_WRITING}", "*.deleting")
-_STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _PATIENCE_MS = 600_000  # that a process waits for the others when a checkpoint is complete
 
 
@@ -81,7 +74,9 @@ class Checkpoints:
         self._written: int | None = None  # the newest checkpoint that is known to be whole
         self._problem = ""  # of the last save
         self._unexpected: BaseException | None = None
-        self._needed = [name for name in ("config", "tokenizer") if name in json.loads(about["json"])]
+        ours = json.loads(about["json"])
+        self._needed = [name for name in ("config", "tokenizer") if name in ours]
+        self._compares = bool(ours.get("config"))  # a benchmark's says nothing
         self._saves = 0
         self._meet = get_barrier_sync_fn()
         self._options = ocp.Context()
@@ -152,7 +147,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none is whole.
         """
-        like = _abstract(like)
+        like = abstract(like)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
@@ -164,7 +159,7 @@ class Checkpoints:
                 try:
                     restored = self._load(folder, step, like, accept)
                 except Exception as error:  # each part of a file and each library has its own kind of damage
-                    _raise_if_no_damage(error)
+                    raise_if_no_damage(error)
                     found = first_line(error)
                 if _all_agree(restored is not None):
                     self._set_aside(damaged, step)
@@ -182,13 +177,15 @@ class Checkpoints:
     def _load(self, folder: Path, step: int, like: TrainState, accept) -> tuple[TrainState, dict[str, Any]]:
         """State and input state of a step folder. What is small and may be wrong comes before what takes long."""
         data = load_text(folder, "data")
-        check_form(load_text(folder, "about"), self._needed)
+        about = check_form(load_text(folder, "about"), self._needed)
+        if self._compares:
+            config_of(about, "its about")
         if accept is not None:
             accept(step, data)
         params, train = _split(like)
         items = ocp.load_checkpointables(folder, {"params": params, "train": train})
         state = TrainState(params=items["params"], **items["train"])
-        _check_shapes(state, like)
+        check_shapes(state, like)
         return state, data
 
     @property
@@ -302,25 +299,6 @@ def _all_agree(here: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
 
 
-def _raise_if_no_damage(error: BaseException) -> None:
-    """Raises what lies behind an error of reading where memory was short or the runtime failed: no file's fault."""
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, MemoryError | jax.errors.JaxRuntimeError):
-            raise behind
-        behind = behind.__cause__ or behind.__context__
-
-
-def _check_shapes(tree, like) -> None:
-    """ValueError where an array has another shape or dtype than asked for; names it."""
-    for (path, array), wanted in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True):
-        if array.shape != wanted.shape or array.dtype != wanted.dtype:
-            raise ValueError(
-                f"{jax.tree_util.keystr(path)} has {array.dtype}{list(array.shape)}, "
-                f"not {wanted.dtype}{list(wanted.shape)}"
-            )
-
-
 class _NotRepeated(logging.Filter):
     """Orbax logs a failed save once per thread that it passes through, each with its traceback; we say it once."""
 
@@ -332,111 +310,3 @@ def _silence_repetitions() -> None:
     absl_log = logging.getLogger("absl")
     if not any(isinstance(known, _NotRepeated) for known in absl_log.filters):
         absl_log.addFilter(_NotRepeated())
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are left alone."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model: its run config, parameters (float32, nested dict), tokenizer and step folder."""
-
-    config: RunConfig
-    params: dict
-    tokenizer: Tokenizer
-    folder: Path
-    step: int
-
-
-def find(path: str | Path) -> Path:
-    """The step folder that `path` means: a step folder, a stage's folder, or a workdir (its newest stage and step).
-
-    A damaged one is passed over for the one before, and the log says so. A step folder that is named itself has none.
-
-    Raises:
-      UserError: there is no checkpoint, or none that is whole.
-    """
-    path = Path(path).absolute()
-    if (path / "params").is_dir():
-        found = _unusable(path)
-        if found:
-            raise UserError(f"{path} is no whole checkpoint: {found}.")
-        return path
-    damaged = []
-    for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
-        steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
-        for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
-            found = _unusable(newest)
-            if found is None:
-                for passed in damaged:
-                    log.warning("going back to %s; %s is not whole", newest, passed.name)
-                return newest
-            log.warning("checkpoint %s is damaged: %s; looking at the one before", newest, found)
-            damaged.append(newest)
-    if damaged:
-        raise UserError(f"No checkpoint in {path} is whole; the log says what is wrong with each.")
-    raise UserError(f"{path} holds no checkpoint; give a step folder, a stage's folder or a workdir.")
-
-
-def _unusable(folder: Path) -> str | None:
-    """Why a model cannot be loaded from a step folder, in words; None where it can, as far as its files tell."""
-    if not (folder / "params").is_dir():
-        return "it has no params"
-    found = integrity.problem(folder, parts=("params", "about"))
-    if found is None:
-        try:
-            load_about(folder)
-        except UserError as error:
-            return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
-    return found
-
-
-def load_params(folder: Path, like) -> dict:
-    """Parameters alone, in the shapes and dtypes of `like`, whatever mesh wrote them.
-
-    Raises:
-      UserError: the checkpoint holds other parameters than `like`, or they cannot be read.
-    """
-    check_size(folder, like)
-    try:
-        stored = flatten_dict(ocp.metadata(folder, "params").metadata, sep="/")
-    except Exception as error:
-        _raise_if_no_damage(error)
-        raise UserError(f"{folder} is no whole checkpoint: its params cannot be read ({first_line(error)}).") from error
-    # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
-    for name, leaf in flatten_dict(like, sep="/").items():
-        shape = getattr(stored.get(name), "shape", None)
-        if shape is None or tuple(shape) != leaf.shape:
-            has = f"has shape {tuple(shape)}" if shape is not None else "is missing"
-            raise UserError(
-                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}."
-            )
-    try:
-        params = ocp.load_checkpointables(folder, {"params": _abstract(like)})["params"]
-        _check_shapes(params, like)
-        return params
-    except Exception as error:
-        _raise_if_no_damage(error)
-        raise UserError(f"{folder} holds parameters of another model: {first_line(error)}") from error
-
-
-def load_model(path: str | Path) -> Loaded:
-    """Everything that generation and evaluation need, from a checkpoint alone."""
-    folder = find(path)
-    about = load_about(folder)
-    config = config_of(about, folder)
-    with tempfile.TemporaryDirectory() as files:
-        save_tokenizer(about, Path(files))
-        tokenizer = load_tokenizer(files)
-    try:
-        like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    except (ArithmeticError, MemoryError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} has a config that no model can be made of: {first_line(error)}") from error
-    return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
-
-
-def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
-    return int(folder.name) if _STEP.fullmatch(folder.name) else 0

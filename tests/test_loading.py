@@ -112,6 +112,12 @@ def test_commands_fall_back_from_a_damaged_checkpoint_and_say_so(two, caplog, da
         checkpoint.find(newest.parents[2])
 
 
+def test_commands_say_that_the_bytes_of_a_checkpoint_without_a_list_cannot_be_checked(two, caplog):
+    (two[1] / "files.0.json").unlink()
+    assert checkpoint.find(two[1].parents[2]) == two[1]
+    assert f"checkpoint {two[1]} has no list of its files" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [("llm", "width", 2**40), ("llm", "layers", 10**9), ("llm", "vocab_size", 10**12), ("vision", "image_size", 10**6)],

@@ -116,6 +116,17 @@ def test_restart_survives_its_logs_and_an_odd_lock(data, undisturbed, tmp_path, 
     assert json.loads((workdir / "config.json").read_text())["checkpoint_every"] == 2
 
 
+def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, undisturbed, tmp_path):
+    """Of another version, for instance: going on might mean other data, or another order of it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    for step in steps(workdir):
+        folder = workdir / "stage1" / "checkpoints" / str(step)
+        forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a known key"):
+        train.train(configured(data), workdir)
+
+
 STATES = {
     "another key": lambda state: {**state, "more": 1},
     "no waiting list": lambda state: {key: value for key, value in state.items() if key != "waiting"},
@@ -172,10 +183,9 @@ def test_workdir_that_cannot_be_used_is_said_in_one_sentence(data, tmp_path):
     (place / "loop").symlink_to("loop")
     for folder in ("a/config.json", "b/run.lock", "c/stage1/metrics.jsonl"):
         (place / folder).mkdir(parents=True)
-    for file in ("d/stage1", "e/stage1/checkpoints", "f/stage1/tensorboard"):
-        (place / file).parent.mkdir(parents=True)
-        (place / file).write_text("x")
-    names = ["file", "file/below", "loop", *"abcdef"]
+    (place / "d" / "stage1").mkdir(parents=True)
+    (place / "d" / "stage1" / "checkpoints").write_text("x")
+    names = ["file/below", "loop", *"abcd"]
     config = f"{tiny_run.__file__}:{data},survival"
     done = subprocess.run(
         [sys.executable, "-c", START, tmp_path, *(place / name for name in names)],
