@@ -6,17 +6,12 @@
 self-describing: `load_model` needs nothing else. `files` says what the others must look like (`integrity.py`).
 """
 
-import base64
-import importlib.metadata
 import json
 import logging
-import platform
 import shutil
-import subprocess
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +19,25 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from fusion_jax import integrity
-from fusion_jax.config import RunConfig, from_dict, to_dict
-from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.about import check_form, config_of, first_line, load_text
+from fusion_jax.about import describe as describe
+from fusion_jax.about import environment as environment
+from fusion_jax.about import load_about as load_about
+from fusion_jax.about import save_tokenizer as save_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.models import fusion
+from fusion_jax.loading import FOLDER as FOLDER
+from fusion_jax.loading import Loaded as Loaded
+from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in
+from fusion_jax.loading import find as find
+from fusion_jax.loading import load_model as load_model
+from fusion_jax.loading import load_params as load_params
+from fusion_jax.loading import step_of as step_of
 from fusion_jax.state import TrainState
 
 log = logging.getLogger("fusion_jax")
-
-FOLDER = "checkpoints"
-
-
-def _abstract(tree):
-    """Shapes, dtypes and shardings; what has no sharding yet goes to the first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), tree)
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
@@ -56,8 +53,9 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 
 # What a folder that is full, gone or slow raises; anything else is a mistake of ours.
 _TROUBLE = (OSError, ValueError, TimeoutError)
-_DAMAGE = (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError)
-_UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.deleting")
+_WRITING = ".writing"  # of a folder whose files are not all there and listed
+_UNFINISHED = ("*.orbax-checkpoint-tmp*", f"*{_WRITING}", "*.deleting")
+_PATIENCE_MS = 600_000  # that a process waits for the others when a checkpoint is complete
 
 
 class Checkpoints:
@@ -68,12 +66,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], keep: int = 3, keep_every: int = 0):
+        """OSError: the folder cannot be made."""
         self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._about, self._keep, self._keep_every = about, keep, keep_every
         self._writer: threading.Thread | None = None
         self._written: int | None = None  # the newest checkpoint that is known to be whole
         self._problem = ""  # of the last save
         self._unexpected: BaseException | None = None
+        ours = json.loads(about["json"])
+        self._needed = [name for name in ("config", "tokenizer") if name in ours]
+        self._compares = bool(ours.get("config"))  # a benchmark's says nothing
+        self._saves = 0
+        self._meet = get_barrier_sync_fn()
         self._options = ocp.Context()
         # Random mantissas compress by a tenth, at the price of all cores for seconds.
         self._options.array.saving.use_compression = False
@@ -93,13 +98,14 @@ class Checkpoints:
           data: state of the input iterator right behind the batch of this step. JSON, the same in all processes.
         """
         self._wait()
-        if step == self._written:
+        if _all_agree(step == self._written):
             return
         params, train = _split(state)
         items = {"params": params, "train": train, "data": {"json": json.dumps(data)}, "about": self._about}
+        self._saves += 1
         try:
             with self._options:
-                response = ocp.save_checkpointables_async(self.folder / str(step), items, overwrite=True)
+                response = ocp.save_checkpointables_async(self.folder / f"{step}{_WRITING}", items, overwrite=True)
         except _TROUBLE as error:
             self._report(step, error)
             return
@@ -126,11 +132,14 @@ class Checkpoints:
             self.save(step, state, data)
             self._wait()
 
-    def restore(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+    def restore(
+        self, like: TrainState, accept: Callable[[int, Any], None] | None = None
+    ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole; damaged ones before it are set aside, and the log says so.
 
         Args:
           like: arrays or `jax.ShapeDtypeStruct`s: shapes, dtypes and shardings to restore into, whatever wrote them.
+          accept: takes a step and the input iterator's state, and raises where that is none: the checkpoint is damaged.
 
         Returns:
           Step, state and the input iterator's state; None where there is no checkpoint.
@@ -138,21 +147,24 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none is whole.
         """
-        params, train = _split(_abstract(like))
+        like = abstract(like)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
             found = integrity.problem(folder, jax.process_index(), jax.process_count())
+            restored = None
             if _all_agree(found is None):
+                if integrity.unlisted(folder):
+                    log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
                 try:
-                    items = ocp.load_checkpointables(folder, {"params": params, "train": train, "data": None})
-                    data = json.loads(items["data"]["json"])
-                except _DAMAGE as error:
-                    found = _first_line(error)
-                else:
+                    restored = self._load(folder, step, like, accept)
+                except Exception as error:  # each part of a file and each library has its own kind of damage
+                    raise_if_no_damage(error)
+                    found = first_line(error)
+                if _all_agree(restored is not None):
                     self._set_aside(damaged, step)
                     self._written = step
-                    return step, TrainState(params=items["params"], **items["train"]), data
+                    return step, *restored
             damaged[step] = found or "another process found it damaged"
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])
         if damaged:
@@ -161,6 +173,20 @@ class Checkpoints:
                 "folder away to begin the stage again."
             )
         return None
+
+    def _load(self, folder: Path, step: int, like: TrainState, accept) -> tuple[TrainState, dict[str, Any]]:
+        """State and input state of a step folder. What is small and may be wrong comes before what takes long."""
+        data = load_text(folder, "data")
+        about = check_form(load_text(folder, "about"), self._needed)
+        if self._compares:
+            config_of(about, "its about")
+        if accept is not None:
+            accept(step, data)
+        params, train = _split(like)
+        items = ocp.load_checkpointables(folder, {"params": params, "train": train})
+        state = TrainState(params=items["params"], **items["train"])
+        check_shapes(state, like)
+        return state, data
 
     @property
     def writing(self) -> bool:
@@ -172,16 +198,51 @@ class Checkpoints:
         self._wait()
 
     def _complete(self, response, step: int) -> None:
-        """Waits for a save, lists its files, and deletes the checkpoints that are no longer kept."""
+        """Waits for a save, names its folder, and deletes the checkpoints that are no longer kept."""
         try:
             response.result()
-            integrity.write(self.folder / str(step), jax.process_index())
+            self._list_and_name(step)
             self._written, self._problem = step, ""
-            self._delete_old()
         except _TROUBLE as error:
             self._report(step, error)
+            return
         except BaseException as error:  # raised where the training loop waits
             self._unexpected = error
+            return
+        try:
+            self._delete_old()
+        except OSError as error:
+            log.warning("an old checkpoint stays in %s: %s", self.folder, first_line(error))
+
+    def _list_and_name(self, step: int) -> None:
+        """Gives a folder whose files are all written the name of a checkpoint, once each process has listed its own.
+
+        Raises:
+          OSError: a list or the folder's name could not be written, here or by another process.
+        """
+        writing, final = self.folder / f"{step}{_WRITING}", self.folder / str(step)
+
+        def name():
+            if jax.process_index() == 0:
+                for process in range(jax.process_count()):
+                    if not (writing / f"files.{process}.json").is_file():
+                        raise OSError(f"process {process} could not list its files")
+                _discard(final)
+                writing.rename(final)
+
+        trouble = None
+        # Whatever fails here, the others wait at both meetings.
+        for number, action in enumerate((lambda: integrity.write(writing, jax.process_index()), name)):
+            try:
+                if trouble is None:
+                    action()
+            except OSError as error:
+                trouble = error
+            self._meet(key=f"{final}.{self._saves}.{number}", timeout_ms=_PATIENCE_MS)
+        if trouble is None and not final.is_dir():
+            trouble = OSError("another process could not list its files, or name the folder")
+        if trouble is not None:
+            raise trouble
 
     def _wait(self) -> None:
         if self._writer is not None:
@@ -191,7 +252,7 @@ class Checkpoints:
             raise self._unexpected
 
     def _report(self, step: int, error: BaseException) -> None:
-        self._problem = _first_line(error)
+        self._problem = first_line(error)
         log.warning("no checkpoint of step %d: %s; training goes on, the next save tries again", step, self._problem)
         self._sweep()  # what was half written takes the room of the next attempt
 
@@ -199,8 +260,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in self.steps()[: -self._keep]:
                 if not (self._keep_every and step % self._keep_every == 0):
-                    # Renamed first: a kill in between leaves no checkpoint that looks whole and is not.
-                    _remove((self.folder / str(step)).rename(self.folder / f"{step}.deleting"))
+                    _discard(self.folder / str(step))
 
     def _sweep(self) -> None:
         if jax.process_index() == 0:
@@ -218,7 +278,18 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Removes what has the name of a checkpoint. Renamed first: a kill in between leaves none that looks whole."""
+    if folder.is_symlink() or folder.exists():
+        target = folder.with_name(f"{folder.name}.deleting")
+        _remove(target)
+        _remove(folder.rename(target))
 
 
 def _all_agree(here: bool) -> bool:
@@ -226,10 +297,6 @@ def _all_agree(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class _NotRepeated(logging.Filter):
@@ -243,136 +310,3 @@ def _silence_repetitions() -> None:
     absl_log = logging.getLogger("absl")
     if not any(isinstance(known, _NotRepeated) for known in absl_log.filters):
         absl_log.addFilter(_NotRepeated())
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
-
-
-def describe(
-    config: RunConfig,
-    tokenizer: Tokenizer | None,
-    origin: dict[str, Any] | None = None,
-    records: dict[str, int] | None = None,
-) -> dict[str, str]:
-    """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
-
-    Args:
-      origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
-      records: number of them in each stage's data.
-    """
-    files = {}
-    if tokenizer is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(folder)
-            files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
-    about = {
-        "config": to_dict(config),
-        "tokenizer": files,
-        "origin": origin or {},
-        "records": records or {},
-        "environment": environment(),
-    }
-    return {"json": json.dumps(about)}
-
-
-def environment() -> dict[str, Any]:
-    """What a run depends on beside its config: versions, devices, the commit where it runs from a git checkout."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    here = Path(__file__).parents[1]
-    commit = None
-    if (here / ".git").exists() and shutil.which("git"):
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
-        commit = done.stdout.decode().strip() or None
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in names},
-        "devices": {
-            "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
-            "processes": jax.process_count(),
-        },
-        "commit": commit,
-        "started": time.strftime("%F %T %z"),
-    }
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model: its run config, parameters (float32, nested dict), tokenizer and step folder."""
-
-    config: RunConfig
-    params: dict
-    tokenizer: Tokenizer
-    folder: Path
-    step: int
-
-
-def find(path: str | Path) -> Path:
-    """The step folder that `path` means: a step folder, a stage's folder, or a workdir (its newest stage and step).
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
-    path = Path(path).absolute()
-    if (path / "params").is_dir():
-        return path
-    for pattern in ("[0-9]*", f"{FOLDER}/[0-9]*", f"*/{FOLDER}/[0-9]*"):
-        steps = [p for p in path.glob(pattern) if p.name.isdigit() and (p / "params").is_dir()]
-        for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
-            found = integrity.problem(newest, thorough=False)
-            if found is None:
-                return newest
-            log.warning("checkpoint %s is damaged: %s; looking at the one before", newest, found)
-    raise UserError(f"{path} holds no checkpoint; give a step folder, a stage's folder or a workdir.")
-
-
-def load_about(folder: Path) -> dict[str, Any]:
-    """The `about` entry of a step folder. UserError where it has none: something else, or damaged."""
-    try:
-        return json.loads(ocp.load_checkpointables(folder, {"about": None})["about"]["json"])
-    except (ValueError, KeyError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} is no whole checkpoint: {reason}") from error
-
-
-def load_params(folder: Path, like) -> dict:
-    """Parameters alone, in the shapes and dtypes of `like`, whatever mesh wrote them.
-
-    Raises:
-      UserError: the checkpoint holds other parameters than `like`.
-    """
-    try:
-        return ocp.load_checkpointables(folder, {"params": _abstract(like)})["params"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds parameters of another model: {str(error).splitlines()[0]}") from error
-
-
-def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
-    """Writes the tokenizer's files of an `about` entry. UserError where the checkpoint has none."""
-    if not about["tokenizer"]:
-        raise UserError(
-            "The checkpoint holds no tokenizer: the folder it was imported from had none; put tokenizer files "
-            "into that folder and import it again."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in about["tokenizer"].items():
-        (folder / name).write_bytes(base64.b64decode(content))
-
-
-def load_model(path: str | Path) -> Loaded:
-    """Everything that generation and evaluation need, from a checkpoint alone."""
-    folder = find(path)
-    about = load_about(folder)
-    config = from_dict(RunConfig, about["config"])
-    with tempfile.TemporaryDirectory() as files:
-        save_tokenizer(about, Path(files))
-        tokenizer = load_tokenizer(files)
-    like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
-
-
-def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
-    return int(folder.name) if folder.name.isdigit() else 0

@@ -2,27 +2,33 @@
 
     <step>/files.<process>.json     {"params/manifest.ocdbt": [116, 2774283010], ...}
 
-Every process lists the files that it wrote itself, after the checkpoint is complete. A checkpoint whose writer died
-before the list was there is not suspect: only nothing is known, and reading it decides.
+Every process lists the files that it wrote itself, before the folder gets the name of a checkpoint. One without a list
+comes from elsewhere, or from a writer that died in the middle of an earlier version's save: reading it decides, and
+`unlisted` says that the bytes of its arrays cannot be checked.
 """
 
 import json
+import os
 import re
+import stat
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _OWNER = re.compile(r"ocdbt\.process_(\d+)")  # Orbax's folder of what one process wrote
+_LIST = re.compile(r"files\.(\d{1,9})\.(json|tmp)", re.ASCII)
+_PARTS = ("params/", "train/", "data/", "about/")
 _BLOCK = 1 << 22
+_LONGEST_LIST = 1 << 28  # bytes; a file takes about a hundred
 
 
 def write(folder: Path, process: int) -> None:
     """Lists the files of a complete step folder that belong to `process`; those of nobody belong to process 0."""
     entries = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        owner = _OWNER.search(name)
-        if path.is_file() and int(owner.group(1) if owner else 0) == process and not _is_list(name):
+    for name in files(folder):
+        if _owner(name) == process and not _LIST.fullmatch(name):
+            path = folder / name
             entries[name] = [path.stat().st_size, checksum(path)]
     target = folder / f"files.{process}.json"
     temporary = target.with_suffix(".tmp")
@@ -30,30 +36,53 @@ def write(folder: Path, process: int) -> None:
     temporary.replace(target)
 
 
-def problem(folder: Path, process: int = 0, processes: int = 1, thorough: bool = True) -> str | None:
+def problem(
+    folder: Path, process: int = 0, processes: int = 1, thorough: bool = True, parts: tuple[str, ...] = ()
+) -> str | None:
     """What is wrong with a step folder's files, in words; None where all are whole or nothing is known.
 
-    Each of `processes` looks at its share of the lists. Without `thorough` only sizes are compared.
+    Args:
+      processes: each of so many looks at its share of the files.
+      thorough: compare contents too, not only sizes.
+      parts: the subfolders whose contents count; all without any.
     """
-    lists = sorted(path for path in folder.glob("files.*.json") if _is_list(path.name))
-    jobs = []
-    for path in lists[process::processes]:
-        try:
-            jobs += [(folder / name, *expected) for name, expected in json.loads(path.read_text()).items()]
-        except (ValueError, OSError) as error:
-            return f"{path.name} cannot be read ({error})"
-    for path, size, _ in jobs:
-        name = path.relative_to(folder)
-        if not path.exists():
+    try:
+        present = set(files(folder))
+        listed = _read_lists(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    if not present:
+        return "it is empty"
+    lists = _owners_of_lists(folder)
+    for name in sorted(present - listed.keys()):
+        # What another process wrote may have been invisible to the one that lists it.
+        if _owner(name) in lists and name.startswith(_PARTS) and "/array_metadatas/" not in name:
+            return f"{name} is in no list of its files"
+    jobs = sorted(listed.items())[process::processes]
+    for name, (size, _) in jobs:
+        if name not in present:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
     if thorough:
+        jobs = [job for job in jobs if not parts or job[0].partition("/")[0] in parts]
         with ThreadPoolExecutor(4) as pool:
-            for (path, _, expected), found in zip(jobs, pool.map(lambda job: checksum(job[0]), jobs)):
+            for (name, (_, expected)), found in zip(jobs, pool.map(lambda job: _checksum(folder / job[0]), jobs)):
+                if isinstance(found, OSError):
+                    return f"{name} cannot be read ({found.strerror})"
                 if found != expected:
-                    return f"the content of {path.relative_to(folder)} has changed"
+                    return f"the content of {name} has changed"
     return None
+
+
+def unlisted(folder: Path) -> bool:
+    """Whether files of a step folder are in no list because their process left none."""
+    try:
+        lists = _owners_of_lists(folder)
+        return any(_owner(name) not in lists for name in files(folder))
+    except (ValueError, OSError):
+        return True
 
 
 def checksum(path: Path) -> int:
@@ -65,5 +94,80 @@ def checksum(path: Path) -> int:
     return value
 
 
-def _is_list(name: str) -> bool:
-    return re.fullmatch(r"files\.\d+\.(json|tmp)", name) is not None
+def _checksum(path: Path) -> int | OSError:
+    try:
+        return checksum(path)
+    except OSError as error:
+        return error
+
+
+def _owner(name: str) -> int:
+    """The process whose list has the file."""
+    owner = _OWNER.search(name)
+    return int(owner[1]) if owner else 0
+
+
+def files(folder: Path) -> Iterator[str]:
+    """Names of the files in a step folder, relative to it, hidden ones aside.
+
+    Raises:
+      ValueError: something in it is neither a file nor a folder, or a link that leads out of it.
+    """
+    inside = Path(os.path.realpath(folder))
+    # `walk` passes over what it cannot read unless it is given a function that raises.
+    for place, folders, others in os.walk(folder, onerror=_raise):
+        for name in sorted(folders + others):
+            path = Path(place, name)
+            relative = path.relative_to(folder).as_posix()
+            if name.startswith("."):
+                continue
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ValueError(f"{relative} is a link that leads out of the folder")
+            if name in folders:
+                continue
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError(f"{relative} is no file")
+            yield relative
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _owners_of_lists(folder: Path) -> set[int]:
+    found = (_LIST.fullmatch(path.name) for path in folder.iterdir())
+    return {int(match[1]) for match in found if match and match[2] == "json"}
+
+
+def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and checksum by name, of all lists together.
+
+    Raises:
+      ValueError: a list cannot be read, or is no list of files inside the folder; names it.
+    """
+    entries = {}
+    for process in sorted(_owners_of_lists(folder)):
+        path = folder / f"files.{process}.json"
+        try:
+            if not path.is_file() or path.stat().st_size > _LONGEST_LIST:
+                raise ValueError("it is no file of a sensible size")
+            found = json.loads(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds {type(found).__name__} instead of a list of files")
+            if not found and process == 0:
+                raise ValueError("it names no file")
+            for name, value in found.items():
+                _check_entry(name, value)
+        except (ValueError, OSError, RecursionError) as error:
+            raise ValueError(f"{path.name} cannot be read ({error})") from error
+        entries |= {name: tuple(value) for name, value in found.items()}
+    return entries
+
+
+def _check_entry(name: str, value: object) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+        raise ValueError(f"{name[:80]!r} is no file inside the folder")
+    whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    if not whole or not 0 <= value[0] < 2**63 or not 0 <= value[1] < 2**32:
+        raise ValueError(f"{name[:80]!r} needs a size and a checksum")

@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fusion_jax.errors import UserError
@@ -25,30 +26,34 @@ RENEW = 10.0  # seconds between two signs of life
 STALE = 45.0  # without one for that long, a run on another host is dead
 
 
+_LONGEST = 4096  # bytes of a lock file that are read; ours has a hundred
+_signed: set[int] = set()  # descriptors of the lock files that this process has signed
+
+
 @contextmanager
 def hold(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of `workdir`.
 
     Raises:
-      UserError: a live run has it; names its process and host.
+      UserError: a live run has it, which is named; or the lock file cannot be opened or written.
     """
     path = workdir / FILE
-    file = path.open("a+")
+    file = _open(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(_refusal(workdir, _holder(path))) from None
-        log.warning("%s: this file system has no locks (%s)", path, error)
-    try:
-        holder = _holder(path)
-        if holder.get("host", socket.gethostname()) != socket.gethostname():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(_refusal(workdir, _holder(file))) from None
+            log.warning("%s: this file system has no locks (%s)", path, error)
+        holder = _holder(file)
+        if holder is None:
+            log.warning("%s is no lock file of a run; it is written anew", path)
+        elif holder.get("host", socket.gethostname()) != socket.gethostname():
             _outlive(path, workdir, holder)
         elif holder:
-            log.info("%s: the run that had it (process %s) ended without a word", workdir, holder.get("pid"))
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
-        file.flush()
+            log.info("%s: the run that had it (process %s) ended without a word", workdir, holder["pid"])
+        _sign(file, path)
         done = threading.Event()
         renewer = threading.Thread(target=_renew, args=(path, done), name="workdir-lock", daemon=True)
         renewer.start()
@@ -57,25 +62,71 @@ def hold(workdir: Path) -> Iterator[None]:
         finally:
             done.set()
             renewer.join()
-            file.truncate(0)
+            _sign_off(file)
     finally:
-        file.close()
+        os.close(file)
 
 
-def _holder(path: Path) -> dict:
-    """Who wrote the lock file; empty where nobody has it, or in the moment before its owner has signed."""
+def sign_off() -> None:
+    """For the moment before a process ends on purpose without unwinding: the next run finds no holder."""
+    for file in list(_signed):
+        _sign_off(file)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock file. UserError where it is something else: a folder, a link, a pipe."""
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError):
+        # Neither waits for the other end of a pipe nor empties what a link leads to.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+        reason = "it is no file"
+    except OSError as error:
+        reason = error.strerror
+    raise UserError(f"The lock file {path} cannot be opened ({reason}); remove it, or give another --workdir.")
+
+
+def _sign(file: int, path: Path) -> None:
+    entry = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(entry).encode(), 0)
+    except OSError as error:
+        raise UserError(f"The lock file {path} cannot be written ({error.strerror}); make room or repair it.") from None
+    _signed.add(file)
+
+
+def _sign_off(file: int) -> None:
+    _signed.discard(file)
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+
+
+def _holder(file: int) -> dict[str, str] | None:
+    """Who wrote the lock file; empty where nobody has it, or in the moment before its owner has signed.
+
+    None where it holds anything else than a signature.
+    """
+    content = os.pread(file, _LONGEST, 0)
+    if not content.strip(b"\0"):  # zeros are what a power cut leaves
         return {}
+    try:
+        entry = json.loads(content)
+        signed = isinstance(entry, dict) and all(
+            isinstance(entry[name], str | int) for name in ("pid", "host", "since")
+        )
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return {name: str(entry[name])[:100] for name in ("pid", "host", "since")} if signed else None
 
 
-def _refusal(workdir: Path, holder: dict) -> str:
+def _refusal(workdir: Path, holder: dict[str, str] | None) -> str:
     who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
     return f"{workdir} is in use by a live run ({who}); stop it or give another --workdir."
 
 
-def _outlive(path: Path, workdir: Path, holder: dict) -> None:
+def _outlive(path: Path, workdir: Path, holder: dict[str, str]) -> None:
     """Waits until a run on another host has given no sign of life for long enough. UserError as soon as it does."""
     stamp = path.stat().st_mtime
     log.info("%s was last used on %s: looking for %.0f s whether that run lives", workdir, holder["host"], STALE)

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -33,9 +33,13 @@ def _import_tensorboard():
 
 
 class Writer:
-    """Writes scalars to `metrics.jsonl` and both scalars and texts to TensorBoard, in the folder of one stage.
+    """Writes scalars to `metrics.jsonl`, and both scalars and texts to TensorBoard, in the folder of one stage.
 
-    With a W&B project scalars go there too. A disk that is full costs lines, not the run.
+    With a W&B project scalars go there too. A disk that is full costs lines, not the run; and so does a TensorBoard or
+    W&B that fails, which are served by `publish` alone.
+
+    Raises:
+      UserError: `metrics.jsonl` is no file, or W&B cannot be started. OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, start_step: int, wandb_project: str = ""):
@@ -46,41 +50,48 @@ class Writer:
         self._before = read(self.path) if self.path.exists() else []
         self._file = self.path.open("a")
         self._board = _import_tensorboard().SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
-        self._run = None
-        if wandb_project:
-            name = f"{folder.parent.name}/{folder.name}"
-            # The same name is the same run: a restart goes on in it.
-            identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-            self._run = import_wandb().init(
-                project=wandb_project, name=name, id=identity, resume="allow", dir=str(folder), reinit="finish_previous"
-            )
+        self._run = _start_wandb(wandb_project, folder) if wandb_project else None
+        self._unpublished: list[tuple[int, dict[str, float]]] = []
+        self._trouble: dict[str, str] = {}  # the last of each kind, which the log has
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether an earlier start of the run has written that value at that step."""
-        return any(row["step"] == step and name in row for row in self._before)
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether an earlier start of the run has written a value whose name begins so at that step."""
+        return any(row["step"] == step and name.startswith(prefix) for row in self._before for name in row)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         values = {name: value for name, value in values.items() if value is not None}
         self._line(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self._board_lives():
-                self._board.add_scalar(name, value, step)
+        self._unpublished.append((step, values))
+
+    def publish(self) -> None:
+        """TensorBoard and W&B get what has been written since the last time."""
+        rows, self._unpublished = self._unpublished, []
+        with self._survived("TensorBoard"):
+            for step, values in rows:
+                for name, value in values.items():
+                    if self._board_lives():
+                        self._board.add_scalar(name, value, step)
         if self._run is not None:
-            self._run.log(values, step=step)
+            with self._survived("Weights & Biases"):
+                for step, values in rows:
+                    self._run.log(values, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        if self._board_lives():
-            self._board.add_text(name, text, step)
+        with self._survived("TensorBoard"):
+            if self._board_lives():
+                self._board.add_text(name, text, step)
 
     def close(self) -> None:
+        self.publish()
         self._line("")
         with contextlib.suppress(OSError):
             self._file.close()
-        if self._board_lives():
-            with contextlib.suppress(OSError):
+        with self._survived("TensorBoard"):
+            if self._board_lives():
                 self._board.close()
         if self._run is not None:
-            self._run.finish()
+            with self._survived("Weights & Biases"):
+                self._run.finish()
 
     def _line(self, text: str) -> None:
         try:
@@ -88,6 +99,17 @@ class Writer:
             self._file.flush()  # what could not be written stays in the buffer for the next time
         except OSError as error:
             log.warning("%s: %s; training goes on", self.path, error)
+
+    @contextlib.contextmanager
+    def _survived(self, what: str) -> Iterator[None]:
+        """The log says, once for each kind, that it failed."""
+        try:
+            yield
+        except Exception as error:
+            trouble = f"{what} gets nothing: {type(error).__name__}: {error}"[:300]
+            if trouble != self._trouble.get(what):
+                log.warning("%s; training goes on", trouble)
+            self._trouble[what] = trouble
 
     def _board_lives(self) -> bool:
         """Its thread dies of a full disk, and then the queue to it would block for ever."""
@@ -103,25 +125,62 @@ def import_wandb():
     return wandb
 
 
+def _start_wandb(project: str, folder: Path):
+    """A W&B run for one stage. The same name is the same run: a restart goes on in it."""
+    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    arguments = {"project": project, "name": f"{folder.parent.name}/{folder.name}", "id": identity, "dir": str(folder)}
+    wandb = import_wandb()
+    try:
+        return wandb.init(**arguments, resume="allow", reinit="finish_previous")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(
+            f"Weights & Biases could not be started for config.wandb_project={project!r} ({reason}); repair that, set "
+            "WANDB_MODE=offline, or leave wandb_project empty."
+        ) from error
+
+
 def truncate(path: Path, step: int) -> None:
-    """Keeps the lines of a JSONL file whose `step` is at most `step`; a torn last line goes too."""
+    """Keeps the lines of a JSONL file whose `step` is at most `step`. Lines that are no such entry go, with a warning:
+    torn ones, as a kill leaves them, and damaged ones.
+
+    Raises:
+      UserError: it is no file.
+    """
     if not path.exists():
         return
-    kept = [json.dumps(entry) + "\n" for entry in read(path) if entry["step"] <= step]
+    if not path.is_file():
+        raise UserError(f"{path} must be a file; move away what is there.")
+    content, kept, bad = path.read_bytes(), [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        entry = _entry(line)
+        if entry is None and line:
+            bad.append(number)
+        elif entry is not None and entry["step"] <= step:
+            kept.append(line + b"\n")
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        log.warning("%s: %d damaged line(s) cut off (%s)", path, len(bad), shown)
+    if b"".join(kept) == content:
+        return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
 
 
 def read(path: Path) -> list[dict]:
-    """All lines of a JSONL file of a run but a torn one, which a kill may leave at the end."""
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [entry for entry in entries if "step" in entry]
+    """The entries of a JSONL file of a run, which have a `step`; lines that are none are passed over."""
+    return [entry for line in path.read_bytes().split(b"\n") if (entry := _entry(line)) is not None]
+
+
+def _entry(line: bytes) -> dict | None:
+    """The entry of a line; None where it is none."""
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if type(step) is int and 0 <= step < 2**63 else None
 
 
 def duration(seconds: float) -> str:
@@ -241,7 +300,7 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
     for axis, (stage, path) in zip(axes[0], files.items()):
         rows = read(path)
         for name, style in (("ce", "-"), ("v2t", "-"), ("t2v", "-"), ("validation/ce", "o--")):
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], float(row[name])) for row in rows if _is_number(row.get(name))]
             if points and any(value for _, value in points):
                 axis.plot(*zip(*points), style, label=name, linewidth=1.2, markersize=4)
         axis.set(title=stage, xlabel="step", ylabel="loss" if axis is axes[0][0] else "")
@@ -250,3 +309,8 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
         axis.legend()
     figure.savefig(target, dpi=120)
     plt.close(figure)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it can be drawn: a damaged file may hold anything."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

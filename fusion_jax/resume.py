@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fusion_jax import checkpoint
-from fusion_jax.config import RunConfig, StageConfig, from_dict
+from fusion_jax import checkpoint, integrity
+from fusion_jax.about import config_of
+from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import FusionConfig, replace
@@ -24,10 +25,16 @@ _MODEL_FREE = ("mapping_loss_weight",)
 
 
 def newest_about(folder: Path) -> dict[str, Any] | None:
-    """`about` of the newest checkpoint in a stage's checkpoint folder that can be read; None where none can."""
+    """`about` of the newest checkpoint in a stage's checkpoint folder that can be read; None where none can.
+
+    The log says which are passed over.
+    """
     for step in reversed(checkpoint.steps_in(folder)):
+        found = integrity.problem(folder / str(step), parts=("about",))
         try:
-            return checkpoint.load_about(folder / str(step))
+            if found is None:
+                return checkpoint.load_about(folder / str(step))
+            log.warning("checkpoint %s is damaged: %s; its config is not looked at", folder / str(step), found)
         except UserError as error:
             log.warning("%s", error)
     return None
@@ -45,7 +52,7 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
     if config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
     else:
-        config = dataclasses.replace(config, template=about["config"]["template"])
+        config = dataclasses.replace(config, template=config_of(about, folder).template)
         checkpoint.save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})
@@ -60,7 +67,7 @@ def check(config: RunConfig, stage: StageConfig, records: int, about: dict[str, 
     Raises:
       UserError: values differ that the state depends on; names them all.
     """
-    saved = from_dict(RunConfig, about["config"])
+    saved = config_of(about, where)
     pairs = [(f"model.{name}", ours, theirs) for name, ours, theirs in _model_pairs(config.model, saved.model)]
     pairs += [(name, getattr(config, name), getattr(saved, name)) for name in _RUN]
     old = next((known for known in saved.stages if known.name == stage.name), None)
@@ -96,7 +103,7 @@ def continue_model(config: FusionConfig, about: dict[str, Any], where: str) -> F
     Raises:
       UserError: their sizes differ; names the values.
     """
-    saved = from_dict(FusionConfig, about["config"]["model"])
+    saved = config_of(about, where).model
     different = []
     for part, names in (("vision", _VISION_SIZES), ("llm", _LLM_SIZES)):
         ours, theirs = getattr(config, part), getattr(saved, part)

@@ -11,8 +11,7 @@ import json
 import logging
 import math
 import tempfile
-import time
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,10 +21,7 @@ from absl import flags
 from fusion_jax import (
     checkpoint,
     distributed,
-    flops,
-    generate,
     lock,
-    losses,
     metrics,
     optim,
     resume,
@@ -40,8 +36,9 @@ from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
-from fusion_jax.evals.runner import evaluate_tasks
+from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
+from fusion_jax.reports import Reports
 
 log = logging.getLogger("fusion_jax")
 
@@ -80,43 +77,47 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
       UserError: anything that the person at the terminal can put right.
       RunAgain: stopped on request; the same call goes on.
     """
-    # ---- Where to go on: the last stage that has a checkpoint.
-    begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(_checkpoints(workdir, stage))]
-    first = begun[-1] if begun else 0
-    # ---- Inputs: everything that can be wrong is looked at before any long work.
-    scratch = tempfile.TemporaryDirectory()  # lives as long as this function
-    if config.init_from:
-        config, tokenizer, origin = resume.start_from(
-            config, workdir if begun else Path(config.init_from), scratch.name
-        )
-    else:
-        tokenizer, origin = load_tokenizer(config.tokenizer), {}
-    _check_tokenizer(config, tokenizer)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_model(config.model, mesh)
-    for stage in config.stages:
-        if not stage.packing:  # which deals its rows to the devices itself
-            sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
-    record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
-    records = {name: len(source) for name, source in record_sources.items()}
-    if begun:
-        stage = config.stages[first]
-        folder = _checkpoints(workdir, stage)
-        saved = resume.newest_about(folder)
-        if saved is not None:
-            resume.check(config, stage, records[stage.name], saved, folder)
-    validation = sources.load_source(config.validation_data) if config.validation_data else None
-    if config.evaluate_every:
-        _check_evaluation(config)
-    if config.wandb_project:
-        metrics.import_wandb()
-    workdir.mkdir(parents=True, exist_ok=True)
+    with _says_what_fails(workdir):
+        # ---- Where to go on: the last stage that has a checkpoint.
+        begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(_checkpoints(workdir, stage))]
+        first = begun[-1] if begun else 0
+        # ---- Inputs: everything that can be wrong is looked at before any long work.
+        scratch = tempfile.TemporaryDirectory()  # lives as long as this function
+        if config.init_from:
+            config, tokenizer, origin = resume.start_from(
+                config, workdir if begun else Path(config.init_from), scratch.name
+            )
+        else:
+            tokenizer, origin = load_tokenizer(config.tokenizer), {}
+        _check_tokenizer(config, tokenizer)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_model(config.model, mesh)
+        for stage in config.stages:
+            if not stage.packing:  # which deals its rows to the devices itself
+                sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
+        record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
+        records = {name: len(source) for name, source in record_sources.items()}
+        if begun:
+            stage = config.stages[first]
+            folder = _checkpoints(workdir, stage)
+            saved = resume.newest_about(folder)
+            if saved is not None:
+                resume.check(config, stage, records[stage.name], saved, folder)
+        validation = sources.load_source(config.validation_data) if config.validation_data else None
+        if config.evaluate_every:
+            _check_evaluation(config)
+        if config.wandb_project:
+            metrics.import_wandb()
+        workdir.mkdir(parents=True, exist_ok=True)
     # One of several processes speaks for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
         _cache_compiled_programs(workdir)
-        if distributed.is_first():
-            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
-        about = checkpoint.describe(config, tokenizer, origin, records)
+        with _says_what_fails(workdir):
+            if distributed.is_first():
+                temporary = workdir / "config.json.tmp"
+                temporary.write_text(json.dumps(to_dict(config), indent=2))
+                temporary.replace(workdir / "config.json")
+            about = checkpoint.describe(config, tokenizer, origin, records)
 
         # ---- Model.
         model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
@@ -146,8 +147,11 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         if not distributed.is_first():
             return
         files = {stage.name: workdir / stage.name / "metrics.jsonl" for stage in config.stages}
-        metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
-        log.info("done; loss curves in %s", workdir / "losses.png")
+        try:
+            metrics.plot_losses({name: path for name, path in files.items() if path.exists()}, workdir / "losses.png")
+            log.info("done; loss curves in %s", workdir / "losses.png")
+        except Exception as error:
+            log.warning("done; no loss curves: %s: %s", type(error).__name__, error)
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -201,8 +205,9 @@ class StageRun:
 
         Raises:
           RunAgain: asked to stop; everything is saved.
+          UserError: the stage's folder cannot be used, no checkpoint in it is whole, or too much of the data is bad.
         """
-        config, stage, steps, mesh = self.config, self.stage, self.steps, self.mesh
+        config, stage, mesh = self.config, self.stage, self.mesh
         # ---- Optimizer and state.
         labels = optim.labels(stage, params)
         tx = optim.optimizer(stage, params)
@@ -212,82 +217,41 @@ class StageRun:
         batches = pipeline.training_batches(
             config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
         )
-        checkpoints = checkpoint.Checkpoints(
-            self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
-        )
-        start = 0
-        restored = checkpoints.restore(state.abstract(params, tx, mesh))
-        if restored is not None:
-            start, current, position = restored
-            batches.set_state(position)
-            log.info("%s continues after step %d", stage.name, start)
-        else:
-            current = state.begin(params, tx, mesh)
-        writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
-        metrics.truncate(self.reports / "bad_records.jsonl", start)
-        log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), steps, stage.batch_size)
-        if self._validates_at(start) and not writer.has(start, "validation/ce"):
-            self._validate(model, current.params, start, writer, stop)  # a stop came in between
-        # ---- Loop.
-        peak = flops.peak(model.dtype)
+        with _says_what_fails(self.folder):
+            checkpoints = checkpoint.Checkpoints(
+                self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
+            )
+            restored = checkpoints.restore(state.abstract(params, tx, mesh), functools.partial(_go_on, batches))
+            if restored is not None:
+                start, current, _ = restored
+                log.info("%s continues after step %d", stage.name, start)
+            else:
+                start, current = 0, state.begin(params, tx, mesh)
+            writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
+            metrics.truncate(self.reports / "bad_records.jsonl", start)
+        log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), self.steps, stage.batch_size)
         tracer = watch.Profile(profile, self.folder / "profile")
-        spikes, every = metrics.Spikes(), watch.Every(config.checkpoint_minutes)
-        interval, begun, compiled = metrics.Interval(), time.perf_counter(), set()
-        running: deque = deque()  # results of the steps that may still compute
-        with watch.Watch(config.hang_minutes) as phase:
-            for step in range(start + 1, steps + 1):
+        with _closed_at_the_end(checkpoints, tracer, writer, batches), watch.Watch(config.hang_minutes) as phase:
+            reports = Reports(config, stage, self.steps, mesh, self.tokenizer, self.validation, model, writer, stop)
+            loop = Loop(config, stage, self.steps, start, model, mesh, step_fn, phase)
+            reports.run(start, current.params, phase)  # a stop may have come in between
+            loop.begin_interval()
+            every = watch.Every(config.checkpoint_minutes)
+            for step in range(start + 1, self.steps + 1):
+                last = step == self.steps
                 tracer.before(step)
-                with phase("waiting for input") as waited:
-                    fed, counts = next(batches)
-                # Waiting costs nothing while a step is still computing.
-                interval.spend("compute" if running and not running[-1].is_ready() else "input", waited())
+                fed, counts = loop.wait_for_input(batches)
                 self._note_bad(step, fed.bad, counts)
-                if fed.batch.latent_count not in compiled:
-                    compiled.add(fed.batch.latent_count)
-                    log.info("%s: compiling the step for l^2 = %d", stage.name, fed.batch.latent_count)
-                cost = processes * flops.step_flops(config.model, flops.shape_of(fed.batch))
-                rates = optim.learning_rates(stage, step - 1, steps)
-                with phase("computing") as computed:
-                    # Two batches at most are on the devices: one that a step reads, one put there meanwhile.
-                    while len(running) > 1:
-                        jax.block_until_ready(running.popleft())
-                    current, values = step_fn(current, sharding.put_batch(fed.batch, mesh), rates)
-                    running.append(values["total"])
-                interval.spend("compute", computed())
+                current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
-                interval.add(values | _prefixed("learning_rate/", rates), fed.samples, cost)
                 tracer.after(step, values)
                 stop.after_step()
-
-                if step % config.log_every == 0 or step == steps:
-                    with phase("computing") as computed:
-                        jax.block_until_ready(values)
-                    interval.spend("compute", computed())
-                    report = interval.report(peak) | watch.memory()
-                    found = spikes.look(step - len(interval.fetched()) + 1, interval.fetched())
-                    for text in found[:3]:
-                        log.warning("%s %s", stage.name, text)
-                    report["spikes"] = len(found)
-                    left = (time.perf_counter() - begun) / (step - start) * (steps - step)
-                    writer.scalars(step, {**report, **counts.scalars()})
-                    log.info(metrics.line(stage.name, step, steps, report, left))
+                # Rows cannot fail, so they may come before the save: a restart from this step has its row.
+                if step % config.log_every == 0 or last:
+                    writer.scalars(step, loop.report(step, values) | counts.scalars() | reports.failures())
                     self._check_skipped(int(current.skipped_in_row))
-                    interval = metrics.Interval()
-                if self._validates_at(step) and not stop.requested:
-                    with phase("validating"):
-                        self._validate(model, current.params, step, writer, stop)
-                    interval = metrics.Interval()  # validation is not training time
-                if config.evaluate_every and step % config.evaluate_every == 0 and not stop.requested:
-                    with phase("evaluating"):
-                        self._evaluate_tasks(model, current.params, step, writer)
-                    interval = metrics.Interval()
                 # The iterator stands right behind this step's batch: save before it moves on.
-                if stop.requested and step < steps:
-                    with phase("saving"):
-                        checkpoints.finish(step, current, batches.get_state(), STOP_PATIENCE)
-                    writer.close()
-                    raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
-                if step == steps:
+                if last:
                     with phase("saving"):
                         checkpoints.finish(step, current, batches.get_state(), FINAL_PATIENCE)
                     stop.nothing_to_lose = True
@@ -295,16 +259,16 @@ class StageRun:
                     with phase("saving") as saved:
                         checkpoints.save(step, current, batches.get_state())
                     every.restart()
-                    interval.spend("checkpoint", saved())
-        tracer.close()
-        checkpoints.close()
-        batches.close()
-        writer.close()
+                    loop.interval.spend("checkpoint", saved())
+                # All that may fail comes behind the save.
+                writer.publish()
+                if reports.run(step, current.params, phase):
+                    loop.begin_interval()  # a report is not training time
+                if stop.requested and not last:
+                    with phase("saving"):
+                        checkpoints.finish(step, current, batches.get_state(), STOP_PATIENCE)
+                    raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
         return current.params
-
-    def _validates_at(self, step: int) -> bool:
-        every = self.config.validate_every
-        return bool(step and every and self.validation is not None and (step % every == 0 or step == self.steps))
 
     def _note_bad(self, step: int, bad: tuple[BadRecord, ...], counts: pipeline.Counts) -> None:
         if not bad:
@@ -327,81 +291,43 @@ class StageRun:
                 f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps."
             )
 
-    def _validate(self, model: fusion.Fusion, params, step: int, writer: metrics.Writer, stop: watch.Stop) -> None:
-        """Validation losses, and answers to the first questions, to the log and TensorBoard.
 
-        A request to stop ends it without a word; the run that goes on from this step does it again.
-        """
-        batches = pipeline.fixed_batches(
-            self.config, self.stage, self.validation, self.tokenizer, self.config.validation_batches
-        )
-        parts = []
-        for batch in batches:
-            if stop.requested:
-                return
-            parts.append(jax.device_get(self._evaluate(model, params, batch)))
-        if parts:
-            # Means over all tokens, as in training, not over batches.
-            sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
-            means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
-            writer.scalars(step, _prefixed("validation/", means))
-            log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
-        shown = self._sample_answers(model, params)
-        if shown:
-            writer.text(step, "answers", "\n\n".join(shown))
+@contextlib.contextmanager
+def _says_what_fails(folder: Path) -> Iterator[None]:
+    """UserError where a file or folder fails at the start. Later, training goes on for as long as it can."""
+    try:
+        yield
+    except OSError as error:
+        name, reason = error.filename2 or error.filename or folder, error.strerror or error
+        raise UserError(
+            f"The run cannot start in {folder} ({name}: {reason}); repair that, make room, or give another --workdir."
+        ) from error
 
-    def _evaluate_tasks(self, model: fusion.Fusion, params, step: int, writer: metrics.Writer) -> None:
-        """Scores of the config's benchmarks, into the metrics and the log."""
-        config = self.config
-        answerer = generate.Answerer(model, params, config, self.tokenizer)
-        scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
-        writer.scalars(step, _prefixed("evaluation/", scores))
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
 
-    def _evaluate(self, model: fusion.Fusion, params, batch):
-        shards = sharding.batch_shards(self.mesh)
-        if any(len(x) % shards for x in jax.tree.leaves(batch)):  # too few to deal: every device computes all of them
-            return _evaluate(model, params, batch)
-        rows = sharding.put_batch(sharding.local_rows(batch, self.mesh), self.mesh)
-        return sharding.OnMesh(functools.partial(_evaluate, model), self.mesh)(params, rows)
-
-    def _sample_answers(self, model: fusion.Fusion, params) -> list[str]:
-        """The first usable questions of the validation data with the model's answers, as Markdown."""
-        maker = pipeline.ExampleMaker(self.config.model, self.tokenizer, self.config.template)
-        prompts, expected = [], []
-        for i in range(len(self.validation)):
-            if len(prompts) == self.config.sample_answers:
-                break
+@contextlib.contextmanager
+def _closed_at_the_end(*parts) -> Iterator[None]:
+    """Closes them all, in that order, however training ends: a checkpoint that is being written is finished."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise  # another process is gone, without which no checkpoint is finished
+        for part in parts:
             try:
-                record = self.validation[i]
-                prompt = generate.first_question(record)
-                maker(prompt, prompt=True)
-            except BadRecord:
-                continue
-            prompts.append(prompt)
-            expected.append(record.turns[record.turns.index(prompt.turns[0]) + 1]["value"])
-        if not prompts:
-            return []
-        answerer = generate.Answerer(model, params, self.config, self.tokenizer, rows=len(prompts))
-        shown = []
-        for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
-            question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
-            name = prompt.image_path.name if prompt.image_path else "text"
-            shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
-        return shown
+                part.close()
+            except Exception as another:
+                log.warning("%s while training ends of something else: %s", type(another).__name__, another)
+        raise
+    for part in parts:
+        part.close()
 
 
-@jax.jit(static_argnums=0)
-def _evaluate(model: fusion.Fusion, params, batch):
-    """Sums of the losses and what they are divided by."""
-    totals = losses.counts(batch, model.config.vision.patches)
-    _, means = train_step.loss_and_parts(model, params, batch, totals)
-    return {name: mean * totals[name] for name, mean in means.items()}, totals
-
-
-def _prefixed(prefix: str, values: dict) -> dict:
-    return {prefix + name: value for name, value in values.items()}
+def _go_on(batches, step: int, position) -> None:
+    """Input goes on behind a step. ValueError where that is no position behind it."""
+    behind = position.get("step") if isinstance(position, dict) else None
+    if behind != step:
+        raise ValueError(f"the state of its input stands behind step {behind!r:.80}, not {step}")
+    batches.set_state(position)
 
 
 if __name__ == "__main__":

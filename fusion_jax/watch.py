@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fusion_jax import lock
 from fusion_jax.errors import AGAIN, UserError
 
 log = logging.getLogger("fusion_jax")
@@ -68,17 +70,22 @@ class Stop:
             name, seen = signal.Signals(data[0]).name, seen + 1
             if seen > 1:
                 log.warning("%s again: ending at once", name)
-                os._exit(128 + data[0])
+                self._end(128 + data[0])
             if self._several:
                 log.warning("%s: all processes save and end after the same step", name)
                 os.kill(os.getpid(), signal.SIGTERM)  # now it is a preemption notice
                 continue
             if self.nothing_to_lose:
                 log.warning("%s: nothing new to save; exit code %d: run me again", name, AGAIN)
-                os._exit(AGAIN)
+                self._end(AGAIN)
             log.warning("%s: finishing the step, then saving (once more ends at once)", name)
             self.requested = True
         os.close(reader)
+
+    def _end(self, code: int) -> NoReturn:
+        """Ends the process from this thread, while the main one may be anywhere."""
+        lock.sign_off()
+        os._exit(code)
 
 
 class Watch:
@@ -148,7 +155,10 @@ class Every:
 
 
 class Profile:
-    """A trace of the steps `first` to `last` for XProf, under `folder`. Steps are those of the stage."""
+    """A trace of the steps `first` to `last` for XProf, under `folder`. Steps are those of the stage.
+
+    One that cannot be taken or written costs itself alone: the log says so.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._first, self._last = steps or (0, -1)
@@ -156,20 +166,34 @@ class Profile:
 
     def before(self, step: int) -> None:
         if self._first <= step <= self._last and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            try:
+                jax.profiler.start_trace(str(self._folder))
+                self._running = True
+            except (RuntimeError, OSError) as error:
+                self._give_up(error)
 
     def after(self, step: int, results) -> None:
         """`results`: what the step gives, waited for where the trace ends."""
         if self._running and step >= self._last:
             jax.block_until_ready(results)
-            self.close()
-            log.info("trace of steps %d to %d in %s", self._first, self._last, self._folder)
+            if self.close():
+                log.info("trace of steps %d to %d in %s", self._first, self._last, self._folder)
 
-    def close(self) -> None:
-        if self._running:
+    def close(self) -> bool:
+        """Ends a trace that is running; whether it was written."""
+        if not self._running:
+            return False
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
+        except (RuntimeError, OSError) as error:
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        self._first, self._last = 0, -1
+        log.warning("no trace in %s: %s; training goes on", self._folder, error)
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:

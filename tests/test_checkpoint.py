@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax import checkpoint, integrity, resume
@@ -80,6 +82,146 @@ def test_damaged_newest_checkpoint_falls_back_one_and_says_so(tmp_path, caplog, 
     assert checkpoints.steps() == [1, 2] and (tmp_path / "3.damaged").is_dir()
     checkpoints.finish(3, state_at(3), {"next": 3}, patience=0)  # training comes by again
     assert_is(saved(tmp_path).restore(state_at(0)), 3)
+
+
+LISTS = {
+    "a list": [],
+    "nothing": {},
+    "null": None,
+    "a number": 5,
+    "a text": "x",
+    "an entry that is a number": {"a": 1},
+    "an empty entry": {"params/x": []},
+    "a size that is a text": {"params/_METADATA": ["1", 2]},
+    "a path out of the folder": {"../../outside": [4, 3632233996]},
+    "an absolute path": {"/etc/hostname": [1, 2]},
+    "one file alone": {"orbax.checkpoint": [0, 0]},
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_list_of_files_of_another_form_falls_back(tmp_path, caplog, form):
+    checkpoints = saved(tmp_path / "stage" / "checkpoints", 1, 2)
+    (tmp_path / "stage" / "outside").write_text("test")
+    (checkpoints.folder / "2" / "files.0.json").write_text(json.dumps(LISTS[form]))
+    assert_is(checkpoints.restore(state_at(0)), 1)
+    assert "2 is damaged: " in caplog.text and "going back to step 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("about", lambda about: without(about, "config")),
+        ("about", lambda about: []),
+        ("about", lambda about: None),
+        ("about", lambda about: {**about, "config": []}),
+        ("about", lambda about: {**about, "tokenizer": ["tokenizer.model"]}),
+        ("about", lambda about: "{"),
+        ("about", lambda about: "[" * 100_000),
+        ("data", lambda data: {**data, "more": 1}),
+        ("data", lambda data: {"other": 1}),
+        ("data", lambda data: None),
+        ("data", lambda data: "{"),
+    ],
+)
+def test_about_or_input_state_of_another_form_falls_back(tmp_path, caplog, part, change):
+    """Also where the list of files knows of nothing wrong."""
+
+    def accept(step, data):
+        if data != {"next": step}:
+            raise ValueError("another position")
+
+    checkpoints = saved(tmp_path, 1, 2)
+    forge(tmp_path / "2", part, change)
+    assert integrity.problem(tmp_path / "2") is None
+    assert_is(checkpoints.restore(state_at(0), accept), 1)
+    assert "going back to step 1" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "gone", "endless", "elsewhere", "loop"])
+@pytest.mark.parametrize("name", ["params/_METADATA", "files.0.json", "about/_strings.json", "_CHECKPOINT_METADATA"])
+def test_what_is_no_file_falls_back(tmp_path, name, kind):
+    checkpoints = saved(tmp_path / "checkpoints", 1, 2)
+    (tmp_path / "elsewhere").write_text("test")
+    path = tmp_path / "checkpoints" / "2" / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.symlink_to({"endless": "/dev/zero", "elsewhere": tmp_path / "elsewhere", "loop": path}[kind])
+    gone = name == "files.0.json" and kind == "gone"
+    assert_is(checkpoints.restore(state_at(0)), 2 if gone else 1)
+
+
+def test_names_that_are_no_steps_are_left_alone(tmp_path, caplog):
+    checkpoints = saved(tmp_path, 1, 2)
+    for name in ("007", "٣", "1٣", "4²", "1e3", "-5", "99999999999999999999", "5.writing2"):
+        shutil.copytree(tmp_path / "2", tmp_path / name)
+    (tmp_path / "12").write_text("a file")
+    (tmp_path / "13").symlink_to("nowhere")
+    assert checkpoint.steps_in(tmp_path) == [1, 2]
+    assert_is(checkpoints.restore(state_at(0)), 2)
+    checkpoints.finish(12, state_at(12), {"next": 12}, patience=0)  # where the file lies
+    assert_is(checkpoints.restore(state_at(0)), 12)
+
+
+def test_empty_newest_folder_falls_back(tmp_path, caplog):
+    checkpoints = saved(tmp_path, 1, 2)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "8").mkdir()
+    shutil.copy(tmp_path / "2" / "files.0.json", tmp_path / "8")
+    assert_is(checkpoints.restore(state_at(0)), 2)
+    assert "9 is damaged: it is empty" in caplog.text and "8 is damaged: " in caplog.text
+
+
+def test_files_are_listed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """A kill at any moment leaves a folder with another name, or one whose bytes can be checked."""
+    seen, write = [], integrity.write
+
+    def watched(folder, process):
+        seen.append((folder.name, (tmp_path / "1").exists()))
+        write(folder, process)
+
+    monkeypatch.setattr(integrity, "write", watched)
+    checkpoints = saved(tmp_path, 1)
+    assert seen == [("1.writing", False)]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"] and not integrity.unlisted(tmp_path / "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "2.writing")  # as a kill before the name leaves it
+    assert checkpoint.Checkpoints(tmp_path, ABOUT).steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert_is(checkpoints.restore(state_at(0)), 1)
+
+
+def test_list_that_cannot_be_written_costs_the_checkpoint(tmp_path, monkeypatch, caplog):
+    checkpoints = saved(tmp_path, 1)
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(integrity, "write", fails)
+    checkpoints.save(2, state_at(2), {"next": 2})
+    checkpoints.close()
+    assert "no checkpoint of step 2: [Errno 28] No space left on device" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_checkpoint_without_a_list_is_used_and_the_log_says_that_its_bytes_cannot_be_checked(tmp_path, caplog):
+    """Such as those of other programs, and of a kill during an earlier version's save."""
+    checkpoints = saved(tmp_path, 1, 2)
+    assert_is(checkpoints.restore(state_at(0)), 2)
+    assert "cannot be checked" not in caplog.text
+    (tmp_path / "2" / "files.0.json").unlink()
+    assert_is(checkpoints.restore(state_at(0)), 2)
+    assert "2 has no list of its files: their bytes cannot be checked" in caplog.text
+
+
+def test_array_of_another_shape_is_damage(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]) if x.ndim else (), x.dtype), state_at(0))
+    with pytest.raises(UserError, match="is whole"):
+        checkpoints.restore(like)
 
 
 def test_damage_to_any_file_is_found(tmp_path):

@@ -314,9 +314,34 @@ class _BatchIterator(grain.DatasetIterator):
         return {"parent": self._parent.get_state(), "step": self._step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
+        """Goes on where `get_state` was called. ValueError where it is no state of such an iterator."""
+        _check_state(state, len(self._feeding.loader.source), self._feeding.loader.spec.length)
         self._parent.set_state(state["parent"])
         self._step, self._counts = state["step"], Counts(**state["counts"])
         self._waiting = [Measured(*measured) for measured in state["waiting"]]
+
+
+def _check_state(state, records: int, length: int) -> None:
+    """ValueError where that is no state of an iterator over so many records whose rows are so long."""
+
+    def whole(*numbers) -> bool:
+        return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+
+    def named(part, names) -> bool:
+        return isinstance(part, dict) and part.keys() == set(names)
+
+    counts = [field.name for field in dataclasses.fields(Counts)]
+    known = named(state, ("parent", "step", "counts", "waiting")) and named(state["parent"], ("next_index",))
+    known = known and named(state["counts"], counts) and isinstance(state["counts"]["bad"], dict)
+    if not known or not isinstance(state["waiting"], list):
+        raise ValueError("the state of the input has other entries than this version's")
+    numbers = [value for name, value in state["counts"].items() if name != "bad"] + [*state["counts"]["bad"].values()]
+    if not whole(state["step"], state["parent"]["next_index"], *numbers):
+        raise ValueError("the state of the input has a count that is no whole number")
+    for measured in state["waiting"]:
+        fits = isinstance(measured, list) and len(measured) == len(Measured._fields) and whole(*measured)
+        if not fits or not (measured[0] < records and measured[1] <= length):
+            raise ValueError(f"the state of the input lets {measured!r:.80} wait, which is no record's")
 
 
 def sample_records(loader: Loader, seed: int, count: int = _SAMPLE) -> list[Measured]:

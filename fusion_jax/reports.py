@@ -1,0 +1,170 @@
+"""What a stage tells of itself beside its losses in training: validation, answers to read, benchmarks.
+
+None of it is worth a step: it runs behind the step's save, and what fails is said, counted and left out.
+"""
+
+import contextlib
+import functools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+from orbax.checkpoint.multihost import get_barrier_sync_fn
+
+from fusion_jax import distributed, generate, losses, metrics, sharding, train_step, watch
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import conversation, pipeline
+from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.errors import BadRecord
+from fusion_jax.evals.runner import evaluate_tasks
+from fusion_jax.models import fusion
+
+log = logging.getLogger("fusion_jax")
+
+_PATIENCE_MS = 300_000  # that processes wait for each other behind a report
+
+
+class Reports:
+    """The reports of one stage, which go to its metrics, to TensorBoard and to the log."""
+
+    def __init__(self, config, stage, steps, mesh, tokenizer, validation, model, writer, stop):
+        self.config: RunConfig = config
+        self.stage: StageConfig = stage
+        self.steps: int = steps
+        self.mesh: jax.sharding.Mesh = mesh
+        self.tokenizer: Tokenizer = tokenizer
+        self.validation: RecordSource | None = validation
+        self.model: fusion.Fusion = model
+        self.writer: metrics.Writer = writer
+        self.stop: watch.Stop = stop
+        self._failed: Counter[str] = Counter()
+        self._meet = get_barrier_sync_fn()
+
+    def run(self, step: int, params, phase: watch.Watch) -> bool:
+        """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
+        that goes on from this step does them."""
+        ran = False
+        for what, doing, due, report in (
+            ("validation", "validating", self._validates_at, self._validate),
+            ("evaluation", "evaluating", self._evaluates_at, self._evaluate_tasks),
+        ):
+            if due(step) and not self.stop.requested and not self._has(step, what):
+                ran = True
+                with phase(doing), self._survived(step, what):
+                    report(step, params)
+        if ran:
+            self.writer.publish()
+        return ran
+
+    def failures(self) -> dict[str, int]:
+        """How many reports of each kind have failed, for the metrics."""
+        return {f"failed/{what}": count for what, count in self._failed.items()}
+
+    def _validates_at(self, step: int) -> bool:
+        every = self.config.validate_every
+        return bool(step and every and self.validation is not None and (step % every == 0 or step == self.steps))
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.config.evaluate_every
+        return bool(step and every and step % every == 0)
+
+    def _has(self, step: int, what: str) -> bool:
+        """Whether an earlier start has written it. What the first process has decides: all must do the same."""
+        return bool(distributed.of_first(self.writer.has(step, f"{what}/")))
+
+    @contextlib.contextmanager
+    def _survived(self, step: int, what: str) -> Iterator[None]:
+        """The log says what failed, and training goes on.
+
+        With several processes it does so only where all of them come to the end of the report, failed or not. One that
+        fails while the others wait for it inside a compiled program cannot be survived: after a while it raises.
+        """
+        trouble = None
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process is gone, or all are out of step
+            trouble = error
+        try:
+            self._meet(key=f"{self.stage.name}/{step}/{what}", timeout_ms=_PATIENCE_MS)
+        except Exception as error:
+            raise trouble or error from None
+        if trouble is None:
+            return
+        self._failed[what] += 1
+        reason = f"{type(trouble).__name__}: {(str(trouble).splitlines() or [''])[0][:300]}"
+        name, times = self.stage.name, self._failed[what]
+        log.warning("%s %d  %s failed (%s), %d time(s) so far; training goes on", name, step, what, reason, times)
+
+    def _validate(self, step: int, params) -> None:
+        """Validation losses, and answers to the first questions, to the log and TensorBoard. A request to stop ends it
+        without a word."""
+        batches = pipeline.fixed_batches(
+            self.config, self.stage, self.validation, self.tokenizer, self.config.validation_batches
+        )
+        parts = []
+        for batch in batches:
+            if self.stop.requested:
+                return
+            parts.append(jax.device_get(self._evaluate(params, batch)))
+        if parts:
+            # Means over all tokens, as in training, not over batches.
+            sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
+            means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
+            self.writer.scalars(step, {f"validation/{name}": mean for name, mean in means.items()})
+            log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
+        shown = self._sample_answers(params)
+        if shown:
+            self.writer.text(step, "answers", "\n\n".join(shown))
+
+    def _evaluate_tasks(self, step: int, params) -> None:
+        """Scores of the config's benchmarks, into the metrics and the log."""
+        config = self.config
+        answerer = generate.Answerer(self.model, params, config, self.tokenizer)
+        scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
+        self.writer.scalars(step, {f"evaluation/{name}": score for name, score in scores.items()})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
+
+    def _evaluate(self, params, batch):
+        shards = sharding.batch_shards(self.mesh)
+        if any(len(x) % shards for x in jax.tree.leaves(batch)):  # too few to deal: every device computes all of them
+            return _evaluate(self.model, params, batch)
+        rows = sharding.put_batch(sharding.local_rows(batch, self.mesh), self.mesh)
+        return sharding.OnMesh(functools.partial(_evaluate, self.model), self.mesh)(params, rows)
+
+    def _sample_answers(self, params) -> list[str]:
+        """The first usable questions of the validation data with the model's answers, as Markdown."""
+        maker = pipeline.ExampleMaker(self.config.model, self.tokenizer, self.config.template)
+        prompts, expected = [], []
+        for i in range(len(self.validation)):
+            if len(prompts) == self.config.sample_answers:
+                break
+            try:
+                record = self.validation[i]
+                prompt = generate.first_question(record)
+                maker(prompt, prompt=True)
+            except BadRecord:
+                continue
+            prompts.append(prompt)
+            expected.append(record.turns[record.turns.index(prompt.turns[0]) + 1]["value"])
+        if not prompts:
+            return []
+        answerer = generate.Answerer(self.model, params, self.config, self.tokenizer, rows=len(prompts))
+        shown = []
+        for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
+            question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
+            name = prompt.image_path.name if prompt.image_path else "text"
+            shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
+        return shown
+
+
+@jax.jit(static_argnums=0)
+def _evaluate(model: fusion.Fusion, params, batch):
+    """Sums of the losses and what they are divided by."""
+    totals = losses.counts(batch, model.config.vision.patches)
+    _, means = train_step.loss_and_parts(model, params, batch, totals)
+    return {name: mean * totals[name] for name, mean in means.items()}, totals

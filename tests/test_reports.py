@@ -1,0 +1,201 @@
+"""What happens around the steps of a run when something fails: reports, plots, logs, the data; and at its start."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_run
+from forged import forge
+from shapes_data import make_shapes
+
+from fusion_jax import checkpoint, integrity, metrics, train
+from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.errors import UserError
+from fusion_jax.reports import Reports
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("scenes") / "data", "16,16,16,4,4")
+
+
+def configured(data, **changes):
+    """One stage of four steps and two saves, with one program."""
+    config = tiny_run.get_config(f"{data},survival")
+    config.stages = config.stages[:1]
+    config.stages[0]["steps"] = 4
+    config.update({"checkpoint_every": 2, "validation_data": "", "sample_answers": 0, **changes})
+    return from_dict(RunConfig, config.to_dict())
+
+
+def steps(workdir):
+    return checkpoint.steps_in(workdir / "stage1" / checkpoint.FOLDER)
+
+
+def losses(workdir):
+    return [(row["step"], row["ce"]) for row in metrics.read(workdir / "stage1" / "metrics.jsonl") if "ce" in row]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    train.train(configured(data), workdir)
+    assert steps(workdir) == [2, 4] and [step for step, _ in losses(workdir)] == [1, 2, 3, 4]
+    return workdir
+
+
+def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, monkeypatch):
+    """Validation and benchmarks fail, and the plot in the end, each behind the save of its step."""
+    saved = []
+
+    def no_validation(self, step, params):
+        saved.append(max(checkpoint.steps_in(self.writer.path.parent / checkpoint.FOLDER), default=0))
+        raise OSError(5, "Input/output error")
+
+    benchmarks = tmp_path / "benchmarks"
+    benchmarks.mkdir()  # there when the run starts, but nothing in it
+    monkeypatch.setattr(Reports, "_validate", no_validation)
+    (tmp_path / "run" / "losses.png").mkdir(parents=True)
+    config = configured(
+        data,
+        validation_data=f"{data}/validation.json",
+        validate_every=1,
+        evaluate_every=2,
+        evaluation_tasks=("held_out",),
+        evaluation_data=str(benchmarks),
+    )
+    train.train(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(undisturbed) and steps(tmp_path / "run") == [2, 4]
+    assert saved[3] == 4, "the last step was not saved before its validation"
+    rows = metrics.read(tmp_path / "run" / "stage1" / "metrics.jsonl")
+    assert [row.get("failed/validation") for row in rows] == [None, 1, 2, 3]
+    assert [row.get("failed/evaluation") for row in rows] == [None, None, 1, 1]
+    assert "validation failed (OSError: [Errno 5] Input/output error), 4 time(s) so far" in caplog.text
+    assert "evaluation failed (UserError: " in caplog.text and "done; no loss curves: IsADirectoryError" in caplog.text
+
+
+def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tmp_path, monkeypatch):
+    write, note = integrity.write, train.StageRun._note_bad
+
+    def slowly(*arguments):
+        time.sleep(1.5)
+        write(*arguments)
+
+    def too_many(self, step, *arguments):
+        if step == 3:
+            raise UserError("too many bad records")
+        note(self, step, *arguments)
+
+    monkeypatch.setattr(integrity, "write", slowly)
+    monkeypatch.setattr(train.StageRun, "_note_bad", too_many)
+    with pytest.raises(UserError, match="too many bad records"):
+        train.train(configured(data), tmp_path)
+    assert steps(tmp_path) == [2] and integrity.problem(tmp_path / "stage1" / "checkpoints" / "2") is None
+    assert (tmp_path / "run.lock").read_bytes() == b""
+
+
+def test_restart_survives_its_logs_and_an_odd_lock(data, undisturbed, tmp_path, caplog):
+    """From step 2, with damage to everything that the run keeps beside its checkpoints."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    shutil.rmtree(workdir / "stage1" / "checkpoints" / "4")
+    with (workdir / "stage1" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n5\n[]\n" + b"\0" * 4096 + b'\n{"step": 1, "c')
+    (workdir / "stage1" / "bad_records.jsonl").write_bytes(b'"x"\n\x80')
+    (workdir / "run.lock").write_text("[1, 2]")
+    (workdir / "config.json").write_bytes(b"\0\0")
+    for path in (workdir / "stage1" / "tensorboard").iterdir():
+        path.write_bytes(b"\0" * 100)
+    train.train(configured(data), workdir)
+    assert losses(workdir) == losses(undisturbed) and steps(workdir) == [2, 4]
+    assert "metrics.jsonl: 5 damaged line(s) cut off" in caplog.text and "bad_records.jsonl: 2 damaged" in caplog.text
+    assert json.loads((workdir / "config.json").read_text())["checkpoint_every"] == 2
+
+
+def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, undisturbed, tmp_path):
+    """Of another version, for instance: going on might mean other data, or another order of it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    for step in steps(workdir):
+        folder = workdir / "stage1" / "checkpoints" / str(step)
+        forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a known key"):
+        train.train(configured(data), workdir)
+
+
+STATES = {
+    "another key": lambda state: {**state, "more": 1},
+    "no waiting list": lambda state: {key: value for key, value in state.items() if key != "waiting"},
+    "another step": lambda state: {**state, "step": 3},
+    "a step that is a text": lambda state: {**state, "step": "4"},
+    "an index that is a text": lambda state: {**state, "parent": {"next_index": "16"}},
+    "an index below 0": lambda state: {**state, "parent": {"next_index": -1}},
+    "a count that is a list": lambda state: {**state, "counts": {**state["counts"], "seen": []}},
+    "an unknown count": lambda state: {**state, "counts": {**state["counts"], "more": 1}},
+    "reasons that are a list": lambda state: {**state, "counts": {**state["counts"], "bad": [1]}},
+    "a record that is none": lambda state: {**state, "waiting": [[10**9, 10, 1, 1]]},
+    "waiting texts": lambda state: {**state, "waiting": ["x"]},
+    "a list": lambda state: [state],
+    "null": lambda state: None,
+}
+
+
+def test_input_state_of_another_form_falls_back_one(data, undisturbed, tmp_path, caplog):
+    """All forms in one run: each checkpoint is newer than the one before it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    folder = workdir / "stage1" / "checkpoints"
+    for step, form in enumerate(STATES.values(), 5):
+        shutil.copytree(undisturbed / "stage1" / "checkpoints" / "4", folder / str(step))
+        forge(folder / str(step), "data", lambda state, form=form, step=step: form({**state, "step": step}))
+    shutil.rmtree(folder / "4")
+    train.train(configured(data), workdir)
+    assert losses(workdir) == losses(undisturbed) and steps(workdir) == [2, 4]
+    for step in range(5, 5 + len(STATES)):
+        assert f"going back to step 2; {folder / str(step)} is kept as {step}.damaged" in caplog.text
+
+
+START = """
+import os, sys
+from fusion_jax import cli, train
+errors, *workdirs = sys.argv[1:]
+arguments = [f"--config={os.environ['CONFIG']}"]
+for number, workdir in enumerate(workdirs):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"{errors}/{number}.err", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv = ["fusion_jax.train", *arguments, f"--workdir={workdir}"]
+        cli.run_main(train.main)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_workdir_that_cannot_be_used_is_said_in_one_sentence(data, tmp_path):
+    """Kinds that fail for everybody, the superuser too."""
+    place = tmp_path / "places"
+    place.mkdir()
+    (place / "file").write_text("x")
+    (place / "loop").symlink_to("loop")
+    for folder in ("a/config.json", "b/run.lock", "c/stage1/metrics.jsonl"):
+        (place / folder).mkdir(parents=True)
+    (place / "d" / "stage1").mkdir(parents=True)
+    (place / "d" / "stage1" / "checkpoints").write_text("x")
+    names = ["file/below", "loop", *"abcd"]
+    config = f"{tiny_run.__file__}:{data},survival"
+    done = subprocess.run(
+        [sys.executable, "-c", START, tmp_path, *(place / name for name in names)],
+        env=os.environ | {"CONFIG": config},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    codes = [line for line in done.stdout.splitlines() if line.isdigit()]  # among lines of the log
+    assert codes == ["2"] * len(names), done.stdout + done.stderr
+    for number, name in enumerate(names):
+        said = (tmp_path / f"{number}.err").read_text()
+        assert said.startswith("error: ") and said.count("\n") == 1 and str(place / name) in said, (name, said)
