@@ -5,7 +5,11 @@ is never timed out. Here the time that is left is asked for before each wait: fo
 addresses), TLS, the head and the body.
 """
 
+import contextlib
+import email.utils
 import functools
+import json
+import math
 import queue
 import socket
 import ssl
@@ -13,6 +17,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +25,8 @@ from typing import Any
 import httpcore2
 
 _LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
+MAX_DEPTH = 64  # of JSON
+MAX_VALUES = 500_000  # of JSON: "[],[],[]," takes thirty times its size in memory
 _KEEP = 5.0  # seconds that an idle connection is kept for
 _PIECE = 1 << 14  # bytes written at a time
 _clock = threading.local()  # `end`: when the request of this thread must be over, monotonic time
@@ -52,12 +59,13 @@ class Web:
           connections: how many at most. allowed: IP address -> whether it may be connected to; must hold for all
             addresses of a host. None allows all. proxy: http://HOST:PORT that requests go through.
         """
+        self._network = _Network(allowed)
         options: dict[str, Any] = {
             "ssl_context": _tls(),
             "max_connections": connections,
             "max_keepalive_connections": connections,
             "keepalive_expiry": _KEEP,
-            "network_backend": _Network(allowed),
+            "network_backend": self._network,
         }
         self._pool = httpcore2.ConnectionPool(**options)
         if proxy:
@@ -97,6 +105,12 @@ class Web:
     def close(self) -> None:
         self._pool.close()
 
+    def cut(self) -> None:
+        """Ends all connections now, also those that other threads wait on: their requests raise."""
+        for stream in list(self._network.streams):
+            with contextlib.suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
     def _read(self, response: httpcore2.Response, max_bytes: int) -> Answer:
         headers: dict[str, str] = {}
         for name, value in response.headers:
@@ -120,6 +134,41 @@ def proxy_for(url: str) -> str:
     return named.get(parts.scheme) or named.get("all") or ""
 
 
+def read_json(said: bytes | str) -> Any:
+    """What JSON from a stranger says. ValueError for anything else, and for what is too deep or too much to work on:
+    whatever walks through it later may recurse."""
+    marks = (b",", b"[", b"{") if isinstance(said, bytes) else (",", "[", "{")
+    if sum(said.count(mark) for mark in marks) > MAX_VALUES:
+        raise ValueError(f"over {MAX_VALUES} values")
+    try:
+        value = json.loads(said)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(one: dict | list) -> Any:
+    return one.values() if isinstance(one, dict) else one
+
+
+def retry_after(headers: dict[str, str], most: float) -> float | None:
+    """Seconds that Retry-After asks for, a number or a date: 0 to `most`; None where it says nothing usable."""
+    said = headers.get("retry-after", "")[:64]
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError, AttributeError):
+            return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), most)
+
+
 @functools.cache
 def _tls() -> ssl.SSLContext:
     return httpcore2.default_ssl_context()
@@ -138,6 +187,7 @@ class _Network(httpcore2.NetworkBackend):
 
     def __init__(self, allowed: Callable[[str], bool] | None):
         self._allowed, self._sockets = allowed, httpcore2.SyncBackend()
+        self.streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
 
     def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
         del timeout, local_address, socket_options
@@ -149,7 +199,7 @@ class _Network(httpcore2.NetworkBackend):
             try:
                 # To the very address that was looked at: asking for the name again could give another one.
                 part = _left() / (len(places) - number)
-                return _Stream(self._sockets.connect_tcp(place[4][0], port, part))
+                return _Stream(self._sockets.connect_tcp(place[4][0], port, part), self.streams)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 problem = error
         _left()
@@ -159,8 +209,9 @@ class _Network(httpcore2.NetworkBackend):
 class _Stream(httpcore2.NetworkStream):
     """Another stream with the time that is left as its timeout, whatever it is asked for."""
 
-    def __init__(self, inner: httpcore2.NetworkStream):
-        self._inner = inner
+    def __init__(self, inner: httpcore2.NetworkStream, streams: "weakref.WeakSet[_Stream]"):
+        self._inner, self._streams = inner, streams
+        streams.add(self)
 
     def read(self, max_bytes, timeout=None):
         return self._inner.read(max_bytes, _left())
@@ -174,7 +225,7 @@ class _Stream(httpcore2.NetworkStream):
         self._inner.close()
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left()))
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left()), self._streams)
 
     def get_extra_info(self, info):
         return self._inner.get_extra_info(info)
