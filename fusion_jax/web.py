@@ -144,11 +144,17 @@ def read_json(said: bytes | str) -> Any:
         value = json.loads(said)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """ValueError for what JSON says in more than MAX_DEPTH levels."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
         if not level:
-            return value
+            return
     raise ValueError("nested too deeply")
 
 
