@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,68 @@ def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
     """Makes the folder, or finds that it holds this very run, and returns its manifest. UserError otherwise."""
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
     wanted = identity(config)
-    if out.exists() and any(path.name != "lock" for path in out.iterdir()):
-        try:
-            manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-            found = {key: manifest[key] for key in wanted}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
-            ) from None
-        if found != wanted:
-            raise UserError(
-                f"{out} holds a run made otherwise ({_difference(found, wanted)}); name another with --out."
-            )
-        return manifest
+    if not is_new(out):
+        manifest = find_run(config, out)
+        if all(manifest[key] == wanted[key] for key in wanted):
+            return manifest
+        shutil.rmtree(out / "work", ignore_errors=True)  # captions alone: nothing had come of them
     manifest = wanted | {"state": "running"}
     write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def find_run(config: SynthConfig, out: Path) -> dict[str, Any]:
+    """The manifest of the run in a folder that this config may go on with: its own, or one of another config of which
+    nothing has come so far, so that a mistake can be corrected and paid replies are still used. UserError otherwise."""
+    wanted = identity(config)
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        found = {key: manifest[key] for key in wanted}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        raise UserError(
+            f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
+        ) from None
+    same_format = all(found[key] == wanted[key] for key in ("format", "version"))
+    if found != wanted and not (same_format and not _has_come_to_something(out)):
+        raise UserError(f"{out} holds a run made otherwise ({_difference(found, wanted)}); name another with --out.")
+    return manifest
+
+
+def is_new(out: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but a lock."""
+    return not out.exists() or all(path.name == "lock" for path in out.iterdir())
+
+
+def _has_come_to_something(out: Path) -> bool:
+    """Whether a sample has been through a stage and is still there."""
+    for path in sorted((out / "work" / "blocks").glob("*.jsonl")):
+        done, samples = read_block(out, int(path.stem))
+        if done and not all("dropped" in sample for sample in samples):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def leaving_nothing(out: Path, created: list[Path]) -> Iterator[None]:
+    """Empties a folder that was new, and removes the created ones, should it end in a UserError before anything was
+    paid for or came through a stage: so that the corrected command finds things as the first did."""
+    new = is_new(out)
+    try:
+        yield
+    except UserError:
+        paid = any(path.stat().st_size for path in (out / "journal").glob("*.jsonl")) or any(
+            (out / "images").glob("*/*")
+        )
+        if new and not paid and not _has_come_to_something(out):
+            for path in out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            for path in created:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
 
 
 def _difference(found: Any, wanted: Any, where: str = "") -> str:

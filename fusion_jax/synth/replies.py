@@ -47,7 +47,7 @@ _ANSWER_LINE = re.compile(rf"\n{_ANSWER}", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(?:\d{1,6}[.)]|[-*•])\s+")
 _NUMBERED_QUESTION = re.compile(rf"(?:\d{{1,6}}[.)]|[-*•])\s{{1,8}}\W{{0,8}}{_QUESTION}", re.IGNORECASE)
 _OPTION = re.compile(r"^\(?([A-Da-d])[.):]\)?[ \t]+(.+)$", re.MULTILINE)
-_BOLD = re.compile(r"(\*\*|__)(?=\S)(.{1,500}?)(?<=\S)\1")
+_BOLD = re.compile(r"(\*\*|__)(?=\S)(.{1,200}?)(?<=\S)\1")
 
 
 class Invalid(Exception):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import jsonschema
 
 from fusion_jax.synth import replies
 from fusion_jax.synth.replies import Invalid
+
+log = logging.getLogger("fusion_jax")
 
 STAGES = ("stage1", "stage1_5", "stage2")
 
@@ -63,6 +66,15 @@ class Ask:
 
     def read(self, text: str, parsed: dict | None, data: dict) -> dict:
         """The clean answer in a reply. Raises `Invalid`."""
+        try:
+            return self._read(text, parsed, data)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+            # An answer that nobody thought of. It was paid for and is kept, so that without this one reply would end
+            # the run and each that goes on with it.
+            log.warning("an answer could not be read (%s: %.200s): its sample is dropped", type(e).__name__, e)
+            raise Invalid("malformed", f"the answer cannot be read ({type(e).__name__})") from e
+
+    def _read(self, text: str, parsed: dict | None, data: dict) -> dict:
         text = replies.without_thinking(text)
         if len(text) > replies.MAX_TEXT:
             raise Invalid("too_long", f"the answer has {len(text)} characters, the limit is {replies.MAX_TEXT}")
