@@ -126,6 +126,22 @@ class Web:
         return Answer(response.status, headers, bytes(body))
 
 
+def is_endpoint(url: str) -> bool:
+    """Whether it is http(s)://HOST[:PORT][/PATH] in plain ASCII, with neither user nor query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number where the port stands, for instance
+        return False
+    extra = "@" in parts.netloc or parts.query or parts.fragment
+    return whole and not extra and all("!" <= c <= "~" and c != "\\" for c in url)
+
+
+def is_key(key: str) -> bool:
+    """Whether it can stand in a header: a line break at its end, out of a file, would make the request invalid."""
+    return all("!" <= c <= "~" for c in key)
+
+
 def proxy_for(url: str) -> str:
     """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ""."""
     parts, named = urllib.parse.urlsplit(url), urllib.request.getproxies()

@@ -21,7 +21,7 @@ from fusion_jax.errors import UserError, check
 from fusion_jax.fetch import PORTS, FetchError, fetch
 from fusion_jax.synth.backends.base import Refused, Retryable, Unusable
 from fusion_jax.synth.config import ImageConfig, ModelConfig
-from fusion_jax.web import Answer, Web, WebError, proxy_for, read_json, retry_after
+from fusion_jax.web import Answer, Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
 log = logging.getLogger("fusion_jax")
 
@@ -72,7 +72,7 @@ class Client:
         self.address = _address(config, what)
         self._key = os.environ.get(config.api_key_env, "")
         check(
-            self._key.isascii() and all(" " < c < "\x7f" for c in self._key),
+            is_key(self._key),
             f"The key in {self._key_name} holds a line break, a space or another character that no key has.",
         )
         self._headers = {"User-Agent": "fusion_jax"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
@@ -256,15 +256,12 @@ def _address(config: ModelConfig | ImageConfig, what: str) -> str:
     url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if not url:
         raise UserError(f"Give the endpoint's address in {what}.base_url or OPENAI_BASE_URL: https://HOST/v1.")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        usable = usable and url.isascii() and all("!" <= c <= "~" and c != "\\" for c in url)
-    except ValueError:  # no number where the port stands, for instance
-        usable = False
-    check(usable, f"{what}.base_url must be http://HOST/v1 or https://HOST/v1.")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError(f"{what}.base_url must hold no name, password or query: keys come from {config.api_key_env}.")
+    parts = url.partition("://")[2]
+    check(
+        not any(mark in parts for mark in "@?#"),
+        f"{what}.base_url must hold no name, password or query: keys come from {config.api_key_env}.",
+    )
+    check(is_endpoint(url), f"{what}.base_url must be http://HOST/v1 or https://HOST/v1.")
     return url.rstrip("/")
 
 
