@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 import sys
 from collections.abc import Iterator
@@ -80,7 +81,9 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         return
     if config.processes > 1 and len(work) > 1:
         context = multiprocessing.get_context("spawn")  # the caller may have threads, which do not survive a fork
-        # Ctrl-C reaches all processes of a terminal. The workers do not hear it: they end with the pool.
+        # Ctrl-C reaches all processes of a terminal. The workers do not hear it: they end with the pool. The resource
+        # tracker is started first, since starting it would let the signal through again.
+        multiprocessing.resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             pool = context.Pool(min(config.processes, len(work)), _start_process, (config, out))
@@ -112,6 +115,7 @@ _tools: Tools | None = None  # of a worker process
 
 def _start_process(config: SynthConfig, out: Path) -> None:
     global _tools
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tools = Tools(config, out, share=1 / config.processes)
 
 

@@ -154,7 +154,9 @@ def find_json(text: str) -> Any:
                 if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
                     check_depth(value)
                     return value
-            except (ValueError, RecursionError):
+            except RecursionError:  # nobody's answer; each further bracket of it would take as long
+                return None
+            except ValueError:
                 continue
     return None
 
