@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fusion_jax.data import shards
 from fusion_jax.dicts import to_dict
@@ -148,7 +148,9 @@ def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
     """Deals all captions into blocks, unless that is done; returns what pool.json says. UserError as `read_pool`."""
     told = out / "work" / "pool.json"
     if told.exists():
-        return json.loads(told.read_text(encoding="utf-8"))
+        with _readable(out, told) as f:
+            found = json.load(f)
+            return {key: found[key] for key in ("captions", "blocks", "inputs")}
     seen: set[int] = set()
     waiting: list[Sample] = []
     blocks = count = 0
@@ -223,15 +225,27 @@ def write_block(out: Path, number: int, done: list[str], samples: list[Sample]) 
     )
 
 
+@contextlib.contextmanager
+def _readable(out: Path, path: Path) -> Iterator[IO[str]]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            yield f
+    except (ValueError, RecursionError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} is damaged; delete {out / 'work'} and start the same command again: what was paid for is kept "
+            "in the journal."
+        ) from e
+
+
 def read_done(out: Path, number: int) -> list[str]:
-    """The stages that a block's samples have been through."""
-    with open(_block_path(out, number), encoding="utf-8") as f:
+    """The stages that a block's samples have been through. UserError where its file is damaged."""
+    with _readable(out, _block_path(out, number)) as f:
         return json.loads(f.readline())["done"]
 
 
 def read_block(out: Path, number: int) -> tuple[list[str], list[Sample]]:
-    """Those stages, and the samples."""
-    with open(_block_path(out, number), encoding="utf-8") as f:
+    """Those stages, and the samples. UserError as above."""
+    with _readable(out, _block_path(out, number)) as f:
         head, *samples = map(json.loads, f)
     return head["done"], samples
 

@@ -162,7 +162,11 @@ def _histogram(title: str, values: list[float], bins: int = 30) -> str:
 def _card(out: Path, made: dict[str, Any]) -> str:
     pictures = []
     for image in made["images"]:
-        small = open_file(out / image["file"])
+        try:
+            small = open_file(out / image["file"])
+        except OSError:
+            pictures.append(f"<p>{_text(image['file'])} cannot be read.</p>")
+            continue
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)

@@ -8,8 +8,10 @@ import functools
 import io
 import json
 import re
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import model_server
 import pytest
@@ -20,11 +22,13 @@ from test_endpoints import make_config, run
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import BackendError, Retryable, Unusable
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
+from fusion_jax.synth.backends.vllm import Gatherer
 from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.journal import Journal, make_key
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import MAX_TEXT, Invalid
+from fusion_jax.synth.scene import compose, graph, write
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 FAIRLY_DEEP = b"[" * 500 + b"]" * 500
@@ -359,3 +363,44 @@ def test_a_run_goes_on_over_a_damaged_journal_and_a_damaged_image(tmp_path):
         manifest = run(config, tmp_path / "out")
     assert manifest["records"] == {"stage1_5": 5}
     assert manifest["dropped"] == {"score: damaged_image": 1}
+
+
+def test_a_damaged_block_is_named_and_deleting_it_costs_nothing(tmp_path):
+    with model_server.running() as url:
+        config = make_config(tmp_path, url, 6, kinds=("conv_short",))
+        first = run(config, tmp_path / "out")
+        work = tmp_path / "out" / "work"
+        for file, damage in (("blocks/00000.jsonl", "{"), ("blocks/00000.jsonl", "[" * 10**5), ("pool.json", "[]")):
+            whole = (work / file).read_text()
+            (work / file).write_text(damage)
+            with pytest.raises(UserError, match=f"{file} is damaged; delete"):
+                run(config, tmp_path / "out")
+            (work / file).write_text(whole)
+        shutil.rmtree(work)
+        before = model_server.stats(url)["answered"]
+        assert run(config, tmp_path / "out")["records"] == first["records"]
+        assert model_server.stats(url)["answered"] == before
+
+
+def test_one_request_that_fails_does_not_take_those_gathered_with_it():
+    def work(items):
+        if 3 in items:
+            raise ValueError("too long")
+        return [item * 2 for item in items]
+
+    gather = Gatherer(work, 8)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(gather, i) for i in range(8)]
+    assert [one.result() for i, one in enumerate(found) if i != 3] == [0, 2, 4, 8, 10, 12, 14]
+    with pytest.raises(ValueError, match="too long"):
+        found[3].result()
+
+
+def test_a_caption_without_writing_in_it_ends_nothing():
+    """The embedded backend could make no caption about writing of some captions, and said so in a traceback."""
+    rng = graph.generator(1)
+    for number in range(20):
+        scene = compose.settle(compose.random_draft(rng, 1 + number % 3, 0), rng)
+        assert (
+            write.text_caption(dataclasses.replace(scene, groups=[g for g in scene.groups if not g.text]), rng) is None
+        )
