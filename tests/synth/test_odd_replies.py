@@ -11,7 +11,6 @@ import re
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import model_server
 import pytest
@@ -22,13 +21,10 @@ from test_endpoints import make_config, run
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import BackendError, Retryable, Unusable
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
-from fusion_jax.synth.backends.vllm import Gatherer
 from fusion_jax.synth.config import ImageConfig, ModelConfig
-from fusion_jax.synth.journal import Journal, make_key
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import MAX_TEXT, Invalid
-from fusion_jax.synth.scene import compose, graph, write
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 FAIRLY_DEEP = b"[" * 500 + b"]" * 500
@@ -319,37 +315,6 @@ def test_a_check_that_fails_otherwise_costs_the_answer_alone(caplog):
     assert "could not be read" in caplog.text
 
 
-def test_damaged_lines_of_a_journal_are_passed_over(tmp_path):
-    journal = Journal(tmp_path)
-    for i in range(4):
-        journal.put(make_key(i), {"text": f"number {i}"})
-    journal.close()
-    (file,) = tmp_path.glob("*.jsonl")
-    lines = file.read_bytes().splitlines(True)
-    lines[1] = lines[1].replace(b'"text"', b'"te\xff"')
-    lines[2] = b"zz" + lines[2][2:]
-    garbage = [
-        b"\n",
-        b"x\n",
-        b"\0" * 100 + b"\n",
-        b"g" * 32 + b" {}\n",
-        b"a" * 32 + b" " + DEEP + b"\n",
-        b"0" * 32 + b" {[}\n",
-    ]
-    file.write_bytes(b"".join([*lines, *garbage]))
-    again = Journal(tmp_path)
-    assert [again.get(make_key(i)) is not None for i in range(4)] == [True, False, False, True]
-    assert again.get("a" * 32) is None and again.get("0" * 32) is None
-    assert len(list(again.values())) == 2
-    # Asked for once more, they are there for good, whichever file is read first.
-    for i in (1, 2):
-        again.put(make_key(i), {"text": f"number {i}"})
-    again.close()
-    third = Journal(tmp_path)
-    assert [third.get(make_key(i)) for i in range(4)] == [{"text": f"number {i}"} for i in range(4)]
-    assert len(list(third.values())) == 4
-
-
 def test_a_run_goes_on_over_a_damaged_journal_and_a_damaged_image(tmp_path):
     with model_server.running() as url:
         config = make_config(tmp_path, url, 6, kinds=("conv_short",))
@@ -380,27 +345,3 @@ def test_a_damaged_block_is_named_and_deleting_it_costs_nothing(tmp_path):
         before = model_server.stats(url)["answered"]
         assert run(config, tmp_path / "out")["records"] == first["records"]
         assert model_server.stats(url)["answered"] == before
-
-
-def test_one_request_that_fails_does_not_take_those_gathered_with_it():
-    def work(items):
-        if 3 in items:
-            raise ValueError("too long")
-        return [item * 2 for item in items]
-
-    gather = Gatherer(work, 8)
-    with ThreadPoolExecutor(8) as pool:
-        found = [pool.submit(gather, i) for i in range(8)]
-    assert [one.result() for i, one in enumerate(found) if i != 3] == [0, 2, 4, 8, 10, 12, 14]
-    with pytest.raises(ValueError, match="too long"):
-        found[3].result()
-
-
-def test_a_caption_without_writing_in_it_ends_nothing():
-    """The embedded backend could make no caption about writing of some captions, and said so in a traceback."""
-    rng = graph.generator(1)
-    for number in range(20):
-        scene = compose.settle(compose.random_draft(rng, 1 + number % 3, 0), rng)
-        assert (
-            write.text_caption(dataclasses.replace(scene, groups=[g for g in scene.groups if not g.text]), rng) is None
-        )
