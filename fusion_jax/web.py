@@ -24,6 +24,8 @@ from typing import Any
 
 import httpcore2
 
+from fusion_jax.errors import check
+
 _LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
 MAX_DEPTH = 64  # of JSON
 MAX_VALUES = 500_000  # of JSON: "[],[],[]," takes thirty times its size in memory
@@ -69,7 +71,7 @@ class Web:
         }
         self._pool = httpcore2.ConnectionPool(**options)
         if proxy:
-            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            parts = urllib.parse.urlsplit(proxy)
             names = (parts.username, parts.password)
             auth = tuple(urllib.parse.unquote(name or "").encode() for name in names) if parts.username else None
             place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
@@ -143,11 +145,21 @@ def is_key(key: str) -> bool:
 
 
 def proxy_for(url: str) -> str:
-    """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ""."""
+    """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or "".
+    UserError for one that cannot be used."""
     parts, named = urllib.parse.urlsplit(url), urllib.request.getproxies()
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
-    return named.get(parts.scheme) or named.get("all") or ""
+    proxy = named.get(parts.scheme) or named.get("all") or ""
+    if not proxy:
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    name, _, place = proxy.rpartition("@")
+    check(
+        is_endpoint(f"{name.partition('://')[0]}://{place}" if name else proxy),
+        f"The environment's proxy for {parts.scheme} must be http://HOST:PORT or https://HOST:PORT.",
+    )
+    return proxy
 
 
 def read_json(said: bytes | str) -> Any:

@@ -96,12 +96,12 @@ def _has_come_to_something(out: Path) -> bool:
 
 @contextlib.contextmanager
 def leaving_nothing(out: Path, created: list[Path]) -> Iterator[None]:
-    """Empties a folder that was new, and removes the created ones, should it end in a UserError before anything was
-    paid for or came through a stage: so that the corrected command finds things as the first did."""
+    """Empties a folder that was new, and removes the created ones, should it end in an error before anything was paid
+    for or came through a stage: so that the corrected command finds things as the first did."""
     new = is_new(out)
     try:
         yield
-    except UserError:
+    except Exception:
         paid = any(path.stat().st_size for path in (out / "journal").glob("*.jsonl")) or any(
             (out / "images").glob("*/*")
         )
