@@ -199,14 +199,31 @@ def http(random: Random, body: bytes) -> tuple[list[bytes], float]:
 
 
 def picture(random: Random) -> bytes:
-    form = pick(random, ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"))
+    forms = (
+        "PNG",
+        "JPEG",
+        "GIF",
+        "BMP",
+        "WEBP",
+        "TIFF",
+        "DDS",
+        "PPM",
+        "ICO",
+        "TGA",
+        "PCX",
+        "SGI",
+        "MPO",
+        "BLP",
+        "ICNS",
+    )
     mode = pick(random, ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I"))
     size = tuple(int(side) for side in random.integers(1, 80, 2))
     buffer = io.BytesIO()
     try:
-        Image.new(mode, size).save(buffer, form)
-    except (OSError, ValueError):
-        Image.new("RGB", size).save(buffer, form)
+        Image.new(mode, size).save(buffer, pick(random, forms))
+    except (OSError, ValueError):  # a format that does not know the mode
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
     if random.random() < 0.1:  # a header that promises more than anybody has
         side = int(random.integers(1 << 16, 1 << 31))
         head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
