@@ -8,6 +8,7 @@ addresses), TLS, the head and the body.
 import contextlib
 import email.utils
 import functools
+import ipaddress
 import json
 import math
 import queue
@@ -266,7 +267,10 @@ class _Stream(httpcore2.NetworkStream):
 
 
 def _lookup(host: str, port: int) -> list[tuple]:
-    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own."""
+    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own where there is a name to ask for."""
+    with contextlib.suppress(ValueError, OSError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not _LOOKUPS.acquire(timeout=_left()):
         raise httpcore2.ConnectTimeout("too many names are being looked up")
     answers: queue.SimpleQueue[list[tuple] | Exception] = queue.SimpleQueue()
