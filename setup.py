@@ -57,7 +57,7 @@ setup(
         "eval": ["openpyxl>=3.1", "pyarrow>=16"],
         "lmms_eval": ["lmms-eval>=0.7.3"],
         # Data synthesis; then image generators in this process, many machines, perplexity of captions.
-        "synth": ["jsonschema>=4.23", "datasketch>=1.6", "ImageHash>=4.3", "httpx2>=2.0"],
+        "synth": ["jsonschema>=4.23", "datasketch>=1.6", "ImageHash>=4.3"],
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],

@@ -52,8 +52,11 @@ def synthesize(
         check(stage in every, f"Unknown stage {stage!r}; allowed: {', '.join(every)}.")
     filters.check_config(config.filters)
     out = out.absolute()
-    manifest = _free_or_known(config, out)
-    with blocks.locked(out):
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
+    if not blocks.is_new(out):  # looks before anything is written, the lock's file included
+        blocks.find_run(config, out)
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    with blocks.locked(out), blocks.leaving_nothing(out, created):
         started = time.perf_counter()
         manifest = blocks.open_run(config, out)
         pool = _pool(config, out, wanted)
@@ -84,13 +87,6 @@ def synthesize(
                 f"None of the {pool['captions']} captions became a record; see {out}/report.html.",
             )
     return manifest
-
-
-def _free_or_known(config: SynthConfig, out: Path) -> dict:
-    """Looks before anything is written, the lock's file included."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return blocks.open_run(config, out)
-    return {}
 
 
 def _pool(config: SynthConfig, out: Path, wanted: list[str]) -> dict:

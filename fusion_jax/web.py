@@ -5,7 +5,12 @@ is never timed out. Here the time that is left is asked for before each wait: fo
 addresses), TLS, the head and the body.
 """
 
+import contextlib
+import email.utils
 import functools
+import ipaddress
+import json
+import math
 import queue
 import socket
 import ssl
@@ -13,13 +18,18 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpcore2
 
+from fusion_jax.errors import check
+
 _LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
+MAX_DEPTH = 64  # of JSON
+MAX_VALUES = 500_000  # of JSON: "[],[],[]," takes thirty times its size in memory
 _KEEP = 5.0  # seconds that an idle connection is kept for
 _PIECE = 1 << 14  # bytes written at a time
 _clock = threading.local()  # `end`: when the request of this thread must be over, monotonic time
@@ -52,16 +62,17 @@ class Web:
           connections: how many at most. allowed: IP address -> whether it may be connected to; must hold for all
             addresses of a host. None allows all. proxy: http://HOST:PORT that requests go through.
         """
+        self._network = _Network(allowed)
         options: dict[str, Any] = {
             "ssl_context": _tls(),
             "max_connections": connections,
             "max_keepalive_connections": connections,
             "keepalive_expiry": _KEEP,
-            "network_backend": _Network(allowed),
+            "network_backend": self._network,
         }
         self._pool = httpcore2.ConnectionPool(**options)
         if proxy:
-            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            parts = urllib.parse.urlsplit(proxy)
             names = (parts.username, parts.password)
             auth = tuple(urllib.parse.unquote(name or "").encode() for name in names) if parts.username else None
             place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
@@ -97,6 +108,12 @@ class Web:
     def close(self) -> None:
         self._pool.close()
 
+    def cut(self) -> None:
+        """Ends all connections now, also those that other threads wait on: their requests raise."""
+        for stream in list(self._network.streams):
+            with contextlib.suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
     def _read(self, response: httpcore2.Response, max_bytes: int) -> Answer:
         headers: dict[str, str] = {}
         for name, value in response.headers:
@@ -112,12 +129,79 @@ class Web:
         return Answer(response.status, headers, bytes(body))
 
 
+def is_endpoint(url: str) -> bool:
+    """Whether it is http(s)://HOST[:PORT][/PATH] in plain ASCII, with neither user nor query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number where the port stands, for instance
+        return False
+    extra = "@" in parts.netloc or parts.query or parts.fragment
+    return whole and not extra and all("!" <= c <= "~" and c != "\\" for c in url)
+
+
+def is_key(key: str) -> bool:
+    """Whether it can stand in a header: a line break at its end, out of a file, would make the request invalid."""
+    return all("!" <= c <= "~" for c in key)
+
+
 def proxy_for(url: str) -> str:
-    """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ""."""
+    """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or "".
+    UserError for one that cannot be used."""
     parts, named = urllib.parse.urlsplit(url), urllib.request.getproxies()
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
-    return named.get(parts.scheme) or named.get("all") or ""
+    proxy = named.get(parts.scheme) or named.get("all") or ""
+    if not proxy:
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    name, _, place = proxy.rpartition("@")
+    check(
+        is_endpoint(f"{name.partition('://')[0]}://{place}" if name else proxy),
+        f"The environment's proxy for {parts.scheme} must be http://HOST:PORT or https://HOST:PORT.",
+    )
+    return proxy
+
+
+def read_json(said: bytes | str) -> Any:
+    """What JSON from a stranger says. ValueError for anything else, and for what is too deep or too much to work on:
+    whatever walks through it later may recurse."""
+    marks = (b",", b"[", b"{") if isinstance(said, bytes) else (",", "[", "{")
+    if sum(said.count(mark) for mark in marks) > MAX_VALUES:
+        raise ValueError(f"over {MAX_VALUES} values")
+    try:
+        value = json.loads(said)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """ValueError for what JSON says in more than MAX_DEPTH levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
+def _inside(one: dict | list) -> Any:
+    return one.values() if isinstance(one, dict) else one
+
+
+def retry_after(headers: dict[str, str], most: float) -> float | None:
+    """Seconds that Retry-After asks for, a number or a date: 0 to `most`; None where it says nothing usable."""
+    said = headers.get("retry-after", "")[:64]
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError, AttributeError):
+            return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), most)
 
 
 @functools.cache
@@ -138,6 +222,7 @@ class _Network(httpcore2.NetworkBackend):
 
     def __init__(self, allowed: Callable[[str], bool] | None):
         self._allowed, self._sockets = allowed, httpcore2.SyncBackend()
+        self.streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
 
     def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
         del timeout, local_address, socket_options
@@ -149,7 +234,7 @@ class _Network(httpcore2.NetworkBackend):
             try:
                 # To the very address that was looked at: asking for the name again could give another one.
                 part = _left() / (len(places) - number)
-                return _Stream(self._sockets.connect_tcp(place[4][0], port, part))
+                return _Stream(self._sockets.connect_tcp(place[4][0], port, part), self.streams)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 problem = error
         _left()
@@ -159,8 +244,9 @@ class _Network(httpcore2.NetworkBackend):
 class _Stream(httpcore2.NetworkStream):
     """Another stream with the time that is left as its timeout, whatever it is asked for."""
 
-    def __init__(self, inner: httpcore2.NetworkStream):
-        self._inner = inner
+    def __init__(self, inner: httpcore2.NetworkStream, streams: "weakref.WeakSet[_Stream]"):
+        self._inner, self._streams = inner, streams
+        streams.add(self)
 
     def read(self, max_bytes, timeout=None):
         return self._inner.read(max_bytes, _left())
@@ -174,14 +260,17 @@ class _Stream(httpcore2.NetworkStream):
         self._inner.close()
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left()))
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left()), self._streams)
 
     def get_extra_info(self, info):
         return self._inner.get_extra_info(info)
 
 
 def _lookup(host: str, port: int) -> list[tuple]:
-    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own."""
+    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own where there is a name to ask for."""
+    with contextlib.suppress(ValueError, OSError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not _LOOKUPS.acquire(timeout=_left()):
         raise httpcore2.ConnectTimeout("too many names are being looked up")
     answers: queue.SimpleQueue[list[tuple] | Exception] = queue.SimpleQueue()

@@ -8,8 +8,9 @@ import time
 import pytest
 from raw_server import answer, says, serving
 
+from fusion_jax.errors import UserError
 from fusion_jax.fetch import FetchError, fetch, is_public
-from fusion_jax.web import Web, WebError
+from fusion_jax.web import Web, WebError, proxy_for, read_json, retry_after
 
 
 def get(port: int, path: str = "/", **options) -> bytes:
@@ -284,3 +285,52 @@ def test_a_request_keeps_its_deadline_on_a_connection_that_was_used_before():
             web.send("GET", f"http://127.0.0.1:{port}/", {}, None, 0.5, 10)
         assert error.value.reason in ("timeout", "cut") and time.monotonic() - begun < 1.0
         assert len(heads) == 1  # it was the same connection
+
+
+def test_endpoints_are_asked_through_the_proxy_of_the_environment_and_strangers_are_not(monkeypatch):
+    with serving(says(answer(b"{}"))) as (port, heads), serving(says(answer(b"direct"))) as (other, _):
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.2")
+        assert proxy_for("http://127.0.0.2/v1") == "" and proxy_for("https://a.example/v1") == ""
+        url = "http://a.example/v1/models"
+        assert Web(proxy=proxy_for(url)).send("GET", url, {}, None, 5.0, 100).body == b"{}"
+        assert heads[0].startswith(b"GET http://a.example/v1/models HTTP/1.1")
+        assert b"proxy-authorization: basic" in heads[0].lower()
+        assert get(other) == b"direct" and len(heads) == 1
+        for proxy in ("socks5://127.0.0.1:1", "http://[", "http://h:abc", "ftp://h"):
+            monkeypatch.setenv("http_proxy", proxy)
+            with pytest.raises(UserError, match="The environment's proxy for http"):
+                proxy_for(url)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("nan", None),
+        ("-5", 0.0),
+        ("inf", 60.0),
+        ("1e999", 60.0),
+        ("7.5", 7.5),
+        ("", None),
+        ("soon", None),
+        ("9" * 5000, 60.0),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 2100 23:59:59 GMT", 60.0),
+        ("Mon, 01 Jan 2001 00:00:00 GMT", 0.0),
+    ],
+)
+def test_how_long_to_wait(said, seconds):
+    assert retry_after({"retry-after": said} if said else {}, 60.0) == seconds
+
+
+@pytest.mark.parametrize(
+    "said", ["[" * 10**6, "[" * 65 + "]" * 65, "9" * 5000, b"\xff", "[0" + ",0" * 600_000 + "]", "{", ""]
+)
+def test_json_that_is_too_deep_too_much_or_none(said):
+    with pytest.raises(ValueError):
+        read_json(said)
+
+
+def test_json_within_the_limits():
+    assert read_json(b'{"a": [1, {"b": "\\ud800"}]}') == {"a": [1, {"b": "\ud800"}]}
+    assert read_json("[" * 64 + "]" * 64)

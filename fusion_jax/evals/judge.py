@@ -5,23 +5,28 @@ JUDGE_BASE_URL   for example https://api.openai.com/v1
 JUDGE_API_KEY    sent as a bearer token and nowhere else; may be missing for a local server
 """
 
+import functools
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fusion_jax.errors import UserError
+from fusion_jax.web import Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that may be different the next time
 _LONGEST_WAIT = 60.0
+_MAX_REPLY = 1 << 23  # bytes
+_MAX_TEXT = 10_000  # characters; a verdict is a word or a line
+_CONNECTIONS = 32
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Where and whom to ask. `pause` is the wait in seconds before the second attempt; it doubles from there."""
+    """Where and whom to ask. `pause` is the wait in seconds before the second attempt; it doubles from there.
+    `timeout` holds for a whole request."""
 
     base_url: str
     model: str
@@ -42,23 +47,26 @@ class Judge:
             "max_tokens": max_tokens,
             "temperature": temperature,
         }
+        said, headers = json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "fusion_jax"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         for attempt in range(self.attempts):
-            wait = min(self.pause * 2**attempt, _LONGEST_WAIT)
+            wait = min(self.pause * 2 ** min(attempt, 20), _LONGEST_WAIT)
             try:
-                request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-                if self.key:
-                    # Not carried along to wherever the endpoint might redirect.
-                    request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}"
-                if error.code not in _AGAIN:
+                answer = _web(proxy_for(url)).send("POST", url, headers, said, self.timeout, _MAX_REPLY)
+                if 200 <= answer.status < 300:
+                    return _said(read_json(answer.body))
+                problem = f"status {answer.status}"
+                if 300 <= answer.status < 400:
+                    problem += ", a redirect, which is not followed: give the place itself in JUDGE_BASE_URL"
+                if answer.status not in _AGAIN:
                     break
-                wait = max(wait, _retry_after(error))
-            except (urllib.error.URLError, OSError) as error:
-                problem = str(getattr(error, "reason", error))
+                wait = max(wait, retry_after(answer.headers, _LONGEST_WAIT) or 0.0)
+            except WebError as error:
+                problem = str(error)
+                if error.reason == "invalid":
+                    break
             except (ValueError, KeyError, IndexError, TypeError):
                 problem = "an answer that is not in the form of chat completions"
             if attempt + 1 < self.attempts:
@@ -67,9 +75,16 @@ class Judge:
         raise UserError(f"The judge {self.model} at {self.base_url} does not answer: {problem}.")
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    value = error.headers.get("Retry-After", "") if error.headers else ""
-    return min(float(value), _LONGEST_WAIT) if value.replace(".", "", 1).isdigit() else 0.0
+def _said(reply: Any) -> str:
+    said = reply["choices"][0]["message"]["content"]
+    if not (said is None or isinstance(said, str)):
+        raise TypeError("no text")
+    return (said or "")[:_MAX_TEXT]
+
+
+@functools.cache
+def _web(proxy: str) -> Web:
+    return Web(_CONNECTIONS, proxy=proxy)
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Judge | None:
@@ -77,7 +92,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Judge | Non
     model = environment.get("JUDGE_MODEL", "")
     if not model:
         return None
-    url = environment.get("JUDGE_BASE_URL", "")
-    if not url.startswith(("http://", "https://")):
+    url, key = environment.get("JUDGE_BASE_URL", ""), environment.get("JUDGE_API_KEY", "")
+    if not is_endpoint(url):
         raise UserError("JUDGE_MODEL is set, so JUDGE_BASE_URL must be too: http(s)://host/v1.")
-    return Judge(url, model, environment.get("JUDGE_API_KEY", ""))
+    if not is_key(key):
+        raise UserError("JUDGE_API_KEY holds a line break, a space or another character that no key has.")
+    return Judge(url, model, key)

@@ -251,9 +251,9 @@ def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Outp
     path = output.folder / task.name / "verdicts.jsonl" if output else None
     known = {}
     if path and path.exists():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-        path.write_text("".join(whole), encoding="utf-8")
-        known = {row["of"]: (row["parsed"], row["score"]) for row in map(json.loads, whole)}
+        whole = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if _verdict(line)]
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        known = dict(_verdict(line) for line in whole)
 
     def name(p: Prediction) -> str:
         return files.digest(json.dumps([judge.model, p.question.id, p.question.prompt, p.answer]))
@@ -266,11 +266,24 @@ def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Outp
         # A window at a time: after an error nothing is asked beyond it.
         for start in range(0, len(waiting), _JUDGE_THREADS):
             window = waiting[start : start + _JUDGE_THREADS]
-            verdicts = list(pool.map(lambda p: task.judged(p.question, p.answer, judge), window))
-            for p, (parsed, score) in zip(window, verdicts):
-                known[name(p)] = (parsed, score)
-                if path:
-                    with open(path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"of": name(p), "parsed": parsed, "score": score}) + "\n")
+            asked = [(p, pool.submit(task.judged, p.question, p.answer, judge)) for p in window]
+            # All of them are kept before an error of one ends the run.
+            for p, verdict in asked:
+                if verdict.exception() is None:
+                    known[name(p)] = parsed, score = verdict.result()
+                    if path:
+                        with open(path, "a", encoding="utf-8") as file:
+                            file.write(json.dumps({"of": name(p), "parsed": parsed, "score": score}) + "\n")
+            for _, verdict in asked:
+                verdict.result()
             bar.update(len(window))
     return [known[name(p)] for p in predictions]
+
+
+def _verdict(line: str) -> tuple[str, tuple] | None:
+    """What a line of verdicts.jsonl says; None for a damaged one, which is asked for again."""
+    try:
+        row = json.loads(line)
+        return str(row["of"]), (row["parsed"], row["score"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -16,9 +16,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fusion_jax.data import shards
 from fusion_jax.dicts import to_dict
@@ -52,22 +53,68 @@ def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
     """Makes the folder, or finds that it holds this very run, and returns its manifest. UserError otherwise."""
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
     wanted = identity(config)
-    if out.exists() and any(path.name != "lock" for path in out.iterdir()):
-        try:
-            manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-            found = {key: manifest[key] for key in wanted}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
-            ) from None
-        if found != wanted:
-            raise UserError(
-                f"{out} holds a run made otherwise ({_difference(found, wanted)}); name another with --out."
-            )
-        return manifest
+    if not is_new(out):
+        manifest = find_run(config, out)
+        if all(manifest[key] == wanted[key] for key in wanted):
+            return manifest
+        shutil.rmtree(out / "work", ignore_errors=True)  # captions alone: nothing had come of them
     manifest = wanted | {"state": "running"}
     write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def find_run(config: SynthConfig, out: Path) -> dict[str, Any]:
+    """The manifest of the run in a folder that this config may go on with: its own, or one of another config of which
+    nothing has come so far, so that a mistake can be corrected and paid replies are still used. UserError otherwise."""
+    wanted = identity(config)
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        found = {key: manifest[key] for key in wanted}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        raise UserError(
+            f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
+        ) from None
+    same_format = all(found[key] == wanted[key] for key in ("format", "version"))
+    if found != wanted and not (same_format and not _has_come_to_something(out)):
+        raise UserError(f"{out} holds a run made otherwise ({_difference(found, wanted)}); name another with --out.")
+    return manifest
+
+
+def is_new(out: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but a lock."""
+    return not out.exists() or all(path.name == "lock" for path in out.iterdir())
+
+
+def _has_come_to_something(out: Path) -> bool:
+    """Whether a sample has been through a stage and is still there."""
+    for path in sorted((out / "work" / "blocks").glob("*.jsonl")):
+        done, samples = read_block(out, int(path.stem))
+        if done and not all("dropped" in sample for sample in samples):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def leaving_nothing(out: Path, created: list[Path]) -> Iterator[None]:
+    """Empties a folder that was new, and removes the created ones, should it end in an error before anything was paid
+    for or came through a stage: so that the corrected command finds things as the first did."""
+    new = is_new(out)
+    try:
+        yield
+    except Exception:
+        paid = any(path.stat().st_size for path in (out / "journal").glob("*.jsonl")) or any(
+            (out / "images").glob("*/*")
+        )
+        if new and not paid and not _has_come_to_something(out):
+            for path in out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            for path in created:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
 
 
 def _difference(found: Any, wanted: Any, where: str = "") -> str:
@@ -101,7 +148,9 @@ def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
     """Deals all captions into blocks, unless that is done; returns what pool.json says. UserError as `read_pool`."""
     told = out / "work" / "pool.json"
     if told.exists():
-        return json.loads(told.read_text(encoding="utf-8"))
+        with _readable(out, told) as f:
+            found = json.load(f)
+            return {key: found[key] for key in ("captions", "blocks", "inputs")}
     seen: set[int] = set()
     waiting: list[Sample] = []
     blocks = count = 0
@@ -176,15 +225,27 @@ def write_block(out: Path, number: int, done: list[str], samples: list[Sample]) 
     )
 
 
+@contextlib.contextmanager
+def _readable(out: Path, path: Path) -> Iterator[IO[str]]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            yield f
+    except (ValueError, RecursionError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} is damaged; delete {out / 'work'} and start the same command again: what was paid for is kept "
+            "in the journal."
+        ) from e
+
+
 def read_done(out: Path, number: int) -> list[str]:
-    """The stages that a block's samples have been through."""
-    with open(_block_path(out, number), encoding="utf-8") as f:
+    """The stages that a block's samples have been through. UserError where its file is damaged."""
+    with _readable(out, _block_path(out, number)) as f:
         return json.loads(f.readline())["done"]
 
 
 def read_block(out: Path, number: int) -> tuple[list[str], list[Sample]]:
-    """Those stages, and the samples."""
-    with open(_block_path(out, number), encoding="utf-8") as f:
+    """Those stages, and the samples. UserError as above."""
+    with _readable(out, _block_path(out, number)) as f:
         head, *samples = map(json.loads, f)
     return head["done"], samples
 

@@ -9,6 +9,7 @@ from fusion_jax.errors import UserError, check
 from fusion_jax.synth.config import PoolConfig
 
 MAX_LINE = 1 << 20  # bytes; a longer one is no caption
+_MAX_SCORE = 1e6
 
 
 def read_pool(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
@@ -85,8 +86,11 @@ def _jsonl(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UserError(f"Captions in Parquet ({path}) need the package pyarrow: pip install pyarrow.") from e
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -110,7 +114,7 @@ def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
         found["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
     for key in ("clip_score", "blip_score"):
         score = record.get(key)
-        if isinstance(score, int | float) and not isinstance(score, bool):
+        if isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < _MAX_SCORE:  # and no NaN
             found[key] = float(score)
     return found
 

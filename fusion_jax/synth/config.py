@@ -1,5 +1,6 @@
 """What a synthesis run makes and with what: frozen dataclasses, each field a key of configs/synthesize*.py."""
 
+import math
 from dataclasses import dataclass, field
 
 from fusion_jax.errors import check
@@ -111,7 +112,8 @@ class ImageConfig:
     backend: embedded; endpoint (OpenAI-compatible /images/generations); diffusers (any text-to-image pipeline).
     model: as served, or the pipeline's name or local folder. steps, guidance: of diffusers pipelines.
     dtype, device: of diffusers; device empty: cuda where there is one. The rest as in `ModelConfig`.
-    price_image: of one image.
+    price_image: of one image. image_hosts: HOST:PORT of servers on a private network that the endpoint's replies may
+    name in the addresses of images; its own is always allowed, as are ports 80 and 443 on the internet.
     """
 
     backend: str = "embedded"
@@ -129,6 +131,7 @@ class ImageConfig:
     timeout: float = 300.0
     retries: int = 8
     price_image: float = 0.0
+    image_hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
         check(
@@ -136,14 +139,20 @@ class ImageConfig:
             f"backend={self.backend!r} is unknown; allowed: {', '.join(IMAGE_BACKENDS)}.",
         )
         check(16 <= self.width <= 4096 and 16 <= self.height <= 4096, "width and height must be 16 to 4096 pixels.")
+        for place in self.image_hosts:
+            host, _, port = place.rpartition(":")
+            check(
+                bool(host) and "/" not in host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16,
+                f"images.image_hosts: {place!r} must be HOST:PORT.",
+            )
         check_traffic(self)
 
 
 def check_traffic(config: "ModelConfig | ImageConfig") -> None:
     check(config.concurrency >= 1, f"concurrency={config.concurrency} must be at least 1.")
     check(config.retries >= 0, f"retries={config.retries} must not be negative.")
-    check(config.timeout > 0, f"timeout={config.timeout} must be above 0 seconds.")
-    check(config.requests_per_second >= 0, "requests_per_second must not be negative; 0 means no limit.")
+    check(0 < config.timeout <= 86400, f"timeout={config.timeout} must be above 0, at most 86400 seconds.")
+    check(0 <= config.requests_per_second < math.inf, "requests_per_second must not be negative; 0 means no limit.")
 
 
 @dataclass(frozen=True)
@@ -281,6 +290,15 @@ OPERATIONAL = {
     "": ("engine", "processes", "ray", "journal"),
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
     "vision": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),
-    "images": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries", "device"),
+    "images": (
+        "base_url",
+        "api_key_env",
+        "concurrency",
+        "requests_per_second",
+        "timeout",
+        "retries",
+        "device",
+        "image_hosts",
+    ),
     "scorer": ("device",),
 }

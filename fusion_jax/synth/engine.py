@@ -5,10 +5,13 @@ is saved when its last sample is through.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +26,8 @@ from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
 from fusion_jax.synth.tools import Tools
 
 log = logging.getLogger("fusion_jax")
+
+_GRACE = 3.0  # seconds that requests under way are given when a run ends early: what they bring is paid for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +81,25 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         return
     if config.processes > 1 and len(work) > 1:
         context = multiprocessing.get_context("spawn")  # the caller may have threads, which do not survive a fork
-        with context.Pool(min(config.processes, len(work)), _start_process, (config, out)) as pool:
+        # Ctrl-C reaches all processes of a terminal. The workers do not hear it: they end with the pool. The resource
+        # tracker is started first, since starting it would let the signal through again.
+        multiprocessing.resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pool = context.Pool(min(config.processes, len(work)), _start_process, (config, out))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with pool:
             done = pool.imap_unordered(_work_in_process, work)
             _follow(done, len(work), config.block, progress)
         return
     tools = Tools(config, out)
     tools.check(needed(work))
-    _follow(work_through(tools, work), len(work), config.block, progress)
-    tools.journal.close()
+    try:
+        with contextlib.closing(work_through(tools, work)) as done:
+            _follow(done, len(work), config.block, progress)
+    finally:
+        tools.journal.close()
 
 
 def _follow(done: Iterator[int], count: int, block: int, progress: bool) -> None:
@@ -99,6 +115,7 @@ _tools: Tools | None = None  # of a worker process
 
 def _start_process(config: SynthConfig, out: Path) -> None:
     global _tools
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tools = Tools(config, out, share=1 / config.processes)
 
 
@@ -133,11 +150,19 @@ def work_through(tools: Tools, work: list[Work]) -> Iterator[int]:
                 futures = [pool.submit(run_stages, tools, s, stages_of(s, one, done)) for s in samples]
                 under_way.append((one, done, futures))
                 if len(under_way) > ahead:
-                    yield _finish(tools, *under_way.popleft())
+                    yield _finish(tools, *under_way[0])
+                    under_way.popleft()
             while under_way:
-                yield _finish(tools, *under_way.popleft())
+                yield _finish(tools, *under_way[0])
+                under_way.popleft()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            tools.stop()
+            try:
+                running = [one for _, _, futures in under_way for one in futures if one.running()]
+                concurrent.futures.wait(running, _GRACE)
+            finally:
+                tools.cut()
             raise
 
 

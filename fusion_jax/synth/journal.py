@@ -5,12 +5,13 @@
 KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
 to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
 line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
-disk. Only keys and places stay in memory.
+disk. Only keys and places stay in memory. A damaged line counts as none: its request is asked for again.
 """
 
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,9 @@ from fusion_jax.errors import UserError
 
 _SYNC_EVERY = 1.0  # seconds; a process that is killed loses nothing, a machine that dies this much
 _KEY = 32
+_WHOLE = re.compile(rb"[0-9a-f]{32} \{.*\}\n", re.DOTALL)
+
+Place = tuple[Path, int, int]  # file, start and length of a value
 
 
 def make_key(*parts: Any) -> str:
@@ -40,7 +44,10 @@ class Journal:
         except OSError as e:
             raise UserError(f"Cannot write the journal {folder}: {e.strerror}.") from e
         self._lock = threading.Lock()
-        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._places: dict[bytes, Place] = {}
+        self._others: dict[
+            bytes, list[Place]
+        ] = {}  # of keys that stand there more than once: of two one may be damaged
         self._read: dict[Path, int] = {}  # bytes of each file that are known
         self._file = -1
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
@@ -63,9 +70,10 @@ class Journal:
             for line in f:
                 if not line.endswith(b"\n"):  # torn, or still being written
                     break
-                key = line[:_KEY]
-                if line[_KEY : _KEY + 1] == b" ":
-                    self._places.setdefault(bytes.fromhex(key.decode()), (path, start + _KEY + 1, len(line) - _KEY - 2))
+                if _WHOLE.match(line):
+                    key, place = bytes.fromhex(line[:_KEY].decode()), (path, start + _KEY + 1, len(line) - _KEY - 2)
+                    if self._places.setdefault(key, place) is not place:
+                        self._others.setdefault(key, []).append(place)
                 start += len(line)
         self._read[path] = start
 
@@ -74,14 +82,10 @@ class Journal:
 
     def get(self, key: str) -> dict | None:
         """What was kept under the key, or None."""
+        name = bytes.fromhex(key)
         with self._lock:
-            place = self._places.get(bytes.fromhex(key))
-        if place is None:
-            return None
-        path, start, length = place
-        with open(path, "rb") as f:
-            f.seek(start)
-            return json.loads(f.read(length))
+            places = [self._places[name], *self._others.get(name, ())] if name in self._places else []
+        return next(filter(None, map(_value, places)), None)
 
     def put(self, key: str, value: dict) -> None:
         """Keeps a value; UserError where it cannot be written."""
@@ -113,12 +117,23 @@ class Journal:
 
     def values(self):
         """Everything kept, once each, in no particular order: for the books."""
-        by_file: dict[Path, list[tuple[int, int]]] = {}
         with self._lock:
-            for path, start, length in self._places.values():
-                by_file.setdefault(path, []).append((start, length))
-        for path, places in by_file.items():
-            with open(path, "rb") as f:
-                for start, length in sorted(places):
-                    f.seek(start)
-                    yield json.loads(f.read(length))
+            places = sorted((place, key) for key, place in self._places.items())
+        for place, key in places:
+            found = next(filter(None, map(_value, [place, *self._others.get(key, ())])), None)
+            if found is not None:
+                yield found
+
+
+def _value(place: Place) -> dict | None:
+    """What stands there; None where it is damaged."""
+    path, start, length = place
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            found = json.loads(f.read(length))
+    except OSError as e:
+        raise UserError(f"Cannot read the journal {path}: {e.strerror}.") from e
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

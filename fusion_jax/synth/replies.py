@@ -1,16 +1,31 @@
-"""From what a model said to clean values: JSON or prose in, text without control characters and markup out."""
+"""From what a model said to clean values: JSON or prose in, text without control characters and markup out.
+
+A reply may be anything, a megabyte of opening brackets for instance. So all of this takes time in proportion to the
+text: what is repeated in a pattern has a bound wherever a second repetition or a later mark could take it as well.
+"""
 
 import html
+import itertools
 import json
 import re
 import unicodedata
 from typing import Any
 
-_THINKING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+from fusion_jax.web import check_depth
+
+MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
+_STARTS = 1000  # brackets that are tried as the start of JSON
+_MARKS = (
+    30  # combining marks on one letter, as Unicode's stream-safe form has it: more take quadratic time to put in order
+)
+
+_THINKING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
+_SCRIPT = re.compile(r"<(script|style)\b", re.IGNORECASE)
+_COMMENT = re.compile(r"<!(--)")
 _FENCE = re.compile(r"```[\w-]*\n?(.*?)```", re.DOTALL)
 # Tags as HTML writes them, and the special tokens of chat templates: <|end|>, <image>, [INST]. "x < 5" is neither.
-_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->|<\|[^|<>]{1,40}\|>|\[/?INST\]", re.DOTALL)
-_SCRIPT = re.compile(r"<(script|style)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<\|[^|<>]{1,40}\|>|\[/?INST\]")
+_REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # no character; Python reads numbers of 4300 digits at most
 _PREAMBLE = re.compile(
     r"^(?:(?:sure|certainly|of course|okay|ok|absolutely|great)\b[^\n:]{0,80}[!.:,]\s*)?"
     r"(?:here(?:'s| is| are)\b[^\n:]{0,120}:\s*)?",
@@ -25,15 +40,14 @@ _REFUSAL = re.compile(
     r"|(?:sorry|apologies|unfortunately),?\s+(?:but\s+)?(?:i|as an)\b|as an ai\b)",
     re.IGNORECASE,
 )
-_QUESTION = r"(?:\d+[.)]\s*)?(?:question|q)\s*\d*\s*[:.)]"
-_ANSWER = r"(?:answer|a)\s*\d*\s*:"
-_PAIR = re.compile(
-    rf"^{_QUESTION}\s*(?P<q>.+?)\n+\s*{_ANSWER}\s*(?P<a>.+?)(?=^{_QUESTION}|\Z)",
-    re.DOTALL | re.IGNORECASE | re.MULTILINE,
-)
-_NUMBERED = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
-_OPTION = re.compile(r"^\s*\(?([A-Da-d])[.):]\)?\s+(.+?)\s*$", re.MULTILINE)
-_BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+_QUESTION = r"(?:\d{1,6}[.)]\s{0,8})?(?:question|q)\s{0,8}\d{0,6}\s{0,8}[:.)]"
+_ANSWER = r"(?:answer|a)\s{0,8}\d{0,6}\s{0,8}:"
+_QUESTION_LINE = re.compile(rf"^{_QUESTION}", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(rf"\n{_ANSWER}", re.IGNORECASE)
+_NUMBERED = re.compile(r"^(?:\d{1,6}[.)]|[-*•])\s+")
+_NUMBERED_QUESTION = re.compile(rf"(?:\d{{1,6}}[.)]|[-*•])\s{{1,8}}\W{{0,8}}{_QUESTION}", re.IGNORECASE)
+_OPTION = re.compile(r"^\(?([A-Da-d])[.):]\)?[ \t]+(.+)$", re.MULTILINE)
+_BOLD = re.compile(r"(\*\*|__)(?=\S)(.{1,200}?)(?<=\S)\1")
 
 
 class Invalid(Exception):
@@ -53,11 +67,13 @@ def clean_text(text: Any) -> str:
     if not isinstance(text, str):
         raise Invalid("malformed", f"a text was expected, not {type(text).__name__}")
     for _ in range(8):  # what is hidden in two layers, "<<b>script>" or "&amp;lt;b>", takes as many passes
-        stripped = _TAG.sub(" ", _SCRIPT.sub(" ", html.unescape(text)))
+        stripped = html.unescape(_REFERENCE.sub(" ", text))
+        stripped = _without(_without(stripped, _SCRIPT, r"</{}\s{{0,8}}>", " "), _COMMENT, "-->", " ")
+        stripped = _TAG.sub(" ", stripped)
         if stripped == text:
             break
         text = stripped
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = unicodedata.normalize("NFC", _few_marks(text).replace("\r\n", "\n").replace("\r", "\n"))
     # Not kept: control, invisible format (zero width, right-to-left overrides), surrogates, private, unassigned.
     text = "".join(
         c if c == "\n" or unicodedata.category(c)[0] != "C" else " " if c == "\t" or ord(c) < 32 else "" for c in text
@@ -68,6 +84,40 @@ def clean_text(text: Any) -> str:
     if not text:
         raise Invalid("empty_answer")
     return text
+
+
+def _without(text: str, opening: re.Pattern, closing: str, instead: str) -> str:
+    """The text with `instead` in place of all that stands between an opening mark and the next closing one of its name;
+    what is never closed stays. closing: pattern, with the opening's first group for {}."""
+    kept, at, start = [], 0, 0
+    unclosed: set[str] = set()
+    while found := opening.search(text, start):
+        name, start = found[1].lower(), found.end()
+        if name in unclosed:
+            continue
+        end = re.compile(closing.format(name), re.IGNORECASE).search(text, start)
+        if end is None:
+            unclosed.add(name)
+            continue
+        kept += [text[at : found.start()], instead]
+        at = start = end.end()
+    return "".join(kept) + text[at:]
+
+
+def _few_marks(text: str) -> str:
+    if text.isascii():
+        return text
+    kept, run = [], 0
+    for c in text:
+        run = run + 1 if unicodedata.combining(c) else 0
+        if run <= _MARKS:
+            kept.append(c)
+    return "".join(kept)
+
+
+def without_thinking(text: str) -> str:
+    """A reply without the thoughts that some models write down first."""
+    return _without(text, _THINKING, "</{}>", "")
 
 
 def one_line(text: Any) -> str:
@@ -88,28 +138,32 @@ def words(text: str) -> list[str]:
 
 def refuses(text: str) -> bool:
     """Whether a reply is a refusal rather than an answer."""
-    return bool(_REFUSAL.match(_THINKING.sub("", text).strip()))
+    return bool(_REFUSAL.match(without_thinking(text).strip()))
 
 
 def find_json(text: str) -> Any:
-    """The first JSON object or list in a reply, wherever it stands; None if there is none."""
-    text = _THINKING.sub("", text)
+    """The first JSON object or list in a reply, wherever it stands; None if there is none, or only one that is nested
+    too deeply to be worked on."""
+    text = without_thinking(text)
     fenced = _FENCE.findall(text)
     decoder = json.JSONDecoder(strict=False)
-    for part in (*fenced, text):
-        for match in re.finditer(r"[\[{]", part):
+    for part in (*fenced[:8], text):
+        for match in itertools.islice(re.finditer(r"[\[{]", part), _STARTS):
             try:
                 value, _ = decoder.raw_decode(part, match.start())
-            except (ValueError, RecursionError):
+                if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                    check_depth(value)
+                    return value
+            except RecursionError:  # nobody's answer; each further bracket of it would take as long
+                return None
+            except ValueError:
                 continue
-            if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-                return value
     return None
 
 
 def prose(text: str) -> str:
     """A reply without thinking, code fences, "Sure, here is ...:" and "Caption:"."""
-    text = _THINKING.sub("", text).strip()
+    text = without_thinking(text).strip()
     if fenced := _FENCE.search(text):
         text = fenced[1].strip()
     text = _PREAMBLE.sub("", text, count=1).strip()
@@ -118,20 +172,21 @@ def prose(text: str) -> str:
 
 def pairs_from_prose(text: str) -> list[dict[str, Any]]:
     """Questions and answers out of "Q: ... A: ..." in its usual spellings; options out of lettered lines."""
-    text = "\n".join(
-        _NUMBERED.sub("", line) if re.match(rf"\s*(?:\d+[.)]|[-*•])\s+\W*{_QUESTION}", line, re.IGNORECASE) else line
-        for line in _BOLD.sub(r"\2", prose(text)).split("\n")
-    )
-    text = "\n".join(line.strip() for line in text.split("\n"))
-    found = []
-    for match in _PAIR.finditer(text):
-        question, answer = match["q"].strip(), match["a"].strip()
+    lines = (line.strip() for line in _BOLD.sub(r"\2", prose(text)).split("\n"))
+    text = "\n".join(_NUMBERED.sub("", line) if _NUMBERED_QUESTION.match(line) else line for line in lines if line)
+    found, at = [], 0
+    while (asked := _QUESTION_LINE.search(text, at)) and (told := _ANSWER_LINE.search(text, asked.end())):
+        following = _QUESTION_LINE.search(text, told.end() + 1)
+        at = following.start() if following else len(text)
+        question, answer = text[asked.end() : told.start()].strip(), text[told.end() : at].strip()
+        if not (question and answer):
+            continue
         options = {letter.upper(): option for letter, option in _OPTION.findall(question)}
         pair: dict[str, Any] = {"question": question, "answer": answer}
         if len(options) >= 2:
             pair["question"] = _OPTION.sub("", question).strip()
             pair["options"] = list(options.values())
-            letter = re.match(r"\(?([A-Da-d])(?:[.):]|$|\s*$)", answer)
+            letter = re.match(r"\(?([A-Da-d])(?:[.):]|\s*$)", answer)
             if letter and letter[1].upper() in options:
                 pair["answer"] = options[letter[1].upper()]
         found.append(pair)

@@ -41,13 +41,15 @@ def costs(config: SynthConfig, journal: Journal) -> dict[str, dict[str, float]]:
     """Replies, tokens and money by purpose and model, over everything that the journal holds."""
     books: dict[str, dict[str, float]] = {}
     for entry in journal.values():
-        line = books.setdefault(f"{entry['purpose']} {entry['model']}", Counter())
+        line = books.setdefault(f"{entry.get('purpose')} {entry.get('model')}", Counter())
         line["replies"] += 1
         line["refused"] += "refused" in entry
         if "image" in entry:
             line["cost"] += config.images.price_image
-        prompt, completion = entry.get("tokens", (0, 0))
-        model = config.vision if entry["purpose"] == "verify" else config.llm
+        tokens = entry.get("tokens", (0, 0))
+        whole = len(tokens) == 2 and all(isinstance(count, int) for count in tokens)
+        prompt, completion = tokens if whole else (0, 0)
+        model = config.vision if entry.get("purpose") == "verify" else config.llm
         line["prompt_tokens"] += prompt
         line["completion_tokens"] += completion
         line["cost"] += (prompt * model.price_prompt + completion * model.price_completion) / 1e6
@@ -160,7 +162,11 @@ def _histogram(title: str, values: list[float], bins: int = 30) -> str:
 def _card(out: Path, made: dict[str, Any]) -> str:
     pictures = []
     for image in made["images"]:
-        small = open_file(out / image["file"])
+        try:
+            small = open_file(out / image["file"])
+        except OSError:
+            pictures.append(f"<p>{_text(image['file'])} cannot be read.</p>")
+            continue
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)

@@ -180,9 +180,9 @@ def _qa(tools: Tools, sample: Sample) -> None:
         answer, reply = _ask(tools, sample, "qa", kind.ask, _data(sample))
         sample["pairs"] = answer["pairs"]
         # The embedded backend knows what its questions are about. What a model writes is never taken for it.
-        topics = (reply.state or {}).get("topics", {})
+        topics = reply.state.get("topics") if isinstance(reply.state, dict) else None
         for pair in sample["pairs"]:
-            if pair["question"] in topics:
+            if isinstance(topics, dict) and pair["question"] in topics:
                 pair["topic"] = topics[pair["question"]]
     sample["asked"] = len(sample["pairs"])
 
@@ -273,6 +273,8 @@ def run_stages(tools: Tools, sample: Sample, stages: list[str]) -> Sample:
         except Drop as e:
             detail = " ".join(str(e).split())[:300]
             sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": detail, "again": e.again}
+        except BackendError as e:  # an image of this run that is damaged, for instance
+            sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": str(e)[:300], "again": False}
     return sample
 
 

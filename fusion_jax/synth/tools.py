@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import images
-from fusion_jax.synth.backends.base import Refused, Reply
+from fusion_jax.synth.backends.base import Refused, Reply, Unusable
 from fusion_jax.synth.backends.factory import Factory
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.journal import Journal, make_key
@@ -62,6 +62,20 @@ class Tools:
             if check is not None:
                 check()
 
+    def _clients(self) -> list[Any]:
+        models = (self.__dict__.get(name) for name in ("_llm", "_vision", "_generator"))
+        return [model.client for model in models if hasattr(model, "client")]
+
+    def stop(self) -> None:
+        """Endpoints are asked nothing more, and nobody waits to ask; what is under way may still be answered."""
+        for client in self._clients():
+            client.stop()
+
+    def cut(self) -> None:
+        """Ends what is under way at endpoints, too."""
+        for client in self._clients():
+            client.cut()
+
     def paid(self, model: Any, purpose: str, asked: list[Any], call: Any) -> Reply:
         """A reply out of the journal, or of the model and then in the journal. Raises what the model raises.
 
@@ -72,18 +86,17 @@ class Tools:
             return call()
         key = make_key(purpose, model.name, model.settings, asked)
         found = self.journal.get(key)
-        if found is None:
-            try:
-                reply = call()
-            except Refused as e:
-                found = {"purpose": purpose, "model": model.name, "refused": str(e)}
-            else:
-                found = {"purpose": purpose, "model": model.name, "text": reply.text, "parsed": reply.parsed}
-                found |= {"tokens": [reply.prompt_tokens, reply.completion_tokens], "state": reply.state}
-            self.journal.put(key, found)
-        if "refused" in found:
-            raise Refused("refused", found["refused"])
-        return Reply(found["text"], found["parsed"], *found["tokens"], found["state"])
+        if found is not None and (kept := _kept(found)) is not None:
+            return kept
+        try:
+            reply = call()
+        except Refused as e:
+            self.journal.put(key, {"purpose": purpose, "model": model.name, "refused": str(e)})
+            raise
+        found = {"purpose": purpose, "model": model.name, "text": reply.text, "parsed": reply.parsed}
+        found |= {"tokens": [reply.prompt_tokens, reply.completion_tokens], "state": reply.state}
+        self.journal.put(key, found)
+        return reply
 
     def drawn(self, description: str, seed: int, data: dict) -> str:
         """Path within the run's folder of the image; drawn unless it is there. Raises as `draw`."""
@@ -94,7 +107,7 @@ class Tools:
         path = self.out / name
         entry = self.journal.get(key) if model.paid else None
         if entry is not None and "refused" in entry:
-            raise Refused("refused", entry["refused"])
+            raise Refused("refused", str(entry["refused"]))
         if not (path.exists() and path.stat().st_size):
             try:
                 image = model.draw(description, size, seed, data)
@@ -114,11 +127,17 @@ class Tools:
         return name
 
     def image(self, name: str) -> Image.Image:
-        """An image that was drawn, RGB. The last few are kept: the stages after drawing look at the same ones."""
+        """An image that was drawn, RGB. The last few are kept: the stages after drawing look at the same ones.
+
+        Raises `Unusable` where its file is damaged or gone.
+        """
         with self._looking:
             found = self._recent.get(name)
         if found is None:
-            found = images.open_file(self.out / name)
+            try:
+                found = images.open_file(self.out / name)
+            except OSError as e:
+                raise Unusable("damaged_image", f"{name} cannot be read") from e
             self._keep(name, found)
         return found
 
@@ -127,3 +146,14 @@ class Tools:
             self._recent[name] = image
             if len(self._recent) > RECENT:
                 self._recent.popitem(last=False)
+
+
+def _kept(found: dict) -> Reply | None:
+    """The reply of a journal's entry; None where the entry is not whole. Raises `Refused` for a refusal."""
+    if "refused" in found:
+        raise Refused("refused", str(found["refused"]))
+    text, parsed, tokens = found.get("text"), found.get("parsed"), found.get("tokens")
+    counted = isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(count, int) for count in tokens)
+    if not (isinstance(text, str) and (parsed is None or isinstance(parsed, dict)) and counted):
+        return None
+    return Reply(text, parsed, *tokens, found.get("state"))

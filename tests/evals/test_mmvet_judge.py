@@ -3,10 +3,12 @@
 import json
 import logging
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from bench_files import Rule, write_image, write_json
+from raw_server import answer, says, serving
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import judge, mmvet
@@ -147,3 +149,84 @@ def test_configuration_comes_from_the_environment():
     assert (found.model, found.base_url, found.key) == ("m", "https://x/v1", KEY)
     with pytest.raises(UserError, match="JUDGE_BASE_URL"):
         judge.from_environment({"JUDGE_MODEL": "m", "JUDGE_API_KEY": KEY})
+
+
+def talk_in_turn(*talks):
+    """Each connection hears the next of them, and the last from then on."""
+    left = list(talks)
+    return lambda connection, head: (left.pop(0) if len(left) > 1 else left[0])(connection, head)
+
+
+def chat(text):
+    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"no HTTP at all\r\n\r\n",
+        answer(b"\xff\xfe\x00{"),
+        answer(b"[" * 100_000),
+        answer(b'{"choices": [{"message": {"content": ' + b"[" * 5000 + b"]" * 5000 + b"}}]}"),
+        answer(chat(5)),
+        answer(chat(["x"])),
+        answer(b'{"choices": {"0": 1}}'),
+        answer(b'{"choices": []}'),
+        answer(b"9" * 5000),
+        answer(chat("fine"), "200 OK", "Content-Encoding: gzip"),
+        answer(b"x" * 9_000_000),
+        answer(b"", "503 X", "Retry-After: nan"),
+        answer(b"", "503 X", "Retry-After: -1e999"),
+        answer(b"", "429 X", "Retry-After: Fri, 31 Dec 99999 23:59:59 GMT"),
+    ],
+)
+def test_the_judge_is_asked_again_after_a_cut_or_malformed_reply(said):
+    with serving(talk_in_turn(says(said), says(said), says(answer(chat("fine"))))) as (port, heads):
+        found = Judge(f"http://127.0.0.1:{port}/v1", "grader", KEY, pause=0.01, attempts=3).ask("?", 3)
+    assert found == "fine" and len(heads) == 3
+
+
+def test_the_judge_follows_no_redirect_and_shows_the_key_to_nobody_else():
+    with serving(says(answer(chat("fine")))) as (other, seen):
+        location = f"Location: http://127.0.0.1:{other}/v1/chat/completions"
+        for status in ("301 X", "302 X", "303 X", "307 X", "308 X"):
+            with serving(says(answer(b"", status, location))) as (port, heads):
+                with pytest.raises(UserError, match=f"status {status[:3]}, a redirect, which is not followed"):
+                    Judge(f"http://127.0.0.1:{port}/v1", "grader", KEY, pause=0.01).ask("?", 3)
+                assert len(heads) == 1
+        assert not seen
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"])
+def test_the_timeout_holds_for_the_whole_request(said):
+    with serving(says(said, *[b"x"] * 300, every=0.05)) as (port, _):
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"no whole answer within 0\.4 s"):
+            Judge(f"http://127.0.0.1:{port}/v1", "grader", KEY, pause=0.01, attempts=2, timeout=0.4).ask("?", 3)
+        assert 0.7 < time.monotonic() - begun < 1.5
+
+
+def test_verdicts_survive_the_failure_of_one_and_damaged_lines(data, endpoint, tmp_path):
+    output = Output(tmp_path / "out", {"checkpoint": "x", "folder": "y"})
+    failing = endpoint(lambda body: "<html>" if "Who?" in body["messages"][0]["content"].splitlines()[-1] else "1.0")
+    with pytest.raises(UserError, match="not in the form"):
+        run_task(Rule(lambda _: "dog"), mmvet.TASK, data, output, judge=failing.judge(), progress=False)
+    kept = tmp_path / "out" / "mmvet" / "verdicts.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    kept.write_bytes(kept.read_bytes() + b'\xff{\n{"of": 1}\n' + b"[" * 100_000 + b"\n")
+    server = endpoint("1.0")
+    result = run_task(Rule(lambda _: "dog"), mmvet.TASK, data, output, judge=server.judge(), progress=False)
+    assert result.scores["total"] == 100.0 and len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://h:abc/v1", "http://h:0/v1", "http:///v1", "http://a:b@h/v1", "http://h /"]
+)
+def test_an_address_of_the_judge_that_cannot_be_used_is_refused_at_once(url):
+    with pytest.raises(UserError, match="JUDGE_BASE_URL"):
+        judge.from_environment({"JUDGE_MODEL": "m", "JUDGE_BASE_URL": url})
+    with pytest.raises(UserError, match="JUDGE_API_KEY"):
+        judge.from_environment({"JUDGE_MODEL": "m", "JUDGE_BASE_URL": "http://h/v1", "JUDGE_API_KEY": "sk-1\n"})

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -238,9 +239,8 @@ def running(**options):
 
 
 def stats(address):
-    import httpx2
-
-    return httpx2.get(address.removesuffix("/v1") + "/stats").json()
+    with urllib.request.urlopen(address.removesuffix("/v1") + "/stats") as answer:
+        return json.load(answer)
 
 
 def main():

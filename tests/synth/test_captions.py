@@ -114,3 +114,9 @@ def test_missing_file_column_and_origin(tmp_path):
         read(tmp_path / "c.parquet")
     with pytest.raises(UserError, match="licence"):
         PoolConfig("c.txt", source="test")
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "-1e999", "1" + "0" * 400, "true", '"0.5"', "null", "[1]"])
+def test_scores_that_are_none_are_left_out(tmp_path, score):
+    (tmp_path / "c.jsonl").write_text(f'{{"caption": "a cat", "clip_score": {score}}}\n')
+    assert list(read_pool(pool(tmp_path / "c.jsonl"), 0)) == [{"record": 0, "caption": "a cat"}]

@@ -1,5 +1,6 @@
 """The embedded backend against the engine's kinds: limits kept, answers true by a second reader, lies found."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.config import FilterConfig
 from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synth.scene import claims, graph
+from fusion_jax.synth.scene import claims, compose, graph, write
 from fusion_jax.synth.scene.lexicon import COLOURS, NOUNS, SETTINGS
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -287,3 +288,13 @@ def test_nothing_depends_on_process_order_or_hash_seed():
     assert outputs[0] == outputs[1]
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in json.loads(outputs[0])]
     assert len(set(digests)) == 4
+
+
+def test_a_caption_without_writing_in_it_ends_nothing():
+    """The embedded backend could make no caption about writing of some captions, and said so in a traceback."""
+    rng = graph.generator(1)
+    for number in range(20):
+        scene = compose.settle(compose.random_draft(rng, 1 + number % 3, 0), rng)
+        assert (
+            write.text_caption(dataclasses.replace(scene, groups=[g for g in scene.groups if not g.text]), rng) is None
+        )

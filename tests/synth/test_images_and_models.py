@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -206,3 +207,17 @@ def test_gatherer_hands_over_what_threads_ask_together():
     with pytest.raises(UserError, match="bad"):
         gather("bad")
     assert gather(4) == 8
+
+
+def test_one_request_that_fails_does_not_take_those_gathered_with_it():
+    def work(items):
+        if 3 in items:
+            raise ValueError("too long")
+        return [item * 2 for item in items]
+
+    gather = Gatherer(work, 8)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(gather, i) for i in range(8)]
+    assert [one.result() for i, one in enumerate(found) if i != 3] == [0, 2, 4, 8, 10, 12, 14]
+    with pytest.raises(ValueError, match="too long"):
+        found[3].result()

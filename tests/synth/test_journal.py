@@ -94,3 +94,34 @@ def test_unwritable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="journal"):
         Journal(tmp_path / "file" / "j")
+
+
+def test_damaged_lines_of_a_journal_are_passed_over(tmp_path):
+    journal = Journal(tmp_path)
+    for i in range(4):
+        journal.put(make_key(i), {"text": f"number {i}"})
+    journal.close()
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_bytes().splitlines(True)
+    lines[1] = lines[1].replace(b'"text"', b'"te\xff"')
+    lines[2] = b"zz" + lines[2][2:]
+    garbage = [
+        b"\n",
+        b"x\n",
+        b"\0" * 100 + b"\n",
+        b"g" * 32 + b" {}\n",
+        b"a" * 32 + b" " + b"[" * 100_000 + b"\n",
+        b"0" * 32 + b" {[}\n",
+    ]
+    file.write_bytes(b"".join([*lines, *garbage]))
+    again = Journal(tmp_path)
+    assert [again.get(make_key(i)) is not None for i in range(4)] == [True, False, False, True]
+    assert again.get("a" * 32) is None and again.get("0" * 32) is None
+    assert len(list(again.values())) == 2
+    # Asked for once more, they are there for good, whichever file is read first.
+    for i in (1, 2):
+        again.put(make_key(i), {"text": f"number {i}"})
+    again.close()
+    third = Journal(tmp_path)
+    assert [third.get(make_key(i)) for i in range(4)] == [{"text": f"number {i}"} for i in range(4)]
+    assert len(list(third.values())) == 4

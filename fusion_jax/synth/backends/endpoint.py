@@ -5,7 +5,6 @@ name) is left out or replaced from then on, and said once in the log.
 """
 
 import base64
-import binascii
 import io
 import logging
 import warnings
@@ -16,12 +15,14 @@ from PIL import Image
 from fusion_jax.data.image import MAX_PIXELS
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
-from fusion_jax.synth.backends.http import Client, Rate, Rejected
+from fusion_jax.synth.backends.http import MAX_IMAGE, Client, Rate, Rejected
 from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
 
 log = logging.getLogger("fusion_jax")
 
 _JPEG_QUALITY = 92
+_MAX_CONTENT = 1 << 20  # characters of an answer
+_MAX_TOKENS = 1 << 40  # in one reply; more is no count
 
 
 class ChatEndpoint:
@@ -117,14 +118,28 @@ class ChatEndpoint:
             content = message.get("content")
         except (KeyError, IndexError, TypeError, AttributeError) as e:
             raise Retryable("broken_reply", "the reply has no choices[0].message") from e
-        if isinstance(content, list):  # parts, as some servers answer
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        if isinstance(content, list):  # parts, as some servers answer: the texts among them, not thoughts or images
+            content = "".join(filter(None, map(_text_of, content)))
+        if not isinstance(content, str):
+            content = ""
+        if len(content) > _MAX_CONTENT:
+            raise Unusable("reply_too_long", f"over {_MAX_CONTENT} characters")
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Refused("refused", self.client.scrub(str(message.get("refusal") or "content filter"))[:300])
-        counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
-        prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
-        return Reply(self.client.scrub(content if isinstance(content, str) else ""), None, prompt, completion)
+        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        prompt, completion = (_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens"))
+        return Reply(self.client.scrub(content), None, prompt, completion)
+
+
+def _text_of(part: Any) -> str | None:
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
+        return None
+    return part["text"] if isinstance(part.get("text"), str) else None
+
+
+def _count(said: Any) -> int:
+    """A number of tokens; 0 where something else stands in its place."""
+    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said <= _MAX_TOKENS else 0
 
 
 _VERDICT = {
@@ -164,7 +179,7 @@ class ImageEndpoint:
         for _ in range(4):
             try:
                 sent = {key: value for key, value in body.items() if key not in self._left_out}
-                found = self.client.post("/images/generations", sent)
+                found = self.client.post("/images/generations", sent, MAX_IMAGE)
                 break
             except Rejected as e:
                 if e.reason == "not_found":
@@ -188,7 +203,7 @@ class ImageEndpoint:
         if isinstance(first.get("b64_json"), str):
             try:
                 return base64.b64decode(first["b64_json"], validate=True)
-            except binascii.Error as e:
+            except ValueError as e:  # binascii.Error among them; other letters than ASCII
                 raise Unusable("bad_image", "the image is no base64") from e
         if isinstance(first.get("url"), str):
             return self.client.fetch(first["url"])

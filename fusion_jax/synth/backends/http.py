@@ -8,7 +8,6 @@ A request that waits holds no place, so places are busy as long as anybody has s
 address share its rate; each has places of its own. When the endpoint says 429 all wait for as long as it asks.
 """
 
-import email.utils
 import json
 import logging
 import os
@@ -18,18 +17,21 @@ import time
 import urllib.parse
 from typing import Any
 
-import httpx2
-
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check
+from fusion_jax.fetch import PORTS, FetchError, fetch
 from fusion_jax.synth.backends.base import Refused, Retryable, Unusable
 from fusion_jax.synth.config import ImageConfig, ModelConfig
+from fusion_jax.web import Answer, Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
 log = logging.getLogger("fusion_jax")
 
-MAX_REPLY = 1 << 26  # bytes
+MAX_TEXT = 1 << 23  # bytes of a reply of a language or vision model
+MAX_IMAGE = 1 << 26  # bytes of a reply with an image, or of the image that it names
+_REDIRECTS = 3  # on the way to an image
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _DEAD_AFTER = 8  # requests in a row that failed with all their retries
 _TURNED_AWAY = 10  # times as many retries after 429, which cost nothing: the endpoint lives
+_REASONS = {"timeout": "timeout", "cut": "cut_connection", "encoded": "broken_reply"}
 
 
 class Rate:
@@ -39,15 +41,14 @@ class Rate:
         self._lock = threading.Lock()
         self._next = 0.0  # monotonic time
 
-    def wait(self, gap: float) -> None:
-        """Sleeps until it is this caller's turn; the next one's is `gap` seconds later."""
+    def turn(self, gap: float) -> float:
+        """Seconds until it is this caller's turn; the next one's is `gap` seconds later."""
         with self._lock:
             now = time.monotonic()
             mine = max(self._next, now)
             # Up to a tenth of a second that nobody used may be caught up on.
             self._next = max(self._next, now - 0.1) + gap
-        if mine > now:
-            time.sleep(mine - now)
+        return mine - now
 
     def pause(self, seconds: float) -> None:
         """Nobody's turn comes sooner than that."""
@@ -67,20 +68,16 @@ class Client:
         Raises:
           UserError: no or no usable address.
         """
-        url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if not url:
-            raise UserError(f"Give the endpoint's address in {what}.base_url or OPENAI_BASE_URL: https://HOST/v1.")
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{what}.base_url must be http://HOST/v1 or https://HOST/v1.")
-        if parts.username or parts.password or parts.query:
-            raise UserError(
-                f"{what}.base_url must hold no name, password or query: keys come from {config.api_key_env}."
-            )
         self.what, self.model, self._key_name = what, config.model, config.api_key_env
-        self.address = url.rstrip("/")
+        self.address = _address(config, what)
         self._key = os.environ.get(config.api_key_env, "")
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        check(
+            is_key(self._key),
+            f"The key in {self._key_name} holds a line break, a space or another character that no key has.",
+        )
+        self._headers = {"User-Agent": "fusion_jax"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        # Addresses of images may name the endpoint's own host, wherever that is, and what the config names.
+        self._private = [_place(self.address), *map(_place, getattr(config, "image_hosts", ()))]
         self._retries, self._timeout = config.retries, config.timeout
         concurrency = max(1, round(config.concurrency * share))
         self._places = threading.BoundedSemaphore(concurrency)
@@ -88,18 +85,30 @@ class Client:
         self._gap = 1 / (config.requests_per_second * share) if config.requests_per_second else 0.0
         self._dead = 0
         self.counts = {"requests": 0, "retries": 0}
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(config.timeout), limits=limits)
+        self._web = Web(concurrency, proxy=proxy_for(self.address))
+        self._stopped = threading.Event()
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The reply's JSON object. Raises as `LanguageModel.chat`; `Rejected` for a request that it did not like."""
+    def stop(self) -> None:
+        """No request is sent from now on, and nobody waits; those under way may still be answered."""
+        self._stopped.set()
+
+    def cut(self) -> None:
+        """Ends the requests under way as well."""
+        self._stopped.set()
+        self._web.cut()
+
+    def post(self, path: str, body: dict[str, Any], most: int = MAX_TEXT) -> dict[str, Any]:
+        """The reply's JSON object, out of at most so many bytes.
+
+        Raises as `LanguageModel.chat`; `Rejected` for a request that the endpoint did not like.
+        """
         data = json.dumps(body).encode()
         tries = turned_away = 0
         while True:
-            self._rate.wait(self._gap)
+            self._sleep(self._rate.turn(self._gap))
             try:
                 with self._places:
-                    found = self._send("POST", f"{self.address}{path}", data)
+                    found = self._send("POST", f"{self.address}{path}", data, most)
                 self._dead = 0
                 return found
             except Retryable as e:
@@ -117,67 +126,69 @@ class Client:
         """Asks for the list of models: UserError for no endpoint, a wrong key or a model that is not served."""
         for attempt in range(self._retries + 1):
             try:
-                found = self._send("GET", f"{self.address}/models", None)
+                found = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
                 break
             except Retryable as e:
                 if attempt == self._retries or (e.reason == "no_connection" and attempt == 2):
                     raise UserError(f"No answer from {self.address} ({self.what}.base_url): {e}.") from e
                 self._back_off(attempt + 1, e.wait)
-            except (Rejected, Unusable):
+            except Rejected as e:
+                if e.reason == "redirect":
+                    raise UserError(
+                        f"{self.address} redirects elsewhere; name that place in {self.what}.base_url."
+                    ) from e
                 return  # an endpoint without such a list; the first request will tell
+            except (Refused, Unusable):
+                return
         listed = found.get("data")
         served = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if served and self.model not in served:
-            some = ", ".join(sorted(map(str, served))[:8])
+            some = self._clean(", ".join(sorted(map(str, served))[:8]))
             raise UserError(f"{self.address} does not serve {self.what}.model {self.model!r}; it serves {some}.")
 
     def fetch(self, url: str) -> bytes:
-        """What lies at an address that a reply gave, without our key."""
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise Unusable("bad_image", "the reply's address is no web address")
+        """What lies at an address that a reply gave, without our key; the same time and size as for a reply."""
         try:
             with self._places:
-                response = httpx2.get(url, timeout=self._timeout, follow_redirects=True)
-        except httpx2.HTTPError as e:
-            raise Retryable("no_image", self._clean(e)) from e
-        if response.status_code != 200:
-            raise Retryable("no_image", f"HTTP {response.status_code}")
-        return response.content
+                return fetch(
+                    url, max_bytes=MAX_IMAGE, seconds=self._timeout, redirects=_REDIRECTS, private=self._private
+                )
+        except FetchError as e:
+            if e.reason in ("timeout", "no_host", "no_connection", "cut", "status"):
+                raise Retryable("no_image", str(e)) from e
+            raise Unusable("bad_image", f"{e} (the address of the image)") from e
 
-    def _send(self, method: str, url: str, data: bytes | None) -> dict[str, Any]:
+    def _send(self, method: str, url: str, data: bytes | None, most: int) -> dict[str, Any]:
+        if self._stopped.is_set():
+            raise Stopped()
         self.counts["requests"] += 1
-        deadline = time.monotonic() + self._timeout
-        headers = {"Content-Type": "application/json"} if data is not None else {}
+        headers = self._headers | ({"Content-Type": "application/json"} if data is not None else {})
         try:
-            with self._http.stream(method, url, content=data, headers=headers) as response:
-                chunks, size = [], 0
-                for chunk in response.iter_bytes():
-                    size += len(chunk)
-                    if time.monotonic() > deadline:  # a server that sends a byte now and then
-                        raise Retryable("timeout", f"no whole reply within {self._timeout:g} s")
-                    if size > MAX_REPLY:
-                        raise Unusable("reply_too_long", f"over {MAX_REPLY} bytes")
-                    chunks.append(chunk)
-        except httpx2.TimeoutException as e:
-            raise Retryable("timeout", f"no reply within {self._timeout:g} s") from e
-        except httpx2.ConnectError as e:
-            raise Retryable("no_connection", self._clean(e)) from e
-        except httpx2.HTTPError as e:
-            raise Retryable("cut_connection", self._clean(e)) from e
-        return self._judge(response.status_code, response.headers, b"".join(chunks))
+            answer = self._web.send(method, url, headers, data, self._timeout, most)
+        except WebError as e:
+            if self._stopped.is_set():
+                raise Stopped() from e
+            if e.reason == "too_large":
+                raise Unusable("reply_too_long", str(e)) from e
+            if e.reason == "invalid":
+                raise Unusable("bad_request", self._clean(e)) from e
+            raise Retryable(_REASONS.get(e.reason, "no_connection"), self._clean(e)) from e
+        return self._judge(answer)
 
-    def _judge(self, status: int, headers: httpx2.Headers, body: bytes) -> dict[str, Any]:
+    def _judge(self, answer: Answer) -> dict[str, Any]:
+        status, body = answer.status, answer.body
         try:
-            found = json.loads(body)
+            found = read_json(body)
         except ValueError:
             found = None
         if 200 <= status < 300:
             if not isinstance(found, dict):
-                raise Retryable("broken_reply", "the reply is no JSON object")
+                raise Retryable("broken_reply", "the reply is no JSON object, or one that is too deep")
             return found
         error = found.get("error", found) if isinstance(found, dict) else None
         error = error if isinstance(error, dict) else {"message": error or body[:400].decode(errors="replace")}
-        message, code = self._clean(error.get("message") or ""), str(error.get("code") or error.get("type") or "")
+        message = self._clean(error.get("message") or "")
+        code = str(error.get("code") or error.get("type") or "")[:200]
         said = f"HTTP {status}: {message}"
         if status in (401, 403) and "policy" not in code:
             why = (
@@ -191,14 +202,14 @@ class Client:
         if "content_policy" in code or "content_filter" in code or "moderation" in code:
             raise Refused("refused", said)
         if status in (408, 409, 425, 429) or status >= 500:
-            raise Retryable({429: "rate_limited", 408: "timeout"}.get(status, "server_error"), said, _wait(headers))
-        raise Rejected("bad_request", said)
+            reason = {429: "rate_limited", 408: "timeout"}.get(status, "server_error")
+            raise Retryable(reason, said, retry_after(answer.headers, _LONGEST_WAIT))
+        # Redirects are not followed: the key and the captions are for this place alone.
+        raise Rejected("redirect" if 300 <= status < 400 else "bad_request", said)
 
     def _clean(self, text: Any) -> str:
         """A message of the other side: short, printable, and without our key."""
-        text = str(text)
-        if self._key:
-            text = text.replace(self._key, "***")
+        text = self.scrub(str(text))[:2000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
     def scrub(self, text: str) -> str:
@@ -209,9 +220,13 @@ class Client:
         """Longer from try to try, unless the endpoint said how long; never all at the same moment."""
         self.counts["retries"] += 1
         if wait is None:
-            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0))
+            self._sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
         else:
-            time.sleep(wait * random.uniform(1.0, 1.5))
+            self._sleep(wait * random.uniform(1.0, 1.5))
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise Stopped()
 
     def _count_dead(self, error: Retryable) -> None:
         self._dead += 1
@@ -226,16 +241,31 @@ class Rejected(Unusable):
     """HTTP 4xx: this request, as it is, will never be answered."""
 
 
-def _wait(headers: httpx2.Headers) -> float | None:
-    """Seconds that Retry-After asks for: a number or a date."""
-    said = headers.get("retry-after")
-    if said is None:
-        return None
-    try:
-        seconds = float(said)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return min(max(seconds, 0.0), _LONGEST_WAIT)
+class Stopped(Unusable):
+    """The run ends; nothing came of this request."""
+
+    def __init__(self):
+        super().__init__("stopped", "the run was stopped")
+
+    def __reduce__(self):
+        return Stopped, ()
+
+
+def _address(config: ModelConfig | ImageConfig, what: str) -> str:
+    """The endpoint's address without a slash at its end. UserError where there is none, or none that can be used."""
+    url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    if not url:
+        raise UserError(f"Give the endpoint's address in {what}.base_url or OPENAI_BASE_URL: https://HOST/v1.")
+    parts = url.partition("://")[2]
+    check(
+        not any(mark in parts for mark in "@?#"),
+        f"{what}.base_url must hold no name, password or query: keys come from {config.api_key_env}.",
+    )
+    check(is_endpoint(url), f"{what}.base_url must be http://HOST/v1 or https://HOST/v1.")
+    return url.rstrip("/")
+
+
+def _place(address: str) -> tuple[str, int]:
+    """Host and port of an address, or of HOST:PORT."""
+    parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+    return parts.hostname or "", parts.port or PORTS[parts.scheme]

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from fusion_jax.errors import UserError
-from fusion_jax.synth.backends.base import Reply
+from fusion_jax.synth.backends.base import Reply, Unusable
 from fusion_jax.synth.config import ModelConfig
 
 
@@ -47,11 +47,21 @@ class Gatherer:
             try:
                 results = self._work([item for item, _ in batch])
             except BaseException as e:
-                for _, done in batch:
-                    done.set_exception(e)
+                if len(batch) == 1:
+                    batch[0][1].set_exception(e)
+                else:
+                    self._one_by_one(batch)
             else:
                 for (_, done), result in zip(batch, results):
                     done.set_result(result)
+
+    def _one_by_one(self, batch: list[tuple[Any, Future]]) -> None:
+        """What failed together: one item alone may be at fault, and the others pay for nothing."""
+        for item, done in batch:
+            try:
+                done.set_result(self._work([item])[0])
+            except BaseException as e:
+                done.set_exception(e)
 
 
 class VllmModel:
@@ -83,7 +93,7 @@ class VllmModel:
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
         """See `LanguageModel.chat`."""
         del purpose, data
-        return self._gather((messages, schema, seed))
+        return self._ask(messages, schema, seed)
 
     def verify(
         self, images: list[Image.Image], messages: list[dict], question: str, answer: str, seed: int, data: dict
@@ -92,7 +102,13 @@ class VllmModel:
         del question, answer, data
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _png_url(image)}} for image in images]
         parts.append({"type": "text", "text": messages[-1]["content"]})
-        return self._gather(([*messages[:-1], {"role": "user", "content": parts}], None, seed))
+        return self._ask([*messages[:-1], {"role": "user", "content": parts}], None, seed)
+
+    def _ask(self, messages: list[dict], schema: dict | None, seed: int) -> Reply:
+        try:
+            return self._gather((messages, schema, seed))
+        except ValueError as e:  # longer than the model's context, for instance
+            raise Unusable("bad_request", " ".join(str(e).split())[:300]) from e
 
     def _answer(self, asked: list[tuple[list[dict], dict | None, int]]) -> list[Reply]:
         options = []

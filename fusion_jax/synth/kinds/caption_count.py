@@ -7,18 +7,22 @@ from fusion_jax.synth.replies import Invalid, one_line, words
 EACH, IN_ALL = 3, 6
 
 
+def _number(word: str) -> int | None:
+    """What a word counts, or None. Python reads numbers of 4300 digits at most, and no caption counts to a million."""
+    if word.lower() in NUMBERS:
+        return NUMBERS.index(word.lower())
+    return int(word[:7]) if word.isdecimal() else None
+
+
 def _numbers(text: str) -> list[int]:
     """The numbers a text names, in words or digits."""
-    said = [word.lower() for word in words(text)]
-    return [
-        NUMBERS.index(word) if word in NUMBERS else int(word) for word in said if word in NUMBERS or word.isdecimal()
-    ]
+    return [number for word in words(text) if (number := _number(word)) is not None]
 
 
 def check(value: dict, data: dict) -> dict:
     del data
     text = caption(value)
-    objects = [{"name": drop_article(one_line(each["name"])), "count": each["count"]} for each in value["objects"]]
+    objects = [{"name": drop_article(one_line(each["name"])), "count": int(each["count"])} for each in value["objects"]]
     if not objects:
         raise Invalid("no_object", "nothing is counted")
     names = [each["name"].lower() for each in objects]
@@ -47,8 +51,7 @@ def prose(text: str) -> dict | None:
     said = words(found["caption"])
     objects = []
     for i, word in enumerate(said[:-1]):
-        if word.lower() in NUMBERS or word.isdecimal():
-            count = NUMBERS.index(word.lower()) if word.lower() in NUMBERS else int(word)
+        if (count := _number(word)) is not None:
             objects.append({"name": said[i + 1], "count": count})
     return found | {"objects": objects}
 

@@ -18,8 +18,13 @@ CAPTION_REQUESTS = (
 )
 
 
+_LETTERS = 40  # of a word with what stands around it, on average and at the most
+
+
 def limit_words(text: str, low: int, high: int, what: str) -> str:
     """The text itself; `Invalid` (too_long, too_short) where it has another number of words."""
+    if len(text) > _LETTERS * (high + 5):
+        raise Invalid("too_long", f"{what} has {len(text)} characters, the limit is {high} words")
     count = len(words(text))
     if count > high:
         raise Invalid("too_long", f"{what} has {count} words, the limit is {high}")
@@ -45,8 +50,8 @@ def drop_article(name: str) -> str:
 
 def only_caption(text: str) -> dict | None:
     """Prose in place of a caption's JSON: its first line."""
-    lines = replies.prose(text).split("\n")
-    return {"caption": lines[0]} if lines[0] else None
+    line = replies.prose(text).split("\n", 1)[0]
+    return {"caption": line} if line and len(line) <= _LETTERS * (CAPTION_WORDS + 5) else None
 
 
 def only_description(text: str) -> dict | None:

@@ -17,7 +17,9 @@ from fusion_jax.synth.replies import Invalid, clean_text
 
 MOST, ANSWER_WORDS = 7, (1, 12)
 DESCRIPTION_WORDS = (120, 180)
-_SIDES = re.compile(r"^\W*left\b[^\n:]*:\W*(.+?)^\W*right\b[^\n:]*:\W*(.+)", re.IGNORECASE | re.DOTALL | re.MULTILINE)
+_LEFT, _RIGHT = (
+    re.compile(rf"^[^\w\n]{{0,20}}{side}\b[^\n:]{{0,200}}:", re.IGNORECASE | re.MULTILINE) for side in ("left", "right")
+)
 
 
 def check_sides(value: dict, data: dict) -> dict:
@@ -31,8 +33,13 @@ def check_sides(value: dict, data: dict) -> dict:
 
 
 def sides_from_prose(text: str) -> dict | None:
-    found = _SIDES.search(replies.prose(text))
-    return {"left": found[1].strip(" *#\n"), "right": found[2].strip()} if found else None
+    said = replies.prose(text)
+    left = _LEFT.search(said)
+    right = _RIGHT.search(said, left.end()) if left else None
+    if not (left and right):
+        return None
+    marks = ' *#\n\t"“”-_'
+    return {"left": said[left.end() : right.start()].strip(marks), "right": said[right.end() :].strip(marks)}
 
 
 SIDES = Ask(

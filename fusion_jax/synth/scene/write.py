@@ -270,8 +270,10 @@ def spatial_caption(made: Scene, rng: random.Random) -> dict | None:
 
 
 def text_caption(made: Scene, rng: random.Random) -> dict | None:
-    """What is written, and on what."""
+    """What is written, and on what; None where nothing is."""
     groups = list(made.texts)
+    if not groups:
+        return None
     rng.shuffle(groups)
     phrases = [f'{group_phrase(g, size=False)} reads "{g.text}"' for g in groups]
     other = [f'"{g.text}" is written on {group_phrase(g, size=False)}' for g in groups]
