@@ -133,10 +133,10 @@ def test_strips_of_what_cannot_be_read_in_place(library, monkeypatch, strip):
     image = noise(np.random.default_rng(4), 131, 103)
     expected = by_pillow(image, 40, 50)
     if hasattr(image, "__arrow_c_array__"):  # from Pillow 11.2
-        assert [rows for _, rows, _ in module._pixels(image)] == [103]
+        assert [rows for _, rows, *_ in module._pixels(image)] == [103]
         monkeypatch.delattr(Image.Image, "__arrow_c_array__")
     monkeypatch.setattr(module, "STRIP", strip)
-    assert sum(rows for _, rows, _ in module._pixels(image)) == 103
+    assert sum(rows for _, rows, *_ in module._pixels(image)) == 103
     np.testing.assert_array_equal(compiled(library, image, 40, 50, False), expected)
 
 
