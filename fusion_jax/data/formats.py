@@ -293,6 +293,14 @@ def _jpeg2000(data: bytes) -> tuple[bytes, tuple[int, int]]:
     return data, size
 
 
+_REMARK = re.compile(rb"#[^\n\r]*(?:[\n\r]|$)")
+
+
+def _ppm(data: bytes) -> tuple[bytes, None]:
+    """Without its comments, if it is text: Pillow copies all that follows for each."""
+    return _REMARK.sub(b"", data) if data[1] in b"123" and len(data) <= MAX_TEXT else data, None
+
+
 def _avif(data: bytes) -> tuple[bytes, None]:
     coded = coded_pixels(data)
     if coded > MAX_AV1_PIXELS:
@@ -300,4 +308,4 @@ def _avif(data: bytes) -> tuple[bytes, None]:
     return data[:8] + b"avif" + data[12:], None  # the kind of file that is one picture, and not a film
 
 
-_PREPARE = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff, "JPEG2000": _jpeg2000, "AVIF": _avif}
+_PREPARE = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff, "JPEG2000": _jpeg2000, "AVIF": _avif, "PPM": _ppm}
