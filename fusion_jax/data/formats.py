@@ -22,6 +22,7 @@ it is bounded here:
 
 import errno
 import io
+import itertools
 import os
 import re
 import stat
@@ -40,7 +41,7 @@ MAX_TILED_PIXELS = 120_000_000  # of a TIFF's tiles together, which stick out ov
 MAX_TAG_VALUES = 1_000_000  # numbers in a TIFF's directory; the places of tiles of 16 x 16 pixels are 300,000
 MAX_AV1_PIXELS = 100_000_000  # of all that is coded in an AVIF: the image, its transparency, its thumbnails
 MAX_TILES = 16_384  # of a JPEG 2000
-MAX_READS = 1_000_000  # pieces in which Pillow may read a file; it does half a million in a second
+MAX_READS = 1_000_000  # pieces in which Pillow may read a file, a tenth of them for its header; a second or two
 TIFF_COMPRESSIONS = (
     1,
     2,
@@ -120,11 +121,11 @@ def prepare(form: str, data: bytes) -> tuple[bytes, tuple[int, int] | None]:
 
 
 class Reader(io.BytesIO):
-    """A file that is given out in at most MAX_READS pieces, and eight times over at most."""
+    """A file that is given out in a limited number of pieces, a tenth of MAX_READS at first, and eight times over."""
 
     def __init__(self, data: bytes):
         super().__init__(data)
-        self.pieces, self.bytes = MAX_READS, 8 * len(data) + (1 << 20)
+        self.pieces, self.bytes = MAX_READS // 10, 8 * len(data) + (1 << 20)
 
     def read(self, size: int | None = -1, /) -> bytes:
         found = super().read(size)
@@ -133,6 +134,10 @@ class Reader(io.BytesIO):
         if self.pieces < 0 or self.bytes < 0:
             raise TooLarge("is made of too many small parts")
         return found
+
+    def opened(self) -> None:
+        """The header was read, which may be asked for where time is short: the pixels may take more pieces."""
+        self.pieces = MAX_READS
 
 
 def check_decoder(image: Image.Image, length: int) -> None:
@@ -156,7 +161,7 @@ def scaled_ppm(image: Image.Image) -> Image.Image:
     table = (table >> 8 if image.mode == "I" else table).astype(np.uint8)
     shape = (image.height, image.width, channels)[: 3 if channels > 1 else 2]
     kind = np.dtype(np.uint8 if largest < 256 else ">u2")
-    values = np.frombuffer(image.fp.getbuffer(), kind, int(np.prod(shape)), offset)
+    values = np.frombuffer(image.fp.getvalue(), kind, int(np.prod(shape)), offset)
     return Image.fromarray(table[np.minimum(values, largest)].reshape(shape))
 
 
@@ -169,7 +174,12 @@ _SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
 def _jpeg(data: bytes) -> tuple[bytes, None]:
     """Without metadata, but for what decides the colours: the markers of JFIF and Adobe."""
     kept, pixels, scans, at, end = [data[:2]], 0, 0, 2, len(data)
-    while found := (_MARKER_AFTER_PIXELS if scans else _MARKER).search(data, at):
+    for number in itertools.count():
+        found = (_MARKER_AFTER_PIXELS if scans else _MARKER).search(data, at)
+        if found is None:
+            break
+        if number == MAX_READS // 10:
+            raise TooLarge("is made of too many small parts")
         marker, start, at = found[1][0], found.end() - 2, found.end()
         if marker == _END:
             end = at
@@ -199,7 +209,7 @@ def _jpeg(data: bytes) -> tuple[bytes, None]:
 def _png(data: bytes) -> tuple[bytes, None]:
     """Without all that is not pixels: texts, profiles, transparency, further pictures."""
     kept, at = [data[:8]], 8
-    for _ in range(MAX_READS // 4):  # Pillow reads a chunk in four pieces
+    for _ in range(MAX_READS // 10):
         if at + 8 > len(data):
             break
         length, name = struct.unpack_from(">I4s", data, at)

@@ -101,7 +101,9 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
     data, declared = formats.prepare(form, data)
     if declared is not None:
         _check_size(declared, most)
-    image = Image.open(formats.Reader(data), formats=(form,))
+    reader = formats.Reader(data)
+    image = Image.open(reader, formats=(form,))
+    reader.opened()
     _check_size(image.size, most)
     if declared not in (None, image.size):
         raise ValueError(f"its header says {_words(image.size)} pixels, and its pixels {_words(declared)}")

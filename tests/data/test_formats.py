@@ -298,8 +298,10 @@ def test_ppm_values_are_scaled_quickly():
 def test_files_of_many_small_parts(picture, monkeypatch):
     gif, png = encode(picture, "GIF"), encode(picture, "PNG")
     at = gif.index(b",", 13)
+    jpeg = encode(picture, "JPEG")
     monkeypatch.setattr(formats, "MAX_READS", 10_000)
     for data in (
+        jpeg[:2] + b"\xff\xd0" * 10_000 + jpeg[2:],
         gif[:at] + b"!\xfe" + b"\1a" * 10_000 + b"\0" + gif[at:],
         png[:33] + png_chunk(b"tEXt", b"a\0b") * 10_000 + png[33:],
         b"P5 #" + b"a" * 10_000 + b"\n3 3 255\n" + bytes(9),

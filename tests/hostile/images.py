@@ -286,7 +286,7 @@ def _scans(random: np.random.Generator, seeds: dict[str, bytes]) -> bytes:
 
 def _metadata(random: np.random.Generator, seeds: dict[str, bytes]) -> bytes:
     """Much of it, in many small parts, or unpacking to megabytes, or directories that share their data."""
-    count, kind = int(random.choice((3, 300, 20_000))), random.integers(6)
+    count, kind = int(random.choice((3, 300, 20_000))), random.integers(7)
     if kind == 0:
         profile = _chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000)))
         text = _chunk(b"zTXt", b"\0\0" + zlib.compress(bytes(1_000_000)))
@@ -303,6 +303,12 @@ def _metadata(random: np.random.Generator, seeds: dict[str, bytes]) -> bytes:
         both = [(b"\xff\xe1", b"Exif\0\0"), (b"\xff\xe2", b"MPF\0")]
         marks = b"".join(mark + struct.pack(">H", 2 + len(name + inner)) + name + inner for mark, name in both)
         return seeds["JPEG"][:2] + marks + seeds["JPEG"][2:]
+    if kind == 6:
+        return (
+            seeds["JPEG"][:2]
+            + (b"\xff\xd8", b"\xff\xd0", b"\xff\x01", b"\0")[random.integers(4)] * count * 100
+            + seeds["JPEG"][2:]
+        )
     if kind == 4:
         gif = seeds["GIF"]
         at = gif.index(b",", 13)
