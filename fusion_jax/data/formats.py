@@ -22,11 +22,11 @@ it is bounded here:
 
 import errno
 import io
-import itertools
 import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -169,41 +169,45 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _MARKER_AFTER_PIXELS = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not the byte FF itself, nor restarts
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without contents
 _SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
+_COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}
+
+
+def _segments(data: bytes, at: int, marker: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of a JPEG's segments, as libjpeg finds them: between them may be anything."""
+    for _ in range(MAX_READS // 10):
+        found = marker.search(data, at)
+        if found is None or found[1][0] == _END:
+            return
+        at = found.end()
+        if found[1][0] in _ALONE:
+            continue
+        start, length = at - 2, int.from_bytes(data[at : at + 2], "big")
+        if length < 2:
+            raise ValueError("a segment of the file has no length")
+        at += length
+        yield found[1][0], start, at
+    raise TooLarge("is made of too many small parts")
 
 
 def _jpeg(data: bytes) -> tuple[bytes, None]:
     """Without metadata, but for what decides the colours: the markers of JFIF and Adobe."""
-    kept, pixels, scans, at, end = [data[:2]], 0, 0, 2, len(data)
-    for number in itertools.count():
-        found = (_MARKER_AFTER_PIXELS if scans else _MARKER).search(data, at)
-        if found is None:
-            break
-        if number == MAX_READS // 10:
-            raise TooLarge("is made of too many small parts")
-        marker, start, at = found[1][0], found.end() - 2, found.end()
-        if marker == _END:
-            end = at
-            break
-        if marker in _ALONE:
-            continue
-        length = int.from_bytes(data[at : at + 2], "big")
-        if length < 2:
-            raise ValueError("a segment of the file has no length")
-        contents, at = data[at + 2 : at + 8], at + length
+    kept, pixels = [data[:2]], len(data)
+    for marker, start, end in _segments(data, 2, _MARKER):
         if marker == _SCAN:
-            scans += 1
-            pixels = pixels or start
-            if scans > MAX_SCANS:
-                raise TooLarge(f"has more than {MAX_SCANS} scans")
+            pixels = start
+            break
         about = 0xE0 <= marker <= 0xEF or marker == _COMMENT
-        colours = (marker == 0xE0 and contents.startswith(b"JFIF")) or (
-            marker == 0xEE and contents.startswith(b"Adobe")
-        )
-        if not scans and (colours or not about):
-            kept.append(data[start:at])
-            if len(kept) > MAX_SCANS:
-                raise TooLarge(f"has more than {MAX_SCANS} segments before its pixels")
-    return b"".join([*kept, data[pixels or min(at, end) : end]]), None
+        colours = marker in _COLOURS and data[start + 4 : end].startswith(_COLOURS[marker])
+        if colours or not about:
+            kept.append(data[start:end])
+        if len(kept) > MAX_SCANS:
+            raise TooLarge(f"has more than {MAX_SCANS} segments before its pixels")
+    # Counting is quick, and counts what only looks like a scan too: that is told apart where there is much of it.
+    if data.count(bytes((0xFF, _SCAN)), pixels) > MAX_SCANS:
+        scans = (marker == _SCAN for marker, _, _ in _segments(data, pixels, _MARKER_AFTER_PIXELS))
+        if sum(scans) > MAX_SCANS:
+            raise TooLarge(f"has more than {MAX_SCANS} scans")
+    return b"".join([*kept, data[pixels:]]), None
 
 
 def _png(data: bytes) -> tuple[bytes, None]:
