@@ -12,7 +12,7 @@ it is bounded here:
 | TIFF | tiles larger than the image | MAX_TILED_PIXELS |
 | | two sizes in one directory, tags of any length | refused; MAX_TAG_VALUES |
 | | decoders that few need: LZMA, WebP, old JPEG and others in a TIFF | TIFF_COMPRESSIONS |
-| JPEG 2000 | another size in the header than in the pixels; many channels, many tiles | refused |
+| JPEG 2000 | another size in the header than in the pixels; many channels, tiles, tiny precincts | refused |
 | AVIF | frames of another size than the header's, hidden ones, films | MAX_AV1_PIXELS, the first picture alone |
 | JPEG 2000, BMP with run lengths | a slow decoder | MAX_SLOW_SAMPLES |
 | PPM, as text | a slow decoder | MAX_TEXT |
@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fusion_jax.data import jpeg2000
 from fusion_jax.data.avif import coded_pixels
 
 MAX_SLOW_SAMPLES = 30_000_000  # pixels times channels where each may take a third of a microsecond
@@ -282,27 +283,11 @@ _SIDES = ((_WIDTH, _TILE_WIDTH), (_LENGTH, _TILE_LENGTH))
 
 
 def _jpeg2000(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    at = 0
-    if data[:2] != b"\xff\x4f":
-        for _ in range(10_000):
-            length, name = struct.unpack_from(">I4s", data, at)
-            head = 8
-            if length == 1:
-                (length,), head = struct.unpack_from(">Q", data, at + 8), 16
-            if name == b"jp2c":
-                at += head
-                break
-            if length < head:
-                raise ValueError("it has no pixels")
-            at += length
-    start, right, bottom, left, top, width, height, x, y, channels = struct.unpack_from(">4s4x8IH", data, at)
-    if start != b"\xff\x4f\xff\x51" or channels > 4:
-        raise ValueError("its pixels begin in an unknown way")
-    size = right - left, bottom - top
+    size, channels, tiles = jpeg2000.measure(data)
     if size[0] * size[1] * channels > MAX_SLOW_SAMPLES:
         values = f"{size[0]}x{size[1]} pixels of {channels} values"
         raise TooLarge(f"has {values}; allowed are {MAX_SLOW_SAMPLES} values in a JPEG 2000")
-    if -(-(right - x) // width) * -(-(bottom - y) // height) > MAX_TILES:
+    if tiles > MAX_TILES:
         raise TooLarge(f"has more than {MAX_TILES} tiles")
     return data, size
 

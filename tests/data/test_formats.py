@@ -260,6 +260,42 @@ def test_jpeg2000_header_and_pixels_agree(picture):
     assert refusal(bytes(data)) == ("image_too_large", "the image has more than 16384 tiles")
 
 
+@pytest.mark.parametrize("where", ["image", "tile"])
+def test_jpeg2000_parts_are_not_tiny(where):
+    """A few bytes that would take gigabytes, in the image's header or in a tile's."""
+    data = encode(Image.new("RGB", (300, 300)), "JPEG2000", no_jp2=True, codeblock_size=(16, 16), num_resolutions=6)
+    at = data.index(b"\xff\x52")
+    end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+    def styled(precincts, blocks=data[at + 10 : at + 12]):
+        own = (
+            bytes([data[at + 4] | bool(precincts)]) + data[at + 5 : at + 10] + blocks + data[at + 12 : end] + precincts
+        )
+        style = b"\xff\x52" + struct.pack(">H", len(own) + 2) + own
+        if where == "image":
+            return data[:at] + style + data[end:]
+        tile = data.index(b"\xff\x90")
+        length = struct.unpack_from(">I", data, tile + 6)[0]
+        head = data[tile : tile + 6] + struct.pack(">I", length + len(style)) + data[tile + 10 : tile + 12]
+        return data[:tile] + head + style + data[tile + 12 :]
+
+    assert load_image(styled(b"")).size == (300, 300)
+    formats.prepare("JPEG2000", styled(b"\x77" * 6))
+    for tiny, said in (
+        (b"\0" + b"\x11" * 5, "precincts"),
+        (b"\x77" * 5 + b"\x10", "precincts"),
+        (b"", "blocks are too"),
+    ):
+        reason, detail = refusal(styled(tiny) if tiny else styled(tiny, b"\0\0"))
+        assert reason == "corrupt_image" and said in detail
+    for options in ({}, {"tile_size": (64, 64)}, {"precinct_size": (128, 128)}, {"quality_layers": [20, 5]}):
+        for raw in (True, False):
+            assert load_image(encode(Image.new("RGB", (300, 200)), "JPEG2000", no_jp2=raw, **options)).size == (
+                300,
+                200,
+            )
+
+
 def test_plain_text_pictures(monkeypatch):
     data = b"P3 # one\n2 # two\n1 9\n# three\r 9 0 0 # four\n 0 9 0\n"
     np.testing.assert_array_equal(np.asarray(load_image(data)), [[[255, 0, 0], [0, 255, 0]]])
