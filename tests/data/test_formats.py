@@ -282,7 +282,7 @@ def test_jpeg2000_parts_are_not_tiny(where):
     assert load_image(styled(b"")).size == (300, 300)
     formats.prepare("JPEG2000", styled(b"\x77" * 6))
     for tiny, said in (
-        (b"\0" + b"\x11" * 5, "precincts"),
+        (b"\x11" * 5 + b"\0", "precincts"),
         (b"\x77" * 5 + b"\x10", "precincts"),
         (b"", "blocks are too"),
     ):
