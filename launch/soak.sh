@@ -8,3 +8,4 @@ folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 PYTHONPATH=. python tests/soak.py --folder "$folder" --report docs/soak.md --scale "${1:-1}"
 PYTHONPATH=. python tests/soak_input.py
+PYTHONPATH=. python tests/soak_resample.py

@@ -16,16 +16,13 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import io
 import json
 import logging
 import multiprocessing
 import os
 import re
-import stat
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
@@ -35,11 +32,10 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import flags
-from PIL import Image, UnidentifiedImageError
 
 from fusion_jax.cli import out_of_ctrl_c, run_main
-from fusion_jax.data import shards, sources
-from fusion_jax.data.image import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE
+from fusion_jax.data import formats, image, shards, sources
+from fusion_jax.data.image import MAX_PIXELS
 from fusion_jax.errors import BadRecord, UserError, check
 from fusion_jax.files import brief, parse_json, read_file
 
@@ -426,21 +422,18 @@ def _read_record(
     record = sources.read_record(data, span, where)
     name, turns, names, where = sources.check_record(record, number, where)
     files, about = [], []
-    for image in names:
-        files.append(_read_image(sources.locate(plan.image_folder, image, root, where), where))
-        about.append({"name": image} | _look_at(files[-1], image, plan.settings["max_pixels"], where))
+    for file in names:
+        files.append(_read_image(sources.locate(plan.image_folder, file, root, where), where))
+        about.append({"name": file} | _look_at(files[-1], file, plan.settings["max_pixels"], where))
     header = {"id": name} if record.get("id") is not None else {}
     return header | {"number": number, "conversations": turns, "images": about}, files
 
 
 def _read_image(path: Path, where: str) -> bytes:
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device might never end
-            raise BadRecord("missing_image", where, f"the image {path} is no file")
-        if found.st_size > MAX_BYTES:
-            raise BadRecord("image_too_large", where, f"the image {path} has {found.st_size} bytes, over {MAX_BYTES}")
-        return path.read_bytes()
+        return formats.read_file(path, image.MAX_BYTES)[0]
+    except formats.TooLarge as e:
+        raise BadRecord("image_too_large", where, f"the image {path} {e}") from e
     except (OSError, ValueError) as e:  # ValueError: a path that no file can have
         if isinstance(e, OSError) and e.errno not in _NO_IMAGE:
             raise  # a disk or a network that fails must not pass for missing images
@@ -449,19 +442,7 @@ def _read_image(path: Path, where: str) -> bytes:
 
 def _look_at(data: bytes, name: str, max_pixels: int, where: str) -> dict[str, Any]:
     """Format and size by the file's header; nothing is decoded. BadRecord where training would refuse the image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images; the limit here is what counts
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                (width, height), form = image.size, image.format
-    except Image.DecompressionBombError as e:
-        raise BadRecord("image_too_large", where, f"the image {name} exceeds {max_pixels} pixels") from e
-    except UnidentifiedImageError as e:  # its text holds an address, another one in every run
-        raise BadRecord("corrupt_image", where, f"the image {name} is of no format that is known") from e
-    except Exception as e:  # format readers answer damaged bytes with almost any exception
-        raise BadRecord("corrupt_image", where, f"cannot read the header of the image {name}: {e}") from e
-    if width * height > max_pixels or max(width, height) > MAX_SIDE:
-        raise BadRecord("image_too_large", where, f"the image {name} has {width}x{height} pixels, over {max_pixels}")
+    form, (width, height) = image.look_at(data, max_pixels, where, f"the image {name}")
     return {"format": form, "width": width, "height": height, "bytes": len(data)}
 
 

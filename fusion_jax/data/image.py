@@ -1,29 +1,30 @@
 """Images from files, and the fixed crops that the encoder reads.
 
-What becomes of each kind of file, `Image.convert("RGB")` being what the published loader does with all of them:
+Every image that the package did not make itself is opened here, by `open_image`. What becomes of each kind of file,
+`Image.convert("RGB")` being what the published loader does with all of them:
 
 | file | pixels |
 |---|---|
-| JPEG, PNG, WebP, GIF, BMP, TIFF and the like, in grey, colour, CMYK or with a palette | `convert("RGB")` |
+| JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, of any mode or palette | `convert("RGB")` |
 | CMYK in a JPEG | taken as inverted, the way Adobe writes it; then `convert("RGB")` |
 | transparency of any kind | left out: the colours that the file holds below it |
-| several pictures (GIF, WebP, PNG, TIFF) | the first |
+| several pictures (GIF, WebP, PNG, TIFF, MPO, AVIF) | the first |
 | 16 bits of grey | the upper 8, as of 16-bit colour; `convert("RGB")` would turn all but the darkest white |
 | a rotation in the EXIF data | not applied, but for TIFF, which Pillow turns itself |
-| PostScript | refused as corrupt_image: Pillow would start Ghostscript on it |
+| any other format | refused as corrupt_image: among Pillow's many are some that start Ghostscript, or hold any other |
+
+formats.py says what is done about files that are made to be slow.
 """
 
 import contextlib
-import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from fusion_jax.data import formats
 from fusion_jax.data.resample import resample
 from fusion_jax.errors import BadRecord, check
 
@@ -31,22 +32,21 @@ MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host
 MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
 MAX_BYTES = 1 << 29  # of a file
 DECODES = ("exact", "fast")
-
-Image.preinit()
-Image.init()  # now, because Pillow's own lazy loading is not safe with several threads
-FORMATS = tuple(name for name in Image.ID if name != "EPS")
+_BEGINNING = 1 << 16  # bytes of a file whose size alone is asked for
+_BY_BEGINNING = ("JPEG", "PNG", "GIF", "BMP", "PPM", "JPEG2000")  # formats that need no more in most files
+_ORIENTATION = 274  # a tag of TIFF
 
 
 def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Image:
     """An image file, or what such a file contains, fully decoded, in RGB; see the top of this file.
 
     Args:
-      image: the path of a file of any format Pillow reads, or its bytes.
+      image: the path of a file of one of the formats there, or its bytes.
       where: named in errors; by default the path alone.
 
     Raises:
-      BadRecord: reason missing_image (cannot be opened), image_too_large (over MAX_BYTES, MAX_PIXELS or MAX_SIDE) or
-        corrupt_image.
+      BadRecord: reason missing_image (cannot be opened, or is no file), image_too_large (over MAX_BYTES, MAX_PIXELS,
+        MAX_SIDE or a limit of formats.py) or corrupt_image.
     """
     return _decode(image, where, None)[0]
 
@@ -57,14 +57,76 @@ def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int,
     Args, Raises: as for `load_image`; damage behind the header stays unseen.
     """
     where, name = _names(image, where)
-    with contextlib.ExitStack() as stack:
-        if isinstance(image, bytes):
-            file: BinaryIO = io.BytesIO(image)
-        else:
-            with _missing(where, name):
-                file = stack.enter_context(open(image, "rb"))
-        with _refusals(where, name):
-            return _header(file, where, name).size
+    if isinstance(image, bytes):
+        data = image
+    else:
+        start, length = _read(image, where, name, _BEGINNING)
+        if length > len(start) and formats.format_of(start[:16]) in _BY_BEGINNING:
+            with contextlib.suppress(Exception):  # whatever it is, the whole file says it again
+                return _size(open_image(start, length=length))
+        data = start if length <= len(start) else _read(image, where, name)[0]
+    return look_at(data, MAX_PIXELS, where, name)[1]
+
+
+def look_at(data: bytes, max_pixels: int, where: str, name: str) -> tuple[str, tuple[int, int]]:
+    """The format and the size that `load_image` will give, by the header alone.
+
+    Args:
+      data: the file. where, name: where errors lie, and what they call the image.
+
+    Raises:
+      BadRecord: image_too_large or corrupt_image.
+    """
+    with refusals(where, name):
+        image = open_image(data, max_pixels)
+        return image.format, _size(image)
+
+
+def open_image(data: bytes, max_pixels: int | None = None, length: int | None = None) -> Image.Image:
+    """What an image file contains, not decoded yet: a small file can unpack to an enormous one, and its header tells.
+
+    Args:
+      data: the file, or its beginning; then `length` is that of the whole.
+      max_pixels: MAX_PIXELS by default.
+
+    Raises:
+      Almost any exception, which `refusals` turns into BadRecord.
+    """
+    length, most = len(data) if length is None else length, MAX_PIXELS if max_pixels is None else max_pixels
+    form = formats.format_of(data[:16])
+    if form is None:
+        raise Image.UnidentifiedImageError
+    if length > MAX_BYTES:
+        raise formats.TooLarge(f"has more than {MAX_BYTES} bytes")
+    data, declared = formats.prepare(form, data)
+    if declared is not None:
+        _check_size(declared, most)
+    reader = formats.Reader(data)
+    image = Image.open(reader, formats=(form,))
+    reader.opened()
+    _check_size(image.size, most)
+    if declared not in (None, image.size):
+        raise ValueError(f"its header says {_words(image.size)} pixels, and its pixels {_words(declared)}")
+    formats.check_decoder(image, length)
+    if form == "TIFF":
+        image.is_animated = True  # keeps Pillow from reading the directories behind the first, of any size
+    return image
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """Of an opened image, once it is decoded. Pillow turns a TIFF by its tag, which its size shows, or by its XMP."""
+    if image.format == "TIFF" and _ORIENTATION not in image.tag_v2 and image.getexif().get(_ORIENTATION, 1) > 4:
+        return image.height, image.width
+    return image.size
+
+
+def _words(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels or max(size) > MAX_SIDE:
+        raise formats.TooLarge(f"has {_words(size)} pixels; allowed are {max_pixels}, and {MAX_SIDE} along a side")
 
 
 def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
@@ -74,40 +136,32 @@ def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
     return str(image) if where is None else where, f"the image {image}"
 
 
-@contextlib.contextmanager
-def _missing(where: str, name: str) -> Iterator[None]:
+def _read(path: str | Path, where: str, name: str, start: int | None = None) -> tuple[bytes, int]:
+    """A file, or its beginning, and its length: all of it first, so that a disk that fails does not pass for damage."""
     try:
-        yield
+        return formats.read_file(path, MAX_BYTES, start)
+    except formats.TooLarge as e:
+        raise BadRecord("image_too_large", where, f"{name} {e}") from e
     except (OSError, ValueError) as e:  # ValueError: a path that no file can have
         raise BadRecord("missing_image", where, f"cannot read {name}: {e}") from e
 
 
 @contextlib.contextmanager
-def _refusals(where: str, name: str) -> Iterator[None]:
-    """Turns what Pillow raises into BadRecord."""
+def refusals(where: str, name: str) -> Iterator[None]:
+    """Turns what `open_image` and decoding raise into BadRecord."""
     try:
         yield
     except BadRecord:
         raise
+    except formats.TooLarge as e:
+        raise BadRecord("image_too_large", where, f"{name} {e}") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRecord("image_too_large", where, f"{name} has over {MAX_PIXELS} pixels") from e
-    except Image.UnidentifiedImageError as e:
-        raise BadRecord("corrupt_image", where, f"{name} is no image of a known format") from e
+    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+        known = f"{name} is no image of a known format, which are {formats.ALLOWED}"
+        raise BadRecord("corrupt_image", where, known) from e
     except Exception as e:  # decoders answer damaged bytes with almost any exception
         raise BadRecord("corrupt_image", where, f"cannot decode {name}: {e}") from e
-
-
-def _header(file: BinaryIO, where: str, name: str) -> Image.Image:
-    """The image, not decoded yet: a small file can unpack to an enormous one, and its header alone tells."""
-    if file.seek(0, os.SEEK_END) > MAX_BYTES:
-        raise BadRecord("image_too_large", where, f"{name} has more than {MAX_BYTES} bytes")
-    file.seek(0)
-    image = Image.open(file, formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        detail = f"{name} has {width}x{height} pixels; allowed are {MAX_PIXELS}, and {MAX_SIDE} along a side"
-        raise BadRecord("image_too_large", where, detail)
-    return image
 
 
 def _decode(
@@ -119,13 +173,11 @@ def _decode(
     """
     where, name = _names(source, where)
     if not isinstance(source, bytes):
-        # All of it first, so that a disk that fails does not pass for a damaged image.
-        with _missing(where, name), open(source, "rb") as file:
-            source = file.read(MAX_BYTES + 1)
-    with _refusals(where, name):
-        image = _header(io.BytesIO(source), where, name)
-        covered: tuple[float, float] = image.size
-        if at_least is not None and min(image.size) >= at_least and image.format in ("JPEG", "MPO"):
+        source, _ = _read(source, where, name)
+    with refusals(where, name):
+        image = open_image(source)
+        covered: tuple[float, float] = _size(image)
+        if at_least is not None and min(image.size) >= at_least and image.format == "JPEG":
             # Sizes are rounded up: half of 5 pixels are 3, of which the file covers 2.5.
             drafted = image.draft(None, (at_least, at_least))
             covered = drafted[1][2:] if drafted else covered
@@ -133,13 +185,28 @@ def _decode(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
+    expected = _size(image)
+    if image.tile and image.tile[0][0] == "ppm":
+        image = formats.scaled_ppm(image)
+    else:
+        mode = image.mode
+        image.load()
+        _check_pixels(image, mode, expected)
     if image.mode == "RGB":
         return image
     image.info.pop("transparency", None)  # Pillow warns that it is lost
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    _check_pixels(image, "RGB", expected)
+    return image
+
+
+def _check_pixels(image: Image.Image, mode: str, size: tuple[int, int]) -> None:
+    """What the header said, what Pillow says and what lies in memory must be the same: C code reads it by its size."""
+    if (mode, size) != (image.mode, image.size) or (mode, size) != (image.im.mode, image.im.size):
+        found = f"{image.im.mode} of {_words(image.im.size)}"
+        raise ValueError(f"its header says {mode} of {_words(size)} pixels, and decoding it gave {found}")
 
 
 def static_hd_crops(image: Image.Image, size: int, with_quadrants: bool = True) -> UInt8[np.ndarray, "N size size 3"]:

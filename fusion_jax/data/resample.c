@@ -11,6 +11,7 @@ For AVX2 a weight w of up to 24 bits is split in two that fit 16: w = (w >> 11) 
 then multiplies and adds 16 pairs, twice, instead of 8 slow products of 32 bits. Sums may wrap on the way: the result,
 taken modulo 2^32, fits 32 bits. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,10 @@ taken modulo 2^32, fits 32 bits. */
 #define HALF (1 << (BITS - 1))
 #define SPLIT 11
 #define GROUP 4 /* weights are padded with zeros to a multiple of this */
+
+/* What the two functions at the end return. */
+enum { DONE = 0, NO_MEMORY = 1, BAD_SIZE = 2, TOO_SMALL = 3 };
+#define LARGEST (1 << 24) /* of a side in pixels: products of two sides and a pixel's bytes then fit 64 bits */
 
 typedef struct {
     int taps;    /* weights per output: the largest count, padded */
@@ -45,7 +50,7 @@ static void free_weights(Weights *w) {
     free(w->pairs);
 }
 
-/* For the first `covered` of `in` pixels, a whole number or not. Returns 0, or 1 where memory is short. */
+/* For the first `covered` of `in` pixels, a whole number or not. Returns DONE or NO_MEMORY. */
 static int make_weights(Weights *w, int in, double covered, int out) {
     const double scale = covered / out, stretch = scale < 1.0 ? 1.0 : scale, support = 2.0 * stretch;
     int longest = 1;
@@ -64,7 +69,7 @@ static int make_weights(Weights *w, int in, double covered, int out) {
     double *exact = malloc(longest * sizeof(double));
     if (!w->first || !w->weight || !w->pairs || !exact) {
         free(exact);
-        return 1;
+        return NO_MEMORY;
     }
     for (int i = 0; i < out; i++) {
         const double centre = (i + 0.5) * scale, per_pixel = 1.0 / stretch;
@@ -89,7 +94,7 @@ static int make_weights(Weights *w, int in, double covered, int out) {
         w->pairs[k + 1] = (a & low) | (b & low) << 16;
     }
     free(exact);
-    return 0;
+    return DONE;
 }
 
 static uint8_t clip(int sum) {
@@ -194,11 +199,25 @@ AVX2 static void down_avx2(const uint8_t *src, size_t stride, const int *pairs, 
 }
 #endif
 
-/* Rows of (rows, in, 4) bytes, the fourth byte unused, become rows of `out` pixels of 3 bytes in `dst`, which begin
-`stride` > 3 * out bytes apart. The image covers `covered` of the `in` pixels. `plain` leaves AVX2 aside.
-Returns 0, or 1 where memory is short. */
-int fusion_across(const uint8_t *src, int in, double covered, int rows, uint8_t *dst, int64_t stride, int out,
-                  int plain) {
+static int is_side(int64_t pixels) { return pixels >= 1 && pixels <= LARGEST; }
+
+/* Whether the image may cover that much of `in` pixels. False for what is no number. */
+static int is_part(double covered, int in) { return isfinite(covered) && covered > 0.0 && covered <= in; }
+
+/* Whether a buffer holds `rows` rows of `row` bytes that begin `stride` bytes apart. */
+static int holds(int64_t bytes, int64_t rows, int64_t stride, int64_t row) {
+    return stride >= row && stride <= INT64_MAX / LARGEST && bytes >= (rows - 1) * stride + row;
+}
+
+/* Rows of (rows, in, 4) bytes, the fourth byte unused, become rows of `out` pixels of 3 bytes and a spare one in `dst`,
+which begin `stride` bytes apart. The image covers `covered` of the `in` pixels. `src_bytes` and `dst_bytes` are what the
+buffers really have. `plain` leaves AVX2 aside.
+Returns DONE, NO_MEMORY, BAD_SIZE or TOO_SMALL (a buffer); nothing is read or written unless all of it fits. */
+int fusion_across(const uint8_t *src, int64_t src_bytes, int in, double covered, int rows, uint8_t *dst,
+                  int64_t dst_bytes, int64_t stride, int out, int plain) {
+    if (!src || !dst || !is_side(in) || !is_side(rows) || !is_side(out) || !is_part(covered, in)) return BAD_SIZE;
+    if (!holds(src_bytes, rows, 4 * (int64_t)in, 4 * (int64_t)in)) return TOO_SMALL;
+    if (!holds(dst_bytes, rows, stride, 3 * (int64_t)out + 1)) return TOO_SMALL;
     Weights w = {0};
     const int failed = make_weights(&w, in, covered, out);
     const size_t step = (size_t)in * 4;
@@ -213,13 +232,18 @@ int fusion_across(const uint8_t *src, int in, double covered, int rows, uint8_t 
 #endif
     for (int y = 0; y < rows && !failed; y++) across_plain(src + y * step, in, &w, out, dst + y * stride);
     free_weights(&w);
+    (void)plain;
     return failed;
 }
 
 /* The rows that fusion_across made, `in` of them, become `height` rows of `width` pixels, cut into tiles:
 dst is (tiles * tiles, height / tiles, width / tiles, 3), row by row of tiles. The rest is as there. */
-int fusion_down(const uint8_t *src, int64_t stride, int in, double covered, uint8_t *dst, int width, int height,
-                int tiles, int plain) {
+int fusion_down(const uint8_t *src, int64_t src_bytes, int64_t stride, int in, double covered, uint8_t *dst,
+                int64_t dst_bytes, int width, int height, int tiles, int plain) {
+    if (!src || !dst || !is_side(in) || !is_side(width) || !is_side(height) || !is_part(covered, in)) return BAD_SIZE;
+    if (tiles < 1 || width % tiles || height % tiles) return BAD_SIZE;
+    if (!holds(src_bytes, in, stride, 3 * (int64_t)width)) return TOO_SMALL;
+    if (!holds(dst_bytes, height, 3 * (int64_t)width, 3 * (int64_t)width)) return TOO_SMALL;
     Weights w = {0};
     const int failed = make_weights(&w, in, covered, height);
     const int tile_height = height / tiles, bytes = width / tiles * 3;

@@ -48,12 +48,28 @@ def resample(image: Image.Image, outputs: list[Pixels], covered: tuple[float, fl
       outputs: contiguous uint8 arrays that are filled, each (T * T, height, width, 3): the image at T times that height
         and width, cut into T x T tiles, row by row.
       covered: the part of the image, from its upper left corner, to resize; (width, height) in pixels, all by default.
+
+    Raises:
+      ValueError: the image is not RGB, or not of the size it says; or the outputs or `covered` do not fit.
+      MemoryError.
     """
+    if image.mode != "RGB" or (image.im.mode, image.im.size) != (image.mode, image.size):
+        of = f"{image.mode} of {image.width}x{image.height}"
+        raise ValueError(f"an image that calls itself {of} has pixels of {image.im.mode}, {image.im.size}")
+    for output in outputs:
+        _check_output(output)
     library = _library()
     if library is None:
         _with_pillow(image, outputs, covered or image.size)
     else:
         _with_library(library, image, outputs, covered or image.size)
+
+
+def _check_output(output: Pixels) -> None:
+    if output.dtype != np.uint8 or output.ndim != 4 or output.shape[3] != 3 or not output.flags.c_contiguous:
+        raise ValueError(f"pixels cannot be written to an array of {output.dtype}{list(output.shape)}")
+    if not output.size or math.isqrt(len(output)) ** 2 != len(output):
+        raise ValueError(f"an image cannot be cut into {len(output)} tiles of {output.shape[2]}x{output.shape[1]}")
 
 
 def _target(output: Pixels) -> tuple[int, int, int]:
@@ -83,16 +99,29 @@ def _with_library(
     targets = [_target(output) for output in outputs]
     # One spare byte behind each row, as fusion_across wants it.
     between = [np.empty((height, target[0] * 3 + 1), np.uint8) for target in targets]
-    failed = 0
-    for top, rows, pixels in _pixels(image):
+    for top, rows, pixels, size in _pixels(image):
         for target, middle in zip(targets, between):
-            to, stride = middle[top:].ctypes.data, middle.strides[0]
-            failed |= library.fusion_across(pixels, width, covered[0], rows, to, stride, target[0], plain)
+            to, stride = middle[top:], middle.strides[0]
+            _check(
+                library.fusion_across(
+                    pixels, size, width, covered[0], rows, to.ctypes.data, to.nbytes, stride, target[0], plain
+                ),
+                image,
+            )
     for output, target, middle in zip(outputs, targets, between):
-        stride, to = middle.strides[0], output.ctypes.data
-        failed |= library.fusion_down(middle.ctypes.data, stride, height, covered[1], to, *target, plain)
-    if failed:
-        raise MemoryError(f"no memory to resize an image of {width}x{height} pixels")
+        source, to = (middle.ctypes.data, middle.nbytes, middle.strides[0]), (output.ctypes.data, output.nbytes)
+        _check(library.fusion_down(*source, height, covered[1], *to, *target, plain), image)
+
+
+def _check(code: int, image: Image.Image) -> None:
+    """Raises what the library's answer stands for; see the top of resample.c."""
+    of = f"an image of {image.width}x{image.height} pixels"
+    if code == 1:
+        raise MemoryError(f"no memory to resize {of}")
+    if code:
+        raise ValueError(
+            f"{of} cannot be resized: " + ("its sizes are not possible", "a buffer is too small")[code - 2]
+        )
 
 
 class _ArrowArray(ctypes.Structure):
@@ -110,8 +139,8 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 )
 
 
-def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes]]:
-    """The image's rows, 4 bytes a pixel: the first row, how many, and where they are or a copy of them.
+def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes, int]]:
+    """The image's rows, 4 bytes a pixel: the first row, how many, where they are or a copy of them, and their bytes.
 
     In place if Pillow can show them, up to 16 MB: in threads, where new memory is slow, copies would double the time.
     """
@@ -120,14 +149,17 @@ def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes]]:
         shown = image.__arrow_c_array__()[1]  # keeps the memory while it lives
         lists = _ArrowArray.from_address(_capsule_pointer(shown, b"arrow_array"))
         if (lists.length, lists.offset, lists.n_children) == (width * height, 0, 1):
-            yield 0, height, _ArrowArray.from_address(lists.children[0]).buffers[1]
-            return
+            values = _ArrowArray.from_address(lists.children[0])
+            if (values.length, values.offset, values.n_buffers) == (4 * width * height, 0, 2):
+                yield 0, height, values.buffers[1], values.length
+                return
     except (AttributeError, ValueError):  # an older Pillow; an image in several pieces
         pass
     rows = max(1, STRIP // (4 * width))
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
-        yield top, strip.height, strip.tobytes("raw", "RGBX")
+        pixels = strip.tobytes("raw", "RGBX")
+        yield top, strip.height, pixels, len(pixels)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -173,8 +205,9 @@ def _build() -> Path:
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, length, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    library.fusion_across.argtypes = [pointer, number, real, number, pointer, length, number, number]
-    library.fusion_down.argtypes = [pointer, length, number, real, pointer, number, number, number, number]
+    source, target = [pointer, length], [pointer, length]  # where a buffer is, and its bytes
+    library.fusion_across.argtypes = [*source, number, real, number, *target, length, number, number]
+    library.fusion_down.argtypes = [*source, length, number, real, *target, number, number, number, number]
     return library
 
 

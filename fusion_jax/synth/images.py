@@ -9,6 +9,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from fusion_jax.data.image import load_image
+from fusion_jax.errors import BadRecord
+
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # of SSIM (Wang et al. 2004), for 8-bit images
 
 
@@ -95,7 +98,6 @@ def png(image: Image.Image) -> bytes:
 def open_file(path: str | os.PathLike) -> Image.Image:
     """An image file of the pool. OSError where it cannot be used."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise OSError(f"{path} is no image that can be read: {e}") from e
+        return load_image(Path(path))
+    except BadRecord as e:
+        raise OSError(str(e)) from e

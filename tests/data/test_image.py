@@ -54,7 +54,7 @@ def picture():
     return Image.fromarray(np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "JPEG2000"])
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "JPEG2000", "AVIF", "MPO"])
 def test_every_format(tmp_path, form, picture):
     (tmp_path / "a").write_bytes(encode(picture, form))
     image = load_image(tmp_path / "a")
@@ -138,7 +138,7 @@ def test_exif_rotation_is_applied_to_tiff_alone(tmp_path, form, picture):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "JPEG2000", "ICO"])
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "JPEG2000", "AVIF", "MPO"])
 def test_size_without_decoding(tmp_path, form, picture):
     data = encode(picture, form)
     (tmp_path / "a").write_bytes(data)

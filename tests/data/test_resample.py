@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import soak_resample
 from PIL import Image
 
 from fusion_jax.data import resample as module
@@ -133,10 +134,10 @@ def test_strips_of_what_cannot_be_read_in_place(library, monkeypatch, strip):
     image = noise(np.random.default_rng(4), 131, 103)
     expected = by_pillow(image, 40, 50)
     if hasattr(image, "__arrow_c_array__"):  # from Pillow 11.2
-        assert [rows for _, rows, _ in module._pixels(image)] == [103]
+        assert [rows for _, rows, *_ in module._pixels(image)] == [103]
         monkeypatch.delattr(Image.Image, "__arrow_c_array__")
     monkeypatch.setattr(module, "STRIP", strip)
-    assert sum(rows for _, rows, _ in module._pixels(image)) == 103
+    assert sum(rows for _, rows, *_ in module._pixels(image)) == 103
     np.testing.assert_array_equal(compiled(library, image, 40, 50, False), expected)
 
 
@@ -145,6 +146,85 @@ def test_images_that_pillow_keeps_in_pieces(library):
     image = noise(np.random.default_rng(4), 2500, 1800)  # 18 MB; a piece has up to 16
     assert len(list(module._pixels(image))) > 1
     np.testing.assert_array_equal(compiled(library, image, 40, 50, False), by_pillow(image, 40, 50))
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused_and_nothing_written(library):
+    """Codes of resample.c: 2 for a size that cannot be, 3 for a buffer that is too small."""
+    width, height, out, tiles = 5, 4, 6, 2
+    source, middle = np.zeros((height, width, 4), np.uint8), np.full((height, 3 * out + 1), 7, np.uint8)
+    target = np.full((tiles**2, out // 2, out // 2, 3), 7, np.uint8)
+
+    def across(size=source.nbytes, width=width, part=5.0, rows=height, room=middle.nbytes, stride=19, out=out, plain=0):
+        return library.fusion_across(
+            source.ctypes.data, size, width, part, rows, middle.ctypes.data, room, stride, out, plain
+        )
+
+    def down(
+        size=middle.nbytes,
+        stride=19,
+        rows=height,
+        part=4.0,
+        room=target.nbytes,
+        width=out,
+        out=out,
+        tiles=tiles,
+        plain=0,
+    ):
+        return library.fusion_down(
+            middle.ctypes.data, size, stride, rows, part, target.ctypes.data, room, width, out, tiles, plain
+        )
+
+    for plain in (0, 1):
+        impossible = [{name: value} for name in ("width", "rows", "out") for value in (0, -1, 2**24 + 1, 2**31 - 1)]
+        impossible += [{"part": value} for value in (0.0, -1.0, 5.000001, float("nan"), float("inf"))]
+        assert [across(**change, plain=plain) for change in impossible] == [2] * len(impossible)
+        assert [down(**change, plain=plain) for change in impossible] == [2] * len(impossible)
+        assert [down(tiles=value, plain=plain) for value in (0, -1, 4, 5, -(2**31))] == [2] * 5
+        small = [
+            {"size": source.nbytes - 1},
+            {"size": 0},
+            {"size": -1},
+            {"width": 6},
+            {"rows": 5},
+            {"room": middle.nbytes - 1},
+        ]
+        small += [{"stride": value} for value in (18, 0, -19, 2**62, 2**63 - 1, -(2**63))] + [{"out": 7}]
+        assert [across(**change, plain=plain) for change in small] == [3] * len(small)
+        small = [{"size": middle.nbytes - 2}, {"rows": 5}, {"stride": 17}, {"stride": -19}, {"room": target.nbytes - 1}]
+        small += [{"out": 8}, {"width": 8}, {"width": 2**24}]
+        assert [down(**change, plain=plain) for change in small] == [3] * len(small)
+        assert (middle == 7).all() and (target == 7).all()
+    assert across() == down() == 0
+    assert (middle[:, :-1] == 0).all() and (target == 0).all()
+
+
+@needs_compiler
+def test_what_the_library_refuses_is_an_error(monkeypatch):
+    image = noise(np.random.default_rng(4), 30, 20)
+    output = np.empty((1, 4, 4, 3), np.uint8)
+    for covered in ((31, 20), (30, 21), (0, 20), (float("nan"), 20)):
+        with pytest.raises(ValueError, match="30x20 pixels cannot be resized: its sizes are not possible"):
+            module.resample(image, [output], covered)
+    shown = module._pixels
+    monkeypatch.setattr(module, "_pixels", lambda one: ((*found[:3], found[3] - 1) for found in shown(one)))
+    with pytest.raises(ValueError, match="a buffer is too small"):
+        module.resample(image, [output])
+
+
+@needs_compiler
+def test_random_shapes_under_sanitizers():
+    """The long run is `python tests/soak_resample.py`."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc")
+    try:
+        found = soak_resample.run(2000, seed=1)
+    except subprocess.CalledProcessError as e:
+        if "lasan" in e.stderr or "lubsan" in e.stderr:
+            pytest.skip("gcc comes without its sanitizers")
+        raise
+    assert found.total() == 2000 and found[0, 0] > 500
+    assert {codes for codes, count in found.items() if count > 10} >= {(0, 0), (2, 0), (0, 2), (3, 0), (0, 3), (3, 3)}
 
 
 @needs_compiler

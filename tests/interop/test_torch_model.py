@@ -5,7 +5,10 @@ import dataclasses
 import functools
 import json
 import os
+import struct
+import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import fixtures
@@ -24,7 +27,7 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 transformers = pytest.importorskip("transformers", reason="the exported model needs transformers")
 
 from fusion_jax import generate
-from fusion_jax.data import conversation
+from fusion_jax.data import conversation, formats, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
 from fusion_jax.data.image import static_hd_crops
 from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
@@ -454,6 +457,38 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
 def test_unusable_conversations(processing, chat, images, message):
     with pytest.raises(ValueError, match=message):
         processing[3](chat, images)
+
+
+def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
+    """The exported file stands alone, so that it repeats the list and the limits."""
+    processor = processing[3]
+    code = sys.modules[type(processor).__module__]
+    assert code.FORMATS == formats.FORMATS
+    assert (code.MAX_PIXELS, code.MAX_SIDE, code.MAX_BYTES) == (image.MAX_PIXELS, image.MAX_SIDE, image.MAX_BYTES)
+    shown = picture(0)
+    for name, form in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.mpo", "MPO"), ("a.ppm", "PPM"), ("a.tif", "TIFF")):
+        shown.save(tmp_path / name, form)
+        assert np.array_equal(processor.crops(tmp_path / name), processor.crops(image.load_image(tmp_path / name))), (
+            name
+        )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    shown.save(tmp_path / "turned.tif", exif=turned)
+    assert code.open_image(tmp_path / "turned.tif").size == image.load_image(tmp_path / "turned.tif").size == (31, 47)
+    shown.resize((16, 16)).save(tmp_path / "a.ico")
+    shown.save(tmp_path / "a.eps")
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    (tmp_path / "large.png").write_bytes(
+        header + struct.pack(">I", zlib.crc32(header[12:])) + struct.pack(">I", 9) + b"IDAT"
+    )
+    (tmp_path / "text.ppm").write_bytes(b"P3 1001 1000 255 " + b"1 " * 99)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("a.ico", "a.eps", "large.png", "text.ppm"):
+        with pytest.raises(ValueError, match=f"Cannot read the image .*{name}"):
+            processor.crops(tmp_path / name)
+    for name in ("pipe.png", "none.png", "."):
+        with pytest.raises(OSError):
+            processor.crops(tmp_path / name)
 
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason=f"no golden conversations in {TOKENIZERS} (set FUSION_GOLDENS)")

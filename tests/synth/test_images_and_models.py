@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,8 @@ from PIL import Image, ImageFilter
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import images
+from fusion_jax.synth.backends import endpoint
+from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.backends.vllm import Gatherer
 from fusion_jax.synth.config import ImageConfig, ScorerConfig
 
@@ -71,6 +74,31 @@ def test_files_appear_whole(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"bad\.png"):
         images.open_file(tmp_path / "bad.png")
+
+
+def test_drawn_images_are_of_the_formats_that_training_reads(tmp_path):
+    """Whatever a server sends in their place drops the sample: a broken DDS, PostScript, pictures in other pictures."""
+    file = io.BytesIO()
+    picture().save(file, "DDS")
+    dds = file.getvalue()
+    lying = dds[:12] + b"\xff\xff\0\0" * 2 + dds[20:]
+    for data in (
+        dds,
+        dds[:100],
+        lying,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"",
+        images.png(picture())[:99],
+    ):
+        with pytest.raises(Unusable, match="cannot be used"):
+            endpoint._decode(data)
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(OSError, match=r"a\.png"):
+            images.open_file(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="a pipe"):
+        images.open_file(tmp_path / "pipe.png")
+    assert np.array_equal(np.asarray(endpoint._decode(images.png(picture()))), np.asarray(picture()))
 
 
 def tokenizer(folder):

@@ -20,7 +20,9 @@ latents. Everything is batch-first, and rows may be padded on either side.
 """
 
 import math
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +44,11 @@ except ImportError:
 NO_IMAGE, PIXELS, ZERO_IMAGE = 0, 1, 2
 QUADRANTS = 4
 IGNORE = -100  # in labels: not supervised
+
+# What image files may be, as in training. Pillow's other formats are left out: some start programs, or hold any format.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS, MAX_SIDE, MAX_BYTES = 80_000_000, 65_535, 1 << 29
+SLOW_DECODERS = {"jpeg2k": 10_000_000, "bmp_rle": 10_000_000, "ppm": 1_000_000, "ppm_plain": 1_000_000}  # pixels
 
 
 # Defaults of a FusionConfig's parts.
@@ -781,6 +788,31 @@ class SentencePieceText:
         return ids
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """An image file, decoded. ValueError if it is none of FORMATS, damaged, or over a limit; OSError if no file."""
+    Image.init()
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"The image {path} is no file, but a folder, a pipe or a device.")
+        if found.st_size > MAX_BYTES:
+            raise ValueError(f"The image {path} has {found.st_size} bytes; allowed are {MAX_BYTES}.")
+        try:
+            image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
+            size, mode = image.size, image.mode
+            most = SLOW_DECODERS.get(image.tile[0][0] if image.tile else "", MAX_PIXELS)
+            if size[0] * size[1] > most or max(size) > MAX_SIDE:
+                raise ValueError(f"it has {size[0]}x{size[1]} pixels; allowed are {most}, and {MAX_SIDE} along a side")
+            image.load()
+            if (size, mode) not in ((image.size, image.mode), (image.size[::-1], image.mode)):  # a TIFF may be turned
+                raise ValueError(f"its pixels are not those that its header says, {mode} of {size[0]}x{size[1]}")
+            if (image.size, image.mode) != (image.im.size, image.im.mode):
+                raise ValueError("its pixels are of another size than it says")
+        except Exception as e:  # decoders answer damaged bytes with almost any exception
+            raise ValueError(f"Cannot read the image {path}, one of {', '.join(FORMATS)}: {e}") from e
+    return image
+
+
 class FusionProcessor(ProcessorMixin):
     """Conversations and images to the model's inputs.
 
@@ -996,7 +1028,7 @@ class FusionProcessor(ProcessorMixin):
         """(V, size, size, 3) uint8: the quadrants of the image at twice the size, if the model uses them, and the whole
         image last. Both sizes are resized from the original, bicubically and without keeping the aspect ratio."""
         size = self.image_size
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image = image if isinstance(image, Image.Image) else open_image(image)
         image = image.convert("RGB")  # a rotation noted in EXIF data is not applied, as in training
         whole = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))[None]
         if not self.quadrants:

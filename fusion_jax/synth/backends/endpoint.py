@@ -7,13 +7,12 @@ name) is left out or replaced from then on, and said once in the log.
 import base64
 import io
 import logging
-import warnings
 from typing import Any
 
 from PIL import Image
 
-from fusion_jax.data.image import MAX_PIXELS
-from fusion_jax.errors import UserError
+from fusion_jax.data.image import load_image
+from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
 from fusion_jax.synth.backends.http import MAX_IMAGE, Client, Rate, Rejected
 from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
@@ -212,14 +211,9 @@ class ImageEndpoint:
 
 def _decode(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Unusable("bad_image", f"the image has {image.width} x {image.height} pixels")
-                return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Unusable("bad_image", "what was drawn is no image file") from e
+        return load_image(data)
+    except BadRecord as e:
+        raise Unusable("bad_image", f"what was drawn cannot be used: {e.detail}") from e
 
 
 def _data_url(image: Image.Image) -> str:
