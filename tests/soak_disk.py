@@ -41,7 +41,6 @@ def full_while_training(lab: Lab, scale: float = 1.0) -> str:
                 (workdir / FILLER).unlink()
             code = process.wait(PATIENCE)
             assert code == 0, said()
-            assert "Traceback" not in said(), said()
         arrays = assert_same(workdir, undisturbed)
     return (
         f"{len(failed)} saves failed (steps {', '.join(failed)}) and were reported, training went on; with room again "
