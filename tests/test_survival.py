@@ -9,6 +9,7 @@ import pytest
 import soak
 import soak_data
 import soak_numbers
+import soak_report
 from soak import ROOT
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,19 @@ def test_a_learning_rate_that_ruins_a_run_does_not_ruin_its_checkpoints(tmp_path
     """Started again with a sane rate, the run learns as if nothing had been."""
     lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
     assert "skipped, code 2" in soak_numbers.diverge(lab, "learning rate 1e30", None)
+
+
+def test_a_proof_that_is_made_alone_replaces_its_own_row(tmp_path):
+    """Others keep theirs, with the day and the commit at which they were made, in the same order."""
+    report = tmp_path / "soak.md"
+    for name, rest in (
+        ("Kills", "20 kills | 9 s | May"),
+        ("Full disk", "went on | 5 s | May"),
+        ("Kills", "3 | 1 s | June"),
+    ):
+        soak_report.put_row(report, name, rest)
+    rows = [line for line in report.read_text().splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| Kills | 3 | 1 s | June |", "| Full disk | went on | 5 s | May |"]
 
 
 def test_saved_on_eight_devices_restored_on_fewer(tmp_path):
