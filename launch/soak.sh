@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The long proofs: survival, with real runs that are killed, stopped and damaged, which writes docs/soak.md; and the
-# memory of the input pipeline over 200,000 samples, which prints a line.
-# The argument scales the number of kills: bash launch/soak.sh 0.25 makes five of the twenty.
+# The long proofs: runs that are killed at any moment, stopped, starved of disk, data and numbers; a server that is
+# stopped; hostile inputs by the thousand; the memory of the input pipeline. Each keeps its row of docs/soak.md.
+# Arguments scale the number of kills and inputs, and choose sections:
+#   bash launch/soak.sh 0.1 random_kills hostile
+# Sections: disturbed, devices, two_processes, random_kills, full_disk, full_disk_at_start, changed_data,
+# absurd_numbers, server, hostile, resizer, input. A full disk is tried as root only: it takes a mount.
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-PYTHONPATH=. python tests/soak.py --folder "$folder" --report docs/soak.md --scale "${1:-1}"
-PYTHONPATH=. python tests/soak_input.py
-PYTHONPATH=. python tests/soak_resample.py
+PYTHONPATH=. python tests/soak_report.py --folder "$folder" --report docs/soak.md "${1:-1}" "${@:2}"

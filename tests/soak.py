@@ -1,9 +1,11 @@
 """Proofs of survival with real runs in real processes; `launch/soak.sh` runs the long versions, tests the short ones.
 
-In the end parameters are compared, bit for bit, with those of an undisturbed run.
+Here: what all proofs use, and a run that is killed, refused, stopped and damaged, or goes on elsewhere. The other
+`soak_*.py` hold one subject each. In the end parameters are compared, bit for bit, with those of an undisturbed run.
 """
 
-import argparse
+import contextlib
+import functools
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,39 +29,81 @@ STAGES, STEPS = ("stage1", "stage2"), 24
 PATIENCE = 600  # seconds for one run, on a slow machine
 
 
+class Skipped(Exception):
+    """This machine does not allow the proof; the text says why."""
+
+
 class Lab:
     """Data, a compilation cache for all runs, and the undisturbed run."""
 
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.cache = folder, cache
-        self.data = make_shapes(folder / "data", "48,48,48,8,16")
-        self.undisturbed = folder / "undisturbed"
-        code, said = self.run(self.undisturbed)
-        assert code == 0, said
 
-    def start(self, workdir: Path, *arguments, devices: int = 1, name: str = "") -> subprocess.Popen:
-        """A training run. What it says goes to `WORKDIR<name>.log`, start after start."""
+    @functools.cached_property
+    def data(self) -> Path:
+        return make_shapes(self.folder / "data", "48,48,48,8,16")
+
+    @functools.cached_property
+    def undisturbed(self) -> Path:
+        return self.reference("undisturbed")
+
+    def reference(self, name: str, **settings) -> Path:
+        """The workdir of a run, `name`, that nothing disturbs."""
+        code, said = self.run(self.folder / name, **settings)
+        assert code == 0, said
+        return self.folder / name
+
+    def start(
+        self,
+        workdir: Path,
+        *arguments,
+        devices: int = 1,
+        name: str = "",
+        data: Path | None = None,
+        changes: str = "",
+        cache: bool = True,
+    ) -> subprocess.Popen:
+        """A training run. What it says goes to `WORKDIR<name>.log`, start after start.
+
+        Args:
+          data: another folder than `self.data`. changes: of the config, "key=value,key=value". cache: whether compiled
+          programs are shared by all runs; otherwise they lie in the workdir.
+        """
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_NUM_CPU_DEVICES": str(devices),
         }
-        config = f"{ROOT / 'tests' / 'tiny_run.py'}:{self.data},survival"
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        if cache:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache)
+        config = f"{ROOT / 'tests' / 'tiny_run.py'}:{data or self.data},survival,{changes}"
         command = [sys.executable, "-m", "fusion_jax.train", "--config", config, "--workdir", str(workdir), *arguments]
         with log_of(workdir, name).open("a") as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def run(self, workdir: Path, *arguments, devices: int = 1) -> tuple[int, str]:
-        """A run to its end: exit code, and what this start said."""
+    def run(self, workdir: Path, *arguments, **settings) -> tuple[int, str]:
+        """A run to its end: exit code, and what this start said. Settings as for `start`."""
+        with self.running(workdir, *arguments, **settings) as (process, said):
+            return process.wait(PATIENCE), said()
+
+    @contextlib.contextmanager
+    def running(self, workdir: Path, *arguments, **settings) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
+        """(process, function that reads what this start has said so far); killed in the end where it still runs."""
         log = log_of(workdir)
         before = log.stat().st_size if log.exists() else 0
-        process = self.start(workdir, *arguments, devices=devices)
+        process = self.start(workdir, *arguments, **settings)
+
+        def said() -> str:
+            with log.open("rb") as file:
+                file.seek(before)
+                return file.read().decode(errors="replace")
+
         try:
-            code = process.wait(PATIENCE)
+            yield process, said
         finally:
             process.kill()
-        return code, log.read_text()[before:]
+            process.wait()
 
     def pair(self, workdir: Path) -> list[subprocess.Popen]:
         """A run of two processes. The second's log is `WORKDIR_1.log`."""
@@ -70,14 +115,17 @@ class Lab:
 
 
 def assert_same(workdir: Path, undisturbed: Path) -> int:
-    """Number of parameter arrays, all of which, and all reported losses, are those of the undisturbed run."""
+    """Number of parameter arrays, all of which, and all reported losses, are those of the undisturbed run.
+
+    In the metrics no step is missing or there twice, too.
+    """
     ours, theirs = (jax.tree.leaves(checkpoint.load_model(w).params) for w in (workdir, undisturbed))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "records_seen")
+    exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "records_seen", "validation/ce", "validation/v2t")
     for stage in STAGES:
         rows = [metrics.read(w / stage / "metrics.jsonl") for w in (workdir, undisturbed)]
-        a, b = ([{key: row[key] for key in exact} for row in r] for r in rows)
+        a, b = ([{key: row[key] for key in exact if key in row} for row in r] for r in rows)
         assert a == b, f"{workdir}: metrics of {stage} differ"
     return len(ours)
 
@@ -95,9 +143,17 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, stage: str, step: in
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen) -> Iterator[None]:
+    """The process does nothing meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    yield
+    process.send_signal(signal.SIGCONT)
+
+
 def unfinished(workdir: Path) -> list[Path]:
     """Checkpoints that are being written."""
-    return list(workdir.glob(f"*/{checkpoint.FOLDER}/*.orbax-checkpoint-tmp*"))
+    return [p for end in ("*.orbax-checkpoint-tmp*", "*.writing") for p in workdir.glob(f"*/{checkpoint.FOLDER}/{end}")]
 
 
 def wait_for_save(process: subprocess.Popen, workdir: Path) -> None:
@@ -225,44 +281,3 @@ def kill_one_of_two(lab: Lab) -> str:
         f"the other ends with a message after {' and '.join(f'{s:.0f} s' for s in seconds)}; SIGTERM to one saves and "
         f"ends both with {AGAIN}; all {arrays} arrays and every loss as two undisturbed processes"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="empty folder for the runs")
-    parser.add_argument("--report", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the twenty kills")
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    lab = Lab(options.folder, options.folder / "compiled")
-    workdir = options.folder / "disturbed"
-    proofs = {
-        "Kills": lambda: kill(lab, workdir, max(3, round(20 * options.scale))),
-        "A second run in the same workdir": lambda: refuse(lab, workdir),
-        "Request to stop": lambda: terminate(lab, workdir),
-        "Truncated file in the newest checkpoint": lambda: truncate_newest(lab, workdir),
-        "Other devices": lambda: change_devices(lab),
-        "One of two processes killed": lambda: kill_one_of_two(lab),
-    }
-    lines = []
-    for name, proof in proofs.items():
-        since = time.monotonic()
-        result = proof()
-        lines.append(f"| {name} | {result} | {time.monotonic() - since:.0f} s |")
-        print(lines[-1], flush=True)
-    versions = checkpoint.environment()
-    devices, packages = versions["devices"], versions["packages"]
-    options.report.write_text(
-        "# Soak\n\n"
-        f"Written by `bash launch/soak.sh` on {time.strftime('%F')}: {os.cpu_count()} cores, {devices['kind']}, "
-        f"jax {packages['jax']}, orbax-checkpoint {packages['orbax-checkpoint']}, commit {versions['commit']}, "
-        f"{time.monotonic() - begun:.0f} s in all. What each proof does is in `tests/soak.py`. The runs have "
-        f"{len(STAGES)} stages of {STEPS} steps and save every 3 steps. The first four proofs disturb the same run, "
-        "whose parameters and losses are then compared, bit for bit, with those of an undisturbed one.\n\n"
-        "| proof | result | took |\n|---|---|---|\n" + "\n".join(lines) + "\n"
-    )
-
-
-if __name__ == "__main__":
-    main()

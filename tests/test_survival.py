@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import soak
+import soak_data
+import soak_numbers
+import soak_report
 from soak import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,6 +27,31 @@ def test_a_run_that_is_killed_refused_stopped_and_damaged_ends_as_if_nothing_had
     code, said = lab.run(workdir, "--config.model.vision.mlp_dim=64", "--config.model.llm.mlp_dim=64")
     assert code == 2 and said.count("\n") == 1, said
     assert "model.vision.mlp_dim=64 (checkpoint: 32), model.llm.mlp_dim=64 (checkpoint: 48)" in said
+
+
+def test_data_that_is_cut_in_mid_run_ends_it_in_a_sentence_at_worst(tmp_path):
+    """Neither a crash (SIGBUS, where the file is mapped) nor a hang; with the data put back the run goes on."""
+    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    assert soak_data.change(lab, "JSON cut", 0.9) in ("one sentence, code 2", "goes on, bad records counted")
+
+
+def test_a_learning_rate_that_ruins_a_run_does_not_ruin_its_checkpoints(tmp_path):
+    """Started again with a sane rate, the run learns as if nothing had been."""
+    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    assert "skipped, code 2" in soak_numbers.diverge(lab, "learning rate 1e30", None)
+
+
+def test_a_proof_that_is_made_alone_replaces_its_own_row(tmp_path):
+    """Others keep theirs, with the day and the commit at which they were made, in the same order."""
+    report = tmp_path / "soak.md"
+    for name, rest in (
+        ("Kills", "20 kills | 9 s | May"),
+        ("Full disk", "went on | 5 s | May"),
+        ("Kills", "3 | 1 s | June"),
+    ):
+        soak_report.put_row(report, name, rest)
+    rows = [line for line in report.read_text().splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| Kills | 3 | 1 s | June |", "| Full disk | went on | 5 s | May |"]
 
 
 def test_saved_on_eight_devices_restored_on_fewer(tmp_path):

@@ -1,7 +1,10 @@
 """A run configuration of the smallest size that still has every part; used by the tests that start processes.
 
 `tiny_run.py:DATA,survival` is a variant for runs that are killed often: two stages that share one compiled program.
+Values after it replace those of both stages or of the run: `tiny_run.py:DATA,survival,steps=30,validate_every=4`.
 """
+
+import ast
 
 from ml_collections import ConfigDict
 
@@ -18,7 +21,7 @@ MODEL = FusionConfig(
 
 
 def get_config(argument: str = "data"):
-    data, _, variant = argument.partition(",")
+    data, variant, *changes = f"{argument},".split(",")
 
     def stage(name, **changes):
         sizes = {"max_length": 144, "max_question_length": 56, "max_rounds": 2, "batch_size": 4, "steps": 8}
@@ -47,4 +50,7 @@ def get_config(argument: str = "data"):
         config.model.latent_counts = (1,)
         config.stages = [stage("stage1", steps=24), stage("stage2", steps=24)]
         config.update({"validate_every": 0, "keep_checkpoints": 2, "remat": "none"})
+    for key, _, value in (change.partition("=") for change in changes if change):
+        for part in config.stages if key not in config else [config]:
+            part[key] = ast.literal_eval(value)
     return config
