@@ -36,6 +36,8 @@ _URLS = flags.DEFINE_bool("allow_image_urls", False, "fetch image_url from publi
 _PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images are refused undecoded")
 _BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused")
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
+_UPLOADS = flags.DEFINE_integer("max_upload_bytes", 1 << 30, "of all images that the page keeps; more get status 507")
+_PAGE_NAMES = flags.DEFINE_list("page_names", [], "host names of the page, needed where there is no API key")
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
 
 
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
         from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
+    check(_UPLOADS.value >= 1, f"--max_upload_bytes={_UPLOADS.value} must be at least 1.")
     page = _import_page() if _PAGE.value else None
 
     # ---- Model.
@@ -60,7 +63,12 @@ def main(argv: list[str]) -> None:
     prompts = generate.Prompts(config, loaded.tokenizer, buckets, _LATENTS.value or None)
     engine = Engine(model, loaded.params, prompts, _ROWS.value, _MAX_TOKENS.value, _QUEUE.value)
     limits = protocol.Limits(
-        _MAX_TOKENS.value, _BYTES.value, _BYTES.value, image_pixels=_PIXELS.value, images=buckets.images[-1]
+        _MAX_TOKENS.value,
+        _BYTES.value,
+        _BYTES.value,
+        image_pixels=_PIXELS.value,
+        images=buckets.images[-1],
+        upload_bytes=_UPLOADS.value,
     )
     key = os.environ.get("FUSION_API_KEY", "")
     options = api.Options(_NAME.value, limits, key, _URLS.value, _TIMEOUT.value)
@@ -70,7 +78,7 @@ def main(argv: list[str]) -> None:
     # ---- Server.
     app = api.make_app(engine, options)
     if page is not None:
-        app = page.mount(app, engine, options, Pictures(engine, config))
+        app = page.mount(app, engine, options, Pictures(engine, config), _PAGE_NAMES.value)
     server = uvicorn.Server(
         uvicorn.Config(
             app, _HOST.value, _PORT.value, log_level="warning", timeout_graceful_shutdown=_DRAIN.value, ws="none"

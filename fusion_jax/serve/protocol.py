@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
       max_tokens: of an answer. body_bytes: of a request. image_bytes, image_pixels: of an image, before it is decoded.
-      images: of a conversation.
+      images: of a conversation. upload_bytes: of all images that the page keeps.
     """
 
     max_tokens: int
@@ -42,6 +42,7 @@ class Limits:
     image_bytes: int = 20 << 20
     image_pixels: int = 40_000_000
     images: int = 1
+    upload_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True)
