@@ -206,9 +206,9 @@ def test_a_conversation_is_remembered_here(site, visitor):
     assert httpx.get(site[0] + shown["url"].removeprefix(site[0])).status_code == 403  # nobody else's
     answer = visitor.http.get(shown["url"])
     assert answer.headers["content-type"] == "image/png" and answer.content.startswith(b"\x89PNG")
-    visitor.run(visitor.number(), [])  # another image, or a new conversation: both have no inputs
-    again = max(number for number, kinds in visitor.kinds.items() if not kinds)
-    visitor.run(again, [])
+    # "New conversation" is the function that takes nothing and changes most.
+    again = max((d for d in visitor.config["dependencies"] if not d["inputs"]), key=lambda d: len(d["outputs"]))
+    visitor.run(again["id"], [])
     visitor.ask("Anew?")
     assert [t["value"] for t in site[1].records[-1].turns] == ["Anew?"] and not site[1].records[-1].images
     assert "Upload an image first" in visitor.run(visitor.number("textbox", "image"), ["Anew", None])
