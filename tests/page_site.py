@@ -115,10 +115,10 @@ class Browser:
     def join(self, number, values, **more):
         return self.http.post(JOIN, json={"fn_index": number, "data": values, "session_hash": self.session} | more)
 
-    def events(self):
+    def events(self, session=None):
         """All messages of the session until its stream ends."""
         found = []
-        with self.http.stream("GET", DATA, params={"session_hash": self.session}) as answer:
+        with self.http.stream("GET", DATA, params={"session_hash": session or self.session}) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     found.append(json.loads(line[6:]))

@@ -33,11 +33,12 @@ log = logging.getLogger("fusion_jax")
 
 LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model reads
 EVENT_BYTES = 1 << 18
+LONGEST_PATH = 200  # characters; no file of Gradio's has a longer one, and file systems refuse such names
 UPLOADS = 16  # at once
 FORM_BYTES = 1 << 14  # of an upload beside the file
 
 _API = "/gradio_api"
-_STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w.@-]*)+")
+_STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
 _SESSION = re.compile(r"\w{1,40}", re.ASCII)
 _EVENT = re.compile(r"[0-9a-f]{32}")
 _HEARD = {
@@ -116,7 +117,7 @@ class Gate:
             return self._pass(request, set_cookie=self.visitors.welcome(request))
         if not known:
             raise Refused(401, "Log in first: reload the page.")
-        if method == "GET" and _STATIC.fullmatch(path):
+        if method == "GET" and len(path) <= LONGEST_PATH and _STATIC.fullmatch(path):
             return self._pass(request)
         handlers = {
             ("POST", f"{_API}/upload"): self._upload,
@@ -257,12 +258,12 @@ class Gate:
                     pass
                 return message
 
-            begun = False
+            begun = ended = False
 
             async def tell(message) -> None:
-                nonlocal begun
+                nonlocal begun, ended
+                begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
                 if message["type"] == "http.response.start":
-                    begun = True
                     kept = MutableHeaders(raw=[*message.get("headers", ())])
                     for name in {*Headers(raw=kept.raw)}:
                         if name.startswith("access-control-") or name == "set-cookie":
@@ -278,7 +279,7 @@ class Gate:
             try:
                 await self.inner({**scope, "headers": headers, "query_string": query.encode()}, hear, tell)
             except Exception:
-                if not begun:
+                if not begun or ended:
                     raise
                 # A stream of no known session, for instance: anybody may ask for one, and the log is not for that.
                 log.debug("the page's answer broke off", exc_info=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-AREAS = ()
+AREAS = ("page",)
 
 
 @dataclass

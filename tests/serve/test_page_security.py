@@ -115,10 +115,11 @@ SERVED = """/config /gradio_api/info /gradio_api/openapi.json /gradio_api/token 
     /gradio_api/custom_component/a/client/b/c /gradio_api/mcp/sse /gradio_api/call/reply/x /gradio_api/vibe-code
     /gradio_api/upload_progress?upload_id=x /gradio_api/profiling/traces /monitoring /monitoring/summary /logout /docs
     /svelte/svelte.js /pwa_icon /robots.txt /openapi.json /login_check /theme.css/x /assets/../../routes.py
-    /assets/%2e%2e/%2e%2e/index.html /static/..%2f..%2findex.html /assets//etc/passwd /v1/nothing"""
+    /assets/%2e%2e/%2e%2e/index.html /static/..%2f..%2findex.html /assets//etc/passwd /v1/nothing
+    /static /assets/ /static/fonts /static/%00 /static/bokeh/3.8.1 /assets/..js /assets/a/.b.js"""
 
 
-@pytest.mark.parametrize("path", SERVED.split())
+@pytest.mark.parametrize("path", [*SERVED.split(), "/static/" + "x" * 5000, "/assets" + "/x" * 90])
 def test_only_what_the_page_needs_is_served(visitor, path):
     assert visitor.http.get(path).status_code == 404
 
