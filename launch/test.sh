@@ -8,19 +8,21 @@ export JAX_PLATFORMS=cpu
 none=5 # pytest's exit code where no test was chosen
 
 # The arguments without the names of files, and of those the page's own.
+own=(tests/serve/test_page*.py "tests/hostile/test_hostile.py::test_hostile_inputs_are_survived[page]")
 options=() pages=() named=
 for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then
     named=1
     case $argument in
     *serve/test_page*) pages+=("$argument") ;;
-    tests | tests/ | tests/serve | tests/serve/) pages+=(tests/serve/test_page*.py) ;;
+    tests/hostile*) pages+=("${own[@]: -1}") ;;
+    tests | tests/ | tests/serve | tests/serve/) pages+=("${own[@]}") ;;
     esac
   else
     options+=("$argument")
   fi
 done
-[ -n "$named" ] || pages=(tests/serve/test_page*.py)
+[ -n "$named" ] || pages=("${own[@]}")
 
 # Makes .venv-page: its own packages first, then all of .venv.
 page_environment() {

@@ -113,7 +113,7 @@ class Gate:
         known = self.visitors.known(request)
         if (method, path) == ("GET", "/"):
             if not known:
-                return self.visitors.login_page(401)
+                return self.visitors.login_page(200)
             return self._pass(request, set_cookie=self.visitors.welcome(request))
         if not known:
             raise Refused(401, "Log in first: reload the page.")

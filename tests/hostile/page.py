@@ -79,6 +79,8 @@ def _attempt(random, one, secret, trap, theirs, called):
 
 
 def _path(random, secret, trap, theirs):
+    if random.random() < 0.4:
+        return secret
     slashes = "/" * random.integers(1, 4)
     return random.choice(
         [

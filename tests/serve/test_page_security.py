@@ -11,11 +11,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from page_site import CANCEL, DATA, JOIN, UPLOAD, Browser, file, httpx, listener, page, png, served
+from page_site import CANCEL, DATA, JOIN, UPLOAD, Browser, Engine, file, httpx, listener, page, png, served
 from PIL import Image
+from starlette.testclient import TestClient
 
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.serve import gate, uploads, visitors
+from fusion_jax.serve import api, gate, protocol, uploads, visitors
 from fusion_jax.serve.engine import Closing, Full
 from fusion_jax.serve.pictures import Busy
 
@@ -447,7 +448,7 @@ def test_without_the_key_nothing_but_the_login_is_served(monkeypatch):
     monkeypatch.setattr(visitors, "WRONG_KEY_SECONDS", 0.3)
     with served(key=KEY) as (address, _), Browser(address) as one:
         page_of_login = one.http.get("/", headers={"Host": "any.example"})
-        assert page_of_login.status_code == 401 and "gradio" not in page_of_login.text.lower()
+        assert page_of_login.status_code == 200 and "gradio" not in page_of_login.text.lower()
         for answer in (
             one.upload(),
             one.http.post(JOIN, json={"fn_index": 0, "data": ["x", None, 0, 16], "session_hash": "abc"}),
@@ -523,6 +524,13 @@ def test_uploads_go_with_the_server():
         (made,) = set(page.gradio_alone.FOLDER.iterdir()) - before
         assert len(list(made.iterdir())) == 1
     assert not made.exists()
+
+
+def test_without_the_page_nothing_of_it_is_there():
+    app = api.make_app(Engine(), api.Options("fusion", protocol.Limits(64)))  # what --page=false serves
+    with TestClient(app) as client:
+        for path in ("/", JOIN, UPLOAD, "/theme.css", "/login", "/gradio_api/file=x"):
+            assert client.get(path).status_code == client.post(path).status_code == 404
 
 
 def test_conversations_are_bounded():
