@@ -14,4 +14,10 @@ for _name in [name for name in os.environ if name.startswith("GRADIO_")]:
     del os.environ[_name]
 FOLDER = Path(tempfile.mkdtemp(prefix="fusion_jax-page-")).resolve()  # mode 0700
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
-os.environ |= {"GRADIO_TEMP_DIR": str(FOLDER), "GRADIO_ANALYTICS_ENABLED": "False"}
+os.environ |= {
+    "GRADIO_TEMP_DIR": str(FOLDER),
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # It keeps 10,000 events, and after each of them makes a table of all that nothing here shows.
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(1 << 60),
+}

@@ -42,6 +42,7 @@ _INTO_VIEW = """
 """
 _SWEPT = 600  # seconds between looks through the uploads
 _TALKS = 4096  # conversations that are remembered
+_SESSIONS = 256  # pages that Gradio keeps the state of
 
 
 class Talks:
@@ -144,21 +145,26 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
         # After an error a question stands without an answer: the next one takes its place.
         if talk and talk[-1]["role"] == "user":
             talk.pop()
-        talk.append({"role": "user", "content": question})
+        asked, answer = {"role": "user", "content": question}, _said("")
+        talk.append(asked)
+        so_far = [*talk]
         record = _record(talk, read(image, request) if image else None)
         found = suggested(question) if image else []
-        yield _shown([*talk, _said("…")]), "", gr.Radio(found, value=None, visible=bool(found))
-        answer = _said("")
+        yield _shown([*so_far, _said("…")]), "", gr.Radio(found, value=None, visible=bool(found))
+        # Again with every piece: a slow browser sees the last of several updates alone.
+        words = {"choices": found, "visible": bool(found)}
         with _errors():
             how = Sampling(max_tokens=int(length), temperature=temperature)
             for piece in engine.answer(record, how, options.timeout):
-                if not answer["content"]:
-                    talk.append(answer)
                 answer["content"] += piece
-                yield _shown(talk), "", gr.skip()
-        if not answer["content"]:
-            talk.append(_said("(no words)"))
-        yield _shown(talk), "", gr.skip()
+                # Two questions at once in one page: the later one stays, and roles go on to take turns.
+                if talk[-1] is asked:
+                    talk.append(answer)
+                yield _shown([*so_far, answer]), "", gr.Radio(**words)
+        answer["content"] = answer["content"] or "(no words)"
+        if talk[-1] is asked:
+            talk.append(answer)
+        yield _shown([*so_far, answer]), "", gr.Radio(**words)
 
     def look(word, image, request: gr.Request):
         """The picture of a word of the last question."""
@@ -264,6 +270,8 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
             cancels=[asked, seen, pressed],
             **private,
         )
+    # Of those Gradio keeps copies of the components; nothing here reads them.
+    page.state_session_capacity = _SESSIONS
     # Those that wait here have no place in the engine's queue yet.
     return page.queue(api_open=False, max_size=engine.rows + engine.queue_limit)
 

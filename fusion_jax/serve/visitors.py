@@ -20,6 +20,7 @@ LOGIN_BYTES = 1 << 14
 WRONG_KEY_SECONDS = 1.0
 WRONG_KEYS = 8  # at once
 
+_BYTES = "surrogateescape"  # a key is bytes, of the environment and of the form
 _TOKEN = re.compile(r"[\w-]{43}", re.ASCII)
 _LOGIN = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -102,10 +103,10 @@ class Visitors:
     async def log_in(self, request: Request) -> Response:
         body = await read_body(request, LOGIN_BYTES, self.options.timeout)
         try:
-            given = parse_qs(body.decode(), max_num_fields=8).get("password", [""])[0]
+            given = parse_qs(body.decode(), max_num_fields=8, errors=_BYTES).get("password", [""])[0]
         except ValueError:
             given = ""
-        if not hmac.compare_digest(given.encode(), self.options.api_key.encode()):
+        if not hmac.compare_digest(given.encode(errors=_BYTES), self.options.api_key.encode(errors=_BYTES)):
             if self._refusing.locked():
                 raise Refused(429, "Too many wrong keys at once; try again.")
             async with self._refusing:
