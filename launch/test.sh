@@ -1,9 +1,54 @@
 #!/usr/bin/env bash
-# Lint, formatting and all tests, in the same environment as the quickstart plus the test extras.
+# Lint, formatting and all tests, in the same environment as the quickstart plus the test extras; then the web page's
+# tests, in .venv-page, which adds requirements-page.txt to it.
 # Two processes share the test files, because most of a test's time is tracing, which uses one core.
 # Arguments go to pytest: bash launch/test.sh -k attention
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu
+none=5 # pytest's exit code where no test was chosen
+
+# The arguments without the names of files, and of those the page's own.
+own=(tests/serve/test_page*.py "tests/hostile/test_hostile.py::test_hostile_inputs_are_survived[page]")
+options=() pages=() named=
+for argument in "$@"; do
+  if [ -e "${argument%%::*}" ]; then
+    named=1
+    case $argument in
+    *serve/test_page*) pages+=("$argument") ;;
+    tests/hostile*) pages+=("${own[@]: -1}") ;;
+    tests | tests/ | tests/serve | tests/serve/) pages+=("${own[@]}") ;;
+    esac
+  else
+    options+=("$argument")
+  fi
+done
+[ -n "$named" ] || pages=("${own[@]}")
+
+# Makes .venv-page: its own packages first, then all of .venv.
+page_environment() {
+  local stamp
+  stamp=".venv-page/installed-$(cat requirements-page.txt requirements.txt setup.py | cksum | cut -d' ' -f1)"
+  [ ! -e "$stamp" ] || return 0
+  echo "installing requirements-page.txt ..."
+  rm -rf .venv-page
+  python -m venv .venv-page &&
+    python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+      >"$(.venv-page/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth" &&
+    .venv-page/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-page.txt &&
+    touch "$stamp"
+}
+
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15 "$@"
+main=0 page=$none
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15 "$@" || main=$?
+[ "$main" -eq 0 ] || [ "$main" -eq "$none" ] || exit "$main"
+if [ "${#pages[@]}" -gt 0 ]; then
+  if page_environment; then
+    page=0
+    .venv-page/bin/python -m pytest --durations=5 "${options[@]}" "${pages[@]}" || page=$?
+  else
+    echo "warning: requirements-page.txt could not be installed; the page's tests did not run." >&2
+  fi
+fi
+if [ "$page" -eq "$none" ]; then exit "$main"; else exit "$page"; fi

@@ -43,6 +43,8 @@ _PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images ar
 _BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused")
 _BODIES = flags.DEFINE_integer("max_bodies_bytes", 256 << 20, "of all requests being read; more get status 429")
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
+_UPLOADS = flags.DEFINE_integer("max_upload_bytes", 1 << 30, "of all images that the page keeps; more get status 507")
+_PAGE_NAMES = flags.DEFINE_list("page_names", [], "host names of the page, needed where there is no API key")
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
 
 
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> None:
         from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
+    check(_UPLOADS.value >= 1, f"--max_upload_bytes={_UPLOADS.value} must be at least 1.")
     page = _import_page() if _PAGE.value else None
     key = _key()
     _check_files(_CONNECTIONS.value)
@@ -79,6 +82,7 @@ def main(argv: list[str]) -> None:
         image_pixels=_PIXELS.value,
         images=buckets.images[-1],
         text_bytes=prompts.text_bytes,
+        upload_bytes=_UPLOADS.value,
     )
     options = api.Options(
         _NAME.value,
@@ -96,7 +100,7 @@ def main(argv: list[str]) -> None:
     return_large_buffers()
     app = api.make_app(engine, options)
     if page is not None:
-        app = page.mount(app, engine, options, Pictures(engine, config))
+        app = page.mount(app, engine, options, Pictures(engine, config), _PAGE_NAMES.value)
     patience = Patience(_CONNECTIONS.value, _HEADER_SECONDS.value, _BODY_SECONDS.value)
 
     server = make_server(app, _HOST.value, _PORT.value, patience, _DRAIN.value, lambda: engine.problem)

@@ -1,15 +1,22 @@
 """A web page to chat about an uploaded image, streaming, on the API's address; attention pictures beside the answer."""
 
+import asyncio
 import contextlib
-import hmac
-import itertools
+import html
+import io
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+import re
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import fastapi
-import gradio as gr
 import jax
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+
+from fusion_jax.serve import gradio_alone  # isort: split
+
+import gradio as gr
 
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
@@ -17,7 +24,9 @@ from fusion_jax.sampling import Sampling
 from fusion_jax.serve import protocol
 from fusion_jax.serve.api import Options
 from fusion_jax.serve.engine import Closing, Engine, Full
+from fusion_jax.serve.gate import Gate
 from fusion_jax.serve.pictures import Busy, Pictures, suggested
+from fusion_jax.serve.uploads import NoRoom, Uploads
 
 log = logging.getLogger("fusion_jax")
 
@@ -31,75 +40,176 @@ footer {display: none !important}
 _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
 """
-_KEPT = (3600, 24 * 3600)  # seconds: how often uploads and pictures are looked through, and how long they are kept
+_SWEPT = 600  # seconds between looks through the uploads
+_TALKS = 4096  # conversations that are remembered
+_SESSIONS = 256  # pages that Gradio keeps the state of
 
 
-def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures) -> fastapi.FastAPI:
-    """The application with the page at /. Where there is an API key the page asks for it as the password."""
-    ask = None
-    if options.api_key:
+class Talks:
+    """The conversations, by the page they are on: what was asked and answered here, not what a browser says it was."""
 
-        def ask(user: str, password: str) -> bool:
-            return hmac.compare_digest(password.encode(), options.api_key.encode())
+    def __init__(self, most: int = _TALKS):
+        self.most = most
+        self._talks: dict[str, list[dict[str, str]]] = {}
+        self._lock = threading.Lock()
 
-    return gr.mount_gradio_app(
-        app,
-        make_page(engine, options, pictures),
+    def get(self, session: str) -> list[dict[str, str]]:
+        """The messages so far, to be appended to."""
+        with self._lock:
+            talk = self._talks[session] = self._talks.pop(session, [])
+            while len(self._talks) > self.most:
+                del self._talks[next(iter(self._talks))]
+            return talk
+
+    def clear(self, session: str) -> None:
+        """Begins again; an answer that still grows is remembered no more."""
+        with self._lock:
+            self._talks.pop(session, None)
+
+
+def mount(
+    app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures, names: Sequence[str] = ()
+) -> fastapi.FastAPI:
+    """The application with the page at /, behind `Gate`; see there for `names`."""
+    uploads = Uploads(gradio_alone.FOLDER, options.limits.upload_bytes)
+    page = make_page(engine, options, pictures, uploads)
+    site = gr.mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
         path="/",
-        auth=ask,
         css=_STYLE,
         max_file_size=options.limits.image_bytes,
         footer_links=[],
+        # The rest says what Gradio's environment or later defaults could change.
+        allowed_paths=[],
+        show_error=False,
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
     )
+    before = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app) -> AsyncIterator[None]:
+        async def sweep() -> None:
+            while True:
+                await asyncio.sleep(_SWEPT)
+                await run_in_threadpool(uploads.sweep)
+
+        sweeping = asyncio.create_task(sweep())
+        try:
+            async with before(app), site.router.lifespan_context(site):
+                yield
+        finally:
+            sweeping.cancel()
+            uploads.close()
+
+    app.router.lifespan_context = lifespan
+    app.mount("/", Gate(site, uploads, events(page), options, names))
+    return app
 
 
-def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks:
+def events(page: gr.Blocks) -> dict[int, list[str]]:
+    """For each function of the page that a browser may ask for, by its number, the kinds of its inputs."""
+    config = page.get_config_file()
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    found = {d["id"]: [kinds[i] for i in d["inputs"]] for d in config["dependencies"] if d["backend_fn"]}
+    unknown = {kind for inputs in found.values() for kind in inputs} - {"textbox", "radio", "slider", "image"}
+    assert not unknown, f"the gate checks no {unknown}"
+    return found
+
+
+def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Uploads) -> gr.Blocks:
     """An image, a conversation, a line to write in; a word to look for and its picture."""
+    talks = Talks()
 
-    def reply(question, image, history, temperature, length):
+    def read(image: dict, request: gr.Request) -> bytes:
+        """An upload of the browser that asks, within the limits."""
+        try:
+            data = uploads.read(image["path"], _owner(request))[0]
+            protocol.check_image(data, options.limits, "image")
+        except BadRecord as error:
+            raise _error(f"{error.detail[0].upper()}{error.detail[1:]}.") from error
+        except protocol.ApiError as error:
+            raise _error(error.message) from error
+        return data
+
+    def reply(question, image, temperature, length, request: gr.Request):
         """Yields the conversation, the line to write in and words to look for, again while the answer grows."""
         question = (question or "").strip()
         if not question:
             raise _error("Write a question first.")
-        history = [*history, {"role": "user", "content": question}]
-        record = _record(history, image, options)
-        how = Sampling(max_tokens=int(length), temperature=temperature)
+        talk = talks.get(request.session_hash)
+        # After an error a question stands without an answer: the next one takes its place.
+        if talk and talk[-1]["role"] == "user":
+            talk.pop()
+        asked, answer = {"role": "user", "content": question}, _said("")
+        talk.append(asked)
+        so_far = [*talk]
+        record = _record(talk, read(image, request) if image else None)
         found = suggested(question) if image else []
-        yield [*history, _said("…")], "", gr.Radio(found, value=None, visible=bool(found))
-        answer = ""
+        yield _shown([*so_far, _said("…")]), "", gr.Radio(found, value=None, visible=bool(found))
+        # Again with every piece: a slow browser sees the last of several updates alone.
+        words = {"choices": found, "visible": bool(found)}
         with _errors():
+            how = Sampling(max_tokens=int(length), temperature=temperature)
             for piece in engine.answer(record, how, options.timeout):
-                answer += piece
-                yield [*history, _said(answer)], "", gr.skip()
-        yield [*history, _said(answer or "(no words)")], "", gr.skip()
+                answer["content"] += piece
+                # Two questions at once in one page: the later one stays, and roles go on to take turns.
+                if talk[-1] is asked:
+                    talk.append(answer)
+                yield _shown([*so_far, answer]), "", gr.Radio(**words)
+        answer["content"] = answer["content"] or "(no words)"
+        if talk[-1] is asked:
+            talk.append(answer)
+        yield _shown([*so_far, answer]), "", gr.Radio(**words)
 
-    def look(word, image, history):
+    def look(word, image, request: gr.Request):
         """The picture of a word of the last question."""
-        asked = [_text(message["content"]) for message in history if message["role"] == "user"]
+        asked = [message["content"] for message in talks.get(request.session_hash) if message["role"] == "user"]
         for missing, what in ((not image, "Upload an image"), (not asked, "Ask a question")):
             if missing:
                 raise _error(f"{what} first.")
         word = (word or "").strip()
         if not word:
             raise _error("Write a word of your last question first.")
-        data = _checked(image, options)
+        data = read(image, request)
         with _errors():
             drawn = pictures.draw(data, asked[-1].strip(), word)
-        return gr.Image(drawn, visible=True, alt_text=f"Where the model looks for {word}")
+            # Among the uploads, so that it is shown to this browser alone and counts with them.
+            file = io.BytesIO()
+            Image.fromarray(drawn).save(file, "PNG")
+            shown = uploads.path(uploads.add(_owner(request), file.getvalue()), _owner(request))
+        return gr.Image(str(shown), visible=True, alt_text=f"Where the model looks for {word}")
+
+    def forget(request: gr.Request):
+        talks.clear(request.session_hash)
+
+    def begin_again(request: gr.Request):
+        forget(request)
+        return [], None, "", "", gr.Radio([], value=None, visible=False)
 
     longest = options.limits.max_tokens
-    with gr.Blocks(title=options.model, analytics_enabled=False, fill_width=True, delete_cache=_KEPT) as page:
+    with gr.Blocks(title=options.model, analytics_enabled=False, fill_width=True) as page:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                # Without a mode Gradio hands the file on undecoded: our own limits come first.
-                image = gr.Image(
-                    type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], elem_id="image"
-                )
+                image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
                 with gr.Accordion("Settings", open=False):
                     temperature = gr.Slider(0, 2, 0, label="Temperature (0: the likeliest words)")
                     length = gr.Slider(1, longest, min(256, longest), step=1, label="Longest answer in tokens")
             with gr.Column(scale=3, min_width=280):
-                chat = gr.Chatbot(label="Conversation", height="60vh", elem_id="chat", buttons=["copy", "copy_all"])
+                # Plain text: an answer may be anything, a link that carries the conversation elsewhere for instance.
+                chat = gr.Chatbot(
+                    label="Conversation",
+                    height="60vh",
+                    elem_id="chat",
+                    buttons=["copy", "copy_all"],
+                    render_markdown=False,
+                    latex_delimiters=[],
+                    allow_tags=False,
+                )
                 with gr.Row():
                     question = gr.Textbox(
                         show_label=False,
@@ -130,21 +240,23 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
                     buttons=["fullscreen", "download"],
                     elem_id="picture",
                 )
-        private = {"api_visibility": "private"}
+        # Values as the gate has checked them: Gradio would open the image itself.
+        private = {"api_visibility": "private", "preprocess": False}
         asked = gr.on(
             [question.submit, send.click],
             reply,
-            [question, image, chat, temperature, length],
+            [question, image, temperature, length],
             [chat, question, words],
             concurrency_limit=engine.rows + engine.queue_limit,
             **private,
         )
         stop.click(None, cancels=[asked], **private)
+        chat.clear(forget, cancels=[asked], **private)
         # Each caller is told at once that another picture is being made: Gradio's queue would have no end.
         drawing = {"fn": look, "outputs": [picture], "concurrency_limit": None, **private}
-        seen = gr.on([word.submit, show.click], inputs=[word, image, chat], **drawing)
+        seen = gr.on([word.submit, show.click], inputs=[word, image], **drawing)
         # Whoever goes through the words by keyboard gets the picture of the one where he stops.
-        pressed = words.input(inputs=[words, image, chat], trigger_mode="always_last", **drawing)
+        pressed = words.input(inputs=[words, image], trigger_mode="always_last", **drawing)
         words.input(lambda chosen: chosen, words, word, **private)
         for one in (seen, pressed):
             one.success(None, js=_INTO_VIEW, **private)
@@ -152,13 +264,16 @@ def make_page(engine: Engine, options: Options, pictures: Pictures) -> gr.Blocks
         word.input(None, None, words, js="() => null", **private)
         image.change(lambda: (gr.Image(None, visible=False), None), None, [picture, words], **private)
         clear.click(
-            lambda: ([], None, "", "", gr.Radio([], value=None, visible=False)),
+            begin_again,
             None,
             [chat, image, question, word, words],
             cancels=[asked, seen, pressed],
             **private,
         )
-    return page
+    # Of those Gradio keeps copies of the components; nothing here reads them.
+    page.state_session_capacity = _SESSIONS
+    # Those that wait here have no place in the engine's queue yet.
+    return page.queue(api_open=False, max_size=engine.rows + engine.queue_limit)
 
 
 def _error(text: str) -> gr.Error:
@@ -174,6 +289,8 @@ def _errors() -> Iterator[None]:
         raise _error("Too many requests are waiting; try again.") from error
     except Busy as error:
         raise _error("Another picture is being drawn; try again in a few seconds.") from error
+    except NoRoom as error:
+        raise _error("The server has no room for another picture; try again later.") from error
     except Closing as error:
         raise _error(f"The engine has failed: {error}" if str(error) else "The server is shutting down.") from error
     except (BadRecord, UserError) as error:
@@ -187,36 +304,27 @@ def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _record(history: list[dict], image: str | None, options: Options) -> Record:
+def _shown(talk: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation for the page, which takes text for HTML even where it renders no Markdown.
+
+    Only what would be read as HTML is escaped, so that other text is copied from the page as it was written.
+    """
+
+    def plain(text: str) -> str:
+        if html.unescape(text) != text:
+            text = text.replace("&", "&amp;")
+        return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
+
+    return [{**message, "content": plain(message["content"])} for message in talk]
+
+
+def _owner(request: gr.Request) -> str:
+    """The browser that asks, as the gate names it."""
+    return request.session_hash.partition("-")[0]
+
+
+def _record(talk: list[dict[str, str]], image: bytes | None) -> Record:
     """The conversation on the page as a prompt. The image stands at its first question."""
-    images = ()
-    if image is not None:
-        images = (_checked(image, options),)
-    turns = []
-    for message in history:
-        who = "human" if message["role"] == "user" else "gpt"
-        text = _text(message["content"])
-        # After an error a question stands without an answer: the next one takes its place.
-        if turns and turns[-1]["from"] == who:
-            turns.pop()
-        turns.append({"from": who, "value": text})
-    return Record(
-        "page", None, list(itertools.dropwhile(lambda t: t["from"] == "gpt", turns)), "the page", images, literal=True
-    )
-
-
-def _checked(image: str, options: Options) -> bytes:
-    """The image's bytes, within the limits."""
-    data = Path(image).read_bytes()
-    try:
-        protocol.check_image(data, options.limits, "image")
-    except protocol.ApiError as error:
-        raise _error(error.message) from error
-    return data
-
-
-def _text(content) -> str:
-    """Gradio gives texts back as lists of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in talk]
+    return Record("page", None, turns, "the page", () if image is None else (image,), literal=True)

@@ -22,7 +22,8 @@ class Limits:
 
     Attributes:
       max_tokens: of an answer. body_bytes: of a request. image_bytes, image_pixels: of an image, before it is decoded.
-      images: of a conversation. text_bytes: of all its texts in UTF-8.
+      images: of a conversation. text_bytes: of all its texts in UTF-8. upload_bytes: of all images
+      that the page keeps.
     """
 
     max_tokens: int
@@ -31,6 +32,7 @@ class Limits:
     image_pixels: int = 40_000_000
     images: int = 1
     text_bytes: int = 1 << 20
+    upload_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True)

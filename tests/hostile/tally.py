@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-AREAS = ("checkpoints", "commands", "folders", "images", "json_bodies", "raw_http", "records", "replies")
+AREAS = ("checkpoints", "commands", "folders", "images", "json_bodies", "page", "raw_http", "records", "replies")
 
 
 @dataclass

@@ -148,25 +148,6 @@ def test_a_bfloat16_model_is_drawn_and_a_closing_one_is_not(make):
         half.draw(picture(1), QUESTION, "circles")
 
 
-@pytest.mark.parametrize(
-    ("refusal", "text"),
-    [
-        (Busy(), "Another picture is being drawn"),
-        (Full(), "Too many requests are waiting"),
-        (Closing(), "shutting down"),
-        (UserError("The word is not there."), "The word is not there."),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), "no memory left"),
-    ],
-)
-def test_the_page_says_why(refusal, text):
-    gradio = pytest.importorskip("gradio")
-    from fusion_jax.serve import page
-
-    with pytest.raises(gradio.Error) as caught, page._errors():
-        raise refusal
-    assert text in caught.value.message
-
-
 def test_words_are_suggested():
     assert suggested("Which colour is the Star left of the star?") == ["colour", "Star", "left"]
     assert suggested("What is this?") == []

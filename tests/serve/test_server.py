@@ -5,7 +5,6 @@ import concurrent.futures
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -198,65 +197,6 @@ def test_200_requests_of_16_callers_a_tenth_of_them_broken(client, server, expec
     assert told["fusion_requests_open"] == told["fusion_rows_busy"] == told["fusion_requests_waiting"] == 0
     assert told["fusion_recompilations"] == 0
     assert told["fusion_decode_chunks_total"] < told["fusion_answer_tokens_total"] / 8  # rows shared their chunks
-
-
-def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folder):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    pytest.importorskip("gradio")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
-    before = metrics(server)["fusion_answer_tokens_total"]
-    (folder / "good.png").write_bytes(picture(1))
-    (folder / "large.png").write_bytes(bomb())
-    with sync_api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(**play.devices["Pixel 5"])
-        page.set_default_timeout(60_000)
-        page.goto(server[0])
-        page.locator("input").nth(0).fill("me")  # the key is the password
-        page.locator("input[type=password]").fill(KEY)
-        page.keyboard.press("Enter")
-        page.locator("#image input[type=file]").set_input_files(folder / "good.png")
-        page.locator("#image img").first.wait_for()
-        page.locator("#question textarea").fill("Which colour is it?")
-        page.keyboard.press("Enter")
-        page.locator("#chat .bot").first.wait_for()
-        page.wait_for_function("() => !['', '…'].includes(document.querySelector('#chat .bot').innerText.trim())")
-        assert "Which colour is it?" in page.locator("#chat").inner_text()
-        assert metrics(server)["fusion_answer_tokens_total"] > before
-        width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-        assert width[0] <= width[1]  # nothing to scroll sideways on a phone
-
-        drawn = "word => document.querySelector('#picture img')?.alt === `Where the model looks for ${word}`"
-        page.locator("#words").get_by_text("colour").click()
-        page.wait_for_function(drawn, arg="colour")
-        page.wait_for_function("() => document.querySelector('#picture img').naturalWidth > 600")
-        page.wait_for_function("() => document.querySelector('#word input').value === 'colour'")
-        shown, word = page.locator("#picture img"), page.locator("#word input")
-        first = shown.get_attribute("src")
-        word.fill("Which")
-        page.keyboard.press("Enter")
-        page.wait_for_function(drawn, arg="Which")
-        assert shown.get_attribute("src") != first
-        word.fill("dog")
-        page.locator("#show").click()
-        page.get_by_text("'dog' is not in the question").first.wait_for()
-        assert shown.is_visible() and page.locator("#picture .error").is_hidden()  # the last picture stays
-        page.locator("#words").get_by_text("colour").click()  # once more, after a typed word
-        page.wait_for_function(drawn, arg="colour")
-        assert metrics(server)["fusion_recompilations"] == 0
-
-        page.get_by_role("button", name="New conversation").click()
-        shown.wait_for(state="detached")
-        page.locator("#show").click()
-        page.get_by_text("Upload an image first.").first.wait_for()
-        page.locator("#image input[type=file]").set_input_files(folder / "large.png")
-        page.locator("#image img").first.wait_for()
-        page.locator("#question textarea").fill("Which colour is it?")
-        page.keyboard.press("Enter")
-        page.get_by_text("10000x5000 pixels").first.wait_for()
-        chromium.close()
 
 
 def test_the_key_is_not_in_the_log(server, folder):

@@ -1,0 +1,321 @@
+"""What stands before Gradio: the few requests that the page makes pass, checked and written anew; all else is refused.
+
+Gradio serves some eighty routes and takes whatever lies in an event: paths, addresses, other visitors' sessions. Here
+
+    a browser is known by a cookie of its own, and by the key where there is one
+    an event is a known function's number and as many values as it has inputs, each of its input's kind
+    an image is named by what an upload of the same browser was given; Gradio hears the path from here
+    a session is the browser's and the page's, so that nobody reaches another's
+    uploads and pictures come and go through `Uploads`; Gradio's own routes for files are closed
+"""
+
+import asyncio
+import json
+import logging
+import math
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlencode
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from fusion_jax.errors import BadRecord
+from fusion_jax.serve.api import Options
+from fusion_jax.serve.uploads import NoRoom, Uploads
+from fusion_jax.serve.visitors import Refused, Visitors, check_origin, read_body
+
+log = logging.getLogger("fusion_jax")
+
+LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model reads
+EVENT_BYTES = 1 << 18
+LONGEST_PATH = 200  # characters; no file of Gradio's has a longer one, and file systems refuse such names
+UPLOADS = 16  # at once
+FORM_BYTES = 1 << 14  # of an upload beside the file
+
+_API = "/gradio_api"
+_STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
+_SESSION = re.compile(r"\w{1,40}", re.ASCII)
+_EVENT = re.compile(r"[0-9a-f]{32}")
+_HEARD = {
+    "accept",
+    "accept-encoding",
+    "accept-language",
+    "if-none-match",
+    "if-modified-since",
+    "host",
+    "user-agent",
+} | {
+    "x-forwarded-host",
+    "x-forwarded-proto",
+}
+# Gradio's page needs inline scripts and functions made of text; no address but this one is reached by anything.
+_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+_ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "same-origin"}
+
+
+class Gate:
+    """The application that is mounted in Gradio's place.
+
+    Args:
+      inner: Gradio's. events: for each function of the page the kinds of its inputs: textbox, radio, slider or image.
+      names: see `Visitors`.
+    """
+
+    def __init__(
+        self, inner, uploads: Uploads, events: dict[int, Sequence[str]], options: Options, names: Sequence[str] = ()
+    ):
+        self.inner, self.uploads, self.events, self.options = inner, uploads, events, options
+        self.visitors = Visitors(options, names)
+        self._uploading = asyncio.Semaphore(UPLOADS)
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        try:
+            answer = await self._answer(request)
+        except Refused as refused:
+            answer = _refusal(request, refused)
+        except ClientDisconnect:
+            return
+        if isinstance(answer, Response):
+            for name, value in _ALWAYS.items():
+                answer.headers.setdefault(name, value)
+            answer.headers.setdefault("content-security-policy", "default-src 'none'; sandbox")
+        await answer(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Callable[..., Awaitable[None]]:
+        path, method = request.scope["path"], request.method.replace("HEAD", "GET")
+        self.visitors.check_name(request)
+        if (method, path) != ("GET", "/"):
+            check_origin(request)
+        if (method, path) == ("POST", "/login") and self.options.api_key:
+            return await self.visitors.log_in(request)
+        known = self.visitors.known(request)
+        if (method, path) == ("GET", "/"):
+            if not known:
+                return self.visitors.login_page(200)
+            return self._pass(request, set_cookie=self.visitors.welcome(request))
+        if not known:
+            raise Refused(401, "Log in first: reload the page.")
+        if method == "GET" and len(path) <= LONGEST_PATH and _STATIC.fullmatch(path):
+            return self._pass(request)
+        handlers = {
+            ("POST", f"{_API}/upload"): self._upload,
+            ("POST", f"{_API}/queue/join"): self._join,
+            ("POST", f"{_API}/cancel"): self._cancel,
+            ("POST", f"{_API}/reset"): self._reset,
+            ("GET", f"{_API}/queue/data"): self._listen,
+        }
+        handler = handlers.get((method, path))
+        if method == "GET" and path.startswith(f"{_API}/file="):
+            handler = self._file
+        if handler is None:
+            raise Refused(404, "Not found.")
+        owner = self.visitors.owner(request)
+        if not owner:
+            raise Refused(403, "This browser is not known here: allow cookies and reload the page.")
+        return await handler(request, owner)
+
+    # ---- What is asked.
+
+    async def _join(self, request: Request, owner: str):
+        data = await _json(request, self.options.timeout)
+        number, values, trigger = _get(data, "fn_index", int), _get(data, "data", list), data.get("trigger_id")
+        kinds = self.events.get(number)
+        if kinds is None or len(values) != len(kinds) or type(trigger) not in (int, type(None)):
+            raise Refused(400, "The page has no such event; reload it.")
+        written = {
+            "fn_index": number,
+            "trigger_id": trigger,
+            "session_hash": _session(owner, _get(data, "session_hash", str)),
+            "data": [self._value(kind, value, owner) for kind, value in zip(kinds, values)],
+        }
+        return self._pass(request, json.dumps(written).encode())
+
+    def _value(self, kind: str, value, owner: str):
+        if value is None:
+            return None
+        if kind in ("textbox", "radio") and isinstance(value, str):
+            if len(value) > LONGEST_TEXT:
+                raise Refused(413, f"The text has over {LONGEST_TEXT} characters.")
+            return value.encode("utf-8", "replace").decode()
+        if kind == "slider" and type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 31:
+            return value
+        if kind == "image" and isinstance(value, dict) and isinstance(value.get("path"), str):
+            try:
+                path = self.uploads.path(value["path"], owner)
+            except BadRecord as error:
+                raise Refused(403, f"{error.detail[0].upper()}{error.detail[1:]}.") from error
+            return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        raise Refused(400, f"A {kind} of the page cannot hold that value.")
+
+    async def _cancel(self, request: Request, owner: str):
+        data = await _json(request, self.options.timeout)
+        written = {
+            "session_hash": _session(owner, _get(data, "session_hash", str)),
+            "fn_index": _get(data, "fn_index", int),
+            "event_id": _get(data, "event_id", str),
+        }
+        if written["fn_index"] not in self.events or not _EVENT.fullmatch(written["event_id"]):
+            raise Refused(400, "The page has no such event; reload it.")
+        return self._pass(request, json.dumps(written).encode())
+
+    async def _reset(self, request: Request, owner: str) -> Response:
+        """What Gradio's page sends after `cancel`; it changes nothing there either."""
+        return JSONResponse({"success": True})
+
+    async def _listen(self, request: Request, owner: str):
+        session = _session(owner, request.query_params.get("session_hash", ""))
+        return self._pass(request, query=urlencode({"session_hash": session}))
+
+    async def _upload(self, request: Request, owner: str) -> Response:
+        if self._uploading.locked():
+            raise Refused(503, "Too many uploads at once; try again.")
+        async with self._uploading:
+            data = await self._received(request)
+            try:
+                return JSONResponse([await run_in_threadpool(self.uploads.add, owner, data)])
+            except NoRoom as error:
+                raise Refused(507, "The server has no room for another image; try again later.") from error
+            except BadRecord as error:
+                raise Refused(415, f"This is no image that can be used: {error.detail}.") from error
+
+    async def _received(self, request: Request) -> bytes:
+        """The one file of a form, of which no more is read than is allowed."""
+        most, read = self.options.limits.image_bytes, 0
+
+        async def receive():
+            nonlocal read
+            message = await request.receive()
+            read += len(message.get("body", b""))
+            if read > most + FORM_BYTES:
+                raise Refused(413, f"The image has over {most} bytes.")
+            return message
+
+        async def parse() -> bytes:
+            async with Request(request.scope, receive).form(max_files=1, max_fields=0) as form:
+                file = form.get("files")
+                if file is None or isinstance(file, str):
+                    raise Refused(400, "An upload is a form with one file.")
+                return await file.read(most + 1)
+
+        try:
+            data = await asyncio.wait_for(parse(), self.options.timeout)
+        except TimeoutError as error:
+            raise Refused(408, "The image did not arrive in time.") from error
+        except (HTTPException, MultiPartException, ValueError, KeyError) as error:
+            raise Refused(400, "An upload is a form with one file.") from error
+        if len(data) > most:
+            raise Refused(413, f"The image has over {most} bytes.")
+        return data
+
+    async def _file(self, request: Request, owner: str) -> Response:
+        given = request.scope["path"].removeprefix(f"{_API}/file=")
+        try:
+            data, kind = await run_in_threadpool(self.uploads.read, given, owner)
+        except BadRecord as error:
+            raise Refused(404, "Not found.") from error
+        disposition = "attachment" if kind == "application/octet-stream" else "inline"
+        return Response(
+            data, media_type=kind, headers={"content-disposition": disposition, "cache-control": "private, no-store"}
+        )
+
+    def _pass(self, request: Request, body: bytes = b"", query: str = "", set_cookie: str | None = None):
+        """To Gradio, with nothing of the request but its path and what is given here; no cookie among it."""
+        headers = [(name, value) for name, value in request.scope["headers"] if name.decode("latin-1") in _HEARD]
+        if body:
+            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+
+        async def passed(scope, receive, send) -> None:
+            asked = False
+
+            async def hear():
+                nonlocal asked
+                if not asked:
+                    asked = True
+                    return {"type": "http.request", "body": body, "more_body": False}
+                while (message := await receive())["type"] != "http.disconnect":
+                    pass
+                return message
+
+            begun = ended = False
+
+            async def tell(message) -> None:
+                nonlocal begun, ended
+                begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
+                if message["type"] == "http.response.start":
+                    kept = MutableHeaders(raw=[*message.get("headers", ())])
+                    for name in {*Headers(raw=kept.raw)}:
+                        if name.startswith("access-control-") or name == "set-cookie":
+                            del kept[name]
+                    kept.update(_ALWAYS | {"content-security-policy": _POLICY})
+                    if "cache-control" not in kept and not _STATIC.fullmatch(scope["path"]):
+                        kept["cache-control"] = "no-store"
+                    if set_cookie:
+                        kept.append("set-cookie", set_cookie)
+                    message = {**message, "headers": kept.raw}
+                await send(message)
+
+            try:
+                await self.inner({**scope, "headers": headers, "query_string": query.encode()}, hear, tell)
+            except Exception:
+                if not begun or ended:
+                    raise
+                # A stream of no known session, for instance: anybody may ask for one, and the log is not for that.
+                log.debug("the page's answer broke off", exc_info=True)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        return passed
+
+
+def _refusal(request: Request, refused: Refused) -> Response:
+    if request.scope["path"] == f"{_API}/upload":
+        return PlainTextResponse(refused.text, refused.status)
+    return JSONResponse({"detail": refused.text}, refused.status)
+
+
+async def _json(request: Request, seconds: float) -> dict:
+    # Browsers send this type to other sites only after asking them.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "An event must be JSON.")
+    try:
+        data = json.loads(await read_body(request, EVENT_BYTES, seconds))
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The event is not valid JSON.") from error
+    if not isinstance(data, dict):
+        raise Refused(400, "An event must be a JSON object.")
+    return data
+
+
+def _get(data: dict, key: str, kind: type):
+    value = data.get(key)
+    if type(value) is not kind:
+        raise Refused(400, f"An event needs {key}.")
+    return value
+
+
+def _session(owner: str, given: str) -> str:
+    """What Gradio knows a page of a browser by."""
+    if not _SESSION.fullmatch(given):
+        raise Refused(400, "An event needs session_hash.")
+    return f"{owner}-{given}"

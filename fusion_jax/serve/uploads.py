@@ -1,0 +1,136 @@
+"""Visitors' images in one private folder: each with its owner, bounded in bytes, number and time."""
+
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion_jax.data import image
+from fusion_jax.errors import BadRecord
+
+KEPT = 24 * 3600  # seconds that an image is kept
+SPARED = 600  # seconds that an image is kept even where others wait for its room
+FILES = 4096
+# By their first bytes, never by a name: what a browser may show. Everything else is a download.
+_KINDS = (
+    (b"\x89PNG\r\n", "image/png", ".png"),
+    (b"\xff\xd8\xff", "image/jpeg", ".jpg"),
+    (b"GIF8", "image/gif", ".gif"),
+    (b"BM", "image/bmp", ".bmp"),
+)
+
+
+class NoRoom(Exception):
+    """The folder is full."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    owner: str
+    size: int
+    kind: str
+    born: float
+
+
+class Uploads:
+    """Images by names that nobody can guess, given back to their owner alone.
+
+    Args:
+      folder: where a folder of mode 0700 is made for them. most: bytes of all images. files: number of them.
+    """
+
+    def __init__(self, folder: Path, most: int, files: int = FILES):
+        self.folder, self.most, self.files = Path(tempfile.mkdtemp(dir=folder)), most, files
+        self._images: dict[str, _Image] = {}  # the oldest first
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, owner: str, data: bytes) -> str:
+        """Keeps an image. Returns its name. Raises NoRoom, and BadRecord where the data are no image."""
+        image.read_size(data, "upload")
+        kind, suffix = _kind(data)
+        name = secrets.token_hex(16) + suffix
+        with self._lock:
+            self._make_room(len(data))
+            self._images[name] = _Image(owner, len(data), kind, time.monotonic())
+            self._bytes += len(data)
+        try:
+            # Exclusive: whatever lies there already is neither followed nor overwritten.
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            with self._lock:
+                self._forget(name)
+            raise NoRoom from error
+        return name
+
+    def path(self, given: str, owner: str) -> Path:
+        """Where an image lies, by its name or its path. Raises BadRecord where the owner has no such image."""
+        name = given.removeprefix(f"{self.folder}/")
+        with self._lock:
+            found = self._images.get(name)
+        if found is None or found.owner != owner:
+            raise BadRecord("missing_image", "upload", "the image is not among your uploads; upload it again")
+        return self.folder / name
+
+    def read(self, given: str, owner: str) -> tuple[bytes, str]:
+        """An image and its media type. Raises as `path` does."""
+        path = self.path(given, owner)
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                about, known = os.fstat(file.fileno()), self._images[path.name]
+                if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size != known.size:
+                    raise OSError("not the file that was written")
+                return file.read(known.size), known.kind
+        except (OSError, KeyError) as error:
+            raise BadRecord("missing_image", "upload", "the image is gone; upload it again") from error
+
+    def sweep(self) -> None:
+        """Deletes what has been kept long enough."""
+        with self._lock:
+            self._drop_older(KEPT)
+
+    def close(self) -> None:
+        """Deletes the folder."""
+        with self._lock:
+            self._images.clear()
+            self._bytes = self.most
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        def full() -> bool:
+            return self._bytes + size > self.most or len(self._images) >= self.files
+
+        if full():
+            self._drop_older(KEPT)
+        while full():
+            oldest = next(iter(self._images), None)
+            if oldest is None or time.monotonic() - self._images[oldest].born < SPARED:
+                raise NoRoom
+            self._forget(oldest)
+
+    def _drop_older(self, seconds: float) -> None:
+        end = time.monotonic() - seconds
+        for name in [name for name, known in self._images.items() if known.born < end]:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        known = self._images.pop(name, None)
+        if known is not None:
+            self._bytes -= known.size
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def _kind(data: bytes) -> tuple[str, str]:
+    """Media type, and how the name ends."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp", ".webp"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "image/avif", ".avif"
+    return next((kind for start, *kind in _KINDS if data.startswith(start)), ("application/octet-stream", ""))
