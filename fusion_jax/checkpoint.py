@@ -193,6 +193,19 @@ class Checkpoints:
         """Whether a save is still going on in the background."""
         return self._writer is not None and self._writer.is_alive()
 
+    def distrust(self, first: int) -> None:
+        """Sets the checkpoints from step `first` on aside: their parameters have not given a finite loss."""
+        self._wait()
+        for step in self.steps():
+            if step >= first:
+                log.warning(
+                    "%s is set aside as %d.diverged: no step after it was finite", self.folder / str(step), step
+                )
+                if jax.process_index() == 0:
+                    target = self.folder / f"{step}.diverged"
+                    _remove(target)
+                    (self.folder / str(step)).rename(target)
+
     def close(self) -> None:
         """Waits for the last save."""
         self._wait()

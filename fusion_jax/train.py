@@ -249,7 +249,7 @@ class StageRun:
                 # Rows cannot fail, so they may come before the save: a restart from this step has its row.
                 if step % config.log_every == 0 or last:
                     writer.scalars(step, loop.report(step, values) | counts.scalars() | reports.failures())
-                    self._check_skipped(int(current.skipped_in_row))
+                    self._check_skipped(step, int(current.skipped_in_row), checkpoints)
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if last:
                     with phase("saving"):
@@ -257,7 +257,10 @@ class StageRun:
                     stop.nothing_to_lose = True
                 elif step % config.checkpoint_every == 0 or every.due(step % config.log_every == 0):
                     with phase("saving") as saved:
-                        checkpoints.save(step, current, batches.get_state())
+                        if int(current.skipped_in_row):  # what the parameters are worth is not known
+                            log.warning("no checkpoint of step %d, whose loss or gradient is not finite", step)
+                        else:
+                            checkpoints.save(step, current, batches.get_state())
                     every.restart()
                     loop.interval.spend("checkpoint", saved())
                 # All that may fail comes behind the save.
@@ -284,8 +287,10 @@ class StageRun:
         self.bad_to_show -= len(bad)
         counts.check(self.config.max_bad_records, len(self.source))
 
-    def _check_skipped(self, in_row: int) -> None:
+    def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
+            # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too.
+            checkpoints.distrust(step - in_row)
             raise UserError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite (max_skipped_steps="
                 f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps."
