@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         app = page.mount(app, engine, options, Pictures(engine, config), _PAGE_NAMES.value)
     patience = Patience(_CONNECTIONS.value, _HEADER_SECONDS.value, _BODY_SECONDS.value)
 
-    server = make_server(app, _HOST.value, _PORT.value, patience, _DRAIN.value, lambda: engine.problem)
+    server = make_server(app, _HOST.value, _PORT.value, patience, _DRAIN.value, lambda: engine.problem, engine.give_up)
     # uvicorn drains on these signals and then raises them again: that would end the process as if it had failed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

@@ -278,6 +278,8 @@ class _Running:
             raise self._late()
         if event.finish == "error" and self.core.problem:
             raise _failed(self.core.problem)
+        if event.finish == "cancelled" and self.core.closing:
+            raise ApiError(503, "The server is shutting down.", "shutting_down")
         if event.finish in ("error", "cancelled"):
             raise ApiError(500, "The answer was not finished; the server's log says why.", "internal_error")
 

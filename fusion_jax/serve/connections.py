@@ -115,18 +115,49 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which says farewell when the time for open requests is up.
+
+    By itself it cancels their tasks: streams break off without a word, and each leaves a traceback in the log.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain_seconds: float, give_up: Callable[[], None]):
+        super().__init__(config)
+        self._drain, self._give_up = drain_seconds, give_up
+
+    async def shutdown(self, sockets=None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._drain, self._farewell)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _farewell(self) -> None:
+        self._give_up()  # ends every answer with an error
+        for connection in list(self.server_state.connections):
+            if connection.at() in ("body", "writing", "closing"):  # to these nothing can be told
+                connection.transport.abort()
+
+
 def make_server(
-    app, host: str, port: int, patience: Patience, drain_seconds: float, problem: Callable[[], str] = str
-) -> uvicorn.Server:
-    """The server of an application. drain_seconds: for open requests when it is to end. problem: why it cannot go on,
-    "" while it can; after that it ends by itself, and waits only _FAREWELL seconds."""
+    app,
+    host: str,
+    port: int,
+    patience: Patience,
+    drain_seconds: float,
+    problem: Callable[[], str] = str,
+    give_up: Callable[[], None] = lambda: None,
+) -> Server:
+    """The server of an application. drain_seconds: for open requests when it is to end; then give_up, which must end
+    all answers. problem: why it cannot go on, "" while it can; after that it ends by itself, and waits only _FAREWELL
+    seconds."""
 
     async def watch() -> None:
         if problem():
             server.config.timeout_graceful_shutdown = _FAREWELL
             server.should_exit = True
 
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             app,
             host,
@@ -134,9 +165,11 @@ def make_server(
             http=functools.partial(Connection, patience),
             ws="none",
             log_level="error",  # warnings tell what strangers send, as often as they like
-            timeout_graceful_shutdown=drain_seconds,
+            timeout_graceful_shutdown=drain_seconds + _FAREWELL,
             callback_notify=watch,
             timeout_notify=0,
-        )
+        ),
+        drain_seconds,
+        give_up,
     )
     return server

@@ -263,16 +263,27 @@ class Engine:
         with self._wake:
             self._closing = True
 
+    def give_up(self) -> None:
+        """No new requests, and those that were accepted end as cancelled."""
+        self.refuse()
+        with self._wake:
+            for request in (*self._waiting, *self._active):
+                if request is not None:
+                    request.cancel()
+            self._wake.notify()
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
     def close(self, patience: float = 60.0) -> None:
         """Answers what has been accepted, for so many seconds at most, then ends the thread."""
         self.refuse()
         end = time.monotonic() + patience
         while (self.busy or self.waiting) and time.monotonic() < end and not self.problem:
             time.sleep(0.02)
+        self.give_up()
         with self._wake:
-            for request in (*self._waiting, *self._active):
-                if request is not None:
-                    request.cancel()
             thread, self._thread = self._thread, None
             self._wake.notify()
         if thread is not None:
