@@ -286,6 +286,11 @@ class StageRun:
             log.warning("skipped a bad record (%s): %s", record.reason, record)
         self.bad_to_show -= len(bad)
         counts.check(self.config.max_bad_records, len(self.source))
+        if len(bad) > len(self.source):  # a whole pass without one that can be used: allowed or not, nothing is left
+            raise UserError(
+                f"None of the {len(self.source)} records of {self.stage.data} can be used any more (first: {bad[0]}); "
+                "bad_records.jsonl in the workdir lists them."
+            )
 
     def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
