@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     check(server.started, f"Could not listen on {_HOST.value}:{_PORT.value}; is the port taken?")
     if engine.problem:
         raise RunAgain(f"The engine has failed: {engine.problem}. Start the server again.")
-    log.info("all requests are answered; bye")
+    log.info("no request is open any more; bye")
 
 
 def _key() -> str:

@@ -72,7 +72,7 @@ class _Metrics:
         self.registry.register(self)
 
     def collect(self):
-        core, told = self.core, self.core.statistics
+        core, counts = self.core, self.core.statistics
         for name, what, value in (
             ("fusion_rows", "Requests answered at once at most", core.rows),
             ("fusion_rows_busy", "Requests being answered", core.busy),
@@ -82,14 +82,14 @@ class _Metrics:
         ):
             yield GaugeMetricFamily(name, what, value=value)
         for name, what, value in (
-            ("fusion_prompt_tokens", "Positions prefilled, visual ones included", told.prompt_tokens),
-            ("fusion_answer_tokens", "Tokens generated", told.answer_tokens),
-            ("fusion_prefills", "Prompts prefilled", told.prefills),
-            ("fusion_decode_chunks", "Chunks decoded", told.chunks),
+            ("fusion_prompt_tokens", "Positions prefilled, visual ones included", counts.prompt_tokens),
+            ("fusion_answer_tokens", "Tokens generated", counts.answer_tokens),
+            ("fusion_prefills", "Prompts prefilled", counts.prefills),
+            ("fusion_decode_chunks", "Chunks decoded", counts.chunks),
         ):
             yield CounterMetricFamily(name, what, value=value)
         ended = CounterMetricFamily("fusion_answers", "Answers by how they ended", labels=["finish"])
-        for finish, count in told.finished.copy().items():
+        for finish, count in counts.finished.copy().items():
             ended.add_metric([finish], count)
         yield ended
 
@@ -258,9 +258,9 @@ class _Running:
             core.reserve()
         self._placed = True
         if wanted.addresses:
-            found = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
-            self._share.grow(sum(map(len, found.values())))
-            wanted = await rooms.preparing.run(wanted.with_fetched, found, options.limits)
+            fetched = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
+            self._share.grow(sum(map(len, fetched.values())))
+            wanted = await rooms.preparing.run(wanted.with_fetched, fetched, options.limits)
         with _refusals():
             pool = rooms.decoding if wanted.record.images else rooms.preparing
             example = await pool.run(core.prepare, wanted.record)
@@ -371,10 +371,10 @@ def _failed(problem: str) -> ApiError:
 
 def _fetch(addresses: dict[int, str], most: int) -> dict[int, bytes]:
     """What lies behind the addresses, with one deadline for all of them."""
-    end, found = time.monotonic() + FETCH_SECONDS, {}
+    end, fetched = time.monotonic() + FETCH_SECONDS, {}
     for number, address in addresses.items():
         try:
-            found[number] = fetch(address, max_bytes=most, seconds=max(end - time.monotonic(), 0.0))
+            fetched[number] = fetch(address, max_bytes=most, seconds=max(end - time.monotonic(), 0.0))
         except FetchError as error:
             raise ApiError(400, f"image_url: {error}", "invalid_image_url", "messages") from error
-    return found
+    return fetched

@@ -114,10 +114,10 @@ def events(page: gr.Blocks) -> dict[int, list[str]]:
     """For each function of the page that a browser may ask for, by its number, the kinds of its inputs."""
     config = page.get_config_file()
     kinds = {component["id"]: component["type"] for component in config["components"]}
-    found = {d["id"]: [kinds[i] for i in d["inputs"]] for d in config["dependencies"] if d["backend_fn"]}
-    unknown = {kind for inputs in found.values() for kind in inputs} - {"textbox", "radio", "slider", "image"}
+    inputs_of = {d["id"]: [kinds[i] for i in d["inputs"]] for d in config["dependencies"] if d["backend_fn"]}
+    unknown = {kind for inputs in inputs_of.values() for kind in inputs} - {"textbox", "radio", "slider", "image"}
     assert not unknown, f"the gate checks no {unknown}"
-    return found
+    return inputs_of
 
 
 def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Uploads) -> gr.Blocks:
@@ -148,10 +148,10 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
         asked, answer = {"role": "user", "content": question}, _said("")
         talk.append(asked)
         so_far = [*talk]
-        found = suggested(question) if image else []
-        yield _shown([*so_far, _said("…")]), "", gr.Radio(found, value=None, visible=bool(found))
+        choices = suggested(question) if image else []
+        yield _shown([*so_far, _said("…")]), "", gr.Radio(choices, value=None, visible=bool(choices))
         # Again with every piece: a slow browser sees the last of several updates alone.
-        words = {"choices": found, "visible": bool(found)}
+        words = {"choices": choices, "visible": bool(choices)}
         with _errors():
             with reading if image else contextlib.nullcontext():
                 example = engine.prepare(_record(so_far, read(image, request) if image else None))

@@ -107,10 +107,10 @@ class Uploads:
     def _find(self, given: str, owner: str) -> tuple[Path, _Image]:
         name = given.removeprefix(f"{self.folder}/")
         with self._lock:
-            found = self._images.get(name)
-        if found is None or found.owner != owner:
+            known = self._images.get(name)
+        if known is None or known.owner != owner:
             raise BadRecord("missing_image", "upload", "the image is not among your uploads; upload it again")
-        return self.folder / name, found
+        return self.folder / name, known
 
     def _make_room(self, size: int) -> None:
         def full() -> bool:

@@ -171,7 +171,7 @@ def test_a_stream_that_outlasts_the_time_to_drain_ends_with_an_error(folder, tmp
         assert json.loads(events[-1].removeprefix(b"data: "))["error"]["code"] == "shutting_down"
         assert 0.5 < time.monotonic() - begun < 8
         assert one.wait(15) == 0
-    assert "Traceback" not in log.read_text() and "all requests are answered; bye" in log.read_text()
+    assert "Traceback" not in log.read_text() and "no request is open any more; bye" in log.read_text()
 
 
 def test_the_launcher_starts_a_server_with_a_failed_device_again(folder, tmp_path):
