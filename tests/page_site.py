@@ -31,8 +31,11 @@ class Engine:
         self.text, self.records, self.go = "An answer.", [], threading.Event()
         self.go.set()
 
-    def answer(self, record, how, timeout):
+    def prepare(self, record):
         self.records.append(record)
+        return record
+
+    def answer(self, record, how, timeout):
         yield self.text[:2]
         assert self.go.wait(20)
         yield self.text[2:]
@@ -56,8 +59,8 @@ def png(size=(8, 6), colour="red"):
 def served(key="", names=(), **limits):
     """(address, engine) of a server with the page."""
     engine = Engine()
-    options = api.Options("fusion", protocol.Limits(64, **limits), key, timeout=20)
-    app = page.mount(api.make_app(engine, options), engine, options, Pictures(), names)
+    options = api.Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20)
+    app = page.mount(api.make_app(engine, options), engine, options, Pictures())
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))

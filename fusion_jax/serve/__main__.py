@@ -44,7 +44,7 @@ _BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are r
 _BODIES = flags.DEFINE_integer("max_bodies_bytes", 256 << 20, "of all requests being read; more get status 429")
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
 _UPLOADS = flags.DEFINE_integer("max_upload_bytes", 1 << 30, "of all images that the page keeps; more get status 507")
-_PAGE_NAMES = flags.DEFINE_list("page_names", [], "host names of the page, needed where there is no API key")
+_HOST_NAMES = flags.DEFINE_list("host_names", [], "public host names of the server; needed where there is no API key")
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
 
 
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
         timeout=_TIMEOUT.value,
         body_seconds=_BODY_SECONDS.value,
         bodies_bytes=max(_BODIES.value, _BYTES.value),
+        host_names=tuple(_HOST_NAMES.value),
     )
     log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
     engine.start()
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
     return_large_buffers()
     app = api.make_app(engine, options)
     if page is not None:
-        app = page.mount(app, engine, options, Pictures(engine, config), _PAGE_NAMES.value)
+        app = page.mount(app, engine, options, Pictures(engine, config))
     patience = Patience(_CONNECTIONS.value, _HEADER_SECONDS.value, _BODY_SECONDS.value)
 
     server = make_server(app, _HOST.value, _PORT.value, patience, _DRAIN.value, lambda: engine.problem, engine.give_up)
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> None:
     check(server.started, f"Could not listen on {_HOST.value}:{_PORT.value}; is the port taken?")
     if engine.problem:
         raise RunAgain(f"The engine has failed: {engine.problem}. Start the server again.")
-    log.info("all requests are answered; bye")
+    log.info("no request is open any more; bye")
 
 
 def _key() -> str:

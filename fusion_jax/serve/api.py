@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 
 import fastapi
@@ -24,6 +24,7 @@ from fusion_jax.fetch import FetchError, fetch
 from fusion_jax.serve import engine, protocol
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.intake import Budget, Pool, read_body
+from fusion_jax.serve.origins import check_host, check_json, check_origin, from_browser
 from fusion_jax.serve.protocol import Limits
 
 FETCH_SECONDS = 10.0  # for all images of a request that are addresses
@@ -37,15 +38,17 @@ class Options:
     """What the application is to do.
 
     Attributes:
-      model: the name that is served. api_key: what callers must show; "" for nothing. fetch_urls: whether image_url may
-        be an http(s) address. timeout: seconds for a request, from the end of its headers. body_seconds: of these, for
-        its body. bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts;
-        fetching: that wait for images.
+      model: the name that is served. api_key: what callers must show; "" for nothing. host_names: public ones under
+        which the server answers without a key, see `origins`. fetch_urls: whether image_url may be an http(s) address.
+        timeout: seconds for a request, from the end of its headers. body_seconds: of these, for its body.
+        bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts, and as many
+        more that decode images; fetching: that wait for images.
     """
 
     model: str
     limits: Limits
     api_key: str = field(default="", repr=False)
+    host_names: Collection[str] = ()
     fetch_urls: bool = False
     timeout: float = 120.0
     body_seconds: float = 60.0
@@ -69,7 +72,7 @@ class _Metrics:
         self.registry.register(self)
 
     def collect(self):
-        core, told = self.core, self.core.statistics
+        core, counts = self.core, self.core.statistics
         for name, what, value in (
             ("fusion_rows", "Requests answered at once at most", core.rows),
             ("fusion_rows_busy", "Requests being answered", core.busy),
@@ -79,27 +82,28 @@ class _Metrics:
         ):
             yield GaugeMetricFamily(name, what, value=value)
         for name, what, value in (
-            ("fusion_prompt_tokens", "Positions prefilled, visual ones included", told.prompt_tokens),
-            ("fusion_answer_tokens", "Tokens generated", told.answer_tokens),
-            ("fusion_prefills", "Prompts prefilled", told.prefills),
-            ("fusion_decode_chunks", "Chunks decoded", told.chunks),
+            ("fusion_prompt_tokens", "Positions prefilled, visual ones included", counts.prompt_tokens),
+            ("fusion_answer_tokens", "Tokens generated", counts.answer_tokens),
+            ("fusion_prefills", "Prompts prefilled", counts.prefills),
+            ("fusion_decode_chunks", "Chunks decoded", counts.chunks),
         ):
             yield CounterMetricFamily(name, what, value=value)
         ended = CounterMetricFamily("fusion_answers", "Answers by how they ended", labels=["finish"])
-        for finish, count in told.finished.copy().items():
+        for finish, count in counts.finished.copy().items():
             ended.add_metric([finish], count)
         yield ended
 
 
 class _Rooms:
-    """What all requests share: the engine, the metrics, memory for bodies, and threads. Those that fetch images are of
-    their own, so that nobody else waits for a slow host."""
+    """What all requests share: the engine, the metrics, memory for bodies, and threads. Those that fetch and decode
+    images are apart, so that text never waits for a slow host or a large picture."""
 
     def __init__(self, core: engine.Engine, options: Options):
         self.core, self.options = core, options
         self.measured = _Metrics(core)
         self.budget = Budget(options.bodies_bytes)
         self.preparing = Pool("prepare", options.threads)
+        self.decoding = Pool("decode", options.threads)
         self.fetching = Pool("fetch", options.fetching)
 
 
@@ -113,8 +117,8 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     async def lifespan(app) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(core.close)
-        rooms.preparing.close()
-        rooms.fetching.close()
+        for pool in (rooms.preparing, rooms.decoding, rooms.fetching):
+            pool.close()
 
     # A redirect would lead to whatever host the caller names.
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -136,7 +140,10 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
         return JSONResponse(ApiError(500, "The server failed; its log says why.", "internal_error").body(), 500)
 
     def authorize(request: Request) -> None:
-        if key:
+        check_origin(request)
+        if not key:
+            check_host(request, options.host_names)
+        else:
             # Headers are read as Latin-1: encoded so, the bytes are those that were sent.
             scheme, given = [*request.headers.get("authorization", "").split(maxsplit=1), "", ""][:2]
             right = hmac.compare_digest(given.strip().encode("latin-1"), key)
@@ -176,6 +183,8 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
         running = _Running(rooms)
         try:
             authorize(request)
+            if from_browser(request):  # else no type need be said
+                check_json(request)
             return await running.respond(request)
         except BaseException as error:
             running.close()
@@ -249,11 +258,12 @@ class _Running:
             core.reserve()
         self._placed = True
         if wanted.addresses:
-            found = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
-            self._share.grow(sum(map(len, found.values())))
-            wanted = await rooms.preparing.run(wanted.with_fetched, found, options.limits)
+            fetched = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
+            self._share.grow(sum(map(len, fetched.values())))
+            wanted = await rooms.preparing.run(wanted.with_fetched, fetched, options.limits)
         with _refusals():
-            example = await rooms.preparing.run(core.prepare, wanted.record)
+            pool = rooms.decoding if wanted.record.images else rooms.preparing
+            example = await pool.run(core.prepare, wanted.record)
             self._share.free()
             loop = asyncio.get_running_loop()
             self.asked = core.submit(
@@ -361,10 +371,10 @@ def _failed(problem: str) -> ApiError:
 
 def _fetch(addresses: dict[int, str], most: int) -> dict[int, bytes]:
     """What lies behind the addresses, with one deadline for all of them."""
-    end, found = time.monotonic() + FETCH_SECONDS, {}
+    end, fetched = time.monotonic() + FETCH_SECONDS, {}
     for number, address in addresses.items():
         try:
-            found[number] = fetch(address, max_bytes=most, seconds=max(end - time.monotonic(), 0.0))
+            fetched[number] = fetch(address, max_bytes=most, seconds=max(end - time.monotonic(), 0.0))
         except FetchError as error:
             raise ApiError(400, f"image_url: {error}", "invalid_image_url", "messages") from error
-    return found
+    return fetched

@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
     def _farewell(self) -> None:
         self._give_up()  # ends every answer with an error
         for connection in list(self.server_state.connections):
-            if connection.at() in ("body", "writing", "closing"):  # to these nothing can be told
+            if connection.at() in ("body", "writing", "closing"):  # nothing can be said to these
                 connection.transport.abort()
 
 

@@ -210,12 +210,13 @@ class Engine:
             self._wake.notify()
         return request
 
-    def answer(self, record: Record, how: Sampling, timeout: float = 600.0) -> Iterator[str]:
-        """The answer in pieces. Leaving the loop cancels it. UserError where it ends without being finished; Failed."""
+    def answer(self, example: Example, how: Sampling, timeout: float = 600.0) -> Iterator[str]:
+        """The answer in pieces. Leaving the loop cancels it. UserError where it ends without being finished; Full,
+        Closing, Failed."""
         events: queue.Queue[Event] = queue.Queue()
         self.reserve()
         try:
-            request = self.submit(self.prepare(record), how, events.put, timeout)
+            request = self.submit(example, how, events.put, timeout)
             try:
                 while True:
                     try:

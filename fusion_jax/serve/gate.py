@@ -10,6 +10,7 @@ Gradio serves some eighty routes and takes whatever lies in an event: paths, add
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -18,16 +19,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from fusion_jax.errors import BadRecord
 from fusion_jax.serve.api import Options
+from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.intake import read_body
+from fusion_jax.serve.origins import check_host, check_json, check_origin
 from fusion_jax.serve.uploads import NoRoom, Uploads
-from fusion_jax.serve.visitors import Refused, Visitors, check_origin, read_body
+from fusion_jax.serve.visitors import Refused, Visitors
 
 log = logging.getLogger("fusion_jax")
 
@@ -35,9 +39,11 @@ LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model read
 EVENT_BYTES = 1 << 18
 LONGEST_PATH = 200  # characters; no file of Gradio's has a longer one, and file systems refuse such names
 UPLOADS = 16  # at once
+KEPT_AT_ONCE = 2  # uploads that are here in full and in memory
 FORM_BYTES = 1 << 14  # of an upload beside the file
 
 _API = "/gradio_api"
+_PIECE = 1 << 18  # bytes of a file that are read at once
 _STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
 _SESSION = re.compile(r"\w{1,40}", re.ASCII)
 _EVENT = re.compile(r"[0-9a-f]{32}")
@@ -45,11 +51,10 @@ _HEARD = {
     "accept",
     "accept-encoding",
     "accept-language",
-    "if-none-match",
-    "if-modified-since",
     "host",
+    "if-modified-since",
+    "if-none-match",
     "user-agent",
-} | {
     "x-forwarded-host",
     "x-forwarded-proto",
 }
@@ -77,15 +82,13 @@ class Gate:
 
     Args:
       inner: Gradio's. events: for each function of the page the kinds of its inputs: textbox, radio, slider or image.
-      names: see `Visitors`.
     """
 
-    def __init__(
-        self, inner, uploads: Uploads, events: dict[int, Sequence[str]], options: Options, names: Sequence[str] = ()
-    ):
+    def __init__(self, inner, uploads: Uploads, events: dict[int, Sequence[str]], options: Options):
         self.inner, self.uploads, self.events, self.options = inner, uploads, events, options
-        self.visitors = Visitors(options, names)
+        self.visitors = Visitors(options)
         self._uploading = asyncio.Semaphore(UPLOADS)
+        self._keeping = asyncio.Semaphore(KEPT_AT_ONCE)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -93,8 +96,8 @@ class Gate:
         request = Request(scope, receive)
         try:
             answer = await self._answer(request)
-        except Refused as refused:
-            answer = _refusal(request, refused)
+        except ApiError as error:
+            answer = _refusal(request, error)
         except ClientDisconnect:
             return
         if isinstance(answer, Response):
@@ -105,7 +108,8 @@ class Gate:
 
     async def _answer(self, request: Request) -> Callable[..., Awaitable[None]]:
         path, method = request.scope["path"], request.method.replace("HEAD", "GET")
-        self.visitors.check_name(request)
+        if not self.options.api_key:
+            check_host(request, self.options.host_names)
         if (method, path) != ("GET", "/"):
             check_origin(request)
         if (method, path) == ("POST", "/login") and self.options.api_key:
@@ -191,17 +195,23 @@ class Gate:
     async def _upload(self, request: Request, owner: str) -> Response:
         if self._uploading.locked():
             raise Refused(503, "Too many uploads at once; try again.")
-        async with self._uploading:
-            data = await self._received(request)
-            try:
-                return JSONResponse([await run_in_threadpool(self.uploads.add, owner, data)])
-            except NoRoom as error:
-                raise Refused(507, "The server has no room for another image; try again later.") from error
-            except BadRecord as error:
-                raise Refused(415, f"This is no image that can be used: {error.detail}.") from error
+        most = self.options.limits.image_bytes
+        async with self._uploading, contextlib.AsyncExitStack() as stack:
+            file = await self._received(request, stack)
+            async with self._keeping:
+                data = await file.read(most + 1)
+                if len(data) > most:
+                    raise Refused(413, f"The image has over {most} bytes.")
+                try:
+                    return JSONResponse([await run_in_threadpool(self.uploads.add, owner, data)])
+                except NoRoom as error:
+                    raise Refused(507, "The server has no room for another image; try again later.") from error
+                except BadRecord as error:
+                    raise Refused(415, f"This is no image that can be used: {error.detail}.") from error
 
-    async def _received(self, request: Request) -> bytes:
-        """The one file of a form, of which no more is read than is allowed."""
+    async def _received(self, request: Request, stack: contextlib.AsyncExitStack) -> UploadFile:
+        """The one file of a form, of which no more is read than is allowed. It lies on disk where it is over 1 MiB, and
+        is gone with the stack."""
         most, read = self.options.limits.image_bytes, 0
 
         async def receive():
@@ -212,33 +222,32 @@ class Gate:
                 raise Refused(413, f"The image has over {most} bytes.")
             return message
 
-        async def parse() -> bytes:
-            async with Request(request.scope, receive).form(max_files=1, max_fields=0) as form:
-                file = form.get("files")
-                if file is None or isinstance(file, str):
-                    raise Refused(400, "An upload is a form with one file.")
-                return await file.read(most + 1)
-
+        form = Request(request.scope, receive).form(max_files=1, max_fields=0)
         try:
-            data = await asyncio.wait_for(parse(), self.options.timeout)
+            async with asyncio.timeout(self.options.timeout):
+                file = (await stack.enter_async_context(form)).get("files")
         except TimeoutError as error:
             raise Refused(408, "The image did not arrive in time.") from error
         except (HTTPException, MultiPartException, ValueError, KeyError) as error:
             raise Refused(400, "An upload is a form with one file.") from error
-        if len(data) > most:
-            raise Refused(413, f"The image has over {most} bytes.")
-        return data
+        if file is None or isinstance(file, str):
+            raise Refused(400, "An upload is a form with one file.")
+        return file
 
     async def _file(self, request: Request, owner: str) -> Response:
         given = request.scope["path"].removeprefix(f"{_API}/file=")
         try:
-            data, kind = await run_in_threadpool(self.uploads.read, given, owner)
+            size, kind = self.uploads.about(given, owner)
         except BadRecord as error:
             raise Refused(404, "Not found.") from error
-        disposition = "attachment" if kind == "application/octet-stream" else "inline"
-        return Response(
-            data, media_type=kind, headers={"content-disposition": disposition, "cache-control": "private, no-store"}
-        )
+        # Whoever does not read holds a piece of it; and no open file.
+        pieces = (self.uploads.read(given, owner, start, _PIECE) for start in range(0, size, _PIECE))
+        headers = {
+            "content-disposition": "attachment" if kind == "application/octet-stream" else "inline",
+            "content-length": str(size),
+            "cache-control": "private, no-store",
+        }
+        return StreamingResponse(pieces, media_type=kind, headers=headers)
 
     def _pass(self, request: Request, body: bytes = b"", query: str = "", set_cookie: str | None = None):
         """To Gradio, with nothing of the request but its path and what is given here; no cookie among it."""
@@ -288,18 +297,17 @@ class Gate:
         return passed
 
 
-def _refusal(request: Request, refused: Refused) -> Response:
+def _refusal(request: Request, error: ApiError) -> Response:
+    """In the form that Gradio's page shows."""
     if request.scope["path"] == f"{_API}/upload":
-        return PlainTextResponse(refused.text, refused.status)
-    return JSONResponse({"detail": refused.text}, refused.status)
+        return PlainTextResponse(error.message, error.status)
+    return JSONResponse({"detail": error.message}, error.status)
 
 
 async def _json(request: Request, seconds: float) -> dict:
-    # Browsers send this type to other sites only after asking them.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "An event must be JSON.")
+    check_json(request)
     try:
-        data = json.loads(await read_body(request, EVENT_BYTES, seconds))
+        data = json.loads((await read_body(request, EVENT_BYTES, seconds)).getvalue())
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The event is not valid JSON.") from error
     if not isinstance(data, dict):

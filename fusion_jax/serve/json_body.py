@@ -38,14 +38,14 @@ def read_json(body: io.BytesIO, text_bytes: int) -> dict[str, Any]:
         if escaped := _check_size(data, text_bytes):
             body.close()
             data = _unescaped(data, escaped).getvalue()
-        found = from_json(data, allow_inf_nan=False, cache_strings="none")
+        parsed = from_json(data, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from error
     finally:
         body.close()
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise ApiError(400, "The body must be a JSON object.", "invalid_json")
-    return found
+    return parsed
 
 
 def text_too_long(text_bytes: int) -> ApiError:
@@ -58,14 +58,14 @@ def text_too_long(text_bytes: int) -> ApiError:
 def _unescaped(data: bytes, places: list[tuple[int, int]]) -> io.BytesIO:
     """The data with the backslashes of these places left out: some programs write one before every slash of an image,
     and the parser would need room for a text with and without them."""
-    found, done, view = io.BytesIO(), 0, memoryview(data)
+    written, done, view = io.BytesIO(), 0, memoryview(data)
     for start, end in places:
-        found.write(view[done:start])
+        written.write(view[done:start])
         for at in range(start, end, _PIECE):
-            found.write(data[at : min(at + _PIECE, end)].replace(b"\\", b""))
+            written.write(data[at : min(at + _PIECE, end)].replace(b"\\", b""))
         done = end
-    found.write(view[done:])
-    return found
+    written.write(view[done:])
+    return written
 
 
 def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
@@ -96,10 +96,10 @@ def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
 
 def decode_base64(text: str, start: int) -> bytes:
     """The bytes that `text[start:]` says. ValueError where it is no base64."""
-    found = io.BytesIO()
+    written = io.BytesIO()
     for at in range(start, len(text), _PIECE):
         piece = text[at : at + _PIECE]
         if "=" in piece and at + _PIECE < len(text):
             raise binascii.Error("padding before the end")
-        found.write(binascii.a2b_base64(piece, strict_mode=True))
-    return found.getvalue()
+        written.write(binascii.a2b_base64(piece, strict_mode=True))
+    return written.getvalue()

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 
 import fastapi
 import jax
@@ -43,6 +43,7 @@ _INTO_VIEW = """
 _SWEPT = 600  # seconds between looks through the uploads
 _TALKS = 4096  # conversations that are remembered
 _SESSIONS = 256  # pages that Gradio keeps the state of
+_READING = 4  # images that are in memory and decoded at once
 
 
 class Talks:
@@ -67,10 +68,8 @@ class Talks:
             self._talks.pop(session, None)
 
 
-def mount(
-    app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures, names: Sequence[str] = ()
-) -> fastapi.FastAPI:
-    """The application with the page at /, behind `Gate`; see there for `names`."""
+def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures) -> fastapi.FastAPI:
+    """The application with the page at /, behind `Gate`."""
     uploads = Uploads(gradio_alone.FOLDER, options.limits.upload_bytes)
     page = make_page(engine, options, pictures, uploads)
     site = gr.mount_gradio_app(
@@ -107,7 +106,7 @@ def mount(
             uploads.close()
 
     app.router.lifespan_context = lifespan
-    app.mount("/", Gate(site, uploads, events(page), options, names))
+    app.mount("/", Gate(site, uploads, events(page), options))
     return app
 
 
@@ -115,20 +114,21 @@ def events(page: gr.Blocks) -> dict[int, list[str]]:
     """For each function of the page that a browser may ask for, by its number, the kinds of its inputs."""
     config = page.get_config_file()
     kinds = {component["id"]: component["type"] for component in config["components"]}
-    found = {d["id"]: [kinds[i] for i in d["inputs"]] for d in config["dependencies"] if d["backend_fn"]}
-    unknown = {kind for inputs in found.values() for kind in inputs} - {"textbox", "radio", "slider", "image"}
+    inputs_of = {d["id"]: [kinds[i] for i in d["inputs"]] for d in config["dependencies"] if d["backend_fn"]}
+    unknown = {kind for inputs in inputs_of.values() for kind in inputs} - {"textbox", "radio", "slider", "image"}
     assert not unknown, f"the gate checks no {unknown}"
-    return found
+    return inputs_of
 
 
 def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Uploads) -> gr.Blocks:
     """An image, a conversation, a line to write in; a word to look for and its picture."""
     talks = Talks()
+    reading = threading.Semaphore(_READING)
 
     def read(image: dict, request: gr.Request) -> bytes:
         """An upload of the browser that asks, within the limits."""
         try:
-            data = uploads.read(image["path"], _owner(request))[0]
+            data = uploads.read(image["path"], _owner(request))
             protocol.check_image(data, options.limits, "image")
         except BadRecord as error:
             raise _error(f"{error.detail[0].upper()}{error.detail[1:]}.") from error
@@ -148,14 +148,15 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
         asked, answer = {"role": "user", "content": question}, _said("")
         talk.append(asked)
         so_far = [*talk]
-        record = _record(talk, read(image, request) if image else None)
-        found = suggested(question) if image else []
-        yield _shown([*so_far, _said("…")]), "", gr.Radio(found, value=None, visible=bool(found))
+        choices = suggested(question) if image else []
+        yield _shown([*so_far, _said("…")]), "", gr.Radio(choices, value=None, visible=bool(choices))
         # Again with every piece: a slow browser sees the last of several updates alone.
-        words = {"choices": found, "visible": bool(found)}
+        words = {"choices": choices, "visible": bool(choices)}
         with _errors():
+            with reading if image else contextlib.nullcontext():
+                example = engine.prepare(_record(so_far, read(image, request) if image else None))
             how = Sampling(max_tokens=int(length), temperature=temperature)
-            for piece in engine.answer(record, how, options.timeout):
+            for piece in engine.answer(example, how, options.timeout):
                 answer["content"] += piece
                 # Two questions at once in one page: the later one stays, and roles go on to take turns.
                 if talk[-1] is asked:

@@ -66,7 +66,7 @@ class Pictures:
     def _draw(self, image: bytes, question: str, word: str) -> np.ndarray:
         core = self.core
         with engine.counted_apart():
-            found = levels(
+            attention = levels(
                 core.model,
                 core.params,
                 self.config,
@@ -77,13 +77,13 @@ class Pictures:
                 core.prompts.latents,
                 step=STEP,
             )
-        return visualize.pixels(visualize.draw_small(found), DPI)
+        return visualize.pixels(visualize.draw_small(attention), DPI)
 
 
 def suggested(question: str, most: int = 8) -> list[str]:
     """Words of a question that may be worth looking for: those that are not small English ones, the last `most`."""
-    small, found = set(_SMALL.split()), {}
+    small, chosen = set(_SMALL.split()), {}
     for word in words(question):
         if len(word) <= LONGEST_WORD and word.lower() not in small and not word.isdigit():
-            found.setdefault(word.lower(), word)
-    return list(found.values())[-most:]
+            chosen.setdefault(word.lower(), word)
+    return list(chosen.values())[-most:]

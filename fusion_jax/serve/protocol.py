@@ -46,11 +46,11 @@ class ChatRequest:
     usage: bool
     addresses: dict[int, str]
 
-    def with_fetched(self, found: dict[int, bytes], limits: Limits) -> "ChatRequest":
+    def with_fetched(self, fetched: dict[int, bytes], limits: Limits) -> "ChatRequest":
         """The request with these bytes for its addresses. ApiError where one is no image, or too large."""
-        for data in found.values():
+        for data in fetched.values():
             check_image(data, limits, "image_url")
-        images = tuple(found.get(number, data) for number, data in enumerate(self.record.images))
+        images = tuple(fetched.get(number, data) for number, data in enumerate(self.record.images))
         return replace(self, record=replace(self.record, images=images), addresses={})
 
 

@@ -72,23 +72,24 @@ class Uploads:
 
     def path(self, given: str, owner: str) -> Path:
         """Where an image lies, by its name or its path. Raises BadRecord where the owner has no such image."""
-        name = given.removeprefix(f"{self.folder}/")
-        with self._lock:
-            found = self._images.get(name)
-        if found is None or found.owner != owner:
-            raise BadRecord("missing_image", "upload", "the image is not among your uploads; upload it again")
-        return self.folder / name
+        return self._find(given, owner)[0]
 
-    def read(self, given: str, owner: str) -> tuple[bytes, str]:
-        """An image and its media type. Raises as `path` does."""
-        path = self.path(given, owner)
+    def about(self, given: str, owner: str) -> tuple[int, str]:
+        """An image's size in bytes and its media type. Raises as `path` does."""
+        known = self._find(given, owner)[1]
+        return known.size, known.kind
+
+    def read(self, given: str, owner: str, start: int = 0, most: int = -1) -> bytes:
+        """An image, or `most` of its bytes from `start` on. Raises as `path` does."""
+        path, known = self._find(given, owner)
         try:
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-                about, known = os.fstat(file.fileno()), self._images[path.name]
+                about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size != known.size:
                     raise OSError("not the file that was written")
-                return file.read(known.size), known.kind
-        except (OSError, KeyError) as error:
+                file.seek(start)
+                return file.read(most)
+        except OSError as error:
             raise BadRecord("missing_image", "upload", "the image is gone; upload it again") from error
 
     def sweep(self) -> None:
@@ -102,6 +103,14 @@ class Uploads:
             self._images.clear()
             self._bytes = self.most
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _find(self, given: str, owner: str) -> tuple[Path, _Image]:
+        name = given.removeprefix(f"{self.folder}/")
+        with self._lock:
+            known = self._images.get(name)
+        if known is None or known.owner != owner:
+            raise BadRecord("missing_image", "upload", "the image is not among your uploads; upload it again")
+        return self.folder / name, known
 
     def _make_room(self, size: int) -> None:
         def full() -> bool:

@@ -1,20 +1,19 @@
-"""Who asks for the page: a browser by its cookie and, where there is a key, by that; never by another site's hand."""
+"""Who asks for the page: a browser, known by its cookie and, where there is a key, by having shown that."""
 
 import asyncio
 import hashlib
 import hmac
 import html
-import ipaddress
 import re
 import secrets
-import socket
-from collections.abc import Sequence
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from fusion_jax.serve.api import Options
+from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.intake import read_body
 
 LOGIN_BYTES = 1 << 14
 WRONG_KEY_SECONDS = 1.0
@@ -35,24 +34,18 @@ input, button {{font: inherit; padding: 8px; box-sizing: border-box; width: 100%
 """
 
 
-class Refused(Exception):
+class Refused(ApiError):
     """An answer other than the page's. text: one sentence for the person."""
 
     def __init__(self, status: int, text: str):
-        super().__init__(text)
-        self.status, self.text = status, text
+        super().__init__(status, text, "refused")
 
 
 class Visitors:
-    """Browsers, by cookies that last as long as they run.
+    """Browsers, by cookies that last as long as they run."""
 
-    Args:
-      names: under which the page may be asked for without a key, beside addresses and this machine's own.
-    """
-
-    def __init__(self, options: Options, names: Sequence[str] = ()):
+    def __init__(self, options: Options):
         self.options = options
-        self.names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in names)}
         self._secret = secrets.token_bytes(32)
         self._refusing = asyncio.Semaphore(WRONG_KEYS)
 
@@ -72,22 +65,6 @@ class Visitors:
         shown = request.cookies.get(self._cookie(request, "key"), "")
         return hmac.compare_digest(shown.encode(), self._mark("key", self._token(request)).encode())
 
-    def check_name(self, request: Request) -> None:
-        """Without a key, only names that a stranger's domain cannot take: his page would reach this one through it."""
-        if self.options.api_key:
-            return
-        try:
-            host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-        except ValueError:
-            host = ""
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            if host and ("." not in host or host in self.names or host.endswith(".localhost")):
-                return
-            text = "This page is not served under that name: set FUSION_API_KEY, or start the server with --page_names."
-            raise Refused(421, text) from None
-
     def _cookie(self, request: Request, what: str = "") -> str:
         """Browsers keep one set of cookies for all ports of a host."""
         port = (request.scope.get("server") or ("", 0))[1]
@@ -103,7 +80,7 @@ class Visitors:
     async def log_in(self, request: Request) -> Response:
         body = await read_body(request, LOGIN_BYTES, self.options.timeout)
         try:
-            given = parse_qs(body.decode(), max_num_fields=8, errors=_BYTES).get("password", [""])[0]
+            given = parse_qs(body.getvalue().decode(), max_num_fields=8, errors=_BYTES).get("password", [""])[0]
         except ValueError:
             given = ""
         if not hmac.compare_digest(given.encode(errors=_BYTES), self.options.api_key.encode(errors=_BYTES)):
@@ -126,29 +103,3 @@ class Visitors:
     def _token(self, request: Request) -> str:
         token = request.cookies.get(self._cookie(request), "")
         return token if _TOKEN.fullmatch(token) else ""
-
-
-def check_origin(request: Request) -> None:
-    """Nothing that another site makes a browser send. Programs that are no browsers say neither and are not meant."""
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    if site is not None:
-        same = site in ("same-origin", "none")
-    else:
-        same = origin is None or origin.partition("://")[2] == request.headers.get("host")
-    if not same:
-        raise Refused(403, "Another site may not use this page.")
-
-
-async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    async def read() -> bytes:
-        data = bytearray()
-        async for piece in request.stream():
-            data += piece
-            if len(data) > most:
-                raise Refused(413, f"The request has over {most} bytes.")
-        return bytes(data)
-
-    try:
-        return await asyncio.wait_for(read(), seconds)
-    except TimeoutError as error:
-        raise Refused(408, "The request's body did not arrive in time.") from error

@@ -2,6 +2,8 @@
 
 import io
 import os
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,8 @@ from page_site import UPLOAD, Browser, file, png, served
 from PIL import Image
 
 from fusion_jax.errors import BadRecord
-from fusion_jax.serve import uploads
+from fusion_jax.serve import page, uploads
+from fusion_jax.serve.intake import return_large_buffers
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_uploads_make_room_with_time(tmp_path, monkeypatch):
     newest = store.add("b", data)
     with pytest.raises(BadRecord):
         store.path(names[0], "a")
-    assert store.read(names[1], "a")[0] == store.read(str(store.folder / newest), "b")[0] == data
+    assert store.read(names[1], "a") == store.read(str(store.folder / newest), "b") == data
     monkeypatch.setattr(uploads.time, "monotonic", lambda: now + uploads.KEPT + 1)
     store.sweep()
     assert [path.name for path in store.folder.iterdir()] == [newest]
@@ -128,3 +131,79 @@ def test_only_the_file_that_was_written_is_read(tmp_path, secret):
     for given in (name, secret, f"../{Path(secret).name}", str(store.folder), "", "."):
         with pytest.raises(BadRecord):
             store.read(given, "a")
+
+
+def _peak():
+    """Peak of this process' resident memory, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
+
+
+def test_many_large_images_at_once_take_little_memory():
+    """16 uploads whose last bytes come together; 40 downloads that nobody reads."""
+    return_large_buffers()
+    data, size = png() + bytes(8 << 20), 8
+    start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + data
+    end = b"\r\n--b--\r\n"
+    with served(image_bytes=9 << 20) as (address, _), Browser(address) as one:
+        place = (one.http.base_url.host, one.http.base_url.port)
+        cookies = "; ".join(f"{name}={value}" for name, value in one.http.cookies.items())
+        length, ready, statuses = len(start + end), threading.Barrier(16), []
+
+        def head(line, more=""):
+            return f"{line} HTTP/1.1\r\nHost: x\r\nCookie: {cookies}\r\n{more}\r\n".encode()
+
+        def send():
+            form = f"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: {length}\r\n"
+            with socket.create_connection(place, timeout=20) as connection:
+                connection.sendall(head(f"POST {UPLOAD}", form))
+                connection.sendall(start)
+                ready.wait(20)
+                connection.sendall(end)
+                statuses.append(connection.recv(1 << 16)[9:12])
+
+        (name,) = one.upload(data).json()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _peak()
+        threads = [threading.Thread(target=send) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [b"200"] * 16
+        assert _peak() - before < 8 * size
+
+        time.sleep(0.5)
+        Path("/proc/self/clear_refs").write_text("5")
+        before, deaf = _peak(), [socket.socket() for _ in range(40)]
+        for connection in deaf:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(place)
+            connection.sendall(head(f"GET /gradio_api/file={name}"))
+        time.sleep(1.5)
+        assert _peak() - before < 5 * size
+        assert one.http.get(f"/gradio_api/file={name}").content == data
+        for connection in deaf:
+            connection.close()
+
+
+def test_few_images_of_questions_are_in_memory_at_once(monkeypatch):
+    with served() as (address, engine), Browser(address) as one:
+        image, lock, now, most = one.image(), threading.Lock(), 0, 0
+
+        def prepare(record):
+            nonlocal now, most
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.2)
+            with lock:
+                now -= 1
+
+        monkeypatch.setattr(engine, "prepare", prepare)
+        number = one.number("textbox", "image", "slider", "slider")
+        for k in range(10):
+            one.join(number, ["What?", image, 0, 16], session_hash=f"page{k}")
+        for k in range(10):
+            assert one.events(f"page{k}")[-1]["msg"] == "close_stream"
+        assert most == page._READING

@@ -69,12 +69,12 @@ def ask(i):
 
 
 def test_answers_go_on_and_none_of_their_programs_is_compiled_again(engine, pictures, compiled):
-    expected = ["".join(engine.answer(ask(i), Sampling(max_tokens=96))) for i in range(3)]
+    expected = ["".join(engine.answer(engine.prepare(ask(i)), Sampling(max_tokens=96))) for i in range(3)]
     assert not compiled
     texts, began = [""] * 3, threading.Semaphore(0)
 
     def answer(i):
-        for piece in engine.answer(ask(i), Sampling(max_tokens=96)):
+        for piece in engine.answer(engine.prepare(ask(i)), Sampling(max_tokens=96)):
             texts[i] += piece
             began.release()
 

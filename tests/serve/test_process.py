@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def process(folder, log, *more, **environment):
-    """(process, address) of a server without the page."""
+def process(folder, log, *more, by=(), **environment):
+    """(process, address) of a server without the page, started by a command such as launch/restart.sh."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -51,10 +51,11 @@ def process(folder, log, *more, **environment):
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     with log.open("w") as out:
         one = subprocess.Popen(
-            [sys.executable, TESTS / "echo_server.py", *map(str, arguments)],
+            [*by, sys.executable, TESTS / "echo_server.py", *map(str, arguments)],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | environment,
             stdout=out,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         for _ in range(600):
@@ -65,7 +66,8 @@ def process(folder, log, *more, **environment):
             time.sleep(0.1)
         yield one, f"http://127.0.0.1:{port}"
     finally:
-        one.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.pid, signal.SIGKILL)
         one.wait()
 
 
@@ -155,6 +157,42 @@ def test_a_stopped_server_ends_well_whatever_its_callers_do(server):
     assert one.wait(15) == 0
     for each in idle:
         each.close()
+
+
+def test_a_stream_that_outlasts_the_time_to_drain_ends_with_an_error(folder, tmp_path):
+    log = tmp_path / "log.txt"
+    with process(folder, log, "--drain_seconds", 1, ECHO_PACE="0.6") as (one, address):
+        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": True}).encode()
+        with urllib.request.urlopen(f"{address}/v1/chat/completions", body, timeout=60) as answer:
+            answer.readline()
+            one.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            events = [line for line in answer.read().splitlines() if line]
+        assert json.loads(events[-1].removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+        assert 0.5 < time.monotonic() - begun < 8
+        assert one.wait(15) == 0
+    assert "Traceback" not in log.read_text() and "no request is open any more; bye" in log.read_text()
+
+
+def test_the_launcher_starts_a_server_with_a_failed_device_again(folder, tmp_path):
+    log, by = tmp_path / "log.txt", ["bash", TESTS.parent / "launch" / "restart.sh", "--pause", "1", "--"]
+    with process(folder, log, by=by, ECHO_BREAKS="2") as (one, address):
+        assert post(address, said(b"Hi"))[1]["code"] == "engine_failed"
+        for _ in range(300):
+            if log.read_text().count("listening on") == 2:
+                break
+            assert one.poll() is None, log.read_text()
+            time.sleep(0.1)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                assert json.load(urllib.request.urlopen(f"{address}/health", timeout=5)) == {"status": "ok"}
+                break
+            time.sleep(0.1)
+        short = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}'
+        assert post(address, short)[0] == 200
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(20) == 0
+    assert "restart: exit code 75" in log.read_text()
 
 
 def _try(address, body):
