@@ -115,8 +115,9 @@ class _Log(logging.StreamHandler):
     """
 
     def __init__(self):
-        out = sys.stdout
-        own = out and open(out.fileno(), "w", encoding=out.encoding, errors="backslashreplace", closefd=False)
+        out, own = sys.stdout, None
+        if out is not None:
+            own = os.fdopen(out.fileno(), "w", encoding=out.encoding, errors="backslashreplace", closefd=False)
         super().__init__(own)
 
     def emit(self, record: logging.LogRecord) -> None:
