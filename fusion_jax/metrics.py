@@ -307,8 +307,10 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(target, dpi=120)
+    temporary = target.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
+    temporary.replace(target)
 
 
 def _is_number(value: object) -> bool:

@@ -20,6 +20,7 @@ from absl import flags
 
 from fusion_jax import (
     checkpoint,
+    compiled,
     distributed,
     lock,
     metrics,
@@ -111,7 +112,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         workdir.mkdir(parents=True, exist_ok=True)
     # One of several processes speaks for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
-        _cache_compiled_programs(workdir)
+        compiled.keep(workdir / "compiled", distributed.is_first())
         with _says_what_fails(workdir):
             if distributed.is_first():
                 temporary = workdir / "config.json.tmp"
@@ -170,12 +171,6 @@ def _check_evaluation(config: RunConfig) -> None:
             f"{list(config.evaluation_tasks)}) and the folder evaluation_data (it is {config.evaluation_data!r})."
         )
     find_tasks(config.evaluation_tasks)
-
-
-def _cache_compiled_programs(workdir: Path) -> None:
-    """Restarts and stages of equal shapes compile nothing again. A cache chosen by the user is left alone."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
 
 
 def _checkpoints(workdir: Path, stage: StageConfig) -> Path:
