@@ -22,12 +22,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from fusion_jax import integrity
-from fusion_jax.about import check_form, config_of, first_line, load_text
+from fusion_jax.about import check_form, config_of, load_text
 from fusion_jax.about import describe as describe
 from fusion_jax.about import environment as environment
 from fusion_jax.about import load_about as load_about
 from fusion_jax.about import save_tokenizer as save_tokenizer
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.loading import FOLDER as FOLDER
 from fusion_jax.loading import Loaded as Loaded
 from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in

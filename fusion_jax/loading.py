@@ -12,10 +12,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict
 
 from fusion_jax import integrity
-from fusion_jax.about import check_size, config_of, first_line, load_about, save_tokenizer
+from fusion_jax.about import check_size, config_of, load_about, save_tokenizer
 from fusion_jax.config import RunConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")

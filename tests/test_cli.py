@@ -144,6 +144,22 @@ def test_a_log_on_a_full_disk_leaves_the_exit_code_alone(tmp_path, kind, code, u
         assert start(kind, tmp_path / "done", stdout=full, stderr=full, env=environment).wait(30) == code
 
 
+LOST = """
+import jax
+from fusion_jax import distributed
+jax.process_count = lambda: 2
+with distributed.ends_with_the_others():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + distributed._LOST[0])
+"""
+
+
+@pytest.mark.parametrize(("script", "code"), [("import fusion_jax\nfusion_jax.ended_early()", 130), (LOST, 75)])
+def test_ends_that_pass_python_by_keep_their_code_on_a_full_disk(script, code):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=full, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == code
+
+
 def test_log_and_results_come_out_in_order():
     out, _ = start("both", env=ENVIRONMENT | {"PYTHONUNBUFFERED": ""}).communicate(timeout=30)
     assert [line.split()[-1] for line in out.splitlines()] == ["1", "2", "3"]
