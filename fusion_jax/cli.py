@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 import fusion_jax
 from fusion_jax.errors import AGAIN, RunAgain, UserError, check
-from fusion_jax.files import open_file, shown
+from fusion_jax.files import open_file, printable, shown
 
 INTERRUPTED = 128 + signal.SIGINT
 _LINGER = 5.0  # seconds that threads may take to end after Ctrl-C
@@ -135,9 +135,7 @@ class _Log(logging.StreamHandler):
 
 def _harmless(text: str) -> str:
     """The text without what would move a terminal's cursor or change its colours: names in files may hold anything."""
-    return "\n".join(
-        line if line.replace("\t", "").isprintable() else shown(line, len(line)) for line in text.split("\n")
-    )
+    return "\n".join(line if line.replace("\t", "").isprintable() else printable(line) for line in text.split("\n"))
 
 
 def _say(text: str) -> None:
