@@ -154,21 +154,21 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
-            found = integrity.problem(folder, jax.process_index(), jax.process_count())
+            damage = integrity.problem(folder, jax.process_index(), jax.process_count())
             restored = None
-            if _all_agree(found is None):
+            if _all_agree(damage is None):
                 if integrity.unlisted(folder):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
                 try:
                     restored = self._load(folder, step, like, accept)
                 except Exception as error:  # each part of a file and each library has its own kind of damage
                     raise_if_no_damage(error)
-                    found = first_line(error)
+                    damage = first_line(error)
                 if _all_agree(restored is not None):
                     self._set_aside(damaged, step)
                     self._written = step
                     return step, *restored
-            damaged[step] = found or "another process found it damaged"
+            damaged[step] = damage or "another process found it damaged"
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])
         if damaged:
             raise UserError(
@@ -211,6 +211,7 @@ class Checkpoints:
                 self.folder,
             )
             return
+        self._written = None
         for step in doubtful:
             log.warning("%s is kept as %d.diverged: no step after it was finite", self.folder / str(step), step)
             try:

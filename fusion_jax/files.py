@@ -35,10 +35,10 @@ def open_file(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _check_regular(found: os.stat_result, path: str | Path) -> None:
-    if stat.S_ISDIR(found.st_mode):
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EPERM, "it is a pipe, a device or a socket, not a file", str(path))
 
 

@@ -287,9 +287,9 @@ def _lookup(host: str, port: int) -> list[tuple]:
         _LOOKUPS.release()
         raise
     try:
-        found = answers.get(timeout=_left())
+        answer = answers.get(timeout=_left())
     except queue.Empty:
         raise httpcore2.ConnectTimeout("the name took too long") from None
-    if isinstance(found, Exception) or not found:
-        raise WebError("no_host", f"no such host ({found or 'no address'})")
-    return found
+    if isinstance(answer, Exception) or not answer:
+        raise WebError("no_host", f"no such host ({answer or 'no address'})")
+    return answer

@@ -61,6 +61,8 @@ def test_checkpoints_whose_parameters_never_gave_a_finite_loss_are_set_aside(tmp
     checkpoints.finish(6, state_at(6), {"next": 6}, patience=0)
     checkpoints.distrust(6)  # once more: the folder that lies aside is replaced
     assert checkpoints.steps() == [4]
+    checkpoints.finish(6, state_at(6), {"next": 6}, patience=0)
+    assert checkpoints.steps() == [4, 6]
 
 
 def test_the_only_checkpoints_are_never_set_aside(tmp_path, caplog):
