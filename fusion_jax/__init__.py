@@ -9,8 +9,10 @@ __version__ = "0.1.0"
 
 def ended_early(*_) -> None:
     """Ctrl-C while a command still loads what it needs, which takes seconds. `cli.run_main` takes this off again."""
-    os.write(2, b"stopped\n")
-    os._exit(130)
+    try:
+        os.write(2, b"stopped\n")
+    finally:  # standard error may be closed, or a file on a full disk
+        os._exit(130)
 
 
 # Python calls a command `-m` for as long as it looks for it, which is when this file is read: of this package's

@@ -20,7 +20,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from fusion_jax import integrity
 from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.models.config import FusionConfig
 
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
@@ -192,10 +192,3 @@ def check_size(folder: Path, like: Any) -> None:
         f"{folder} is no whole checkpoint: its config describes parameters of {wanted / 2**30:,.1f} GiB, "
         f"its files have {stored / 2**30:,.3f} GiB.",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence. Orbax hides the reason in the cause of what it raises."""
-    while isinstance(error, KeyError) and error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

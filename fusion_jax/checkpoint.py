@@ -22,12 +22,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from fusion_jax import integrity
-from fusion_jax.about import check_form, config_of, first_line, load_text
+from fusion_jax.about import check_form, config_of, load_text
 from fusion_jax.about import describe as describe
 from fusion_jax.about import environment as environment
 from fusion_jax.about import load_about as load_about
 from fusion_jax.about import save_tokenizer as save_tokenizer
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.loading import FOLDER as FOLDER
 from fusion_jax.loading import Loaded as Loaded
 from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in
@@ -77,6 +77,7 @@ class Checkpoints:
         ours = json.loads(about["json"])
         self._needed = [name for name in ("config", "tokenizer") if name in ours]
         self._compares = bool(ours.get("config"))  # a benchmark's says nothing
+        self._replaces = True  # whether the save under way lets older checkpoints go
         self._saves = 0
         self._meet = get_barrier_sync_fn()
         self._options = ocp.Context()
@@ -95,11 +96,13 @@ class Checkpoints:
         """Starts saving; waits for the save before this one.
 
         Args:
+          state: while its last step was skipped, what the parameters are worth is not known: no older one is deleted.
           data: state of the input iterator right behind the batch of this step. JSON, the same in all processes.
         """
         self._wait()
         if _all_agree(step == self._written):
             return
+        self._replaces = not int(state.skipped_in_row)
         params, train = _split(state)
         items = {"params": params, "train": train, "data": {"json": json.dumps(data)}, "about": self._about}
         self._saves += 1
@@ -151,21 +154,21 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
-            found = integrity.problem(folder, jax.process_index(), jax.process_count())
+            damage = integrity.problem(folder, jax.process_index(), jax.process_count())
             restored = None
-            if _all_agree(found is None):
+            if _all_agree(damage is None):
                 if integrity.unlisted(folder):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
                 try:
                     restored = self._load(folder, step, like, accept)
                 except Exception as error:  # each part of a file and each library has its own kind of damage
                     raise_if_no_damage(error)
-                    found = first_line(error)
+                    damage = first_line(error)
                 if _all_agree(restored is not None):
                     self._set_aside(damaged, step)
                     self._written = step
                     return step, *restored
-            damaged[step] = found or "another process found it damaged"
+            damaged[step] = damage or "another process found it damaged"
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])
         if damaged:
             raise UserError(
@@ -194,17 +197,27 @@ class Checkpoints:
         return self._writer is not None and self._writer.is_alive()
 
     def distrust(self, first: int) -> None:
-        """Sets the checkpoints from step `first` on aside: their parameters have not given a finite loss."""
+        """Sets the checkpoints from step `first` on aside: their parameters have not given a finite loss.
+
+        Where none is older they stay, with a warning: to begin the stage again is for a person to decide.
+        """
         self._wait()
-        for step in self.steps():
-            if step >= first:
-                log.warning(
-                    "%s is set aside as %d.diverged: no step after it was finite", self.folder / str(step), step
-                )
-                if jax.process_index() == 0:
-                    target = self.folder / f"{step}.diverged"
-                    _remove(target)
-                    (self.folder / str(step)).rename(target)
+        steps = self.steps()
+        doubtful = [step for step in steps if step >= first]
+        if doubtful and doubtful == steps:
+            log.warning(
+                "no step after those saved in %s was finite, and there is no older checkpoint; "
+                "move that folder away to begin the stage again",
+                self.folder,
+            )
+            return
+        self._written = None
+        for step in doubtful:
+            log.warning("%s is kept as %d.diverged: no step after it was finite", self.folder / str(step), step)
+            try:
+                self._rename(step, "diverged")
+            except OSError as error:
+                log.warning("it stays as it was: %s", first_line(error))
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -270,7 +283,7 @@ class Checkpoints:
         self._sweep()  # what was half written takes the room of the next attempt
 
     def _delete_old(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self._replaces:
             for step in self.steps()[: -self._keep]:
                 if not (self._keep_every and step % self._keep_every == 0):
                     _discard(self.folder / str(step))
@@ -284,10 +297,14 @@ class Checkpoints:
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         for step in damaged:
             log.warning("going back to step %d; %s is kept as %d.damaged", used, self.folder / str(step), step)
-            if jax.process_index() == 0:
-                target = self.folder / f"{step}.damaged"
-                _remove(target)
-                (self.folder / str(step)).rename(target)
+            self._rename(step, "damaged")
+
+    def _rename(self, step: int, reason: str) -> None:
+        """Takes a checkpoint out of those that are used."""
+        if jax.process_index() == 0:
+            target = self.folder / f"{step}.{reason}"
+            _remove(target)
+            (self.folder / str(step)).rename(target)
 
 
 def _remove(path: Path) -> None:

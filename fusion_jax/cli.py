@@ -4,6 +4,7 @@ Exit codes: 0 done, or help was asked for; 2 a user error; 75 stopped on request
 stopped by Ctrl-C; 1 any other failure, with a traceback; 128 + N ended by signal N.
 """
 
+import atexit
 import contextlib
 import errno
 import logging
@@ -26,7 +27,7 @@ from ml_collections import config_flags
 
 import fusion_jax
 from fusion_jax.errors import AGAIN, RunAgain, UserError, check
-from fusion_jax.files import open_file, shown
+from fusion_jax.files import open_file, printable, shown
 
 INTERRUPTED = 128 + signal.SIGINT
 _LINGER = 5.0  # seconds that threads may take to end after Ctrl-C
@@ -57,8 +58,9 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # half an emoji in a file must not end a command that only mentions it
             stream.reconfigure(errors="backslashreplace")
+    atexit.register(_flush)  # whatever ends the command: Python's own end would make a full disk the exit code 120
     absl_logging.set_verbosity(absl_logging.ERROR)
-    handler = _Log(sys.stdout)
+    handler = _Log()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("fusion_jax")
     log.addHandler(handler)
@@ -70,7 +72,7 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
         problem = _flush()
         if problem is not None and code == 0:
             _say(f"error: standard output cannot be written: {problem}.")
-            code = 1
+            code = 2
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # all is said: Python's own end may take long
             signal.signal(signal.SIGINT, lambda *_: os._exit(code))
         return code
@@ -107,7 +109,21 @@ def _code(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 class _Log(logging.StreamHandler):
-    """Standard output. Where it cannot be written, its reader being gone or a disk full, the work goes on without."""
+    """Standard output. Where it cannot be written, its reader being gone or a disk full, the work goes on without.
+
+    It has a buffer of its own: what is left in it at the end is no fault of the command, as a lost result would be.
+    """
+
+    def __init__(self):
+        out, own = sys.stdout, None
+        if out is not None:
+            own = os.fdopen(out.fileno(), "w", encoding=out.encoding, errors="backslashreplace", closefd=False)
+        super().__init__(own)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stdout.flush()  # what was printed before stands before
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return _harmless(super().format(record))
@@ -119,9 +135,7 @@ class _Log(logging.StreamHandler):
 
 def _harmless(text: str) -> str:
     """The text without what would move a terminal's cursor or change its colours: names in files may hold anything."""
-    return "\n".join(
-        line if line.replace("\t", "").isprintable() else shown(line, len(line)) for line in text.split("\n")
-    )
+    return "\n".join(line if line.replace("\t", "").isprintable() else printable(line) for line in text.split("\n"))
 
 
 def _say(text: str) -> None:
@@ -140,14 +154,18 @@ def _reader_is_gone() -> bool:
 
 
 def _flush() -> str | None:
-    """Writes out what is left, so that Python need not at its end. What kept it from that, if anybody should know."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None if isinstance(error, BrokenPipeError) else error.strerror
-    return None
+    """Writes out what is left, so that Python need not at its end. What kept standard output from it, if anybody should
+    know."""
+    problem = None
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                problem = error.strerror
+    return problem
 
 
 def _end_soon() -> None:

@@ -13,9 +13,44 @@ from fusion_jax.dicts import from_dict as from_dict
 from fusion_jax.dicts import to_dict as to_dict
 from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig
+from fusion_jax.models.limits import within
 from fusion_jax.models.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16")
+
+# Least and most of the fields that are numbers. A value beyond the most is a mistake: it would fill the memory, or
+# overflow a counter of 32 bits or a float32.
+_STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
+_RATE = (0, 3.4e38)
+_STAGE_RANGES = {
+    "max_length": (1, _LENGTH),
+    "max_question_length": (1, _LENGTH),
+    "max_rounds": (1, 4096),
+    "max_images": (1, 4096),
+    "batch_size": (1, _LENGTH),
+    "accumulation": (1, _LENGTH),
+    "epochs": (0, 1_000_000),
+    "steps": (0, _STEPS),
+    "learning_rate": _RATE,
+    "weight_decay": (0, 1e6),
+    "eps": (1e-20, 1.0),
+    "clip_norm": (0, 1e12),
+}
+_RUN_RANGES = {
+    "log_every": (1, _STEPS),
+    "checkpoint_every": (1, _STEPS),
+    "checkpoint_minutes": (0, 1e6),
+    "keep_checkpoints": (1, _STEPS),
+    "keep_every": (0, _STEPS),
+    "validate_every": (0, _STEPS),
+    "validation_batches": (0, _STEPS),
+    "sample_answers": (0, 1024),
+    "evaluate_every": (0, _STEPS),
+    "evaluation_limit": (0, _STEPS),
+    "max_skipped_steps": (1, _STEPS),
+    "loader_threads": (1, 1024),
+    "hang_minutes": (0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +118,21 @@ class StageConfig:
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
-        for name in ("max_length", "max_question_length", "max_rounds", "max_images", "batch_size", "accumulation"):
-            check(getattr(self, name) >= 1, f"{where}: {name}={getattr(self, name)} must be at least 1.")
+        check(
+            self.name not in ("", ".", "..") and "/" not in self.name and self.name.isprintable(),
+            f"{where}: the name must be one of a folder, without a slash.",
+        )
+        for name, (least, most) in _STAGE_RANGES.items():
+            within(f"{where}: {name}", getattr(self, name), least, most)
+        for path, rate in self.learning_rate_by_path.items():
+            within(f"{where}: learning_rate_by_path[{path!r}]", rate, *_RATE)
         check(
             self.batch_size % self.accumulation == 0,
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        check(0 <= self.warmup_ratio < 1, f"{where}: warmup_ratio={self.warmup_ratio} must be in [0, 1).")
-        check(self.learning_rate >= 0, f"{where}: learning_rate={self.learning_rate} must not be negative.")
+        for name in ("warmup_ratio", "b1", "b2"):
+            check(0 <= getattr(self, name) < 1, f"{where}: {name}={getattr(self, name)} must be in [0, 1).")
         check(
             self.first_moment in DTYPES,
             f"{where}: first_moment={self.first_moment!r} is unknown; allowed: {', '.join(DTYPES)}.",
@@ -157,11 +198,9 @@ class RunConfig:
             ("decode", self.decode, DECODES),
         ):
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_threads"):
-            check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        for name, (least, most) in _RUN_RANGES.items():
+            within(f"config.{name}", getattr(self, name), least, most)
         check(0 <= self.seed < 1 << 32, f"config.seed={self.seed} must be at least 0 and below 2^32.")
-        for name in ("checkpoint_minutes", "keep_every", "hang_minutes"):
-            check(getattr(self, name) >= 0, f"config.{name}={getattr(self, name)} must not be negative.")
         check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )

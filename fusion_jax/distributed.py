@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fusion_jax.errors import AGAIN, UserError, check
+from fusion_jax.errors import AGAIN, UserError, check, first_line
 
 log = logging.getLogger("fusion_jax")
 
@@ -57,7 +57,7 @@ def _join(where: str, **arguments) -> None:
     try:
         jax.distributed.initialize(**arguments)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"Could not join the other processes at {where}: {reason}") from error
 
 
@@ -92,16 +92,17 @@ def ends_with_the_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
             raise
-        print(
-            f"Another process of this run has ended or cannot be reached ({reason[:200]}); start all of them again: "
-            "training goes on from the newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # of a log on a full disk
+            print(
+                f"Another process of this run has ended or cannot be reached ({reason[:200]}); start all of them "
+                "again: training goes on from the newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.stdout.flush()
         os._exit(AGAIN)
 
 

@@ -11,6 +11,13 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence. Orbax hides the reason in the cause of what it raises."""
+    while isinstance(error, KeyError) and error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+
+
 AGAIN = 75  # exit code of what is to be started again by launchers (EX_TEMPFAIL), such as a run that stopped and saved
 
 

@@ -35,11 +35,11 @@ def open_file(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _check_regular(found: os.stat_result, path: str | Path) -> None:
-    if stat.S_ISDIR(found.st_mode):
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EPERM, "it is a pipe, a device or a socket, not a file", str(path))
 
 
 def read_file(path: str | Path, limit: int | None = None) -> bytes:
@@ -94,7 +94,11 @@ def _too_deep(data: bytes) -> bool:
 def shown(value: Any, most: int = 200) -> str:
     """A text out of a file as messages and logs may hold it: one line, printable, not long."""
     text = str(value)
-    text = text if len(text) <= most else f"{text[:most]}..."
+    return printable(text if len(text) <= most else f"{text[:most]}...")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is no character to be seen: it might move a terminal's cursor or hide the rest."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

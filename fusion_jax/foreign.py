@@ -78,37 +78,30 @@ def number(
     return float(value)
 
 
-def flag(config: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
-    """A true or false of a config."""
+def _of_kind(config: Mapping[str, Any], key: str, where: str, default: Any, kind: type, expected: str) -> Any:
     value = _given(config, key, where, default)
     if value is None:
         return default
-    if not isinstance(value, bool):
-        _refuse(where, key, "true or false", value)
+    if not isinstance(value, kind):
+        _refuse(where, key, expected, value)
     return value
+
+
+def flag(config: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    """A true or false of a config."""
+    return _of_kind(config, key, where, default, bool, "true or false")
 
 
 def text(config: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
     """A string of a config."""
-    value = _given(config, key, where, default)
-    if value is None:
-        return default
-    if not isinstance(value, str):
-        _refuse(where, key, "a text", value)
-    return value
+    return _of_kind(config, key, where, default, str, "a text")
 
 
 def mapping(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """An object inside a config; empty where it is missing or null."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, dict):
-        _refuse(where, key, "an object", value)
-    return value or {}
+    return _of_kind(config, key, where, {}, dict, "an object")
 
 
 def sequence(config: Mapping[str, Any], key: str, where: str) -> list[Any]:
     """A list inside a config; empty where it is missing or null."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, list):
-        _refuse(where, key, "a list", value)
-    return value or []
+    return _of_kind(config, key, where, [], list, "a list")

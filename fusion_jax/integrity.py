@@ -62,16 +62,16 @@ def problem(
     for name, (size, _) in jobs:
         if name not in present:
             return f"{name} is missing"
-        found = (folder / name).stat().st_size
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
+        actual = (folder / name).stat().st_size
+        if actual != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
     if thorough:
         jobs = [job for job in jobs if not parts or job[0].partition("/")[0] in parts]
         with ThreadPoolExecutor(4) as pool:
-            for (name, (_, expected)), found in zip(jobs, pool.map(lambda job: _checksum(folder / job[0]), jobs)):
-                if isinstance(found, OSError):
-                    return f"{name} cannot be read ({found.strerror})"
-                if found != expected:
+            for (name, (_, expected)), actual in zip(jobs, pool.map(lambda job: _checksum(folder / job[0]), jobs)):
+                if isinstance(actual, OSError):
+                    return f"{name} cannot be read ({actual.strerror})"
+                if actual != expected:
                     return f"the content of {name} has changed"
     return None
 
@@ -135,8 +135,8 @@ def _raise(error: OSError) -> None:
 
 
 def _owners_of_lists(folder: Path) -> set[int]:
-    found = (_LIST.fullmatch(path.name) for path in folder.iterdir())
-    return {int(match[1]) for match in found if match and match[2] == "json"}
+    matches = (_LIST.fullmatch(path.name) for path in folder.iterdir())
+    return {int(match[1]) for match in matches if match and match[2] == "json"}
 
 
 def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
@@ -151,16 +151,16 @@ def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
         try:
             if not path.is_file() or path.stat().st_size > _LONGEST_LIST:
                 raise ValueError("it is no file of a sensible size")
-            found = json.loads(path.read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds {type(found).__name__} instead of a list of files")
-            if not found and process == 0:
+            listed = json.loads(path.read_bytes())
+            if not isinstance(listed, dict):
+                raise ValueError(f"it holds {type(listed).__name__} instead of a list of files")
+            if not listed and process == 0:
                 raise ValueError("it names no file")
-            for name, value in found.items():
+            for name, value in listed.items():
                 _check_entry(name, value)
         except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{path.name} cannot be read ({error})") from error
-        entries |= {name: tuple(value) for name, value in found.items()}
+        entries |= {name: tuple(value) for name, value in listed.items()}
     return entries
 
 

@@ -12,10 +12,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict
 
 from fusion_jax import integrity
-from fusion_jax.about import check_size, config_of, first_line, load_about, save_tokenizer
+from fusion_jax.about import check_size, config_of, load_about, save_tokenizer
 from fusion_jax.config import RunConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
@@ -75,22 +75,22 @@ def find(path: str | Path) -> Path:
     """
     path = Path(path).absolute()
     if (path / "params").is_dir():
-        found = _unusable(path)
-        if found:
-            raise UserError(f"{path} is no whole checkpoint: {found}.")
+        damage = _unusable(path)
+        if damage:
+            raise UserError(f"{path} is no whole checkpoint: {damage}.")
         return path
     damaged = []
     for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
         steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
         for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
-            found = _unusable(newest)
-            if found is None:
+            damage = _unusable(newest)
+            if damage is None:
                 for passed in damaged:
                     log.warning("going back to %s; %s is not whole", newest, passed.name)
                 if integrity.unlisted(newest):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", newest)
                 return newest
-            log.warning("checkpoint %s is damaged: %s; looking at the one before", newest, found)
+            log.warning("checkpoint %s is damaged: %s; looking at the one before", newest, damage)
             damaged.append(newest)
     if damaged:
         raise UserError(f"No checkpoint in {path} is whole; the log says what is wrong with each.")
@@ -105,13 +105,13 @@ def _unusable(folder: Path) -> str | None:
         files = [(name, (folder / name).stat()) for name in integrity.files(folder)]
     except (ValueError, OSError) as error:
         return str(error)
-    found = _problem(folder, tuple((name, at.st_size, at.st_mtime_ns) for name, at in files))
-    if found is None:
+    damage = _problem(folder, tuple((name, at.st_size, at.st_mtime_ns) for name, at in files))
+    if damage is None:
         try:
             load_about(folder)
         except UserError as error:
             return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
-    return found
+    return damage
 
 
 @functools.lru_cache(maxsize=16)

@@ -76,10 +76,10 @@ class Loop:
             jax.block_until_ready(values)
         self.interval.spend("compute", computed())
         report = self.interval.report(self._peak) | watch.memory()
-        found = self._spikes.look(step - len(self.interval.fetched()) + 1, self.interval.fetched())
-        for text in found[:3]:
+        spikes = self._spikes.look(step - len(self.interval.fetched()) + 1, self.interval.fetched())
+        for text in spikes[:3]:
             log.warning("%s %s", name, text)
-        report["spikes"] = len(found)
+        report["spikes"] = len(spikes)
         left = (time.perf_counter() - self._begun) / (step - self._start) * (steps - step)
         log.info(metrics.line(name, step, steps, report, left))
         self.begin_interval()

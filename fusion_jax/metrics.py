@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 
 log = logging.getLogger("fusion_jax")
 
@@ -133,7 +133,7 @@ def _start_wandb(project: str, folder: Path):
     try:
         return wandb.init(**arguments, resume="allow", reinit="finish_previous")
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)
         raise UserError(
             f"Weights & Biases could not be started for config.wandb_project={project!r} ({reason}); repair that, set "
             "WANDB_MODE=offline, or leave wandb_project empty."
@@ -307,8 +307,10 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(target, dpi=120)
+    temporary = target.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
+    temporary.replace(target)
 
 
 def _is_number(value: object) -> bool:

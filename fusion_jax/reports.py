@@ -17,7 +17,7 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, pipeline
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.errors import BadRecord
+from fusion_jax.errors import BadRecord, first_line
 from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.models import fusion
 
@@ -95,7 +95,7 @@ class Reports:
         if trouble is None:
             return
         self._failed[what] += 1
-        reason = f"{type(trouble).__name__}: {(str(trouble).splitlines() or [''])[0][:300]}"
+        reason = f"{type(trouble).__name__}: {first_line(trouble)}"
         name, times = self.stage.name, self._failed[what]
         log.warning("%s %d  %s failed (%s), %d time(s) so far; training goes on", name, step, what, reason, times)
 

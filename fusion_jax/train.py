@@ -20,6 +20,7 @@ from absl import flags
 
 from fusion_jax import (
     checkpoint,
+    compiled,
     distributed,
     lock,
     metrics,
@@ -34,7 +35,7 @@ from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
-from fusion_jax.errors import BadRecord, RunAgain, UserError
+from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
 from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
@@ -111,7 +112,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         workdir.mkdir(parents=True, exist_ok=True)
     # One of several processes speaks for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
-        _cache_compiled_programs(workdir)
+        compiled.keep(workdir / "compiled", distributed.is_first())
         with _says_what_fails(workdir):
             if distributed.is_first():
                 temporary = workdir / "config.json.tmp"
@@ -172,12 +173,6 @@ def _check_evaluation(config: RunConfig) -> None:
     find_tasks(config.evaluation_tasks)
 
 
-def _cache_compiled_programs(workdir: Path) -> None:
-    """Restarts and stages of equal shapes compile nothing again. A cache chosen by the user is left alone."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-
-
 def _checkpoints(workdir: Path, stage: StageConfig) -> Path:
     return workdir / stage.name / checkpoint.FOLDER
 
@@ -197,6 +192,7 @@ class StageRun:
         self.about: dict = about
         self.steps = pipeline.stage_steps(stage, len(source))
         self.bad_to_show = 5  # in the log; bad_records.jsonl has them all
+        self.bad_in_row = 0  # since the last sample
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -241,7 +237,7 @@ class StageRun:
                 last = step == self.steps
                 tracer.before(step)
                 fed, counts = loop.wait_for_input(batches)
-                self._note_bad(step, fed.bad, counts)
+                self._note_bad(step, fed, counts)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
                 tracer.after(step, values)
@@ -273,7 +269,8 @@ class StageRun:
                     raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
         return current.params
 
-    def _note_bad(self, step: int, bad: tuple[BadRecord, ...], counts: pipeline.Counts) -> None:
+    def _note_bad(self, step: int, fed: pipeline.Fed, counts: pipeline.Counts) -> None:
+        bad = fed.bad
         if not bad:
             return
         entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in bad]
@@ -286,10 +283,12 @@ class StageRun:
             log.warning("skipped a bad record (%s): %s", record.reason, record)
         self.bad_to_show -= len(bad)
         counts.check(self.config.max_bad_records, len(self.source))
-        if len(bad) > len(self.source):  # a whole pass without one that can be used: allowed or not, nothing is left
+        self.bad_in_row = 0 if fed.samples else self.bad_in_row + len(bad)
+        # Two passes hold a whole one, wherever they begin: allowed or not, nothing is left to learn from.
+        if self.bad_in_row >= 2 * len(self.source):
             raise UserError(
-                f"None of the {len(self.source)} records of {self.stage.data} can be used any more (first: {bad[0]}); "
-                "bad_records.jsonl in the workdir lists them."
+                f"None of the {len(self.source)} records of {self.stage.data} can be used any more (the last: "
+                f"{bad[-1]}); bad_records.jsonl in the workdir lists them."
             )
 
     def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
@@ -298,7 +297,8 @@ class StageRun:
             checkpoints.distrust(step - in_row)
             raise UserError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite (max_skipped_steps="
-                f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps."
+                f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps"
+                + (", or at the parameters that the stage began with." if in_row == step else ".")
             )
 
 

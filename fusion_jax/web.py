@@ -9,7 +9,6 @@ import contextlib
 import email.utils
 import functools
 import ipaddress
-import json
 import math
 import queue
 import socket
@@ -26,6 +25,7 @@ from typing import Any
 import httpcore2
 
 from fusion_jax.errors import check
+from fusion_jax.files import parse_json
 
 _LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
 MAX_DEPTH = 64  # of JSON
@@ -169,10 +169,7 @@ def read_json(said: bytes | str) -> Any:
     marks = (b",", b"[", b"{") if isinstance(said, bytes) else (",", "[", "{")
     if sum(said.count(mark) for mark in marks) > MAX_VALUES:
         raise ValueError(f"over {MAX_VALUES} values")
-    try:
-        value = json.loads(said)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = parse_json(said)
     check_depth(value)
     return value
 
@@ -290,9 +287,9 @@ def _lookup(host: str, port: int) -> list[tuple]:
         _LOOKUPS.release()
         raise
     try:
-        found = answers.get(timeout=_left())
+        answer = answers.get(timeout=_left())
     except queue.Empty:
         raise httpcore2.ConnectTimeout("the name took too long") from None
-    if isinstance(found, Exception) or not found:
-        raise WebError("no_host", f"no such host ({found or 'no address'})")
-    return found
+    if isinstance(answer, Exception) or not answer:
+        raise WebError("no_host", f"no such host ({answer or 'no address'})")
+    return answer

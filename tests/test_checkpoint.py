@@ -25,7 +25,7 @@ ABOUT = {"json": json.dumps({"config": {}})}
 def state_at(step):
     """Parameters and moments that differ by step."""
     numbers = jnp.arange(64 * 64, dtype=jnp.float32).reshape(64, 64) + step
-    counters = (jnp.int32(step), jnp.int32(0), jnp.int32(1))
+    counters = (jnp.int32(step), jnp.int32(1), jnp.int32(0))
     return TrainState(counters[0], {"a": {"kernel": numbers}}, {"mu": numbers * 2}, *counters[1:])
 
 
@@ -50,6 +50,37 @@ def test_newest_checkpoint_comes_back_and_old_ones_go(tmp_path):
     assert checkpoints.steps() == [4, 8, 10]
     assert_is(checkpoints.restore(jax.eval_shape(lambda: state_at(0))), 10)
     assert checkpoint.Checkpoints(tmp_path / "none", ABOUT).restore(state_at(0)) is None
+
+
+def test_checkpoints_whose_parameters_never_gave_a_finite_loss_are_set_aside(tmp_path, caplog):
+    checkpoints = saved(tmp_path, 2, 4, 6, 8)
+    checkpoints.distrust(6)
+    assert checkpoints.steps() == [4] and "6.diverged: no step after it was finite" in caplog.text
+    assert (tmp_path / "6.diverged" / "params").is_dir() and (tmp_path / "8.diverged").is_dir()
+    assert_is(saved(tmp_path).restore(state_at(0)), 4)
+    checkpoints.finish(6, state_at(6), {"next": 6}, patience=0)
+    checkpoints.distrust(6)  # once more: the folder that lies aside is replaced
+    assert checkpoints.steps() == [4]
+    checkpoints.finish(6, state_at(6), {"next": 6}, patience=0)
+    assert checkpoints.steps() == [4, 6]
+
+
+def test_the_only_checkpoints_are_never_set_aside(tmp_path, caplog):
+    """The next start would begin the stage again without a word."""
+    checkpoints = saved(tmp_path, 4, 6)
+    checkpoints.distrust(4)
+    assert checkpoints.steps() == [4, 6] and "move that folder away to begin" in caplog.text
+    checkpoints.distrust(7)
+    saved(tmp_path / "none").distrust(0)
+
+
+def test_a_checkpoint_of_a_skipped_step_replaces_no_older_one(tmp_path):
+    """A run that is stopped there saves what may be ruined parameters."""
+    checkpoints = saved(tmp_path, 2, 4, keep=2)
+    checkpoints.finish(6, dataclasses.replace(state_at(6), skipped_in_row=jnp.int32(1)), {"next": 6}, patience=0)
+    assert checkpoints.steps() == [2, 4, 6]
+    checkpoints.finish(8, state_at(8), {"next": 8}, patience=0)
+    assert checkpoints.steps() == [6, 8]
 
 
 def test_a_state_that_moves_on_while_it_is_saved_is_saved_as_it_was(tmp_path):

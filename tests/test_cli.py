@@ -18,7 +18,7 @@ import logging, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from fusion_jax.cli import run_main
-from fusion_jax.errors import UserError
+from fusion_jax.errors import RunAgain, UserError
 log = logging.getLogger("fusion_jax")
 def main(argv):
     kind = argv[1]
@@ -37,6 +37,16 @@ def main(argv):
         for k in range(20000):
             log.info("a line of some length %d", k)
         Path(argv[2]).touch()
+    elif kind == "both":
+        print(1), log.info("2"), print(3)
+    elif kind == "short":
+        print("a line")
+    elif kind == "again":
+        log.info("a line")
+        raise RunAgain("a sentence")
+    elif kind == "mistake":
+        log.info("a line")
+        raise UserError("a sentence")
     elif kind == "odd":
         log.info("cut %s, \\x1b[2Jclear", "\\ud83d")
         raise UserError("a name \\x1b[31m \\udcff \\u202e " + "x" * 9000)
@@ -114,12 +124,45 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path, kind):
         assert process.returncode == 128 + signal.SIGPIPE
 
 
-def test_a_full_disk_under_standard_output_is_said():
+@pytest.mark.parametrize("kind", ["say", "short"])
+def test_a_full_disk_under_standard_output_is_said(kind):
     with open("/dev/full", "w") as full:
-        process = start("say", stdout=full)
+        process = start(kind, stdout=full)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "No space left" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("kind", "code"), [("log", 0), ("mistake", 2), ("again", 75), ("bug", 1), ("short", 2), ("--no_such_flag", 2)]
+)
+def test_a_log_on_a_full_disk_leaves_the_exit_code_alone(tmp_path, kind, code, unbuffered):
+    """Launchers go by it. Python itself would end with 120 where standard error keeps something to the end."""
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        assert start(kind, tmp_path / "done", stdout=full, stderr=full, env=environment).wait(30) == code
+
+
+LOST = """
+import jax
+from fusion_jax import distributed
+jax.process_count = lambda: 2
+with distributed.ends_with_the_others():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + distributed._LOST[0])
+"""
+
+
+@pytest.mark.parametrize(("script", "code"), [("import fusion_jax\nfusion_jax.ended_early()", 130), (LOST, 75)])
+def test_ends_that_pass_python_by_keep_their_code_on_a_full_disk(script, code):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=full, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == code
+
+
+def test_log_and_results_come_out_in_order():
+    out, _ = start("both", env=ENVIRONMENT | {"PYTHONUNBUFFERED": ""}).communicate(timeout=30)
+    assert [line.split()[-1] for line in out.splitlines()] == ["1", "2", "3"]
 
 
 def test_names_in_files_cannot_reach_the_terminal():

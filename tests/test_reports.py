@@ -1,5 +1,6 @@
 """What happens around the steps of a run when something fails: reports, plots, logs, the data; and at its start."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -125,6 +126,34 @@ def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, 
         forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a known key"):
         train.train(configured(data), workdir)
+
+
+def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(data, undisturbed, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    config = configured(data, checkpoint_every=1, max_skipped_steps=3)
+    ruinous = dataclasses.replace(config.stages[0], steps=20, learning_rate=1e30)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        train.train(dataclasses.replace(config, stages=(ruinous,)), workdir)
+    folder = workdir / "stage1" / checkpoint.FOLDER
+    assert steps(workdir) == [4] and [path.name for path in folder.glob("*.diverged")] == ["5.diverged"]
+    assert "no checkpoint of step 6, whose loss or gradient is not finite" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["texts", "images"])
+def test_data_that_cannot_be_used_any_more_ends_a_run_that_allows_all_to_be_bad(data, tmp_path, what):
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    config = configured(broken, max_bad_records=1.0)
+    stage = dataclasses.replace(config.stages[0], steps=50)
+    if what == "texts":
+        stage = dataclasses.replace(stage, max_question_length=1)
+    else:
+        for record in json.loads((broken / "stage1.json").read_text()):
+            (broken / record["image"]).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"None of the 16 records of .*stage1.yaml can be used any more"):
+        train.train(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
+    assert len((tmp_path / "run" / "stage1" / "bad_records.jsonl").read_text().splitlines()) == 32
 
 
 STATES = {

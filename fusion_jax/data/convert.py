@@ -434,8 +434,8 @@ def _read_image(path: Path, where: str) -> bytes:
         return formats.read_file(path, image.MAX_BYTES)[0]
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"the image {path} {e}") from e
-    except (OSError, ValueError) as e:  # ValueError: a path that no file can have
-        if isinstance(e, OSError) and e.errno not in _NO_IMAGE:
+    except OSError as e:
+        if e.errno not in _NO_IMAGE:
             raise  # a disk or a network that fails must not pass for missing images
         raise BadRecord("missing_image", where, f"cannot read the image {path}: {e}") from e
 

@@ -20,11 +20,9 @@ it is bounded here:
 | any | long chains of short comments, segments or chunks | MAX_READS |
 """
 
-import errno
 import io
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +32,7 @@ from PIL import Image
 
 from fusion_jax.data import jpeg2000
 from fusion_jax.data.avif import coded_pixels
+from fusion_jax.files import open_file
 
 MAX_SLOW_SAMPLES = 30_000_000  # pixels times channels where each may take a third of a microsecond
 MAX_TEXT = 4 << 20  # bytes of a PPM whose values are text
@@ -85,26 +84,14 @@ def read_file(path: str | Path, most: int, start: int | None = None) -> tuple[by
       most: bytes that it may have. start: of the beginning that is enough.
 
     Raises:
-      OSError, ValueError: it cannot be read, or is a folder, a pipe or a device, which might never end.
+      OSError: it cannot be read, or is no regular file (`files.open_file`).
       TooLarge: it has over `most` bytes.
     """
-    _check_regular(os.stat(path))  # before, because opening a device may already do something
-    with open(path, "rb", opener=_without_waiting) as file:
-        found = os.fstat(file.fileno())
-        _check_regular(found)  # again: another file may have taken its place
-        if found.st_size > most:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
             raise TooLarge(f"has more than {most} bytes")
-        return file.read(most if start is None else start), found.st_size
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EPERM
-        raise OSError(kind, "it is no file, but a folder, a pipe or a device")
+        return file.read(most if start is None else start), size
 
 
 def format_of(start: bytes) -> str | None:

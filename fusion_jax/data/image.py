@@ -142,7 +142,7 @@ def _read(path: str | Path, where: str, name: str, start: int | None = None) -> 
         return formats.read_file(path, MAX_BYTES, start)
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
-    except (OSError, ValueError) as e:  # ValueError: a path that no file can have
+    except OSError as e:
         raise BadRecord("missing_image", where, f"cannot read {name}: {e}") from e
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusion_jax.files import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -151,7 +153,7 @@ def as_text(figures: dict[str, Any], tables: Sequence[Table]) -> str:
     """The tables for a terminal."""
     blocks = [f"=== {headline(figures)} ==="]
     for table in tables:
-        lines = [list(map(_printable, line)) for line in (table.heads, *table.lines)]
+        lines = [list(map(printable, line)) for line in (table.heads, *table.lines)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(table.heads))]
         last = len(widths) - 1 if table.notes else None
         drawn = [
@@ -164,7 +166,7 @@ def as_text(figures: dict[str, Any], tables: Sequence[Table]) -> str:
         rule = "-" * max(map(len, drawn))
         blocks.append("\n".join([table.title.upper(), drawn[0], rule, *drawn[1:], textwrap.fill(table.note, 110)]))
     if figures["bad_records"]:
-        blocks.append("\n".join(["BAD RECORDS", *map(_printable, bad_lines(figures))]))
+        blocks.append("\n".join(["BAD RECORDS", *map(printable, bad_lines(figures))]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -192,8 +194,3 @@ def bad_lines(figures: dict[str, Any]) -> list[str]:
             f"{figures['max_bad_records']:g} allows, so training would stop."
         )
     return lines
-
-
-def _printable(text: str) -> str:
-    """Names come from data files; what they hold must not steer the terminal."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

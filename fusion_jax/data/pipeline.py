@@ -291,17 +291,19 @@ class _BatchIterator(grain.DatasetIterator):
 
     def _read(self) -> list[BadRecord]:
         """Reads until a step can be planned, or too many records have been bad. The bad ones."""
-        f, bad = self._feeding, []
+        f, bad, in_row = self._feeding, [], 0
         records = len(f.loader.source)
         while not enough(self._waiting, f.sizes, f.batch_size, f.split):
             element = next(self._parent)
             self._counts.seen += 1
             if isinstance(element, BadRecord):
                 bad.append(element)
+                in_row += 1
                 self._counts.add(element)
-                if len(bad) > records or self._counts.too_many(f.allowed, records):
-                    break  # nothing usable, or not enough: hand over what was met, and let the trainer say so
+                if in_row >= 2 * records or self._counts.too_many(f.allowed, records):
+                    break  # none in a whole pass, or too few: hand over what was met, and let the trainer say so
             else:
+                in_row = 0
                 measured, dropped = element
                 self._waiting.append(measured)
                 self._counts.shortened += dropped > 0

@@ -20,15 +20,16 @@ import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax import __version__, checkpoint, metrics
-from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.about import config_of
+from fusion_jax.config import RunConfig
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError, check
-from fusion_jax.files import shown
+from fusion_jax.errors import UserError, check, first_line
+from fusion_jax.files import brief, shown
 from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
-from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, first_line, new_folder, size_of
+from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
 
 FORMATS = ("published", "transformers")
 _GROUP_BYTES = 10**9
@@ -52,11 +53,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
-    check(isinstance(about, dict), f"{folder} is no whole checkpoint: its description is no object.")
-    for key in ("config", "tokenizer"):
-        check(isinstance(about.get(key), dict), f"{folder} is no whole checkpoint: its description lacks {key!r}.")
-    with hf_config.reading(f"{folder} (its config)"):
-        config = from_dict(RunConfig, about["config"])
+    config = config_of(about, folder)
     try:
         metadata = ocp.metadata(folder, "params").metadata
         found = {
@@ -271,8 +268,12 @@ def _metrics(source: Checkpoint) -> list[str]:
         for entry in metrics.read(file):
             if entry["step"] <= checkpoint.step_of(source.folder):
                 wanted = ("total", "ce", "v2t", "t2v")
-                last |= {k: float(v) for k, v in entry.items() if k in wanted or k.startswith("validation/")}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+                for name, value in entry.items():
+                    if name in wanted or name.startswith("validation/"):
+                        if type(value) not in (int, float):
+                            raise ValueError(f"{name} is {brief(value)} at step {entry['step']}")
+                        last[name] = float(value)
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"{file} holds other lines than a run writes: {shown(error)}.") from error
     rows = [f"| {shown(name)} | {value:.4f} |" for name, value in sorted(last.items())]
     return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.checking import check_sizes, check_tensors
@@ -32,7 +32,6 @@ from fusion_jax.interop.tensors import (
     allocate,
     assign,
     check_room,
-    first_line,
     new_folder,
     size_of,
 )

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.files import brief, shown
 from fusion_jax.foreign import read_object
 
@@ -184,11 +184,6 @@ def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
         into[...] = part
     if into.dtype == np.float16:
         check(bool(np.isfinite(into).all()), f"{name} has numbers beyond the range of float16; choose another --dtype.")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, for a message of one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reason(error: Exception) -> str:

@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass, field
 
 from fusion_jax.errors import check
+from fusion_jax.models.limits import within
 
 LANGUAGE_BACKENDS = ("embedded", "endpoint", "vllm")
 IMAGE_BACKENDS = ("embedded", "endpoint", "diffusers")
 STRUCTURED = ("json_schema", "json_object", "none")
 ENGINES = ("local", "ray")
+_PRICE = (0, 1e9)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class FilterConfig:
     blip_min: float | None = 0.8
     clip_min: float | None = 0.28
 
+    def __post_init__(self):
+        within("filters.ngram", self.ngram, 1, 1000)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -102,6 +107,10 @@ class ModelConfig:
             f"structured={self.structured!r} is unknown; allowed: {', '.join(STRUCTURED)}.",
         )
         check(self.backend == "embedded" or bool(self.model), f"backend={self.backend!r} needs a model.")
+        within("temperature", self.temperature, 0, 100)
+        within("max_tokens", self.max_tokens, 1, 1 << 20)
+        within("price_prompt", self.price_prompt, *_PRICE)
+        within("price_completion", self.price_completion, *_PRICE)
         check_traffic(self)
 
 
@@ -138,6 +147,9 @@ class ImageConfig:
             self.backend in IMAGE_BACKENDS,
             f"backend={self.backend!r} is unknown; allowed: {', '.join(IMAGE_BACKENDS)}.",
         )
+        within("steps", self.steps, 1, 10_000)
+        within("guidance", self.guidance, 0, 1000)
+        within("price_image", self.price_image, *_PRICE)
         check(16 <= self.width <= 4096 and 16 <= self.height <= 4096, "width and height must be 16 to 4096 pixels.")
         for place in self.image_hosts:
             host, _, port = place.rpartition(":")
@@ -149,8 +161,8 @@ class ImageConfig:
 
 
 def check_traffic(config: "ModelConfig | ImageConfig") -> None:
-    check(config.concurrency >= 1, f"concurrency={config.concurrency} must be at least 1.")
-    check(config.retries >= 0, f"retries={config.retries} must not be negative.")
+    within("concurrency", config.concurrency, 1, 4096)  # each takes a thread
+    within("retries", config.retries, 0, 1000)
     check(0 < config.timeout <= 86400, f"timeout={config.timeout} must be above 0, at most 86400 seconds.")
     check(0 <= config.requests_per_second < math.inf, "requests_per_second must not be negative; 0 means no limit.")
 
@@ -165,6 +177,9 @@ class ScorerConfig:
     path: str = ""
     device: str = ""
     weight: float = 2.5
+
+    def __post_init__(self):
+        within("scorer.weight", self.weight, 1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -206,6 +221,11 @@ class RayConfig:
     actors: dict[str, int] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
     cpus: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, least, most in (("actors", 1, 1 << 16), ("gpus", 0, 1 << 16), ("cpus", 0, 1 << 16)):
+            for role, count in getattr(self, name).items():
+                within(f"ray.{name}[{role!r}]", count, least, most)
 
 
 @dataclass(frozen=True)
@@ -260,19 +280,20 @@ class SynthConfig:
                 check(kind in KINDS, f"config.{key}: {kind!r} is no kind; allowed: {', '.join(KINDS)}.")
         for key, kinds in weights.items():
             for kind, weight in kinds.items():
-                check(weight > 0, f"config.{key}.{kind}={weight} must be above 0.")
+                check(0 < weight <= 1e9, f"config.{key}.{kind}={weight} must be above 0, at most 1e9.")
         named = {f"stages.{kind}": (stage,) for kind, stage in self.stages.items()}
         named |= {f"mixtures.{stage}": (stage, *others) for stage, others in self.mixtures.items()}
         for key, stages in named.items():
             for stage in stages:
                 check(stage in STAGES, f"config.{key}: {stage!r} is no stage; allowed: {', '.join(STAGES)}.")
         check(
-            self.tokenizer == 0 or self.tokenizer >= 300,
-            f"config.tokenizer={self.tokenizer}: a vocabulary has at least 300 pieces, 259 of them bytes and marks.",
+            self.tokenizer == 0 or 300 <= self.tokenizer <= 1 << 24,
+            f"config.tokenizer={self.tokenizer}: a vocabulary has 300 pieces or more, 259 of them bytes and marks, "
+            f"and {1 << 24} at most.",
         )
         check(self.engine in ENGINES, f"config.engine={self.engine!r} is unknown; allowed: {', '.join(ENGINES)}.")
-        for name in ("attempts", "block", "processes"):
-            check(getattr(self, name) >= 1, f"config.{name}={getattr(self, name)} must be at least 1.")
+        for name, most in (("attempts", 1000), ("block", 1 << 20), ("processes", 1024)):
+            within(f"config.{name}", getattr(self, name), 1, most)
         backends = {self.llm.backend, self.vision.backend, self.images.backend}
         check(
             self.processes == 1 or backends == {"embedded"},

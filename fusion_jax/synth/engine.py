@@ -10,8 +10,6 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
-import multiprocessing.resource_tracker
-import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import tqdm
 
+from fusion_jax.cli import out_of_ctrl_c
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
@@ -81,14 +80,8 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         return
     if config.processes > 1 and len(work) > 1:
         context = multiprocessing.get_context("spawn")  # the caller may have threads, which do not survive a fork
-        # Ctrl-C reaches all processes of a terminal. The workers do not hear it: they end with the pool. The resource
-        # tracker is started first, since starting it would let the signal through again.
-        multiprocessing.resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with out_of_ctrl_c():
             pool = context.Pool(min(config.processes, len(work)), _start_process, (config, out))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with pool:
             done = pool.imap_unordered(_work_in_process, work)
             _follow(done, len(work), config.block, progress)
@@ -115,7 +108,6 @@ _tools: Tools | None = None  # of a worker process
 
 def _start_process(config: SynthConfig, out: Path) -> None:
     global _tools
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tools = Tools(config, out, share=1 / config.processes)
 
 

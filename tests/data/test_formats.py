@@ -378,7 +378,7 @@ def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path, monkeypatch
     os.mkfifo(tmp_path / "a.png")
     monkeypatch.setattr(formats.os, "stat", lambda path: os.lstat(__file__))
     assert stat.S_ISFIFO(os.lstat(tmp_path / "a.png").st_mode)
-    with pytest.raises(BadRecord, match="a folder, a pipe or a device"):
+    with pytest.raises(BadRecord, match="a pipe, a device or a socket"):
         load_image(tmp_path / "a.png")
 
 

@@ -261,6 +261,14 @@ def test_a_source_without_usable_records_ends_instead_of_hanging():
         counts.check(0.5, 3)
 
 
+def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
+    """More than there are records, between the few good ones of which a step takes several."""
+    keyless = {"id": "keyless", "image": "0.png"}
+    (folder / "mostly_bad.json").write_text(json.dumps([record(0), *[keyless] * 4]))
+    for fed in take(open_batches("mostly_bad.json"), 3):
+        assert fed.samples == ROWS and len(fed.bad) > 5
+
+
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
     loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)

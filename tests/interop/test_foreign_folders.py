@@ -496,6 +496,16 @@ def test_paths_of_other_kinds_than_folders(made, tmp_path):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("value", ['"a text"', '"1.5"', "[1]", "true", "1" + "0" * 400])
+def test_metrics_of_a_run_that_hold_something_else_than_numbers(tmp_path, value):
+    source = exporting.Checkpoint(tmp_path / "checkpoints" / "4", None, {}, {})
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 4, "ce": 1.25, "note": "x"}\n{"step": 5, "ce": "later"}\n')
+    assert "| ce | 1.2500 |" in exporting._metrics(source)
+    file.write_text(f'{{"step": 4, "ce": {value}}}\n')
+    refused(lambda: exporting._metrics(source), str(file))
+
+
 def test_sizes_are_refused_before_memory_is_taken(folder):
     with_entries(folder / "config.json", num_hidden_layers=10_000, intermediate_size=1 << 20)
     tracemalloc.start()

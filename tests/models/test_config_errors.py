@@ -143,6 +143,24 @@ def with_model(**changes):
         (run_with(stage={"warmup_ratio": 1.0}), ("'one'", "warmup_ratio=1.0")),
         (run_with(stage={"warmup_ratio": -0.1}), ("'one'", "warmup_ratio=-0.1")),
         (run_with(stage={"learning_rate": -1e-4}), ("'one'", "learning_rate=-0.0001")),
+        *((run_with(stage={name: -1e-3}), ("'one'", f"{name}=-0.001")) for name in ("b1", "b2", "eps", "weight_decay")),
+        *((run_with(stage={name: 1.0}), ("'one'", f"{name}=1.0", "[0, 1)")) for name in ("b1", "b2")),
+        (run_with(stage={"eps": 0.0}), ("'one'", "eps=0.0")),
+        (run_with(stage={"clip_norm": -1.0}), ("'one'", "clip_norm=-1.0", "at least 0")),
+        (run_with(stage={"steps": -1}), ("'one'", "steps=-1", "at least 0")),
+        (run_with(stage={"learning_rate_by_path": {"llm": -1.0}}), ("'one'", "learning_rate_by_path['llm']=-1.0")),
+        (run_with(stage={"learning_rate": 1e39}), ("'one'", "learning_rate=1e+39", "between 0 and 3.4e+38")),
+        *(
+            (run_with(stage={name: 10**12}), ("'one'", f"{name}=1000000000000", "between"))
+            for name in ("max_length", "max_question_length", "max_images", "batch_size", "epochs", "steps")
+        ),
+        *(
+            (run_with({name: 10**12}), (f"config.{name}=1000000000000", "between"))
+            for name in ("log_every", "keep_checkpoints", "sample_answers", "loader_threads", "hang_minutes")
+        ),
+        (run_with({"max_skipped_steps": 0}), ("config.max_skipped_steps=0", "at least 1")),
+        (run_with({"validate_every": -1}), ("config.validate_every=-1", "at least 0")),
+        *((run_with(stage={"name": name}), ("the name must be",)) for name in ("", "..", "a/b", "\x1b[2J")),
         # 9 image tokens and 4 latents.
         (run_with(stage={"max_length": 13}), ("'one'", "max_length=13", "13 visual", "9 of the", "4 latents")),
         (run_with({"stages": [STAGE, STAGE]}), ("config.stages", "one, one")),

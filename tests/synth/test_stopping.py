@@ -130,7 +130,7 @@ def test_ctrl_c_ends_requests_and_waits_and_the_run_goes_on(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
         assert time.monotonic() - begun < 10
-        assert process.returncode in (130, -signal.SIGINT)
+        assert process.returncode == 130
     with model_server.running() as url:
         config = make_config(tmp_path, url, 24)
         run(config, tmp_path / "out")
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_worker_processes_without_their_traces(tmp_path):
     group = os.getpgid(process.pid)
     os.killpg(group, signal.SIGINT)
     said, _ = process.communicate(timeout=30)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode == 130
     assert "SpawnPoolWorker" not in said
     end = time.monotonic() + 10
     while left := members(group):

@@ -17,7 +17,7 @@ import time
 
 from absl import flags
 
-from fusion_jax.cli import run_main
+from fusion_jax.cli import out_of_ctrl_c, run_main
 from fusion_jax.errors import check
 from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.kinds import KINDS
@@ -82,7 +82,9 @@ def main(argv: list[str]) -> None:
     check(len(argv) == 1, "Give flags only: --samples, --processes, --growth.")
     check(_SAMPLES.value >= 10 * _PROCESSES.value >= 10, "--samples must be at least ten for each of --processes.")
     jobs = [(seed, _SAMPLES.value // _PROCESSES.value) for seed in range(_PROCESSES.value)]
-    with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
+    with out_of_ctrl_c():
+        pool = multiprocessing.get_context("spawn").Pool(len(jobs))
+    with pool:
         parts = pool.map(work, jobs)
     growth = max(part["memory_mib"][-1] / part["memory_mib"][5] - 1 for part in parts)
     result = {
