@@ -12,6 +12,8 @@ import numpy as np
 
 from fusion_jax.errors import check
 
+_COLDEST = 1e-6  # a lower temperature is 0: logits divided by it would leave float32, and the draw is the likeliest one
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,7 +69,7 @@ class Settings:
 def settings(samplings: Sequence[Sampling]) -> Settings:
     """Arrays on the host, one row a sampling."""
     return Settings(
-        np.array([s.temperature for s in samplings], np.float32),
+        np.array([s.temperature if s.temperature >= _COLDEST else 0.0 for s in samplings], np.float32),
         np.array([s.top_k for s in samplings], np.int32),
         np.array([s.top_p for s in samplings], np.float32),
         np.array([s.repetition_penalty for s in samplings], np.float32),
@@ -101,8 +103,10 @@ def _keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     count = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)[:, None]
     falling = jnp.where(jnp.arange(vocabulary)[None] < count, falling, -jnp.inf)
     shares = jax.nn.softmax(falling, axis=-1)
-    # A token stays while the likelier ones before it hold less than top_p, so the first always does.
+    # A token stays while the likelier ones before it hold less than top_p. The first always does, also where top_p is
+    # so small that it is 0 in float32.
     inside = (jnp.cumsum(shares, axis=-1) - shares < top_p[:, None]) & (falling > -jnp.inf)
+    inside = inside.at[:, 0].set(True)
     # Without top-p rounding must not cost the last tokens.
     inside = jnp.where(top_p[:, None] >= 1, falling > -jnp.inf, inside)
     lowest = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)

@@ -81,7 +81,8 @@ class Chat:
             first = record["conversations"][0]
             first["value"] = f"{conversation.IMAGE_TAG}\n{first['value']}"
         try:
-            Path(name).expanduser().write_text(json.dumps([record], indent=2, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps([record], indent=2, ensure_ascii=False)  # what was typed may be no UTF-8
+            Path(name).expanduser().write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"Cannot write {name}: {error.strerror}.") from error
         self.write(f"[{len(self.turns)} turns saved in {name}]\n")

@@ -118,7 +118,8 @@ class Web:
         headers: dict[str, str] = {}
         for name, value in response.headers:
             headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
-        if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        codings = [value for name, value in response.headers if name.lower() == b"content-encoding"]
+        if any(value.strip().lower() not in (b"identity", b"") for value in codings):
             raise WebError("encoded", "the answer is compressed, which was not asked for")
         body = bytearray()
         for piece in response.iter_stream():

@@ -210,6 +210,7 @@ def test_lookups_that_hang_are_not_piled_up(monkeypatch):
         (b"SSH-2.0-x\r\n\r\n", "cut"),
         (answer(b"x", "200 OK", "Content-Encoding: gzip"), "encoded"),
         (answer(b"x", "200 OK", "content-encoding: identity, br"), "encoded"),
+        (answer(b"x", "200 OK", "Content-Encoding: identity", "Content-Encoding: gzip"), "encoded"),
         (answer(b"x", "204 No Content"), "status"),
         (answer(b"x", "404 Not Found"), "status"),
         (answer(b"x", "999 X"), "status"),

@@ -183,6 +183,19 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert set(chosen(LOGITS, temperature=0.0)) == {1}
 
 
+@pytest.mark.parametrize("top_p", [1e-320, 1e-46, 1e-39, 5e-324])
+def test_the_likeliest_stays_however_small_top_p_is(top_p):
+    assert set(chosen(LOGITS, temperature=1.0, top_p=top_p)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-39, 1e-37, 1e-7, 1e-6])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.5}, {"top_k": 2}, {"repetition_penalty": 0.01}])
+def test_the_likeliest_is_taken_however_low_the_temperature_is(temperature, more):
+    logits = LOGITS - 5  # of both signs, or all below 0
+    for shift in (0.0, 200.0, -200.0):
+        assert set(chosen(logits + shift, temperature=temperature, **more)) == {1}
+
+
 def test_the_penalty_falls_on_what_was_seen_whatever_its_sign():
     seen = [False, True, False, False]
     assert set(chosen([1.0, 2.0, 1.5, 0.0], seen=seen, repetition_penalty=2.0)) == {2}

@@ -91,7 +91,8 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or one object a line, as some benchmarks call JSON too. UserError where it is neither."""
+    """A JSON file, or one object a line, as some benchmarks call JSON too; half a surrogate pair, which no other file
+    takes, is `?`. UserError where it is neither."""
     try:
         text = read_text(path, "utf-8-sig")
     except OSError as e:
@@ -99,12 +100,19 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as e:
         raise UserError(f"Cannot read {path}: {e}.") from e
     try:
-        return parse_json(text)
+        return _in_unicode(parse_json(text), text)
     except ValueError as whole:
         try:
-            return [parse_json(line) for line in text.splitlines() if line.strip()]
+            return [_in_unicode(parse_json(line), line) for line in text.splitlines() if line.strip()]
         except ValueError:
             raise UserError(f"{path} is not valid JSON: {whole}.") from whole
+
+
+def _in_unicode(value: Any, said: str) -> Any:
+    """What JSON says without halves of surrogate pairs; `said` is its text."""
+    if "\\ud" not in said.lower():
+        return value
+    return parse_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def read_records(path: Path) -> list[Any]:
@@ -237,7 +245,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
     writer.writerow(columns)
     writer.writerows(rows)
     tsv = path.with_suffix(".tsv")
-    tsv.write_text(text.getvalue(), encoding="utf-8")
+    tsv.write_text(text.getvalue(), encoding="utf-8", errors="replace")
     try:
         import openpyxl
     except ImportError:
@@ -247,7 +255,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
     clean = openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE
     for row in [columns, *rows]:
         # A text stays a text, even one that begins like a formula.
-        cells = [openpyxl.cell.WriteOnlyCell(sheet, clean.sub("", v) if isinstance(v, str) else v) for v in row]
+        row = [clean.sub("", v).encode(errors="replace").decode() if isinstance(v, str) else v for v in row]
+        cells = [openpyxl.cell.WriteOnlyCell(sheet, v) for v in row]
         for cell, value in zip(cells, row):
             if isinstance(value, str):
                 cell.data_type = "s"
@@ -259,5 +268,5 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def write_json(path: Path, value: Any) -> list[Path]:
     """A submission as JSON."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8", errors="replace")
     return [path]

@@ -79,7 +79,8 @@ def _said(reply: Any) -> str:
     said = reply["choices"][0]["message"]["content"]
     if not (said is None or isinstance(said, str)):
         raise TypeError("no text")
-    return (said or "")[:_MAX_TEXT]
+    # Half a surrogate pair, which JSON can say, is no text: no file takes it.
+    return (said or "")[:_MAX_TEXT].encode(errors="replace").decode()
 
 
 @functools.cache

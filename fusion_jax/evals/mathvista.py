@@ -116,8 +116,10 @@ def extract(answer: str, about: dict[str, Any]) -> str:
     """The answer by rules alone."""
     if (done := ready(answer, about)) is not None:
         return done
-    if found := re.search(r'The answer is "(.*)"\.', answer):
-        return found[1]
+    for line in answer.split("\n"):
+        _, mark, rest = line.partition('The answer is "')
+        if mark and '".' in rest:
+            return rest.rpartition('".')[0]
     if about["answer_type"] in ("integer", "float"):
         numbers = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", answer)
         return numbers[-1].replace(",", "").rstrip(".") if numbers else ""

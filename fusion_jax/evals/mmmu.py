@@ -23,10 +23,10 @@ from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, p
 _IMAGES = tuple(f"image_{n}" for n in range(1, 8))
 _OPEN = choices.SHORT
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBERS = (
+_NUMBERS = (  # the official patterns, which look at the digits of a run once instead of from each of them
     r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,000
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1e5
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+    r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d+",  # 1e5
+    r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d+)(?![,\d])",
 )
 
 

@@ -87,7 +87,7 @@ class Part:
         self._file.close()
 
     def _write(self, value: dict[str, Any]) -> None:
-        self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace"))
 
 
 def _lock(file: BinaryIO) -> bool:
@@ -103,7 +103,7 @@ def _lock(file: BinaryIO) -> bool:
 
 def digest(prompt: str) -> str:
     """Short name of a prompt: an answer counts only for the words that were asked."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+    return hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:12]
 
 
 def read_answers(folder: Path) -> dict[tuple[str, str], str]:
@@ -154,5 +154,6 @@ def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSONL that appears at once or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    scratch.write_text(text, encoding="utf-8", errors="replace")
     scratch.replace(path)

@@ -35,15 +35,17 @@ def write(output: Path, header: dict[str, Any], results: Sequence[Result]) -> li
             "seconds": round(result.seconds, 1),
             "files": [str(path.relative_to(output)) for path in result.files],
         }
-        (output / result.task.name / _PART).write_text(_section(result), encoding="utf-8")
+        (output / result.task.name / _PART).write_text(_section(result), encoding="utf-8", errors="replace")
     names = [name for name in TASKS if name in summary["tasks"]]
     summary["tasks"] = {name: summary["tasks"][name] for name in names}
     table = markdown({name: summary["tasks"][name]["scores"] for name in names})
     paths = [output / "summary.json", output / "summary.md", output / "report.html"]
-    paths[0].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[1].write_text(f"Checkpoint: {header['folder']}\n\n{table}", encoding="utf-8")
+    paths[0].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+    paths[1].write_text(f"Checkpoint: {header['folder']}\n\n{table}", encoding="utf-8", errors="replace")
     parts = [output / name / _PART for name in names]
-    paths[2].write_text(_page(summary, [p.read_text(encoding="utf-8") for p in parts if p.exists()]), encoding="utf-8")
+    paths[2].write_text(
+        _page(summary, [p.read_text(encoding="utf-8") for p in parts if p.exists()]), encoding="utf-8", errors="replace"
+    )
     return paths
 
 

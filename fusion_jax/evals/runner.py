@@ -26,6 +26,12 @@ from fusion_jax.files import shown
 
 log = logging.getLogger("fusion_jax")
 
+# What reading and scoring raise where a file lacks what the benchmark's own has, or holds something else there.
+_ODD_FILES = (
+    OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
+
 _WINDOW = 8  # batches whose questions are sorted by length: little padding, and tables are still read in order
 _JUDGE_THREADS = 8
 
@@ -153,8 +159,7 @@ def _read(task: Task, data_dir: Path) -> list[Question]:
         if "; expected " in str(error):
             raise
         raise UserError(f"{task.name}: {str(error).rstrip('.')}; expected {task.data}.") from error
-    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError, RecursionError) as error:
-        # A row that lacks what the benchmark's own files have, or holds something else there.
+    except _ODD_FILES as error:
         said = f"{type(error).__name__}: {shown(error)}"
         raise UserError(f"{task.name}: a file in {data_dir} cannot be used ({said}); expected {task.data}.") from error
 
@@ -183,9 +188,18 @@ def _key(question: Question) -> tuple[str, str]:
 
 
 def _check(task: Task, questions: Sequence[Question]) -> None:
-    """Ids must differ and files of pictures must be there: said before an hour is spent on answers."""
+    """Ids must differ, files of pictures must be there, and answers must be such that others can be compared with them:
+    said before an hour is spent on answers."""
     seen = set()
     for question in questions:
+        try:
+            _key(question)
+            task.score(question, "")
+        except _ODD_FILES as error:
+            raise UserError(
+                f"{task.name}: no answer to the question {shown(question.id)} can be scored ({type(error).__name__}: "
+                f"{shown(error)}); expected {task.data}."
+            ) from error
         if question.id in seen:
             raise UserError(f"{task.name}: two questions have the id {question.id!r}.")
         seen.add(question.id)

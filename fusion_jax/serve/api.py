@@ -42,7 +42,7 @@ class Options:
         which the server answers without a key, see `origins`. fetch_urls: whether image_url may be an http(s) address.
         timeout: seconds for a request, from the end of its headers. body_seconds: of these, for its body.
         bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts, and as many
-        more that decode images; fetching: that wait for images.
+        more that decode images; fetching: requests whose images are fetched at once, and as many more that wait for it.
     """
 
     model: str
@@ -104,7 +104,7 @@ class _Rooms:
         self.budget = Budget(options.bodies_bytes)
         self.preparing = Pool("prepare", options.threads)
         self.decoding = Pool("decode", options.threads)
-        self.fetching = Pool("fetch", options.fetching)
+        self.fetching = Pool("fetch", options.fetching, queue=options.fetching)
 
 
 def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
@@ -251,17 +251,16 @@ class _Running:
 
     async def _submit(self, body) -> tuple[bool, bool]:
         """Hands the request to the engine, and keeps nothing of it but whether to stream, and to tell the usage then.
-        Its place is taken once everything that the caller sends is here."""
+        Its place is taken once everything that the caller sends or names is here."""
         options, core, rooms = self.options, self.core, self.rooms
         wanted = await rooms.preparing.run(protocol.parse, body, options.model, options.limits, options.fetch_urls)
-        with _refusals():
-            core.reserve()
-        self._placed = True
         if wanted.addresses:
             fetched = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
             self._share.grow(sum(map(len, fetched.values())))
             wanted = await rooms.preparing.run(wanted.with_fetched, fetched, options.limits)
         with _refusals():
+            core.reserve()
+            self._placed = True
             pool = rooms.decoding if wanted.record.images else rooms.preparing
             example = await pool.run(core.prepare, wanted.record)
             self._share.free()

@@ -66,7 +66,7 @@ async def read_body(request: Request, most: int, seconds: float, share: Share | 
       ApiError: 408 not here in time, 413 more bytes than allowed, 415 compressed, 429 see `Share.grow`, 499 the caller
         has left.
     """
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+    if any(one.strip().lower() not in ("", "identity") for one in request.headers.getlist("content-encoding")):
         raise ApiError(415, "The body must not be compressed.", "unsupported_encoding")
     too_large = ApiError(413, f"The request has over {most} bytes.", "request_too_large")
     declared = request.headers.get("content-length", "")
@@ -89,15 +89,24 @@ async def read_body(request: Request, most: int, seconds: float, share: Share | 
 
 
 class Pool:
-    """Threads for one kind of work. Whoever finds none free waits in the event loop, within his own deadline."""
+    """Threads for one kind of work. Whoever finds none free waits in the event loop, within his own deadline, where no
+    more than `queue` others wait; None: however many do."""
 
-    def __init__(self, name: str, threads: int):
+    def __init__(self, name: str, threads: int, queue: int | None = None):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._free = asyncio.Semaphore(threads)
+        self._queue, self._waiting = queue, 0
 
     async def run(self, function: Callable, *arguments):
-        """The function's result. A caller that is cancelled leaves its thread to the end of what it does."""
-        await self._free.acquire()
+        """The function's result. A caller that is cancelled leaves its thread to the end of what it does. ApiError 429
+        where the queue is full."""
+        if self._queue is not None and self._free.locked() and self._waiting >= self._queue:
+            raise ApiError(429, "Too many requests wait for images; try again.", "server_busy")
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
         loop = asyncio.get_running_loop()
         try:
             work = self._threads.submit(function, *arguments)

@@ -15,6 +15,7 @@ from fusion_jax.web import check_depth
 
 MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
 _STARTS = 1000  # brackets that are tried as the start of JSON
+_TRIED = 2_000_000  # characters that are read for that in all: each try may go to the end of the text
 _MARKS = (
     30  # combining marks on one letter, as Unicode's stream-safe form has it: more take quadratic time to put in order
 )
@@ -22,7 +23,7 @@ _MARKS = (
 _THINKING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
 _SCRIPT = re.compile(r"<(script|style)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"<!(--)")
-_FENCE = re.compile(r"```[\w-]*\n?(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```[\w-]*+\n?+(.*?)```", re.DOTALL)
 # Tags as HTML writes them, and the special tokens of chat templates: <|end|>, <image>, [INST]. "x < 5" is neither.
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<\|[^|<>]{1,40}\|>|\[/?INST\]")
 _REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # no character; Python reads numbers of 4300 digits at most
@@ -145,19 +146,26 @@ def find_json(text: str) -> Any:
     """The first JSON object or list in a reply, wherever it stands; None if there is none, or only one that is nested
     too deeply to be worked on."""
     text = without_thinking(text)
-    fenced = _FENCE.findall(text)
+    fenced = [match[1] for match in itertools.islice(_FENCE.finditer(text), 8)]
     decoder = json.JSONDecoder(strict=False)
-    for part in (*fenced[:8], text):
+    left = _TRIED
+    for part in (*fenced, text):
         for match in itertools.islice(re.finditer(r"[\[{]", part), _STARTS):
+            start, end = match.start(), len(part)  # an open string and a long number are read to the end, if need be
             try:
-                value, _ = decoder.raw_decode(part, match.start())
+                value, end = decoder.raw_decode(part, start)
                 if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
                     check_depth(value)
                     return value
             except RecursionError:  # nobody's answer; each further bracket of it would take as long
                 return None
+            except json.JSONDecodeError as error:
+                end = end if error.msg.startswith("Unterminated string") else error.pos
             except ValueError:
-                continue
+                pass
+            left -= end - start
+            if left < 0:
+                return None
     return None
 
 

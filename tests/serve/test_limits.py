@@ -1,5 +1,6 @@
 """Callers who are slow, many, large or never read: what they may hold, while everybody else is answered."""
 
+import base64
 import concurrent.futures
 import contextlib
 import http.client
@@ -220,16 +221,51 @@ def test_text_never_waits_for_images(server, monkeypatch, what):
     monkeypatch.setattr(
         server.engine, "prepare", lambda record: time.sleep(1.2 * len(record.images)) or prepare(record)
     )
-    address = "https://example.org/a.png" if what == "addresses" else data_url(picture(1))
+    fetched = what == "addresses"  # two at once, and two that wait; a place is for those whose images are here
+    address = "https://example.org/a.png" if fetched else data_url(picture(1))
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(post, server, asked(shown(address))) for _ in range(5)]
         time.sleep(0.3)
-        assert server.engine.reserved == 5
+        assert server.engine.reserved == (0 if fetched else 5)
         begun = time.monotonic()
         assert post(server, asked())[0] == 200
         assert time.monotonic() - begun < 0.6
-        assert {one.result()[0] for one in waiting} <= {200, 400, 500, 504}
+        answers = [one.result()[0] for one in waiting]
+        assert set(answers) <= {200, 400, 429, 500, 504} and answers.count(429) == fetched
     assert settles(server)
+
+
+def test_slow_hosts_take_no_place_and_what_was_fetched_takes_one(server, monkeypatch):
+    """As many as there are places, and more: those over the limit are refused at once, and text is answered."""
+    image = base64.b64decode(data_url(picture(1)).partition(",")[2])
+    monkeypatch.setattr(api, "fetch", lambda *_, **__: time.sleep(0.7) or image)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(post, server, asked(shown("https://example.org/a.png"))) for _ in range(20)]
+        time.sleep(0.3)
+        refused = [one.result() for one in waiting if one.done()]
+        assert len(refused) == 16 and server.engine.reserved == 0
+        assert {(status, answer["error"]["code"]) for status, answer in refused} == {(429, "server_busy")}
+        for _ in range(3):
+            assert post(server, asked())[0] == 200
+        answers = sorted(one.result()[0] for one in waiting)
+        assert answers[:2] == [200, 200] and set(answers) <= {200, 429, 504}
+    assert settles(server)
+    monkeypatch.setattr(type(server.engine), "pace", 0.3)
+    monkeypatch.setattr(api, "fetch", lambda *_, **__: image)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:  # all places are taken by text
+        answered = [pool.submit(post, server, asked(max_tokens=64)) for _ in range(6)]
+        time.sleep(0.3)
+        assert server.engine.reserved == 6
+        status, answer = post(server, asked(shown("https://example.org/a.png")))
+        assert (status, answer["error"]["code"]) == (429, "queue_full") and server.engine.reserved == 6
+        assert {one.result()[0] for one in answered} <= {200, 504}
+    assert settles(server)
+
+
+@pytest.mark.parametrize("codings", [("gzip",), ("identity", "gzip"), ("identity, br",)])
+def test_compressed_bodies_are_refused_whichever_header_says_so(server, codings):
+    more = "".join(f"Content-Encoding: {coding}\r\n" for coding in codings) + "Connection: close\r\n"
+    assert rest(begin(server, head(2, more.encode()) + b"{}")).startswith(b"HTTP/1.1 415")
 
 
 def test_an_inner_address_is_not_fetched(server):

@@ -14,7 +14,9 @@ _PLACES = """
     village waterfall
 """
 PLACES = frozenset(_PLACES.split())
-_PLACE = re.compile(r"\b(?:in|on|at|inside|by|near|under|before|against)\s+((?:an?|the)\s+)?([\w' -]+)$", re.IGNORECASE)
+_PLACE = re.compile(
+    r"\b(?:in|on|at|inside|by|near|under|before|against)\s++((?:an?|the)\s++)?([\w' -]{1,200}+)$", re.IGNORECASE
+)
 
 
 def check(value: dict, data: dict) -> dict:

@@ -17,9 +17,7 @@ from fusion_jax.synth.scene.language import COUNT_WORDS, Mention
 from fusion_jax.synth.scene.lexicon import COLOUR_WORDS, NOUNS, NUMBERS
 
 _COLOUR = "|".join(COLOUR_WORDS)
-_IS_COLOUR = re.compile(
-    rf"^\s*(?:,\s*which\s+)?(?:is|are)\s+(?:all\s+|both\s+)?({_COLOUR})\b(?!\s+[a-z]*\s*(?:letters))"
-)
+_IS_COLOUR = re.compile(rf"^\s*(?:,\s*which\s+)?(?:is|are)\s+(?:all\s+|both\s+)?({_COLOUR})\b(?!\s++[a-z]*\s*+letters)")
 _THINGS = re.compile(rf"\b({'|'.join(NUMBERS)}) things\b")
 _LESS = re.compile(r"\b({0}) less ({0}) leaves ({0})\b".format("|".join(NUMBERS)))
 _IMAGES = re.compile(r"\b(?:(only )?the (left|right) image|(both|neither) (?:of the )?images?)\b")
@@ -168,8 +166,13 @@ def _numbers_hold(low: str, mentioned: list[Mention], groups: list[list[Group]],
     less = _LESS.search(low)
     if less and COUNT_WORDS[less[1]] - COUNT_WORDS[less[2]] != COUNT_WORDS[less[3]]:
         return False
-    more = re.search(r"\bmore\b.*\bthan\b", low)
-    if more and len(mentioned) >= 2:
+    if _compares(low) and len(mentioned) >= 2:
         first, second = (sum(g.count for g in fitting) for fitting in groups[:2])
         return first > second
     return True
+
+
+def _compares(low: str) -> bool:
+    """Whether a line says "more" and later "than"."""
+    found = ((re.search(r"\bmore\b", line), line) for line in low.split("\n"))
+    return any(more and re.search(r"\bthan\b", line[more.end() :]) for more, line in found)

@@ -50,7 +50,7 @@ def _turned(answer: str, scenes: Sequence[Scene], rng: random.Random) -> str | N
         else:
             absent = [n for n in graph.absent_nouns(scenes[0]) if all(not made.count(n) for made in scenes)]
             noun = NOUNS[rng.choice([n for n in absent if n not in hidden])]
-            turned = re.sub(r"[\w-]+$", noun.plural if mention.plural else noun.name, phrase)
+            turned = re.sub(r"(?<![\w-])[\w-]++$", noun.plural if mention.plural else noun.name, phrase)
         if turned != phrase:
             return answer[: start + mention.start] + turned + answer[start + mention.end :]
     return None
