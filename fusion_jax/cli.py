@@ -232,7 +232,7 @@ def define_config(text: str, default: str | None = None, new_keys: bool = True) 
 
     Args:
       text: help. default: the file if none is given.
-      new_keys: whether keys can be set that the file does not list; then the command has to name those it does not know.
+      new_keys: whether keys can be set that the file does not list; the command has to name those it does not know.
     """
     try:
         if any(word.startswith(("-flagfile", "--flagfile")) for word in sys.argv):
@@ -334,7 +334,7 @@ def _wrong_key(config: Any, overrides: list[str]) -> str | None:
         try:
             fields, name = config_path.split(name.partition(".")[2]), shown(name)
         except (ValueError, RecursionError, MemoryError):
-            return f"--{shown(name)} is no name of a key; write --config.model.llm.layers=4 or --config.stages[0].steps=100."
+            return f"--{shown(name)} is no name of a key; write --config.model.llm.layers or --config.stages[0].steps."
         at, where = config, "config"
         for place, field in enumerate(fields, 1):
             if isinstance(at, list | tuple):
