@@ -41,7 +41,7 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.planning import typical
 from fusion_jax.sampling import Sampling
 
-_CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py")
+_CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py", new_keys=False)
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
 _DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
 _LATENTS = flags.DEFINE_integer("latents", None, "step of a run's configuration: l^2; by default the largest")

@@ -6,6 +6,7 @@ stopped by Ctrl-C; 1 any other failure, with a traceback; 128 + N ended by signa
 
 import atexit
 import contextlib
+import difflib
 import errno
 import logging
 import os
@@ -23,11 +24,13 @@ from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 import fusion_jax
 from fusion_jax.errors import AGAIN, RunAgain, UserError, check
-from fusion_jax.files import open_file, printable, shown
+from fusion_jax.files import brief, open_file, printable, shown
 
 INTERRUPTED = 128 + signal.SIGINT
 _LINGER = 5.0  # seconds that threads may take to end after Ctrl-C
@@ -201,12 +204,46 @@ def check_output(flag: str, path: str | Path) -> None:
 # ---- Flags and config files.
 
 
-def define_config(text: str, default: str | None = None) -> flags.FlagHolder:
-    """The flag --config of a command, a file with a function get_config. Defining it reads --flagfile already."""
+class _ConfigFile(ConfigFileFlagParser):
+    """Reads a config file, and looks whether what the command line sets is there to be set.
+
+    The mappings in its lists, such as `stages`, become ConfigDicts: of these alone, keys that are not there can be set.
+    """
+
+    def parse(self, path: str) -> Any:
+        config = super().parse(path)
+        if isinstance(config, ConfigDict):
+            for name, value in config.items():
+                if isinstance(value, list | tuple):
+                    with config.unlocked():
+                        config[name] = type(value)(map(_as_config, value))
+            wrong = _wrong_key(config, _overrides(sys.argv))
+            check(wrong is None, f"{wrong}")
+        return config
+
+
+def _as_config(value: Any) -> Any:
+    plain = isinstance(value, dict) and all(isinstance(key, str) and "." not in key for key in value)
+    return ConfigDict(value, convert_dict=False) if plain else value
+
+
+def define_config(text: str, default: str | None = None, new_keys: bool = True) -> flags.FlagHolder:
+    """The flag --config of a command, a file with a function get_config. Defining it reads --flagfile already.
+
+    Args:
+      text: help. default: the file if none is given.
+      new_keys: whether keys can be set that the file does not list; the command has to name those it does not know.
+    """
     try:
         if any(word.startswith(("-flagfile", "--flagfile")) for word in sys.argv):
             _check_files(sys.argv)
-        return config_flags.DEFINE_config_file("config", default, text)
+        flag = config_flags.DEFINE_config_file(
+            "config", None, text, lock_config=not new_keys, accept_new_attributes=new_keys
+        )
+        flags.FLAGS["config"].parser = _ConfigFile("config", lock_config=not new_keys)
+        if default is not None:
+            flags.FLAGS.set_default("config", default)
+        return flag
     except Exception as error:  # of reading --flagfile, or of overrides where there is no config
         _say(f"error: {_explain(error, [], [])}")
         sys.exit(2)
@@ -282,8 +319,40 @@ def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
     said = shown(_plain(said), 1000)
     if isinstance(error, UserError | flags.Error):
         return said
-    overrides = ", ".join(word for word in argv if word.startswith(("--config.", "-config.")))
+    overrides = ", ".join(_overrides(argv))
     return f"{said} (in {shown(overrides)})" if overrides else said
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    return [word for word in argv if word.startswith(("--config.", "-config."))]
+
+
+def _wrong_key(config: Any, overrides: list[str]) -> str | None:
+    """A sentence on the first of these words that sets what cannot be set in the config."""
+    for word in overrides:
+        name = word.lstrip("-").partition("=")[0]
+        try:
+            fields, name = config_path.split(name.partition(".")[2]), shown(name)
+        except (ValueError, RecursionError, MemoryError):
+            return f"--{shown(name)} is no name of a key; write --config.model.llm.layers or --config.stages[0].steps."
+        at, where = config, "config"
+        for place, field in enumerate(fields, 1):
+            if isinstance(at, list | tuple):
+                known, good = [], isinstance(field, int) and -len(at) <= field < len(at)
+                has = f"{len(at)} entries, the first of which is [0]"
+            else:
+                known = [str(key) for key in at] if isinstance(at, ConfigDict | dict) else []
+                new = place == len(fields) and isinstance(at, ConfigDict) and not at.is_locked
+                good = isinstance(field, str) and (field in known or new)
+                near = difflib.get_close_matches(str(field)[:100], known, n=1)
+                has = "no keys" if not known else f"a key {near[0]!r}" if near else f"the keys {', '.join(known)}"
+            if not good:
+                return f"--{name} cannot be set: {where} of the config file has no {brief(field)}, but has {has}."
+            if not isinstance(at, ConfigDict) or field in at:
+                at, where = at[field], f"{where}[{field}]" if isinstance(field, int) else f"{where}.{field}"
+        if isinstance(at, list | dict):
+            return f"--{name} cannot be set as a whole; set its parts, such as --{name}[0].KEY=VALUE."
+    return None
 
 
 def _line_in(trace: TracebackType | None, files: list[str]) -> str | None:

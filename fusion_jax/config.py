@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 # overflow a counter of 32 bits or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
+_OWN = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
 _STAGE_RANGES = {
     "max_length": (1, _LENGTH),
     "max_question_length": (1, _LENGTH),
@@ -68,6 +69,7 @@ class MeshConfig:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             check(size >= 1 or size == -1, f"config.mesh.{name}={size} must be at least 1, or -1 for the rest.")
+            within(f"config.mesh.{name}", size, -1, _LENGTH)
         rest = [name for name, size in sizes.items() if size == -1]
         check(len(rest) < 2, f"config.mesh: only one size can be -1, the rest; {' and '.join(rest)} are.")
 
@@ -122,6 +124,8 @@ class StageConfig:
             self.name not in ("", ".", "..") and "/" not in self.name and self.name.isprintable(),
             f"{where}: the name must be one of a folder, without a slash.",
         )
+        check(len(self.name.encode()) <= 200, f"stage {self.name[:50]!r}...: the name must not have over 200 bytes.")
+        check(self.name not in _OWN, f"{where}: a run keeps other things under this name; give the stage another.")
         for name, (least, most) in _STAGE_RANGES.items():
             within(f"{where}: {name}", getattr(self, name), least, most)
         for path, rate in self.learning_rate_by_path.items():

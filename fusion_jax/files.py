@@ -35,6 +35,39 @@ def open_file(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def new_file(path: str | Path) -> BinaryIO:
+    """Opens a file for writing that is new: a leftover of that name goes, be it a file, a link or a pipe.
+
+    What a link leads to is not written, and nothing waits for the other end of a pipe.
+
+    Raises:
+      OSError: it cannot be made, or a folder has this name.
+    """
+    Path(path).unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: bool = False) -> None:
+    """Writes a file that appears at once or not at all.
+
+    Args:
+      data: its contents; texts in UTF-8.
+      part: where it grows, in the same file system; by default beside it, with the ending .tmp.
+      sync: have it on the disk before it appears, so that it outlasts a failure of the machine, too.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    part = path.with_suffix(".tmp") if part is None else part
+    with new_file(part) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(part, path)
+
+
 def _check_regular(status: os.stat_result, path: str | Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from fusion_jax.files import write_whole
+
 _OWNER = re.compile(r"ocdbt\.process_(\d+)")  # Orbax's folder of what one process wrote
 _LIST = re.compile(r"files\.(\d{1,9})\.(json|tmp)", re.ASCII)
 _PARTS = ("params/", "train/", "data/", "about/")
@@ -30,10 +32,7 @@ def write(folder: Path, process: int) -> None:
         if _owner(name) == process and not _LIST.fullmatch(name):
             path = folder / name
             entries[name] = [path.stat().st_size, checksum(path)]
-    target = folder / f"files.{process}.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries))
-    temporary.replace(target)
+    write_whole(folder / f"files.{process}.json", json.dumps(entries))
 
 
 def problem(

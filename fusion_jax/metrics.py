@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from fusion_jax.errors import UserError, first_line
+from fusion_jax.files import write_whole
 
 log = logging.getLogger("fusion_jax")
 
@@ -163,9 +165,7 @@ def truncate(path: Path, step: int) -> None:
         log.warning("%s: %d damaged line(s) cut off (%s)", path, len(bad), shown)
     if b"".join(kept) == content:
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(path)
+    write_whole(path, b"".join(kept))
 
 
 def read(path: Path) -> list[dict]:
@@ -307,10 +307,10 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
-    temporary = target.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(target)
+    write_whole(target, picture.getvalue())
 
 
 def _is_number(value: object) -> bool:

@@ -37,6 +37,7 @@ from fusion_jax.data import conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
+from fusion_jax.files import write_whole
 from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
 from fusion_jax.reports import Reports
@@ -115,9 +116,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         compiled.keep(workdir / "compiled", distributed.is_first())
         with _says_what_fails(workdir):
             if distributed.is_first():
-                temporary = workdir / "config.json.tmp"
-                temporary.write_text(json.dumps(to_dict(config), indent=2))
-                temporary.replace(workdir / "config.json")
+                write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2))
             about = checkpoint.describe(config, tokenizer, origin, records)
 
         # ---- Model.

@@ -26,8 +26,8 @@ zone='' project='' cluster='' type='' image='' slices=1 max_restarts=100 priorit
 options "--zone --project --cluster --type --image --slices --max_restarts --priority --flags --reservation --storage --bucket" "--spot --on_demand" "$@"
 [ ${#REST[@]} -gt 0 ] || { usage >&2; die "give a command."; }
 command=${REST[0]} name=${REST[1]:-}
-number --slices "$slices"
-number --max_restarts "$max_restarts"
+number --slices slices
+number --max_restarts max_restarts
 case $command in
 image | list) [ ${#REST[@]} -eq 1 ] || die "unexpected argument '$name'." ;;
 cluster | storage | run | logs | stop | delete)

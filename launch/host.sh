@@ -27,8 +27,8 @@ source launch/lib.sh
 extras=${EXTRAS:-} flags=auto codes=75 lines=200 follow='' wait=300 bucket='' at=''
 options "--extras --flags --codes --lines --wait --bucket --at" "--follow" "$@"
 [ ${#REST[@]} -eq 1 ] || { usage >&2; die "give one command."; }
-number --lines "$lines"
-number --wait "$wait"
+number --lines lines
+number --wait wait
 export EXTRAS=$extras
 # The restart loop, which takes SIGTERM; what lives around it, from before the environment is there to after its end.
 pid_file=runs/train.pid whole=runs/host.pid log=runs/train.log

@@ -84,6 +84,10 @@ options() {
   done
 }
 
+# Leaves a number that arithmetic reads as it is meant: bash takes 08 for octal, and lets what has 20 digits overflow.
+# number OPTION VARIABLE
 number() {
-  [[ $2 =~ ^[0-9]+$ ]] || die "$1 must be a whole number, got '$2'."
+  [[ ${!2} =~ ^[0-9]+$ ]] || die "$1 must be a whole number, got '${!2}'."
+  [[ ${!2} =~ ^0*[0-9]{1,9}$ ]] || die "$1 must be below 1000000000, got '${!2}'."
+  printf -v "$2" '%d' "$((10#${!2}))"
 }

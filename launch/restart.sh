@@ -18,7 +18,7 @@ COMMAND's exit code.
   --pid_file FILE     the process id of this script, removed at its end
   --dry_run           print what would be run
 
-SIGTERM, or Ctrl-C, goes to COMMAND as SIGTERM; COMMAND's exit code is then passed on and it is not started again, so that
+SIGTERM, SIGHUP or Ctrl-C goes to COMMAND as SIGTERM; COMMAND's exit code is then passed on and it is not started again, so that
 whatever started this script (SLURM, Kubernetes) decides. A second Ctrl-C kills COMMAND.
 TEXT
 }
@@ -29,7 +29,7 @@ options "--codes --fast --max_fast --pause --retries --long --pid_file" "" "$@"
 [ ${#REST[@]} -eq 0 ] || die "unexpected argument '${REST[0]}'; the command stands behind --."
 [ ${#AFTER[@]} -gt 0 ] || die "no command; give it behind --, for example: restart.sh -- python -m fusion_jax.train ..."
 [[ $codes =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--codes must be exit codes with commas between, got '$codes'."
-for name in fast max_fast pause retries long; do number "--$name" "${!name}"; done
+for name in fast max_fast pause retries long; do number "--$name" "$name"; done
 
 if [ -n "${DRY_RUN:-}" ]; then
   shown "${AFTER[@]}"
@@ -48,6 +48,7 @@ stop() { # signal that arrived
 }
 trap 'stop TERM' TERM
 trap 'stop INT' INT
+trap 'stop HUP' HUP
 if [ -n "$pid_file" ]; then
   echo $$ >"$pid_file" || die "cannot write $pid_file."
   trap 'rm -f "$pid_file"' EXIT
@@ -84,7 +85,7 @@ while :; do
       echo "restart: exit code $code after $took s, failure $failures in a row; giving up." >&2
       exit "$code"
     fi
-    wait_for=$((pause << failures))
+    wait_for=$((pause << (failures < 16 ? failures : 16)))
   else
     exit "$code"
   fi

@@ -31,7 +31,7 @@ options "--nodes --gpus --image --mounts --time --cpus --name --partition --acco
 [[ " ${AFTER[*]} " =~ \ --config[=\ ] && " ${AFTER[*]} " =~ \ --workdir[=\ ] ]] ||
   die "give training's flags behind --, with --config FILE and --workdir DIR."
 for option in nodes gpus cpus grace; do
-  number "--$option" "${!option}"
+  number "--$option" "$option"
   ((${!option} > 0)) || die "--$option must be at least 1."
 done
 [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$ ]] || die "--time must be like 90, 12:00:00 or 2-00:00:00, got '$time'."

@@ -41,9 +41,9 @@ command=${REST[0]}
 name=${REST[1]}
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "NAME must be small letters, digits and dashes, got '$name'."
 [ -n "$zone" ] || die "give --zone, for example --zone us-east5-a."
-number --slices "$slices"
-number --every "$every"
-number --host "$host"
+number --slices slices
+number --every every
+number --host host
 [[ -z $bucket || $bucket =~ ^[a-z0-9][-_.a-z0-9]+$ ]] || die "--bucket is the name alone, without gs://, got '$bucket'."
 need gcloud "see https://cloud.google.com/sdk/docs/install."
 

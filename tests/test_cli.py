@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
-from fusion_jax.cli import check_output
+from fusion_jax.cli import _wrong_key, check_output
 from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,69 @@ def test_ctrl_c_does_not_wait_for_threads(tmp_path, times):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "stopped\n")
     assert time.monotonic() - begun < (4 if times == 2 else 15)
+
+
+CONFIGURED = """
+from absl import flags
+from fusion_jax.cli import define_config, run_main
+from fusion_jax.config import RunConfig, from_dict
+define_config("run")
+def main(argv):
+    config = from_dict(RunConfig, flags.FLAGS.config.to_dict())
+    stage = config.stages[0]
+    print(config.seed, config.init_from, stage.epochs, stage.packing, stage.freeze, stage.learning_rate_by_path)
+run_main(main)
+"""
+
+
+def configured(*overrides):
+    command = [sys.executable, "-c", CONFIGURED, "--config", f"{ROOT}/tests/tiny_run.py:data"]
+    command += [f"--config.{word}" for word in overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+
+
+def test_keys_that_the_config_file_does_not_list_can_be_set():
+    names = ["seed=7", "init_from=a", "stages[0].epochs=3", "stages[0].packing", "stages[0].freeze=('^llm/',)"]
+    done = configured(*names, "stages[0].learning_rate_by_path={'^llm/.*': 1e-3}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "7 a 3 True ('^llm/',) {'^llm/.*': 0.001}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages[0].epoch=1", "config.stages[0].epoch is not a known key; did you mean 'epochs'?"),
+        ("stages[0][0]=3", "--config.stages[0][0] cannot be set: config.stages[0] of the config file has no 0, "),
+    ],
+)
+def test_what_cannot_be_set_is_said_in_one_sentence(override, said):
+    done = configured("seed=1", override)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_set_is_named_with_what_there_is():
+    config = ConfigDict({"model": {"layers": 1}, "stages": [ConfigDict({"steps": 1}), ConfigDict({"steps": 2})]})
+    for word, said in (
+        (
+            "modle.layers=3",
+            "--config.modle.layers cannot be set: config of the config file has no 'modle', but has a key ",
+        ),
+        ("model.layers.x=3", "config.model.layers of the config file has no 'x', but has no keys."),
+        (
+            "stages[7].steps=3",
+            "config.stages of the config file has no 7, but has 2 entries, the first of which is [0].",
+        ),
+        ("stages[x].steps=3", "config.stages of the config file has no ('x',), but has 2 entries"),
+        ("stages.0.steps=3", "--config.stages.0.steps is no name of a key; write --config.model.llm.layers or "),
+        ("stages=()", "--config.stages cannot be set as a whole; set its parts, such as --config.stages[0].KEY=VALUE"),
+        ("(" * 5000 + "=1", "is no name of a key"),
+    ):
+        found = _wrong_key(config, ["--config.model.layers=2", f"--config.{word}"])
+        assert said in found and len(found) < 500 and found.isprintable()
+    assert _wrong_key(config, ["--config.new=1", "--config.stages[-1].new=2", "--config.model.new.it=3"]) is not None
+    assert _wrong_key(config, ["--config.new=1", "--config.stages[-1].new=2"]) is None
+    assert "has a key 'model'" in _wrong_key(config.lock(), ["--config.modle=1"])
 
 
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])

@@ -9,7 +9,8 @@ shard: killed at any moment, the same command goes on and ends with the very byt
 comes last. Records that cannot be used are left out and counted by reason in the manifest, which lists the first 1000.
 
 SHARDS is new, empty, or left by such a run: any other folder is refused, and no file is removed that a conversion did
-not write. A run that ends over a mistake (too many records that cannot be used, for example) leaves nothing behind.
+not write. A run that ends over a mistake (too many records that cannot be used, for example) takes away what it has
+made itself, and leaves what an earlier run has finished.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from fusion_jax.cli import out_of_ctrl_c, run_main
 from fusion_jax.data import formats, image, shards, sources
 from fusion_jax.data.image import MAX_PIXELS
 from fusion_jax.errors import BadRecord, UserError, check
-from fusion_jax.files import brief, parse_json, read_file
+from fusion_jax.files import brief, parse_json, read_file, write_whole
 
 log = logging.getLogger("fusion_jax")
 
@@ -145,11 +146,15 @@ def convert(
             if (out / shards.MANIFEST).exists():  # another process was faster
                 return _complete(plan)
             _prepare(plan)
+            stood = _results(out)
             try:
                 return _write(plan, spans, workers, max_bad_records, progress)
             except BaseException as e:
-                if isinstance(e, Unusable) or all(_finished(plan, k) is None for k in range(plan.shards)):
-                    _clear(out, with_shards=True)  # there is nothing to go on with
+                nothing = not stood and all(_whole(plan, k) is None for k in range(plan.shards))
+                if isinstance(e, Unusable) or nothing:  # what an earlier run has made is not this one's to take away
+                    _clear(out, with_shards=True, but={*stood, _PLAN} if stood else set())
+                if isinstance(e, Unusable) and stood:
+                    raise Unusable(f"{e} What earlier runs finished stays in {out}; delete it to start anew.") from e
                 raise
     except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's, of a full disk for example
         raise UserError(f"Cannot go on in {out}: {e}; the same command continues from here.") from e
@@ -251,21 +256,31 @@ def _prepare(plan: Plan) -> None:
         _check_same(said, plan)
     elif any(path.name != _LOCK for path in (plan.out / _PARTIAL).iterdir()):
         log.warning("%s: the plan of an earlier run cannot be read; starting anew", plan.file)
-        _clear(plan.out, with_shards=True, but=_LOCK)
+        _clear(plan.out, with_shards=True, but={_LOCK})
     for left in (plan.out / _PARTIAL).glob("*.tmp"):
         if _PROGRESS.fullmatch(left.name):
             left.unlink()
     _write_json(plan.out, plan.file, plan.said())
 
 
-def _clear(out: Path, with_shards: bool = False, but: str = "") -> None:
-    """Takes away SHARDS/partial, or what conversions wrote there, the plan last; with `with_shards` the shards too."""
+def _results(out: Path) -> set[str]:
+    """The names of the shards and of their reports that lie there."""
+    reports = {path.name for path in (out / _PARTIAL).iterdir() if re.fullmatch(r"\d{5,}\.json", path.name)}
+    return reports | {path.name for path in out.iterdir() if _SHARD.fullmatch(path.name)}
+
+
+def _clear(out: Path, with_shards: bool = False, but: Set[str] = frozenset()) -> None:
+    """Takes away SHARDS/partial, or what conversions wrote there, the plan last; with `with_shards` the shards too.
+
+    Files with the names in `but` stay.
+    """
     partial = out / _PARTIAL
     if not partial.is_dir() or partial.is_symlink():
         return
-    ours = [path for path in partial.iterdir() if _PROGRESS.fullmatch(path.name) and path.name != but]
+    ours = [path for path in partial.iterdir() if _PROGRESS.fullmatch(path.name)]
     if with_shards:
         ours += [path for path in out.iterdir() if _SHARD.fullmatch(path.name)]
+    ours = [path for path in ours if path.name not in but]
     for path in sorted(ours, key=lambda path: (path.name == _PLAN, path.name == _LOCK)):
         with contextlib.suppress(IsADirectoryError):
             path.unlink(missing_ok=True)
@@ -336,16 +351,29 @@ def _check_bad(reports: Iterable[dict[str, Any]], allowed: float, enough: int) -
 
 def _finished(plan: Plan, k: int) -> dict[str, Any] | None:
     """The report of a shard that an earlier run completed; None if it must be made (again)."""
+    report = _whole(plan, k)
+    # Images that were missed in another folder may be in this one.
+    missed = report is not None and report["skipped"].keys() & {"missing_image", "image_outside_folder"}
+    return None if missed and not _same_folder(report.get("image_folder"), plan.image_folder) else report
+
+
+def _same_folder(name: Any, folder: Path) -> bool:
+    """Whether a report names this folder, by whatever path: links and mounts give one folder several."""
+    try:
+        return isinstance(name, str) and os.path.samefile(name, folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _whole(plan: Plan, k: int) -> dict[str, Any] | None:
+    """The report of a shard that is there as it says, from whatever image folder; None where there is no such thing."""
     try:
         report = parse_json(read_file(plan.report(k)))
         files = [report["shard"], report["text"]] if report["records"] else []
         whole = all((plan.out / file["name"]).stat().st_size == file["bytes"] for file in files)
         sums = [report[key] for key in ("records", "images", "image_bytes")]
         counts = [*sums, *report["skipped"].values(), *(one["record"] for one in report["listed"])]
-        whole = whole and report["number"] == k and all(type(count) is int for count in counts)
-        # Images that were missed in another folder may be in this one.
-        missed = report["skipped"].keys() & {"missing_image", "image_outside_folder"}
-        if whole and (not missed or report.get("image_folder") == str(plan.image_folder)):
+        if whole and report["number"] == k and all(type(count) is int for count in counts):
             return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -355,12 +383,7 @@ def _finished(plan: Plan, k: int) -> dict[str, Any] | None:
 def _write_json(out: Path, path: Path, value: Any) -> None:
     """Whole or not at all."""
     part = out / _PARTIAL / f"{path.name}.{os.getpid()}.tmp"
-    with open(part, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode(), part, sync=True)
 
 
 def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], None]) -> dict[str, Any]:
@@ -396,7 +419,8 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
             image_bytes += sum(map(len, files))
         advance(1)
     report = {"number": k, "records": records, "images": images, "image_bytes": image_bytes}
-    report |= {"skipped": dict(sorted(skipped.items())), "listed": listed, "image_folder": str(plan.image_folder)}
+    report |= {"skipped": dict(sorted(skipped.items())), "listed": listed}
+    report["image_folder"] = os.path.realpath(plan.image_folder)
     for kind, writer in writers.items():
         writer.close()
         if not records:
@@ -408,8 +432,17 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
             os.fsync(f.fileno())
         size, sha256 = parts[kind].stat().st_size, shards.hash_file(parts[kind])
         report[kind] = {"name": names[kind], "bytes": size, "sha256": sha256}
-    for kind in report.keys() & parts.keys():
-        os.replace(parts[kind], plan.out / names[kind])
+    earlier = _whole(plan, k)
+    if earlier is not None and earlier["records"] > records:  # this image folder has fewer of its images
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        return earlier
+    plan.report(k).unlink(missing_ok=True)  # it must never stand beside shards that it does not describe
+    for kind, part in parts.items():
+        if records:
+            os.replace(part, plan.out / names[kind])
+        else:
+            (plan.out / names[kind]).unlink(missing_ok=True)
     _write_json(plan.out, plan.report(k), report)
     return report
 

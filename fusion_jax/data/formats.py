@@ -12,7 +12,7 @@ it is bounded here:
 | TIFF | tiles larger than the image | MAX_TILED_PIXELS |
 | | two sizes in one directory, tags of any length | refused; MAX_TAG_VALUES |
 | | decoders that few need: LZMA, WebP, old JPEG and others in a TIFF | TIFF_COMPRESSIONS |
-| JPEG 2000 | another size in the header than in the pixels; many channels, tiles, tiny precincts | refused |
+| JPEG 2000 | another size in the header than in the pixels; many channels, tiles, tiny precincts or blocks | refused |
 | AVIF | frames of another size than the header's, hidden ones, films | MAX_AV1_PIXELS, the first picture alone |
 | JPEG 2000, BMP with run lengths | a slow decoder | MAX_SLOW_SAMPLES |
 | PPM, as text | a slow decoder | MAX_TEXT |
@@ -157,6 +157,7 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _MARKER_AFTER_PIXELS = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not the byte FF itself, nor restarts
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without contents
 _SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
+_PASSED_OVER = (*range(0xE0, 0xF0), _COMMENT)  # libjpeg takes the length of these for 2 if it is less
 _COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}
 
 
@@ -170,9 +171,9 @@ def _segments(data: bytes, at: int, marker: re.Pattern[bytes]) -> Iterator[tuple
         if found[1][0] in _ALONE:
             continue
         start, length = at - 2, int.from_bytes(data[at : at + 2], "big")
-        if length < 2:
+        if length < 2 and found[1][0] not in _PASSED_OVER:
             raise ValueError("a segment of the file has no length")
-        at += length
+        at += max(length, 2)
         yield found[1][0], start, at
     raise TooLarge("is made of too many small parts")
 
@@ -184,7 +185,7 @@ def _jpeg(data: bytes) -> tuple[bytes, None]:
         if marker == _SCAN:
             pixels = start
             break
-        about = 0xE0 <= marker <= 0xEF or marker == _COMMENT
+        about = marker in _PASSED_OVER
         colours = marker in _COLOURS and data[start + 4 : end].startswith(_COLOURS[marker])
         if colours or not about:
             kept.append(data[start:end])
@@ -228,6 +229,8 @@ _BYTES = (1, 2, 7)  # types that Pillow keeps as they are
 _UNIT = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _WHOLE = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _WIDTH, _LENGTH, _COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 259, 322, 323
+_TEXTS = (269, 270, 271, 272, 285, 305, 306, 315, 316)  # names, descriptions, dates: writers put several of one kind
+_PRIVATE = 33432  # the copyright, and all tags behind it: no pixel that is read follows from them
 
 
 def _tiff(data: bytes) -> tuple[bytes, None]:
@@ -241,8 +244,8 @@ def _tiff(data: bytes) -> tuple[bytes, None]:
     tags, values, outside = {}, 0, 0
     for entry in range(at, at + step * entries, step):
         tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, entry)
-        if tag in tags:
-            raise ValueError(f"its directory has the tag {tag} twice")
+        if tag in tags and tag not in _TEXTS and tag < _PRIVATE:
+            raise ValueError(f"its directory has the tag {tag} twice")  # Pillow takes the last, libtiff the first
         tags[tag] = None
         size, room = count * _UNIT.get(kind, 8), 8 if big else 4
         outside += size if size > room else 0

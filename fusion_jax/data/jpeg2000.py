@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 
 START = b"\xff\x4f\xff\x51"  # of the pixels: two markers
-SMALLEST_BLOCK = 6  # the exponents of 2 of its sides together: 8 x 8 values
+MAX_BLOCKS = 470_000  # of all channels, about 1 kB each: 30 million values in blocks of 8 x 8
 MAX_PRECINCTS = 100_000  # of all channels, about 1.6 kB each
 MAX_PARTS = 100_000
 _STYLE, _STYLE_OF_CHANNEL, _TILE, _TILE_DATA, _END = 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
@@ -75,10 +75,11 @@ def _markers(data: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 
 def _check_parts(data: bytes, own: int, levels: int, size: tuple[int, int], channels: int) -> None:
-    """ValueError if precincts or blocks are tiny; `own` is where it says whether sizes of precincts follow."""
+    """ValueError if precincts or blocks are too many; `own` is where it says whether sizes of precincts follow."""
     across, down = data[levels + 1] & 15, data[levels + 2] & 15
-    if across + 2 + down + 2 < SMALLEST_BLOCK:
-        raise ValueError("its blocks are too small")
+    blocks = channels * -(-size[0] >> across + 2) * -(-size[1] >> down + 2)
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"it has {blocks} blocks; allowed are {MAX_BLOCKS}")
     sides = data[levels + 5 : levels + 6 + data[levels]] if data[own] & 1 else b""
     precincts = 0
     for level, side in enumerate(sides):  # each has twice the width and height of the one before

@@ -178,6 +178,7 @@ def _fetch(url: str, size: int, sha256: str) -> str:
     part = folder / f"{sha256}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # a leftover, which may be a link
         fs, path = _filesystem(url)
         fs.get_file(path, str(part))
         if (found := hash_file(part)) != sha256:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fusion_jax.errors import UserError
-from fusion_jax.files import open_file, parse_json, shown
+from fusion_jax.files import open_file, parse_json, shown, write_whole
 
 _PARTS = "parts"
 _LONGEST = 1 << 20  # bytes of the first line
@@ -153,7 +153,5 @@ def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSONL that appears at once or not at all."""
-    scratch = path.with_suffix(".tmp")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    scratch.write_text(text, encoding="utf-8", errors="replace")
-    scratch.replace(path)
+    write_whole(path, text.encode("utf-8", errors="replace"))

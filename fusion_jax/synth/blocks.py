@@ -130,7 +130,8 @@ def locked(out: Path) -> Iterator[None]:
     """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "lock", "w") as f:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(out / "lock", flags, 0o666), "wb") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:

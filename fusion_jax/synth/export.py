@@ -13,6 +13,7 @@ OUT/dropped.jsonl                            every caption that became no record
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -20,10 +21,11 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fusion_jax.data import convert, shards
 from fusion_jax.errors import check
+from fusion_jax.files import new_file
 from fusion_jax.synth.blocks import all_samples
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.images import write_once
@@ -130,7 +132,7 @@ class _Whole:
         self._items = 0
 
     def __enter__(self) -> "_Whole":
-        self._file: IO[str] = open(self._part, "w", encoding="utf-8", errors="replace")
+        self._file = io.TextIOWrapper(new_file(self._part), encoding="utf-8", errors="replace")
         return self
 
     def item(self, value: Any) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fusion_jax.data.image import load_image
 from fusion_jax.errors import BadRecord
+from fusion_jax.files import write_whole
 
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # of SSIM (Wang et al. 2004), for 8-bit images
 
@@ -66,13 +67,7 @@ def perceptual_hash(image: Image.Image) -> int:
 def write_once(path: Path, data: bytes, sync: bool = True) -> None:
     """A file with these bytes, whole or not at all; with `sync` also if the machine loses its power."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(part, "wb") as f:
-        f.write(data)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
-    os.replace(part, path)
+    write_whole(path, data, path.with_name(f".{path.name}.{os.getpid()}.tmp"), sync)
 
 
 def png(image: Image.Image) -> bytes:

@@ -295,6 +295,81 @@ def test_images_missed_in_a_wrong_folder_are_looked_for_again(made, tmp_path, mo
     assert manifest["records"] == 40
 
 
+@pytest.fixture
+def begun(made, tmp_path, monkeypatch):
+    """A conversion that was killed after three of four shards, in each of which one image of ten is missing."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    (tmp_path / "empty").mkdir()
+    records = [{"image": f"{'gone' if k % 10 == 7 else 'a'}.png", "conversations": TURNS} for k in range(40)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    run(tmp_path, tmp_path / "calm")
+    interrupt(tmp_path, tmp_path / "out", monkeypatch, after=3)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "wrong", [{"images": "empty"}, {"max_bad_records": 0}, {"images": "empty", "max_bad_records": 1}]
+)
+def test_a_mistake_takes_nothing_from_an_earlier_run(begun, wrong, workers):
+    out = begun / "out"
+    before = {name: data for name, data in contents(out).items() if not name.endswith((".tmp", "lock"))}
+    assert sum(name.startswith("shard-") for name in before) == 3
+    if wrong.get("max_bad_records") == 1:  # no record can be used, but for those that are converted
+        run(begun, out, workers=workers, **wrong)
+        assert before.items() >= {k: v for k, v in contents(out).items() if k.startswith(("shard-", "text-"))}.items()
+        return
+    if wrong == {"images": "empty"}:
+        wrong["max_bad_records"] = 0.3  # nine records of a shard each are there, none of the last one
+    with pytest.raises(convert.Unusable, match=f"stays in {out}; delete it"):
+        run(begun, out, workers=workers, **wrong)
+    assert {name: data for name, data in contents(out).items() if not name.endswith("lock")} == before
+    run(begun, out)
+    assert contents(out) == contents(begun / "calm")
+
+
+def test_another_path_to_the_image_folder_is_the_same_folder(begun, monkeypatch):
+    """What an earlier run has finished stays, and is not made again, even if this one is stopped at once."""
+    out = begun / "out"
+    (begun / "link").symlink_to("images")
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+
+    def stopped(task, advance):
+        raise KeyboardInterrupt
+
+    for name in ("link", "empty/../images", "images/."):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(convert, "write_shard", stopped)
+            run(begun, out, name)
+    run(begun, out, "link")
+    assert len(kept) == 6 and all((out / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+    assert [path.read_bytes() for path in sorted(out.glob("*.array_record"))] == [
+        path.read_bytes() for path in sorted((begun / "calm").glob("*.array_record"))
+    ]
+
+
+def test_a_link_that_leads_to_another_image_folder_now_is_another_folder(begun, monkeypatch):
+    out, link = begun / "out", begun / "link"
+    link.symlink_to("images")
+    shutil.rmtree(out)
+    interrupt_through = {"records_per_shard": 10, "progress": False}
+    write = convert.write_shard
+
+    def stopped(task, advance):
+        if task[1] == 3:
+            raise KeyboardInterrupt
+        return write(task, advance)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, "write_shard", stopped)
+        convert.convert(begun / "a.json", link, out, **interrupt_through)
+    shutil.copytree(begun / "images", begun / "better")
+    shutil.copy(begun / "better" / "a.png", begun / "better" / "gone.png")
+    link.unlink()
+    link.symlink_to("better")
+    assert run(begun, out, "link")["records"] == 40
+
+
 def test_links_as_folders(made, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import convert, formats, resample
+from fusion_jax.data import convert, formats, jpeg2000, resample
 from fusion_jax.data import image as image_module
 from fusion_jax.data.avif import coded_pixels
 from fusion_jax.data.image import load_image, read_crops, read_size
@@ -153,6 +153,18 @@ def test_jpegs_keep_what_decides_their_colours(picture):
         np.testing.assert_array_equal(np.asarray(load_image(several)), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_jpeg_segments_without_a_length(picture, length):
+    """libjpeg passes over metadata that are shorter than the number that says so, and refuses all else."""
+    data = encode(picture, "JPEG")
+    for marker in (*range(0xE0, 0xF0), 0xFE):
+        odd = data[:2] + bytes((0xFF, marker, 0, length)) + data[2:]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(odd))), np.asarray(Image.open(io.BytesIO(data))))
+        same_pixels(odd, data)
+    for marker in (0xC4, 0xDB, 0xDD):
+        assert refusal(data[:2] + bytes((0xFF, marker, 0, length)) + data[2:])[0] == "corrupt_image"
+
+
 def test_scans_of_a_jpeg_are_counted(picture):
     data = encode(picture, "JPEG", progressive=True)
     starts = [found.start() for found in re.finditer(b"\xff\xda", data)]
@@ -182,6 +194,8 @@ def test_tiffs_are_no_larger_than_they_say():
     sound = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 278: 10, 279: len(pixels), 273: 0}
     assert load_image(tiff(sound, pixels)).size == (10, 10)
     assert "twice" in refusal(tiff(sound, pixels, twice=[(256, 2000)]))[1]
+    for tag in (254, 258, 262, 266, 274, 278, 279, 284, 317, 320, 338, 339, 347, 530, 700, 32997):
+        assert "twice" in refusal(tiff(sound | {tag: sound.get(tag, 1)}, pixels, twice=[(tag, 1)]))[1], tag
     assert "compression, number 34925" in refusal(tiff(sound | {259: 34925}, pixels))[1]
     tiled = {key: value for key, value in sound.items() if key not in (273, 278, 279)} | {325: len(pixels), 324: 0}
     assert load_image(tiff(tiled | {322: 1024, 323: 1024}, pixels)).size == (10, 10)
@@ -194,6 +208,21 @@ def test_tiffs_are_no_larger_than_they_say():
     assert refusal(data)[0] == "corrupt_image"
     reason, detail = refusal(data + bytes(40_000_000))
     assert reason == "image_too_large" and "numbers in its directory" in detail
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "jpeg", "tiff_adobe_deflate"])
+def test_tiff_texts_may_stand_twice(picture, compression):
+    """Common writers put two descriptions. Which of the two a decoder takes must not matter, of whatever type it is."""
+    data = encode(picture, "TIFF", compression=compression)
+    (at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    own = [data[at + 2 + 12 * k : at + 14 + 12 * k] for k in range(count)]
+    for tag in (269, 270, 305, 306, 315, 33432, 34665, 34675, 42112, 50839, 65000):
+        entries = [entry for entry in own if struct.unpack_from("<H", entry)[0] != tag]
+        entries += [struct.pack("<HHII", tag, kind, 4, 8) for kind in (2, 7, 1)]  # four bytes, read where they stand
+        entries.sort(key=lambda entry: struct.unpack_from("<H", entry)[0])
+        listed = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+        same_pixels(data[:4] + struct.pack("<I", len(data)) + data[8:] + listed, data)
 
 
 def test_tiff_turned_by_its_xmp(picture):
@@ -261,7 +290,7 @@ def test_jpeg2000_header_and_pixels_agree(picture):
 
 
 @pytest.mark.parametrize("where", ["image", "tile"])
-def test_jpeg2000_parts_are_not_tiny(where):
+def test_jpeg2000_parts_are_not_tiny(where, monkeypatch):
     """A few bytes that would take gigabytes, in the image's header or in a tile's."""
     data = encode(Image.new("RGB", (300, 300)), "JPEG2000", no_jp2=True, codeblock_size=(16, 16), num_resolutions=6)
     at = data.index(b"\xff\x52")
@@ -281,10 +310,12 @@ def test_jpeg2000_parts_are_not_tiny(where):
 
     assert load_image(styled(b"")).size == (300, 300)
     formats.prepare("JPEG2000", styled(b"\x77" * 6))
+    formats.prepare("JPEG2000", styled(b"", b"\0\0"))
+    monkeypatch.setattr(jpeg2000, "MAX_BLOCKS", 3 * 75 * 75 - 1)
     for tiny, said in (
         (b"\x11" * 5 + b"\0", "precincts"),
         (b"\x77" * 5 + b"\x10", "precincts"),
-        (b"", "blocks are too"),
+        (b"", "16875 blocks; allowed are 16874"),
     ):
         reason, detail = refusal(styled(tiny) if tiny else styled(tiny, b"\0\0"))
         assert reason == "corrupt_image" and said in detail
@@ -294,6 +325,21 @@ def test_jpeg2000_parts_are_not_tiny(where):
                 300,
                 200,
             )
+
+
+def test_jpeg2000_blocks_are_counted():
+    """Of any size: their number is what memory is taken for, 240 MB for as many as are allowed."""
+    picture = Image.effect_noise((300, 200), 50)
+    for shape in ((4, 4), (4, 16), (4, 1024), (1024, 4), (64, 64)):
+        data = encode(picture, "JPEG2000", codeblock_size=shape)
+        assert np.array_equal(np.asarray(load_image(data))[..., 0], np.asarray(picture))
+    # An image of one row, whose blocks have as many values as ones of 8 x 8, but are as many as ones of one row.
+    thin = bytearray(encode(Image.new("L", (400, 1)), "JPEG2000", no_jp2=True, codeblock_size=(4, 16)))
+    thin[8:12], thin[24:28] = struct.pack(">I", 4 * jpeg2000.MAX_BLOCKS), struct.pack(">I", 4 * jpeg2000.MAX_BLOCKS)
+    assert jpeg2000.measure(thin)[0] == (4 * jpeg2000.MAX_BLOCKS, 1)
+    thin[8:12] = struct.pack(">I", 4 * jpeg2000.MAX_BLOCKS + 1)
+    with pytest.raises(ValueError, match="470001 blocks"):
+        jpeg2000.measure(thin)
 
 
 def test_plain_text_pictures(monkeypatch):

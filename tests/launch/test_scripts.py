@@ -253,6 +253,8 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["restart", "python"], "behind --"),
         (["restart"], "no command"),
         (["restart", "--codes", "a", "--", "true"], "--codes must be"),
+        (["restart", "--retries", "9" * 20, "--", "true"], "--retries must be below 1000000000"),
+        (["restart", "--pause", "-1", "--", "true"], "--pause must be a whole number"),
         (["train", "--flags", "v1", *TRAINING], "unknown kind 'v1'"),
         (["host", "begin"], "known: install, doctor"),
         (["xla_flags"], "give one KIND"),
@@ -332,6 +334,15 @@ def test_restart_forgets_failures_after_a_long_run_and_waits_longer_after_each(t
     assert "again in 2 s" in result.stderr and "again in 4 s" in result.stderr and result.returncode == 1
 
 
+def test_restart_reads_numbers_as_they_are_meant(tmp_path):
+    """08 is no octal number, and 010 is ten."""
+    for option, value in (("--retries", "08"), ("--long", "08"), ("--pause", "09"), ("--fast", "010")):
+        lines = script("restart", option, value, "--dry_run", "--", "false").stdout
+        assert f" {int(value)} " in lines or option == "--long", lines
+    result = script("restart", "--retries", "01", "--long", "08", "--pause", "00", "--", *counting(tmp_path, [1] * 9))
+    assert result.returncode == 1 and runs(tmp_path) == 2 and "giving up" in result.stderr
+
+
 def test_restart_takes_other_codes(tmp_path):
     command = counting(tmp_path, (134, 75, 9))
     assert script("restart", "--pause", 0, "--codes", "75,134", "--", *command).returncode == 9
@@ -344,8 +355,8 @@ def test_restart_gives_up_on_fast_failures(tmp_path):
 
 
 def test_restart_counts_only_fast_runs_in_a_row(tmp_path):
-    command = ["bash", "-c", f"echo x >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n); [ $n != 2 ] || sleep 2; exit 75"]
-    result = script("restart", "--pause", 0, "--max_fast", 2, "--fast", 1, "--", *command)
+    command = ["bash", "-c", f"echo x >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n); [ $n != 2 ] || sleep 3; exit 75"]
+    result = script("restart", "--pause", 0, "--max_fast", 2, "--fast", 2, "--", *command)
     assert result.returncode == 1 and len((tmp_path / "n").read_text().split()) == 4  # fast, slow, fast, fast
 
 
@@ -369,7 +380,7 @@ def wait_until(condition, seconds=30):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_restart_passes_signals_on_and_does_not_run_again(tmp_path, number):
     command = ["--pid_file", tmp_path / "pid", "--", sys.executable, "-c", SAVING, tmp_path]
     # A shell's background job, which these tests may be, has SIGINT ignored, and so would have what it starts.

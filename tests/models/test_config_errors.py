@@ -161,6 +161,9 @@ def with_model(**changes):
         (run_with({"max_skipped_steps": 0}), ("config.max_skipped_steps=0", "at least 1")),
         (run_with({"validate_every": -1}), ("config.validate_every=-1", "at least 0")),
         *((run_with(stage={"name": name}), ("the name must be",)) for name in ("", "..", "a/b", "\x1b[2J")),
+        *((run_with(stage={"name": name}), ("other things",)) for name in ("compiled", "run.lock", "config.json")),
+        (run_with(stage={"name": "n" * 300}), ("200 bytes",)),
+        (run_with({"mesh": {"data": 10**12}}), ("config.mesh.data=1000000000000", "between")),
         # 9 image tokens and 4 latents.
         (run_with(stage={"max_length": 13}), ("'one'", "max_length=13", "13 visual", "9 of the", "4 latents")),
         (run_with({"stages": [STAGE, STAGE]}), ("config.stages", "one, one")),

@@ -117,7 +117,7 @@ def test_config_mistakes_are_named(tmp_path):
         ({"pools": pools(kinds={"conv": 1.0})}, r"pools\[0\].kinds: 'conv' is no kind"),
         ({"pools": pools(path="embedded:cubes:3")}, "STYLE one of scenes, shapes/train"),
         ({"mixtures": {"stage2": {"stage3": "all"}}}, "'stage3' is no stage"),
-        ({"tokenizer": 20}, "at least 300 pieces"),
+        ({"tokenizer": 20}, "300 pieces or more"),
     ):
         with pytest.raises(UserError, match=words):
             make_shapes(tmp_path / "data", "1,1,1,1,1", **changes)
