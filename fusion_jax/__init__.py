@@ -1,22 +1,14 @@
 """fusion_jax: vision-language models whose vision encoder reads the question (FLARE, FUSION), in JAX."""
 
-import os
 import signal
 import sys
 
+from fusion_jax.interrupts import ended_early
+
 __version__ = "0.1.0"
 
-
-def ended_early(*_) -> None:
-    """Ctrl-C while a command still loads what it needs, which takes seconds. `cli.run_main` takes this off again."""
-    try:
-        os.write(2, b"stopped\n")
-    finally:  # standard error may be closed, or a file on a full disk
-        os._exit(130)
-
-
 # Python calls a command `-m` for as long as it looks for it, which is when this file is read: of this package's
-# commands, not of another program's that imports it.
+# commands, not of another program's that imports it. `cli.run_main` takes the handler off again.
 if (
     sys.argv[:1] == ["-m"]
     and any(word.removeprefix("-m").startswith("fusion_jax.") for word in sys.orig_argv)

@@ -11,7 +11,7 @@ import sys
 import jax.numpy as jnp
 from absl import flags
 
-from fusion_jax import checkpoint, generate
+from fusion_jax import checkpoint, generate, interrupts
 from fusion_jax.cli import run_main
 from fusion_jax.config import DTYPES
 from fusion_jax.errors import UserError
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         except EOFError:
             break
         except KeyboardInterrupt:
+            interrupts.answered()
             write("\n")
             continue
         if not chat.say(line):

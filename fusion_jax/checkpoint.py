@@ -100,7 +100,7 @@ class Checkpoints:
           data: state of the input iterator right behind the batch of this step. JSON, the same in all processes.
         """
         self._wait()
-        if _all_agree(step == self._written):
+        if all_agree(step == self._written):
             return
         self._replaces = not int(state.skipped_in_row)
         params, train = _split(state)
@@ -124,8 +124,8 @@ class Checkpoints:
         deadline, pause = time.monotonic() + patience, 1.0
         self.save(step, state, data)
         self._wait()
-        while not _all_agree(self._written == step):
-            if not _all_agree(time.monotonic() + pause < deadline):
+        while not all_agree(self._written == step):
+            if not all_agree(time.monotonic() + pause < deadline):
                 raise UserError(
                     f"The checkpoint of step {step} could not be written to {self.folder} ({self._problem}); make room "
                     f"or repair the folder and start again: training goes on from step {max(self.steps(), default=0)}."
@@ -156,7 +156,7 @@ class Checkpoints:
             folder = self.folder / str(step)
             damage = integrity.problem(folder, jax.process_index(), jax.process_count())
             restored = None
-            if _all_agree(damage is None):
+            if all_agree(damage is None):
                 if integrity.unlisted(folder):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
                 try:
@@ -164,7 +164,7 @@ class Checkpoints:
                 except Exception as error:  # each part of a file and each library has its own kind of damage
                     raise_if_no_damage(error)
                     damage = first_line(error)
-                if _all_agree(restored is not None):
+                if all_agree(restored is not None):
                     self._set_aside(damaged, step)
                     self._written = step
                     return step, *restored
@@ -322,7 +322,7 @@ def _discard(folder: Path) -> None:
         _remove(folder.rename(target))
 
 
-def _all_agree(here: bool) -> bool:
+def all_agree(here: bool) -> bool:
     """Whether it holds in every process."""
     if jax.process_count() == 1:
         return here

@@ -28,12 +28,10 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-import fusion_jax
+from fusion_jax import interrupts
 from fusion_jax.errors import AGAIN, RunAgain, UserError, check
 from fusion_jax.files import brief, open_file, printable, shown
 
-INTERRUPTED = 128 + signal.SIGINT
-_LINGER = 5.0  # seconds that threads may take to end after Ctrl-C
 # Faults of a folder or file that somebody named: none of them goes away by trying again.
 _MISTAKES = (
     errno.ENAMETOOLONG,
@@ -56,8 +54,6 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
       main: gets the arguments that are no flags, the program's name first.
       goes_on: whether the same command, started again after Ctrl-C, takes up what this one has done.
     """
-    if signal.getsignal(signal.SIGINT) is fusion_jax.ended_early:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # half an emoji in a file must not end a command that only mentions it
             stream.reconfigure(errors="backslashreplace")
@@ -70,22 +66,36 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
     log.setLevel(logging.INFO)
     log.propagate = False
 
+    def line() -> str:
+        return "stopped; the same command goes on from here" if goes_on() else "stopped"
+
+    def interruptible(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except Exception:
+            if not interrupts.asked():
+                raise
+        if interrupts.asked():  # a library made another error of KeyboardInterrupt, or none
+            raise KeyboardInterrupt
+
     def guarded(argv: list[str]) -> int:
-        code = _code(main, argv)
+        code = _code(interruptible, argv)
         problem = _flush()
         if problem is not None and code == 0:
             _say(f"error: standard output cannot be written: {problem}.")
             code = 2
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # all is said: Python's own end may take long
+        if interrupts.listening():  # all is said: Python's own end may take long
             signal.signal(signal.SIGINT, lambda *_: os._exit(code))
         return code
 
     try:
+        interrupts.listen(line)
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
+        interrupts.begin_ending()
+        interrupts.say(line(), _say)
         _end_soon()
-        _say("stopped; the same command goes on from here" if goes_on() else "stopped")
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupts.INTERRUPTED)
 
 
 def _code(main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -172,10 +182,9 @@ def _flush() -> str | None:
 
 
 def _end_soon() -> None:
-    """Lets threads and pools end after Ctrl-C, quietly and not for long; a second Ctrl-C ends all at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    """Lets threads and pools end after Ctrl-C, quietly and not for long."""
     sys.unraisablehook = threading.excepthook = lambda _: None
-    timer = threading.Timer(_LINGER, os._exit, (INTERRUPTED,))
+    timer = threading.Timer(interrupts.PATIENCE, interrupts.end_now)
     timer.daemon = True
     timer.start()
 

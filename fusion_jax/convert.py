@@ -15,6 +15,7 @@ from absl import flags
 
 from fusion_jax.cli import run_main
 from fusion_jax.errors import UserError, check
+from fusion_jax.interrupts import loading
 
 log = logging.getLogger("fusion_jax")
 
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
 
 
 def _import() -> None:
-    from fusion_jax.interop import importing
+    with loading():
+        from fusion_jax.interop import importing
 
     backbones = _VISION.value is not None and _LLM.value is not None
     check(
@@ -66,7 +68,8 @@ def _import() -> None:
 
 
 def _export() -> None:
-    from fusion_jax.interop import exporting
+    with loading():
+        from fusion_jax.interop import exporting
 
     check(_CHECKPOINT.value is not None, "Give the checkpoint to export: --checkpoint DIR.")
     check(_FORMAT.value is not None, f"Give --format {' or '.join(exporting.FORMATS)}.")

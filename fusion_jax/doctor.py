@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.device_check import GIB, ROOT, Fact, Findings, Problem, ask_devices, check_devices
 from fusion_jax.errors import UserError
+from fusion_jax.interrupts import loading
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -253,10 +254,11 @@ def check_cluster() -> Findings:
 
 def count_parameters(config) -> tuple[int, int]:
     """Parameters in all, and of the stage that trains most; nothing is computed."""
-    import jax
+    with loading():
+        import jax
 
-    from fusion_jax import optim
-    from fusion_jax.models import fusion
+        from fusion_jax import optim
+        from fusion_jax.models import fusion
 
     jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
@@ -275,9 +277,10 @@ def state_bytes(total: int, trained: int) -> int:
 
 def check_config(config, answer: dict | Problem, workdir: str | None) -> Findings:
     """The config against this machine. `config` is a RunConfig, `answer` of `ask_devices`."""
-    from fusion_jax import checkpoint
-    from fusion_jax.data import pipeline
-    from fusion_jax.data.tokenizer import load_tokenizer
+    with loading():
+        from fusion_jax import checkpoint
+        from fusion_jax.data import pipeline
+        from fusion_jax.data.tokenizer import load_tokenizer
 
     def tried(function, *arguments) -> Findings:
         try:
@@ -286,7 +289,7 @@ def check_config(config, answer: dict | Problem, workdir: str | None) -> Finding
             yield Problem(True, str(error), "See the config.")
 
     if config.tokenizer:
-        yield from tried(load_tokenizer, config.tokenizer)
+        yield from tried(load_tokenizer, config.tokenizer, True)
     if config.init_from:
         yield from tried(checkpoint.find, config.init_from)
     for stage in config.stages:
@@ -322,7 +325,8 @@ def examine() -> tuple[list[Fact], list[Problem]]:
     if flags.FLAGS.config is None:
         findings += check_disk(flags.FLAGS.workdir)
     else:
-        from fusion_jax.config import RunConfig, from_dict
+        with loading():
+            from fusion_jax.config import RunConfig, from_dict
 
         try:
             findings.extend(

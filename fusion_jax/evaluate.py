@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value:
         check_output("output", _OUTPUT.value)
     grader = judge.from_environment()
-    step_folder = checkpoint.find(_CHECKPOINT.value)
+    loaded = checkpoint.load_model(_CHECKPOINT.value)  # decides which checkpoint it is
+    step_folder = loaded.folder
     header = {"checkpoint": predictions.fingerprint(step_folder), "folder": str(step_folder)}
     output = None
     if _OUTPUT_DIR.value:
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> None:
         predictions.check_folder(folder, header)
         output = Output(folder, header, index, count, _PATIENCE.value)
 
-    loaded = checkpoint.load_model(step_folder)
     model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
     answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=_ROWS.value)
     results = []

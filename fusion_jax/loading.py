@@ -3,9 +3,13 @@
 import functools
 import logging
 import re
+import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -19,6 +23,8 @@ from fusion_jax.errors import UserError, first_line
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
+
+T = TypeVar("T")
 
 FOLDER = "checkpoints"
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
@@ -65,31 +71,49 @@ class Loaded:
     step: int
 
 
+class Damaged(UserError):
+    """The files of a step folder cannot be used, whatever their list says."""
+
+
 def find(path: str | Path) -> Path:
-    """The step folder that `path` means: a step folder, a stage's folder, or a workdir (its newest stage and step).
+    """The step folder that `path` means, as far as its files tell; see `use`."""
+    return use(path, lambda folder: folder)
+
+
+def use(path: str | Path, load: Callable[[Path], T]) -> T:
+    """What `load` makes of the step folder that `path` means: a step folder, a stage's folder, or a workdir (its newest
+    stage and step).
 
     A damaged one is passed over for the one before, and the log says so. A step folder that is named itself has none.
 
+    Args:
+      load: raises `Damaged` where the folder cannot be read.
+
     Raises:
-      UserError: there is no checkpoint, or none that is whole.
+      UserError: there is no checkpoint, or none that is whole; whatever else `load` raises.
     """
     path = Path(path).absolute()
     if (path / "params").is_dir():
         damage = _unusable(path)
         if damage:
-            raise UserError(f"{path} is no whole checkpoint: {damage}.")
-        return path
+            raise Damaged(f"{path} is no whole checkpoint: {damage}.")
+        return load(path)
     damaged = []
     for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
         steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
         for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
             damage = _unusable(newest)
             if damage is None:
-                for passed in damaged:
-                    log.warning("going back to %s; %s is not whole", newest, passed.name)
                 if integrity.unlisted(newest):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", newest)
-                return newest
+                try:
+                    result = load(newest)
+                except Damaged as error:
+                    damage = _why(newest, error)
+                else:
+                    for passed in damaged:
+                        log.warning("going back to %s; %s is not whole", newest, passed.name)
+                    return result
             log.warning("checkpoint %s is damaged: %s; looking at the one before", newest, damage)
             damaged.append(newest)
     if damaged:
@@ -110,8 +134,13 @@ def _unusable(folder: Path) -> str | None:
         try:
             load_about(folder)
         except UserError as error:
-            return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
+            return _why(folder, error)
     return damage
+
+
+def _why(folder: Path, error: UserError) -> str:
+    """An error about a step folder without its name, and without a full stop."""
+    return str(error).removeprefix(f"{folder} is no whole checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
 
 
 @functools.lru_cache(maxsize=16)
@@ -124,14 +153,11 @@ def load_params(folder: Path, like) -> dict:
     """Parameters alone, in the shapes and dtypes of `like`, whatever mesh wrote them.
 
     Raises:
-      UserError: the checkpoint holds other parameters than `like`, or they cannot be read.
+      Damaged: they cannot be read.
+      UserError: the checkpoint holds other parameters than `like`.
     """
     check_size(folder, like)
-    try:
-        stored = flatten_dict(ocp.metadata(folder, "params").metadata, sep="/")
-    except Exception as error:
-        raise_if_no_damage(error)
-        raise UserError(f"{folder} is no whole checkpoint: its params cannot be read ({first_line(error)}).") from error
+    stored = flatten_dict(stored_shapes(folder), sep="/")
     # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
     for name, leaf in flatten_dict(like, sep="/").items():
         shape = getattr(stored.get(name), "shape", None)
@@ -142,16 +168,92 @@ def load_params(folder: Path, like) -> dict:
             )
     try:
         params = ocp.load_checkpointables(folder, {"params": abstract(like)})["params"]
-        check_shapes(params, like)
-        return params
     except Exception as error:
         raise_if_no_damage(error)
-        raise UserError(f"{folder} holds parameters of another model: {first_line(error)}") from error
+        raise unreadable(folder, error) from error
+    try:
+        check_shapes(params, like)
+    except ValueError as error:
+        raise UserError(f"{folder} holds parameters of another model: {error}.") from error
+    return params
+
+
+def stored_shapes(folder: Path) -> dict:
+    """Shapes and dtypes of a step folder's parameters, a nested dict. `Damaged` where they cannot be read."""
+    _silence_loops()
+    try:
+        stored = ocp.metadata(folder, "params").metadata
+    except Exception as error:
+        raise_if_no_damage(error)
+        raise unreadable(folder, error) from error
+    if not isinstance(stored, dict):  # Orbax gives None where it cannot read them
+        raise unreadable(folder, "their names and shapes are lost")
+    return stored
+
+
+def unreadable(folder: Path, why: BaseException | str) -> Damaged:
+    """The error of a step folder whose parameters cannot be read."""
+    said = why if isinstance(why, str) else _reason(why)
+    return Damaged(f"{folder} is no whole checkpoint: its params cannot be read ({said}).")
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom of Orbax's errors: those above it print all that was asked for."""
+    while (behind := error.__cause__ or error.__context__) is not None:
+        error = behind
+    return _short(first_line(error))
+
+
+def _short(said: str) -> str:
+    """TensorStore's errors name the file and end in all options that it was opened with."""
+    return " ".join(said.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0].split())[:300]
+
+
+class _NoTasks(logging.Filter):
+    """Orbax reads many arrays at once. Where one fails, the errors of the others are logged whenever their tasks go."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or "exception was never retrieved" not in record.getMessage():
+            return True
+        passed = " ".join(frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        return not any(name in f"{error} {passed}".lower() for name in ("orbax", "tensorstore", "ocdbt"))
+
+
+def _silence_loops() -> None:
+    """Without what is printed about reads that were under way when one failed: that one's error says it."""
+    asyncio_log = logging.getLogger("asyncio")
+    if any(isinstance(known, _NoTasks) for known in asyncio_log.filters):
+        return
+    asyncio_log.addFilter(_NoTasks())
+    # Some of TensorStore's reads end after their loop has, in threads: printed by the first, then by the second.
+    print_it, print_ignored = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda *what: None if _is_late(*what) else print_it(*what)
+    sys.unraisablehook = lambda what: (
+        None if _is_late(what.exc_type, what.exc_value, what.exc_traceback) else print_ignored(what)
+    )
+
+
+def _is_late(kind, error, trace) -> bool:
+    closed = kind is RuntimeError and f"{error}" == "Event loop is closed"
+    return closed and all("uvloop" in frame.filename for frame in traceback.extract_tb(trace))
 
 
 def load_model(path: str | Path) -> Loaded:
-    """Everything that generation and evaluation need, from a checkpoint alone."""
-    folder = find(path)
+    """Everything that generation and evaluation need, from a checkpoint alone. Raises as `use` does."""
+
+    def load(folder: Path) -> Loaded:
+        try:
+            return _load_model(folder)
+        except Damaged:
+            raise
+        except UserError as error:  # its parts contradict each other
+            raise Damaged(str(error)) from error
+
+    return use(path, load)
+
+
+def _load_model(folder: Path) -> Loaded:
     about = load_about(folder)
     config = config_of(about, folder)
     with tempfile.TemporaryDirectory() as files:

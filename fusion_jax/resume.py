@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fusion_jax import checkpoint, integrity
+from fusion_jax import checkpoint, integrity, loading
 from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,12 +50,34 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
     about = checkpoint.load_about(folder)
     config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
     if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer, own=True)
     else:
         config = dataclasses.replace(config, template=config_of(about, folder).template)
         checkpoint.save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})
+
+
+def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
+    """The step folder that `config.init_from` means, and its parameters in shapes, dtypes and shardings of `like`.
+
+    With several processes all use the same. UserError as `loading.use` and `load_params`.
+    """
+
+    def load(folder: Path) -> tuple[Path, dict]:
+        about, params, problem = checkpoint.load_about(folder), None, None
+        if continue_model(config.model, about, str(folder)) != config.model:
+            raise UserError(f"{folder} is of another model than {config.init_from} has by now; give a step folder.")
+        try:
+            params = checkpoint.load_params(folder, like)
+        except loading.Damaged as error:
+            problem = error
+        if not checkpoint.all_agree(params is not None):
+            raise problem or loading.unreadable(folder, "another process says why")
+        assert params is not None
+        return folder, params
+
+    return loading.use(config.init_from, load)
 
 
 def check(config: RunConfig, stage: StageConfig, records: int, about: dict[str, Any], where: Path) -> None:

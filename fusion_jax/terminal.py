@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fusion_jax import generate
+from fusion_jax import generate, interrupts
 from fusion_jax.data import conversation, image
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
@@ -66,6 +66,7 @@ class Chat:
                 self.write(_CONTROL.sub("", piece))
                 answer += piece
         except KeyboardInterrupt:
+            interrupts.answered()
             self.write(" [stopped]")
         self.write("\n")
         self.turns = [*turns, {"from": "gpt", "value": answer}]

@@ -90,7 +90,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
                 config, workdir if begun else Path(config.init_from), scratch.name
             )
         else:
-            tokenizer, origin = load_tokenizer(config.tokenizer), {}
+            tokenizer, origin = load_tokenizer(config.tokenizer, own=True), {}
         _check_tokenizer(config, tokenizer)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_model(config.model, mesh)
@@ -132,8 +132,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             config.dtype,
         )
         if config.init_from and not begun:
-            folder = checkpoint.find(config.init_from)
-            params = checkpoint.load_params(folder, params)
+            folder, params = resume.initial_parameters(config, params)
             log.info("parameters from %s", folder)
         elif not begun:  # otherwise the stage restores them
             params = state.initial_parameters(config.model, config.seed, mesh)

@@ -15,9 +15,10 @@ from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMAND = """
-import logging, os, signal, sys, threading, time
+import gc, logging, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from fusion_jax import interrupts
 from fusion_jax.cli import run_main
 from fusion_jax.errors import RunAgain, UserError
 log = logging.getLogger("fusion_jax")
@@ -26,6 +27,42 @@ def main(argv):
     if kind == "wait":
         Path(argv[2]).touch()
         time.sleep(60)
+    elif kind == "import":  # of what would be left half made
+        sys.path.append(argv[2])
+        try:
+            import slow
+        finally:
+            Path(argv[2], "cleaned").touch()
+        time.sleep(60)
+    elif kind in ("dropped", "gc"):  # where Python drops KeyboardInterrupt
+        class Slow:
+            def __del__(self):
+                Path(argv[2]).touch()
+                time.sleep(0.5)
+        if kind == "gc":
+            gc.callbacks.append(lambda *_: (Path(argv[2]).touch(), time.sleep(0.5)))
+            gc.collect()
+            gc.callbacks.clear()
+        else:
+            Slow()
+        time.sleep(60)
+    elif kind == "swallowed":  # as libraries do
+        for k in range(100):
+            try:
+                Path(argv[2]).touch()
+                time.sleep(0.05)
+            except BaseException as error:
+                if "raise" in argv:
+                    raise RuntimeError("of a library") from error
+                break
+    elif kind == "goes on":
+        for _ in range(2):
+            try:
+                Path(argv[2]).touch()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                interrupts.answered()
+                Path(argv[2]).unlink()
     elif kind == "threads":  # a pool with a thousand tasks waiting, and one that does not end
         pool = ThreadPoolExecutor(2)
         jobs = [pool.submit(time.sleep, 60 if k < 2 else 0.5) for k in range(1000)]
@@ -81,6 +118,50 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, arguments, said):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", said)
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("dropped", 1), ("dropped", 2), ("gc", 1), ("swallowed", 1), ("swallowed raise", 1)]
+)
+def test_ctrl_c_is_not_lost(tmp_path, kind, times):
+    """Python prints and drops what `__del__` and callbacks of the garbage collector raise; libraries catch it."""
+    kind, *more = kind.split()
+    process = start(kind, tmp_path / "begun", *more)
+    wait_for(tmp_path / "begun", process)
+    for _ in range(times):
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "stopped\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_the_end_of_an_import(tmp_path, times):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        "(here / 'begun').touch()\ntime.sleep(1)\n(here / 'imported').touch()\n"
+    )
+    process = start("import", tmp_path)
+    wait_for(tmp_path / "begun", process)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert process.communicate(timeout=30) == ("", "stopped\n")
+    assert process.returncode == 130
+    for name in ("imported", "cleaned"):  # a second one ends all at once
+        assert (tmp_path / name).exists() == (times == 1)
+
+
+def test_what_answers_ctrl_c_goes_on(tmp_path):
+    process = start("goes on", tmp_path / "begun")
+    for _ in range(2):
+        wait_for(tmp_path / "begun", process)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        while (tmp_path / "begun").exists() and process.poll() is None:
+            time.sleep(0.01)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -161,14 +242,20 @@ def test_what_cannot_be_set_is_named_with_what_there_is():
 
 
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])
-def test_ctrl_c_while_a_command_is_loaded(library):
-    """JAX alone takes seconds. The signal comes in the middle of them."""
-    command = [sys.executable, "-m", "fusion_jax.train", "--config=x", "--workdir=y"]
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("train --config=x --workdir=y", 1), ("convert import --from=x --to=y", 1), ("convert import --from=x --to=y", 2)],
+)
+def test_ctrl_c_while_a_command_is_loaded(name, library, times):
+    """JAX alone takes seconds. The signal comes in the middle of them, wherever the command imports it."""
+    command = [sys.executable, "-m", *f"fusion_jax.{name}".split()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     while f"/{library}/" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "stopped\n")
 

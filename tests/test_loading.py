@@ -1,16 +1,23 @@
 """What the commands that use a trained model trust of a checkpoint, and what they fall back to."""
 
 import base64
+import dataclasses
+import gc
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 from forged import forge, without
 from shapes_data import make_shapes
 
 from fusion_jax import checkpoint, integrity, resume
 from fusion_jax.errors import UserError
+from fusion_jax.interop import exporting
+from fusion_jax.models import fusion
 
 sys.path.append(str(Path(__file__).parent / "evals"))
 import tiny_checkpoint
@@ -110,6 +117,40 @@ def test_commands_fall_back_from_a_damaged_checkpoint_and_say_so(two, caplog, da
     shutil.rmtree(before)
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
         checkpoint.find(newest.parents[2])
+
+
+@pytest.mark.parametrize(
+    ("what", "listed"), [("manifest", "not"), ("arrays", "under another number"), ("shapes", "damaged")]
+)
+def test_params_that_cannot_be_read_are_passed_over_whatever_the_list_says(two, tmp_path, caplog, capfd, what, listed):
+    before, newest = two
+    if what == "shapes":
+        (newest / "params" / "_METADATA").write_text("{}")
+    for path in (newest / "params").rglob("manifest.ocdbt" if what == "manifest" else "d/*"):
+        if what != "shapes" and path.is_file():
+            os.truncate(path, 20)
+    if listed == "damaged":
+        (newest / "files.0.json").unlink()
+        integrity.write(newest, 0)
+    elif listed == "under another number":
+        (newest / "files.0.json").rename(newest / "files.1.json")
+    else:
+        (newest / "files.0.json").unlink()
+    workdir = newest.parents[2]
+    assert checkpoint.load_model(workdir).folder == before
+    assert exporting.export(workdir, tmp_path / "exported", "transformers", progress=False) == before
+    config = checkpoint.load_model(before).config
+    config = dataclasses.replace(config, init_from=str(workdir))
+    like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
+    assert resume.initial_parameters(config, like)[0] == before
+    assert f"checkpoint {newest} is damaged: " in caplog.text and f"going back to {before}; 9" in caplog.text
+    with pytest.raises(UserError, match=f"{newest} is no whole checkpoint: .*") as error:
+        checkpoint.load_model(newest)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600 and "bound method" not in str(error.value)
+    gc.collect()
+    time.sleep(0.2)
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "Traceback" not in said and "never retrieved" not in said
 
 
 def test_commands_say_that_the_bytes_of_a_checkpoint_without_a_list_cannot_be_checked(two, caplog):

@@ -64,7 +64,7 @@ def inspect(config: RunConfig, options: Options, out: Path | None = None, progre
         if config.init_from:
             config, tokenizer, _ = resume.start_from(config, Path(config.init_from), scratch)
         else:
-            tokenizer = load_tokenizer(config.tokenizer)
+            tokenizer = load_tokenizer(config.tokenizer, own=True)
         sections, found = [], []
         for stage in config.stages:
             if options.stage and stage.name != options.stage:

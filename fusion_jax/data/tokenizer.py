@@ -25,6 +25,7 @@ from fusion_jax.data.tokenizer_files import (
     MOST_BYTES,
     MOST_IDS,
     added_tokens,
+    check_links,
     declared_tokens,
     present,
     read_config,
@@ -207,7 +208,7 @@ class Tokenizer:
 
     def __reduce__(self):
         # The libraries' own objects do not all survive pickling; a worker process reads the folder again.
-        return load_tokenizer, (str(self.folder),)
+        return load_tokenizer, (str(self.folder), True)  # its links were looked at when it was loaded
 
     def _find(self, token: str | None) -> int | None:
         raise NotImplementedError
@@ -359,11 +360,12 @@ class JsonTokenizer(Tokenizer):
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, own: bool = False) -> Tokenizer:
     """Loads the tokenizer of a local folder; SentencePiece goes first where the folder has both kinds.
 
     Args:
       folder: holds `tokenizer.model` or `tokenizer.json`, and beside it `tokenizer_config.json`.
+      own: the user's config names the folder: its files may be links to anywhere, as clusters make them.
 
     Raises:
       UserError: the folder or its files are missing or unreadable.
@@ -375,7 +377,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     folder = folder.resolve()
     try:
-        return _load(folder)
+        return _load(folder, own)
     except OSError as e:
         raise UserError(f"Cannot read the tokenizer file {e.filename or folder}: {e.strerror or e}.") from e
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:  # some key holds what it should not
@@ -383,9 +385,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"The tokenizer files in {folder} are not of the form that is expected ({said}).") from e
 
 
-def _load(folder: Path) -> Tokenizer:
+def _load(folder: Path, own: bool) -> Tokenizer:
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
     found = {name for name in TOKENIZER_FILES if present(folder, name)}
+    if not own:
+        check_links(folder, found)
     if model.name in found:
         content = read_bytes(model, MOST_BYTES)
         try:

@@ -1,10 +1,11 @@
 """The files of a tokenizer folder, looked through before anything rests on them.
 
-They come from whoever published a model, and every checkpoint and export carries them on: so they must lie in the
-folder, and every value must be of its kind.
+They come from whoever published a model, and every checkpoint and export carries them on: so every value must be of its
+kind, and the files of a folder that is not the user's own must lie in it.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,40 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def present(folder: Path, name: str) -> bool:
-    """Whether a resolved folder holds that file.
-
-    Raises:
-      UserError: it is no regular file, or a link out of the folder. Such a link would carry any file of this machine
-        into checkpoints and exports. Links within a Hugging Face cache (`models--*/snapshots` to `blobs`) are its way
-        of keeping files.
-    """
+    """Whether a folder holds that file. UserError where it is no regular file, or too large."""
     path = folder / name
     if not os.path.lexists(path):
         return False
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} is a link that leads in a circle.") from error
+    target = _target(path)
     check(target.is_file(), f"{path} is no regular file, or a link to nothing.")
     size = target.stat().st_size
     check(size <= MOST_BYTES, f"{path} has {size:,} bytes; at most {MOST_BYTES:,} are read.")
-    rooms = [folder, *(parent for parent in folder.parents if parent.name.startswith("models--"))]
-    check(
-        any(room in target.parents for room in rooms),
-        f"{path} is a link out of its folder, to {target}; copy that file into the folder if it belongs to the "
-        "tokenizer.",
-    )
     return True
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Looks at those files of somebody else's folder, a resolved one.
+
+    Raises:
+      UserError: one is a link out of the folder. It would carry any file of this machine into checkpoints and exports.
+        Links to the blobs of a Hugging Face cache (`models--*/blobs`) are its way of keeping files, from its own
+        `snapshots` and from folders elsewhere.
+    """
+    for path in (folder / name for name in names):
+        target = _target(path)
+        blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        check(
+            folder in target.parents or blob,
+            f"{path} is a link out of its folder, to {target}; copy that file into the folder if it belongs to the "
+            "tokenizer.",
+        )
+
+
+def _target(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is a link that leads in a circle.") from error
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:

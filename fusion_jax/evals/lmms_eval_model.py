@@ -42,7 +42,7 @@ class FusionModel(lmms):
         if not checkpoint or unknown:
             wrong = f"unknown: {', '.join(unknown)}; " if unknown else ""
             raise UserError(f"{wrong}give --model_args checkpoint=DIR, and batch_size=N if need be.")
-        loaded = checkpoints.load_model(checkpoints.find(checkpoint))
+        loaded = checkpoints.load_model(checkpoint)
         model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
         rows = int(batch_size) if str(batch_size).isdigit() else 16
         self.batch_size = rows

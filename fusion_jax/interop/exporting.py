@@ -19,12 +19,12 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax import __version__, checkpoint, metrics
+from fusion_jax import __version__, checkpoint, loading, metrics
 from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig
 from fusion_jax.data.conversation import find_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError, check, first_line
+from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
 from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
@@ -54,14 +54,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
     config = config_of(about, folder)
-    try:
-        metadata = ocp.metadata(folder, "params").metadata
-        found = {
-            path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-            for path, leaf in flatten_dict(metadata, sep="/").items()
-        }
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is no whole checkpoint: {first_line(error)}") from error
+    stored = flatten_dict(loading.stored_shapes(folder), sep="/")
+    found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
     for name, shape in parameter_shapes(config.model).items():
         check(name in found, f"{folder} lacks the parameter {name}.")
         check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
@@ -85,7 +79,18 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
     """
     check(format in FORMATS, f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}.")
     check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
-    source = open_checkpoint(path)
+
+    def from_folder(folder: Path) -> Path:
+        try:
+            source = open_checkpoint(folder)
+        except UserError as error:
+            raise loading.Damaged(str(error)) from error
+        return _export(source, target, format == "published", dtype, progress)
+
+    return loading.use(path, from_folder)
+
+
+def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str | None, progress: bool) -> Path:
     config, model = source.config, source.config.model
     main = dtype or source.parameters["llm/embedding"][1]
     check(
@@ -93,7 +98,6 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
         f"{source.folder}: a model of dynamic resolution (tile_grids) has no PyTorch format yet; only fixed resolution "
         "is exported.",
     )
-    published = format == "published"
     described, unused = {}, {}
     if published:
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
@@ -197,8 +201,9 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
     }
     try:
         loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{source.folder} is damaged: {first_line(error)}") from error
+    except Exception as error:
+        loading.raise_if_no_damage(error)
+        raise loading.unreadable(source.folder, error) from error
     flat = flatten_dict(loaded, sep="/")
     return {path: np.asarray(flat[path]) for path in paths}
 

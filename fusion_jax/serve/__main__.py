@@ -17,6 +17,7 @@ from fusion_jax import checkpoint, generate
 from fusion_jax.cli import run_main
 from fusion_jax.config import DTYPES, RunConfig
 from fusion_jax.errors import RunAgain, UserError, check
+from fusion_jax.interrupts import loading
 from fusion_jax.models.fusion import Fusion
 
 log = logging.getLogger("fusion_jax")
@@ -56,11 +57,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _CHECKPOINT.value:
         raise UserError("Give --checkpoint DIR; --help lists all flags.")
     try:
-        from fusion_jax.serve import api, protocol
-        from fusion_jax.serve.connections import Patience, make_server
-        from fusion_jax.serve.engine import Engine
-        from fusion_jax.serve.intake import return_large_buffers
-        from fusion_jax.serve.pictures import Pictures
+        with loading():
+            from fusion_jax.serve import api, protocol
+            from fusion_jax.serve.connections import Patience, make_server
+            from fusion_jax.serve.engine import Engine
+            from fusion_jax.serve.intake import return_large_buffers
+            from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
     check(_UPLOADS.value >= 1, f"--max_upload_bytes={_UPLOADS.value} must be at least 1.")

@@ -410,3 +410,27 @@ def test_configs_of_another_form_and_pipes(request, tmp_path, kind, text):
     with pytest.raises(UserError, match=str(folder)) as e:
         load_tokenizer(folder)
     assert len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize("kind", ["cache", "elsewhere", "blobs of nothing"])
+def test_links_out_of_a_folder(phi_folder, tmp_path, kind):
+    """Those of a Hugging Face cache are taken from anywhere; others only in the folder that the user's config names."""
+    place = {"cache": "hub/models--a--b/blobs", "elsewhere": "shared/models--a--b", "blobs of nothing": "blobs"}[kind]
+    files, folder = tmp_path / place, tmp_path / "folder"
+    files.mkdir(parents=True)
+    folder.mkdir()
+    for number, path in enumerate(sorted(phi_folder.iterdir())):
+        shutil.copy(path, files / f"{number}")
+        (folder / path.name).symlink_to(files / f"{number}")
+    expected = load_tokenizer(phi_folder)
+    own = load_tokenizer(folder, own=True)
+    assert own == expected == pickle.loads(pickle.dumps(own))
+    if kind == "cache":
+        assert load_tokenizer(folder) == expected
+    else:
+        with pytest.raises(UserError, match="is a link out of its folder"):
+            load_tokenizer(folder)
+    (files / "0").unlink()
+    (files / "0").mkdir()
+    with pytest.raises(UserError, match="is no regular file"):
+        load_tokenizer(folder, own=True)
