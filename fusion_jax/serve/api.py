@@ -42,7 +42,7 @@ class Options:
         which the server answers without a key, see `origins`. fetch_urls: whether image_url may be an http(s) address.
         timeout: seconds for a request, from the end of its headers. body_seconds: of these, for its body.
         bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts, and as many
-        more that decode images; fetching: that wait for images.
+        more that decode images; fetching: that wait for images. streams: of the page's events, at once.
     """
 
     model: str
@@ -55,6 +55,7 @@ class Options:
     bodies_bytes: int = 256 << 20
     threads: int = 4
     fetching: int = 8
+    streams: int = 256
 
 
 class _Metrics:

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import html
 import io
 import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import fastapi
@@ -42,6 +44,7 @@ _INTO_VIEW = """
 """
 _SWEPT = 600  # seconds between looks through the uploads
 _TALKS = 4096  # conversations that are remembered
+_OWN_TALKS = 64  # of one browser
 _SESSIONS = 256  # pages that Gradio keeps the state of
 _READING = 4  # images that are in memory and decoded at once
 
@@ -55,12 +58,22 @@ class Talks:
         self._lock = threading.Lock()
 
     def get(self, session: str) -> list[dict[str, str]]:
-        """The messages so far, to be appended to."""
+        """The messages so far, to be appended to. Beyond a browser's share its own oldest conversation goes, beyond
+        `most` the oldest one of the browser that has most."""
         with self._lock:
             talk = self._talks[session] = self._talks.pop(session, [])
-            while len(self._talks) > self.most:
-                del self._talks[next(iter(self._talks))]
+            own = [one for one in self._talks if _browser(one) == _browser(session)]
+            if len(own) > _OWN_TALKS:
+                del self._talks[own[0]]
+            if len(self._talks) > self.most:
+                ((fullest, _),) = Counter(map(_browser, self._talks)).most_common(1)
+                del self._talks[next(one for one in self._talks if _browser(one) == fullest)]
             return talk
+
+    def asked(self, session: str) -> list[str]:
+        """The questions so far."""
+        with self._lock:
+            return [message["content"] for message in self._talks.get(session, ()) if message["role"] == "user"]
 
     def clear(self, session: str) -> None:
         """Begins again; an answer that still grows is remembered no more."""
@@ -106,8 +119,18 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
             uploads.close()
 
     app.router.lifespan_context = lifespan
-    app.mount("/", Gate(site, uploads, events(page), options))
+    app.mount("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page)))
     return app
+
+
+def _pending(page: gr.Blocks, session: str) -> bool:
+    """Whether Gradio has a message for a session, or an event of it that is not over."""
+    queue = page._queue
+    messages = queue.pending_messages_per_session.get(session)
+    if messages is None:
+        return False
+    known = queue.pending_event_ids_session.get(session, ())
+    return not messages.empty() or any(event in queue.event_ids_to_events for event in known)
 
 
 def events(page: gr.Blocks) -> dict[int, list[str]]:
@@ -169,7 +192,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
 
     def look(word, image, request: gr.Request):
         """The picture of a word of the last question."""
-        asked = [message["content"] for message in talks.get(request.session_hash) if message["role"] == "user"]
+        asked = talks.asked(request.session_hash)
         for missing, what in ((not image, "Upload an image"), (not asked, "Ask a question")):
             if missing:
                 raise _error(f"{what} first.")
@@ -321,7 +344,11 @@ def _shown(talk: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _owner(request: gr.Request) -> str:
     """The browser that asks, as the gate names it."""
-    return request.session_hash.partition("-")[0]
+    return _browser(request.session_hash)
+
+
+def _browser(session: str) -> str:
+    return session.partition("-")[0]
 
 
 def _record(talk: list[dict[str, str]], image: bytes | None) -> Record:

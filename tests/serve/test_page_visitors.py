@@ -135,7 +135,7 @@ def test_without_the_key_nothing_but_the_login_is_served(monkeypatch):
 
 
 def test_a_stream_of_no_session_ends_quietly(visitor, capfd):
-    assert visitor.http.get(DATA, params={"session_hash": "unknown"}).status_code == 200
+    assert visitor.http.get(DATA, params={"session_hash": "unknown"}).status_code == 404
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -192,3 +192,19 @@ def test_conversations_are_bounded():
     talks.clear("a")
     first.append("late")
     assert not talks.get("a")
+
+
+def test_one_browser_does_not_crowd_out_others_conversations():
+    talks = page.Talks(most=100)
+    mine = talks.get("me-1")
+    for k in range(500):
+        talks.get(f"him-{k}")
+        talks.get(f"her-{k}")
+        assert not talks.asked(f"nobody-{k}")  # looking is no conversation
+    assert talks.get("me-1") is mine and len(talks._talks) == 100
+    mine.append({"role": "user", "content": "What?"})
+    assert talks.asked("me-1") == ["What?"]
+    talks = page.Talks()
+    for k in range(500):
+        talks.get(f"him-{k}")
+    assert len(talks._talks) == page._OWN_TALKS and "him-499" in talks._talks
