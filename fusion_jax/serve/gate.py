@@ -103,6 +103,7 @@ class Gate:
         # An event waits for its turn and is answered, each within the time for a request.
         self.listeners = Listeners(options.streams, 2 * options.timeout + 30, pending)
         self._uploading = asyncio.Semaphore(UPLOADS)
+        self._uploading = asyncio.Semaphore(UPLOADS)
         self._arriving: dict[asyncio.Timeout, float] = {}  # uploads that are not here, and since when; the oldest first
         self._keeping = asyncio.Semaphore(KEPT_AT_ONCE)
 
@@ -212,28 +213,8 @@ class Gate:
         passed = self._pass(request, query=urlencode({"session_hash": session}))
 
         async def listened(scope, receive, send) -> None:
-            begun = ended = False
-
-            async def tell(message) -> None:
-                nonlocal begun, ended
-                begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
-                await send(message)
-
-            async with self.listeners.place(owner, session) as over:
-                stream = asyncio.create_task(passed(scope, receive, tell))
-                try:
-                    await asyncio.wait({stream, over}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not stream.done():
-                        stream.cancel()
-                        await asyncio.wait({stream})
-            if not stream.cancelled() and stream.exception() is not None:
-                log.debug("a stream of the page broke off", exc_info=stream.exception())
-            if not begun:
-                refused = _refusal(request, Refused(503, "Too many pages listen; try again."))
-                await refused(scope, receive, send)
-            elif not ended:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if not await self.listeners.run(passed, owner, session, scope, receive, send):
+                await _refusal(request, Refused(503, "Too many pages listen; try again."))(scope, receive, send)
 
         return listened
 

@@ -6,9 +6,12 @@ new one takes the place of an old one where there are too many.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+
+log = logging.getLogger("fusion_jax")
 
 OWN = 8  # of one browser
 _LOOK = 2.0  # seconds between two looks at whether anything is on its way
@@ -31,9 +34,34 @@ class Listeners:
         if session in self._open:
             self._open[session].end = time.monotonic() + self.seconds
 
-    @contextlib.asynccontextmanager
-    async def place(self, owner: str, session: str) -> AsyncIterator[asyncio.Task]:
-        """A place for a stream; the task ends when the stream must."""
+    async def run(self, stream, owner: str, session: str, scope, receive, send) -> bool:
+        """Runs an application that streams to a session until either ends. Returns whether an answer was begun."""
+        begun = ended = False
+
+        async def tell(message) -> None:
+            nonlocal begun, ended
+            begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        one = self._place(owner, session)
+        over = asyncio.create_task(self._watch(session, one))
+        streaming = asyncio.create_task(stream(scope, receive, tell))
+        try:
+            await asyncio.wait({streaming, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            over.cancel()
+            streaming.cancel()
+            await asyncio.wait({streaming})
+            if self._open.get(session) is one:
+                del self._open[session]
+        if not streaming.cancelled() and streaming.exception() is not None:
+            log.debug("a stream of the page broke off", exc_info=streaming.exception())
+        if begun and not ended:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return begun
+
+    def _place(self, owner: str, session: str) -> "_Listener":
+        """A place, taken from others where there are too many."""
         self._end(session)
         owns = [name for name, one in self._open.items() if one.owner == owner]
         if len(owns) >= OWN:
@@ -42,13 +70,7 @@ class Listeners:
             ((fullest, _),) = Counter(one.owner for one in self._open.values()).most_common(1)
             self._end(next(name for name, one in self._open.items() if one.owner == fullest))
         one = self._open[session] = _Listener(owner, time.monotonic() + self.seconds)
-        over = asyncio.create_task(self._watch(session, one))
-        try:
-            yield over
-        finally:
-            over.cancel()
-            if self._open.get(session) is one:
-                del self._open[session]
+        return one
 
     def _end(self, session: str) -> None:
         if session in self._open:

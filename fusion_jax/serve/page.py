@@ -8,7 +8,6 @@ import io
 import logging
 import re
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import fastapi
@@ -28,6 +27,7 @@ from fusion_jax.serve.api import Options
 from fusion_jax.serve.engine import Closing, Engine, Full
 from fusion_jax.serve.gate import Gate
 from fusion_jax.serve.pictures import Busy, Pictures, suggested
+from fusion_jax.serve.talks import Talks, browser
 from fusion_jax.serve.uploads import NoRoom, Uploads
 
 log = logging.getLogger("fusion_jax")
@@ -43,42 +43,8 @@ _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
 """
 _SWEPT = 600  # seconds between looks through the uploads
-_TALKS = 4096  # conversations that are remembered
-_OWN_TALKS = 64  # of one browser
 _SESSIONS = 256  # pages that Gradio keeps the state of
 _READING = 4  # images that are in memory and decoded at once
-
-
-class Talks:
-    """The conversations, by the page they are on: what was asked and answered here, not what a browser says it was."""
-
-    def __init__(self, most: int = _TALKS):
-        self.most = most
-        self._talks: dict[str, list[dict[str, str]]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, session: str) -> list[dict[str, str]]:
-        """The messages so far, to be appended to. Beyond a browser's share its own oldest conversation goes, beyond
-        `most` the oldest one of the browser that has most."""
-        with self._lock:
-            talk = self._talks[session] = self._talks.pop(session, [])
-            own = [one for one in self._talks if _browser(one) == _browser(session)]
-            if len(own) > _OWN_TALKS:
-                del self._talks[own[0]]
-            if len(self._talks) > self.most:
-                ((fullest, _),) = Counter(map(_browser, self._talks)).most_common(1)
-                del self._talks[next(one for one in self._talks if _browser(one) == fullest)]
-            return talk
-
-    def asked(self, session: str) -> list[str]:
-        """The questions so far."""
-        with self._lock:
-            return [message["content"] for message in self._talks.get(session, ()) if message["role"] == "user"]
-
-    def clear(self, session: str) -> None:
-        """Begins again; an answer that still grows is remembered no more."""
-        with self._lock:
-            self._talks.pop(session, None)
 
 
 def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures) -> fastapi.FastAPI:
@@ -344,11 +310,7 @@ def _shown(talk: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _owner(request: gr.Request) -> str:
     """The browser that asks, as the gate names it."""
-    return _browser(request.session_hash)
-
-
-def _browser(session: str) -> str:
-    return session.partition("-")[0]
+    return browser(request.session_hash)
 
 
 def _record(talk: list[dict[str, str]], image: bytes | None) -> Record:
