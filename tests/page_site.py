@@ -56,10 +56,10 @@ def png(size=(8, 6), colour="red"):
 
 
 @contextlib.contextmanager
-def served(key="", names=(), **limits):
+def served(key="", names=(), streams=256, **limits):
     """(address, engine) of a server with the page."""
     engine = Engine()
-    options = api.Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20)
+    options = api.Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20, streams=streams)
     app = page.mount(api.make_app(engine, options), engine, options, Pictures())
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))

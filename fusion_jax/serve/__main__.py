@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
         body_seconds=_BODY_SECONDS.value,
         bodies_bytes=max(_BODIES.value, _BYTES.value),
         host_names=tuple(_HOST_NAMES.value),
+        streams=max(_CONNECTIONS.value // 2, 1),
     )
     log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
     engine.start()

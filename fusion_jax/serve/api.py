@@ -43,6 +43,7 @@ class Options:
         timeout: seconds for a request, from the end of its headers. body_seconds: of these, for its body.
         bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts, and as many
         more that decode images; fetching: requests whose images are fetched at once, and as many more that wait for it.
+        streams: of the page's events, at once.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Options:
     bodies_bytes: int = 256 << 20
     threads: int = 4
     fetching: int = 8
+    streams: int = 256
 
 
 class _Metrics:

@@ -7,6 +7,9 @@ uvicorn itself waits for ever for headers, for a body and for a reader. A connec
     writing     the caller does not read what is written                                 write_seconds, then cut
     closing     the last bytes are on their way to a caller who may not read them        write_seconds, then cut
     answering   the application works: its own deadline counts
+
+Nor does it bound what it takes at once: whatever has arrived is taken apart before anybody else has a turn. Here little
+is read at a time, and a request of very many headers or of very small chunks is refused.
 """
 
 import asyncio
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 
 import h11
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fusion_jax.serve.error import ApiError
@@ -25,6 +29,16 @@ from fusion_jax.serve.error import ApiError
 LOOK = 0.5  # seconds between two looks at a connection
 _FAREWELL = 5  # seconds for the last answers of a server that has failed
 _GRACE = 5.0  # seconds that the application has to say by itself that a body is late
+_READ = 1 << 14  # bytes that are read, and taken apart, at a time
+HEADER_BYTES = 1 << 15
+HEADERS = 128
+CHUNKS = 1000  # of a body that may have any size; those of a body with more have
+CHUNK_BYTES = 256  # bytes at least, on the average
+REST_BYTES = 1 << 16  # of a body that are still read when its request has been answered
+REST_SECONDS = 2.0  # that a caller has to take the answer while he still sends
+# A connection makes room for a new one where all are taken, if for so many seconds it was waiting for its caller,
+HELD_SECONDS = 2.0
+HELD_RATE = 1 << 14  # and he has sent fewer bytes a second, and read nothing
 
 
 @dataclass(frozen=True)
@@ -37,28 +51,99 @@ class Patience:
     write_seconds: float = 30.0
 
 
-class Connection(H11Protocol):
+class _Http(h11.Connection):
+    """h11's, which refuses requests that take far more work than they have bytes."""
+
+    def __init__(self):
+        super().__init__(h11.SERVER, HEADER_BYTES)
+        self._chunks = self._bytes = 0
+
+    def next_event(self):
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+            if len(event.headers) > HEADERS:
+                raise h11.RemoteProtocolError("too many headers")
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self._chunks > CHUNKS and self._bytes < (self._chunks - CHUNKS) * CHUNK_BYTES:
+                raise h11.RemoteProtocolError("too many small chunks")
+        return event
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which does not read on behind requests that wait for the answer to another."""
+
+    def __init__(self, transport: asyncio.Transport, http: h11.Connection):
+        super().__init__(transport)
+        self._http = http
+
+    def resume_reading(self) -> None:
+        if self._http.their_state is not h11.DONE or len(self._http.trailing_data[0]) < HEADER_BYTES:
+            super().resume_reading()
+
+
+class Connection(H11Protocol, asyncio.BufferedProtocol):
     """uvicorn's HTTP/1.1 with these limits.
 
-    Beyond the limit the connection that has been idle for longest makes room, so that those who hold connections
-    without asking anything do not shut out those who ask; where none is idle, the new one gets status 503.
+    Beyond the number of connections one makes room that has waited for its caller: the one that has been idle for
+    longest, or else the one that has been held for longest. So those who ask nothing, send slowly or do not read shut
+    nobody out. Where all are being answered the new one gets status 503.
     """
 
     def __init__(self, patience: Patience, **named):
         super().__init__(**named)
+        self.conn = _Http()
         self._patience = patience
+        self._buffer = bytearray(_READ)
         self._seen, self._since = "", time.monotonic()  # what it was at when last looked at, and since when
+        self._sent = 0  # bytes of the caller since then
+        self._rest = 0  # bytes of a body that have come behind its answer
         self._next_look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.conn)
         self._next_look = self.loop.call_later(LOOK, self._look)
         if len(self.connections) > self._patience.connections:
-            idle = [one for one in self.connections if one is not self and one.at() == "idle"]
-            if idle:
-                min(idle, key=lambda one: one._since).end()
-            else:
+            others = [one for one in self.connections if one is not self]
+            found = [one for one in others if one.at() == "idle"] or [one for one in others if one.held()]
+            if not found:
                 self.end(ApiError(503, "Too many connections are open; try again.", "too_many_connections"))
+                return
+            oldest = min(found, key=lambda one: one._since)
+            if oldest.at() in ("writing", "closing"):
+                oldest.transport.abort()
+            else:
+                slow = ApiError(408, "The request's body came too slowly for a busy server.", "timeout")
+                oldest.end(slow if oldest.at() == "body" else None)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, count: int) -> None:
+        self._sent += count
+        if not self._answered_early():
+            self._rest = 0
+        elif self._rest <= REST_BYTES:
+            self._rest += count
+            if self._rest > REST_BYTES and self.transport.can_write_eof():
+                self.transport.write_eof()  # the answer is all; reading goes on, so that he gets it
+        if self._rest <= REST_BYTES:
+            self.data_received(bytes(self._buffer[:count]))
+
+    def _answered_early(self) -> bool:
+        """Whether the answer is out and the request's body is not here."""
+        return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+
+    def held(self) -> bool:
+        """Whether the caller has kept this connection waiting for long enough to lose it to another."""
+        waited = time.monotonic() - self._since
+        at = self.at()
+        if at != self._seen or waited < HELD_SECONDS:
+            return False
+        return at in ("writing", "closing") or (at == "body" and self._sent < waited * HELD_RATE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._next_look.cancel()
@@ -86,9 +171,11 @@ class Connection(H11Protocol):
         if at != self._seen:
             # What an idle connection waits for began with its last answer, not with this look.
             self._since = self._since if not self._seen else now
-            self._seen = at
+            self._seen, self._sent = at, 0
         waited = now - self._since
-        if at == "idle" and waited > patience.header_seconds:
+        if at == "idle" and waited > min(patience.header_seconds, REST_SECONDS) and self._answered_early():
+            self.end()
+        elif at == "idle" and waited > patience.header_seconds:
             asked = bool(self.conn.trailing_data[0])  # half a request; without any byte there is nobody to tell
             self.end(ApiError(408, "The request's headers did not arrive in time.", "timeout") if asked else None)
         elif at == "body" and waited > patience.body_seconds + _GRACE:
@@ -109,7 +196,7 @@ class Connection(H11Protocol):
                 (b"connection", b"close"),
             ]
             events = [h11.Response(status_code=error.status, headers=headers), h11.EndOfMessage()]
-            if self.conn.our_state is h11.IDLE or self.scope["method"] != "HEAD":
+            if self.conn.our_state is h11.IDLE or self.scope is None or self.scope["method"] != "HEAD":
                 events.insert(1, h11.Data(data=body))
             self.transport.write(b"".join(self.conn.send(event) for event in events))
         self.transport.close()
@@ -162,6 +249,7 @@ def make_server(
             app,
             host,
             port,
+            loop="asyncio",  # uvloop reads as much at a time as it likes
             http=functools.partial(Connection, patience),
             ws="none",
             log_level="error",  # warnings tell what strangers send, as often as they like

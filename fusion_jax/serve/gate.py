@@ -7,6 +7,7 @@ Gradio serves some eighty routes and takes whatever lies in an event: paths, add
     an image is named by what an upload of the same browser was given; Gradio hears the path from here
     a session is the browser's and the page's, so that nobody reaches another's
     uploads and pictures come and go through `Uploads`; Gradio's own routes for files are closed
+    a stream of events is one of few, and ends, see `listeners`
 """
 
 import asyncio
@@ -28,8 +29,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from fusion_jax.errors import BadRecord
 from fusion_jax.serve.api import Options
 from fusion_jax.serve.error import ApiError
-from fusion_jax.serve.intake import read_body
-from fusion_jax.serve.origins import check_host, check_json, check_origin
+from fusion_jax.serve.intake import check_plain, read_body
+from fusion_jax.serve.listeners import Listeners
+from fusion_jax.serve.origins import check_host, check_json, check_origin, media_type
 from fusion_jax.serve.uploads import NoRoom, Uploads
 from fusion_jax.serve.visitors import Refused, Visitors
 
@@ -39,8 +41,11 @@ LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model read
 EVENT_BYTES = 1 << 18
 LONGEST_PATH = 200  # characters; no file of Gradio's has a longer one, and file systems refuse such names
 UPLOADS = 16  # at once
+SLOW = 5.0  # seconds after which an upload that is not here makes room for another where all are taken
 KEPT_AT_ONCE = 2  # uploads that are here in full and in memory
 FORM_BYTES = 1 << 14  # of an upload beside the file
+
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells what strangers send
 
 _API = "/gradio_api"
 _PIECE = 1 << 18  # bytes of a file that are read at once
@@ -82,12 +87,24 @@ class Gate:
 
     Args:
       inner: Gradio's. events: for each function of the page the kinds of its inputs: textbox, radio, slider or image.
+        pending: whether Gradio has anything for a session, or will have.
     """
 
-    def __init__(self, inner, uploads: Uploads, events: dict[int, Sequence[str]], options: Options):
+    def __init__(
+        self,
+        inner,
+        uploads: Uploads,
+        events: dict[int, Sequence[str]],
+        options: Options,
+        pending: Callable[[str], bool],
+    ):
         self.inner, self.uploads, self.events, self.options = inner, uploads, events, options
         self.visitors = Visitors(options)
+        # An event waits for its turn and is answered, each within the time for a request.
+        self.listeners = Listeners(options.streams, 2 * options.timeout + 30, pending)
         self._uploading = asyncio.Semaphore(UPLOADS)
+        self._uploading = asyncio.Semaphore(UPLOADS)
+        self._arriving: dict[asyncio.Timeout, float] = {}  # uploads that are not here, and since when; the oldest first
         self._keeping = asyncio.Semaphore(KEPT_AT_ONCE)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -154,10 +171,11 @@ class Gate:
             "session_hash": _session(owner, _get(data, "session_hash", str)),
             "data": [self._value(kind, value, owner) for kind, value in zip(kinds, values)],
         }
+        self.listeners.extend(written["session_hash"])
         return self._pass(request, json.dumps(written).encode())
 
     def _value(self, kind: str, value, owner: str):
-        if value is None:
+        if value is None and kind != "slider":
             return None
         if kind in ("textbox", "radio") and isinstance(value, str):
             if len(value) > LONGEST_TEXT:
@@ -190,11 +208,27 @@ class Gate:
 
     async def _listen(self, request: Request, owner: str):
         session = _session(owner, request.query_params.get("session_hash", ""))
-        return self._pass(request, query=urlencode({"session_hash": session}))
+        if not self.listeners.pending(session):
+            raise Refused(404, "Nothing is on its way to this page.")
+        passed = self._pass(request, query=urlencode({"session_hash": session}))
+
+        async def listened(scope, receive, send) -> None:
+            if not await self.listeners.run(passed, owner, session, scope, receive, send):
+                await _refusal(request, Refused(503, "Too many pages listen; try again."))(scope, receive, send)
+
+        return listened
 
     async def _upload(self, request: Request, owner: str) -> Response:
+        if media_type(request) != "multipart/form-data":
+            raise Refused(415, "An upload is a form with one file.")
+        check_plain(request)
         if self._uploading.locked():
-            raise Refused(503, "Too many uploads at once; try again.")
+            now = asyncio.get_running_loop().time()
+            oldest, since = next(iter(self._arriving.items()), (None, now))
+            if now - since < SLOW:
+                raise Refused(503, "Too many uploads at once; try again.")
+            del self._arriving[oldest]
+            oldest.reschedule(now)
         most = self.options.limits.image_bytes
         async with self._uploading, contextlib.AsyncExitStack() as stack:
             file = await self._received(request, stack)
@@ -224,12 +258,15 @@ class Gate:
 
         form = Request(request.scope, receive).form(max_files=1, max_fields=0)
         try:
-            async with asyncio.timeout(self.options.timeout):
+            async with asyncio.timeout(min(self.options.timeout, self.options.body_seconds)) as late:
+                self._arriving[late] = asyncio.get_running_loop().time()
                 file = (await stack.enter_async_context(form)).get("files")
         except TimeoutError as error:
             raise Refused(408, "The image did not arrive in time.") from error
         except (HTTPException, MultiPartException, ValueError, KeyError) as error:
             raise Refused(400, "An upload is a form with one file.") from error
+        finally:
+            self._arriving.pop(late, None)
         if file is None or isinstance(file, str):
             raise Refused(400, "An upload is a form with one file.")
         return file

@@ -58,6 +58,12 @@ class Share:
         self._size = self._counted = 0
 
 
+def check_plain(request: Request) -> None:
+    """ApiError 415 where the body is compressed."""
+    if any(one.strip().lower() not in ("", "identity") for one in request.headers.getlist("content-encoding")):
+        raise ApiError(415, "The body must not be compressed.", "unsupported_encoding")
+
+
 async def read_body(request: Request, most: int, seconds: float, share: Share | None = None) -> io.BytesIO:
     """The body of a request: its bytes once, in a buffer that may be closed when they have been read. share: counts
     them; bodies that are always small need none.
@@ -66,8 +72,7 @@ async def read_body(request: Request, most: int, seconds: float, share: Share | 
       ApiError: 408 not here in time, 413 more bytes than allowed, 415 compressed, 429 see `Share.grow`, 499 the caller
         has left.
     """
-    if any(one.strip().lower() not in ("", "identity") for one in request.headers.getlist("content-encoding")):
-        raise ApiError(415, "The body must not be compressed.", "unsupported_encoding")
+    check_plain(request)
     too_large = ApiError(413, f"The request has over {most} bytes.", "request_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > most:

@@ -7,9 +7,9 @@ nothing but that name gives it away (`check_host`). Programs that are not browse
 """
 
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -17,6 +17,7 @@ from fusion_jax.serve.error import ApiError
 
 # Nobody can register a public name below these.
 _PRIVATE = (".localhost", ".local", ".internal", ".home.arpa")
+_FORM = re.compile(r"(?:([\w.-]+)|\[([\w:.%]+)\])(?::\d{0,5})?", re.ASCII)
 _HOST = "The server does not answer to this host name: set FUSION_API_KEY, or start it with --host_names."
 
 
@@ -25,13 +26,11 @@ def check_host(request: Request, names: Collection[str]) -> None:
     given = request.headers.get("host")
     if given is None:  # browsers always send it
         return
-    try:
-        host = urlsplit(f"//{given}").hostname or ""
-    except ValueError:
-        host = ""
+    form = _FORM.fullmatch(given.lower())
+    name, address = form.groups() if form else ("", "")
     known = {socket.gethostname().lower(), *(name.lower() for name in names)}
-    private = host and ("." not in host or host.endswith(_PRIVATE))
-    if not (private or host in known or _is_address(host)):
+    private = name and ("." not in name or name.endswith(_PRIVATE))
+    if not (private or name in known or _is_address(name or address)):
         raise ApiError(421, _HOST, "unknown_host")
 
 
@@ -48,8 +47,13 @@ def check_origin(request: Request) -> None:
 
 def check_json(request: Request) -> None:
     """ApiError 415 where the content is of another type, one that browsers send without asking for instance."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if media_type(request) != "application/json":
         raise ApiError(415, "The content must be of the type application/json.", "unsupported_type")
+
+
+def media_type(request: Request) -> str:
+    """What kind of content the request says that it has, without parameters; "" where it says nothing."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def from_browser(request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import html
 import io
 import logging
@@ -26,6 +27,7 @@ from fusion_jax.serve.api import Options
 from fusion_jax.serve.engine import Closing, Engine, Full
 from fusion_jax.serve.gate import Gate
 from fusion_jax.serve.pictures import Busy, Pictures, suggested
+from fusion_jax.serve.talks import Talks, browser
 from fusion_jax.serve.uploads import NoRoom, Uploads
 
 log = logging.getLogger("fusion_jax")
@@ -41,31 +43,8 @@ _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
 """
 _SWEPT = 600  # seconds between looks through the uploads
-_TALKS = 4096  # conversations that are remembered
 _SESSIONS = 256  # pages that Gradio keeps the state of
 _READING = 4  # images that are in memory and decoded at once
-
-
-class Talks:
-    """The conversations, by the page they are on: what was asked and answered here, not what a browser says it was."""
-
-    def __init__(self, most: int = _TALKS):
-        self.most = most
-        self._talks: dict[str, list[dict[str, str]]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, session: str) -> list[dict[str, str]]:
-        """The messages so far, to be appended to."""
-        with self._lock:
-            talk = self._talks[session] = self._talks.pop(session, [])
-            while len(self._talks) > self.most:
-                del self._talks[next(iter(self._talks))]
-            return talk
-
-    def clear(self, session: str) -> None:
-        """Begins again; an answer that still grows is remembered no more."""
-        with self._lock:
-            self._talks.pop(session, None)
 
 
 def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures) -> fastapi.FastAPI:
@@ -106,8 +85,18 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
             uploads.close()
 
     app.router.lifespan_context = lifespan
-    app.mount("/", Gate(site, uploads, events(page), options))
+    app.mount("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page)))
     return app
+
+
+def _pending(page: gr.Blocks, session: str) -> bool:
+    """Whether Gradio has a message for a session, or an event of it that is not over."""
+    queue = page._queue
+    messages = queue.pending_messages_per_session.get(session)
+    if messages is None:
+        return False
+    known = queue.pending_event_ids_session.get(session, ())
+    return not messages.empty() or any(event in queue.event_ids_to_events for event in known)
 
 
 def events(page: gr.Blocks) -> dict[int, list[str]]:
@@ -169,7 +158,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
 
     def look(word, image, request: gr.Request):
         """The picture of a word of the last question."""
-        asked = [message["content"] for message in talks.get(request.session_hash) if message["role"] == "user"]
+        asked = talks.asked(request.session_hash)
         for missing, what in ((not image, "Upload an image"), (not asked, "Ask a question")):
             if missing:
                 raise _error(f"{what} first.")
@@ -321,7 +310,7 @@ def _shown(talk: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _owner(request: gr.Request) -> str:
     """The browser that asks, as the gate names it."""
-    return request.session_hash.partition("-")[0]
+    return browser(request.session_hash)
 
 
 def _record(talk: list[dict[str, str]], image: bytes | None) -> Record:

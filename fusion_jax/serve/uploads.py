@@ -7,6 +7,7 @@ import stat
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from fusion_jax.errors import BadRecord
 KEPT = 24 * 3600  # seconds that an image is kept
 SPARED = 600  # seconds that an image is kept even where others wait for its room
 FILES = 4096
+OWN_FILES = 64  # of one owner
+OWN_PART = 8  # an owner has a part of all bytes that is one in so many, or one image
 # By their first bytes, never by a name: what a browser may show. Everything else is a download.
 _KINDS = (
     (b"\x89PNG\r\n", "image/png", ".png"),
@@ -40,6 +43,9 @@ class _Image:
 class Uploads:
     """Images by names that nobody can guess, given back to their owner alone.
 
+    Each owner has a share, and his oldest images make room for his newest. Where the folder is full, those of the owner
+    who holds most make room for whoever holds less; where all hold as little, one's own, and those that are old enough.
+
     Args:
       folder: where a folder of mode 0700 is made for them. most: bytes of all images. files: number of them.
     """
@@ -56,7 +62,7 @@ class Uploads:
         kind, suffix = _kind(data)
         name = secrets.token_hex(16) + suffix
         with self._lock:
-            self._make_room(len(data))
+            self._make_room(owner, len(data))
             self._images[name] = _Image(owner, len(data), kind, time.monotonic())
             self._bytes += len(data)
         try:
@@ -112,13 +118,29 @@ class Uploads:
             raise BadRecord("missing_image", "upload", "the image is not among your uploads; upload it again")
         return self.folder / name, known
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, owner: str, size: int) -> None:
+        held = [name for name, known in self._images.items() if known.owner == owner]
+        left = sum(self._images[name].size for name in held)
+        while held and (len(held) >= OWN_FILES or left + size > self.most // OWN_PART):
+            left -= self._images[held[0]].size
+            self._forget(held.pop(0))
+
         def full() -> bool:
             return self._bytes + size > self.most or len(self._images) >= self.files
 
         if full():
             self._drop_older(KEPT)
         while full():
+            files = len(self._images) >= self.files
+            holds = Counter()
+            for known in self._images.values():
+                holds[known.owner] += 1 if files else known.size
+            most = max(holds, key=holds.get, default=None)
+            if most is not None and holds[most] <= holds[owner] + (1 if files else size):
+                most = owner if holds[owner] else None
+            if most is not None:
+                self._forget(next(name for name, known in self._images.items() if known.owner == most))
+                continue
             oldest = next(iter(self._images), None)
             if oldest is None or time.monotonic() - self._images[oldest].born < SPARED:
                 raise NoRoom

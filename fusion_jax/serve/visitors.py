@@ -16,6 +16,7 @@ from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.intake import read_body
 
 LOGIN_BYTES = 1 << 14
+LOGIN_SECONDS = 5.0  # for the form that holds the key
 WRONG_KEY_SECONDS = 1.0
 WRONG_KEYS = 8  # at once
 
@@ -78,7 +79,7 @@ class Visitors:
         return hmac.new(self._secret, f"{what}:{token}".encode(), hashlib.sha256).hexdigest()
 
     async def log_in(self, request: Request) -> Response:
-        body = await read_body(request, LOGIN_BYTES, self.options.timeout)
+        body = await read_body(request, LOGIN_BYTES, min(LOGIN_SECONDS, self.options.body_seconds))
         try:
             given = parse_qs(body.getvalue().decode(), max_num_fields=8, errors=_BYTES).get("password", [""])[0]
         except ValueError:

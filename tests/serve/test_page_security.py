@@ -115,6 +115,8 @@ def test_only_what_the_page_needs_is_run(visitor, path):
         ({"data": [1, None, 0, 16]}, 400),
         ({"data": ["x", None, "0", 16]}, 400),
         ({"data": ["x", None, True, 16]}, 400),
+        ({"data": ["x", None, None, 16]}, 400),
+        ({"data": ["x", None, 0, None]}, 400),
         ({"data": ["x", None, 1e300, 16]}, 400),
         ({"data": ["x", "a.png", 0, 16]}, 400),
         ({"data": ["x" * (gate.LONGEST_TEXT + 1), None, 0, 16]}, 413),

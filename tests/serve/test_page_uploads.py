@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from page_site import UPLOAD, Browser, file, png, served
+from page_site import UPLOAD, Browser, png, served
 from PIL import Image
 
 from fusion_jax.errors import BadRecord
-from fusion_jax.serve import page, uploads
+from fusion_jax.serve import gate, page, uploads
 from fusion_jax.serve.intake import return_large_buffers
 
 
@@ -81,9 +81,22 @@ def test_an_upload_is_one_file_of_a_form(visitor):
     two = [("files", ("a.png", png(), "image/png"))] * 2
     assert visitor.http.post(UPLOAD, files=two).status_code == 400
     assert visitor.http.post(UPLOAD, files=[("other", ("a.png", png(), "image/png"))]).status_code == 400
-    assert visitor.http.post(UPLOAD, data={"files": "text"}).status_code == 400
-    assert visitor.http.post(UPLOAD, json={"files": [file("/etc/passwd")]}).status_code == 400
+    assert visitor.http.post(UPLOAD, files={"files": (None, "text")}).status_code == 400
     assert visitor.http.post(UPLOAD, content=b"--b", headers={"Content-Type": "multipart/form-data"}).status_code == 400
+
+
+def test_an_upload_of_another_form_is_not_even_read(visitor, caplog):
+    """Parsing 30 MB of `&` takes seconds of everybody's time."""
+    begun = time.monotonic()
+    for kind in ("application/x-www-form-urlencoded", "application/json", "text/plain", "", "multipart/mixed"):
+        answer = visitor.http.post(UPLOAD, content=b"&" * (30 << 20), headers={"Content-Type": kind})
+        assert answer.status_code == 415 and answer.text == "An upload is a form with one file."
+    assert time.monotonic() - begun < 5
+    assert visitor.upload(headers={"Content-Encoding": "gzip"}).status_code == 415
+    for body in (b"junk", b"--b\r\nbad header\r\n\r\n", b"--bxx"):
+        answer = visitor.http.post(UPLOAD, content=body, headers={"Content-Type": "multipart/form-data; boundary=b"})
+        assert answer.status_code == 400
+    assert not caplog.records
 
 
 def test_uploads_are_bounded_in_all():
@@ -92,15 +105,70 @@ def test_uploads_are_bounded_in_all():
         large = one.upload(png() + bytes(60_000))
         assert large.status_code == 413 and "60000 bytes" in large.text
         assert one.upload(png() + bytes(10_000_000)).status_code == 413
+        others = [Browser(address) for _ in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            found = sorted(answer.status_code for answer in pool.map(lambda _: one.upload(noise), range(8)))
+            found = sorted(answer.status_code for answer in pool.map(lambda other: other.upload(noise), others))
         assert found == [200] * 3 + [507] * 5
         assert one.upload(noise).text == "The server has no room for another image; try again later."
+        for other in others:
+            other.http.close()
+
+
+def test_one_browser_does_not_fill_the_room_of_others(monkeypatch):
+    monkeypatch.setattr(uploads.Uploads.__init__, "__defaults__", (15,))
+    monkeypatch.setattr(uploads, "OWN_FILES", 10)
+    with served() as (address, _), Browser(address) as many, Browser(address) as more, Browser(address) as one:
+        names = [browser.upload().json()[0] for browser in (many, more) for _ in range(12)]
+
+        def kept(browser, names):
+            return [browser.http.get(f"/gradio_api/file={name}").status_code == 200 for name in names]
+
+        assert sum(kept(many, names[:12])) + sum(kept(more, names[12:])) == 15
+        assert all(kept(more, names[-7:])) and any(kept(many, names[:12]))
+        (mine,) = one.upload().json()
+        for _ in range(12):
+            many.upload()
+        assert kept(one, [mine]) == [True]
+        assert sum(kept(more, names[12:])) >= 6  # nor of each other
+
+
+def test_a_share_is_of_bytes_too(tmp_path):
+    store, data = uploads.Uploads(tmp_path, 1000 * uploads.OWN_PART), png() + bytes(300)
+    names = [store.add("a", data) for _ in range(3)]
+    with pytest.raises(BadRecord):
+        store.path(names[0], "a")
+    assert store.read(names[2], "a") == data
+    other = store.add("b", png() + bytes(2000))  # one image, whatever its size
+    assert store.about(other, "b")[0] > 1000
+    store.add("b", data)
+    with pytest.raises(BadRecord):
+        store.path(other, "b")
+
+
+def test_slow_uploads_make_room_for_others(monkeypatch):
+    monkeypatch.setattr(gate, "SLOW", 0.5)
+    with served() as (address, _), Browser(address) as one:
+        place = (one.http.base_url.host, one.http.base_url.port)
+        cookies = "; ".join(f"{name}={value}" for name, value in one.http.cookies.items())
+        head = (
+            f"POST {UPLOAD} HTTP/1.1\r\nHost: x\r\nCookie: {cookies}\r\nContent-Length: 9999\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b"
+        ).encode()
+        slow = [socket.create_connection(place, timeout=20) for _ in range(gate.UPLOADS)]
+        for connection in slow:
+            connection.sendall(head)
+        time.sleep(0.2)
+        assert one.upload().status_code == 503
+        time.sleep(0.5)
+        assert one.upload().status_code == one.upload().status_code == 200
+        assert slow[0].recv(1000).startswith(b"HTTP/1.1 408")
+        for connection in slow:
+            connection.close()
 
 
 def test_uploads_make_room_with_time(tmp_path, monkeypatch):
     store, data = uploads.Uploads(tmp_path, 3 * len(png()), files=3), png()
-    names = [store.add("a", data) for _ in range(3)]
+    names = [store.add(owner, data) for owner in "acd"]
     with pytest.raises(uploads.NoRoom):
         store.add("b", data)
     now = time.monotonic()
@@ -108,7 +176,7 @@ def test_uploads_make_room_with_time(tmp_path, monkeypatch):
     newest = store.add("b", data)
     with pytest.raises(BadRecord):
         store.path(names[0], "a")
-    assert store.read(names[1], "a") == store.read(str(store.folder / newest), "b") == data
+    assert store.read(names[1], "c") == store.read(str(store.folder / newest), "b") == data
     monkeypatch.setattr(uploads.time, "monotonic", lambda: now + uploads.KEPT + 1)
     store.sweep()
     assert [path.name for path in store.folder.iterdir()] == [newest]
@@ -173,6 +241,7 @@ def test_many_large_images_at_once_take_little_memory():
         assert statuses == [b"200"] * 16
         assert _peak() - before < 8 * size
 
+        (name,) = one.upload(data).json()  # the first one has made room
         time.sleep(0.5)
         Path("/proc/self/clear_refs").write_text("5")
         before, deaf = _peak(), [socket.socket() for _ in range(40)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from page_site import CANCEL, DATA, JOIN, UPLOAD, Browser, Engine, httpx, page, served
 from starlette.testclient import TestClient
 
-from fusion_jax.serve import api, protocol, visitors
+from fusion_jax.serve import api, protocol, talks, visitors
 
 KEY = "a-key-for-the-test"
 
@@ -135,7 +136,7 @@ def test_without_the_key_nothing_but_the_login_is_served(monkeypatch):
 
 
 def test_a_stream_of_no_session_ends_quietly(visitor, capfd):
-    assert visitor.http.get(DATA, params={"session_hash": "unknown"}).status_code == 200
+    assert visitor.http.get(DATA, params={"session_hash": "unknown"}).status_code == 404
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -182,13 +183,39 @@ def test_without_the_page_nothing_of_it_is_there():
 
 
 def test_conversations_are_bounded():
-    talks = page.Talks(most=2)
-    first = talks.get("a")
+    kept = talks.Talks(most=2)
+    first = kept.get("a")
     first.append("x")
-    talks.get("b")
-    assert talks.get("a") is first
-    talks.get("c")
-    assert talks.get("a") is first and not talks.get("b")
-    talks.clear("a")
+    kept.get("b")
+    assert kept.get("a") is first
+    kept.get("c")
+    assert kept.get("a") is first and not kept.get("b")
+    kept.clear("a")
     first.append("late")
-    assert not talks.get("a")
+    assert not kept.get("a")
+
+
+def test_one_browser_does_not_crowd_out_others_conversations():
+    kept = talks.Talks(most=100)
+    mine = kept.get("me-1")
+    for k in range(500):
+        kept.get(f"him-{k}")
+        kept.get(f"her-{k}")
+        assert not kept.asked(f"nobody-{k}")  # looking is no conversation
+    assert kept.get("me-1") is mine and len(kept._talks) == 100
+    mine.append({"role": "user", "content": "What?"})
+    assert kept.asked("me-1") == ["What?"]
+    kept = talks.Talks()
+    for k in range(500):
+        kept.get(f"him-{k}")
+    assert len(kept._talks) == talks.OWN and "him-499" in kept._talks
+
+
+def test_a_login_arrives_at_once_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(visitors, "LOGIN_SECONDS", 0.4)
+    with served(key=KEY) as (address, _), Browser(address) as one:
+        begun = time.monotonic()
+        with socket.create_connection((one.http.base_url.host, one.http.base_url.port), timeout=10) as slow:
+            slow.sendall(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\np")
+            assert slow.recv(1 << 16).startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - begun < 3
