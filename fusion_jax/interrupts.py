@@ -26,6 +26,8 @@ class _State:
     line: Callable[[], str] = staticmethod(lambda: "stopped")
     asked: float | None = None  # when Ctrl-C came that nothing has answered yet
     ending = False  # on the way out, which nothing interrupts any more
+    saying = False  # a second Ctrl-C waits until the line is written, so that it stands there once
+    again = False  # it came meanwhile
     said = False
 
 
@@ -88,11 +90,15 @@ def answered() -> None:
 
 
 def say(line: str, write: Callable[[str], None]) -> None:
-    """Says why the command ends, once."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    write(line)
-    _State.said = True
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """Says why the command ends, once. Blocking the signal would not do: another thread may take it."""
+    _State.saying = True
+    try:
+        write(line)
+        _State.said = True
+    finally:
+        _State.saying = False
+    if _State.again:
+        end_now()
 
 
 def begin_ending() -> None:
@@ -118,6 +124,9 @@ def end_now() -> None:
 
 
 def _on_ctrl_c(_, frame: FrameType | None) -> None:
+    if _State.saying:
+        _State.again = True
+        return
     if _State.asked is not None:
         end_now()
     _State.asked = time.monotonic()

@@ -1,6 +1,11 @@
 """Shared by all tests: CPU, compiling fast, a cache so that equal programs compile once, run-time shape checks."""
 
 import os
+import signal
+
+# A shell's background job has SIGINT ignored, and so would have what tests start, to which they send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
