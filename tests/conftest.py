@@ -3,9 +3,11 @@
 import os
 import signal
 
-# A shell's background job has SIGINT ignored, and so would have what tests start, to which they send it.
+# A shell's background job has these ignored, and so would have what tests start, to which they send them.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -6,8 +6,6 @@ says why and ends with exit code 75, on which supervisors start it again.
 
 import contextlib
 import logging
-import os
-import resource
 import signal
 
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from fusion_jax.config import DTYPES, RunConfig
 from fusion_jax.errors import RunAgain, UserError, check
 from fusion_jax.interrupts import loading
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.serve.environment import api_key, check_open_files
 
 log = logging.getLogger("fusion_jax")
 
@@ -49,10 +48,6 @@ _HOST_NAMES = flags.DEFINE_list("host_names", [], "public host names of the serv
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
 
 
-_FILES = 256  # open files besides the connections
-_NO_KEY = "FUSION_API_KEY holds white space or control characters, which no request can send."
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _CHECKPOINT.value:
         raise UserError("Give --checkpoint DIR; --help lists all flags.")
@@ -67,8 +62,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
     check(_UPLOADS.value >= 1, f"--max_upload_bytes={_UPLOADS.value} must be at least 1.")
     page = _import_page() if _PAGE.value else None
-    key = _key()
-    _check_files(_CONNECTIONS.value)
+    key = api_key()
+    check_open_files(_CONNECTIONS.value)
 
     # ---- Model.
     loaded = checkpoint.load_model(_CHECKPOINT.value)
@@ -118,25 +113,6 @@ def main(argv: list[str]) -> None:
     if engine.problem:
         raise RunAgain(f"The engine has failed: {engine.problem}. Start the server again.")
     log.info("no request is open any more; bye")
-
-
-def _key() -> str:
-    """The API key, "" for none."""
-    given = os.environ.get("FUSION_API_KEY", "")
-    key = given.strip()
-    check(bool(key) or not given, "FUSION_API_KEY is set to white space; give a key, or unset it.")
-    check(not any(c.isspace() or not c.isprintable() for c in key if not "\udc80" <= c <= "\udcff"), _NO_KEY)
-    return key
-
-
-def _check_files(connections: int) -> None:
-    """UserError where the process may not have so many files open."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    check(
-        allowed == resource.RLIM_INFINITY or connections + _FILES <= allowed,
-        f"--connections={connections} needs {connections + _FILES} open files and {allowed} are allowed: raise "
-        "`ulimit -n`, or lower it.",
-    )
 
 
 def _import_page():

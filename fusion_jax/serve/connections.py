@@ -99,7 +99,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._buffer = bytearray(_READ)
         self._seen, self._since = "", time.monotonic()  # what it was at when last looked at, and since when
         self._sent = 0  # bytes of the caller since then
-        self._rest = 0  # bytes of a body that have come behind its answer
+        self._answered = None  # the request whose answer came before its body, and the body's bytes since then
+        self._rest = 0
         self._next_look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -124,9 +125,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self._sent += count
-        if not self._answered_early():
-            self._rest = 0
-        elif self._rest <= REST_BYTES:
+        # Another request may begin in the very bytes that the one before it ended in.
+        if not self._answered_early() or self.cycle is not self._answered:
+            self._answered, self._rest = self.cycle, 0
+        if self._answered_early() and self._rest <= REST_BYTES:
             self._rest += count
             if self._rest > REST_BYTES and self.transport.can_write_eof():
                 self.transport.write_eof()  # the answer is all; reading goes on, so that he gets it

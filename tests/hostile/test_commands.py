@@ -44,7 +44,7 @@ MISTAKES = [
     (["--config=exits.py"], "ended the program"),
     (["--config=user.py"], r"error: Not like this\.$"),
     (["--config=argument.py"], "TypeError: .*missing 1 required"),
-    (["--config=good.py", "--config.stages[7].x=1"], r"index out of range .*--config.stages\[7\].x=1"),
+    (["--config=good.py", "--config.stages[7].x=1"], r"--config.stages\[7\].x cannot be set: .* has no 7"),
     (["--config=good.py", "--config.model=5"], "model"),
     (["--config=good.py", "--config.seed=x"], "seed"),
     (["--config=good.py", "--config.nothing=1"], "nothing"),

@@ -21,7 +21,7 @@ from fusion_jax import checkpoint, optim, state
 from fusion_jax.config import StageConfig
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.serve import __main__ as command
+from fusion_jax.serve import environment
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 TESTS = Path(__file__).parents[1]
@@ -218,18 +218,18 @@ def test_a_failed_device_answers_everybody_and_ends_with_a_code_to_start_again_o
 
 @pytest.mark.parametrize("given", [" ", "\t\n", "a\tb", "a b", "a\x00"])
 def test_a_key_that_cannot_be_sent_is_refused(monkeypatch, given):
-    monkeypatch.setattr(command.os, "environ", {"FUSION_API_KEY": given})
+    monkeypatch.setattr(environment.os, "environ", {"FUSION_API_KEY": given})
     with pytest.raises(UserError, match="FUSION_API_KEY"):
-        command._key()
+        environment.api_key()
 
 
 def test_keys_are_stripped_and_may_be_any_bytes(monkeypatch):
     for given, key in (("", ""), (" key\n", "key"), ("schlüssel", "schlüssel"), ("k\udcff", "k\udcff")):
-        monkeypatch.setattr(command.os, "environ", {"FUSION_API_KEY": given})
-        assert command._key() == key
+        monkeypatch.setattr(environment.os, "environ", {"FUSION_API_KEY": given})
+        assert environment.api_key() == key
 
 
 def test_more_connections_than_files_are_refused():
-    command._check_files(1)
+    environment.check_open_files(1)
     with pytest.raises(UserError, match=r"--connections=1073741824 needs .*raise `ulimit -n`, or lower it"):
-        command._check_files(1 << 30)
+        environment.check_open_files(1 << 30)
