@@ -12,6 +12,7 @@ from fusion_jax.data.tiles import most_tokens
 from fusion_jax.dicts import from_dict as from_dict
 from fusion_jax.dicts import to_dict as to_dict
 from fusion_jax.errors import check
+from fusion_jax.files import brief
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.limits import within
 from fusion_jax.models.remat import POLICIES
@@ -204,7 +205,7 @@ class RunConfig:
             check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         for name, (least, most) in _RUN_RANGES.items():
             within(f"config.{name}", getattr(self, name), least, most)
-        check(0 <= self.seed < 1 << 32, f"config.seed={self.seed} must be at least 0 and below 2^32.")
+        check(0 <= self.seed < 1 << 32, f"config.seed={brief(self.seed)} must be at least 0 and below 2^32.")
         check(
             0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
         )

@@ -7,6 +7,7 @@ for it.
 from typing import Any
 
 from fusion_jax.errors import check
+from fusion_jax.files import brief
 
 _POSITIONS = (1 << 31) - 1
 _FACTORS = (1e-6, 1e6)
@@ -41,8 +42,8 @@ MOST_CHOICES = 256  # sets of latents, grids of tiles
 
 def within(name: str, value: int | float, least: int | float, most: int | float) -> None:
     """UserError unless the value lies in least .. most; no NaN does."""
-    check(not value < least, f"{name}={value} must be at least {least}.")
-    check(least <= value <= most, f"{name}={value} must be between {least} and {most}.")
+    check(not value < least, f"{name}={brief(value)} must be at least {least}.")
+    check(least <= value <= most, f"{name}={brief(value)} must be between {least} and {most}.")
 
 
 def check_fields(part: str, config: Any, *fields: str) -> None:
