@@ -48,6 +48,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         # The compiler alone, to plan on a machine without a TPU.
         "plan": ["jax[tpu]>=0.10.2"],
+        # The same for GPUs: 4 GB of CUDA libraries. With Python 3.11 and jax 0.10.2, jax[cuda12] does as well.
+        "plan_gpu": ["jax[cuda13]>=0.10.2"],
         # Shards in buckets.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

@@ -20,8 +20,7 @@ from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.models.remat import POLICIES
-from fusion_jax.planning import program, report, search
-from fusion_jax.planning.chips import Topology
+from fusion_jax.planning import chips, program, report, search
 
 _CONFIG = define_config("run configuration, one of configs/")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "generation:shape, such as v5p:4x4x8")
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --topology GENERATION:SHAPE.")
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise UserError("Give --config FILE and --topology GENERATION:SHAPE, such as v5p:4x4x8.")
-    topology = Topology(_TOPOLOGY.value, _SLICES.value)
+    topology = chips.topology(_TOPOLOGY.value, _SLICES.value)
     config = from_dict(RunConfig, _CONFIG.value.to_dict())
     config = dataclasses.replace(config, mesh=program.parse_mesh(_MESH.value, config.mesh))
     stage = find_stage(config, _STAGE.value)

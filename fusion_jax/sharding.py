@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax.config import MeshConfig
 from fusion_jax.errors import UserError, check
@@ -177,6 +177,31 @@ def use(mesh: Mesh):
         yield
 
 
+def lower(function, mesh: Mesh, *arguments):
+    """A jitted function lowered for the devices of `mesh`, which need not be here: `planning.chips` describes some.
+
+    Args:
+      arguments: arrays, or shapes with shardings on `mesh`.
+    """
+    device = mesh.devices.flat[0]
+    with _described(device) if mesh.size == 1 else contextlib.nullcontext(), use(mesh):
+        # Without a platform JAX asks for a client of it, which a device that is only described has not.
+        return function.trace(*arguments).lower(lowering_platforms=(_program_for(device.platform),))
+
+
+def _program_for(platform: str) -> str:
+    """JAX calls NVIDIA's devices gpu and programs for them cuda."""
+    return "cuda" if platform == "gpu" else platform
+
+
+def _described(device):
+    """Triton kernels ask for which GPU they are; a mesh of several says it, but one device is under no mesh."""
+    if device.platform != "gpu":
+        return contextlib.nullcontext()
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
+
+
 @dataclass(frozen=True)
 class OnMesh:
     """A jitted function that is always traced, lowered and called under its mesh."""
@@ -189,8 +214,7 @@ class OnMesh:
             return self.function(*arguments)
 
     def lower(self, *arguments):
-        with use(self.mesh):
-            return self.function.lower(*arguments)
+        return lower(self.function, self.mesh, *arguments)
 
 
 # Batches.

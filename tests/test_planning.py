@@ -21,7 +21,8 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
 from fusion_jax.planning import hlo, program, report, typical
-from fusion_jax.planning.chips import CHIPS, KNOWN, Topology
+from fusion_jax.planning.chips import topology
+from fusion_jax.planning.tpus import CHIPS, KNOWN
 
 DEVICES = 8
 
@@ -245,7 +246,7 @@ def test_typical_samples_keep_the_limits_of_their_stage():
 
 def test_unknown_topology_lists_the_known_ones():
     with pytest.raises(UserError) as error:
-        Topology("v5p:3x3x3")
+        topology("v5p:3x3x3")
     for shape in ("v5e: 2x2", "4x4x8", "v6e"):
         assert shape in str(error.value)
     assert all(name.split(":")[0] in CHIPS for name in KNOWN)
@@ -261,13 +262,13 @@ def test_unknown_topology_lists_the_known_ones():
 def test_mesh_that_does_not_divide_is_one_sentence(mesh, message):
     config, stage = run_config(flare, "l_8b,stage1")
     with pytest.raises(UserError, match=message):
-        program.prepare(dataclasses.replace(config, mesh=mesh), stage, Topology("v5p:4x4x8"))
+        program.prepare(dataclasses.replace(config, mesh=mesh), stage, topology("v5p:4x4x8"))
 
 
 def test_batch_that_does_not_divide_is_one_sentence():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=100, packing=False)
     with pytest.raises(UserError, match=r"100 rows in 1 microbatch.* do not divide over the 128 devices"):
-        program.prepare(config, stage, Topology("v5p:4x4x8"))
+        program.prepare(config, stage, topology("v5p:4x4x8"))
 
 
 @pytest.mark.parametrize("text", ["fsdp", "model=4", "fsdp=x", "fsdp=2;tensor=2"])
@@ -286,7 +287,7 @@ def test_compilers_complaint_about_memory_is_read():
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install fusion_jax\[plan\]"):
-        Topology("v5e:2x2").devices()
+        topology("v5e:2x2").devices()
 
 
 # One whole plan.
@@ -302,8 +303,8 @@ TINY = {
 def test_tiny_model_is_planned_for_four_chips():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
     config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
-    topology = Topology("v5e:2x2")
-    found = report.analyse(program.compile_step(config, stage, topology), topology)
+    four = topology("v5e:2x2")
+    found = report.analyse(program.compile_step(config, stage, four), four)
     line = report.line(found, 1e6)
     assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
     assert line["bound_by"] in ("compute", "hbm", "interconnect")

@@ -1,103 +1,29 @@
-"""TPU generations: what a chip does, which topologies there are, and their descriptions for the compiler."""
+"""Chips to plan for, TPUs (`tpus.py`) and GPUs (`gpus.py`), by the name of their topology."""
 
-import importlib.util
-import math
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from fusion_jax.errors import UserError, check
+from fusion_jax.planning import gpus, tpus
 
-from fusion_jax.errors import UserError
+Topology = tpus.TpuTopology | gpus.GpuTopology
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Public figures of one chip.
+def topology(name: str, slices: int = 1) -> Topology:
+    """v5p:4x4x8: a slice of TPU chips, or several; h100:8x4: GPUs of a node and nodes. `devices()` describes them.
 
-    Attributes:
-      peak: FLOP/s in bfloat16. hbm: bytes; hbm_rate: bytes/s. link: bytes/s of one link of the torus in one direction,
-      two links along each dimension. dcn: bytes/s of the data centre's network. ring: the ends of a dimension are
-      joined where its length is a multiple of this. shapes: of slices.
+    A program is lowered for them by `sharding.lower` on a mesh of these devices.
+
+    Raises:
+      UserError: there is no such topology.
     """
-
-    peak: float
-    hbm: float
-    hbm_rate: float
-    link: float
-    dcn: float
-    ring: int
-    shapes: tuple[str, ...]
-
-
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-
-# v5e and v5p from the vendor's pages (docs.cloud.google.com/tpu/docs, read in 2026); v6e's are still to be checked
-# there, as is how v5e's interconnect divides over its links. The interconnect is published
-# for a chip as a whole: v5e 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways
-# over 4. The network between slices: 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s a v5p chip, 100 Gbit/s a v6e chip.
-CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
-    "v6e": Chip(918e12, 32e9, 1640e9, 100e9, 12.5e9, 16, _FLAT),
-}
-KNOWN = tuple(f"{generation}:{shape}" for generation, chip in CHIPS.items() for shape in chip.shapes)
-
-
-@dataclass(frozen=True)
-class Topology:
-    """A slice of chips, or several joined by the network: name as in v5p:4x4x8."""
-
-    name: str
-    slices: int = 1
-
-    def __post_init__(self):
-        if self.name not in KNOWN:
-            lists = "; ".join(f"{generation}: {', '.join(chip.shapes)}" for generation, chip in CHIPS.items())
-            raise UserError(f"--topology={self.name} is unknown; known ones, as generation:shape, are {lists}.")
-        if self.slices < 1:
-            raise UserError(f"--slices={self.slices} must be at least 1.")
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.name.split(":")[0]]
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        return tuple(map(int, self.name.split(":")[1].split("x")))
-
-    @property
-    def chips(self) -> int:
-        return math.prod(self.sides) * self.slices
-
-    def devices(self) -> list:
-        """Descriptions of all chips for the compiler.
-
-        Raises:
-          UserError: the compiler is not installed.
-        """
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError("Planning compiles with libtpu, which is not installed: pip install fusion_jax[plan].")
-        # There is no TPU to be asked what it is, and none that only one process may hold.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        from jax.experimental import topologies
-
-        arguments = {"num_slices": self.slices} if self.slices > 1 else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **arguments)
-        return list(found.devices)
-
-    def links(self, group: Sequence) -> float:
-        """Links into a chip that a collective among these devices can use at once, 0 where it leaves the slice.
-
-        Two for every dimension of the torus along which they spread, one where its ends are not joined.
-        """
-        if len({getattr(device, "slice_index", None) or 0 for device in group}) > 1:
-            return 0
-        return sum(self._links(dim, places) for dim, places in enumerate(zip(*(d.coords for d in group))))
-
-    def _links(self, dim: int, places: Iterable[int]) -> int:
-        spread = len(set(places))
-        if spread == 1:
-            return 0
-        side = self.sides[dim]
-        return 2 if spread == side and side % self.chip.ring == 0 else 1
+    kind = name.partition(":")[0]
+    if kind in gpus.CARDS:
+        check(
+            slices == 1,
+            f"--slices={slices} is for TPUs; write the number of nodes into --topology={name}, as in h100:8x4.",
+        )
+        return gpus.GpuTopology(name)
+    if kind in tpus.CHIPS:
+        return tpus.TpuTopology(name, slices)
+    raise UserError(
+        f"--topology={name} is unknown; known ones are, as generation:shape, {tpus.shapes()}; "
+        f"as kind:GPUS or kind:GPUSxNODES, {gpus.KNOWN}."
+    )

@@ -99,8 +99,7 @@ def analyse(program: Program, topology: Topology) -> Report:
         if len(one.groups[0]) == 1:
             continue
         sums[one.kind, axes_of(one.groups, program.mesh)] += one.bytes * one.times
-        links = topology.links([devices[i] for i in one.groups[0]])
-        network += one.bytes * one.times / (links * chip.link if links else chip.dcn)
+        network += topology.seconds(one.kind, one.bytes, [devices[i] for i in one.groups[0]]) * one.times
     compiled = (work.flops + kernels) * topology.chips
     in_kernels = sum(sum(s.bytes for s in k.operands + k.results) * k.times for k in work.kernels)
     return Report(

@@ -1,0 +1,179 @@
+"""NVIDIA GPUs: what a card does, how cards are joined, and their descriptions for the compiler."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusion_jax.errors import UserError, check
+
+# Share of a card's memory that JAX takes for arrays and temporaries; launch/xla_flags.sh sets it for every GPU run. The
+# rest is for CUDA, cuDNN and NCCL.
+MEMORY_VARIABLE, MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.92
+GPUS_IN_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Card:
+    """Public figures of one GPU.
+
+    Attributes:
+      peak: FLOP/s in bfloat16, dense. memory: bytes, as CUDA counts them; hbm_rate: bytes/s. nvlink, network: bytes/s
+      of one GPU in one direction, to its node's others and to other nodes. kind: name that JAX has for it.
+      cores: streaming multiprocessors, of `units` float32 units each; capability: of CUDA, (major, minor).
+      clock: GHz. l2, shared, block: bytes of level-2 cache, of a core's shared memory and what a block may have of it.
+    """
+
+    kind: str
+    peak: float
+    memory: int
+    hbm_rate: float
+    nvlink: float
+    network: float
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    clock: float
+    l2: int
+    shared: int
+    block: int
+
+    @property
+    def hbm(self) -> float:
+        """Bytes that a program may use."""
+        return self.memory * memory_share()
+
+
+# Peak, memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s;
+# B200 1,800 GB/s; bfloat16 without sparsity 312, 989, 989 and, for HGX B200, 2,250 TFLOP/s). The network is that of
+# NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400 Gbit/s in DGX H100, H200 and B200.
+# Cores, caches and the bytes of memory that CUDA reports: XLA's descriptions of these devices
+# (openxla/xla, xla/backends/gpu/target_config/specs).
+CARDS = {
+    "a100": Card(
+        "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2039e9, 300e9, 25e9,
+        (8, 0), 108, 64, 1.41, 41943040, 167936, 166912,
+    ),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3352e9, 450e9, 50e9,
+        (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
+    ),
+    "h200": Card(
+        "NVIDIA H200", 989e12, 151397597184, 4800e9, 450e9, 50e9,
+        (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
+    ),
+    "b200": Card(
+        "NVIDIA B200", 2250e12, 191514411008, 7672e9, 900e9, 50e9,
+        (10, 0), 148, 128, 1.965, 132644864, 233472, 232448,
+    ),
+}  # fmt: skip
+KNOWN = ", ".join(CARDS)
+
+
+def memory_share() -> float:
+    """The share of a card's memory that JAX takes here.
+
+    Raises:
+      UserError: the environment holds no share.
+    """
+    text = os.environ.get(MEMORY_VARIABLE, str(MEMORY_SHARE))
+    check(re.fullmatch(r"0?\.\d+|1(\.0*)?", text) is not None, f"{MEMORY_VARIABLE}={text} is no share, such as 0.92.")
+    return float(text)
+
+
+def description(card: Card) -> str:
+    """The card as the compiler wants it: a GpuTargetConfigProto as text."""
+    # Instructions that only this very architecture has, which drivers of real cards report.
+    extension = "feature_extension: ACCELERATED_FEATURES" if card.capability >= (9, 0) else ""
+    # Of the toolkit and cuDNN that come with JAX.
+    toolkit = (13, 0) if importlib.util.find_spec("jax_cuda13_plugin") else (12, 9)
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: {card.shared} shared_memory_per_block_optin: {card.block}
+  core_count: {card.cores} fpus_per_core: {card.units} clock_rate_ghz: {card.clock} l2_cache_size: {card.l2}
+  device_memory_size: {card.memory} memory_bandwidth: {int(card.hbm_rate)}
+  cuda_compute_capability {{ major: {card.capability[0]} minor: {card.capability[1]} {extension} }}
+}}
+platform_name: "CUDA" device_description_str: "{card.kind}"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: {toolkit[0]} minor: {toolkit[1]} }}
+"""
+
+
+@dataclass(frozen=True)
+class GpuTopology:
+    """GPUs of one kind in nodes: h100:8 is one node of eight, h100:8x4 four of them.
+
+    Nodes are what JAX calls slices: cards that see each other directly.
+    """
+
+    name: str
+
+    def __post_init__(self):
+        kind, _, shape = self.name.partition(":")
+        good = kind in CARDS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape) is not None
+        check(
+            good and self.sides[0] <= GPUS_IN_A_NODE,
+            f"--topology={self.name} is unknown; GPUs are written as kind:GPUS or kind:GPUSxNODES with at most "
+            f"{GPUS_IN_A_NODE} GPUs in a node, such as h100:8x4, of the kinds {KNOWN}.",
+        )
+
+    @property
+    def chip(self) -> Card:
+        return CARDS[self.name.split(":")[0]]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """GPUs in a node, nodes."""
+        sides = [int(side) for side in self.name.split(":")[1].split("x")]
+        return sides[0], sides[1] if len(sides) > 1 else 1
+
+    @property
+    def slices(self) -> int:
+        return self.sides[1]
+
+    @property
+    def chips(self) -> int:
+        return self.sides[0] * self.sides[1]
+
+    def devices(self) -> list:
+        """Descriptions of all GPUs for the compiler.
+
+        Raises:
+          UserError: the compiler is not installed.
+        """
+        if all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)):
+            raise UserError(
+                "Planning for GPUs compiles with JAX's CUDA plug-in, which is not installed: "
+                "pip install fusion_jax[plan_gpu]."
+            )
+        # The plug-in would ask the driver for its version and give up.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        from jax.experimental import topologies
+
+        gpus, nodes = self.sides
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=description(self.chip), topology=f"{nodes}x1x{gpus}"
+        )
+        return list(found.devices)
+
+    def seconds(self, kind: str, sent: float, group: Sequence) -> float:
+        """Least time of a collective in which each of a group of devices sends so many bytes.
+
+        Inside a node everything goes over NVLink. Between nodes, what a node has to send goes through the adapters of
+        all its members at once; an exchange of everybody with everybody has to send each member's own part.
+        """
+        nodes = len({device.slice_index for device in group})
+        inside = sent / self.chip.nvlink
+        if nodes == 1:
+            return inside
+        members = len(group)
+        if kind == "collective-permute":
+            return sent / self.chip.network
+        # `sent` is (members - 1) / members of the whole, once or twice; between nodes go (nodes - 1) / nodes of it.
+        share = (nodes - 1) / (members - 1) * (members / nodes if kind == "all-to-all" else 1)
+        return max(inside, sent * share / self.chip.network)
