@@ -96,12 +96,16 @@ def cudnn_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, wi
 
     float16 and bfloat16 only. `implementation`: `jax.nn.dot_product_attention`'s; tests take another.
     """
-    q_length, extra = q.shape[1], {}
+    q_length, k_length, extra = q.shape[1], k.shape[1], {}
+    # Its backward pass wants even lengths.
+    q, k, v = (_pad(x, x.shape[1] + x.shape[1] % 2) for x in (q, k, v))
     if q_segments is not None:
-        # With a mask it wants even lengths.
-        q, k, v = (_pad(x, x.shape[1] + x.shape[1] % 2) for x in (q, k, v))
         ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], NOBODY)
-        extra["mask"] = (ours[:, None, :, None] == theirs[:, None, None, :]) & (theirs > 0)[:, None, None, :]
+        sees = (ours[:, :, None] == theirs[:, None, :]) & (theirs > 0)[:, None, :]
+        # A query without a key would make its gradient NaN: it looks at all of them, and `_zero_blind` takes that back.
+        extra["mask"] = (sees | ~sees.any(-1, keepdims=True))[:, None]
+    elif k.shape[1] > k_length:
+        extra["key_value_seq_lengths"] = jnp.full(len(k), k_length, jnp.int32)
     if window:
         extra["local_window_size"] = (window - 1, 0)
     out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation, **extra)[:, :q_length]

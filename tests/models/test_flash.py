@@ -79,6 +79,28 @@ def test_padding_gives_zeros(kernel):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_cudnn_is_asked_for_what_it_can_do(case, monkeypatch):
+    """Its gradient is NaN where a query sees no key, and it refuses to train on odd lengths."""
+    asked, real = [], jax.nn.dot_product_attention
+
+    def record(q, k, v, **arguments):
+        asked.append((q, k, arguments.get("mask")))
+        return real(q, k, v, **arguments)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    (q, k, v, _), *segments = inputs(case)
+    segments = [None if s is None else jnp.asarray(s) for s in segments]
+    if segments[0] is None:
+        q, k, v = q[:, 1:], k[:, 1:], v[:, 1:]
+    ours = flash.cudnn_attention(q, k, v, *segments, *CASES[case][2:4], implementation="xla")
+    theirs = reference_attention(q, k, v, *segments, *CASES[case][2:4])
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    [(q, k, mask)] = asked
+    assert q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    assert mask is None or np.asarray(mask).any(-1).all()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_each_device_gets_its_kernel(case):
     q_segments, _, causal, window, *_ = CASES[case]
     arguments = (400, 400, jnp.bfloat16, q_segments is not None, causal, window)
