@@ -232,12 +232,13 @@ def test_triton_kernels_count_nine_products_of_the_blocks_below_the_diagonal():
         kernels.flops(dataclasses.replace(found[0], name="something else"))
 
 
-GPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=4
+GPU_TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %gemm_fusion_dot.1_computation (p0: bf16[32,64], p1: bf16[64,128]) -> bf16[32,128] {
   %p0 = bf16[32,64]{1,0} parameter(0)
   %p1 = bf16[64,128]{1,0} parameter(1)
-  ROOT %dot.1 = bf16[32,128]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, backend_config={"sizes":["16"]}
+  ROOT %dot.1 = bf16[32,128]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0},
+    backend_config={"sizes":["16"]}
 }
 
 %body (state: (s32[], bf16[32,64], bf16[16,128])) -> (s32[], bf16[32,64], bf16[16,128]) {
@@ -245,12 +246,16 @@ GPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=4
   %i = s32[] get-tuple-element(%state), index=0
   %x = bf16[32,64]{1,0} get-tuple-element(%state), index=1
   %w = bf16[16,128]{1,0} get-tuple-element(%state), index=2
-  %gather = ((bf16[16,128]{1,0}, bf16[8]{0}), (bf16[64,128]{1,0}, bf16[32]{0})) all-gather-start(%w, %b), channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, backend_config={"collective_backend_config":{"is_sync":false}}
+  %gather = ((bf16[16,128]{1,0}, bf16[8]{0}), (bf16[64,128]{1,0}, bf16[32]{0})) all-gather-start(%w, %b),
+    channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0},
+    backend_config={"collective_backend_config":{"is_sync":false}}
   %b = bf16[8]{0} constant({...})
   %gathered = (bf16[64,128]{1,0}, bf16[32]{0}) all-gather-done(%gather)
   %whole = bf16[64,128]{1,0} get-tuple-element(%gathered), index=0
-  %y = bf16[32,128]{1,0} fusion(%x, %whole), kind=kCustom, calls=%gemm_fusion_dot.1_computation, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
-  %scatter = (bf16[32,128]{1,0}, bf16[8,128]{1,0}) reduce-scatter-start(%y), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %y = bf16[32,128]{1,0} fusion(%x, %whole), kind=kCustom, calls=%gemm_fusion_dot.1_computation,
+    backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  %scatter = (bf16[32,128]{1,0}, bf16[8,128]{1,0}) reduce-scatter-start(%y), channel_id=2, replica_groups={{0,1,
+    2,3}}, dimensions={0}, to_apply=%add
   %part = bf16[8,128]{1,0} reduce-scatter-done(%scatter)
   ROOT %next = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) tuple(%i, %x, %w)
 }
@@ -268,11 +273,19 @@ ENTRY %main (x: bf16[32,64], w: bf16[16,128], q: bf16[2,256,4,64]) -> bf16[32,12
   %q = bf16[2,256,4,64]{3,2,1,0} parameter(2)
   %zero = s32[] constant(0)
   %first = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) tuple(%zero, %x.1, %w.1)
-  %loop = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %attended = (bf16[2,256,4,64]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "4", "256", "256"]}, "mask_type": "NO_MASK"}}
-  %flash = (bf16[2,256,4,64]{3,2,1,0}, f32[2,4,256]{2,1,0}) custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/mha_forward/pallas_call"}, backend_config={grid_x = 2 : i32, ir = "ML\EFR{(\0D"}
+  %loop = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) while(%first), condition=%condition, body=%body,
+    backend_config={"known_trip_count":{"n":"3"}}
+  %attended = (bf16[2,256,4,64]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q),
+    custom_call_target="__cudnn$fmhaScaleBiasSoftmax",
+    backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "4", "256",
+    "256"]}, "mask_type": "NO_MASK"}}
+  %flash = (bf16[2,256,4,64]{3,2,1,0}, f32[2,4,256]{2,1,0}) custom-call(%q, %q, %q),
+    custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/mha_forward/pallas_call"},
+    backend_config={grid_x = 2 : i32, ir = "ML\EFR{(\0D"}
   %rows = bf16[32,64]{1,0} get-tuple-element(%loop), index=1
-  ROOT %z = (bf16[32,128]{1,0}, s8[1024]{0}) custom-call(%rows, %whole.1), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %z = (bf16[32,128]{1,0}, s8[1024]{0}) custom-call(%rows, %whole.1), custom_call_target="__cublas$gemm",
+    backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],
+    "rhs_contracting_dimensions":["0"]}}}
   %whole.1 = bf16[64,128]{1,0} constant({...})
 }
 """
@@ -327,7 +340,7 @@ def test_gpus_have_the_share_of_their_memory_that_jax_takes(monkeypatch):
     assert topology("h100:1").memory == 0.5 * whole
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75")
     with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75 is no share"):
-        topology("h100:1").chip.hbm
+        gpus.memory_share()
 
 
 # Compiling.
@@ -437,7 +450,7 @@ def test_gpus_that_no_node_has_are_one_sentence(name):
 def test_nodes_are_written_into_the_topology():
     with pytest.raises(UserError, match="--slices=2 is for TPUs"):
         topology("h100:8", 2)
-    with pytest.raises(UserError, match="v5p.*h100"):
+    with pytest.raises(UserError, match=r"v5p.*h100"):
         topology("h300:8")
 
 
