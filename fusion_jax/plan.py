@@ -1,18 +1,20 @@
-"""Planning without the hardware: compiles the real train step for a TPU topology on any machine and says what it needs.
+"""Planning without the hardware: compiles the real train step for TPUs or GPUs on any machine and says what it needs.
 
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5p:4x4x8
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5e:16x16 --search
+python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology h100:8x4      # four nodes of eight GPUs
 
 Prints a table and, last, one JSON line; docs/scaling.md says what each figure means and where it comes from. Needs
-`pip install fusion_jax[plan]`, a few GB of memory and some minutes; no TPU and no data.
+`pip install fusion_jax[plan]` (for GPUs `plan_gpu`), a few GB of memory and some minutes; no TPU or GPU and no data.
 """
 
 import dataclasses
 import json
 import os
 
-# Before JAX starts: with the compiler installed it would look for a TPU.
+# Before JAX starts: with a compiler installed it would look for a TPU or a GPU, and complain that there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what goes wrong is raised; XLA calls slow compiling an error
 
 from absl import flags
 
@@ -23,8 +25,10 @@ from fusion_jax.models.remat import POLICIES
 from fusion_jax.planning import chips, program, report, search
 
 _CONFIG = define_config("run configuration, one of configs/")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "generation:shape, such as v5p:4x4x8")
-_SLICES = flags.DEFINE_integer("slices", 1, "slices of that shape, joined by the data centre's network")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "chips: generation:shape, such as v5p:4x4x8, or kind:GPUSxNODES, such as h100:8x4"
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape, joined by the data centre's network")
 _MESH = flags.DEFINE_string("mesh", "", "axis=size,... instead of the config's, such as fsdp=64,tensor=2")
 _STAGE = flags.DEFINE_string("stage", "", "which of the config's stages; by default its first")
 _LATENTS = flags.DEFINE_integer("latents", None, "l^2; by default the largest, which takes most memory")
@@ -41,9 +45,9 @@ def find_stage(config: RunConfig, name: str) -> StageConfig:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --topology GENERATION:SHAPE.")
+        raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --topology KIND:SHAPE.")
     if _CONFIG.value is None or _TOPOLOGY.value is None:
-        raise UserError("Give --config FILE and --topology GENERATION:SHAPE, such as v5p:4x4x8.")
+        raise UserError("Give --config FILE and --topology KIND:SHAPE, such as v5p:4x4x8 or h100:8.")
     topology = chips.topology(_TOPOLOGY.value, _SLICES.value)
     config = from_dict(RunConfig, _CONFIG.value.to_dict())
     config = dataclasses.replace(config, mesh=program.parse_mesh(_MESH.value, config.mesh))

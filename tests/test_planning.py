@@ -3,9 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +24,7 @@ from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
-from fusion_jax.planning import hlo, program, report, typical
+from fusion_jax.planning import compiling, gpus, hlo, kernels, program, report, typical
 from fusion_jax.planning.chips import topology
 from fusion_jax.planning.tpus import CHIPS, KNOWN
 
@@ -187,11 +191,196 @@ def test_products_written_as_convolutions_are_counted_and_what_stays_on_the_chip
 def test_splash_kernels_count_seven_products_forward_and_backward():
     shape = hlo.Shape("bf16", (2, 4, 2048, 128))
     parts = ("x/llm/splash_mha_fwd_x", "x/llm/splash_mha_dq_x", "x/llm/splash_mha_dkv_x")
-    kernels = [hlo.Kernel(name, (shape,) * 3, (shape,), 1.0) for name in parts]
+    found = [hlo.Kernel(name, (shape,) * 3, (shape,), 1.0, "tpu_custom_call") for name in parts]
     full = 2.0 * 2 * 4 * 2048 * 2048 * 128
-    assert sum(map(report.splash_flops, kernels)) == 9 * full * 5 / 8  # 4 blocks of 512: 10 of 16 are computed
-    with pytest.raises(ValueError, match="unknown Pallas kernel"):
-        report.splash_flops(hlo.Kernel("other", (shape,) * 3, (shape,), 1.0))
+    assert sum(map(kernels.flops, found)) == 9 * full * 5 / 8  # 4 blocks of 512: 10 of 16 are computed
+    assert {kernels.kind(kernel) for kernel in found} == {"splash attention"}
+    with pytest.raises(ValueError, match="unknown kernel tpu_custom_call other"):
+        kernels.flops(hlo.Kernel("other", (shape,) * 3, (shape,), 1.0, "tpu_custom_call"))
+
+
+def _fmha(target: str, mask: str, window: int = 0) -> hlo.Kernel:
+    """2 rows, 4 heads of 64; 256 queries and 512 keys."""
+    shapes = [hlo.Shape("bf16", (2, length, 4, 64)) for length in (256, 512, 512)]
+    config = (
+        '"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": '
+        f'["2", "4", "256", "512"]}}, "mask_type": "{mask}", "sliding_window_length": {window}}}'
+    )
+    return hlo.Kernel("attention", tuple(shapes), (shapes[0],), 1.0, target, config)
+
+
+def test_cudnn_kernels_count_the_products_that_their_mask_leaves():
+    full = 2.0 * 2 * 4 * 256 * 512 * 64
+    forward, backward = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
+    assert kernels.flops(_fmha(forward, "NO_MASK")) == 2 * full
+    assert kernels.flops(_fmha(backward, "NO_MASK")) == 5 * full
+    # Blocks of 128: 2 x 4, of which a causal mask leaves 1 and 2.
+    assert kernels.flops(_fmha(forward, "PADDING_CAUSAL")) == 2 * full * 3 / 8
+    # A window of one position leaves each row of blocks its last.
+    assert kernels.flops(_fmha(backward, "CAUSAL", window=1)) == 5 * full * 2 / 8
+    assert kernels.kind(_fmha(forward, "NO_MASK")) == "cuDNN attention"
+
+
+def test_triton_kernels_count_nine_products_of_the_blocks_below_the_diagonal():
+    shape = hlo.Shape("bf16", (2, 256, 4, 64))
+    names = ("a/mha_forward/pallas_call", "a/mha_preprocess_backward/pallas_call", "a/mha_backward/pallas_call")
+    found = [hlo.Kernel(name, (shape,) * 4, (shape,), 1.0, "__gpu$xla.gpu.triton") for name in names]
+    full = 2.0 * 2 * 4 * 256 * 256 * 64
+    # Forward blocks of 128 x 64: 2 + 4 of 8. Backward 64 x 64: 1 + 2 + 3 + 4 of 16.
+    assert [kernels.flops(kernel) for kernel in found] == [2 * full * 6 / 8, 0, 7 * full * 10 / 16]
+    with pytest.raises(ValueError, match="unknown kernel __gpu"):
+        kernels.flops(dataclasses.replace(found[0], name="something else"))
+
+
+GPU_TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%gemm_fusion_dot.1_computation (p0: bf16[32,64], p1: bf16[64,128]) -> bf16[32,128] {
+  %p0 = bf16[32,64]{1,0} parameter(0)
+  %p1 = bf16[64,128]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[32,128]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0},
+    backend_config={"sizes":["16"]}
+}
+
+%body (state: (s32[], bf16[32,64], bf16[16,128])) -> (s32[], bf16[32,64], bf16[16,128]) {
+  %state = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[32,64]{1,0} get-tuple-element(%state), index=1
+  %w = bf16[16,128]{1,0} get-tuple-element(%state), index=2
+  %gather = ((bf16[16,128]{1,0}, bf16[8]{0}), (bf16[64,128]{1,0}, bf16[32]{0})) all-gather-start(%w, %b),
+    channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0},
+    backend_config={"collective_backend_config":{"is_sync":false}}
+  %b = bf16[8]{0} constant({...})
+  %gathered = (bf16[64,128]{1,0}, bf16[32]{0}) all-gather-done(%gather)
+  %whole = bf16[64,128]{1,0} get-tuple-element(%gathered), index=0
+  %y = bf16[32,128]{1,0} fusion(%x, %whole), kind=kCustom, calls=%gemm_fusion_dot.1_computation,
+    backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  %scatter = (bf16[32,128]{1,0}, bf16[8,128]{1,0}) reduce-scatter-start(%y), channel_id=2, replica_groups={{0,1,
+    2,3}}, dimensions={0}, to_apply=%add
+  %part = bf16[8,128]{1,0} reduce-scatter-done(%scatter)
+  ROOT %next = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) tuple(%i, %x, %w)
+}
+
+%condition (state: (s32[], bf16[32,64], bf16[16,128])) -> pred[] {
+  %state.1 = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i.1, %three), direction=LT
+}
+
+ENTRY %main (x: bf16[32,64], w: bf16[16,128], q: bf16[2,256,4,64]) -> bf16[32,128] {
+  %x.1 = bf16[32,64]{1,0} parameter(0)
+  %w.1 = bf16[16,128]{1,0} parameter(1)
+  %q = bf16[2,256,4,64]{3,2,1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %first = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) tuple(%zero, %x.1, %w.1)
+  %loop = (s32[], bf16[32,64]{1,0}, bf16[16,128]{1,0}) while(%first), condition=%condition, body=%body,
+    backend_config={"known_trip_count":{"n":"3"}}
+  %attended = (bf16[2,256,4,64]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q),
+    custom_call_target="__cudnn$fmhaScaleBiasSoftmax",
+    backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "4", "256",
+    "256"]}, "mask_type": "NO_MASK"}}
+  %flash = (bf16[2,256,4,64]{3,2,1,0}, f32[2,4,256]{2,1,0}) custom-call(%q, %q, %q),
+    custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/mha_forward/pallas_call"},
+    backend_config={grid_x = 2 : i32, ir = "ML\EFR{(\0D"}
+  %rows = bf16[32,64]{1,0} get-tuple-element(%loop), index=1
+  ROOT %z = (bf16[32,128]{1,0}, s8[1024]{0}) custom-call(%rows, %whole.1), custom_call_target="__cublas$gemm",
+    backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],
+    "rhs_contracting_dimensions":["0"]}}}
+  %whole.1 = bf16[64,128]{1,0} constant({...})
+}
+"""
+
+
+def test_programs_for_gpus_are_read_with_their_loops_collectives_and_kernels():
+    work = hlo.read(GPU_TEXT, 4)
+    product = 2.0 * 32 * 64 * 128
+    assert work.flops == 3 * product
+    attention = 2.0 * 2 * 4 * 256 * 256 * 64
+    assert {kernels.kind(k): kernels.flops(k) * k.times for k in work.kernels} == {
+        "cuDNN attention": 2 * attention,
+        "Triton attention": 2 * attention * 6 / 8,
+        "cuBLAS products": product,
+    }
+    everybody = ((0, 1, 2, 3),)
+    assert [(c.kind, c.bytes, c.groups, c.times) for c in work.collectives] == [
+        ("all-gather", 3 * (16 * 128 + 8) * 2, everybody, 3.0),
+        ("reduce-scatter", 3 / 4 * 32 * 128 * 2, everybody, 3.0),
+    ]
+    # The loop's product, and what the three kernels read and write, once each.
+    small, arrays = 32 * 64 + 64 * 128 + 32 * 128, 4 * 2 * 256 * 4 * 64
+    assert work.hbm_bytes == 3 * 2 * small + 2 * (2 * arrays + 4 * 2 * 4 * 256) + 2 * small + 1024
+
+
+# What chips do.
+
+
+def test_gpus_of_a_node_use_nvlink_and_nodes_their_network():
+    eight, nodes = topology("h100:8"), topology("h100:8x2")
+    node = [SimpleNamespace(slice_index=0)] * 8
+    both = node + [SimpleNamespace(slice_index=1)] * 8
+    assert eight.seconds("all-gather", 450e9, node) == 1
+    # Of 16 parts a GPU sends 15. Each node has to send its 8, by 8 adapters: one part each.
+    assert nodes.seconds("all-gather", 15 * 50e9, both) == max(1, 15 * 50 / 450)
+    assert nodes.seconds("all-gather", 15 * 50e9, both) == nodes.seconds("all-reduce", 15 * 50e9, both)
+    # Everybody with everybody: 8 of its 15 parts go to the other node. One of each node: all of it.
+    assert nodes.seconds("all-to-all", 15 * 50e9, both) == 8
+    assert nodes.seconds("reduce-scatter", 50e9, [both[0], both[-1]]) == 1
+    assert nodes.seconds("collective-permute", 50e9, [both[0], both[-1]]) == 1
+    assert (nodes.chips, nodes.slices, eight.chips, topology("b200:1").chips) == (16, 2, 8, 1)
+
+
+def test_gpus_have_the_share_of_their_memory_that_jax_takes(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    whole = gpus.CARDS["h100"].memory
+    assert topology("h100:1").memory == 0.92 * whole
+    flags = (Path(__file__).parents[1] / "launch" / "xla_flags.sh").read_text()
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" in flags
+    assert all(f"{name}=true" in flags for name in topology("h100:1").options)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert topology("h100:1").memory == 0.5 * whole
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75")
+    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75 is no share"):
+        gpus.memory_share()
+
+
+# Compiling.
+
+
+class _Slow:
+    """A program that takes that long to compile."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def compile(self, compiler_options):
+        time.sleep(self.seconds)
+        if compiler_options is None:
+            raise TimeoutError("the compiler's own")
+        return compiler_options
+
+
+def test_long_compilations_say_that_they_live(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "_EVERY", 0.3)
+    assert compiling.compiled(_Slow(1.0), "stage1 for h100:8", {"a": 1}) == {"a": 1}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and set(lines) <= {f"compiling stage1 for h100:8, {n} s so far" for n in (0, 1)}
+    with pytest.raises(TimeoutError, match="the compiler's own"):
+        compiling.compiled(_Slow(0.0), "stage1")
+
+
+def test_in_a_terminal_the_line_goes_again(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    compiling.compiled(_Slow(1.5), "stage1", {})
+    assert capsys.readouterr().err == "\rcompiling stage1, 1 s so far\x1b[K\r\x1b[K"
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler():
+    begin = time.monotonic()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        compiling.compiled(_Slow(20.0), "stage1")
+    assert time.monotonic() - begin < 10
 
 
 # The typical step.
@@ -252,6 +441,19 @@ def test_unknown_topology_lists_the_known_ones():
     assert all(name.split(":")[0] in CHIPS for name in KNOWN)
 
 
+@pytest.mark.parametrize("name", ["h100", "h100:", "h100:0", "h100:16", "h100:8x0", "h100:8x4x2", "h100:x"])
+def test_gpus_that_no_node_has_are_one_sentence(name):
+    with pytest.raises(UserError, match=r"kind:GPUS or kind:GPUSxNODES.*a100, h100, h200, b200"):
+        topology(name)
+
+
+def test_nodes_are_written_into_the_topology():
+    with pytest.raises(UserError, match="--slices=2 is for TPUs"):
+        topology("h100:8", 2)
+    with pytest.raises(UserError, match=r"v5p.*h100"):
+        topology("h300:8")
+
+
 @pytest.mark.parametrize(
     "mesh, message",
     [
@@ -288,6 +490,22 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install fusion_jax\[plan\]"):
         topology("v5e:2x2").devices()
+    with pytest.raises(UserError, match=r"pip install fusion_jax\[plan_gpu\]"):
+        topology("h100:8").devices()
+
+
+def test_state_that_is_too_much_for_a_gpu_is_not_compiled(monkeypatch):
+    """FLARE-L 3B on one H100: 65 GiB of parameters and moments of 72.8."""
+    config, stage = run_config(flare, "l_3b,stage1", accumulation=32)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    one = topology("h100:1")
+    monkeypatch.setattr(gpus.GpuTopology, "devices", lambda self: jax.devices()[:1])
+    found = report.analyse(program.compile_step(config, stage, one), one)
+    line = report.line(found, 1e6)
+    assert (line["fits"], line["compile_seconds"], line["mfu_bound"]) == (False, None, None)
+    assert line["hbm_gib_per_chip"] == pytest.approx(65, abs=1)
+    table = report.table(found, 1e6)
+    assert "not compiled" in table and "of 59.33 (75% of the card's 79.1" in table and "DOES NOT FIT" in table
 
 
 # One whole plan.
@@ -315,3 +533,32 @@ def test_tiny_model_is_planned_for_four_chips():
     assert sum(found.collectives.values()) > 2 * 2 * 0.9 * found.program.parameter_count * 3 / 4
     assert 0 < line["mfu_bound"] < 0.75
     assert "fits" in report.table(found, 1e6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install fusion_jax[plan]")
+def test_compiler_for_tpus_complains_of_nothing():
+    code = "from fusion_jax.planning.chips import topology; print(len(topology('v5e:2x2').devices()))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=clean)
+    assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
+
+
+NO_CUDA = all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13))
+
+
+@pytest.mark.skipif(NO_CUDA, reason="needs pip install fusion_jax[plan_gpu]")
+@pytest.mark.parametrize("name", ["h100:1", "h100:2x2"])
+def test_tiny_model_is_planned_for_gpus(name):
+    config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
+    config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
+    chips = topology(name)
+    found = report.analyse(program.compile_step(config, stage, chips), chips)
+    line = report.line(found, 1e6)
+    assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
+    assert set(line["flops_by_kernel"]) == {"generated products", "cuDNN attention", "Triton attention"}
+    assert 4 / 3 < line["compiled_over_model_flops"] < 6
+    assert 0 < line["mfu_bound"] < 0.75
+    assert {axes for _, axes in found.collectives} == (set() if name == "h100:1" else {"fsdp"})
+    table = report.table(found, 1e6)
+    assert "of 72.78 (92% of the card's 79.1, XLA_PYTHON_CLIENT_MEM_FRACTION): fits" in table
+    assert "GPU-hours" in table and "chip" not in table

@@ -113,6 +113,8 @@ class GpuTopology:
 
     name: str
 
+    noun = "GPU"
+
     def __post_init__(self):
         kind, _, shape = self.name.partition(":")
         good = kind in CARDS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape) is not None
@@ -139,6 +141,20 @@ class GpuTopology:
     @property
     def chips(self) -> int:
         return self.sides[0] * self.sides[1]
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a program may take on one of them: the compiler itself refuses nothing."""
+        return self.chip.hbm
+
+    @property
+    def memory_note(self) -> str:
+        return f" ({memory_share():.0%} of the card's {self.chip.memory / 2**30:.1f}, {MEMORY_VARIABLE})"
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """For the compiler, as launch/xla_flags.sh has them."""
+        return {"xla_gpu_enable_latency_hiding_scheduler": True}
 
     def devices(self) -> list:
         """Descriptions of all GPUs for the compiler.

@@ -6,7 +6,8 @@ its loops go round.
         fusion            x 1 each
           convolution     2 x outputs x inputs that each of them sums over
 
-XLA's own `cost_analysis` counts a loop's body once and sees nothing of Pallas kernels; hence this. Only what matters
+XLA's own `cost_analysis` counts a loop's body once and sees nothing of kernels that are called by name
+(`planning.kernels` knows those); hence this. Only what matters
 for bounds is understood: a conditional counts its dearest branch, elementwise work is free.
 """
 
@@ -26,6 +27,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{\s*$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|[\w$.]*triton[\w$.]*|__cudnn\$fmha\w*|__cublas\$[\w$]+)"')
 _TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
@@ -85,17 +87,21 @@ class Collective:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel's call: its name, shapes of operands and results, how often it runs."""
+    """A call of a kernel that computes products: its target and name, shapes of operands and results, how often it
+    runs, the rest of its line."""
 
     name: str
     operands: tuple[Shape, ...]
     results: tuple[Shape, ...]
     times: float
+    target: str
+    rest: str = ""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one chip in one step: FLOPs of matrix products, bytes through HBM, collectives, Pallas kernels."""
+    """Of one chip in one step: FLOPs of products that the text shows, bytes through HBM, collectives, kernels called by
+    name."""
 
     flops: float
     hbm_bytes: float
@@ -352,7 +358,7 @@ class _Reader:
             self.flops += times * _convolution_flops(instruction, operands[0].shapes[0], operands[1].shapes[0])
         elif op == "dot":
             self.flops += times * _dot_flops(instruction, operands[0].shapes[0])
-        elif op == "custom-call" and "tpu_custom_call" in rest:
+        elif op == "custom-call" and (target := _KERNEL.search(rest)):
             label = re.search(r'op_name="([^"]*)"', rest)
             self.kernels.append(
                 Kernel(
@@ -360,6 +366,8 @@ class _Reader:
                     tuple(o.shapes[0] for o in operands if o.shapes),
                     instruction.shapes,
                     times,
+                    target[1],
+                    rest,
                 )
             )
         kind = op.removesuffix("-start")

@@ -13,7 +13,7 @@ from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig
 from fusion_jax.errors import check
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.planning import typical
+from fusion_jax.planning import compiling, typical
 from fusion_jax.planning.chips import Topology
 from fusion_jax.planning.typical import TypicalStep
 
@@ -24,9 +24,9 @@ class Program:
 
     Attributes:
       text: its optimized HLO; empty where it does not fit. needed, limit: bytes of HBM a chip takes and has, as the
-        compiler says.
+        compiler says; of a program that was not compiled, since its arguments alone do not fit, theirs.
       parameters, optimizer, batch: bytes a chip of its arguments. temporaries: bytes beyond them.
-      parameter_count: of the model. seconds: of compiling.
+      parameter_count: of the model. compiled: whether it was, in so many seconds.
     """
 
     config: RunConfig
@@ -40,6 +40,7 @@ class Program:
     optimizer: float
     batch: float
     parameter_count: int
+    compiled: bool
     seconds: float
 
     @property
@@ -113,21 +114,22 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
     mesh, step = prepare(config, stage, topology, latent_count)
     tx, labels, arguments = abstract_arguments(config, stage, mesh, step)
     model = Fusion(config.model, jnp.dtype(config.dtype), config.remat)
-    start = time.perf_counter()
-    text, limit = "", topology.chip.hbm
-    try:
-        compiled = train_step.compile_step(model, stage, tx, labels, mesh).lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed, limit = _too_large(str(error))
-        if not needed:
-            raise
-    else:
-        memory = compiled.memory_analysis()
-        # Its `temp_size_in_bytes` counts gaps between buffers twice: up to 10 GiB more than the chip needs.
-        needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-        text = compiled.as_text()
-    seconds = time.perf_counter() - start
     old, batch, _ = arguments
+    start = time.perf_counter()
+    needed, limit, text = bytes_per_chip((old, batch)), topology.memory or topology.chip.hbm, ""
+    worth_it = topology.memory is None or needed <= topology.memory
+    if worth_it:
+        lowered = train_step.compile_step(model, stage, tx, labels, mesh).lower(*arguments)
+        try:
+            compiled = compiling.compiled(lowered, f"{stage.name} for {topology.name}", topology.options)
+        except jax.errors.JaxRuntimeError as error:
+            needed, limit = _too_large(str(error))
+            if not needed:
+                raise
+        else:
+            needed = _memory(compiled.memory_analysis(), mesh)
+            text = compiled.as_text() if topology.memory is None or needed <= topology.memory else ""
+    seconds = time.perf_counter() - start
     return Program(
         config=config,
         stage=stage,
@@ -140,8 +142,19 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
         optimizer=bytes_per_chip(old.opt_state),
         batch=bytes_per_chip(batch),
         parameter_count=sum(int(np.prod(x.shape)) for x in jax.tree.leaves(old.params)),
+        compiled=worth_it,
         seconds=seconds,
     )
+
+
+def _memory(plan, mesh: Mesh) -> float:
+    """Bytes that a compiled program takes on a chip."""
+    if mesh.devices.flat[0].platform == "tpu":
+        # Its `temp_size_in_bytes` counts gaps between buffers twice: up to 10 GiB more than the chip needs.
+        return plan.peak_memory_in_bytes + plan.generated_code_size_in_bytes
+    # A GPU's temporaries are one allocation, gaps included.
+    own = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
 
 
 def _too_large(message: str) -> tuple[float, float]:

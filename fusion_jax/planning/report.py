@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fusion_jax import flops, losses, sharding
-from fusion_jax.models import flash
-from fusion_jax.planning import hlo, typical
+from fusion_jax.planning import hlo, kernels, typical
 from fusion_jax.planning.chips import Topology
 from fusion_jax.planning.program import Program
 
@@ -17,21 +16,18 @@ from fusion_jax.planning.program import Program
 STAGE_SAMPLES = {"stage1": 10e6, "stage1_5": 5e6, "stage2": 7e6}
 GIB = 2**30
 
-# Products of a splash attention kernel, each 2 Sq Sk d FLOPs a head, by what its name holds: scores and output;
-# scores, d(weights), d(query); scores, d(weights), d(key), d(value).
-_SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
-
 
 @dataclass(frozen=True)
 class Report:
-    """Of a step. FLOPs are of all chips, bytes of one; `collectives` by (kind, mesh axes); seconds are lower bounds."""
+    """Of a step. FLOPs are of all chips, in `kernels` by kind; bytes are of one, in `collectives` by (kind, mesh axes);
+    seconds are lower bounds."""
 
     topology: Topology
     program: Program
     samples: float
     model_flops: float
     compiled_flops: float = math.nan
-    kernel_flops: float = math.nan
+    kernels: dict[str, float] = field(default_factory=dict)
     hbm_bytes: float = math.nan
     collectives: dict[tuple[str, str], float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,23 +52,6 @@ class Report:
         return stage_samples / self.samples_per_second * self.topology.chips / 3600
 
 
-def splash_flops(kernel: hlo.Kernel) -> float:
-    """FLOPs of one call of a splash attention kernel; blocks that the causal mask hides are never computed.
-
-    Its first three operands of several dimensions are the query, key and value: (..., heads, length, head size).
-    """
-    products = next((count for part, count in _SPLASH if part in kernel.name), 0)
-    arrays = [s.dims for s in kernel.operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")]
-    if not products or len(arrays) < 3:
-        raise ValueError(f"unknown Pallas kernel {kernel.name}: its FLOPs cannot be counted.")
-    query, key = arrays[0], arrays[1]
-    length = query[-2]
-    blocks = length // flash._blocks(length)[1]
-    # The decoder is causal, the encoder is not.
-    share = (blocks + 1) / (2 * blocks) if "/llm/" in kernel.name else 1.0
-    return products * 2.0 * math.prod(query) * key[-2] * share
-
-
 def axes_of(groups, mesh: Mesh) -> str:
     """Mesh axes along which the members of a collective's groups differ: `fsdp`, `data+fsdp`, ..."""
     places = np.array([np.unravel_index(device, mesh.devices.shape) for device in groups[0]])
@@ -91,7 +70,10 @@ def analyse(program: Program, topology: Topology) -> Report:
     # The only loop whose rounds its data decides is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = hlo.read(program.text, topology.chips, chunks)
-    kernels = sum(splash_flops(kernel) * kernel.times for kernel in work.kernels)
+    by_kind = defaultdict(float)
+    for kernel in work.kernels:
+        by_kind[kernels.kind(kernel)] += kernels.flops(kernel) * kernel.times
+    compiled = work.flops + sum(by_kind.values())
     devices = program.mesh.devices.reshape(-1)
     sums: dict[tuple[str, str], float] = defaultdict(float)
     network = 0.0
@@ -99,21 +81,20 @@ def analyse(program: Program, topology: Topology) -> Report:
         if len(one.groups[0]) == 1:
             continue
         sums[one.kind, axes_of(one.groups, program.mesh)] += one.bytes * one.times
-        network += topology.seconds(one.kind, one.bytes, [devices[i] for i in one.groups[0]]) * one.times
-    compiled = (work.flops + kernels) * topology.chips
-    in_kernels = sum(sum(s.bytes for s in k.operands + k.results) * k.times for k in work.kernels)
+        groups = [[devices[i] for i in group] for group in one.groups]
+        network += max(topology.seconds(one.kind, one.bytes, group) for group in groups) * one.times
     return Report(
         topology=topology,
         program=program,
         samples=samples,
         model_flops=model_flops,
-        compiled_flops=compiled,
-        kernel_flops=kernels * topology.chips,
-        hbm_bytes=work.hbm_bytes + in_kernels,
+        compiled_flops=compiled * topology.chips,
+        kernels={name: count * topology.chips for name, count in {"generated products": work.flops, **by_kind}.items()},
+        hbm_bytes=work.hbm_bytes,
         collectives=dict(sums),
         seconds={
-            "compute": compiled / topology.chips / chip.peak,
-            "hbm": (work.hbm_bytes + in_kernels) / chip.hbm_rate,
+            "compute": compiled / chip.peak,
+            "hbm": work.hbm_bytes / chip.hbm_rate,
             "interconnect": network,
         },
     )
@@ -137,7 +118,8 @@ def line(report: Report, stage_samples: float | None) -> dict:
         "bound_by": report.bound_by,
         "samples_per_second": _number(report.samples_per_second),
         "chip_hours": _number(chip_hours),
-        "compile_seconds": _number(program.seconds, 3),
+        "flops_by_kernel": {kind: _number(count) for kind, count in report.kernels.items() if count},
+        "compile_seconds": _number(program.seconds if program.compiled else math.nan, 3),
     }
 
 
@@ -145,21 +127,23 @@ def table(report: Report, stage_samples: float | None) -> str:
     """The same and where it comes from, for reading."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    noun = topology.noun
     (rows, length), (groups, crops) = step.batch.tokens.shape, step.batch.crop_kind.shape
     out = [
-        f"{program.stage.name} on {topology.name}, {topology.chips} chips ({mesh}), remat {program.config.remat}",
+        f"{program.stage.name} on {topology.name}, {topology.chips} {noun}s ({mesh}), remat {program.config.remat}",
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
         f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",
         f"  samples in a step      {step.samples} at this l^2, {report.samples:.0f} on average",
         f"  positions in use       {step.tokens / step.batch.tokens.size:.1%} of the rows, "
         f"{len(step.shape.crops) / max(step.batch.crop_kind.size, 1):.1%} of the crops",
-        "HBM of a chip, GiB",
+        f"HBM of a {noun}, GiB",
         f"  parameters             {program.parameters / GIB:.2f}",
         f"  optimizer              {program.optimizer / GIB:.2f}",
         f"  batch                  {program.batch / GIB:.2f}",
-        f"  activations and others {program.temporaries / GIB:.2f}",
-        f"  in all                 {program.needed / GIB:.2f} of {program.limit / GIB:.2f}: "
+        "  activations and others "
+        + (f"{program.temporaries / GIB:.2f}" if program.compiled else "not compiled, since these alone are too much"),
+        f"  in all                 {program.needed / GIB:.2f} of {program.limit / GIB:.2f}{topology.memory_note}: "
         + ("fits" if program.fits else "DOES NOT FIT"),
     ]
     if not program.fits:
@@ -167,9 +151,10 @@ def table(report: Report, stage_samples: float | None) -> str:
     out += [
         "FLOPs of a step",
         f"  model                  {report.model_flops:.4g}",
-        f"  compiled               {report.compiled_flops:.4g}, of them in Pallas kernels {report.kernel_flops:.3g}",
+        f"  compiled               {report.compiled_flops:.4g}",
+        *(f"    {name:<20} {count:.4g}" for name, count in report.kernels.items() if count),
         f"  compiled over model    {report.compiled_flops / report.model_flops:.3f}",
-        "Collectives, GiB that a chip sends in a step",
+        f"Collectives, GiB that a {noun} sends in a step",
     ]
     for (kind, axes), size in sorted(report.collectives.items(), key=lambda item: -item[1]):
         out.append(f"  {kind:<22} {axes:<16} {size / GIB:.3f}")
@@ -187,7 +172,7 @@ def table(report: Report, stage_samples: float | None) -> str:
     if stage_samples:
         hours = report.chip_hours(stage_samples)
         out.append(
-            f"  {stage_samples / 1e6:g}M samples            at least {hours:,.0f} chip-hours, "
+            f"  {stage_samples / 1e6:g}M samples            at least {hours:,.0f} {noun}-hours, "
             f"{hours / topology.chips:.1f} h"
         )
     out.append(f"compiled in {program.seconds:.0f} s")

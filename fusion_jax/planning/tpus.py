@@ -55,6 +55,9 @@ class TpuTopology:
     name: str
     slices: int = 1
 
+    noun = "chip"
+    memory_note = ""
+
     def __post_init__(self):
         if self.name not in KNOWN:
             raise UserError(f"--topology={self.name} is unknown; known ones, as generation:shape, are {shapes()}.")
@@ -73,6 +76,16 @@ class TpuTopology:
     def chips(self) -> int:
         return math.prod(self.sides) * self.slices
 
+    @property
+    def memory(self) -> None:
+        """The compiler knows what a chip has and refuses what does not fit."""
+        return None
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Nothing for the compiler beyond what training gives it."""
+        return {}
+
     def devices(self) -> list:
         """Descriptions of all chips for the compiler.
 
@@ -84,6 +97,10 @@ class TpuTopology:
         # There is no TPU to be asked what it is, and none that only one process may hold.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # Without these it complains of a machine that is no TPU's; what they say does not matter to a compiler.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
         from jax.experimental import topologies
 
         arguments = {"num_slices": self.slices} if self.slices > 1 else {}

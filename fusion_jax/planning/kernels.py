@@ -1,0 +1,115 @@
+"""Kernels that a program calls by name, whose FLOPs no product in its text shows: counted by their operands' shapes.
+
+| kernel | products of an attention, each 2 Sq Sk d FLOPs a head |
+|---|---|
+| splash (TPU) | scores and output; scores, d(weights), d(query); scores, d(weights), d(key), d(value) |
+| Triton (GPU) | scores and output; both of the others in one kernel |
+| cuDNN (GPU) | scores and output; scores, d(weights), d(query), d(key), d(value) |
+
+Blocks that a causal mask or a window hides are never computed.
+"""
+
+import math
+import re
+
+from fusion_jax.models import flash
+from fusion_jax.planning.hlo import Kernel
+
+_SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
+_TRITON = (("preprocess_backward", 0), ("mha_forward", 2), ("mha_backward", 7))  # the first of them names the rest too
+_TRITON_BLOCKS = {2: (128, 64), 7: (64, 64)}  # of queries and keys, as flash.triton_attention says
+_CUDNN_BLOCK = 128
+
+
+def kind(kernel: Kernel) -> str:
+    """What people call it."""
+    if kernel.target == "tpu_custom_call":
+        return "splash attention"
+    if "triton" in kernel.target:
+        return "Triton attention"
+    return "cuDNN attention" if "fmha" in kernel.target else "cuBLAS products"
+
+
+def flops(kernel: Kernel) -> float:
+    """FLOPs of one call.
+
+    Raises:
+      ValueError: nobody has said what such a kernel computes.
+    """
+    if kernel.target == "tpu_custom_call":
+        return _splash(kernel)
+    if "triton" in kernel.target:
+        return _triton(kernel)
+    return _cudnn(kernel) if "fmha" in kernel.target else _gemm(kernel)
+
+
+def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int = 0) -> float:
+    """The share of an attention's blocks (of queries, of keys) that a causal mask leaves, with a window fewer."""
+    q_block, k_block = blocks
+    rows, columns = math.ceil(q_length / q_block), math.ceil(k_length / k_block)
+    count = 0
+    for row in range(rows):
+        first = max(0, row * q_block - window + 1) // k_block if window else 0
+        count += min(math.ceil((row + 1) * q_block / k_block), columns) - first
+    return count / (rows * columns)
+
+
+def _arrays(kernel: Kernel) -> list[tuple[int, ...]]:
+    """Query, key and value come first."""
+    found = [s.dims for s in kernel.operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f16", "f32")]
+    if len(found) < 3:
+        raise _unknown(kernel)
+    return found
+
+
+def _unknown(kernel: Kernel) -> ValueError:
+    return ValueError(f"unknown kernel {kernel.target} {kernel.name}: its FLOPs cannot be counted.")
+
+
+def _products(kernel: Kernel, table: tuple[tuple[str, int], ...]) -> int:
+    count = next((count for part, count in table if part in kernel.name), None)
+    if count is None:
+        raise _unknown(kernel)
+    return count
+
+
+def _splash(kernel: Kernel) -> float:
+    """Arrays are (..., heads, length, head size)."""
+    products = _products(kernel, _SPLASH)
+    query, key = _arrays(kernel)[:2]
+    block = flash._blocks(query[-2])[1]
+    # The decoder is causal, the encoder is not.
+    share = computed(query[-2], query[-2], (block, block)) if "/llm/" in kernel.name else 1.0
+    return products * 2.0 * math.prod(query) * key[-2] * share
+
+
+def _triton(kernel: Kernel) -> float:
+    """Arrays are (rows, length, heads, head size); causal, as `attention.choose` has it."""
+    products = _products(kernel, _TRITON)
+    if not products:
+        return 0.0
+    query, key = _arrays(kernel)[:2]
+    share = computed(query[1], key[1], _TRITON_BLOCKS[products])
+    return products * 2.0 * math.prod(query) * key[1] * share
+
+
+def _cudnn(kernel: Kernel) -> float:
+    """Its configuration says the scores' shape and the mask."""
+    scores = re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', kernel.rest)
+    if scores is None:
+        raise _unknown(kernel)
+    shape = [int(size) for size in re.findall(r"\d+", scores[1])]
+    size = _arrays(kernel)[0][-1]
+    share = 1.0
+    if re.search(r'"mask_type": ?"\w*CAUSAL', kernel.rest):
+        window = re.search(r'"sliding_window_length": ?"?(\d+)', kernel.rest)
+        share = computed(shape[-2], shape[-1], (_CUDNN_BLOCK, _CUDNN_BLOCK), int(window[1]) if window else 0)
+    return (5 if "Backward" in kernel.target else 2) * 2.0 * math.prod(shape) * size * share
+
+
+def _gemm(kernel: Kernel) -> float:
+    contracted = re.search(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]', kernel.rest)
+    if contracted is None:
+        raise _unknown(kernel)
+    left = kernel.operands[0].dims
+    return 2.0 * kernel.results[0].size * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted[1]))
