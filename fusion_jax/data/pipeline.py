@@ -15,7 +15,7 @@ made up for by the next; one whose image turns out to be bad, which only its own
 import dataclasses
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -229,7 +229,7 @@ class _Feeding:
     """What an iterator of batches needs to know.
 
     Attributes:
-      batch_size: samples of a step. allowed: share of bad records. groups: first and end of this process's groups.
+      batch_size: samples of a step. allowed: share of bad records. groups: numbers of this process's groups.
     """
 
     loader: Loader
@@ -239,7 +239,7 @@ class _Feeding:
     seed: int
     threads: int
     allowed: float
-    groups: tuple[int, int]
+    groups: tuple[int, ...]
 
     @property
     def split(self) -> bool:
@@ -276,8 +276,7 @@ class _BatchIterator(grain.DatasetIterator):
         taken = {i for row in step.rows for i in row}
         self._waiting = [measured for i, measured in enumerate(self._waiting) if i not in taken]
 
-        first, end = f.groups
-        own = numbers[first * sizes.rows_per_group : end * sizes.rows_per_group]
+        own = [row for g in f.groups for row in numbers[g * sizes.rows_per_group : (g + 1) * sizes.rows_per_group]]
         with ThreadPoolExecutor(f.threads) as pool:
             loaded = [list(row) for row in [pool.map(f.loader.load, row) for row in own]]
         broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
@@ -286,7 +285,7 @@ class _BatchIterator(grain.DatasetIterator):
         # A record whose image turns out to be bad leaves a gap in its row.
         good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
         spec = dataclasses.replace(spec, crops=step.crops)
-        batch = lay_out_rows(good, spec, latents, end - first)
+        batch = lay_out_rows(good, spec, latents, len(f.groups))
         return Fed(batch, len(taken) - len(broken), tuple(bad + broken)), self._counts.copy()
 
     def _read(self) -> list[BadRecord]:
@@ -403,14 +402,13 @@ def training_batches(
     source: RecordSource,
     tokenizer: Tokenizer,
     shards: int = 1,
-    process: int = 0,
-    processes: int = 1,
+    held: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
-      shards: parts that the rows of a microbatch are dealt over, a multiple of the processes: those of the mesh.
-      process: the rows of which process the batches hold, out of `processes`.
+      shards: parts that the rows of a microbatch are dealt over: those of the mesh.
+      held: numbers of the shards whose rows the batches hold, ascending; by default all.
     """
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
@@ -434,13 +432,18 @@ def training_batches(
         seed,
         config.loader_threads,
         config.max_bad_records,
-        (sizes.groups * process // processes, sizes.groups * (process + 1) // processes),
+        _groups_of(range(shards) if held is None else held, sizes.groups // shards),
     )
     order = record_order(len(source), seed)
     # Ahead of the step: enough measured records for two batches, then two finished batches.
     reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
     measured = order.map(_Measure(loader)).to_iter_dataset(reading)
     return iter(grain.experimental.ThreadPrefetchIterDataset(_Batches(measured, feeding), prefetch_buffer_size=2))
+
+
+def _groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
+    """Numbers of the groups that lie on some shards."""
+    return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
 
 
 def _latent_counts(model: FusionConfig) -> tuple[int, ...]:

@@ -272,7 +272,7 @@ def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
     loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
-    feeding = pipeline._Feeding(loader, sizes, sizes.rows, (4,), 0, 1, 0.5, (0, sizes.groups))
+    feeding = pipeline._Feeding(loader, sizes, sizes.rows, (4,), 0, 1, 0.5, tuple(range(sizes.groups)))
     return next(iter(pipeline._Batches(endless, feeding)))
 
 
@@ -481,29 +481,33 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
     source = pipeline.open_source(config, stage)
 
-    def start(processes):
-        return [
-            pipeline.training_batches(config, stage, source, tokenizer, 4, process, processes)
-            for process in range(processes)
-        ]
+    def start(*processes):
+        """Each process is the shards that it holds."""
+        return [(pipeline.training_batches(config, stage, source, tokenizer, 4, held), held) for held in processes]
 
-    def step(batches):
-        feds = [next(one)[0] for one in batches]
+    def step(processes):
+        """The batch's rows, each shard's from the process that holds it."""
+        feds = [next(batches)[0] for batches, _ in processes]
         assert len({fed.samples for fed in feds}) == len({fed.batch.latent_count for fed in feds}) == 1
-        return [row for fed in feds for row in rows_of(fed)]
+        of_shard = {}
+        for fed, (_, held) in zip(feds, processes):
+            rows = rows_of(fed)
+            size = len(rows) // len(held)
+            of_shard |= {shard: rows[i * size : (i + 1) * size] for i, shard in enumerate(held)}
+        return [row for shard in range(4) for row in of_shard[shard]]
 
-    one, two = start(1), start(2)
+    one, two, interleaved = start((0, 1, 2, 3)), start((0, 1), (2, 3)), start((0, 2), (1, 3))
     for _ in range(4):
-        assert step(one) == step(two)
+        assert step(one) == step(two) == step(interleaved)
     # Saved by two, one of which keeps the state; four go on, where one would have been.
-    saved = json.loads(json.dumps(two[0].get_state()))
-    assert saved == json.loads(json.dumps(two[1].get_state()))
-    four = start(4)
-    for batches in four:
+    saved = json.loads(json.dumps(two[0][0].get_state()))
+    assert saved == json.loads(json.dumps(two[1][0].get_state()))
+    four = start((0,), (1,), (2,), (3,))
+    for batches, _ in four:
         batches.set_state(saved)
     for _ in range(4):
         assert step(one) == step(four)
-    for batches in (*one, *two, *four):
+    for batches, _ in (*one, *two, *interleaved, *four):
         batches.close()
 
 
