@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax.config import MeshConfig
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import check
 from fusion_jax.models import partition
 from fusion_jax.models.config import FusionConfig
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, image, sources, tiles
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out, lay_out_rows, needs
-from fusion_jax.data.plan import Measured, Sizes, a_crop_each, enough, plan, size_batches
+from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
+from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -442,7 +442,7 @@ def training_batches(
 
 
 def _groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
-    """Numbers of the groups that lie on some shards."""
+    """Numbers of the groups, or rows, that lie on some shards."""
     return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
 
 
@@ -454,32 +454,59 @@ def _stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
     return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
 
 
+# Validation: the first records in file order, at the model's fixed l^2.
+
+
+def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The loader of validation, with the stage's sizes."""
+    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, _stage_spec(config.model, stage), config.model.fixed_latent_count)
+
+
+def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
+    """The first records in file order whose texts can be used: so many batches of them (0: all whole ones), or less
+    than one where there are no more."""
+    good: list[Measured] = []
+    for number in range(len(loader.source)):
+        if batches and len(good) == batches * batch_size:
+            break
+        element = loader.measure(number)
+        if not isinstance(element, BadRecord):
+            good.append(element[0])
+    return good[: len(good) // batch_size * batch_size] or good
+
+
 def fixed_batches(
-    config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer, batches: int
+    loader: Loader,
+    records: Sequence[Measured],
+    planned: Sequence[FixedBatch],
+    threads: int,
+    shards: int = 1,
+    held: Sequence[int] = (0,),
 ) -> Iterator[Batch]:
-    """The first records in file order at the model's fixed l^2, for validation. Bad records are left out."""
-    model = config.model
-    spec = _stage_spec(model, stage)
-    latents = model.fixed_latent_count
-    loader = Loader(source, ExampleMaker(model, tokenizer, config.template, config.decode), spec, latents)
-    good, made = [], 0
-    for number in range(len(source)):
-        element = loader.load(number)
-        if isinstance(element, BadRecord):
-            continue
-        good.append(element)
-        if len(good) == stage.batch_size:
-            yield lay_out(good, _narrow(good, spec), latents)
-            good, made = [], made + 1
-            if made == batches:
-                return
-    if good and not made:
-        yield lay_out(good, _narrow(good, spec), latents)  # fewer records than one batch: better a small one than none
+    """The rows of some shards of validation's batches.
 
+    A record whose image cannot be read, or is not as it was measured, leaves its place empty.
 
-def _narrow(examples: list[Example], spec: LayoutSpec) -> LayoutSpec:
-    """The spec with no more crops than the examples, one a row, can fill: each costs a pass of the encoder."""
-    return dataclasses.replace(spec, crops=max(1, *(needs(example, spec, 0).crops for example in examples)))
+    Args:
+      records: those of `first_records`. planned: their `plan.plan_all`. shards, held: see `training_batches`.
+    """
+
+    def load(place: int) -> Example | None:
+        example = loader.load(records[place].number)
+        if isinstance(example, BadRecord):
+            return None
+        takes = needs(example, loader.spec, 0)
+        return example if (takes.length, takes.crops, takes.rounds) == records[place][1:] else None
+
+    for batch in planned:
+        own = [batch.rows[i] for i in _groups_of(held, len(batch.rows) // shards)]
+        with ThreadPoolExecutor(threads) as pool:
+            loaded = [list(row) for row in [pool.map(load, row) for row in own]]
+        spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
+        rows = [[example for example in row if example is not None] for row in loaded]
+        # As in training: without a crop there are no latents.
+        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held))
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

@@ -1,13 +1,13 @@
 """The input pipeline over a few real files: order, epochs, resuming, latent draws, bad records."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import pickle
 from collections import Counter
 
 import grain
+import jax
 import numpy as np
 import pytest
 from fixtures import tiny
@@ -17,7 +17,7 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
 from fusion_jax.data.layout import PIXELS, check_fits, lay_out
-from fusion_jax.data.plan import Sizes
+from fusion_jax.data.plan import Sizes, plan_all
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -615,16 +615,25 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     model = tiny(latent_counts=(1, 4, 9), **{"llm.vocab_size": 640})
     stage = StageConfig("s", str(bad_file), max_length=120, max_question_length=16, batch_size=5)
     config = RunConfig(model=model, stages=(stage,), tokenizer="")
-    make = functools.partial(
-        pipeline.fixed_batches, config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer")
-    )
-    batches = list(make(10))
-    assert len(batches) == 2 and {b.latent_count for b in batches} == {4}
-    assert len(list(make(1))) == 1
-    rows = [row.tobytes() for b in batches for row in b.crops[:, 0]]
-    for i, pixels in enumerate(rows):
-        image = Image.open(folder / f"{i}.png").convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
-        assert pixels == np.asarray(image).tobytes()
+    loader = pipeline.fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
+    records = pipeline.first_records(loader, 5, 10)
+    assert pipeline.first_records(loader, 5, 0) == records and pipeline.first_records(loader, 5, 1) == records[:5]
+    assert pipeline.first_records(loader, 9, 3) == pipeline.first_records(loader, 9, 1)
+    assert len(pipeline.first_records(loader, 50, 1)) < 50
+    planned = plan_all(records, loader.spec, 4, 5, 2, 1, False)
+    batches = list(pipeline.fixed_batches(loader, records, planned, 2, 2, (0, 1)))
+    assert {b.latent_count for b in batches} == {4}
+    expected = []
+    names = [json.loads(bad_file.read_text())[measured.number]["image"] for measured in records]
+    assert "cut.png" in names and "gone.png" in names  # bad images, which leave their places empty
+    for name in sorted({*names} - {"cut.png", "gone.png"}):
+        image = Image.open(folder / name).convert("RGB")
+        expected.append(np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).tobytes())
+    assert sorted(crop.tobytes() for b in batches for crop in b.crops[b.crop_kind == PIXELS]) == sorted(expected)
+    # Each process's rows are those of the shards that it holds, in the shapes of all.
+    for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, records, planned, 1, 2, (i,)) for i in (0, 1))):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True))
 
 
 def test_a_file_without_records_is_refused(tmp_path):
