@@ -1,7 +1,7 @@
 """Several processes that train as one: how they find each other, and what only the first of them does.
 
-All run the same program on the same flags. Each feeds its own rows (`sharding.feeder`) and takes part in every compiled
-step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
+All run the same program on the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
+compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -117,7 +117,7 @@ def own_folder(folder: Path) -> Path:
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """A global array on the host, in every process, wherever its parts lie."""
+    """A global array on the host, in every process, its rows in their own order wherever its parts lie."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
@@ -132,3 +132,20 @@ def of_first(value: bool | int) -> int:
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def table_of_first(rows: Sequence[Sequence[int]], columns: int) -> list[list[int]]:
+    """The rows of whole numbers, below 2^31, that process 0 has, in every process."""
+    table = np.zeros((of_first(len(rows)), columns), np.int32)
+    if is_first():
+        table[:] = np.reshape(rows, table.shape)
+    if jax.process_count() > 1:
+        table = multihost_utils.broadcast_one_to_all(table)
+    return table.tolist()
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it is true in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())

@@ -207,9 +207,8 @@ class StageRun:
         tx = optim.optimizer(stage, params)
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        process, processes = sharding.feeder(mesh)
         batches = pipeline.training_batches(
-            config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
+            config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), sharding.held_shards(mesh)
         )
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(

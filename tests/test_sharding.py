@@ -88,33 +88,35 @@ class _Device:
     device_kind: str = "none"
 
 
-def _mesh(sizes, per_process):
-    devices = [_Device(i, i // per_process) for i in range(math.prod(sizes))]
+def _mesh(sizes, per_process, order=None):
+    order = range(math.prod(sizes)) if order is None else order
     mesh = _Sizes(*sizes)
-    mesh.devices = np.array(devices, object).reshape(sizes)
+    mesh.devices = np.array([_Device(i, i // per_process) for i in order], object).reshape(sizes)
     return mesh
 
 
 @pytest.mark.parametrize(
-    ("sizes", "per_process", "expected"),
+    ("sizes", "per_process", "order", "expected"),
     [
-        ((2, 2, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
-        ((1, 2, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor group
-        ((1, 1, 8), 4, [(0, 1), (0, 1)]),
+        ((2, 2, 2), 2, None, [(0,), (1,), (2,), (3,)]),
+        ((2, 2, 2), 4, None, [(0, 1), (2, 3)]),
+        ((1, 2, 4), 2, None, [(0,), (0,), (1,), (1,)]),  # two processes share a tensor group
+        ((1, 1, 8), 4, None, [(0,), (0,)]),
+        ((1, 4, 1), 2, [0, 2, 1, 3], [(0, 2), (1, 3)]),  # as on a TPU v5p of several hosts
+        ((1, 4, 3), 4, None, [(0, 1), (1, 2), (2, 3)]),  # a shard lies on two processes
     ],
 )
-def test_each_process_feeds_its_own_rows(monkeypatch, sizes, per_process, expected):
-    found = []
+def test_each_process_feeds_the_shards_that_it_holds(monkeypatch, sizes, per_process, order, expected):
+    found, rows = [], np.arange(2 * sizes[0] * sizes[1])
+    mesh = _mesh(sizes, per_process, order)
     for process in range(len(expected)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(sharding.feeder.__wrapped__(_mesh(sizes, per_process)))
+        found.append(sharding.held_shards.__wrapped__(mesh))
+        monkeypatch.setattr(sharding, "held_shards", lambda _, held=found[-1]: held)
+        fed = sharding.local_rows(rows, mesh)
+        assert fed.tolist() == [row for shard in found[-1] for row in (2 * shard, 2 * shard + 1)]
+        monkeypatch.undo()
     assert found == expected
-
-
-def test_processes_whose_rows_overlap_are_refused():
-    with pytest.raises(UserError, match="unevenly"):
-        sharding.feeder.__wrapped__(_mesh((1, 4, 3), 4))
 
 
 def test_only_data_spans_slices(monkeypatch):

@@ -15,7 +15,7 @@ made up for by the next; one whose image turns out to be bad, which only its own
 import dataclasses
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,8 +24,8 @@ import numpy as np
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, image, sources, tiles
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out, lay_out_rows, needs
-from fusion_jax.data.plan import Measured, Sizes, a_crop_each, enough, plan, size_batches
+from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
+from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -229,7 +229,7 @@ class _Feeding:
     """What an iterator of batches needs to know.
 
     Attributes:
-      batch_size: samples of a step. allowed: share of bad records. groups: first and end of this process's groups.
+      batch_size: samples of a step. allowed: share of bad records. groups: numbers of this process's groups.
     """
 
     loader: Loader
@@ -239,7 +239,7 @@ class _Feeding:
     seed: int
     threads: int
     allowed: float
-    groups: tuple[int, int]
+    groups: tuple[int, ...]
 
     @property
     def split(self) -> bool:
@@ -276,8 +276,7 @@ class _BatchIterator(grain.DatasetIterator):
         taken = {i for row in step.rows for i in row}
         self._waiting = [measured for i, measured in enumerate(self._waiting) if i not in taken]
 
-        first, end = f.groups
-        own = numbers[first * sizes.rows_per_group : end * sizes.rows_per_group]
+        own = [row for g in f.groups for row in numbers[g * sizes.rows_per_group : (g + 1) * sizes.rows_per_group]]
         with ThreadPoolExecutor(f.threads) as pool:
             loaded = [list(row) for row in [pool.map(f.loader.load, row) for row in own]]
         broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
@@ -286,7 +285,7 @@ class _BatchIterator(grain.DatasetIterator):
         # A record whose image turns out to be bad leaves a gap in its row.
         good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
         spec = dataclasses.replace(spec, crops=step.crops)
-        batch = lay_out_rows(good, spec, latents, end - first)
+        batch = lay_out_rows(good, spec, latents, len(f.groups))
         return Fed(batch, len(taken) - len(broken), tuple(bad + broken)), self._counts.copy()
 
     def _read(self) -> list[BadRecord]:
@@ -403,14 +402,13 @@ def training_batches(
     source: RecordSource,
     tokenizer: Tokenizer,
     shards: int = 1,
-    process: int = 0,
-    processes: int = 1,
+    held: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
-      shards: parts that the rows of a microbatch are dealt over, a multiple of the processes: those of the mesh.
-      process: the rows of which process the batches hold, out of `processes`.
+      shards: parts that the rows of a microbatch are dealt over: those of the mesh.
+      held: numbers of the shards whose rows the batches hold, ascending; by default all.
     """
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
@@ -434,13 +432,18 @@ def training_batches(
         seed,
         config.loader_threads,
         config.max_bad_records,
-        (sizes.groups * process // processes, sizes.groups * (process + 1) // processes),
+        _groups_of(range(shards) if held is None else held, sizes.groups // shards),
     )
     order = record_order(len(source), seed)
     # Ahead of the step: enough measured records for two batches, then two finished batches.
     reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
     measured = order.map(_Measure(loader)).to_iter_dataset(reading)
     return iter(grain.experimental.ThreadPrefetchIterDataset(_Batches(measured, feeding), prefetch_buffer_size=2))
+
+
+def _groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
+    """Numbers of the groups, or rows, that lie on some shards."""
+    return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
 
 
 def _latent_counts(model: FusionConfig) -> tuple[int, ...]:
@@ -451,32 +454,59 @@ def _stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
     return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
 
 
+# Validation: the first records in file order, at the model's fixed l^2.
+
+
+def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The loader of validation, with the stage's sizes."""
+    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, _stage_spec(config.model, stage), config.model.fixed_latent_count)
+
+
+def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
+    """The first records in file order whose texts can be used: so many batches of them (0: all whole ones), or less
+    than one where there are no more."""
+    good: list[Measured] = []
+    for number in range(len(loader.source)):
+        if batches and len(good) == batches * batch_size:
+            break
+        element = loader.measure(number)
+        if not isinstance(element, BadRecord):
+            good.append(element[0])
+    return good[: len(good) // batch_size * batch_size] or good
+
+
 def fixed_batches(
-    config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer, batches: int
+    loader: Loader,
+    records: Sequence[Measured],
+    planned: Sequence[FixedBatch],
+    threads: int,
+    shards: int = 1,
+    held: Sequence[int] = (0,),
 ) -> Iterator[Batch]:
-    """The first records in file order at the model's fixed l^2, for validation. Bad records are left out."""
-    model = config.model
-    spec = _stage_spec(model, stage)
-    latents = model.fixed_latent_count
-    loader = Loader(source, ExampleMaker(model, tokenizer, config.template, config.decode), spec, latents)
-    good, made = [], 0
-    for number in range(len(source)):
-        element = loader.load(number)
-        if isinstance(element, BadRecord):
-            continue
-        good.append(element)
-        if len(good) == stage.batch_size:
-            yield lay_out(good, _narrow(good, spec), latents)
-            good, made = [], made + 1
-            if made == batches:
-                return
-    if good and not made:
-        yield lay_out(good, _narrow(good, spec), latents)  # fewer records than one batch: better a small one than none
+    """The rows of some shards of validation's batches.
 
+    A record whose image cannot be read, or is not as it was measured, leaves its place empty.
 
-def _narrow(examples: list[Example], spec: LayoutSpec) -> LayoutSpec:
-    """The spec with no more crops than the examples, one a row, can fill: each costs a pass of the encoder."""
-    return dataclasses.replace(spec, crops=max(1, *(needs(example, spec, 0).crops for example in examples)))
+    Args:
+      records: those of `first_records`. planned: their `plan.plan_all`. shards, held: see `training_batches`.
+    """
+
+    def load(place: int) -> Example | None:
+        example = loader.load(records[place].number)
+        if isinstance(example, BadRecord):
+            return None
+        takes = needs(example, loader.spec, 0)
+        return example if (takes.length, takes.crops, takes.rounds) == records[place][1:] else None
+
+    for batch in planned:
+        own = [batch.rows[i] for i in _groups_of(held, len(batch.rows) // shards)]
+        with ThreadPoolExecutor(threads) as pool:
+            loaded = [list(row) for row in [pool.map(load, row) for row in own]]
+        spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
+        rows = [[example for example in row if example is not None] for row in loaded]
+        # As in training: without a crop there are no latents.
+        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held))
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

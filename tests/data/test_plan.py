@@ -6,7 +6,7 @@ from fixtures import tiny
 
 from fusion_jax.data import packing
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, size_batches
+from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, plan_all, size_batches
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
 
@@ -93,6 +93,43 @@ def test_published_mix_fills_rows_and_crops(groups, slots_at_least, crops_at_lea
     assert np.mean(slots) >= slots_at_least and np.mean(crops) >= crops_at_least
     assert abs(np.mean(samples) / sizes.samples - 1) < 0.15
     assert sizes.crops[144] < sizes.crops[4]  # each l^2 its own: with many latents fewer images share a row
+
+
+@pytest.mark.parametrize(("packed", "shards", "accumulation"), [(True, 4, 1), (False, 4, 2), (False, 1, 1)])
+def test_validation_holds_every_record_once_in_few_shapes(packed, shards, accumulation):
+    rng, spec = np.random.default_rng(0), layout_spec(tiny(), 2048, 16, 64)
+    all_ = [
+        Measured(7 * i, int(n), int(c), 1) for i, (n, c) in enumerate(zip(rng.geometric(0.004, 200), [0, 1, 2] * 67))
+    ]
+    all_ = [m for m in all_ if m.length <= 2000]
+    planned = plan_all(all_, spec, 4, 16, shards, accumulation, packed)
+    assert sorted(i for batch in planned for row in batch.rows for i in row) == list(range(len(all_)))
+    shapes = {batch.length: batch.crops for batch in planned}
+    assert set(shapes) <= {256, 512, 1024, 2048} and {(b.length, b.crops) for b in planned} == set(shapes.items())
+    assert len({len(batch.rows) for batch in planned}) == 1
+    per_shard = len(planned[0].rows) // shards
+    assert per_shard <= 16 // shards // accumulation and (packed or per_shard == 16 // shards // accumulation)
+    slots = taken = 0
+    for batch in planned:
+        assert len(batch.rows) == per_shard * shards
+        for row in batch.rows:
+            assert len(row) <= 1 or packed
+            assert sum(all_[i].length + 4 for i in row) <= batch.length
+        for shard in range(shards):
+            group = batch.rows[shard * per_shard : (shard + 1) * per_shard]
+            assert sum(all_[i].crops for row in group for i in row) <= batch.crops
+        slots += len(batch.rows) * batch.length
+        taken += sum(all_[i].length + 4 for row in batch.rows for i in row)
+    assert taken / slots > (0.9 if packed else 0.4)
+
+
+def test_validation_of_little_is_short():
+    one = [Measured(3, 300, 1, 1)]
+    for packed in (True, False):
+        (batch,) = plan_all(one, layout_spec(tiny(), 4096, 16, 8), 4, 128, 256, 1, packed)
+        assert (len(batch.rows), batch.length, batch.crops) == (256, 512, 1) and batch.rows.count([]) == 255
+    (batch,) = plan_all(records(0, length=90), SPEC, 4, 128, 1, 1, False)
+    assert (batch.rows, batch.length, batch.crops) == ([[0]], 100, 0)
 
 
 def test_sizes_of_unpacked_batches():
