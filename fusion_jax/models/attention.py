@@ -39,6 +39,28 @@ def _mask(q_segments, kv_segments, causal: bool, window: int):
     return mask
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def score_product(equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """`jnp.einsum` of queries and keys with a float32 result.
+
+    Its gradients are products in the dtype of `q` and `k`, as in the kernels: JAX's own would be float32 products,
+    because the gradient of the scores is float32.
+    """
+    return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+
+
+def _product_forward(equation, q, k):
+    return score_product(equation, q, k), (q, k)
+
+
+def _product_backward(equation, residuals, d_scores):
+    q, k = residuals
+    return jax.vjp(functools.partial(jnp.einsum, equation), q, k)[1](d_scores.astype(q.dtype))
+
+
+score_product.defvjp(_product_forward, _product_backward)
+
+
 def reference_weights(
     q: Float[Array, "B Q H d"],
     k: Float[Array, "B K G d"],
@@ -52,12 +74,12 @@ def reference_weights(
     batch, q_length, heads, size = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, q_length, groups, heads // groups, size)
-    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
+    weights = score_product("bqghd,bkgd->bghqk", q, k) / math.sqrt(size)
     mask = _mask(q_segments, kv_segments, causal, window)
     if mask is not None:
         mask = mask[:, None, None]
-        scores = jnp.where(mask, scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+        weights = jnp.where(mask, weights, MASKED)
+    weights = jax.nn.softmax(weights, axis=-1)
     return weights if mask is None else jnp.where(mask, weights, 0.0)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import layers, partition
+from fusion_jax.models import attention, layers, partition
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,7 @@ class SemanticExchange(nn.Module):
             partition.take(a, flat, "heads").reshape(batch, rounds, count, window, self.heads, per_head) for a in (k, v)
         )
         q = q.reshape(batch, rounds, count, self.heads, per_head)
-        scores = jnp.einsum("brlhd,brlmhd->brlhm", q, k, preferred_element_type=jnp.float32) * per_head**-0.5
+        scores = attention.score_product("brlhd,brlmhd->brlhm", q, k) * per_head**-0.5
         scores = jnp.where((plan.windows >= 0)[:, :, :, None], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         y = jnp.einsum("brlhm,brlmhd->brlhd", weights, v).reshape(batch, rounds, count, width)

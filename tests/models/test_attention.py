@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from fixtures import random_array
 
-from fusion_jax.models.attention import attention, blocked_attention, reference_attention
+from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
 
 KERNELS = {"reference": reference_attention, "blocked": blocked_attention}
 HEADS, GROUPS, SIZE = 4, 2, 6
@@ -161,3 +162,26 @@ def test_the_chosen_kernel_keeps_the_contract_on_long_rows():
     segments = np.repeat([1, 2, 0], [60, 65, 6])[None].astype(np.int32)
     out = jax.jit(functools.partial(attention, causal=True))(q, k, v, segments, segments)
     np.testing.assert_allclose(out, loops(q, k, v, segments, segments, True), atol=5e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_all_products_of_bfloat16_attention_are_of_bfloat16(kernel):
+    def total(*arrays):
+        return KERNELS[kernel](*arrays).astype(jnp.float32).sum()
+
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays("plain"))
+    text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).as_text()
+    products = re.findall(r"dot_general .* : \(tensor<(\S+)>, tensor<(\S+)>\)", text)
+    assert len(products) >= 5 and {shape.split("x")[-1] for pair in products for shape in pair} == {"bf16"}
+
+
+def test_gradient_of_scores_is_that_of_the_product():
+    q, k, *_ = map(jnp.asarray, arrays("plain"))
+    k = jnp.repeat(k, HEADS // GROUPS, axis=2)
+    equation, by = "bqhd,bkhd->bhqk", random_array(2, HEADS, 5, 9, seed=7)
+
+    def gradients(product):
+        return jax.grad(lambda q, k: (product(equation, q, k) * by).sum(), (0, 1))(q, k)
+
+    for ours, theirs in zip(gradients(score_product), gradients(jnp.einsum)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
