@@ -84,6 +84,9 @@ setup(
             "prometheus_client==0.26.0",
             "openai==3.52.0",
             "diffusers==0.42.1",
+            # The TPU compiler alone, as jax[tpu] pins it; tests compile for TPUs that are not here.
+            "libtpu==0.0.42.1; python_version < '3.12'",
+            "libtpu==0.0.48.1; python_version >= '3.12'",
         ],
     },
     entry_points={"lmms_eval.models": ["fusion_jax = fusion_jax.evals.lmms_eval_plugin:MANIFEST"]},

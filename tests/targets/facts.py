@@ -1,0 +1,72 @@
+"""What a program for an accelerator is made of, read from what it was lowered to and what the compiler made of it."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+# Attention kernels by their names in compiled programs. Forward kernels that a backward pass runs again count twice.
+_KERNELS = {
+    "splash forward": r"%splash_mha_fwd\S* = .* custom-call\(.*\"tpu_custom_call\"",
+    "splash backward": r"%splash_mha_d(?:q|kv)\S* = .* custom-call\(.*\"tpu_custom_call\"",
+    "cuDNN forward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*(?<!Backward)\"",
+    "cuDNN backward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*Backward\"",
+    "Triton forward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*mha_forward",
+    "Triton backward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*mha_backward",
+}
+# What makes a device wait for its host: a queue between them, a call of Python, arrays that lie in the host's memory.
+_HOST = (
+    r" (outfeed|infeed)\(",
+    r" (send|recv)\(.*is_host_transfer=true",
+    r"custom_call_target=\"([^\"]*(?:[Cc]allback|[Hh]ost)[^\"]*)\"",
+    r"\{[\d,]*:[^}]*(S\(5\))[^}]*\}",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """kernels: attention kernels and how often each stands in the program. float32: places in the source of matrix
+    products of float32 numbers. host: whatever makes the device wait for the host."""
+
+    kernels: dict[str, int]
+    float32: list[str]
+    host: list[str]
+
+
+def read(lowered, compiled) -> Facts:
+    """Facts of a program, a `jax.stages.Lowered` and what it was compiled to."""
+    text = compiled.as_text()
+    return Facts(kernels(text), float32_products(lowered.compiler_ir("stablehlo")), host(text))
+
+
+def kernels(text: str) -> dict[str, int]:
+    found = {name: len(re.findall(pattern, text)) for name, pattern in _KERNELS.items()}
+    return {name: count for name, count in found.items() if count}
+
+
+def host(text: str) -> list[str]:
+    found = Counter(match[1] for pattern in _HOST for match in re.finditer(pattern, text))
+    return sorted(found)
+
+
+def float32_products(module) -> list[str]:
+    """Source names of products whose operands are float32, from StableHLO: there every product is still one
+    operation, of the dtypes that our code gave it."""
+    found = []
+
+    def look(operation) -> None:
+        if operation.name in ("stablehlo.dot_general", "stablehlo.convolution") and any(
+            "f32" in str(operand.type.element_type) for operand in operation.operands
+        ):
+            found.append(_source(str(operation.location)))
+        for region in operation.regions:
+            for block in region:
+                for inside in block:
+                    look(inside.operation)
+
+    look(module.operation)
+    return sorted(set(found))
+
+
+def _source(location: str) -> str:
+    names = re.findall(r'"([^"]*(?:dot_general|conv_general_dilated))"', location)
+    return names[0] if names else location[:200]

@@ -1,0 +1,123 @@
+"""Every program of the product compiles for TPUs and GPUs, with the kernels, dtypes and independence of the host that
+it is meant to have. Nothing runs: the compilers need no device (`programs.py`).
+
+The part for TPUs needs libtpu (`pip install fusion_jax[plan]`), that for GPUs 4 GB of CUDA libraries
+(`pip install fusion_jax[plan_gpu]`).
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import facts
+import programs
+import pytest
+
+LIMIT = 1500  # seconds of a process, on a machine that does much else
+INSTALLED = {
+    "tpu": importlib.util.find_spec("libtpu") is not None,
+    "gpu": any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+}
+# Float32 products that are meant, by the equation or function that they stand in.
+PERMITTED = {
+    # JAX's splash kernel: the sum of each row of the gradient, weighed by the output.
+    "step": {"hsd,hsd->hs"},
+    # Sums over the places of a word, of attention weights and embeddings that were computed in bfloat16.
+    "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(_measure)"},
+}
+
+
+def platform(target: str) -> str:
+    return target[:3]
+
+
+def needed(target: str):
+    extra = {"tpu": "plan", "gpu": "plan_gpu"}[platform(target)]
+    return pytest.mark.skipif(not INSTALLED[platform(target)], reason=f"needs pip install fusion_jax[{extra}]")
+
+
+def cases(planted: bool) -> list:
+    return [
+        pytest.param(target, name, marks=needed(target), id=f"{target}-{name}")
+        for target, described in programs.TARGETS.items()
+        for group in described.groups
+        for name in group.names
+        if name.startswith("planted") == planted
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """target -> its programs: processes of their own compile, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: pool.submit(_compile, name) for name in programs.TARGETS if INSTALLED[platform(name)]}
+        yield lambda target: runs[target].result()
+
+
+def _compile(target: str) -> dict[str, dict]:
+    worker = Path(programs.__file__)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(worker), target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
+    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    return found | {"": {"error": f"the compiler ended with code {done.returncode}:\n{done.stderr[-3000:]}"}}
+
+
+def kernels(target: str, name: str) -> set[str]:
+    """Attention kernels that the program must have; no other ones."""
+    directions = ("forward", "backward") if name.startswith("step") else ("forward",)
+    if not any(part in name for part in ("step", "validation", "prefill", "pictures")):
+        return set()  # one token attends, or none
+    if platform(target) == "tpu":
+        makers = ("splash",)
+    else:
+        makers = ("Triton",) if "text alone" in name else ("Triton", "cuDNN")
+    return {f"{maker} {direction}" for maker in makers for direction in directions}
+
+
+def _place(name: str) -> str:
+    """Of an operation's name, .../place/dot_general."""
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "name"), cases(planted=False))
+def test_program_is_compiled_as_meant(compiled, target, name):
+    all_of_them = compiled(target)
+    made = all_of_them.get(name, all_of_them[""])
+    assert "error" not in made, made["error"]
+    assert set(made["kernels"]) == kernels(target, name)
+    permitted = PERMITTED.get(name.split(":")[0], set())
+    assert [one for one in made["float32"] if _place(one) not in permitted] == []
+    assert made["host"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "name"), cases(planted=True))
+def test_what_must_not_be_is_seen(compiled, target, name):
+    made = compiled(target)[name]
+    match name.removeprefix("planted: "):
+        case "float32":
+            assert made["float32"] == ["jit(product)/dot_general"]
+        case "callback":
+            # For a GPU, JAX asks for the device that is to call, which is not here.
+            assert made.get("host") == ["recv", "send"] or "Unknown backend: 'gpu'" in made["error"]
+        case "off the mesh":
+            assert "cannot be automatically partitioned" in made["error"]
+
+
+def test_host_is_seen_in_programs_however_they_reach_it():
+    text = """
+  %done = (f32[8]{0}, token[]) infeed(%token)
+  %out = token[] outfeed(%x, %token), outfeed_shape=f32[8]{0}
+  %s = (f32[8], u32[], token[]) send(%x, %token), channel_id=1, is_host_transfer=true
+  %peer = (f32[8], u32[], token[]) send(%x, %token), channel_id=2
+  %c = () custom-call(%x), custom_call_target="xla_ffi_python_gpu_callback", api_version=API_VERSION_TYPED_FFI
+  %m = f32[8]{0:T(128)S(5)} copy-start(%x)
+  %n = f32[8]{0:T(128)S(1)} copy-start(%x)
+"""
+    assert facts.host(text) == ["S(5)", "infeed", "outfeed", "send", "xla_ffi_python_gpu_callback"]
