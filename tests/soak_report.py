@@ -21,6 +21,7 @@ import soak_disk
 import soak_kills
 import soak_numbers
 import soak_server
+import soak_targets
 
 from fusion_jax import checkpoint
 
@@ -92,6 +93,7 @@ SECTIONS = {
     "hostile": hostile,
     "resizer": _one("Fuzzed resizer", lambda lab, scale: _script("soak_resample.py", "--count", 100_000, scale)),
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
+    "targets": _one("Programs compiled for TPUs and GPUs", lambda lab, _: soak_targets.compile_all()),
 }
 
 
