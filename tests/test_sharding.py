@@ -115,6 +115,7 @@ def test_each_process_feeds_the_shards_that_it_holds(monkeypatch, sizes, per_pro
         monkeypatch.setattr(sharding, "held_shards", lambda _, held=found[-1]: held)
         fed = sharding.local_rows(rows, mesh)
         assert fed.tolist() == [row for shard in found[-1] for row in (2 * shard, 2 * shard + 1)]
+        assert sharding.local_rows(rows[:, None][:, :0], mesh).shape == (len(fed), 0)
         monkeypatch.undo()
     assert found == expected
 
