@@ -44,8 +44,7 @@ class Reports:
         self._evaluate = compile_evaluation(model, mesh)
         self._failed: Counter[str] = Counter()
         self._meet = get_barrier_sync_fn()
-        self._records: list[Measured] | None = None  # of validation, once they are measured
-        self._planned: list[FixedBatch] = []
+        self._planned: list[FixedBatch] | None = None  # validation, once its records are measured
 
     def run(self, step: int, params, phase: watch.Watch) -> bool:
         """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
@@ -126,24 +125,14 @@ class Reports:
         """This process's rows of them. All processes follow the first one's measures, so that their shapes agree."""
         config, stage, shards = self.config, self.stage, sharding.batch_shards(self.mesh)
         loader = pipeline.fixed_loader(config, stage, self.validation, self.tokenizer)
-        if self._records is None:
-            records = pipeline.first_records(loader, stage.batch_size, config.validation_batches)
+        if self._planned is None:
+            most = config.validation_batches
+            records = pipeline.first_records(loader, stage.batch_size, most) if distributed.is_first() else []
             records = [Measured(*row) for row in distributed.table_of_first(records, len(Measured._fields))]
             check(bool(records), f"none of the records of {config.validation_data} can be used.")
-            self._records, self._planned = (
-                records,
-                plan_all(
-                    records,
-                    loader.spec,
-                    loader.longest_latents,
-                    stage.batch_size,
-                    shards,
-                    stage.accumulation,
-                    stage.packing,
-                ),
-            )
+            self._planned = plan_all(records, loader.spec, loader.longest_latents, stage, shards)
         held = sharding.held_shards(self.mesh)
-        return pipeline.fixed_batches(loader, self._records, self._planned, config.loader_threads, shards, held)
+        return pipeline.fixed_batches(loader, self._planned, config.loader_threads, shards, held)
 
     def _evaluate_tasks(self, step: int, params) -> None:
         """Scores of the config's benchmarks, into the metrics and the log."""

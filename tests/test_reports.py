@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -150,6 +151,21 @@ def test_validation_of_which_nothing_can_be_used_is_an_error(mixed):
     for _ in range(2):
         with pytest.raises(UserError, match=r"none of the first records of .*gone/validation.json can be used"):
             reports._validate(4, params(reports.config.model))
+
+
+def test_reports_can_be_lowered_for_two_chips():
+    """Outside the mesh the kernels of a TPU cannot be."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, tests / "lower_on_two.py"],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": f"{tests.parent}:{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)
+    assert kernels["validation"] and kernels["prefill"] and "decode" in kernels
 
 
 def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tmp_path, monkeypatch):

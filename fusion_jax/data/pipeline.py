@@ -477,27 +477,22 @@ def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measure
 
 
 def fixed_batches(
-    loader: Loader,
-    records: Sequence[Measured],
-    planned: Sequence[FixedBatch],
-    threads: int,
-    shards: int = 1,
-    held: Sequence[int] = (0,),
+    loader: Loader, planned: Sequence[FixedBatch], threads: int, shards: int = 1, held: Sequence[int] = (0,)
 ) -> Iterator[Batch]:
     """The rows of some shards of validation's batches.
 
     A record whose image cannot be read, or is not as it was measured, leaves its place empty.
 
     Args:
-      records: those of `first_records`. planned: their `plan.plan_all`. shards, held: see `training_batches`.
+      planned: `plan.plan_all` of `first_records`. shards, held: see `training_batches`.
     """
 
-    def load(place: int) -> Example | None:
-        example = loader.load(records[place].number)
+    def load(planned: Measured) -> Example | None:
+        example = loader.load(planned.number)
         if isinstance(example, BadRecord):
             return None
         takes = needs(example, loader.spec, 0)
-        return example if (takes.length, takes.crops, takes.rounds) == records[place][1:] else None
+        return example if (takes.length, takes.crops, takes.rounds) == planned[1:] else None
 
     for batch in planned:
         own = [batch.rows[i] for i in _groups_of(held, len(batch.rows) // shards)]

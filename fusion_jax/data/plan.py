@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.layout import LayoutSpec
 
@@ -112,21 +113,15 @@ def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """One batch of validation: for every row the places of its records; S positions a row, K crops a group."""
+    """One batch of validation: the records of every row; S positions a row, K crops a group."""
 
-    rows: list[list[int]]
+    rows: list[list[Measured]]
     length: int
     crops: int
 
 
 def plan_all(
-    records: Sequence[Measured],
-    spec: LayoutSpec,
-    latents: int,
-    batch_size: int,
-    shards: int,
-    accumulation: int,
-    packed: bool,
+    records: Sequence[Measured], spec: LayoutSpec, latents: int, stage: StageConfig, shards: int
 ) -> list[FixedBatch]:
     """Batches that hold all records, of which there must be one, each once, in rows as full as those of a stage.
 
@@ -135,15 +130,14 @@ def plan_all(
     a microbatch of the stage; rows stay empty where there are too few.
 
     Args:
-      latents: l^2. batch_size: records of a step of the stage. shards: parts that rows are dealt over.
-      packed: whether records share rows.
+      latents: l^2. shards: parts that rows are dealt over.
     """
     lengths = [m.length + m.rounds * latents for m in records]
     found = [[i] for i in range(len(records))]
-    if packed:
+    if stage.packing:
         found = packing.best_fit(lengths, spec.length, [([m.rounds for m in records], spec.rounds)])
     found.sort(key=lambda unit: -sum(lengths[i] for i in unit))
-    most = max(1, len(found) * batch_size // (len(records) * accumulation * shards))  # rows of a group
+    most = max(1, len(found) * stage.batch_size // (len(records) * stage.accumulation * shards))  # rows of a group
     rows = math.ceil(len(found) / (math.ceil(len(found) / (most * shards)) * shards))
     by_length: dict[int, list[list[int]]] = {}
     for start in range(0, len(found), rows * shards):
@@ -152,8 +146,8 @@ def plan_all(
     planned = []
     for length, part in by_length.items():
         groups = math.ceil(len(part) / (rows * shards)) * shards
-        dealt = _deal_evenly(part, [sum(records[i].crops for i in unit) for unit in part], groups, rows)
-        crops = max(sum(records[i].crops for unit in group for i in unit) for group in dealt)
+        dealt = _deal_evenly([[records[i] for i in unit] for unit in part], groups, rows)
+        crops = max(_crops(group) for group in dealt)
         for first in range(0, groups, shards):
             filled = [group + [[]] * (rows - len(group)) for group in dealt[first : first + shards]]
             planned.append(FixedBatch([row for group in filled for row in group], length, crops))
@@ -166,16 +160,20 @@ def _few_lengths(length: int, longest: int) -> int:
     return next((one for one in shorter if length <= one < longest), longest)
 
 
-def _deal_evenly(found: Sequence[list[int]], costs: Sequence[int], groups: int, rows: int) -> list[list[list[int]]]:
-    """Units to groups of at most so many rows: the dearest first, each to the group that has cost least so far."""
-    dealt: list[list[list[int]]] = [[] for _ in range(groups)]
+def _deal_evenly(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
+    """Units to groups of at most so many rows: most crops first, each to the group with fewest so far."""
+    dealt: list[list[list[Measured]]] = [[] for _ in range(groups)]
     open_ = [(0, group) for group in range(groups)]
-    for place in sorted(range(len(found)), key=lambda place: -costs[place]):
-        cost, group = heapq.heappop(open_)
-        dealt[group].append(found[place])
+    for unit in sorted(units, key=lambda unit: -_crops([unit])):
+        crops, group = heapq.heappop(open_)
+        dealt[group].append(unit)
         if len(dealt[group]) < rows:
-            heapq.heappush(open_, (cost + costs[place], group))
+            heapq.heappush(open_, (crops + _crops([unit]), group))
     return dealt
+
+
+def _crops(group: Sequence[Sequence[Measured]]) -> int:
+    return sum(m.crops for unit in group for m in unit)
 
 
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:

@@ -620,8 +620,8 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     assert pipeline.first_records(loader, 5, 0) == records and pipeline.first_records(loader, 5, 1) == records[:5]
     assert pipeline.first_records(loader, 9, 3) == pipeline.first_records(loader, 9, 1)
     assert len(pipeline.first_records(loader, 50, 1)) < 50
-    planned = plan_all(records, loader.spec, 4, 5, 2, 1, False)
-    batches = list(pipeline.fixed_batches(loader, records, planned, 2, 2, (0, 1)))
+    planned = plan_all(records, loader.spec, 4, stage, 2)
+    batches = list(pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
     assert {b.latent_count for b in batches} == {4}
     expected = []
     names = [json.loads(bad_file.read_text())[measured.number]["image"] for measured in records]
@@ -631,7 +631,7 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
         expected.append(np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).tobytes())
     assert sorted(crop.tobytes() for b in batches for crop in b.crops[b.crop_kind == PIXELS]) == sorted(expected)
     # Each process's rows are those of the shards that it holds, in the shapes of all.
-    for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, records, planned, 1, 2, (i,)) for i in (0, 1))):
+    for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, planned, 1, 2, (i,)) for i in (0, 1))):
         joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True))
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fixtures import tiny
 
+from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, plan_all, size_batches
@@ -97,39 +98,34 @@ def test_published_mix_fills_rows_and_crops(groups, slots_at_least, crops_at_lea
 
 @pytest.mark.parametrize(("packed", "shards", "accumulation"), [(True, 4, 1), (False, 4, 2), (False, 1, 1)])
 def test_validation_holds_every_record_once_in_few_shapes(packed, shards, accumulation):
-    rng, spec = np.random.default_rng(0), layout_spec(tiny(), 2048, 16, 64)
-    all_ = [
-        Measured(7 * i, int(n), int(c), 1) for i, (n, c) in enumerate(zip(rng.geometric(0.004, 200), [0, 1, 2] * 67))
-    ]
-    all_ = [m for m in all_ if m.length <= 2000]
-    planned = plan_all(all_, spec, 4, 16, shards, accumulation, packed)
-    assert sorted(i for batch in planned for row in batch.rows for i in row) == list(range(len(all_)))
+    lengths = np.minimum(np.random.default_rng(0).geometric(0.004, 200), 2000).tolist()
+    all_ = [Measured(7 * i, length, i % 3, 1) for i, length in enumerate(lengths)]
+    stage = StageConfig("s", "d", batch_size=16, accumulation=accumulation, packing=packed)
+    planned = plan_all(all_, layout_spec(tiny(), 2048, 16, 64), 4, stage, shards)
+    assert sorted(m for batch in planned for row in batch.rows for m in row) == all_
     shapes = {batch.length: batch.crops for batch in planned}
     assert set(shapes) <= {256, 512, 1024, 2048} and {(b.length, b.crops) for b in planned} == set(shapes.items())
-    assert len({len(batch.rows) for batch in planned}) == 1
-    per_shard = len(planned[0].rows) // shards
-    assert per_shard <= 16 // shards // accumulation and (packed or per_shard == 16 // shards // accumulation)
-    slots = taken = 0
+    (per_shard,) = {len(batch.rows) // shards for batch in planned}
+    allowed = 16 // shards // accumulation
+    assert per_shard < allowed if packed else per_shard == allowed
+    slots = 0
     for batch in planned:
-        assert len(batch.rows) == per_shard * shards
+        slots += len(batch.rows) * batch.length
         for row in batch.rows:
-            assert len(row) <= 1 or packed
-            assert sum(all_[i].length + 4 for i in row) <= batch.length
+            assert sum(m.length + 4 for m in row) <= batch.length and (len(row) <= 1 or packed)
         for shard in range(shards):
             group = batch.rows[shard * per_shard : (shard + 1) * per_shard]
-            assert sum(all_[i].crops for row in group for i in row) <= batch.crops
-        slots += len(batch.rows) * batch.length
-        taken += sum(all_[i].length + 4 for row in batch.rows for i in row)
-    assert taken / slots > (0.9 if packed else 0.4)
+            assert sum(m.crops for row in group for m in row) <= batch.crops
+    assert sum(m.length + 4 for m in all_) / slots > (0.9 if packed else 0.4)
 
 
 def test_validation_of_little_is_short():
-    one = [Measured(3, 300, 1, 1)]
+    one, spec = [Measured(3, 300, 1, 1)], layout_spec(tiny(), 4096, 16, 8)
     for packed in (True, False):
-        (batch,) = plan_all(one, layout_spec(tiny(), 4096, 16, 8), 4, 128, 256, 1, packed)
+        (batch,) = plan_all(one, spec, 4, StageConfig("s", "d", batch_size=128, packing=packed), 256)
         assert (len(batch.rows), batch.length, batch.crops) == (256, 512, 1) and batch.rows.count([]) == 255
-    (batch,) = plan_all(records(0, length=90), SPEC, 4, 128, 1, 1, False)
-    assert (batch.rows, batch.length, batch.crops) == ([[0]], 100, 0)
+    (batch,) = plan_all(records(0, length=90), SPEC, 4, StageConfig("s", "d"), 1)
+    assert (batch.rows, batch.length, batch.crops) == ([records(0, length=90)], 100, 0)
 
 
 def test_sizes_of_unpacked_batches():
