@@ -6,6 +6,7 @@ nobody), its text queries, and no mask at all.
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from fixtures import random_array
 
 from fusion_jax.models import attention, flash
 from fusion_jax.models.attention import reference_attention
+from fusion_jax.models.remat import POLICIES
 
 LONG = 150  # neither a whole block nor within one
 PACKED = np.repeat([1, 2, 0], [61, 80, 9])[None].astype(np.int32)
@@ -148,3 +150,20 @@ def test_the_chosen_kernel_on_this_gpu(case, size):
     ours = run(attention.attention, case, size=size, dtype=jnp.bfloat16)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("policy", "times"), [("full", 2), ("attention", 1), ("dots", 1)])
+@pytest.mark.parametrize(("kernel", "name"), [("splash", "splash_mha_fwd"), ("triton", "mha_forward")])
+def test_forward_kernels_run_again_only_where_their_results_are_not_kept(kernel, name, policy, times):
+    run = {"splash": flash.splash_attention, "triton": flash.triton_attention}[kernel]
+    segments = jnp.ones((1, 128), jnp.int32)
+
+    def layer(x, _):
+        return run(2 * x, x, x, segments, segments, True), None
+
+    def total(x):
+        kept = jax.checkpoint(layer, policy=POLICIES[policy], prevent_cse=False)
+        return jax.lax.scan(kept, x, length=2)[0].astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((1, 128, 2, 64), jnp.bfloat16)))
+    assert len(re.findall(rf"name=\S*{name}", text)) == times
