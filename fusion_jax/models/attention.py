@@ -46,11 +46,11 @@ def score_product(equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
     Its gradients are products in the dtype of `q` and `k`, as in the kernels: JAX's own would be float32 products,
     because the gradient of the scores is float32.
     """
-    return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+    return _product_forward(equation, q, k)[0]
 
 
 def _product_forward(equation, q, k):
-    return score_product(equation, q, k), (q, k)
+    return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32), (q, k)
 
 
 def _product_backward(equation, residuals, d_scores):

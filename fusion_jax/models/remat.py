@@ -14,8 +14,8 @@ import jax
 from fusion_jax.errors import UserError
 
 ATTENTION = "attention"  # name of what attention kernels keep for their backward passes
-# Kernels that name nothing themselves are kept by what they are. Triton's is a call of a function with a gradient of its
-# own, because its forward pass calls itself; no other such function is still a call where policies are asked.
+# Kernels that name nothing themselves are kept by what they are. Triton's is a call of a function with its own
+# gradient, whose forward pass calls it again; no other such function is still a call where policies are asked.
 _KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper", "custom_vjp_call")
 
 _policies = jax.checkpoint_policies
