@@ -35,6 +35,7 @@ def _environment() -> Path:
             f"import site; site.addsitedir({ours!r})\n"
         )
         install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-        subprocess.run([*install, "-e", f"{_ROOT}[plan_gpu]"], check=True)
+        # The extra's name as packages carry it: older versions of pip know no other spelling.
+        subprocess.run([*install, "-e", f"{_ROOT}[plan-gpu]"], check=True)
         stamp.touch()
     return python
