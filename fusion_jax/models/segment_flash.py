@@ -33,8 +33,8 @@ class Blocks:
     stages: int
 
 
-# Measured on an H100 at heads of 96 and 128; see docs/performance.md.
-FORWARD, KEYS, QUERIES = Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+# The fastest of those tried on an H100; see docs/performance.md.
+FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
 
 
 def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
