@@ -4,6 +4,7 @@ Each part is a process of its own with a time limit. After each the report is wr
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from gpu_check.parts import DEVICE, GROUPS, Context, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 25  # seconds in which a part can begin to say something
+PATIENCE = 3  # times a part's limit in a dry run: processors are slower, and shared
 KEPT = 4_000_000  # characters of a log
 # Modules, and what installs them where the name differs; the second group is needed by training alone.
 NEEDED = {
@@ -80,6 +82,11 @@ def last_result(text: str) -> dict:
     return {}
 
 
+def _follow() -> None:
+    """This process ends when the one that started it is killed: none stays behind on the card."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Running:
     """A part's process. Its standard error goes to its log at once, what it says on standard output in the end."""
 
@@ -94,7 +101,7 @@ class Running:
             log.write(f"{part.name}: python {' '.join(command[1:])}\n")
             log.flush()
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=self._out, stderr=log, process_group=0
+                command, cwd=ROOT, env=environment, stdout=self._out, stderr=log, process_group=0, preexec_fn=_follow
             )
 
     @property
@@ -120,7 +127,7 @@ class Running:
         elif self.process.returncode:
             last = errors.strip().splitlines()[-1:] or ["no message"]
             failures.append(f"exit code {self.process.returncode}: {last[0][:300]}")
-        elif not figures:
+        elif not figures and not failures:
             failures.append("said nothing")
         state = report.CUT if over else report.FAILED if failures else report.PASSED
         seconds = time.monotonic() - self.begun
@@ -166,7 +173,8 @@ def run(groups, written: report.Report, folder: Path, dry_run: bool, end: float)
                 for part in group:
                     written.set(part.name, state=report.RUNNING)
                     surroundings = environment(dry_run, scratch, len(group))
-                    running.append(Running(part, context, folder, surroundings, min(part.seconds, left)))
+                    limit = min(part.seconds * (PATIENCE if dry_run else 1), left)
+                    running.append(Running(part, context, folder, surroundings, limit))
                 while running:
                     time.sleep(0.2)
                     for one in [one for one in running if one.ended]:

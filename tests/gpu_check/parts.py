@@ -62,8 +62,13 @@ def _step(large: bool) -> Callable[[Context], list[str]]:
             tiny = [
                 f"--config.model.{part}.{key}={value}" for part, keys in TINY.items() for key, value in keys.items()
             ]
-            flags += [*tiny, "--config.model.latent_counts=(1,4)", "--config.stages[0].max_length=512"]
-            return [*flags, "--config.stages[0].batch_size=8", "--latents", "4" if large else "1"]
+            flags += [
+                *tiny,
+                "--config.model.latent_counts=(1,4)",
+                "--config.stages[0].max_length=512",
+                "--config.remat=none",
+            ]
+            return [*flags, "--config.stages[0].batch_size=4", "--latents", "4" if large else "1"]
         flags.append("configs/flare.py:l_3b,stage1")
         flags += ["--config.stages[0].max_question_length=128", "--config.stages[0].batch_size=32"]
         flags += ["--config.stages[0].accumulation=4"]
