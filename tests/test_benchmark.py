@@ -30,6 +30,7 @@ def test_step_of_a_run_is_timed_at_its_shapes():
             "-m",
             "fusion_jax.benchmark",
             "step",
+            "--trace",
             "--config",
             "configs/flare.py:l_8b,stage1",
             *model,
@@ -46,4 +47,7 @@ def test_step_of_a_run_is_timed_at_its_shapes():
     assert line["latents"] == 4 and line["accumulation"] == 1 and line["rows"] >= 2
     assert line["samples_per_second"] * line["seconds_per_step"] >= 8 * 0.9
     rate = line["model_tflop_per_step"] * 1e3 / line["seconds_per_step"]
+    shares = [row["share"] for row in line["operations"]["dearest"]]
+    assert len(shares) == 15 and shares == sorted(shares, reverse=True) and sum(shares) > 0
+    assert any("vision/layers" in row["source"] for row in line["operations"]["dearest"])
     assert line["model_gflop_per_second"] == pytest.approx(rate) and 0 < line["mfu"] < 1

@@ -171,7 +171,7 @@ def run(groups, written: report.Report, folder: Path, dry_run: bool, end: float)
                         written.set(part.name, state=report.NOT_RUN, failures=["no time left"])
                     continue
                 for part in group:
-                    written.set(part.name, state=report.RUNNING)
+                    written.set(part.name, state=report.RUNNING, note=part.note(context))
                     surroundings = environment(dry_run, scratch, len(group))
                     limit = min(part.seconds * (PATIENCE if dry_run else 1), left)
                     running.append(Running(part, context, folder, surroundings, limit))

@@ -21,7 +21,7 @@ class Part:
 
     Attributes:
       command: its arguments behind `python -m`. seconds: its time limit, where so much is left. log: file in the
-      output folder.
+      output folder. note: what a reader of its figures has to know.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Part:
     command: Callable[[Context], list[str]]
     seconds: float
     log: str
+    note: Callable[[Context], str] = lambda _: ""
 
 
 def _own(name: str) -> Callable[[Context], list[str]]:
@@ -79,18 +80,31 @@ def _step(large: bool) -> Callable[[Context], list[str]]:
     return command
 
 
+def _said(context: Context) -> str:
+    fits = (
+        "the whole model, remat full"
+        if whole(context)
+        else "half of the layers (decoder, exchange and encoder), remat dots"
+    )
+    return (
+        f"On this card: {fits}; 32 samples in 4 microbatches, or in more where that does not fit (`accumulation`). "
+        "MFU: model FLOPs (a multiply-add is 2, causal attention half, no padding, nothing computed again) over the "
+        "dense bfloat16 peak of the card's datasheet. Shares of operations are of the traced steps' span."
+    )
+
+
 DEVICE = Part("device", "Device", _own("device"), 75, "device.log")
 # In this order, by worth; those of one group at the same time, where nothing is timed.
 GROUPS = (
     (DEVICE,),
     (Part("kernels", "Attention kernels", _own("kernels"), 150, "kernels.log"),),
-    (Part("step_large", "Step, FLARE-L 3B stage 1, largest l²", _step(True), 270, "step.log"),),
+    (Part("step_large", "Step, FLARE-L 3B stage 1, largest l²", _step(True), 270, "step.log", _said),),
     (
         Part("goldens", "Goldens", _own("goldens"), 150, "goldens.log"),
         Part("training", "Training run beside the CPU's", _own("training"), 150, "training.log"),
     ),
     (Part("generation", "Prefill and decode, 3B", _own("generation"), 170, "generation.log"),),
-    (Part("step_small", "Step, FLARE-L 3B stage 1, smallest l²", _step(False), 220, "step.log"),),
+    (Part("step_small", "Step, FLARE-L 3B stage 1, smallest l²", _step(False), 220, "step.log", _said),),
 )
 
 

@@ -10,7 +10,7 @@ WAITING, RUNNING, PASSED, FAILED, CUT, NOT_RUN = "waiting", "running", "passed",
 
 
 class Report:
-    """`parts`: name -> {state, seconds, failures, figures}; `folder` gets report.json and report.md."""
+    """`parts`: name -> {title, note, state, seconds, failures, figures}; `folder` gets report.json and report.md."""
 
     def __init__(self, folder: Path, parts: dict[str, str], minutes: float, dry_run: bool):
         self._folder = folder
@@ -20,7 +20,7 @@ class Report:
             "minutes": minutes,
             "dry_run": dry_run,
             "parts": {
-                name: {"title": title, "state": WAITING, "seconds": 0.0, "failures": [], "figures": {}}
+                name: {"title": title, "note": "", "state": WAITING, "seconds": 0.0, "failures": [], "figures": {}}
                 for name, title in parts.items()
             },
         }
@@ -67,7 +67,8 @@ class Report:
         lines += ["", *_table(rows)]
         for part in values["parts"].values():
             if part["figures"]:
-                lines += ["", f"## {part['title']}", "", *_figures(part["figures"], 3)]
+                lines += ["", f"## {part['title']}", "", *[part["note"], ""] * bool(part["note"])]
+                lines += _figures(part["figures"], 3)
         return "\n".join(lines)
 
 
