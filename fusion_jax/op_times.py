@@ -94,8 +94,13 @@ def busy(events: list[Event]) -> float:
 
 
 def sources(program: str) -> dict[str, str]:
-    """Where in the model each instruction of a compiled program comes from: its text's `op_name`, by instruction."""
-    return dict(_INSTRUCTION.findall(program))
+    """Where in the model each instruction of a compiled program comes from: its text's `op_name`, by `_symbol`."""
+    return {_symbol(name): source for name, source in _INSTRUCTION.findall(program)}
+
+
+def _symbol(instruction: str) -> str:
+    """An instruction's name as its kernel bears it."""
+    return re.sub(r"[.\-]", "_", instruction)
 
 
 def summary(events: list[Event], steps: int, program: str = "", dearest: int = 15) -> dict:
@@ -136,7 +141,7 @@ def summary(events: list[Event], steps: int, program: str = "", dearest: int = 1
                 **row(time),
                 "calls": round(calls[operation, name] / steps, 1),
                 "kernel": name[:80],
-                "source": _short(where.get(operation, "")),
+                "source": _short(where.get(_symbol(operation), "")),
             }
             for (operation, name), time in by_operation.most_common(dearest)
         ],

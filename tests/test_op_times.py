@@ -53,6 +53,12 @@ def test_summary_adds_by_operation_and_sees_what_runs_at_once():
     assert len(op_times.summary(events, 2, dearest=1)["dearest"]) == 1
 
 
+def test_kernels_without_an_instruction_are_looked_up_by_their_name():
+    program = '  ROOT %loop_add_fusion.3 = f32[8] fusion(%a), metadata={op_name="jit(step)/add"}'
+    [row] = op_times.summary([Event("loop_add_fusion_3", "", 0, MS)], 1, program)["dearest"]
+    assert row["operation"] == "loop_add_fusion_3" and row["source"] == "jit(step)/add"
+
+
 def test_real_trace(tmp_path):
     program = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y @ x), x))
     x = jnp.ones((64, 64))
@@ -64,5 +70,6 @@ def test_real_trace(tmp_path):
     found = op_times.summary(op_times.read(tmp_path), 2, compiled.as_text())
     assert 0 < found["busy_share"] <= 1 and found["span_ms"] > 0
     sort = next(row for row in found["dearest"] if row["operation"].startswith("sort"))
-    assert sort["calls"] == 3 and sort["kind"] == "gather or scatter" and sort["source"].endswith("sort")
+    # On a CPU an instruction may be several events.
+    assert sort["calls"] % 3 == 0 and sort["kind"] == "gather or scatter" and sort["source"].endswith("sort")
     assert not any(row["operation"].startswith("while") for row in found["dearest"])

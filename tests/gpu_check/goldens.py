@@ -30,8 +30,8 @@ def model_config(preset: str, side: int):
     )
 
 
-def program(model: Fusion):
-    """(params, batch) -> (hidden, logits, losses, gradients by path)."""
+def program(model: Fusion, options: dict | None = None):
+    """Compiled (params, batch) -> (hidden, logits, losses, gradients by path)."""
 
     def forward(params, batch):
         hidden, visual, _ = model.apply({"params": params}, batch)
@@ -43,19 +43,21 @@ def program(model: Fusion):
         grads, (hidden, logits, losses) = jax.grad(forward, has_aux=True)(params, batch)
         return hidden, logits, losses, flatten_dict(grads, sep="/")
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=options)
 
 
-def values(config, params, batch, dtype) -> tuple:
+def values(config, params, batch, dtype, options: dict | None = None) -> tuple:
     # By default a GPU rounds float32 operands of a product to TF32.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), program(Fusion(config, dtype))(params, batch))
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), program(Fusion(config, dtype), options)(params, batch))
 
 
 def on_cpu(config, params, batch) -> tuple:
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu), partition.compiled_for("cpu"):
-        return values(config, *jax.device_put((params, batch), cpu), jnp.float32)
+        # It runs once: compiling with all optimisations takes longer.
+        quick = {"xla_backend_optimization_level": 1}
+        return values(config, *jax.device_put((params, batch), cpu), jnp.float32, quick)
 
 
 def compare(got: tuple, wanted: tuple, real: np.ndarray) -> dict:
