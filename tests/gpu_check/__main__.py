@@ -20,7 +20,7 @@ from gpu_check.parts import DEVICE, GROUPS, Context, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 25  # seconds in which a part can begin to say something
-PATIENCE = 3  # times a part's limit in a dry run: processors are slower, and shared
+PATIENCE = 10  # times a part's limit in a dry run, whose processors may be slow and shared
 KEPT = 4_000_000  # characters of a log
 # Modules, and what installs them where the name differs; the second group is needed by training alone.
 NEEDED = {
