@@ -16,7 +16,7 @@ import jax
 KINDS = (
     ("between devices", r"nccl|all-reduce|all-gather|reduce-scatter|all-to-all|collective"),
     ("cuDNN attention", r"cudnn|sdpa|flash_?(fprop|bprop)|fort_native"),
-    ("Triton attention", r"mha_(forward|backward)|flash_attention|__triton\$|pallas"),
+    ("Triton attention", r"segment_flash|flash_attention|__triton\$|pallas"),
     ("Triton product", r"gemm_fusion|triton_(gemm|softmax_gemm)|nested_gemm"),
     ("cuBLAS product", r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk|^dot"),
     ("copy", r"memcpy|memset|copy|transpose|concatenate|slice|\bpad\b"),

@@ -105,10 +105,10 @@ def pairs(case: Case, ours, theirs) -> float:
     return float(np.asarray(mask).sum())
 
 
-def compiled(kernel, case: Case, ours, theirs):
-    """(q, k, v, g) -> (output, gradients)."""
+def compiled(kernel, case: Case):
+    """(q, k, v, g, segments of queries and keys) -> (output, gradients)."""
 
-    def run(q, k, v, g):
+    def run(q, k, v, g, ours, theirs):
         out, back = jax.vjp(lambda *x: kernel(*x, ours, theirs, case.causal, case.window), q, k, v)
         return out, back(g.astype(out.dtype))
 
@@ -138,12 +138,12 @@ def measure(case: Case, kernels: dict, repeats: int) -> list[dict]:
     ours, theirs = (None if s is None else jnp.asarray(s) for s in (ours, theirs))
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in inputs]
-        out, grads = compiled(attention.reference_attention, case, ours, theirs)(*wide)
+        out, grads = compiled(attention.reference_attention, case)(*wide, ours, theirs)
     rows = []
     for name, kernel in kernels.items():
-        run = compiled(kernel, case, ours, theirs)
-        got, got_grads = run(*inputs)
-        ms = milliseconds(functools.partial(run, *inputs), repeats)
+        run = functools.partial(compiled(kernel, case), *inputs, ours, theirs)
+        got, got_grads = run()
+        ms = milliseconds(run, repeats)
         rows.append(
             {
                 "kernel": name,
