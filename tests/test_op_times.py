@@ -15,7 +15,7 @@ MS = 1e6
     [
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-gather-start.3", "between devices"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6", "custom-call.5", "cuDNN attention"),
-        ("mha_backward", "custom-call.9", "Triton attention"),
+        ("segment_flash_keys", "custom-call.9", "Triton attention"),
         ("gemm_fusion_dot_general_12", "gemm_fusion_dot_general.12", "Triton product"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "custom-call.77", "cuBLAS product"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "", "cuBLAS product"),
