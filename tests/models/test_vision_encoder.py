@@ -212,7 +212,7 @@ def test_layers_behind_the_last_tap_change_nothing(layers):
         return jnp.concatenate([tap[:, :, -2 * WIDTH :] for tap in taps.values()], 1)
 
     def gradients(config, weights):
-        run = jax.jit(jax.value_and_grad(lambda w: jnp.sum(means(config, w, jnp.asarray(text)) ** 2)))
+        run = jax.jit(jax.value_and_grad(lambda w: jnp.mean(means(config, w, jnp.asarray(text)) ** 2)))
         return jax.tree.map(np.asarray, run(weights))
 
     tower = {**weights["vision"], "layers": cut}
@@ -225,7 +225,7 @@ def test_layers_behind_the_last_tap_change_nothing(layers):
     for path, leaf in flat(there["layers"]).items():
         assert not leaf[3:].any(), path
         # The backward pass is another program.
-        np.testing.assert_allclose(flat(here["layers"])[path], leaf[:3], atol=2e-5, err_msg=path)
+        np.testing.assert_allclose(flat(here["layers"])[path], leaf[:3], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("mask", ["paper", "released"])
