@@ -150,7 +150,7 @@ def test_the_mesh_is_a_key_of_the_run():
     assert run.mesh == MeshConfig(1, -1, 1)
 
 
-# Moments of other shapes than their parameters: four devices, in a process of their own.
+# Moments of other shapes than their parameters, and towers cut on loading: four devices, in a process of their own.
 
 
 def _run_worker(name, folder, devices):
@@ -171,7 +171,8 @@ def _run_worker(name, folder, devices):
 
 
 def test_factored_moments_lie_with_their_parameters_and_update_as_on_one_device(tmp_path):
-    arrays, report = _run_worker("factored_worker.py", tmp_path, 4)  # it compares each array's place after two updates
+    # It compares each array's place after two updates, and cuts a tower in its place.
+    arrays, report = _run_worker("state_worker.py", tmp_path, 4)
     for mesh, least in {"fsdp": 1.3, "tensor": 1.2, "mixed": 1.5}.items():
         for name in ("adafactor", "adafactor, masked", "sm3"):
             held = report[f"{mesh}|{name}"].values()

@@ -1,17 +1,19 @@
 """Updates with moments of other shapes than their parameters, on one device and on meshes; run by test_sharding.py.
 
-Needs four devices. Writes what each mesh gave, and where its moments lay.
+Needs four devices. Writes what each mesh gave, and where its moments lay. Also loads a tower with more layers than run.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 from fixtures import flat, randomise, tiny
 
-from fusion_jax import sharding, state
+from fusion_jax import checkpoint, sharding, state
 from fusion_jax.config import MeshConfig
 
 CONFIG = tiny(**{"vision.mlp_dim": 32, "llm.mlp_dim": 32, "vision.layers": 2, "llm.layers": 1, "exchange.layers": 1})
@@ -23,6 +25,19 @@ OPTIMIZERS = {
     ),
     "sm3": lambda: optax.sm3(1e-2),
 }
+
+
+def load_longer_tower(folder: Path):
+    """A tower of all its layers, as in an import, becomes one of those that run, on each device its part."""
+    config = tiny(**{"vision.layers": 5, "llm.layers": 1, "exchange.layers": 1})
+    like = state.abstract_parameters(config, sharding.make_mesh(MeshConfig(1, 2, 2)))
+    layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape[1:]), x.dtype), like["vision"]["layers"])
+    stored = randomise({**like, "vision": {**like["vision"], "layers": layers}})
+    ocp.save_checkpointables(folder, {"params": stored})
+    loaded = checkpoint.load_params(folder, like)
+    for x, wanted, kept in zip(*map(jax.tree.leaves, (loaded, like, stored)), strict=True):
+        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype) and x.sharding == wanted.sharding
+        np.testing.assert_array_equal(x, kept[: len(x)])
 
 
 def main(arrays_file: str, report_file: str):
@@ -56,6 +71,7 @@ def main(arrays_file: str, report_file: str):
             }
             for leaf, place in zip(jax.tree.leaves(current), jax.tree.leaves(wanted), strict=True):
                 assert leaf.sharding.is_equivalent_to(place, leaf.ndim), (case, leaf.sharding, place)
+    load_longer_tower(Path(arrays_file).parent / "0")
     np.savez(arrays_file, **arrays)
     with open(report_file, "w") as file:
         json.dump(report, file)
