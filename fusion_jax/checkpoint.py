@@ -30,7 +30,7 @@ from fusion_jax.about import save_tokenizer as save_tokenizer
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.loading import FOLDER as FOLDER
 from fusion_jax.loading import Loaded as Loaded
-from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in
+from fusion_jax.loading import abstract, check_shapes, load_parts, raise_if_no_damage, steps_in
 from fusion_jax.loading import find as find
 from fusion_jax.loading import load_model as load_model
 from fusion_jax.loading import load_params as load_params
@@ -186,7 +186,7 @@ class Checkpoints:
         if accept is not None:
             accept(step, data)
         params, train = _split(like)
-        items = ocp.load_checkpointables(folder, {"params": params, "train": train})
+        items = load_parts(folder, {"params": params, "train": train})
         state = TrainState(params=items["params"], **items["train"])
         check_shapes(state, like)
         return state, data
