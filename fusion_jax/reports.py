@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
-from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from fusion_jax import distributed, generate, losses, metrics, sharding, train_step, watch
 from fusion_jax.config import RunConfig, StageConfig
@@ -23,7 +22,8 @@ from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
 
-_PATIENCE_MS = 300_000  # that processes wait for each other behind a report
+_PATIENCE = 300.0  # seconds that processes wait for each other behind a report
+_FAILED_PATIENCE = 20.0  # the same for one whose report failed: the others may wait for it inside a collective
 
 
 class Reports:
@@ -40,7 +40,6 @@ class Reports:
         self.writer: metrics.Writer = writer
         self.stop: watch.Stop = stop
         self._failed: Counter[str] = Counter()
-        self._meet = get_barrier_sync_fn()
 
     def run(self, step: int, params, phase: watch.Watch) -> bool:
         """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
@@ -79,7 +78,7 @@ class Reports:
         """The log says what failed, and training goes on.
 
         With several processes it does so only where all of them come to the end of the report, failed or not. One that
-        fails while the others wait for it inside a compiled program cannot be survived: after a while it raises.
+        fails while the others wait for it inside a compiled program cannot be survived: it soon raises.
         """
         trouble = None
         try:
@@ -88,10 +87,8 @@ class Reports:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # another process is gone, or all are out of step
             trouble = error
-        try:
-            self._meet(key=f"{self.stage.name}/{step}/{what}", timeout_ms=_PATIENCE_MS)
-        except Exception as error:
-            raise trouble or error from None
+        if not distributed.meet(f"{self.stage.name}/{step}/{what}", _FAILED_PATIENCE if trouble else _PATIENCE):
+            raise trouble or RuntimeError(f"not every process came to the end of the {what} behind step {step}")
         if trouble is None:
             return
         self._failed[what] += 1
