@@ -57,8 +57,11 @@ class Board:
 
 
 def client() -> Any:
-    """JAX's client of the coordination service; None in a run of one process."""
-    return _service.global_state.client if _service.global_state.num_processes > 1 else None
+    """JAX's client of the coordination service; None in a run of one process, and before the processes are joined."""
+    state = _service.global_state
+    # Used before it is connected, it aborts the process; this is made right behind the connection.
+    connected = state.preemption_sync_manager is not None
+    return state.client if connected and state.num_processes > 1 else None
 
 
 def process() -> int:

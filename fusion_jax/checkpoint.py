@@ -164,9 +164,7 @@ class Checkpoints:
                 data, damage = _damage_of(self._load_data, folder, step, accept)
                 if all_agree(damage is None):
                     state, damage = _damage_of(self._load_state, folder, like)
-                    patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
-                    if not distributed.meet(f"read/{folder}", patience):  # Orbax has the others wait for this one
-                        raise UserError(f"The checkpoint {folder} cannot be read by every process ({damage}).")
+                    read_by_all(folder, damage)
                 if all_agree(state is not None):
                     self._set_aside(damaged, step)
                     self._written = step
@@ -342,6 +340,13 @@ def all_agree(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
+def read_by_all(folder: Path, damage: object) -> None:
+    """UserError where this process alone could not read a checkpoint (`damage`): Orbax has the others wait for it."""
+    patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
+    if not distributed.meet(f"read/{folder.absolute()}", patience):
+        raise UserError(f"The checkpoint {folder} cannot be read by every process ({damage}).")
 
 
 class _NotRepeated(logging.Filter):

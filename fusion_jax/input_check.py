@@ -23,8 +23,8 @@ def check_same_data(name: str, source: pipeline.RecordSource) -> None:
     if other is not None:
         check(
             False,
-            f"The data of {name} are not the same for all processes: process 0 has {prints[0][0]} records and "
-            f"process {other} {prints[other][0]}, or as many with other texts; give all machines the same files.",
+            f"The data of {name} are not the same for all processes: process {other} has other records than process 0 "
+            f"({prints[other][0]} and {prints[0][0]} of them); give all machines the same files.",
         )
 
 

@@ -10,9 +10,11 @@ from collections import Counter
 import grain
 import numpy as np
 import pytest
+from board_fake import Store
 from fixtures import tiny
 from PIL import Image
 
+from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
@@ -482,10 +484,15 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     source = pipeline.open_source(config, stage)
 
     def start(processes):
+        store, alone = Store(), processes == 1
+        boards = [None if alone else Board("run", store, process, processes) for process in range(processes)]
+        stores.append(store)
         return [
-            pipeline.training_batches(config, stage, source, tokenizer, 4, process, processes)
-            for process in range(processes)
+            pipeline.training_batches(config, stage, source, tokenizer, 4, process, processes, board)
+            for process, board in enumerate(boards)
         ]
+
+    stores = []
 
     def step(batches):
         feds = [next(one)[0] for one in batches]
@@ -501,8 +508,10 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     four = start(4)
     for batches in four:
         batches.set_state(saved)
-    for _ in range(4):
+    for _ in range(20):
         assert step(one) == step(four)
+    # What all have read is gone: a text, and who has read it, for each of those that may still be needed.
+    assert 1 < len(stores[-1].texts) < 3 * (2 * pipeline._SENT_AHEAD)
     for batches in (*one, *two, *four):
         batches.close()
 
