@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusion_jax.errors import AGAIN
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -122,3 +124,19 @@ def test_an_error_of_one_is_an_error_of_all(folder, tmp_path, what, code, senten
         assert all("restored 1" in output for output in ran[1])
     if what == "bug":
         assert "Traceback" in ran[1][0] and "Traceback" not in ran[1][1]
+
+
+def test_where_one_is_killed_in_a_collective_the_other_is_to_start_again(tmp_path):
+    """The runtime's error is no JaxRuntimeError everywhere."""
+    first, second = start("endless", tmp_path)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "lives0").exists() and time.monotonic() < deadline and first.poll() is None:
+            time.sleep(0.1)
+        second.kill()
+        output = first.communicate(timeout=120)[0]
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == AGAIN, output
+    assert "Another process of this run has ended" in output and "Traceback" not in output

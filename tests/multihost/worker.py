@@ -98,6 +98,13 @@ def alone_in_a_step(folder: Path, process: int) -> None:
     multihost_utils.process_allgather(np.zeros(3))
 
 
+def endless(folder: Path, process: int) -> None:
+    """Steps, until somebody kills one of them."""
+    while True:
+        multihost_utils.process_allgather(np.zeros(3))
+        (folder / f"lives{process}").touch()
+
+
 def bug(folder: Path, process: int) -> None:
     """Process 0 fails, with which the coordination service goes, by no mistake of a person."""
     if process == 0:
