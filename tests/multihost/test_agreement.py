@@ -105,6 +105,11 @@ def test_a_file_that_one_process_lacks_changes_no_plan(folder):
 @pytest.mark.parametrize(
     ("what", "code", "sentence"),
     [
+        (
+            "other_plans",
+            2,
+            "The processes have planned different batches by step 6 of packed (process 1 and process 0)",
+        ),
         ("bad_records", 2, "missing_image), more than max_bad_records=0.2 allows"),
         ("other_data", 2, "The data of stage 'one_a_row' are not the same for all processes: process 1 has"),
         ("alone_in_a_step", 2, "error: process 1 of this run: the sentence of process 1"),
