@@ -346,7 +346,9 @@ def read_by_all(folder: Path, damage: object) -> None:
     """UserError where this process alone could not read a checkpoint (`damage`): Orbax has the others wait for it."""
     patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
     if not distributed.meet(f"read/{folder.absolute()}", patience):
-        raise UserError(f"The checkpoint {folder} cannot be read by every process ({damage}).")
+        raise UserError(
+            f"The checkpoint {folder} cannot be read by every process ({damage or 'another one does not answer'})."
+        )
 
 
 class _NotRepeated(logging.Filter):

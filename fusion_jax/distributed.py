@@ -125,11 +125,17 @@ def gather(value: Any) -> list[Any]:
 
 def meet(where: str, patience: float) -> bool:
     """Whether every process comes here within as many seconds as the first of them has patience. `where` is new each
-    time. No collective: nobody waits for ever for one that is inside another."""
+    time. No collective: nobody waits for ever for one that is inside another.
+
+    Raises:
+      JaxRuntimeError: another process is gone.
+    """
     if jax.process_count() == 1:
         return True
     try:
         board.client().wait_at_barrier(f"fusion_jax/{where}", round(patience * 1000))
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
         return False
     return True

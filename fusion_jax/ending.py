@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import NoReturn
 import jax
 
 from fusion_jax import board, cli, interrupts, lock
-from fusion_jax.errors import AGAIN, RunAgain, first_line
+from fusion_jax.errors import AGAIN, RunAgain, UserError, first_line
 
 _NOTICE = "fusion_jax/ends"
 _SEEN = "fusion_jax/ends_seen"
@@ -28,6 +29,7 @@ _LOOK = 1.0  # seconds between two looks for a notice
 _PATIENCE = 10.0  # that process 0, with which the notice goes, waits until the others have seen it
 # In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process is gone.
 _LOST = ("Gloo", "gloo", "onnection", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "heartbeat", "ABORTED")
+_STATUS = re.compile(r"[A-Z_]+: ")  # begins the runtime's errors, some of which JAX raises as a ValueError
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def with_the_others() -> Iterator[None]:
         done.set()
         if board.client() is None or interrupts.asked():
             raise
-        if _is_lost(error):
+        if not isinstance(error, UserError) and is_lost(error):
             _end(_read(2 * _LOOK), f"({first_line(error)[:200]})")
         _end(_leave(error))
     finally:
@@ -97,10 +99,11 @@ def _read(patience: float = 0.0) -> Notice | None:
         time.sleep(0.1)
 
 
-def _is_lost(error: BaseException | None) -> bool:
+def is_lost(error: BaseException | None) -> bool:
     """Whether it came of another process that is gone."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in _LOST):
+        ours = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if ours and any(word in str(error) for word in _LOST):
             return True
         error = error.__cause__ or error.__context__
     return False

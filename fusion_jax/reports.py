@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-from fusion_jax import distributed, generate, losses, metrics, sharding, state, train_step, watch
+from fusion_jax import distributed, ending, generate, losses, metrics, sharding, state, train_step, watch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, pipeline
 from fusion_jax.data.layout import Batch
@@ -88,7 +88,7 @@ class Reports:
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
                 raise  # another process is gone, or all are out of step
             trouble = error
         if not distributed.meet(f"{self.stage.name}/{step}/{what}", _FAILED_PATIENCE if trouble else _PATIENCE):

@@ -302,7 +302,7 @@ def _closed_at_the_end(*parts) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
             raise  # another process is gone, without which no checkpoint is finished
         for part in parts:
             try:

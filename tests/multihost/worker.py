@@ -74,6 +74,16 @@ def plans(folder: Path, process: int) -> None:
     (folder / f"plans{process}.json").write_text(json.dumps(wrote))
 
 
+def other_plans(folder: Path, process: int) -> None:
+    """Each process measures by itself."""
+    board.open_board = lambda prefix: None
+    batches, check, _ = feed(folder, process, True)
+    for step in range(1, STEPS + 1):
+        fed, counts = next(batches)
+        check.note(step, fed, counts)
+    check.agree(STEPS)
+
+
 def bad_records(folder: Path, process: int) -> None:
     """Process 1 cannot read half of the images."""
     batches, check, _ = feed(folder, process, False)
@@ -96,6 +106,13 @@ def alone_in_a_step(folder: Path, process: int) -> None:
     if process == 1:
         raise errors.UserError("the sentence of process 1")
     multihost_utils.process_allgather(np.zeros(3))
+
+
+def endless(folder: Path, process: int) -> None:
+    """Steps, until somebody kills one of them."""
+    while True:
+        multihost_utils.process_allgather(np.zeros(3))
+        (folder / f"lives{process}").touch()
 
 
 def bug(folder: Path, process: int) -> None:
