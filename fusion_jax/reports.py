@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
-from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from fusion_jax import distributed, generate, losses, metrics, sharding, state, train_step, watch
+from fusion_jax import distributed, ending, generate, losses, metrics, sharding, state, train_step, watch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, pipeline
 from fusion_jax.data.layout import Batch
@@ -25,7 +24,8 @@ from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
 
-_PATIENCE_MS = 300_000  # that processes wait for each other behind a report
+_PATIENCE = 300.0  # seconds that processes wait for each other behind a report
+_FAILED_PATIENCE = 20.0  # the same for one whose report failed: the others may wait for it inside a collective
 
 
 class Reports:
@@ -43,7 +43,6 @@ class Reports:
         self.stop: watch.Stop = stop
         self._evaluate = compile_evaluation(model, mesh)
         self._failed: Counter[str] = Counter()
-        self._meet = get_barrier_sync_fn()
         self._planned: list[FixedBatch] | None = None  # validation, once its records are measured
 
     def run(self, step: int, params, phase: watch.Watch) -> bool:
@@ -83,19 +82,17 @@ class Reports:
         """The log says what failed, and training goes on.
 
         With several processes it does so only where all of them come to the end of the report, failed or not. One that
-        fails while the others wait for it inside a compiled program cannot be survived: after a while it raises.
+        fails while the others wait for it inside a compiled program cannot be survived: it soon raises.
         """
         trouble = None
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
                 raise  # another process is gone, or all are out of step
             trouble = error
-        try:
-            self._meet(key=f"{self.stage.name}/{step}/{what}", timeout_ms=_PATIENCE_MS)
-        except Exception as error:
-            raise trouble or error from None
+        if not distributed.meet(f"{self.stage.name}/{step}/{what}", _FAILED_PATIENCE if trouble else _PATIENCE):
+            raise trouble or RuntimeError(f"not every process came to the end of the {what} behind step {step}")
         if trouble is None:
             return
         self._failed[what] += 1
@@ -128,7 +125,7 @@ class Reports:
         if self._planned is None:
             most = config.validation_batches
             records = pipeline.first_records(loader, stage.batch_size, most) if distributed.is_first() else []
-            records = [Measured(*row) for row in distributed.table_of_first(records, len(Measured._fields))]
+            records = [Measured(*row) for row in distributed.gather(records)[0]]
             check(bool(records), f"none of the records of {config.validation_data} can be used.")
             self._planned = plan_all(records, loader.spec, loader.longest_latents, stage, shards)
         held = sharding.held_shards(self.mesh)
@@ -157,7 +154,7 @@ class Reports:
                 prompt = generate.first_question(record)
                 maker(prompt, prompt=True)
                 usable = True
-            if not distributed.everywhere(usable):
+            if not all(distributed.gather(usable)):
                 continue
             prompts.append(prompt)
             expected.append(record.turns[record.turns.index(prompt.turns[0]) + 1]["value"])

@@ -136,21 +136,44 @@ def of_parameters(boxed, mesh: Mesh):
 def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
     """Shardings of `tx`'s state: a moment lies where its parameter does, everything else on all devices.
 
+    Moments of another shape (Adafactor keeps one of rows and one of columns) are split as far as they have the
+    parameter's axes.
+
     Args:
       params: abstract parameters. shardings: theirs, the same tree.
     """
 
-    def masked(x) -> bool:  # a frozen parameter, which has no moments
-        return isinstance(x, optax.MaskedNode)
+    def place(moments, parameter, sharding):
+        # One array mostly; several with some optimizers, none for a frozen parameter.
+        return jax.tree.map(lambda moment: _of_moment(moment.shape, parameter.shape, sharding), moments)
 
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda moment, sharding: moment if masked(moment) else sharding,
+        place,
         jax.eval_shape(tx.init, params),
+        params,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
-        is_leaf=masked,
+        is_leaf=lambda x: not isinstance(x, dict),  # parameters are nested dicts
     )
+
+
+def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """Each axis of a moment is split like the axis of its parameter that it stands for; what stands for none is whole.
+
+    An axis stands for the next one of equal size, or, in as many dimensions, for the one in its place: (R, C) has
+    moments (R,) and (C,), or (R, 1) and (1, C). Where sizes are equal any choice is valid.
+    """
+    if shape == parameter:
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (len(parameter) - len(sharding.spec))
+    places, start = [], 0
+    for i, size in enumerate(shape):
+        candidates = [i] if len(shape) == len(parameter) else range(start, len(parameter))
+        axis = next((axis for axis in candidates if parameter[axis] == size), None)
+        places.append(None if axis is None else spec[axis])
+        start = start if axis is None else axis + 1
+    return NamedSharding(sharding.mesh, PartitionSpec(*places))
 
 
 def constrain(tree, shardings):

@@ -18,7 +18,7 @@ from fixtures import params
 from forged import forge
 from shapes_data import make_shapes
 
-from fusion_jax import checkpoint, integrity, metrics, sharding, train
+from fusion_jax import checkpoint, input_check, integrity, metrics, sharding, train
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.layout import lay_out
 from fusion_jax.data.pipeline import fixed_loader
@@ -169,7 +169,7 @@ def test_reports_can_be_lowered_for_two_chips():
 
 
 def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tmp_path, monkeypatch):
-    write, note = integrity.write, train.StageRun._note_bad
+    write, note = integrity.write, input_check.InputCheck.note
 
     def slowly(*arguments):
         time.sleep(1.5)
@@ -181,7 +181,7 @@ def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tm
         note(self, step, *arguments)
 
     monkeypatch.setattr(integrity, "write", slowly)
-    monkeypatch.setattr(train.StageRun, "_note_bad", too_many)
+    monkeypatch.setattr(input_check.InputCheck, "note", too_many)
     with pytest.raises(UserError, match="too many bad records"):
         train.train(configured(data), tmp_path)
     assert steps(tmp_path) == [2] and integrity.problem(tmp_path / "stage1" / "checkpoints" / "2") is None

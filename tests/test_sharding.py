@@ -189,25 +189,48 @@ def test_the_mesh_is_a_key_of_the_run():
     assert run.mesh == MeshConfig(1, -1, 1)
 
 
-# Eight devices, in a process of their own.
+# Moments of other shapes than their parameters, and towers cut on loading: four devices, in a process of their own.
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meshes")
+def _run_worker(name, folder, devices):
+    """What tests/`name`, which writes two files, gave on so many CPU devices."""
     outputs = [folder / "arrays.npz", folder / "report.json"]
-    worker = Path(__file__).parent / "mesh_worker.py"
+    worker = Path(__file__).parent / name
     root = worker.parents[1]
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(root / ".jax_cache"),
     }
     command = [sys.executable, worker, *outputs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(np.load(outputs[0])), json.loads(outputs[1].read_text())
+
+
+def test_factored_moments_lie_with_their_parameters_and_update_as_on_one_device(tmp_path):
+    # It compares each array's place after two updates, and cuts a tower in its place.
+    arrays, report = _run_worker("state_worker.py", tmp_path, 4)
+    for mesh, least in {"fsdp": 1.3, "tensor": 1.2, "mixed": 1.5}.items():
+        for name in ("adafactor", "adafactor, masked", "sm3"):
+            held = report[f"{mesh}|{name}"].values()
+            whole, here = (sum(math.prod(shapes[i]) for shapes in held) for i in (0, 1))
+            assert whole > least * here, (mesh, name)
+    # Of (vocabulary, width), split over tensor and fsdp, the mean over rows and that over columns.
+    rows, columns = (report["mixed|adafactor"][f"[0].{name}['llm']['embedding']"] for name in ("v_row", "v_col"))
+    assert (rows, columns) == ([[16], [8]], [[128], [64]])
+    for key, array in arrays.items():
+        mesh, rest = key.split("|", 1)
+        np.testing.assert_allclose(array, arrays[f"one|{rest}"], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+# Eight devices, in a process of their own.
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return _run_worker("mesh_worker.py", tmp_path_factory.mktemp("meshes"), 8)
 
 
 MESHES = ["data", "fsdp", "tensor", "mixed", "mixed, released"]

@@ -14,9 +14,8 @@ import jax
 from fusion_jax.errors import UserError
 
 ATTENTION = "attention"  # name of what attention kernels keep for their backward passes
-# Kernels that name nothing themselves are kept by what they are. Triton's is a call of a function with its own
-# gradient, whose forward pass calls it again; no other such function is still a call where policies are asked.
-_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper", "custom_vjp_call")
+# Kernels that name nothing themselves are kept by what they are.
+_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_from_both_policies(

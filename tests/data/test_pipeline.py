@@ -10,9 +10,11 @@ import grain
 import jax
 import numpy as np
 import pytest
+from board_fake import Store
 from fixtures import tiny
 from PIL import Image
 
+from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
@@ -481,9 +483,17 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
     source = pipeline.open_source(config, stage)
 
+    stores = []
+
     def start(*processes):
         """Each process is the shards that it holds."""
-        return [(pipeline.training_batches(config, stage, source, tokenizer, 4, held), held) for held in processes]
+        stores.append(Store())
+        count = len(processes)
+        boards = [Board("run", stores[-1], process, count) if count > 1 else None for process in range(count)]
+        return [
+            (pipeline.training_batches(config, stage, source, tokenizer, 4, held, board), held)
+            for held, board in zip(processes, boards)
+        ]
 
     def step(processes):
         """The batch's rows, each shard's from the process that holds it."""
@@ -505,8 +515,10 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     four = start((0,), (1,), (2,), (3,))
     for batches, _ in four:
         batches.set_state(saved)
-    for _ in range(4):
+    for _ in range(20):
         assert step(one) == step(four)
+    # What all have read is gone: a text, and who has read it, for each of those that may still be needed.
+    assert 1 < len(stores[-1].texts) < 3 * (2 * pipeline._SENT_AHEAD)
     for batches, _ in (*one, *two, *interleaved, *four):
         batches.close()
 

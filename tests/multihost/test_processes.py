@@ -68,6 +68,8 @@ def start(data, workdir, processes, *overrides, devices=1, program=("-m", "fusio
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        # On CPU only process 0 would ever find its programs there, and then wait for the others for longer than it can.
+        "JAX_ENABLE_COMPILATION_CACHE": str(processes == 1),
     }
     started = []
     for process in range(processes):

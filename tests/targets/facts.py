@@ -10,8 +10,8 @@ _KERNELS = {
     "splash backward": r"%splash_mha_d(?:q|kv)\S* = .* custom-call\(.*\"tpu_custom_call\"",
     "cuDNN forward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*(?<!Backward)\"",
     "cuDNN backward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*Backward\"",
-    "Triton forward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*mha_forward",
-    "Triton backward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*mha_backward",
+    "Triton forward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*segment_flash_forward",
+    "Triton backward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*segment_flash_(?:keys|queries)",
 }
 # What makes a device wait for its host: a queue between them, a call of Python, arrays that lie in the host's memory.
 _HOST = (

@@ -81,7 +81,7 @@ def kernels(target: str, name: str) -> dict[str, int]:
         forward, backward = {"splash forward": encoder + llm}, {"splash backward": 2 * (encoder + llm)}
     else:
         forward = {"cuDNN forward": encoder, "Triton forward": llm}
-        backward = {"cuDNN backward": encoder, "Triton backward": llm}
+        backward = {"cuDNN backward": encoder, "Triton backward": 2 * llm}
     if "step" not in name:
         backward = {}
     elif "remat full" in name:
