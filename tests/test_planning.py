@@ -332,12 +332,12 @@ def test_gpus_of_a_node_use_nvlink_and_nodes_their_network():
 def test_gpus_have_the_share_of_their_memory_that_jax_takes(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     whole = gpus.CARDS["h100"].memory
-    assert topology("h100:1").memory == 0.92 * whole
+    assert topology("h100:1").limit == 0.92 * whole
     flags = (Path(__file__).parents[1] / "launch" / "xla_flags.sh").read_text()
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" in flags
     assert all(f"{name}=true" in flags for name in topology("h100:1").options)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert topology("h100:1").memory == 0.5 * whole
+    assert topology("h100:1").limit == 0.5 * whole
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75")
     with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75 is no share"):
         gpus.memory_share()
@@ -547,18 +547,19 @@ NO_CUDA = all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for 
 
 
 @pytest.mark.skipif(NO_CUDA, reason="needs pip install fusion_jax[plan_gpu]")
-@pytest.mark.parametrize("name", ["h100:1", "h100:2x2"])
-def test_tiny_model_is_planned_for_gpus(name):
+def test_tiny_model_is_planned_for_two_nodes_of_gpus():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
-    config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
-    chips = topology(name)
-    found = report.analyse(program.compile_step(config, stage, chips), chips)
+    model = replace(config.model, **TINY | {"vision.image_size": 192})  # long enough for cuDNN
+    config = dataclasses.replace(config, model=model, stages=(stage,))
+    four = topology("h100:2x2")
+    found = report.analyse(program.compile_step(config, stage, four), four)
     line = report.line(found, 1e6)
     assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
     assert set(line["flops_by_kernel"]) == {"generated products", "cuDNN attention", "Triton attention"}
-    assert 4 / 3 < line["compiled_over_model_flops"] < 6
+    assert 1.1 < line["compiled_over_model_flops"] < 6
     assert 0 < line["mfu_bound"] < 0.75
-    assert {axes for _, axes in found.collectives} == (set() if name == "h100:1" else {"fsdp"})
+    assert {axes for _, axes in found.collectives} == {"fsdp"}
+    assert sum(found.collectives.values()) > 2 * 2 * 0.9 * found.program.parameter_count * 3 / 4
     table = report.table(found, 1e6)
     assert "of 72.78 (92% of the card's 79.1, XLA_PYTHON_CLIENT_MEM_FRACTION): fits" in table
     assert "GPU-hours" in table and "chip" not in table

@@ -143,7 +143,7 @@ class GpuTopology:
         return self.sides[0] * self.sides[1]
 
     @property
-    def memory(self) -> float:
+    def limit(self) -> float:
         """Bytes that a program may take on one of them: the compiler itself refuses nothing."""
         return self.chip.hbm
 

@@ -130,7 +130,7 @@ def table(report: Report, stage_samples: float | None) -> str:
     noun = topology.noun
     (rows, length), (groups, crops) = step.batch.tokens.shape, step.batch.crop_kind.shape
     out = [
-        f"{program.stage.name} on {topology.name}, {topology.chips} {noun}s ({mesh}), remat {program.config.remat}",
+        f"{program.stage.name} on {topology.name}, {topology.chips} {noun}{'s' * (topology.chips > 1)} ({mesh}), remat {program.config.remat}",
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
         f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",
