@@ -127,10 +127,10 @@ def table(report: Report, stage_samples: float | None) -> str:
     """The same and where it comes from, for reading."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    noun = topology.noun
+    noun, plural = topology.noun, topology.noun + "s" * (topology.chips > 1)
     (rows, length), (groups, crops) = step.batch.tokens.shape, step.batch.crop_kind.shape
     out = [
-        f"{program.stage.name} on {topology.name}, {topology.chips} {noun}{'s' * (topology.chips > 1)} ({mesh}), remat {program.config.remat}",
+        f"{program.stage.name} on {topology.name}, {topology.chips} {plural} ({mesh}), remat {program.config.remat}",
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
         f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",
