@@ -4,7 +4,8 @@ Random weights and random tokens; what is measured is the compiled program that 
 line is one JSON object. Times are wall-clock medians after compilation.
 
 `python -m fusion_jax.benchmark step --config configs/flare.py:l_3b,stage1` times a run's step at its real shapes on the
-devices that are there.
+devices that are there; `--trace` adds which operations its time goes to (op_times.py). `prefill` and `decode` take a
+run's configuration too, with `--rows` prompts at once.
 
 `python -m fusion_jax.benchmark checkpoint --config configs/benchmark_cpu.py:checkpoint` measures what saving costs.
 
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from fusion_jax import checkpoint, flops, generate, optim, sharding, state, train_step, watch
+from fusion_jax import checkpoint, flops, generate, op_times, optim, sharding, state, train_step, watch
 from fusion_jax.cli import check_config, define_config, run_main
 from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
@@ -45,7 +46,11 @@ _CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py", n
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
 _DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
 _LATENTS = flags.DEFINE_integer("latents", None, "step of a run's configuration: l^2; by default the largest")
+_TRACE = flags.DEFINE_boolean("trace", False, "step: list the dearest operations")
+_ROWS = flags.DEFINE_integer("rows", 1, "prefill and decode of a run's configuration: prompts at once", lower_bound=1)
 RUN_REPEATS = 5
+RUN_QUESTION, RUN_DECODE = 64, 64  # tokens, for prefill and decode of a run's configuration
+TRACED = 2  # steps
 KINDS = ("step", "prefill", "decode", "checkpoint", "input")
 
 
@@ -119,7 +124,7 @@ def benchmark_step(config) -> dict:
     """
     if "stages" not in config:
         work = _small_step(config)
-        return _time_step(*work, samples=config.batch_size, repeats=config.repeats)
+        return _time_step(*work, samples=config.batch_size, repeats=config.repeats, trace=_TRACE.value)
     run = from_dict(RunConfig, config.to_dict())
     stage, model = run.stages[0], _model(config)
     mesh = sharding.make_mesh(run.mesh)
@@ -129,7 +134,7 @@ def benchmark_step(config) -> dict:
         shape = {"rows": len(batch.tokens), "latents": batch.latent_count, "accumulation": stage.accumulation}
         try:
             with watch.says_when_memory_is_short(run.remat):
-                return shape | _time_step(model, stage, mesh, batch, samples, RUN_REPEATS)
+                return shape | _time_step(model, stage, mesh, batch, samples, RUN_REPEATS, _TRACE.value)
         except UserError:
             if len(batch.tokens) <= shards * stage.accumulation:
                 raise
@@ -137,7 +142,9 @@ def benchmark_step(config) -> dict:
         print(f"does not fit; with accumulation {stage.accumulation}:", file=sys.stderr)
 
 
-def _time_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batch, samples: int, repeats: int) -> dict:
+def _time_step(
+    model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batch, samples: int, repeats: int, trace: bool
+) -> dict:
     cost = flops.step_flops(model.config, flops.shape_of(batch))
     step, current, batch, rates, compile_seconds = _compile_step(model, stage, mesh, batch)
 
@@ -148,7 +155,7 @@ def _time_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batc
 
     jax.block_until_ready(run())
     seconds = statistics.median(_times(run, repeats))
-    return {
+    result = {
         "seconds_per_step": seconds,
         "samples_per_second": samples / seconds,
         "compile_seconds": compile_seconds,
@@ -158,6 +165,19 @@ def _time_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: Batc
         "model_gflop_per_second": cost / seconds / 1e9,
         "mfu": cost / seconds / flops.peak(model.dtype),
     }
+    if trace:
+        print(json.dumps(result), flush=True)  # should the profiler end the process
+        result["operations"] = _trace(run, step.as_text())
+    return result
+
+
+def _trace(run, program: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(TRACED):
+                results = run()
+            jax.block_until_ready(results)
+        return op_times.summary(op_times.read(folder), TRACED, program)
 
 
 def benchmark_checkpoint(config) -> dict:
@@ -203,27 +223,42 @@ def benchmark_checkpoint(config) -> dict:
 
 
 def benchmark_prefill(config) -> dict:
-    """Batch 1, every crop encoded, the exchange layers, logits of the first token."""
+    """Every crop encoded, the exchange layers, logits of the first token."""
+    rows, question, answer, repeats = _prompts(config, 1)
     model = _model(config)
     params = fusion.init(model.config, jax.random.key(0))
-    batch = jax.tree.map(jnp.asarray, random_batch(model.config, 1, config.question_tokens, 0))
-    capacity = batch.tokens.shape[1] + config.decode_tokens
-    run = functools.partial(generate.prefill, model, params, batch, capacity)
+    return time_prefill(model, params, rows, question, answer, repeats)
+
+
+def time_prefill(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
+    """`rows` prompts with `question` tokens and an image each; the cache has room for `answer` tokens more."""
+    batch = jax.tree.map(jnp.asarray, random_batch(model.config, rows, question, 0))
+    run = functools.partial(generate.prefill, model, params, batch, batch.tokens.shape[1] + answer)
     start = time.perf_counter()
     jax.block_until_ready(run())
     compile_seconds = time.perf_counter() - start
-    return {"seconds": statistics.median(_times(run, config.repeats)), "compile_seconds": compile_seconds}
+    return {
+        "rows": rows,
+        "length": batch.tokens.shape[1],
+        "seconds": statistics.median(_times(run, repeats)),
+        "compile_seconds": compile_seconds,
+    }
 
 
 def benchmark_decode(config) -> dict:
     """Cached greedy decode: the time of `decode_tokens` minus that of one."""
+    rows, question, answer, repeats = _prompts(config, config.get("decode_rows", 1))
     model = _model(config)
     params = fusion.init(model.config, jax.random.key(0))
-    count = config.get("decode_rows", 1)
-    batch = jax.tree.map(jnp.asarray, random_batch(model.config, count, config.question_tokens, 0))
-    prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=config.decode_tokens + 1)] * count)
+    return time_decode(model, params, rows, question, answer, repeats)
+
+
+def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
+    """`answer` tokens behind each of `rows` prompts, as those of `time_prefill`."""
+    batch = jax.tree.map(jnp.asarray, random_batch(model.config, rows, question, 0))
+    prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
     medians = []
-    for steps in (config.decode_tokens, 1):
+    for steps in (answer, 1):
 
         def run(steps=steps):
             ready = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled))
@@ -232,9 +267,16 @@ def benchmark_decode(config) -> dict:
             return time.perf_counter() - start
 
         run()
-        medians.append(statistics.median(run() for _ in range(config.repeats)))
+        medians.append(statistics.median(run() for _ in range(repeats)))
     seconds = medians[0] - medians[1]
-    return {"rows": count, "tokens_per_second": count * (config.decode_tokens - 1) / seconds, "seconds": seconds}
+    return {"rows": rows, "tokens_per_second": rows * (answer - 1) / seconds, "seconds": seconds}
+
+
+def _prompts(config, rows: int) -> tuple[int, int, int, int]:
+    """Rows, question tokens, tokens to generate, repeats; `rows` is a benchmark configuration's."""
+    if "stages" in config:
+        return _ROWS.value, RUN_QUESTION, RUN_DECODE, RUN_REPEATS
+    return rows, config.question_tokens, config.decode_tokens, config.repeats
 
 
 def _model(config) -> fusion.Fusion:
@@ -251,7 +293,7 @@ def main(argv: list[str]) -> None:
         return
     config = _CONFIG.value
     check_config(config)
-    if argv[1] != "step" and "stages" in config:
+    if argv[1] == "checkpoint" and "stages" in config:
         raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
     measure = {
         "step": benchmark_step,

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from fusion_jax import losses, optim, sharding, state
@@ -47,13 +48,26 @@ def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
     return parts["ce"] + config.mapping_loss_weight * (parts["v2t"] + parts["t2v"]), parts
 
 
+# The last names of parameters that only matrix products read, in the dtype of the computation.
+_PRODUCTS = ("kernel", "in", "head")
+
+
+def _cast_products(params, dtype):
+    """Weights of matrix products as the layers would cast them: once a step, not at every use in every microbatch.
+
+    Gradients of them come out of the products in that dtype, and are held in it until they are summed.
+    """
+    flat = flatten_dict(params)
+    return unflatten_dict({path: x.astype(dtype) if path[-1] in _PRODUCTS else x for path, x in flat.items()})
+
+
 def _accumulate(grad_fn, params, batch: Batch, microbatches: int, mesh: Mesh):
-    """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time."""
+    """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time; all float32."""
     if microbatches == 1:
-        return grad_fn(params, batch)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), grad_fn(params, batch))
     slices = sharding.microbatches(batch, microbatches, mesh)
     first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
     def body(total, part):
         return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
@@ -95,7 +109,8 @@ def train_step(
         # Scattered as soon as they are made: no device ever holds all gradients.
         return values, sharding.constrain(grads, places.params)
 
-    (total, parts), grads = _accumulate(grad_fn, old.params, batch, stage.accumulation, mesh)
+    weights = _cast_products(old.params, model.dtype)
+    (total, parts), grads = _accumulate(grad_fn, weights, batch, stage.accumulation, mesh)
     grad_norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, old.opt_state, old.params)
     params = optim.apply_updates(old.params, updates, rates, label_tree)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from fixtures import assert_trees_close, flat, grad_fn, mixed_batch, params, tiny
+from flax.traverse_util import flatten_dict
 
 from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import StageConfig
@@ -253,6 +254,27 @@ def test_accumulation_changes_nothing(accumulation):
     for path, value in flat(one.params).items():
         if not path.endswith(("key/bias", "key_norm/bias")):
             np.testing.assert_allclose(flat(several.params)[path], value, atol=1e-4, err_msg=path)
+
+
+def test_weights_of_products_are_cast_once_for_all_microbatches():
+    """The loop over microbatches gets them in bfloat16; everything else, and the sums of gradients, stay float32."""
+    model, stage = Fusion(CONFIG, jnp.bfloat16), dataclasses.replace(STAGE, accumulation=2)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    weights = state.abstract_parameters(CONFIG, mesh)
+    tx, labels = optim.optimizer(stage, weights), optim.labels(stage, weights)
+    step = train_step.compile_step(model, stage, tx, labels, mesh)
+    rates = optim.learning_rates(stage, 0, STEPS)
+    with sharding.use(mesh):
+        jaxpr = jax.make_jaxpr(step.function)(state.abstract(weights, tx, mesh), mixed_batch(CONFIG), rates)
+    (loop,) = [e for e in jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == 2]
+    taken = loop.invars[: loop.params["num_consts"]]
+    inside = {(v.aval.shape, v.aval.dtype) for v in taken if v.aval.ndim > 1}
+    expected = {path: x.shape for path, x in flatten_dict(weights, sep="/").items()}
+    products = {shape for path, shape in expected.items() if path.split("/")[-1] in ("kernel", "in", "head")}
+    assert {shape for shape, dtype in inside if dtype == jnp.bfloat16} >= products
+    assert (expected["llm/embedding"], jnp.dtype(jnp.float32)) in inside
+    sums = loop.outvars[: loop.params["num_carry"]]
+    assert {v.aval.dtype for v in sums} == {jnp.dtype(jnp.float32)}
 
 
 def test_step_that_is_not_finite_changes_only_the_counters():

@@ -1,4 +1,4 @@
-"""Attention kernels that never write the scores to memory, for TPU and GPU: JAX's own, made to fit our contract.
+"""Attention kernels that never write the scores to memory, for TPU and GPU, made to fit our contract.
 
 Each takes and gives what `attention.reference_attention` does: packed segments, padding, grouped heads, zeros where a
 query sees no key. Lengths are padded to whole blocks with positions of segment 0, which nobody looks at.
@@ -8,10 +8,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from fusion_jax.models import segment_flash
 from fusion_jax.models.remat import ATTENTION
 
 LANES = 128  # of a TPU: its blocks are multiples of it
@@ -75,19 +75,15 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
 
 
 def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):
-    """Flash attention in Triton (GPU), of a sequence with itself: the same positions and segments on both sides.
+    """Flash attention in Triton (GPU) of a packed sequence with itself: the same positions and segments on both sides.
 
-    Knows no window.
+    Causal; knows no window.
     """
-    assert not window
-    _, length, heads, size = q.shape
+    assert causal and not window
+    length = q.shape[1]
     padded = math.ceil(length / 128) * 128
-    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
-    blocks = triton.BlockSizes(128, 64, 64, 64, 64, 64)
     q, k, v = (_pad(x, padded) for x in (q, k, v))
-    out = triton.mha(
-        q, k, v, _pad(q_segments, padded), 1 / math.sqrt(size), causal, block_sizes=blocks, interpret=interpret
-    )  # fmt: skip
+    out = segment_flash.segment_attention(q, k, v, _pad(q_segments, padded), interpret=interpret)
     return _zero_blind(out[:, :length], q_segments, kv_segments, causal).astype(v.dtype)
 
 

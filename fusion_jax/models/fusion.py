@@ -145,7 +145,11 @@ class Fusion(nn.Module):
     def exchange_plan(self, batch: Batch, encoded: Visual) -> ExchangePlan | None:
         if self.config.exchange_layers == 0 or batch.round_end.shape[1] == 0:
             return None
-        return ExchangePlan(encoded.context, batch.windows, batch.round_end, batch.latent_start)
+        side = None
+        if not self.config.tile_grids:
+            side = math.isqrt(encoded.context.shape[1] // batch.crop_kind.shape[1])
+        rounds = batch.round_crop, batch.round_end, batch.latent_start
+        return ExchangePlan(encoded.context, batch.windows, *rounds, side)
 
     def assemble(self, batch: Batch, encoded: Visual) -> Float[Array, "B S D"]:
         """The decoder's input: text embeddings, and the visual table's entries at visual places."""

@@ -73,11 +73,27 @@ def take(x: jax.Array, index: jax.Array, split_last: str | None = None) -> jax.A
     return split(lambda x, i: x[_rows(i), i], (names, indices), (*indices, *names[2:]))(x, index)
 
 
-def add(x: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
-    """x with update[a] added at x[a, index[a]], for every a along axis 0; indices beyond the end are left out."""
+def take_once(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`take` where an index occurs once at most for each a, zeros beyond the end: its gradient needs no atomic sums."""
+    names, indices = (("batch", *(None,) * (a.ndim - 1)) for a in (x, index))
+
+    def run(x, i):
+        return x.at[_rows(i), i].get(mode="fill", fill_value=0, unique_indices=True)
+
+    return split(run, (names, indices), (*indices, *names[2:]))(x, index)
+
+
+def add_once(x: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
+    """x with update[a] added at x[a, index[a]], for every a along axis 0; for each a an index occurs once at most.
+
+    Indices beyond the end are left out.
+    """
     names, indices, updates = (("batch", *(None,) * (a.ndim - 1)) for a in (x, index, update))
-    run = split(lambda x, i, u: x.at[_rows(i), i].add(u, mode="drop"), (names, indices, updates), names)
-    return run(x, index, update)
+
+    def run(x, i, u):
+        return x.at[_rows(i), i].add(u, mode="drop", unique_indices=True)
+
+    return split(run, (names, indices, updates), names)(x, index, update)
 
 
 def _rows(index: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ def test_shellcheck_finds_nothing():
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", ["tpu_vm", "gke", "slurm", "host", "train", "restart", "xla_flags"])
+@pytest.mark.parametrize("name", ["tpu_vm", "gke", "slurm", "host", "train", "restart", "xla_flags", "gpu_check"])
 def test_help_and_unknown_options(name):
     result = script(name, "--help")
     assert result.returncode == 0 and f"launch/{name}.sh" in result.stdout and not result.stderr

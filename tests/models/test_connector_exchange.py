@@ -107,7 +107,7 @@ def weights():
 def plan(round_image=ROUND_IMAGE, round_end=ROUND_END, latent_start=LATENT_START, context=CONTEXT):
     windows = image_windows(round_image, SIDE, 3)
     context = context.reshape(BATCH, -1, WIDTH)
-    return ExchangePlan(*map(jnp.asarray, (context, windows, round_end, latent_start)))
+    return ExchangePlan(*map(jnp.asarray, (context, windows, round_image, round_end, latent_start)), side=SIDE)
 
 
 @functools.cache
@@ -194,6 +194,26 @@ def test_a_latent_reads_its_round_its_question_and_its_image_only():
     context[1, 1, 0] *= -1  # the corner is in the first window alone
     moved = np.abs(exchange(context=context) - out).max(-1) > 1e-4
     np.testing.assert_array_equal(np.argwhere(moved), [[1, 5]])
+
+
+def test_crops_fetched_whole_give_what_single_tokens_give():
+    """Where l divides the grid: results and gradients, the windows' indices being left unread."""
+    context = random_array(BATCH, IMAGES * 36, WIDTH, seed=4)
+    cotangent = random_array(BATCH, LENGTH, WIDTH, seed=5)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(weights, x, context, side):
+        windows = image_windows(ROUND_IMAGE, 6, 3) if side is None else np.full((BATCH, ROUNDS, LATENTS, 4), -1)
+        rounds = map(jnp.asarray, (windows, ROUND_IMAGE, ROUND_END, LATENT_START))
+        layer = SemanticExchange(HEADS)
+        out, pull = jax.vjp(
+            lambda w, x, c: layer.apply({"params": w}, x, ExchangePlan(c, *rounds, side)), weights, x, context
+        )
+        return out, pull(cotangent)
+
+    single, whole = (run(weights(), jnp.asarray(STATE), jnp.asarray(context), side) for side in (None, 6))
+    assert np.abs(single[0] - STATE)[is_latent()].max() > 0.1 and np.abs(single[1][2]).max() > 0.1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), whole, single)
 
 
 def test_layers_have_no_biases_but_those_of_norms():

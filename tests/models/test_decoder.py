@@ -187,7 +187,7 @@ def decode(x, segments, positions, plan=None, cache=None, config=STACKED):
 
 
 def exchange_plan(context, round_image, round_end, latent_start):
-    rounds = (np.array(a, np.int32) for a in (round_end, latent_start))
+    rounds = (np.array(a, np.int32) for a in (round_image, round_end, latent_start))
     windows = image_windows(np.array(round_image), SIDE, 2)
     return ExchangePlan(*map(jnp.asarray, (context.reshape(len(context), -1, context.shape[-1]), windows, *rounds)))
 

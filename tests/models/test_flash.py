@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fixtures import random_array
 
-from fusion_jax.models import attention, flash
+from fusion_jax.models import attention, flash, segment_flash
 from fusion_jax.models.attention import reference_attention
 
 LONG = 150  # neither a whole block nor within one
@@ -76,6 +76,14 @@ def test_padding_gives_zeros(kernel):
     out, d_q, d_k, d_v = run(KERNELS[kernel][0], "packed")
     for x in (out, d_q, d_k, d_v):
         assert (x[:, PACKED[0] == 0] == 0).all() and np.isfinite(x).all()
+
+
+def test_blocks_of_other_segments_are_skipped():
+    """Rows of segments one after the other, and one whose segments come in any order: nobody may be left out."""
+    in_order, mixed = np.repeat([1, 2, 3, 0], [70, 60, 62, 64]), np.resize([3, 1, 2], 256)
+    first, last = segment_flash.ranges(jnp.asarray(np.stack([np.where(in_order, in_order, 9), mixed])), 64, 32)
+    np.testing.assert_array_equal(first, [[0, 0, 2, 6], [0] * 4])  # the second and third begin in segments 1 and 2
+    np.testing.assert_array_equal(last, [[2, 2, 3, 3, 3, 3, 4, 4], [4] * 8])
 
 
 @pytest.mark.parametrize("case", CASES)

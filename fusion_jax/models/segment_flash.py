@@ -1,0 +1,211 @@
+"""Causal flash attention of packed rows in Triton (NVIDIA GPU), which skips what other segments hold.
+
+    one program                 goes over                          and gives
+    forward: a block of queries  keys from `first` to the diagonal  output, log-sum-exp
+    keys:    a block of keys     queries from the diagonal to `last` d(key), d(value)
+    queries: a block of queries  keys from `first` to the diagonal  d(query)
+
+`first` and `last` come from the ranges of segment ids that blocks hold, so rows of any segments are right and those
+packed one segment after the other are cheap. Algorithm: FlashAttention-2 (arXiv 2307.08691).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_HIDDEN = -1e30  # a score that nothing comes of, and that no sum makes infinite
+_LAST = 2**30  # segment of padding, which stands behind all others
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries and keys of a block, warps and pipeline stages of a program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# The fastest of those tried on an H100; see docs/performance.md.
+FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+
+
+def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """The first block of keys that each block of queries must look at, and one more than the last block of queries that
+    must look at each block of keys: int32 (B, S / queries) and (B, S / keys)."""
+    batch = len(segments)
+    of_queries, of_keys = (segments.reshape(batch, -1, size) for size in (queries, keys))
+    meets = (of_queries.min(-1)[:, :, None] <= of_keys.max(-1)[:, None]) & (
+        of_keys.min(-1)[:, None] <= of_queries.max(-1)[:, :, None]
+    )
+    first = jnp.argmax(meets, axis=2)
+    last = meets.shape[1] - jnp.argmax(meets[:, ::-1], axis=1)
+    return first.astype(jnp.int32), last.astype(jnp.int32)
+
+
+def _load(ref, start, size, width):
+    """(size, padded width) of a (S, width) array."""
+    columns = jnp.arange(ref.shape[-1])[None] < width
+    return plt.load(ref.at[pl.ds(start, size), :], mask=columns, other=0.0)
+
+
+def _scores(q, k, q_segments, k_segments, q_start, k_start, scale):
+    """Scores in base 2 (queries, keys), `_HIDDEN` where a query does not see a key."""
+    q_places, k_places = q_start + jnp.arange(q.shape[0]), k_start + jnp.arange(k.shape[0])
+    sees = (q_segments[:, None] == k_segments[None]) & (q_places[:, None] >= k_places[None])
+    return jnp.where(sees, plt.dot(q, k.T) * (scale * _LOG2E), _HIDDEN)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, segments_ref, first_ref, out_ref, lse_ref, *, blocks, width, scale):
+    size, step = blocks.queries, blocks.keys
+    start = pl.program_id(0) * size
+    q, mine = _load(q_ref, start, size, width), segments_ref[pl.ds(start, size)]
+
+    def over_keys(block, carry):
+        total, top, out = carry
+        at = block * step
+        k, v = _load(k_ref, at, step, width), _load(v_ref, at, step, width)
+        scores = _scores(q, k, mine, segments_ref[pl.ds(at, step)], start, at, scale)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        shrink, weights = jnp.exp2(top - new_top), jnp.exp2(scores - new_top[:, None])
+        out = out * shrink[:, None] + plt.dot(weights.astype(v.dtype), v)
+        return total * shrink + weights.sum(axis=1), new_top, out
+
+    zeros = jnp.zeros(size, jnp.float32)
+    begin = zeros, zeros + 2 * _HIDDEN, jnp.zeros((size, q.shape[1]), jnp.float32)
+    total, top, out = jax.lax.fori_loop(first_ref[...], pl.cdiv(start + size, step), over_keys, begin)
+    columns = jnp.arange(out.shape[1])[None] < width
+    plt.store(out_ref, (out / total[:, None]).astype(out_ref.dtype), mask=columns)
+    lse_ref[...] = top + jnp.log2(total)
+
+
+def _keys_kernel(
+    q_ref, k_ref, v_ref, segments_ref, last_ref, g_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, blocks, width, scale
+):
+    size, step = blocks.keys, blocks.queries
+    start = pl.program_id(0) * size
+    k, v = _load(k_ref, start, size, width), _load(v_ref, start, size, width)
+    mine = segments_ref[pl.ds(start, size)]
+
+    def over_queries(block, carry):
+        d_k, d_v = carry
+        at = block * step
+        q, g = _load(q_ref, at, step, width), _load(g_ref, at, step, width)
+        scores = _scores(q, k, segments_ref[pl.ds(at, step)], mine, at, start, scale)
+        weights = jnp.exp2(scores - lse_ref[pl.ds(at, step)][:, None])
+        d_v += plt.dot(weights.astype(g.dtype).T, g)
+        d_scores = weights * (plt.dot(g, v.T) - delta_ref[pl.ds(at, step)][:, None])
+        return d_k + plt.dot(d_scores.astype(q.dtype).T, q), d_v
+
+    zeros = jnp.zeros((size, k.shape[1]), jnp.float32)
+    d_k, d_v = jax.lax.fori_loop(start // step, last_ref[...], over_queries, (zeros, zeros))
+    columns = jnp.arange(k.shape[1])[None] < width
+    plt.store(d_k_ref, (d_k * scale).astype(d_k_ref.dtype), mask=columns)
+    plt.store(d_v_ref, d_v.astype(d_v_ref.dtype), mask=columns)
+
+
+def _queries_kernel(
+    q_ref, k_ref, v_ref, segments_ref, first_ref, g_ref, lse_ref, delta_ref, d_q_ref, *, blocks, width, scale
+):
+    size, step = blocks.queries, blocks.keys
+    start = pl.program_id(0) * size
+    q, g = _load(q_ref, start, size, width), _load(g_ref, start, size, width)
+    mine, lse, delta = (ref[pl.ds(start, size)] for ref in (segments_ref, lse_ref, delta_ref))
+
+    def over_keys(block, d_q):
+        at = block * step
+        k, v = _load(k_ref, at, step, width), _load(v_ref, at, step, width)
+        scores = _scores(q, k, mine, segments_ref[pl.ds(at, step)], start, at, scale)
+        weights = jnp.exp2(scores - lse[:, None])
+        d_scores = weights * (plt.dot(g, v.T) - delta[:, None])
+        return d_q + plt.dot(d_scores.astype(k.dtype), k)
+
+    d_q = jnp.zeros((size, q.shape[1]), jnp.float32)
+    d_q = jax.lax.fori_loop(first_ref[...], pl.cdiv(start + size, step), over_keys, d_q)
+    columns = jnp.arange(d_q.shape[1])[None] < width
+    plt.store(d_q_ref, (d_q * scale).astype(d_q_ref.dtype), mask=columns)
+
+
+def _call(kernel, name, blocks, grid_size, shape, repeat, interpret, in_kinds, out_kinds, *arrays):
+    """One kernel over (blocks of the row, heads, rows). Kinds of arrays: `heads`, `groups` (whole rows of one head or
+    group of heads), `row` (B, S), `bound` (B, blocks), `sums` (B, H, S), `part` and `part_sums` (a block of them)."""
+    batch, length, heads, width = shape
+    padded = pl.next_power_of_2(width)
+    own = length // grid_size
+    specs = {
+        "heads": pl.BlockSpec((None, length, None, padded), lambda i, h, b: (b, 0, h, 0)),
+        "groups": pl.BlockSpec((None, length, None, padded), lambda i, h, b: (b, 0, h // repeat, 0)),
+        "row": pl.BlockSpec((None, length), lambda i, h, b: (b, 0)),
+        "bound": pl.BlockSpec((None, None), lambda i, h, b: (b, i)),
+        "sums": pl.BlockSpec((None, None, length), lambda i, h, b: (b, h, 0)),
+        "part": pl.BlockSpec((None, own, None, padded), lambda i, h, b: (b, i, h, 0)),
+        "part_sums": pl.BlockSpec((None, None, own), lambda i, h, b: (b, h, i)),
+    }
+    out_shapes = {
+        "part": jax.ShapeDtypeStruct(shape, arrays[0].dtype),
+        "part_sums": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+    }
+    return pl.pallas_call(
+        functools.partial(kernel, blocks=blocks, width=width, scale=width**-0.5),
+        grid=(grid_size, heads, batch),
+        in_specs=[specs[kind] for kind in in_kinds],
+        out_specs=[specs[kind] for kind in out_kinds],
+        out_shape=[out_shapes[kind] for kind in out_kinds],
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        name=name,
+        interpret=interpret,
+    )(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def segment_attention(q, k, v, segments, blocks=(FORWARD, KEYS, QUERIES), interpret=False):
+    """Causal attention within segments: q (B, S, H, d); k, v (B, S, G, d) with G dividing H; segments int32 (B, S).
+
+    S must be a multiple of every block. Segment 0, padding, is one like the others. 16 bits only on a device.
+    """
+    return _forward(q, k, v, segments, blocks, interpret)[0]
+
+
+def _forward(q, k, v, segments, blocks, interpret):
+    forward, repeat = blocks[0], q.shape[2] // k.shape[2]
+    segments = jnp.where(segments > 0, segments, _LAST)
+    first, _ = ranges(segments, forward.queries, forward.keys)
+    out, lse = _call(
+        *(_forward_kernel, "segment_flash_forward", forward, first.shape[1], q.shape, repeat, interpret),
+        *(("heads", "groups", "groups", "row", "bound"), ("part", "part_sums")),
+        *(q, k, v, segments, first),
+    )
+    return out, (q, k, v, segments, out, lse)
+
+
+def _backward(blocks, interpret, kept, g):
+    q, k, v, segments, out, lse = kept
+    _, keys, queries = blocks
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)
+    inputs = ("heads", "groups", "groups", "row", "bound", "heads", "sums", "sums")
+    (first, _), (_, last) = ranges(segments, queries.queries, queries.keys), ranges(segments, keys.queries, keys.keys)
+    about = q.shape, heads // groups, interpret, inputs
+    d_k, d_v = _call(
+        *(_keys_kernel, "segment_flash_keys", keys, last.shape[1], *about, ("part", "part")),
+        *(q, k, v, segments, last, g, lse, delta),
+    )
+    (d_q,) = _call(
+        *(_queries_kernel, "segment_flash_queries", queries, first.shape[1], *about, ("part",)),
+        *(q, k, v, segments, first, g, lse, delta),
+    )
+    if groups < heads:
+        of_groups = (batch, length, groups, heads // groups, width)
+        d_k, d_v = (x.reshape(of_groups).astype(jnp.float32).sum(3).astype(x.dtype) for x in (d_k, d_v))
+    return d_q, d_k, d_v, None
+
+
+segment_attention.defvjp(_forward, _backward)

@@ -1,0 +1,73 @@
+"""Prefill and decode of the 3B model, one prompt and 32 at once, beside what reading the weights takes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from gpu_check.parts import arguments, note, say
+
+from fusion_jax import benchmark
+from fusion_jax.models import fusion
+from fusion_jax.models.config import VARIANTS
+
+QUESTION, ANSWER = 64, 64  # tokens
+
+
+def weight_bytes(params, each: int) -> int:
+    """Of what one decoded token reads: the decoder without the table of embeddings."""
+    return each * sum(
+        leaf.size for name, part in params["llm"].items() if name != "embedding" for leaf in jax.tree.leaves(part)
+    )
+
+
+def main() -> None:
+    context = arguments()
+    config = VARIANTS["flare_l"]["3b"]
+    if context.dry_run:
+        import fixtures
+
+        config = fixtures.tiny("paper")
+    model = fusion.Fusion(config, jnp.bfloat16)
+    params = jax.block_until_ready(fusion.init(config, jax.random.key(0)))
+    bandwidth = context.device.get("copy_gb_per_second", math.nan) * 1e9
+    # Masters are float32 and cast to bfloat16, before the loop where the compiler does so.
+    floors = {name: 1e3 * weight_bytes(params, each) / bandwidth for name, each in (("bfloat16", 2), ("float32", 4))}
+    figures = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "question_tokens": QUESTION,
+        "answer_tokens": ANSWER,
+        "floor_ms_a_token_bfloat16_weights": floors["bfloat16"],
+        "floor_ms_a_token_float32_weights": floors["float32"],
+        "prefill": [],
+        "decode": [],
+    }
+    failures = []
+    for rows in (1, 2) if context.dry_run else (1, 32):
+        made = benchmark.time_prefill(model, params, rows, QUESTION, ANSWER, 3)
+        figures["prefill"].append(
+            {
+                "rows": rows,
+                "positions": made["length"],
+                "ms": 1e3 * made["seconds"],
+                "compile_s": made["compile_seconds"],
+            }
+        )
+        say(figures, ["decode was not timed"])
+        made = benchmark.time_decode(model, params, rows, QUESTION, ANSWER, 3)
+        ms = 1e3 * made["seconds"] / (ANSWER - 1)
+        figures["decode"].append(
+            {
+                "rows": rows,
+                "tokens_per_second": made["tokens_per_second"],
+                "ms_a_token": ms,
+                "times_the_bfloat16_floor": ms / floors["bfloat16"],
+            }
+        )
+        note(figures["prefill"][-1], figures["decode"][-1])
+        if not made["tokens_per_second"] > 0:
+            failures.append(f"{rows} rows: {made['tokens_per_second']} tokens a second")
+        say(figures, failures)
+
+
+if __name__ == "__main__":
+    main()
