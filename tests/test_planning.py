@@ -223,13 +223,21 @@ def test_cudnn_kernels_count_the_products_that_their_mask_leaves():
 
 def test_triton_kernels_count_nine_products_of_the_blocks_below_the_diagonal():
     shape = hlo.Shape("bf16", (2, 256, 4, 64))
-    names = ("a/mha_forward/pallas_call", "a/mha_preprocess_backward/pallas_call", "a/mha_backward/pallas_call")
-    found = [hlo.Kernel(name, (shape,) * 4, (shape,), 1.0, "__gpu$xla.gpu.triton") for name in names]
+    names = [f"a/segment_flash_{part}/pallas_call" for part in ("forward", "keys", "queries")]
+    found = [hlo.Kernel(name, (shape,) * 3, (shape,), 1.0, "__gpu$xla.gpu.triton") for name in names]
     full = 2.0 * 2 * 4 * 256 * 256 * 64
-    # Forward blocks of 128 x 64: 2 + 4 of 8. Backward 64 x 64: 1 + 2 + 3 + 4 of 16.
-    assert [kernels.flops(kernel) for kernel in found] == [2 * full * 6 / 8, 0, 7 * full * 10 / 16]
+    # Blocks of 64 x 64: 1 + 2 + 3 + 4 of 16.
+    assert [kernels.flops(kernel) for kernel in found] == [count * full * 10 / 16 for count in (2, 4, 3)]
+    assert kernels.flops(found[0], packed=0.5) == full * 10 / 16
     with pytest.raises(ValueError, match="unknown kernel __gpu"):
         kernels.flops(dataclasses.replace(found[0], name="something else"))
+
+
+def test_packed_rows_meet_in_their_segments_alone():
+    """Blocks of 64: a row of 4 has 10 of them below its diagonal."""
+    assert kernels.packed_share([256], 1, 256) == 1
+    # Two segments of a block each, which may reach over two blocks: 3 of each row's 10.
+    assert kernels.packed_share([64, 64], 2, 256) == 2 * 3 / 20
 
 
 GPU_TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4
@@ -280,7 +288,7 @@ ENTRY %main (x: bf16[32,64], w: bf16[16,128], q: bf16[2,256,4,64]) -> bf16[32,12
     backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["2", "4", "256",
     "256"]}, "mask_type": "NO_MASK"}}
   %flash = (bf16[2,256,4,64]{3,2,1,0}, f32[2,4,256]{2,1,0}) custom-call(%q, %q, %q),
-    custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/mha_forward/pallas_call"},
+    custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/segment_flash_forward/pallas_call"},
     backend_config={grid_x = 2 : i32, ir = "ML\EFR{(\0D"}
   %rows = bf16[32,64]{1,0} get-tuple-element(%loop), index=1
   ROOT %z = (bf16[32,128]{1,0}, s8[1024]{0}) custom-call(%rows, %whole.1), custom_call_target="__cublas$gemm",
@@ -298,7 +306,7 @@ def test_programs_for_gpus_are_read_with_their_loops_collectives_and_kernels():
     attention = 2.0 * 2 * 4 * 256 * 256 * 64
     assert {kernels.kind(k): kernels.flops(k) * k.times for k in work.kernels} == {
         "cuDNN attention": 2 * attention,
-        "Triton attention": 2 * attention * 6 / 8,
+        "Triton attention": 2 * attention * 10 / 16,
         "cuBLAS products": product,
     }
     everybody = ((0, 1, 2, 3),)
@@ -509,12 +517,12 @@ def test_what_kernels_read_and_write_counts_once(not_compiled):
 ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
   %q = bf16[2,256,4,64]{3,2,1,0} parameter(0)
   ROOT %o = bf16[2,256,4,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton",
-    metadata={op_name="jit(step)/mha_forward/pallas_call"}
+    metadata={op_name="jit(step)/segment_flash_forward/pallas_call"}
 }
 """
     found = report.analyse(dataclasses.replace(not_compiled, text=text), topology("h100:1"))
     assert found.hbm_bytes == 4 * 2 * 2 * 256 * 4 * 64
-    assert found.kernels == {"generated products": 0, "Triton attention": 2 * 2.0 * 2 * 4 * 256 * 256 * 64 * 6 / 8}
+    assert 0 < found.kernels["Triton attention"] < 2 * 2.0 * 2 * 4 * 256 * 256 * 64 * 10 / 16
     assert found.compiled_flops == found.kernels["Triton attention"]
 
 

@@ -70,9 +70,10 @@ def analyse(program: Program, topology: Topology) -> Report:
     # The only loop whose rounds its data decides is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = hlo.read(program.text, topology.chips, chunks)
+    packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
     by_kind = defaultdict(float)
     for kernel in work.kernels:
-        by_kind[kernels.kind(kernel)] += kernels.flops(kernel) * kernel.times
+        by_kind[kernels.kind(kernel)] += kernels.flops(kernel, packed) * kernel.times
     compiled = work.flops + sum(by_kind.values())
     devices = program.mesh.devices.reshape(-1)
     sums: dict[tuple[str, str], float] = defaultdict(float)
