@@ -21,7 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from fusion_jax import integrity
+from fusion_jax import distributed, integrity
 from fusion_jax.about import check_form, config_of, load_text
 from fusion_jax.about import describe as describe
 from fusion_jax.about import environment as environment
@@ -30,7 +30,7 @@ from fusion_jax.about import save_tokenizer as save_tokenizer
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.loading import FOLDER as FOLDER
 from fusion_jax.loading import Loaded as Loaded
-from fusion_jax.loading import abstract, check_shapes, raise_if_no_damage, steps_in
+from fusion_jax.loading import abstract, check_shapes, load_parts, raise_if_no_damage, steps_in
 from fusion_jax.loading import find as find
 from fusion_jax.loading import load_model as load_model
 from fusion_jax.loading import load_params as load_params
@@ -55,7 +55,8 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 _TROUBLE = (OSError, ValueError, TimeoutError)
 _WRITING = ".writing"  # of a folder whose files are not all there and listed
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", f"*{_WRITING}", "*.deleting")
-_PATIENCE_MS = 600_000  # that a process waits for the others when a checkpoint is complete
+_PATIENCE_MS = 600_000  # that a process waits for the others when a checkpoint is complete, or read
+_READ_PATIENCE = 30.0  # seconds; of one that could not read it
 
 
 class Checkpoints:
@@ -148,26 +149,26 @@ class Checkpoints:
           Step, state and the input iterator's state; None where there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, but none is whole.
+          UserError: there are checkpoints, but none is whole, or this process alone cannot read one.
         """
         like = abstract(like)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
             damage = integrity.problem(folder, jax.process_index(), jax.process_count())
-            restored = None
+            data = state = None
             if all_agree(damage is None):
                 if integrity.unlisted(folder):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
-                try:
-                    restored = self._load(folder, step, like, accept)
-                except Exception as error:  # each part of a file and each library has its own kind of damage
-                    raise_if_no_damage(error)
-                    damage = first_line(error)
-                if all_agree(restored is not None):
+                # What is small and may be wrong comes before what takes long, and all the processes together.
+                data, damage = _damage_of(self._load_data, folder, step, accept)
+                if all_agree(damage is None):
+                    state, damage = _damage_of(self._load_state, folder, like)
+                    read_by_all(folder, damage)
+                if all_agree(state is not None):
                     self._set_aside(damaged, step)
                     self._written = step
-                    return step, *restored
+                    return step, state, data
             damaged[step] = damage or "another process found it damaged"
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])
         if damaged:
@@ -177,19 +178,22 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, folder: Path, step: int, like: TrainState, accept) -> tuple[TrainState, dict[str, Any]]:
-        """State and input state of a step folder. What is small and may be wrong comes before what takes long."""
+    def _load_data(self, folder: Path, step: int, accept) -> dict[str, Any]:
+        """The input state of a step folder whose texts are all in order."""
         data = load_text(folder, "data")
         about = check_form(load_text(folder, "about"), self._needed)
         if self._compares:
             config_of(about, "its about")
         if accept is not None:
             accept(step, data)
+        return data
+
+    def _load_state(self, folder: Path, like: TrainState) -> TrainState:
         params, train = _split(like)
-        items = ocp.load_checkpointables(folder, {"params": params, "train": train})
+        items = load_parts(folder, {"params": params, "train": train})
         state = TrainState(params=items["params"], **items["train"])
         check_shapes(state, like)
-        return state, data
+        return state
 
     @property
     def writing(self) -> bool:
@@ -307,6 +311,15 @@ class Checkpoints:
             (self.folder / str(step)).rename(target)
 
 
+def _damage_of(load: Callable, *arguments) -> tuple[Any, str | None]:
+    """What loading gives, and None; or None, and the damage that it met."""
+    try:
+        return load(*arguments), None
+    except Exception as error:  # each part of a file and each library has its own kind of damage
+        raise_if_no_damage(error)
+        return None, first_line(error)
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -327,6 +340,15 @@ def all_agree(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
+def read_by_all(folder: Path, damage: object) -> None:
+    """UserError where this process alone could not read a checkpoint (`damage`): Orbax has the others wait for it."""
+    patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
+    if not distributed.meet(f"read/{folder.absolute()}", patience):
+        raise UserError(
+            f"The checkpoint {folder} cannot be read by every process ({damage or 'another one does not answer'})."
+        )
 
 
 class _NotRepeated(logging.Filter):

@@ -82,7 +82,7 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
         code = _code(interruptible, argv)
         problem = _flush()
         if problem is not None and code == 0:
-            _say(f"error: standard output cannot be written: {problem}.")
+            say(f"error: standard output cannot be written: {problem}.")
             code = 2
         if interrupts.listening():  # all is said: Python's own end may take long
             signal.signal(signal.SIGINT, lambda *_: os._exit(code))
@@ -93,7 +93,7 @@ def run_main(main: Callable[[list[str]], None], goes_on: Callable[[], bool] = la
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
         interrupts.begin_ending()
-        interrupts.say(line(), _say)
+        interrupts.say(line(), say)
         _end_soon()
         sys.exit(interrupts.INTERRUPTED)
 
@@ -102,23 +102,31 @@ def _code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a command and gives its exit code."""
     try:
         main(argv)
-    except UserError as error:
-        _say(f"error: {error}")
-        return 2
     except RunAgain as stopped:
-        _say(f"{stopped}")
+        say(f"{stopped}")
         return AGAIN
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno not in _MISTAKES:
+    except Exception as error:
+        known = explain(error)
+        if known is None:
             raise
-        what = "A file" if error.filename is None else shown(error.filename)
-        _say(f"error: {what} cannot be used: {error.strerror}.")
-        return 2
+        code, sentence = known
+        say(f"error: {sentence}")
+        return code
     return 0
+
+
+def explain(error: Exception) -> tuple[int, str] | None:
+    """The exit code and the sentence for a mistake of the person at the terminal; None for any other error."""
+    if isinstance(error, UserError):
+        return 2, f"{error}"
+    if isinstance(error, OSError) and error.errno in _MISTAKES:
+        what = "A file" if error.filename is None else shown(error.filename)
+        return 2, f"{what} cannot be used: {error.strerror}."
+    return None
 
 
 class _Log(logging.StreamHandler):
@@ -151,7 +159,8 @@ def _harmless(text: str) -> str:
     return "\n".join(line if line.replace("\t", "").isprintable() else printable(line) for line in text.split("\n"))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on standard error, harmless to a terminal."""
     with contextlib.suppress(OSError, AttributeError):  # nobody listens, or there is no standard error
         sys.stderr.write(_harmless(text if len(text) < 3000 else f"{text[:3000]}...") + "\n")
         sys.stderr.flush()
@@ -254,7 +263,7 @@ def define_config(text: str, default: str | None = None, new_keys: bool = True) 
             flags.FLAGS.set_default("config", default)
         return flag
     except Exception as error:  # of reading --flagfile, or of overrides where there is no config
-        _say(f"error: {_explain(error, [], [])}")
+        say(f"error: {_explain(error, [], [])}")
         sys.exit(2)
 
 
@@ -273,13 +282,13 @@ def _parse(argv: list[str]) -> list[str]:
         if any(re.fullmatch(r"--?(help(short|full|xml)?|\?)(=.*)?", word) for word in argv):
             _flush()
             sys.exit(0)
-        _say("error: the config file ended the program instead of returning a configuration.")
+        say("error: the config file ended the program instead of returning a configuration.")
         sys.exit(2)
     except BrokenPipeError:
         _flush()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        _say(f"error: {_explain(error, configs, argv)}")
+        say(f"error: {_explain(error, configs, argv)}")
         sys.exit(2)
 
 

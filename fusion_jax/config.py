@@ -154,7 +154,8 @@ class RunConfig:
     Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
     keep_every: and those of every n-th step (0 = none).
-    validation_data: .json/.jsonl/.yaml; validation_batches: how much of it. sample_answers: generated for the log.
+    validation_data: .json/.jsonl/.yaml; validation_batches: how many times batch_size of its first records, 0 for all.
+    sample_answers: generated for the log.
     evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
     (0 = all).
     max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,25 +47,21 @@ def probe() -> None:
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+    from fusion_jax import flops
+
     local = jax.local_devices()
     accelerator = local[0].platform != "cpu"
-    size, dtype, repeats = (8192, jnp.bfloat16, 10) if accelerator else (1024, jnp.float32, 5)
+    size, dtype = (8192, jnp.bfloat16) if accelerator else (1024, jnp.float32)
     answers = []
     for device in local:
         a = jax.device_put(jnp.ones((size, size), dtype), device)
-        product = jax.jit(lambda x: x @ x)
-        right = bool((product(a) == size).all())
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            product(a).block_until_ready()
-            times.append(time.perf_counter() - start)
+        right = bool((jax.jit(lambda x: x @ x)(a) == size).all())
         answers.append(
             {
                 "platform": device.platform,
                 "kind": device.device_kind,
                 "memory": (device.memory_stats() or {}).get("bytes_limit", 0) if accelerator else 0,
-                "flops": 2 * size**3 / min(times),
+                "flops": flops.measured_rate(device, dtype),
                 "right": right,
             }
         )
@@ -127,11 +122,11 @@ def check_devices(answer: dict | Problem) -> Findings:
     if isinstance(answer, Problem):
         yield answer
         return
-    from fusion_jax.flops import PEAKS  # needs JAX, which answered
+    from fusion_jax.flops import datasheet_peak  # needs JAX, which answered
 
     for i, device in enumerate(answer["devices"]):
         kind = device["kind"]
-        peak = max(((len(name), PEAKS[name]) for name in PEAKS if kind.startswith(name)), default=(0, 0))[1]
+        peak = datasheet_peak(kind)
         rate, hbm = device["flops"], device["memory"]
         share = f", {rate / peak:.0%} of the datasheet's {peak / 1e12:.0f}" if peak else ""
         room = f"{hbm / GIB:.1f} GiB, " if hbm else ""

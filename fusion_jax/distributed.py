@@ -1,27 +1,27 @@
 """Several processes that train as one: how they find each other, and what only the first of them does.
 
-All run the same program on the same flags. Each feeds its own rows (`sharding.feeder`) and takes part in every compiled
-step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
+All run the same program on the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
+compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir. `ending.py` says
+how they end.
 """
 
-import contextlib
 import glob
+import json
 import logging
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fusion_jax.errors import AGAIN, UserError, check, first_line
+from fusion_jax import board
+from fusion_jax.errors import UserError, check, first_line
 
 log = logging.getLogger("fusion_jax")
 
-# In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process is gone.
-_LOST = ("Gloo", "gloo", "onnection", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "heartbeat", "ABORTED")
+_PIECE = 256  # bytes: texts are gathered in multiples of them, so that few sizes are compiled
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -83,29 +83,6 @@ def _on_tpu() -> bool:
     return (not wanted or "tpu" in wanted) and bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-@contextlib.contextmanager
-def ends_with_the_others() -> Iterator[None]:
-    """Ends this process with a sentence and the exit code AGAIN where another one of the run has died.
-
-    It ends at once: the usual way out waits for the dead.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = first_line(error)
-        if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
-            raise
-        with contextlib.suppress(OSError):  # of a log on a full disk
-            print(
-                f"Another process of this run has ended or cannot be reached ({reason[:200]}); start all of them "
-                "again: training goes on from the newest checkpoint.",
-                file=sys.stderr,
-                flush=True,
-            )
-            sys.stdout.flush()
-        os._exit(AGAIN)
-
-
 def is_first() -> bool:
     """Whether this is the process that writes what people read."""
     return jax.process_index() == 0
@@ -117,7 +94,7 @@ def own_folder(folder: Path) -> Path:
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """A global array on the host, in every process, wherever its parts lie."""
+    """A global array on the host, in every process, its rows in their own order wherever its parts lie."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
@@ -132,3 +109,33 @@ def of_first(value: bool | int) -> int:
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process has, in the order of the processes; JSON. All call it in the same place: it is a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(-(-int(lengths.max()) // _PIECE) * _PIECE, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def meet(where: str, patience: float) -> bool:
+    """Whether every process comes here within as many seconds as the first of them has patience. `where` is new each
+    time. No collective: nobody waits for ever for one that is inside another.
+
+    Raises:
+      JaxRuntimeError: another process is gone.
+    """
+    if jax.process_count() == 1:
+        return True
+    try:
+        board.client().wait_at_barrier(f"fusion_jax/{where}", round(patience * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return False
+    return True

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from fusion_jax import distributed, sampling, sharding
 from fusion_jax.config import RunConfig
 from fusion_jax.data import conversation
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, Needs, check_fits, lay_out, needs
+from fusion_jax.data.layout import Batch, Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
 from fusion_jax.data.pipeline import ExampleMaker, draw_latent_count, layout_spec
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def prefill(model: Fusion, params, batch: Batch, capacity: int) -> tuple[jax.Arr
     """Runs the prompts and fills a cache with room for `capacity` tokens a row.
 
     Prompts may be padded on the right, as `data.layout` does, or on the left: each row's next token comes from its own
-    last real one.
+    last real one. What an empty row gets is finite, and nobody's.
 
     Returns:
       float32 logits (B, V) of the next token, its position (B,), and the cache.
@@ -152,10 +152,15 @@ def decode(
 
 
 def first_state(model: Fusion, params, batch: Batch, samplings: Sequence[sampling.Sampling]) -> State:
-    """Prefills the batch; the state has room for the longest answer that is wanted, `sampling.max_tokens` each."""
-    limit = np.array([one.max_tokens for one in samplings], np.int32)
+    """Prefills the batch; the state has room for the longest answer that is wanted, `sampling.max_tokens` each.
+
+    Rows behind those of `samplings` are done before they begin.
+    """
+    empty = len(batch.tokens) - len(samplings)
+    limit = np.array([one.max_tokens for one in samplings] + [0] * empty, np.int32)
     logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + int(limit.max()))
-    return begin(logits, positions, cache, batch, limit, sampling.settings(samplings))
+    settings = sampling.settings([*samplings, *[sampling.Sampling()] * empty])
+    return begin(logits, positions, cache, batch, limit, settings)
 
 
 def greedy(
@@ -274,11 +279,12 @@ class Prompts:
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """One example a row, in the smallest bucket that holds them."""
+    def batch(self, examples: Sequence[Example], rows: int = 0) -> Batch:
+        """One example a row, in the smallest bucket that holds them; empty rows fill up to `rows`."""
         spec = fit(examples, self.config, self.latents, self.buckets)
+        filled = [[example] for example in examples] + [[]] * (rows - len(examples))
         # Without a crop there are no latents: the same program whatever l^2 is.
-        return lay_out(examples, spec, self.latents if spec.crops else 0)
+        return lay_out_rows(filled, spec, self.latents if spec.crops else 0)
 
 
 def drawn_latents(config: FusionConfig, seed: int) -> int:
@@ -290,11 +296,11 @@ class Answerer:
     """Answers prompts in batches of fixed shape, so that at most one program per length bucket is compiled.
 
     Args:
-      rows: prompts per batch; the last batch is filled up by repetition.
+      rows: prompts per batch; the last batch is filled up with empty rows.
       max_tokens: longest answer.
       latents: l^2, see `Prompts`.
-      mesh: devices that `params` lie on (`state.abstract_parameters` says how), for a model larger than one of them;
-        `rows` must divide over it. None: one device.
+      mesh: devices that `params` lie on (`state.abstract_parameters` says how); `rows` are rounded up to a multiple of
+        the parts that it deals them into. Every process gives the same prompts and gets all answers. None: one device.
     """
 
     def __init__(
@@ -309,32 +315,28 @@ class Answerer:
         mesh: Mesh | None = None,
     ):
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.rows, self.max_tokens = rows, max_tokens
+        self.rows = rows if mesh is None else _round_up(rows, sharding.batch_shards(mesh))
+        self.max_tokens = max_tokens
         # The model decides, not the config that it was trained by: an ablation may have replaced parts of it.
         self.prompts = Prompts(dataclasses.replace(config, model=model.config), tokenizer, Steps(), latents)
         self._mesh = mesh
-        if mesh is not None:
-            sharding.check_rows(rows, mesh, "generation")
 
     def answer(self, prompts: Sequence[Record], how: sampling.Sampling | None = None) -> list[str]:
         """The answers, greedy by default. Raises BadRecord for a prompt that cannot be used."""
         how = how or sampling.Sampling(max_tokens=self.max_tokens)
         answers = []
         for start in range(0, len(prompts), self.rows):
-            part = list(prompts[start : start + self.rows])
-            filled = part + part[-1:] * (self.rows - len(part))
-            streams = [self._text(how) for _ in filled]
-            for new in self._chunks(filled, [how] * len(filled), how.max_tokens if not how.stop else CHUNK, streams):
+            part = prompts[start : start + self.rows]
+            streams = [self._text(how) for _ in part]
+            for new in self._chunks(part, [how] * len(part), how.max_tokens if not how.stop else CHUNK, streams):
                 del new
-            answers += [stream.text for stream in streams[: len(part)]]
+            answers += [stream.text for stream in streams]
         return answers
 
     def stream(self, prompt: Record, how: sampling.Sampling | None = None) -> Iterator[str]:
         """The answer to one prompt in pieces, as they become certain. Leaving the loop ends the work."""
         how = how or sampling.Sampling(max_tokens=self.max_tokens)
-        # A mesh may need several rows: equal ones, of which the first is read.
-        streams = [self._text(how) for _ in range(self.rows)]
-        for new in self._chunks([prompt] * self.rows, [how] * self.rows, CHUNK, streams):
+        for new in self._chunks([prompt], [how], CHUNK, [self._text(how)]):
             if new[0]:
                 yield new[0]
 
@@ -346,7 +348,7 @@ class Answerer:
 
     def _chunks(self, prompts, samplings, steps: int, streams: list[TextStream]) -> Iterator[list[str]]:
         """Decodes until every stream has ended, `steps` tokens at a time; the new texts of each."""
-        batch = self.prompts.batch([self.prompts.example(prompt) for prompt in prompts])
+        batch = self.prompts.batch([self.prompts.example(prompt) for prompt in prompts], self.rows)
         draw = not all(how.greedy for how in samplings)
         if self._mesh is not None:
             batch = sharding.put_batch(sharding.local_rows(batch, self._mesh), self._mesh)

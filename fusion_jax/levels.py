@@ -342,7 +342,7 @@ def _measure(model: Fusion, params, batch: Batch, in_row, in_question) -> dict:
             there = jnp.einsum("khtp,t->hkp", weights[:, :, p:, :p], in_question) / in_question.sum()
             return there, jnp.einsum("khpt,t->hkp", weights[:, :, :p, p:], in_question)
 
-        early = jnp.arange(c.vision.layers) < c.vision.early_layers
+        early = jnp.arange(c.encoder_layers) < c.vision.early_layers
         # Guided crops come first where there are plain ones too.
         q, k = (layer[name]["__call__"][0] for name in ("query", "key"))
         out["pixel"], out["pixel_back"] = jax.lax.map(of_encoder, (q, k, early))

@@ -60,6 +60,45 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
+# The tower's stacks of layers in a tree of parameters, or of anything that has a leaf for each, as moments have.
+_TOWER = ("vision", "layers")
+_LEFT_OUT = (1, 2)  # layers behind the last tap of the `paper` preset: `FusionConfig.encoder_layers`
+
+
+def load_parts(folder: Path, like: dict) -> dict:
+    """Parts of a step folder by name, in the shapes, dtypes and shardings of `like`, whose `params` decide.
+
+    A file may have the tower's layers that the taps leave out: an import keeps them, and so did runs before they were
+    left out of the program. They are cut off here.
+    """
+    stored, wanted = _depth(stored_shapes(folder)), _depth(like["params"])
+    if stored - wanted not in _LEFT_OUT:
+        return ocp.load_checkpointables(folder, like)
+
+    def longer(path, x):
+        if not _is_tower(path):
+            return x
+        return jax.ShapeDtypeStruct((stored, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+    def cut(path, x):
+        # One array after the other, so that no second tower lies in memory.
+        return jax.jit(lambda x: x[:wanted], out_shardings=x.sharding)(x) if _is_tower(path) else x
+
+    loaded = ocp.load_checkpointables(folder, jax.tree.map_with_path(longer, like))
+    return jax.tree.map_with_path(cut, loaded)
+
+
+def _is_tower(path) -> bool:
+    names = tuple(str(getattr(key, "key", "")) for key in path)
+    return any(names[i : i + len(_TOWER)] == _TOWER for i in range(len(names)))
+
+
+def _depth(params: dict) -> int:
+    """Layers of the tower in a tree of parameters; 0 where there is none."""
+    leaves = jax.tree.leaves(params.get(_TOWER[0], {}).get(_TOWER[1], {}))
+    return leaves[0].shape[0] if leaves and len(leaves[0].shape) else 0
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A trained model: its run config, parameters (float32, nested dict), tokenizer and step folder."""
@@ -161,13 +200,19 @@ def load_params(folder: Path, like) -> dict:
     # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
     for name, leaf in flatten_dict(like, sep="/").items():
         shape = getattr(stored.get(name), "shape", None)
-        if shape is None or tuple(shape) != leaf.shape:
+        if shape is None or not _fits(name, tuple(shape), leaf.shape):
             has = f"has shape {tuple(shape)}" if shape is not None else "is missing"
+            why = ""
+            if shape is not None and _fits(name, leaf.shape, tuple(shape)):
+                why = (
+                    " It was trained with taps='paper', which needs fewer layers of the tower: keep taps='paper', or "
+                    "start from a checkpoint that has them all, such as an import."
+                )
             raise UserError(
-                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}."
+                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}.{why}"
             )
     try:
-        params = ocp.load_checkpointables(folder, {"params": abstract(like)})["params"]
+        params = load_parts(folder, {"params": abstract(like)})["params"]
     except Exception as error:
         raise_if_no_damage(error)
         raise unreadable(folder, error) from error
@@ -176,6 +221,14 @@ def load_params(folder: Path, like) -> dict:
     except ValueError as error:
         raise UserError(f"{folder} holds parameters of another model: {error}.") from error
     return params
+
+
+def _fits(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a parameter of the shape `stored` gives one of the shape `wanted`."""
+    if stored == wanted:
+        return True
+    tower = name.startswith("/".join(_TOWER)) and bool(stored) and bool(wanted)
+    return tower and stored[1:] == wanted[1:] and stored[0] - wanted[0] in _LEFT_OUT
 
 
 def stored_shapes(folder: Path) -> dict:

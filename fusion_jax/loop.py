@@ -33,7 +33,7 @@ class Loop:
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
         self._mesh, self._step_fn, self._phase = mesh, step_fn, phase
         self._peak = flops.peak(model.dtype)
-        self._processes = sharding.feeder(mesh)[1]
+        self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))  # of a batch, each like ours
         self._compiled: set[int] = set()  # l^2 of the programs
         self._running: deque = deque()  # results of the steps that may still compute
         self._spikes = metrics.Spikes()
@@ -56,7 +56,7 @@ class Loop:
         if fed.batch.latent_count not in self._compiled:
             self._compiled.add(fed.batch.latent_count)
             log.info("%s: compiling the step for l^2 = %d", self._stage.name, fed.batch.latent_count)
-        cost = self._processes * flops.step_flops(self._config.model, flops.shape_of(fed.batch))
+        cost = self._parts * flops.step_flops(self._config.model, flops.shape_of(fed.batch))
         rates = optim.learning_rates(self._stage, step - 1, self._steps)
         with self._phase("computing") as computed:
             # Two batches at most are on the devices: one that a step reads, one put there meanwhile.

@@ -10,20 +10,22 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
-from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from fusion_jax import distributed, generate, losses, metrics, sharding, train_step, watch
+from fusion_jax import distributed, ending, generate, losses, metrics, sharding, state, train_step, watch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, pipeline
+from fusion_jax.data.layout import Batch
+from fusion_jax.data.plan import FixedBatch, Measured, plan_all
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.errors import BadRecord, first_line
+from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.models import fusion
 
 log = logging.getLogger("fusion_jax")
 
-_PATIENCE_MS = 300_000  # that processes wait for each other behind a report
+_PATIENCE = 300.0  # seconds that processes wait for each other behind a report
+_FAILED_PATIENCE = 20.0  # the same for one whose report failed: the others may wait for it inside a collective
 
 
 class Reports:
@@ -39,8 +41,9 @@ class Reports:
         self.model: fusion.Fusion = model
         self.writer: metrics.Writer = writer
         self.stop: watch.Stop = stop
+        self._evaluate = compile_evaluation(model, mesh)
         self._failed: Counter[str] = Counter()
-        self._meet = get_barrier_sync_fn()
+        self._planned: list[FixedBatch] | None = None  # validation, once its records are measured
 
     def run(self, step: int, params, phase: watch.Watch) -> bool:
         """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
@@ -79,19 +82,17 @@ class Reports:
         """The log says what failed, and training goes on.
 
         With several processes it does so only where all of them come to the end of the report, failed or not. One that
-        fails while the others wait for it inside a compiled program cannot be survived: after a while it raises.
+        fails while the others wait for it inside a compiled program cannot be survived: it soon raises.
         """
         trouble = None
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
                 raise  # another process is gone, or all are out of step
             trouble = error
-        try:
-            self._meet(key=f"{self.stage.name}/{step}/{what}", timeout_ms=_PATIENCE_MS)
-        except Exception as error:
-            raise trouble or error from None
+        if not distributed.meet(f"{self.stage.name}/{step}/{what}", _FAILED_PATIENCE if trouble else _PATIENCE):
+            raise trouble or RuntimeError(f"not every process came to the end of the {what} behind step {step}")
         if trouble is None:
             return
         self._failed[what] += 1
@@ -102,58 +103,64 @@ class Reports:
     def _validate(self, step: int, params) -> None:
         """Validation losses, and answers to the first questions, to the log and TensorBoard. A request to stop ends it
         without a word."""
-        batches = pipeline.fixed_batches(
-            self.config, self.stage, self.validation, self.tokenizer, self.config.validation_batches
-        )
         parts = []
-        for batch in batches:
+        for batch in self._validation_batches():
             if self.stop.requested:
                 return
-            parts.append(jax.device_get(self._evaluate(params, batch)))
-        if parts:
-            # Means over all tokens, as in training, not over batches.
-            sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
-            means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
-            self.writer.scalars(step, {f"validation/{name}": mean for name, mean in means.items()})
-            log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
+            parts.append(jax.device_get(self._evaluate(params, sharding.put_batch(batch, self.mesh))))
+        # Means over all tokens, as in training, not over batches.
+        sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
+        check(counts["ce"] > 0, f"none of the first records of {self.config.validation_data} can be used.")
+        means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
+        self.writer.scalars(step, {f"validation/{name}": mean for name, mean in means.items()})
+        log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
         shown = self._sample_answers(params)
         if shown:
             self.writer.text(step, "answers", "\n\n".join(shown))
 
+    def _validation_batches(self) -> Iterator[Batch]:
+        """This process's rows of them. All processes follow the first one's measures, so that their shapes agree."""
+        config, stage, shards = self.config, self.stage, sharding.batch_shards(self.mesh)
+        loader = pipeline.fixed_loader(config, stage, self.validation, self.tokenizer)
+        if self._planned is None:
+            most = config.validation_batches
+            records = pipeline.first_records(loader, stage.batch_size, most) if distributed.is_first() else []
+            records = [Measured(*row) for row in distributed.gather(records)[0]]
+            check(bool(records), f"none of the records of {config.validation_data} can be used.")
+            self._planned = plan_all(records, loader.spec, loader.longest_latents, stage, shards)
+        held = sharding.held_shards(self.mesh)
+        return pipeline.fixed_batches(loader, self._planned, config.loader_threads, shards, held)
+
     def _evaluate_tasks(self, step: int, params) -> None:
         """Scores of the config's benchmarks, into the metrics and the log."""
         config = self.config
-        answerer = generate.Answerer(self.model, params, config, self.tokenizer)
+        answerer = generate.Answerer(self.model, params, config, self.tokenizer, mesh=self.mesh)
         scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
         self.writer.scalars(step, {f"evaluation/{name}": score for name, score in scores.items()})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
 
-    def _evaluate(self, params, batch):
-        shards = sharding.batch_shards(self.mesh)
-        if any(len(x) % shards for x in jax.tree.leaves(batch)):  # too few to deal: every device computes all of them
-            return _evaluate(self.model, params, batch)
-        rows = sharding.put_batch(sharding.local_rows(batch, self.mesh), self.mesh)
-        return sharding.OnMesh(functools.partial(_evaluate, self.model), self.mesh)(params, rows)
-
     def _sample_answers(self, params) -> list[str]:
-        """The first usable questions of the validation data with the model's answers, as Markdown."""
+        """The first questions of the validation data that every process can use, with the model's answers, as
+        Markdown."""
         maker = pipeline.ExampleMaker(self.config.model, self.tokenizer, self.config.template)
         prompts, expected = [], []
         for i in range(len(self.validation)):
             if len(prompts) == self.config.sample_answers:
                 break
-            try:
+            usable = False
+            with contextlib.suppress(BadRecord):
                 record = self.validation[i]
                 prompt = generate.first_question(record)
                 maker(prompt, prompt=True)
-            except BadRecord:
+                usable = True
+            if not all(distributed.gather(usable)):
                 continue
             prompts.append(prompt)
             expected.append(record.turns[record.turns.index(prompt.turns[0]) + 1]["value"])
         if not prompts:
             return []
-        answerer = generate.Answerer(self.model, params, self.config, self.tokenizer, rows=len(prompts))
+        answerer = generate.Answerer(self.model, params, self.config, self.tokenizer, len(prompts), mesh=self.mesh)
         shown = []
         for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
             question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
@@ -162,9 +169,20 @@ class Reports:
         return shown
 
 
-@jax.jit(static_argnums=0)
-def _evaluate(model: fusion.Fusion, params, batch):
-    """Sums of the losses and what they are divided by."""
+def evaluate(model: fusion.Fusion, params, batch: Batch):
+    """Sums of the losses and what they are divided by, float32 scalars."""
     totals = losses.counts(batch, model.config.vision.patches)
     _, means = train_step.loss_and_parts(model, params, batch, totals)
     return {name: mean * totals[name] for name, mean in means.items()}, totals
+
+
+def compile_evaluation(model: fusion.Fusion, mesh: jax.sharding.Mesh) -> sharding.OnMesh:
+    """The jitted `evaluate` (params, batch) -> (sums, counts); arguments lie as those of `train_step.compile_step`."""
+    places = jax.tree.map(lambda x: x.sharding, state.abstract_parameters(model.config, mesh))
+    jitted = jax.jit(
+        functools.partial(evaluate, model),
+        in_shardings=(places, sharding.of_rows(mesh)),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=train_step.compiler_options(mesh),
+    )
+    return sharding.OnMesh(jitted, mesh)

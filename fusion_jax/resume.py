@@ -72,6 +72,7 @@ def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
             params = checkpoint.load_params(folder, like)
         except loading.Damaged as error:
             problem = error
+        checkpoint.read_by_all(folder, problem)
         if not checkpoint.all_agree(params is not None):
             raise problem or loading.unreadable(folder, "another process says why")
         assert params is not None

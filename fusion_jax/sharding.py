@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax.config import MeshConfig
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import check
 from fusion_jax.models import partition
 from fusion_jax.models.config import FusionConfig
 
@@ -136,21 +136,44 @@ def of_parameters(boxed, mesh: Mesh):
 def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
     """Shardings of `tx`'s state: a moment lies where its parameter does, everything else on all devices.
 
+    Moments of another shape (Adafactor keeps one of rows and one of columns) are split as far as they have the
+    parameter's axes.
+
     Args:
       params: abstract parameters. shardings: theirs, the same tree.
     """
 
-    def masked(x) -> bool:  # a frozen parameter, which has no moments
-        return isinstance(x, optax.MaskedNode)
+    def place(moments, parameter, sharding):
+        # One array mostly; several with some optimizers, none for a frozen parameter.
+        return jax.tree.map(lambda moment: _of_moment(moment.shape, parameter.shape, sharding), moments)
 
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda moment, sharding: moment if masked(moment) else sharding,
+        place,
         jax.eval_shape(tx.init, params),
+        params,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
-        is_leaf=masked,
+        is_leaf=lambda x: not isinstance(x, dict),  # parameters are nested dicts
     )
+
+
+def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """Each axis of a moment is split like the axis of its parameter that it stands for; what stands for none is whole.
+
+    An axis stands for the next one of equal size, or, in as many dimensions, for the one in its place: (R, C) has
+    moments (R,) and (C,), or (R, 1) and (1, C). Where sizes are equal any choice is valid.
+    """
+    if shape == parameter:
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (len(parameter) - len(sharding.spec))
+    places, start = [], 0
+    for i, size in enumerate(shape):
+        candidates = [i] if len(shape) == len(parameter) else range(start, len(parameter))
+        axis = next((axis for axis in candidates if parameter[axis] == size), None)
+        places.append(None if axis is None else spec[axis])
+        start = start if axis is None else axis + 1
+    return NamedSharding(sharding.mesh, PartitionSpec(*places))
 
 
 def constrain(tree, shardings):
@@ -233,40 +256,44 @@ def microbatches(batch, count: int, mesh: Mesh):
 
 
 @functools.cache
-def feeder(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process loads part `index` of `count` equal parts of every batch's rows.
+def held_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the parts that rows are dealt into lie, at least in part, on this process's devices; ascending.
 
-    Processes that hold the same rows (they share a `tensor` group) load the same part.
-
-    Raises:
-      UserError: processes hold unequal or overlapping parts of the rows.
+    A process feeds the rows of these, whole, and those that share a `tensor` group feed the same. They need not be
+    neighbours: the mesh follows the network, in which the chips of a host are a square.
     """
     places = mesh.devices.reshape(batch_shards(mesh), -1)
-    held: dict[int, set[int]] = {}
-    for shard, devices in enumerate(places):
-        for device in devices:
-            held.setdefault(device.process_index, set()).add(shard)
-    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
-    if sum(map(len, parts)) != len(places) or len({len(part) for part in parts}) != 1:
-        sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
-        raise UserError(
-            f"config.mesh ({sizes}) deals rows unevenly over the {len(held)} processes; let tensor divide the devices "
-            "of a process, or be a multiple of them."
-        )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    here = jax.process_index()
+    return tuple(i for i, devices in enumerate(places) if any(device.process_index == here for device in devices))
 
 
 def local_rows(batch, mesh: Mesh):
-    """Those of a whole batch's rows that this process feeds."""
-    index, count = feeder(mesh)
-    return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
+    """Those of a whole batch's rows that this process feeds, shard by shard."""
+    shards, held = batch_shards(mesh), held_shards(mesh)
+    if len(held) == shards:
+        return batch
+
+    def cut(x):
+        size = len(x) // shards
+        return np.concatenate([x[shard * size : (shard + 1) * size] for shard in held])
+
+    return jax.tree.map(cut, batch)
 
 
 def put_batch(rows, mesh: Mesh):
-    """This process's rows (`feeder`) as its part of a global batch, axis 0 of every array over data and fsdp."""
-    sharding, (_, count) = of_rows(mesh), feeder(mesh)
-    if count == 1:
+    """This process's rows (`local_rows`) as its part of a global batch, axis 0 of every array over data and fsdp."""
+    sharding, shards, held = of_rows(mesh), batch_shards(mesh), held_shards(mesh)
+    if sharding.is_fully_addressable:
         return jax.device_put(rows, sharding)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:])), rows
-    )
+
+    def put(x):
+        size = len(x) // len(held)
+        first = {shard * size: i * size for i, shard in enumerate(held)}  # row of the batch: row of ours
+
+        def part(index):
+            start = first[index[0].start or 0]
+            return x[start : start + size]
+
+        return jax.make_array_from_callback((shards * size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, rows)

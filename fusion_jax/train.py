@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax import (
+    board,
     checkpoint,
     compiled,
     distributed,
+    ending,
     lock,
     metrics,
     optim,
@@ -38,6 +40,7 @@ from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
 from fusion_jax.files import write_whole
+from fusion_jax.input_check import InputCheck, check_same_data
 from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
 from fusion_jax.reports import Reports
@@ -63,10 +66,11 @@ def main(argv: list[str]) -> None:
     if "://" in _WORKDIR.value:
         raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
     profile = watch.parse_steps(_PROFILE.value)
-    distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    config = from_dict(RunConfig, _CONFIG.value.to_dict())
-    with distributed.ends_with_the_others(), watch.Stop() as stop, watch.says_when_memory_is_short(config.remat):
-        train(config, Path(_WORKDIR.value), stop, profile)
+    with ending.with_the_others():
+        distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+        config = from_dict(RunConfig, _CONFIG.value.to_dict())
+        with watch.Stop() as stop, watch.says_when_memory_is_short(config.remat):
+            train(config, Path(_WORKDIR.value), stop, profile)
 
 
 def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, profile=None) -> None:
@@ -98,6 +102,8 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             if not stage.packing:  # which deals its rows to the devices itself
                 sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
         record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
+        for name, source in record_sources.items():
+            check_same_data(f"stage {name!r}", source)
         records = {name: len(source) for name, source in record_sources.items()}
         if begun:
             stage = config.stages[first]
@@ -189,8 +195,6 @@ class StageRun:
         self.validation: sources.RecordSource | None = validation
         self.about: dict = about
         self.steps = pipeline.stage_steps(stage, len(source))
-        self.bad_to_show = 5  # in the log; bad_records.jsonl has them all
-        self.bad_in_row = 0  # since the last sample
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -207,10 +211,10 @@ class StageRun:
         tx = optim.optimizer(stage, params)
         step_fn = train_step.compile_step(model, stage, tx, labels, mesh)
         # ---- Input and restore.
-        process, processes = sharding.feeder(mesh)
-        batches = pipeline.training_batches(
-            config, stage, self.source, self.tokenizer, sharding.batch_shards(mesh), process, processes
-        )
+        texts = board.open_board(f"fusion_jax/input/{stage.name}")
+        shards, held = sharding.batch_shards(mesh), sharding.held_shards(mesh)
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts)
+        records = InputCheck(config, stage, len(self.source), self.reports)
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
@@ -225,7 +229,8 @@ class StageRun:
             metrics.truncate(self.reports / "bad_records.jsonl", start)
         log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), self.steps, stage.batch_size)
         tracer = watch.Profile(profile, self.folder / "profile")
-        with _closed_at_the_end(checkpoints, tracer, writer, batches), watch.Watch(config.hang_minutes) as phase:
+        parts = (checkpoints, tracer, writer, *([texts] if texts else []), batches)
+        with _closed_at_the_end(*parts), watch.Watch(config.hang_minutes) as phase:
             reports = Reports(config, stage, self.steps, mesh, self.tokenizer, self.validation, model, writer, stop)
             loop = Loop(config, stage, self.steps, start, model, mesh, step_fn, phase)
             reports.run(start, current.params, phase)  # a stop may have come in between
@@ -235,26 +240,27 @@ class StageRun:
                 last = step == self.steps
                 tracer.before(step)
                 fed, counts = loop.wait_for_input(batches)
-                self._note_bad(step, fed, counts)
+                records.note(step, fed, counts)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
                 tracer.after(step, values)
                 stop.after_step()
                 # Rows cannot fail, so they may come before the save: a restart from this step has its row.
                 if step % config.log_every == 0 or last:
-                    writer.scalars(step, loop.report(step, values) | counts.scalars() | reports.failures())
+                    report = loop.report(step, values)
+                    writer.scalars(step, report | records.agree(step).scalars() | reports.failures())
                     self._check_skipped(step, int(current.skipped_in_row), checkpoints)
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if last:
                     with phase("saving"):
-                        checkpoints.finish(step, current, batches.get_state(), FINAL_PATIENCE)
+                        checkpoints.finish(step, current, records.position(step, batches.get_state()), FINAL_PATIENCE)
                     stop.nothing_to_lose = True
                 elif step % config.checkpoint_every == 0 or every.due(step % config.log_every == 0):
                     with phase("saving") as saved:
                         if int(current.skipped_in_row):  # what the parameters are worth is not known
                             log.warning("no checkpoint of step %d, whose loss or gradient is not finite", step)
                         else:
-                            checkpoints.save(step, current, batches.get_state())
+                            checkpoints.save(step, current, records.position(step, batches.get_state()))
                     every.restart()
                     loop.interval.spend("checkpoint", saved())
                 # All that may fail comes behind the save.
@@ -263,31 +269,9 @@ class StageRun:
                     loop.begin_interval()  # a report is not training time
                 if stop.requested and not last:
                     with phase("saving"):
-                        checkpoints.finish(step, current, batches.get_state(), STOP_PATIENCE)
+                        checkpoints.finish(step, current, records.position(step, batches.get_state()), STOP_PATIENCE)
                     raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
         return current.params
-
-    def _note_bad(self, step: int, fed: pipeline.Fed, counts: pipeline.Counts) -> None:
-        bad = fed.bad
-        if not bad:
-            return
-        entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in bad]
-        try:
-            with (self.reports / "bad_records.jsonl").open("a") as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-        except OSError as error:
-            log.warning("bad records are not listed: %s", error)
-        for record in bad[: max(0, self.bad_to_show)]:
-            log.warning("skipped a bad record (%s): %s", record.reason, record)
-        self.bad_to_show -= len(bad)
-        counts.check(self.config.max_bad_records, len(self.source))
-        self.bad_in_row = 0 if fed.samples else self.bad_in_row + len(bad)
-        # Two passes hold a whole one, wherever they begin: allowed or not, nothing is left to learn from.
-        if self.bad_in_row >= 2 * len(self.source):
-            raise UserError(
-                f"None of the {len(self.source)} records of {self.stage.data} can be used any more (the last: "
-                f"{bad[-1]}); bad_records.jsonl in the workdir lists them."
-            )
 
     def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
@@ -318,7 +302,7 @@ def _closed_at_the_end(*parts) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
             raise  # another process is gone, without which no checkpoint is finished
         for part in parts:
             try:

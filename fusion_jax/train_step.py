@@ -22,6 +22,11 @@ TPU_OPTIONS = {
 }
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler is told of a program for the mesh's devices."""
+    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+
+
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """CE + lambda (L_v2t + L_t2v), each a sum over this batch divided by `totals` (default: this batch's own counts).
 
@@ -155,6 +160,6 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
-        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=compiler_options(mesh),
     )
     return sharding.OnMesh(jitted, mesh)

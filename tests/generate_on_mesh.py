@@ -17,5 +17,6 @@ params = jax.device_put(test_generate.weights(), places)
 largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
 assert largest.addressable_shards[0].data.size * 4 <= largest.size
 model, tokenizer = Fusion(tiny_run.MODEL), load_tokenizer(sys.argv[1])
-answerer = generate.Answerer(model, params, test_generate.config(), tokenizer, rows=4, max_tokens=6, mesh=mesh)
-print(answerer.answer(test_generate.MIXED[:1] * 4))
+answerer = generate.Answerer(model, params, test_generate.config(), tokenizer, rows=3, max_tokens=6, mesh=mesh)
+assert answerer.rows == 4
+print(answerer.answer(test_generate.MIXED))

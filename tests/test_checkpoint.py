@@ -9,6 +9,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -253,6 +254,38 @@ def test_array_of_another_shape_is_damage(tmp_path):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]) if x.ndim else (), x.dtype), state_at(0))
     with pytest.raises(UserError, match="is whole"):
         checkpoints.restore(like)
+
+
+def _tower(layers, scale=1.0):
+    """A state with a tower of so many layers, its moments factored by nothing, and a frozen part."""
+    numbers = scale * jnp.arange(5 * 4 * 3, dtype=jnp.float32).reshape(5, 4, 3)[:layers]
+    params = {"vision": {"layers": {"layer": {"kernel": numbers}}, "bias": jnp.ones(5)}, "llm": {"a": numbers[:2]}}
+    tx = optax.masked(optax.scale_by_adam(mu_dtype="bfloat16"), {"vision": True, "llm": False})
+    opt_state = tx.update(params, tx.init(params))[1]
+    counters = [jnp.int32(0) for _ in range(3)]
+    return TrainState(counters[0], params, opt_state, *counters[1:])
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_layers_that_no_tap_reads_are_cut_from_older_checkpoints(tmp_path, layers):
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    checkpoints.save(3, _tower(5), {})
+    checkpoints.close()
+    _, restored, _ = checkpoints.restore(jax.eval_shape(lambda: _tower(layers)))
+    wanted = _tower(layers)
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+    for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(5, 2), (3, 5), (4, 5)])
+def test_other_numbers_of_layers_are_damage(tmp_path, stored, wanted):
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    checkpoints.save(3, _tower(stored), {})
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"step 3: .*(shape|layers)"):
+        checkpoints.restore(jax.eval_shape(lambda: _tower(wanted)))
 
 
 def test_damage_to_any_file_is_found(tmp_path):

@@ -297,10 +297,13 @@ def test_a_log_on_a_full_disk_leaves_the_exit_code_alone(tmp_path, kind, code, u
 
 LOST = """
 import jax
-from fusion_jax import distributed
-jax.process_count = lambda: 2
-with distributed.ends_with_the_others():
-    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + distributed._LOST[0])
+from fusion_jax import board, ending
+class Gone:
+    def key_value_try_get(self, name):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+board.client = Gone
+with ending.with_the_others():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + ending._LOST[0])
 """
 
 

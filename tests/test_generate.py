@@ -105,6 +105,24 @@ def test_a_mixed_batch_equals_one_by_one(tokenizer):
     assert len(set(together)) > 1
 
 
+def test_empty_rows_fill_a_batch_up_and_change_nothing(tokenizer):
+    filled, full = answerer(tokenizer, rows=6, max_tokens=6), answerer(tokenizer, rows=4, max_tokens=6)
+    for how in (None, Sampling(max_tokens=6, temperature=1.0, seed=3)):
+        assert filled.answer(MIXED[:4], how) == full.answer(MIXED[:4], how)
+    assert "".join(filled.stream(MIXED[0])) == full.answer(MIXED[:1])[0]
+
+
+def test_empty_rows_are_done_before_they_begin(tokenizer):
+    prompts = answerer(tokenizer).prompts
+    batch = prompts.batch([prompts.example(prompt) for prompt in MIXED[:1]], 3)
+    state = generate.first_state(Fusion(tiny_run.MODEL), weights(), batch, [Sampling(max_tokens=2)])
+    assert state.done.tolist() == [False, True, True] and state.positions.tolist()[1:] == [1, 1]
+    assert np.isfinite(state.logits).all() and np.isfinite(state.cache.values).all()
+    _, kept, state = generate.decode(Fusion(tiny_run.MODEL), weights(), state, 9, (), False, True)
+    assert state.made.tolist() == [2, 0, 0]
+    assert kept[:, :2].any() and not kept[:, 2:].any(), "went on although every row was done"
+
+
 def test_streamed_pieces_are_the_answer(tokenizer):
     one = answerer(tokenizer, rows=1, max_tokens=12)
     pieces = list(one.stream(MIXED[0]))
@@ -243,5 +261,5 @@ def test_a_model_over_eight_devices_gives_the_same_answers(tokenizer, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = answerer(tokenizer, rows=4, max_tokens=6).answer(MIXED[:1] * 4)
-    assert eval(done.stdout) == expected
+    expected = answerer(tokenizer, rows=4, max_tokens=6).answer(MIXED)
+    assert len(set(expected)) > 1 and eval(done.stdout) == expected

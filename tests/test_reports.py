@@ -7,16 +7,27 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
+from fixtures import params
 from forged import forge
 from shapes_data import make_shapes
 
-from fusion_jax import checkpoint, integrity, metrics, train
+from fusion_jax import checkpoint, input_check, integrity, metrics, sharding, train
 from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.data.layout import lay_out
+from fusion_jax.data.pipeline import fixed_loader
+from fusion_jax.data.sources import load_source
+from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.reports import Reports
+from fusion_jax.models.config import PRESETS
+from fusion_jax.models.fusion import Fusion
+from fusion_jax.reports import Reports, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +90,86 @@ def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, mon
     assert "evaluation failed (UserError: " in caplog.text and "done; no loss curves: IsADirectoryError" in caplog.text
 
 
+class Written:
+    """A `metrics.Writer` that keeps the last of everything."""
+
+    def scalars(self, step, values):
+        self.values = values
+
+    def text(self, step, name, text):
+        self.shown = text
+
+
+def reports_of(data, preset, validation="validation.json", **stage):
+    model = dataclasses.replace(tiny_run.MODEL, **PRESETS[preset])
+    config = configured(data, validation_data=f"{data}/{validation}", validation_batches=2, sample_answers=3)
+    stage = dataclasses.replace(config.stages[0], batch_size=6, **stage)
+    config = dataclasses.replace(config, model=model, stages=(stage,))
+    made = (sharding.make_mesh(), load_tokenizer(f"{data}/tokenizer"), load_source(config.validation_data))
+    return Reports(config, stage, 4, *made, Fusion(model), Written(), SimpleNamespace(requested=False))
+
+
+@pytest.fixture(scope="module")
+def mixed(data):
+    """Some records of text alone among those with an image; one whose image is gone."""
+    records = json.loads((data / "validation.json").read_text())
+    records = [dict(records[i % len(records)]) for i in range(13)]
+    for i, answer in ((1, "yes"), (4, "no, there is none " * 3), (5, "one")):
+        records[i] = {"id": f"text{i}", "conversations": [
+            {"from": "human", "value": "Is it so?"}, {"from": "gpt", "value": answer}]}  # fmt: skip
+    records[7]["image"] = "gone.png"
+    (data / "mixed.json").write_text(json.dumps(records))
+    return data
+
+
+@pytest.mark.parametrize(("preset", "packing"), [("paper", False), ("paper", True), ("released", True)])
+def test_validation_losses_are_those_of_one_record_a_row(mixed, preset, packing):
+    reports = reports_of(mixed, preset, "mixed.json", packing=packing, accumulation=2, max_rounds=8, max_length=300)
+    weights = params(reports.config.model)
+    reports._validate(4, weights)
+    loader = fixed_loader(reports.config, reports.stage, reports.validation, reports.tokenizer)
+    loaded = [loader.load(number) for number in range(12)]  # two whole batches
+    good = [example for i, example in enumerate(loaded) if i != 7]
+    batch = lay_out(good, loader.spec, loader.longest_latents)
+    sums, counts = jax.jit(evaluate, static_argnums=0)(reports.model, weights, batch)
+    for name in ("ce", "v2t", "t2v"):
+        np.testing.assert_allclose(reports.writer.values[f"validation/{name}"], sums[name] / counts[name], rtol=1e-5)
+    rows = sum(len(batch.rows) for batch in reports._planned)
+    positions = sum(len(batch.rows) * batch.length for batch in reports._planned)
+    assert (rows < 12) == packing and positions < 12 * 300
+    assert reports.writer.shown.count("model:") == 3
+
+
+def test_validation_of_which_nothing_can_be_used_is_an_error(mixed):
+    reports = reports_of(mixed, "paper", max_question_length=1)
+    with pytest.raises(UserError, match=r"none of the records of .*validation.json can be used"):
+        reports._validate(4, params(reports.config.model))
+    gone = mixed / "gone"
+    gone.mkdir()
+    shutil.copy(mixed / "validation.json", gone / "validation.json")
+    reports = reports_of(mixed, "paper", "gone/validation.json")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the first records of .*gone/validation.json can be used"):
+            reports._validate(4, params(reports.config.model))
+
+
+def test_reports_can_be_lowered_for_two_chips():
+    """Outside the mesh the kernels of a TPU cannot be."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, tests / "lower_on_two.py"],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": f"{tests.parent}:{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)
+    assert kernels["validation"] and kernels["prefill"] and "decode" in kernels
+
+
 def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tmp_path, monkeypatch):
-    write, note = integrity.write, train.StageRun._note_bad
+    write, note = integrity.write, input_check.InputCheck.note
 
     def slowly(*arguments):
         time.sleep(1.5)
@@ -92,7 +181,7 @@ def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tm
         note(self, step, *arguments)
 
     monkeypatch.setattr(integrity, "write", slowly)
-    monkeypatch.setattr(train.StageRun, "_note_bad", too_many)
+    monkeypatch.setattr(input_check.InputCheck, "note", too_many)
     with pytest.raises(UserError, match="too many bad records"):
         train.train(configured(data), tmp_path)
     assert steps(tmp_path) == [2] and integrity.problem(tmp_path / "stage1" / "checkpoints" / "2") is None

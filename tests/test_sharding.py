@@ -88,33 +88,72 @@ class _Device:
     device_kind: str = "none"
 
 
-def _mesh(sizes, per_process):
-    devices = [_Device(i, i // per_process) for i in range(math.prod(sizes))]
+def _mesh(sizes, per_process, order=None):
+    order = range(math.prod(sizes)) if order is None else order
     mesh = _Sizes(*sizes)
-    mesh.devices = np.array(devices, object).reshape(sizes)
+    mesh.devices = np.array([_Device(i, i // per_process) for i in order], object).reshape(sizes)
     return mesh
 
 
 @pytest.mark.parametrize(
-    ("sizes", "per_process", "expected"),
+    ("sizes", "per_process", "order", "expected"),
     [
-        ((2, 2, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
-        ((1, 2, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor group
-        ((1, 1, 8), 4, [(0, 1), (0, 1)]),
+        ((2, 2, 2), 2, None, [(0,), (1,), (2,), (3,)]),
+        ((2, 2, 2), 4, None, [(0, 1), (2, 3)]),
+        ((1, 2, 4), 2, None, [(0,), (0,), (1,), (1,)]),  # two processes share a tensor group
+        ((1, 1, 8), 4, None, [(0,), (0,)]),
+        ((1, 4, 1), 2, [0, 2, 1, 3], [(0, 2), (1, 3)]),  # as on a TPU v5p of several hosts
+        ((1, 4, 3), 4, None, [(0, 1), (1, 2), (2, 3)]),  # a shard lies on two processes
     ],
 )
-def test_each_process_feeds_its_own_rows(monkeypatch, sizes, per_process, expected):
-    found = []
+def test_each_process_feeds_the_shards_that_it_holds(monkeypatch, sizes, per_process, order, expected):
+    found, rows = [], np.arange(2 * sizes[0] * sizes[1])
+    mesh = _mesh(sizes, per_process, order)
     for process in range(len(expected)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(sharding.feeder.__wrapped__(_mesh(sizes, per_process)))
+        found.append(sharding.held_shards.__wrapped__(mesh))
+        monkeypatch.setattr(sharding, "held_shards", lambda _, held=found[-1]: held)
+        fed = sharding.local_rows(rows, mesh)
+        assert fed.tolist() == [row for shard in found[-1] for row in (2 * shard, 2 * shard + 1)]
+        assert sharding.local_rows(rows[:, None][:, :0], mesh).shape == (len(fed), 0)
+        monkeypatch.undo()
     assert found == expected
 
 
-def test_processes_whose_rows_overlap_are_refused():
-    with pytest.raises(UserError, match="unevenly"):
-        sharding.feeder.__wrapped__(_mesh((1, 4, 3), 4))
+@dataclasses.dataclass(frozen=True)
+class _Chip(_Device):
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    device_kind: str = "TPU v5"
+
+
+def _v5p(shape):
+    """The chips of a slice, whose hosts have 2 x 2 x 1 of them each."""
+    x, y, z = shape
+    hosts = [(a, b, c) for c in range(z) for b in range(0, y, 2) for a in range(0, x, 2)]
+    chips = [(host, (a + i, b + j, c)) for host, (a, b, c) in enumerate(hosts) for j in (0, 1) for i in (0, 1)]
+    return [_Chip(i, host, coords=coords) for i, (host, coords) in enumerate(chips)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [((4, 4, 4), (1, 64, 1)), ((4, 4, 8), (2, 64, 1)), ((2, 2, 2), (1, 8, 1)), ((4, 4, 4), (1, 16, 4))],
+)
+def test_every_row_is_fed_where_it_lies_on_slices_of_several_hosts(monkeypatch, shape, sizes):
+    mesh = _Sizes(*sizes)
+    mesh.devices = sharding.mesh_utils.create_device_mesh(sizes, _v5p(shape), allow_split_physical_axes=True)
+    fed, scattered = set(), False
+    for process in range(math.prod(shape) // 4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        held = sharding.held_shards.__wrapped__(mesh)
+        places = mesh.devices.reshape(-1, sizes[2])
+        assert all(
+            (process in [chip.process_index for chip in places[shard]]) == (shard in held)
+            for shard in range(len(places))
+        )
+        scattered |= held != tuple(range(held[0], held[0] + len(held)))
+        fed |= {*held}
+    assert scattered and fed == set(range(len(places)))
 
 
 def test_only_data_spans_slices(monkeypatch):
@@ -150,25 +189,48 @@ def test_the_mesh_is_a_key_of_the_run():
     assert run.mesh == MeshConfig(1, -1, 1)
 
 
-# Eight devices, in a process of their own.
+# Moments of other shapes than their parameters, and towers cut on loading: four devices, in a process of their own.
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meshes")
+def _run_worker(name, folder, devices):
+    """What tests/`name`, which writes two files, gave on so many CPU devices."""
     outputs = [folder / "arrays.npz", folder / "report.json"]
-    worker = Path(__file__).parent / "mesh_worker.py"
+    worker = Path(__file__).parent / name
     root = worker.parents[1]
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(root / ".jax_cache"),
     }
     command = [sys.executable, worker, *outputs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(np.load(outputs[0])), json.loads(outputs[1].read_text())
+
+
+def test_factored_moments_lie_with_their_parameters_and_update_as_on_one_device(tmp_path):
+    # It compares each array's place after two updates, and cuts a tower in its place.
+    arrays, report = _run_worker("state_worker.py", tmp_path, 4)
+    for mesh, least in {"fsdp": 1.3, "tensor": 1.2, "mixed": 1.5}.items():
+        for name in ("adafactor", "adafactor, masked", "sm3"):
+            held = report[f"{mesh}|{name}"].values()
+            whole, here = (sum(math.prod(shapes[i]) for shapes in held) for i in (0, 1))
+            assert whole > least * here, (mesh, name)
+    # Of (vocabulary, width), split over tensor and fsdp, the mean over rows and that over columns.
+    rows, columns = (report["mixed|adafactor"][f"[0].{name}['llm']['embedding']"] for name in ("v_row", "v_col"))
+    assert (rows, columns) == ([[16], [8]], [[128], [64]])
+    for key, array in arrays.items():
+        mesh, rest = key.split("|", 1)
+        np.testing.assert_allclose(array, arrays[f"one|{rest}"], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+# Eight devices, in a process of their own.
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return _run_worker("mesh_worker.py", tmp_path_factory.mktemp("meshes"), 8)
 
 
 MESHES = ["data", "fsdp", "tensor", "mixed", "mixed, released"]

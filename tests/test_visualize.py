@@ -99,7 +99,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
     batch = jax.tree.map(jnp.asarray, batch)
     text = batch.crop_text_mask[0].astype(jnp.int32)
     real = np.concatenate([np.ones((len(text), c.vision.patches)), text], 1)[0] > 0
-    for i in range(c.vision.layers):
+    for i in range(c.encoder_layers):
         q, k, v = (layer[part]["__call__"][0][i] for part in ("query", "key", "value"))
         w = encoder_weights(c, q, k, text, i < c.vision.early_layers)
         np.testing.assert_allclose(w.sum(-1)[:, :, real], 1, atol=1e-5)

@@ -1,31 +1,37 @@
 """From records to batches: measure, plan, load, encode, lay out. Grain does the reading, shuffling and prefetching.
 
-    RecordSource -> shuffle (seed) -> repeat -> measure (threads) -> wait -> plan rows -> load + encode (threads)
-                 -> lay out -> prefetch
+    RecordSource -> shuffle (seed) -> repeat -> measure (threads) -> agree -> wait -> plan rows
+                 -> load + encode (threads) -> lay out -> prefetch
 
 Records are measured by their texts, and by the sizes in their images' headers where those matter, ahead of the images.
-Each step draws l^2 from the seed and the step number and plans its rows from the records that wait (data/plan.py). That
-is the same in every process; each then reads the images of its own rows only. The state that a checkpoint keeps is the
-reader's, the step and the waiting list, and holds for any number of processes and threads.
+Process 0 alone measures, and the others take what it measured: a file that one machine cannot read, or reads
+otherwise, must not change their plan. Each step draws l^2 from the seed and the step number and plans its rows from the
+records that wait (data/plan.py). That is the same in every process; each then reads the images of its own rows only.
+The state that a checkpoint keeps is the reader's, the step and the waiting list, and holds for any number of processes
+and threads.
 
-A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. One whose text is bad is
-made up for by the next; one whose image turns out to be bad, which only its own process learns, leaves its place empty.
+A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. One that cannot be measured
+is made up for by the next; one whose image turns out to be bad, which only its own process learns, or which takes other
+room than was planned, leaves its place empty.
 """
 
 import dataclasses
+import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grain
 import numpy as np
 
+from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, image, sources, tiles
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out, lay_out_rows, needs
-from fusion_jax.data.plan import Measured, Sizes, a_crop_each, enough, plan, size_batches
+from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
+from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -34,6 +40,8 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 log = logging.getLogger("fusion_jax")
 
 _SAMPLE = 512  # records by which rows and crops of a batch are sized
+_MOST_SENT = 512  # measured records that process 0 sends at once
+_SENT_AHEAD = 8  # so many times before it waits for the others to have read them
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
@@ -140,18 +148,22 @@ class Fed:
     Attributes:
       batch: the rows of this process. samples: conversations in the step, over all processes, as planned, less those
         whose images this process could not read.
-      bad: the bad records met since the step before.
+      bad: the bad records met since the step before. broken: how many of them, the last, left a gap in a row: this
+        process alone knows of those.
+      plan: checksum of this step's plan and all before it since the start; the same in every process.
     """
 
     batch: Batch
     samples: int
     bad: tuple[BadRecord, ...]
+    broken: int
+    plan: int
 
 
 @dataclass
 class Counts:
     """Records looked at so far; how many were skipped, by reason; conversations that lost their last rounds, and those
-    rounds. Bad images are counted by the process that read them."""
+    rounds. Gaps in rows are counted by the process that had to leave them."""
 
     seen: int = 0
     bad: dict[str, int] = field(default_factory=dict)
@@ -161,8 +173,10 @@ class Counts:
     def add(self, bad: BadRecord) -> None:
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
 
-    def copy(self) -> "Counts":
-        return dataclasses.replace(self, bad=dict(self.bad))
+    def plus(self, bad: dict[str, int]) -> "Counts":
+        """A copy with so many more bad records, or fewer, by reason."""
+        both = {reason: self.bad.get(reason, 0) + bad.get(reason, 0) for reason in {**self.bad, **bad}}
+        return dataclasses.replace(self, bad={reason: count for reason, count in both.items() if count})
 
     def scalars(self) -> dict[str, int]:
         """For the metrics."""
@@ -207,6 +221,17 @@ class Loader:
         except BadRecord as bad:
             return bad
 
+    def load_planned(self, planned: Measured) -> Example | BadRecord:
+        """The example with its crops, if it takes the room that was planned for it."""
+        example = self.load(planned.number)
+        if isinstance(example, BadRecord):
+            return example
+        takes = needs(example, self.spec, 0)
+        if planned != (planned.number, takes.length, takes.crops, takes.rounds):
+            detail = "its text or an image has changed since it was measured, or differs from process 0's"
+            return BadRecord("changed", example.where, detail)
+        return example
+
     def measure(self, number: int) -> tuple[Measured, int] | BadRecord:
         """What the record takes, and how many last rounds it loses."""
         example = self.text(number)
@@ -224,12 +249,72 @@ class _Measure(grain.transforms.Map):
         return self.loader.measure(number)
 
 
+class _Agreed(grain.IterDataset):
+    """Measured records, as process 0 has measured them, in all processes."""
+
+    def __init__(self, parent, board: Board, together: int):
+        """Args: together: records that are sent at once."""
+        super().__init__(parent)
+        self._board, self._together = board, together
+
+    def __iter__(self):
+        return _AgreedIterator(iter(self._parent), self._board, self._together)
+
+
+class _AgreedIterator(grain.DatasetIterator):
+    """Process 0 reads its parent; the others read the board, and their parent stays where it is."""
+
+    def __init__(self, parent, board: Board, together: int):
+        super().__init__(parent)
+        self._board, self._together = board, together
+        self._position, self._measured, self._sent = 0, deque(), deque()
+
+    def __next__(self):
+        if not self._measured:
+            name = f"measured/{self._position}"
+            self._measured.extend(self._send(name) if self._board.first else self._receive(name))
+        self._position += 1
+        return self._measured.popleft()
+
+    def _send(self, name: str) -> list:
+        measured = [next(self._parent) for _ in range(self._together)]
+        self._board.send(name, json.dumps([_to_json(element) for element in measured]))
+        self._sent.append(name)
+        if len(self._sent) > _SENT_AHEAD:
+            self._board.take_down(self._sent.popleft())
+        return measured
+
+    def _receive(self, name: str) -> list:
+        return [_from_json(element) for element in json.loads(self._board.receive(name))]
+
+    def get_state(self):
+        return {"next_index": self._position}
+
+    def set_state(self, state):
+        self._parent.set_state(state)
+        self._position = state["next_index"]
+        self._measured.clear()
+
+
+def _to_json(element: tuple[Measured, int] | BadRecord) -> list:
+    if isinstance(element, BadRecord):
+        return [element.reason, element.where[:500], element.detail[:500]]
+    measured, dropped = element
+    return [*measured, dropped]
+
+
+def _from_json(element: list) -> tuple[Measured, int] | BadRecord:
+    if isinstance(element[0], str):
+        return BadRecord(*element)
+    return Measured(*element[:-1]), element[-1]
+
+
 @dataclass(frozen=True)
 class _Feeding:
     """What an iterator of batches needs to know.
 
     Attributes:
-      batch_size: samples of a step. allowed: share of bad records. groups: first and end of this process's groups.
+      batch_size: samples of a step. allowed: share of bad records. groups: numbers of this process's groups.
     """
 
     loader: Loader
@@ -239,7 +324,7 @@ class _Feeding:
     seed: int
     threads: int
     allowed: float
-    groups: tuple[int, int]
+    groups: tuple[int, ...]
 
     @property
     def split(self) -> bool:
@@ -261,7 +346,9 @@ class _Batches(grain.IterDataset):
 class _BatchIterator(grain.DatasetIterator):
     def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
-        self._feeding, self._step, self._counts = feeding, 0, Counts()
+        self._feeding, self._step, self._plan = feeding, 0, 0
+        self._counts = Counts()  # the same in every process
+        self._broken: dict[str, int] = {}  # by reason, the gaps that this process has left since it started
         self._waiting: list[Measured] = []  # oldest first
 
     def __next__(self) -> tuple[Fed, Counts]:
@@ -272,25 +359,27 @@ class _BatchIterator(grain.DatasetIterator):
         spec, sizes = f.loader.spec, f.sizes
         step = plan(self._waiting, spec, sizes, latents, f.split)
         latents = latents if step.crops else 0  # text alone: the same program whatever was drawn
-        numbers = [[self._waiting[i].number for i in row] for row in step.rows]
+        rows = [[self._waiting[i] for i in row] for row in step.rows]
+        self._plan = zlib.crc32(json.dumps([latents, step.crops, rows]).encode(), self._plan)
         taken = {i for row in step.rows for i in row}
         self._waiting = [measured for i, measured in enumerate(self._waiting) if i not in taken]
 
-        first, end = f.groups
-        own = numbers[first * sizes.rows_per_group : end * sizes.rows_per_group]
+        own = [row for g in f.groups for row in rows[g * sizes.rows_per_group : (g + 1) * sizes.rows_per_group]]
         with ThreadPoolExecutor(f.threads) as pool:
-            loaded = [list(row) for row in [pool.map(f.loader.load, row) for row in own]]
+            loaded = [list(row) for row in [pool.map(f.loader.load_planned, row) for row in own]]
         broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
         for element in broken:
-            self._counts.add(element)
+            self._broken[element.reason] = self._broken.get(element.reason, 0) + 1
         # A record whose image turns out to be bad leaves a gap in its row.
         good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
         spec = dataclasses.replace(spec, crops=step.crops)
-        batch = lay_out_rows(good, spec, latents, end - first)
-        return Fed(batch, len(taken) - len(broken), tuple(bad + broken)), self._counts.copy()
+        batch = lay_out_rows(good, spec, latents, len(f.groups))
+        fed = Fed(batch, len(taken) - len(broken), tuple(bad + broken), len(broken), self._plan)
+        return fed, self._counts.plus(self._broken)
 
     def _read(self) -> list[BadRecord]:
-        """Reads until a step can be planned, or too many records have been bad. The bad ones."""
+        """Reads until a step can be planned, or too many records have been bad. The bad ones. Nothing that differs
+        between processes may decide when it ends."""
         f, bad, in_row = self._feeding, [], 0
         records = len(f.loader.source)
         while not enough(self._waiting, f.sizes, f.batch_size, f.split):
@@ -312,14 +401,14 @@ class _BatchIterator(grain.DatasetIterator):
 
     def get_state(self):
         waiting = [list(measured) for measured in self._waiting]
-        counts = dataclasses.asdict(self._counts)
+        counts = dataclasses.asdict(self._counts.plus(self._broken))
         return {"parent": self._parent.get_state(), "step": self._step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
         """Goes on where `get_state` was called. ValueError where it is no state of such an iterator."""
         _check_state(state, len(self._feeding.loader.source), self._feeding.loader.spec.length)
         self._parent.set_state(state["parent"])
-        self._step, self._counts = state["step"], Counts(**state["counts"])
+        self._step, self._counts, self._broken = state["step"], Counts(**state["counts"]), {}
         self._waiting = [Measured(*measured) for measured in state["waiting"]]
 
 
@@ -403,18 +492,19 @@ def training_batches(
     source: RecordSource,
     tokenizer: Tokenizer,
     shards: int = 1,
-    process: int = 0,
-    processes: int = 1,
+    held: Sequence[int] | None = None,
+    board: Board | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
-      shards: parts that the rows of a microbatch are dealt over, a multiple of the processes: those of the mesh.
-      process: the rows of which process the batches hold, out of `processes`.
+      shards: parts that the rows of a microbatch are dealt over: those of the mesh.
+      held: numbers of the shards whose rows the batches hold, ascending; by default all.
+      board: through which process 0 tells the others what it has measured, empty; without one each measures by itself.
     """
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
-    sizes = stage_sizes(config, stage, loader, shards)
+    sizes = _agreed_sizes(board, lambda: stage_sizes(config, stage, loader, shards))
     fewest, most = (sizes.groups * pick(sizes.crops.values()) for pick in (min, max))
     if sizes.packing or fewest != sizes.rows:
         crops = f"{fewest} to {most}" if fewest < most else str(most)
@@ -434,13 +524,32 @@ def training_batches(
         seed,
         config.loader_threads,
         config.max_bad_records,
-        (sizes.groups * process // processes, sizes.groups * (process + 1) // processes),
+        _groups_of(range(shards) if held is None else held, sizes.groups // shards),
     )
     order = record_order(len(source), seed)
     # Ahead of the step: enough measured records for two batches, then two finished batches.
     reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
     measured = order.map(_Measure(loader)).to_iter_dataset(reading)
+    if board is not None:
+        measured = _Agreed(measured, board, min(stage.batch_size, _MOST_SENT))
     return iter(grain.experimental.ThreadPrefetchIterDataset(_Batches(measured, feeding), prefetch_buffer_size=2))
+
+
+def _groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
+    """Numbers of the groups, or rows, that lie on some shards."""
+    return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
+
+
+def _agreed_sizes(board: Board | None, measure: Callable[[], Sizes]) -> Sizes:
+    """The sizes that process 0 finds."""
+    if board is None:
+        return measure()
+    if board.first:
+        sizes = measure()
+        board.send("sizes", json.dumps(dataclasses.asdict(sizes)))
+        return sizes
+    said = json.loads(board.receive("sizes"))
+    return Sizes(**said | {"crops": {int(latents): crops for latents, crops in said["crops"].items()}})
 
 
 def _latent_counts(model: FusionConfig) -> tuple[int, ...]:
@@ -451,32 +560,47 @@ def _stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
     return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
 
 
+# Validation: the first records in file order, at the model's fixed l^2.
+
+
+def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The loader of validation, with the stage's sizes."""
+    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, _stage_spec(config.model, stage), config.model.fixed_latent_count)
+
+
+def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
+    """The first records in file order whose texts can be used: so many batches of them (0: all whole ones), or less
+    than one where there are no more."""
+    good: list[Measured] = []
+    for number in range(len(loader.source)):
+        if batches and len(good) == batches * batch_size:
+            break
+        element = loader.measure(number)
+        if not isinstance(element, BadRecord):
+            good.append(element[0])
+    return good[: len(good) // batch_size * batch_size] or good
+
+
 def fixed_batches(
-    config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer, batches: int
+    loader: Loader, planned: Sequence[FixedBatch], threads: int, shards: int = 1, held: Sequence[int] = (0,)
 ) -> Iterator[Batch]:
-    """The first records in file order at the model's fixed l^2, for validation. Bad records are left out."""
-    model = config.model
-    spec = _stage_spec(model, stage)
-    latents = model.fixed_latent_count
-    loader = Loader(source, ExampleMaker(model, tokenizer, config.template, config.decode), spec, latents)
-    good, made = [], 0
-    for number in range(len(source)):
-        element = loader.load(number)
-        if isinstance(element, BadRecord):
-            continue
-        good.append(element)
-        if len(good) == stage.batch_size:
-            yield lay_out(good, _narrow(good, spec), latents)
-            good, made = [], made + 1
-            if made == batches:
-                return
-    if good and not made:
-        yield lay_out(good, _narrow(good, spec), latents)  # fewer records than one batch: better a small one than none
+    """The rows of some shards of validation's batches.
 
+    A record whose image cannot be read, or is not as it was measured, leaves its place empty.
 
-def _narrow(examples: list[Example], spec: LayoutSpec) -> LayoutSpec:
-    """The spec with no more crops than the examples, one a row, can fill: each costs a pass of the encoder."""
-    return dataclasses.replace(spec, crops=max(1, *(needs(example, spec, 0).crops for example in examples)))
+    Args:
+      planned: `plan.plan_all` of `first_records`. shards, held: see `training_batches`.
+    """
+
+    for batch in planned:
+        own = [batch.rows[i] for i in _groups_of(held, len(batch.rows) // shards)]
+        with ThreadPoolExecutor(threads) as pool:
+            loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in own]]
+        spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
+        rows = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]
+        # As in training: without a crop there are no latents.
+        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held))
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

@@ -1,4 +1,4 @@
-"""Which waiting records go into which rows of a step, before any image is read.
+"""Which records go into which rows, before any image is read: those that wait into a step, or all into validation.
 
     waiting   records in their shuffled order, each measured by its text (and its images' sizes)
     units     what becomes a row: one record, or with packing the records of a best fit
@@ -8,6 +8,7 @@ Everything is a function of the waiting records and l^2, so that every process d
 images of its own groups.
 """
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.layout import LayoutSpec
 
@@ -107,6 +109,71 @@ def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
         groups[best].append(unit)
         left[best] -= cost
     return [row for group in groups for row in group + [[]] * (sizes.rows_per_group - len(group))]
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """One batch of validation: the records of every row; S positions a row, K crops a group."""
+
+    rows: list[list[Measured]]
+    length: int
+    crops: int
+
+
+def plan_all(
+    records: Sequence[Measured], spec: LayoutSpec, latents: int, stage: StageConfig, shards: int
+) -> list[FixedBatch]:
+    """Batches that hold all records, of which there must be one, each once, in rows as full as those of a stage.
+
+    The longest rows come first. A batch is as long as its longest row, rounded up to one of four lengths, and those of
+    one length have one K: four programs at most. A batch has one group of rows for every shard, with no more rows than
+    a microbatch of the stage; rows stay empty where there are too few.
+
+    Args:
+      latents: l^2. shards: parts that rows are dealt over.
+    """
+    lengths = [m.length + m.rounds * latents for m in records]
+    found = [[i] for i in range(len(records))]
+    if stage.packing:
+        found = packing.best_fit(lengths, spec.length, [([m.rounds for m in records], spec.rounds)])
+    found.sort(key=lambda unit: -sum(lengths[i] for i in unit))
+    most = max(1, len(found) * stage.batch_size // (len(records) * stage.accumulation * shards))  # rows of a group
+    rows = math.ceil(len(found) / (math.ceil(len(found) / (most * shards)) * shards))
+    by_length: dict[int, list[list[int]]] = {}
+    for start in range(0, len(found), rows * shards):
+        part = found[start : start + rows * shards]
+        by_length.setdefault(_few_lengths(sum(lengths[i] for i in part[0]), spec.length), []).extend(part)
+    planned = []
+    for length, part in by_length.items():
+        groups = math.ceil(len(part) / (rows * shards)) * shards
+        dealt = _deal_evenly([[records[i] for i in unit] for unit in part], groups, rows)
+        crops = max(_crops(group) for group in dealt)
+        for first in range(0, groups, shards):
+            filled = [group + [[]] * (rows - len(group)) for group in dealt[first : first + shards]]
+            planned.append(FixedBatch([row for group in filled for row in group], length, crops))
+    return planned
+
+
+def _few_lengths(length: int, longest: int) -> int:
+    """The longest row or, rounded up to blocks of 128, its half, quarter or eighth: what is just long enough."""
+    shorter = (math.ceil(longest / (128 * parts)) * 128 for parts in (8, 4, 2))
+    return next((one for one in shorter if length <= one < longest), longest)
+
+
+def _deal_evenly(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
+    """Units to groups of at most so many rows: most crops first, each to the group with fewest so far."""
+    dealt: list[list[list[Measured]]] = [[] for _ in range(groups)]
+    open_ = [(0, group) for group in range(groups)]
+    for unit in sorted(units, key=lambda unit: -_crops([unit])):
+        crops, group = heapq.heappop(open_)
+        dealt[group].append(unit)
+        if len(dealt[group]) < rows:
+            heapq.heappush(open_, (crops + _crops([unit]), group))
+    return dealt
+
+
+def _crops(group: Sequence[Sequence[Measured]]) -> int:
+    return sum(m.crops for unit in group for m in unit)
 
 
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:

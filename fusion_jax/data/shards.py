@@ -128,6 +128,7 @@ class Shards:
         check_files(self.folder, manifest)
         self._shards = [(s["shard"], s["text"]) for s in manifest["shards"]]
         self._ends = np.cumsum([s["records"] for s in manifest["shards"]])
+        self.hashes = [text["sha256"] for _, text in self._shards]
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -29,6 +29,7 @@ thousands of digits, too long.
 """
 
 import codecs
+import contextlib
 import json
 import math
 import operator
@@ -51,6 +52,7 @@ from fusion_jax.files import brief, open_file, parse_json, read_text, shown
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
 _STRATEGY = re.compile(r"(first|end|random):(?:(\d{1,18})|(\d{1,3}(?:\.\d{1,300})?)%)", re.ASCII)
 _MAX_WEIGHT = 1_000_000
+_COMPARED = 64  # records whose texts tell whether two machines have the same data
 _CHUNK = 1 << 22
 _MAX_RECORD = 1 << 26  # bytes of one record; in a list, one that has not ended by then is taken for a syntax error
 _MAX_YAML = 1 << 20  # bytes of a mixture
@@ -130,6 +132,10 @@ class _Json(_Part):
         self.spans = spans if len(numbers) == len(spans) else spans[np.asarray(numbers)]
         self._file = None
 
+    def listed(self) -> np.ndarray:
+        """Where each record lies."""
+        return self.spans
+
     def read(self, k: int) -> Record:
         if self._file is None:
             self._file = DataFile(self.path)
@@ -151,6 +157,10 @@ class _Stored(_Part):
     def __init__(self, name: str, records: shards.Shards | shards.TfdsRecords, numbers: Sequence[int]):
         super().__init__(name, numbers)
         self.records = records
+
+    def listed(self) -> bytes:
+        """Hashes of shards; of a TensorFlow Dataset nothing."""
+        return repr(getattr(self.records, "hashes", "")).encode()
 
     def read(self, k: int) -> Record:
         return self._record(self.records.read(int(self.numbers[k])))
@@ -194,6 +204,18 @@ class RecordSource:
         then, and as many as there are."""
         part, k = self._find(i)
         return part.text(k)
+
+    def fingerprint(self) -> int:
+        """A checksum by which two machines see whether they hold the same records: of what is listed, and of the texts
+        of a few records."""
+        said = zlib.crc32(repr(self.parts).encode())
+        for part in self._parts:
+            said = zlib.crc32(part.listed(), said)
+        for i in range(0, len(self), -(-len(self) // _COMPARED)):
+            with contextlib.suppress(BadRecord):  # on one machine alone, maybe
+                record = self.text(i)
+                said = zlib.crc32(repr((i, record.id, record.turns)).encode(), said)
+        return said
 
     def part(self, i: int) -> int:
         """Which of `parts` record i belongs to."""

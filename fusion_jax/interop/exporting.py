@@ -37,7 +37,10 @@ _GROUP_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step folder, its run config, its `about` entry, and dtype and shape of every parameter by path."""
+    """A step folder, its run config, its `about` entry, and dtype and shape of every parameter by path.
+
+    The tower's stacks may have layers that the model's taps leave out; they are exported, too.
+    """
 
     folder: Path
     config: RunConfig
@@ -56,7 +59,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = config_of(about, folder)
     stored = flatten_dict(loading.stored_shapes(folder), sep="/")
     found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
-    for name, shape in parameter_shapes(config.model).items():
+    shapes = parameter_shapes(config.model)
+    every = table.all_shapes(config.model, shapes)
+    first = next(path for path in shapes if path.startswith(table.TOWER))
+    if first in found and found[first][0] == every[first]:
+        shapes = every
+    for name, shape in shapes.items():
         check(name in found, f"{folder} lacks the parameter {name}.")
         check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
         check(found[name][1] in DTYPES, f"{folder}: {name} has type {found[name][1]}; allowed: {', '.join(DTYPES)}.")
@@ -104,7 +112,8 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
         with hf_config.reading(f"{source.folder}"):
             described = hf_config.published_config(model, config.template, came_from, main)
-    rows = table.published_rows(model, parameter_shapes(model), hf_config.is_fused(described))
+    shapes = {path: shape for path, (shape, _) in source.parameters.items()}
+    rows = table.published_rows(model, shapes, hf_config.is_fused(described))
     if published:
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
@@ -127,7 +136,8 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:
-            count = sum(int(np.prod(row.shape)) for row in rows)
+            needed = table.published_rows(model, parameter_shapes(model), fused=False)
+            count = sum(int(np.prod(row.shape)) for row in needed)
             (building / "README.md").write_text(model_card(source, main, count))
         writer = TensorWriter(building, tensors)
         for name, array in unused.items():

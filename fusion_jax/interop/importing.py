@@ -80,6 +80,11 @@ def parameter_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
+def kept_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of what an import's checkpoint holds: the tower whole, which loading cuts to the layers that run."""
+    return table.all_shapes(config, parameter_shapes(config))
+
+
 def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | None = None) -> Plan:
     """A folder in the published format: the whole model, `released` preset.
 
@@ -98,7 +103,7 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
         model = hf_config.published_model(raw, where)
     tensors = TensorFolder(folder, allow_pickle)
     check_sizes(tensors, table.VISION, model.vision, model.llm)
-    shapes = parameter_shapes(model)
+    shapes = kept_shapes(model)
     rows = table.published_rows(model, shapes, hf_config.is_fused(raw))
     check_tensors(rows, tensors, UNUSED, {})
     unused = [name for name, e in sorted(tensors.entries.items()) if name.endswith(UNUSED) and e.dtype in DTYPES]
@@ -157,7 +162,7 @@ def plan_backbones(
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in seen.entries) else ""
     check_sizes(seen, prefix, tower, None)
     check_sizes(text, "", None, decoder)
-    shapes = parameter_shapes(model)
+    shapes = kept_shapes(model)
     vision_rows = table.vision_rows(model, shapes, prefix)
     dropped = f"{prefix}encoder.layers.{tower.layers}."
     check(
@@ -214,7 +219,7 @@ def _dtypes(sources: list[Source], shapes: Mapping[str, tuple[int, ...]], dtype:
 
 def read(plan: Plan, make: Callable[[str, tuple[int, ...], np.dtype], np.ndarray], progress: bool = False) -> dict:
     """Reads all tensors of a plan into arrays that `make(path, shape, dtype)` gives. Returns them as a nested dict."""
-    shapes = parameter_shapes(plan.model)
+    shapes = kept_shapes(plan.model)
     params = {path: make(path, shape, DTYPES[plan.dtypes[path]]) for path, shape in shapes.items()}
     jobs = [(source, row) for source in plan.sources for row in source.rows]
     total = sum(_row_bytes(source, row) for source, row in jobs)
@@ -301,7 +306,7 @@ def write_checkpoint(plan: Plan, target: str | Path, progress: bool = True) -> N
     Raises:
       UserError: the target is not empty, or the disk is full.
     """
-    shapes = parameter_shapes(plan.model)
+    shapes = kept_shapes(plan.model)
     size = size_of((shape, plan.dtypes[path]) for path, shape in shapes.items())
     check_room(target, 2 * size)
     with new_folder(target) as building:

@@ -27,6 +27,7 @@ class Row:
 
 # A published Linear stores (out, in); ours is (in, out).
 VISION = "model.vision_tower.vision_tower.vision_model."
+TOWER = "vision/layers/layer/"  # our stacks of its layers
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VISION_LAYER = [
     ("layer_norm1.weight", "norm1/scale", "same"),
@@ -101,15 +102,23 @@ def _places(config: FusionConfig) -> tuple[list[tuple[str, int]], list[tuple[str
     return layers, exchanges
 
 
+def all_shapes(config: FusionConfig, shapes: Shapes) -> Shapes:
+    """`shapes` with all layers of the tower: files keep those that the taps leave out of the program, too."""
+    return {p: (config.vision.layers, *shape[1:]) if p.startswith(TOWER) else shape for p, shape in shapes.items()}
+
+
 def vision_rows(config: FusionConfig, shapes: Shapes, prefix: str = VISION) -> list[Row]:
-    """The vision tower under `prefix`: as in the published files, or `vision_model.` in a SigLIP folder."""
+    """The vision tower under `prefix`: as in the published files, or `vision_model.` in a SigLIP folder.
+
+    It has as many layers as the stacks in `shapes`, which may be more than run (`all_shapes`).
+    """
     rows = _Rows(config, shapes)
     rows.add(prefix + "embeddings.patch_embedding.weight", "vision/patch_embedding/", ("kernel",), "patch")
     rows.add(prefix + "embeddings.patch_embedding.bias", "vision/patch_embedding/", ("bias",), "same")
     rows.add(prefix + "embeddings.position_embedding.weight", "vision/", ("position_embedding",), "same")
-    for v in range(config.vision.layers):
+    for v in range(shapes[f"{TOWER}norm1/scale"][0]):
         for name, path, transform in _VISION_LAYER:
-            rows.add(f"{prefix}encoder.layers.{v}.{name}", "vision/layers/layer/", (path,), transform, v)
+            rows.add(f"{prefix}encoder.layers.{v}.{name}", TOWER, (path,), transform, v)
     return rows.listed
 
 

@@ -18,7 +18,9 @@ QUADRANTS = 4
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP / SigLIP2 vision tower. `layers` counts the layers that are kept (the published code drops the last)."""
+    """SigLIP / SigLIP2 vision tower. `layers` counts the layers that are kept (the published code drops the last); the
+    taps decide how many of them run (`FusionConfig.encoder_layers`).
+    """
 
     image_size: int = 384
     patch_size: int = 16
@@ -238,6 +240,12 @@ class FusionConfig:
                 self.llm.width % e.heads == 0,
                 f"model.exchange.heads={e.heads} does not divide llm.width={self.llm.width}.",
             )
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the tower that run. `paper` reads no state behind 2h - 1 (h early layers), so neither layer 2h - 1
+        nor what follows it is in the program: the last two of 39, the last one of an even number."""
+        return self.vision.layers if self.taps == "released" else 2 * self.vision.early_layers - 1
 
     @property
     def exchange_layers(self) -> int:

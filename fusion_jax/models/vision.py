@@ -11,7 +11,6 @@ Who sees whom (rows query, columns key; padding of the text is never seen):
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -90,18 +89,24 @@ class EncoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class _TapWeights:
-    """Per layer, the weight of its *input* state in the shallow and in the deep mean."""
+    """Per state 0..K-1, its weight in the shallow and in the deep mean."""
 
     shallow: np.ndarray
     deep: np.ndarray
 
     @classmethod
     def of(cls, config: VisionConfig) -> "_TapWeights":
-        # With K layers and h = K // 2: shallow is the mean of states 0..h-1, deep of h..2h-1; state k enters layer k.
+        # With K layers and h = K // 2: shallow is the mean of states 0..h-1, deep of h..2h-1; state k enters layer k,
+        # so that without the last state, K, as a tap nothing reads layer 2h-1 or any behind it.
         half, state = config.early_layers, np.arange(config.layers)
         shallow = (state < half) / half
         deep = ((state >= half) & (state < 2 * half)) / half
         return cls(shallow.astype(np.float32), deep.astype(np.float32))
+
+
+def _add(sums, shallow, deep, x):
+    """Both means' sums with the weighted state `x` in them."""
+    return sums[0] + (shallow * x).astype(x.dtype), sums[1] + (deep * x).astype(x.dtype)
 
 
 class _EncoderStep(nn.Module):
@@ -116,10 +121,9 @@ class _EncoderStep(nn.Module):
         early, shallow, deep = per_layer
         layer = EncoderLayer(self.config, self.mask, self.dtype, name="layer")
         new = {}
-        for view, (x, x_shallow, x_deep) in carry.items():
+        for view, (x, *sums) in carry.items():
             segments = text_segments if view == "guided" else None
-            sums = x_shallow + (shallow * x).astype(x.dtype), x_deep + (deep * x).astype(x.dtype)
-            new[view] = (layer(x, segments, early), *sums)
+            new[view] = (layer(x, segments, early), *_add(sums, shallow, deep, x))
         return new, None
 
 
@@ -144,7 +148,7 @@ class VisionEncoder(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},  # the latter for `levels.py` alone
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
-            length=c.layers,
+            length=self.config.encoder_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.layers = scan(c, self.config.mask, self.dtype)
@@ -170,7 +174,7 @@ class VisionEncoder(nn.Module):
         Returns:
           Per view the concatenated taps; guided: (G, P + T, taps D), plain: (N, P, taps D).
         """
-        c = self.config.vision
+        c, run = self.config.vision, self.config.encoder_layers
         segments: Int[Array, "G T"] | None = None
         if text is not None:
             views = {**views, "guided": jnp.concatenate([views["guided"], text.astype(self.dtype)], 1)}
@@ -178,7 +182,10 @@ class VisionEncoder(nn.Module):
         weights = _TapWeights.of(c)
         early = np.arange(c.layers) < c.early_layers
         carry = {view: (x, jnp.zeros_like(x), jnp.zeros_like(x)) for view, x in views.items()}
-        per_layer = jax.tree.map(jnp.asarray, (early, weights.shallow, weights.deep))
+        per_layer = tuple(jnp.asarray(x[:run]) for x in (early, weights.shallow, weights.deep))
         carry, _ = self.layers(carry, per_layer, segments)
-        order = (0, 1, 2) if self.config.taps == "released" else (1, 2)
-        return {view: jnp.concatenate([states[i] for i in order], -1) for view, states in carry.items()}
+        if self.config.taps == "released":
+            return {view: jnp.concatenate(states, -1) for view, states in carry.items()}
+        # The last layer's output is the last state of the deep mean.
+        last = (jnp.asarray(weights.shallow[run]), jnp.asarray(weights.deep[run]))
+        return {view: jnp.concatenate(_add(sums, *last, x), -1) for view, (x, *sums) in carry.items()}

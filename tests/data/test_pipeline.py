@@ -1,23 +1,25 @@
 """The input pipeline over a few real files: order, epochs, resuming, latent draws, bad records."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import pickle
 from collections import Counter
 
 import grain
+import jax
 import numpy as np
 import pytest
+from board_fake import Store
 from fixtures import tiny
 from PIL import Image
 
+from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
 from fusion_jax.data.layout import PIXELS, check_fits, lay_out
-from fusion_jax.data.plan import Sizes
+from fusion_jax.data.plan import Sizes, plan_all
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -272,7 +274,7 @@ def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
     loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
-    feeding = pipeline._Feeding(loader, sizes, sizes.rows, (4,), 0, 1, 0.5, (0, sizes.groups))
+    feeding = pipeline._Feeding(loader, sizes, sizes.rows, (4,), 0, 1, 0.5, tuple(range(sizes.groups)))
     return next(iter(pipeline._Batches(endless, feeding)))
 
 
@@ -481,29 +483,43 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
     source = pipeline.open_source(config, stage)
 
-    def start(processes):
+    stores = []
+
+    def start(*processes):
+        """Each process is the shards that it holds."""
+        stores.append(Store())
+        count = len(processes)
+        boards = [Board("run", stores[-1], process, count) if count > 1 else None for process in range(count)]
         return [
-            pipeline.training_batches(config, stage, source, tokenizer, 4, process, processes)
-            for process in range(processes)
+            (pipeline.training_batches(config, stage, source, tokenizer, 4, held, board), held)
+            for held, board in zip(processes, boards)
         ]
 
-    def step(batches):
-        feds = [next(one)[0] for one in batches]
+    def step(processes):
+        """The batch's rows, each shard's from the process that holds it."""
+        feds = [next(batches)[0] for batches, _ in processes]
         assert len({fed.samples for fed in feds}) == len({fed.batch.latent_count for fed in feds}) == 1
-        return [row for fed in feds for row in rows_of(fed)]
+        of_shard = {}
+        for fed, (_, held) in zip(feds, processes):
+            rows = rows_of(fed)
+            size = len(rows) // len(held)
+            of_shard |= {shard: rows[i * size : (i + 1) * size] for i, shard in enumerate(held)}
+        return [row for shard in range(4) for row in of_shard[shard]]
 
-    one, two = start(1), start(2)
+    one, two, interleaved = start((0, 1, 2, 3)), start((0, 1), (2, 3)), start((0, 2), (1, 3))
     for _ in range(4):
-        assert step(one) == step(two)
+        assert step(one) == step(two) == step(interleaved)
     # Saved by two, one of which keeps the state; four go on, where one would have been.
-    saved = json.loads(json.dumps(two[0].get_state()))
-    assert saved == json.loads(json.dumps(two[1].get_state()))
-    four = start(4)
-    for batches in four:
+    saved = json.loads(json.dumps(two[0][0].get_state()))
+    assert saved == json.loads(json.dumps(two[1][0].get_state()))
+    four = start((0,), (1,), (2,), (3,))
+    for batches, _ in four:
         batches.set_state(saved)
-    for _ in range(4):
+    for _ in range(20):
         assert step(one) == step(four)
-    for batches in (*one, *two, *four):
+    # What all have read is gone: a text, and who has read it, for each of those that may still be needed.
+    assert 1 < len(stores[-1].texts) < 3 * (2 * pipeline._SENT_AHEAD)
+    for batches, _ in (*one, *two, *interleaved, *four):
         batches.close()
 
 
@@ -611,16 +627,25 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     model = tiny(latent_counts=(1, 4, 9), **{"llm.vocab_size": 640})
     stage = StageConfig("s", str(bad_file), max_length=120, max_question_length=16, batch_size=5)
     config = RunConfig(model=model, stages=(stage,), tokenizer="")
-    make = functools.partial(
-        pipeline.fixed_batches, config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer")
-    )
-    batches = list(make(10))
-    assert len(batches) == 2 and {b.latent_count for b in batches} == {4}
-    assert len(list(make(1))) == 1
-    rows = [row.tobytes() for b in batches for row in b.crops[:, 0]]
-    for i, pixels in enumerate(rows):
-        image = Image.open(folder / f"{i}.png").convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
-        assert pixels == np.asarray(image).tobytes()
+    loader = pipeline.fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
+    records = pipeline.first_records(loader, 5, 10)
+    assert pipeline.first_records(loader, 5, 0) == records and pipeline.first_records(loader, 5, 1) == records[:5]
+    assert pipeline.first_records(loader, 9, 3) == pipeline.first_records(loader, 9, 1)
+    assert len(pipeline.first_records(loader, 50, 1)) < 50
+    planned = plan_all(records, loader.spec, 4, stage, 2)
+    batches = list(pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
+    assert {b.latent_count for b in batches} == {4}
+    expected = []
+    names = [json.loads(bad_file.read_text())[measured.number]["image"] for measured in records]
+    assert "cut.png" in names and "gone.png" in names  # bad images, which leave their places empty
+    for name in sorted({*names} - {"cut.png", "gone.png"}):
+        image = Image.open(folder / name).convert("RGB")
+        expected.append(np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).tobytes())
+    assert sorted(crop.tobytes() for b in batches for crop in b.crops[b.crop_kind == PIXELS]) == sorted(expected)
+    # Each process's rows are those of the shards that it holds, in the shapes of all.
+    for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, planned, 1, 2, (i,)) for i in (0, 1))):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True))
 
 
 def test_a_file_without_records_is_refused(tmp_path):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from fixtures import tiny
 
+from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, size_batches
+from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, plan_all, size_batches
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
 
@@ -93,6 +94,38 @@ def test_published_mix_fills_rows_and_crops(groups, slots_at_least, crops_at_lea
     assert np.mean(slots) >= slots_at_least and np.mean(crops) >= crops_at_least
     assert abs(np.mean(samples) / sizes.samples - 1) < 0.15
     assert sizes.crops[144] < sizes.crops[4]  # each l^2 its own: with many latents fewer images share a row
+
+
+@pytest.mark.parametrize(("packed", "shards", "accumulation"), [(True, 4, 1), (False, 4, 2), (False, 1, 1)])
+def test_validation_holds_every_record_once_in_few_shapes(packed, shards, accumulation):
+    lengths = np.minimum(np.random.default_rng(0).geometric(0.004, 200), 2000).tolist()
+    all_ = [Measured(7 * i, length, i % 3, 1) for i, length in enumerate(lengths)]
+    stage = StageConfig("s", "d", batch_size=16, accumulation=accumulation, packing=packed)
+    planned = plan_all(all_, layout_spec(tiny(), 2048, 16, 64), 4, stage, shards)
+    assert sorted(m for batch in planned for row in batch.rows for m in row) == all_
+    shapes = {batch.length: batch.crops for batch in planned}
+    assert set(shapes) <= {256, 512, 1024, 2048} and {(b.length, b.crops) for b in planned} == set(shapes.items())
+    (per_shard,) = {len(batch.rows) // shards for batch in planned}
+    allowed = 16 // shards // accumulation
+    assert per_shard < allowed if packed else per_shard == allowed
+    slots = 0
+    for batch in planned:
+        slots += len(batch.rows) * batch.length
+        for row in batch.rows:
+            assert sum(m.length + 4 for m in row) <= batch.length and (len(row) <= 1 or packed)
+        for shard in range(shards):
+            group = batch.rows[shard * per_shard : (shard + 1) * per_shard]
+            assert sum(m.crops for row in group for m in row) <= batch.crops
+    assert sum(m.length + 4 for m in all_) / slots > (0.9 if packed else 0.4)
+
+
+def test_validation_of_little_is_short():
+    one, spec = [Measured(3, 300, 1, 1)], layout_spec(tiny(), 4096, 16, 8)
+    for packed in (True, False):
+        (batch,) = plan_all(one, spec, 4, StageConfig("s", "d", batch_size=128, packing=packed), 256)
+        assert (len(batch.rows), batch.length, batch.crops) == (256, 512, 1) and batch.rows.count([]) == 255
+    (batch,) = plan_all(records(0, length=90), SPEC, 4, StageConfig("s", "d"), 1)
+    assert (batch.rows, batch.length, batch.crops) == ([records(0, length=90)], 100, 0)
 
 
 def test_sizes_of_unpacked_batches():

@@ -8,13 +8,15 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import tokenizers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from fusion_jax import checkpoint
 from fusion_jax.errors import UserError
-from fusion_jax.interop import exporting, importing
+from fusion_jax.interop import exporting, importing, table
 from fusion_jax.models import fusion, vision
 from fusion_jax.models.fusion import Fusion, example_batch
 
@@ -263,6 +265,43 @@ def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
         if bare.startswith(("head.", "encoder.layers.3.", "post_layernorm.")):
             continue
         np.testing.assert_array_equal(written[prefix + bare], tensor.numpy(), err_msg=name)
+
+
+def test_layers_behind_the_last_tap_stay_in_the_files_alone(folders, tmp_path):
+    plan = importing.plan_backbones(folders / "vision", folders / "qwen2")
+    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
+    assert (plan.model.vision.layers, plan.model.encoder_layers) == (3, 1)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    given = {name.removeprefix("vision_model."): tensor for name, tensor in tower().state_dict().items()}
+    kept = {name for name in given if name.startswith(("encoder.layers.1.", "encoder.layers.2."))}
+    assert len(kept) == 2 * 16
+    for name in kept:
+        np.testing.assert_array_equal(written[table.VISION + name], given[name].numpy(), err_msg=name)
+    # Neither model has them.
+    loaded = checkpoint.load_model(tmp_path / "checkpoint").params
+    stacks = flatten_dict(loaded["vision"]["layers"], sep="/")
+    assert {leaf.shape[0] for leaf in stacks.values()} == {1}
+    np.testing.assert_array_equal(
+        stacks["layer/query/kernel"][0], given["encoder.layers.0.self_attn.q_proj.weight"].numpy().T
+    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert len(model.model.vision_tower["vision_tower"]["vision_model"].encoder["layers"]) == 1
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,} parameters in float32" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_that_needs_all_layers_is_not_loaded_from_fewer(folders, tmp_path):
+    plan = importing.plan_backbones(folders / "vision", folders / "llama", "released")
+    model = dataclasses.replace(plan.model, taps="paper")
+    params = jax.tree.map(jnp.asarray, fusion.init(model, jax.random.key(0)))
+    ocp.save_checkpointables(tmp_path / "0", {"params": params})
+    like = jax.eval_shape(lambda: fusion.init(dataclasses.replace(model, taps="released"), jax.random.key(0)))
+    with pytest.raises(UserError, match=r"layers.*shape \(1, .*asks for \(3, .*taps='paper'.*import"):
+        checkpoint.load_params(tmp_path / "0", like)
 
 
 def test_half_precision_sources_keep_their_dtype(folders, tmp_path):

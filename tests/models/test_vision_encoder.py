@@ -1,5 +1,6 @@
 """The encoder: pixels and patches, one layer against plain numpy under every mask, taps, padding, two views."""
 
+import dataclasses
 import functools
 import math
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import params, random_array, tiny
+from fixtures import flat, params, random_array, tiny
 
+from fusion_jax.models import fusion
 from fusion_jax.models.config import VisionConfig
 from fusion_jax.models.vision import EncoderLayer, VisionEncoder, normalise, patchify
 
@@ -45,14 +47,15 @@ def layer_fn(mask):
 
 
 def layer_params(config, k):
+    assert k < config.encoder_layers
     return jax.tree.map(lambda a: a[k], params(config)["vision"]["layers"]["layer"])
 
 
 def states(config, x, text, mask=TEXT_MASK):
-    """States 0 to K, one layer after the other."""
+    """All states from 0 on, one layer after the other."""
     found = [jnp.concatenate([x, text], 1)]
     segments = jnp.asarray(mask, jnp.int32)
-    for k in range(config.vision.layers):
+    for k in range(config.encoder_layers):
         early = jnp.asarray(k < config.vision.layers // 2)
         found.append(layer_fn(config.mask)(layer_params(config, k), found[-1], segments, early))
     return [np.asarray(s) for s in found]
@@ -178,10 +181,10 @@ def test_taps_of_the_whole_tower_follow_the_half_mask():
     assert np.abs(a[:, :PATCHES, 1] - b[:, :PATCHES, 1]).max() > 1e-3  # deep: state 3 has seen the question
 
 
-@pytest.mark.parametrize("layers", [4, 5])
+@pytest.mark.parametrize("layers", [2, 3, 4, 5])
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_taps_are_means_of_the_states(preset, layers):
-    # Five layers: h = 2, so state 4 is in no mean, as state 38 of the published 39.
+    # Five layers: h = 2, so state 4 is in no mean, as state 38 of the published 39, and its layer is not there.
     config = tiny(preset, **{"vision.layers": layers})
     x, text = embedded()
     s, taps = states(config, x, text), encode(config, x, text)
@@ -192,6 +195,46 @@ def test_taps_are_means_of_the_states(preset, layers):
     assert taps.shape[2] == len(expected) == config.tap_count
     for k, tap in enumerate(expected):
         np.testing.assert_allclose(taps[:, :, k][real], tap[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+def test_layers_behind_the_last_tap_change_nothing(layers):
+    whole = tiny("released", taps="released", mask="paper", **{"vision.layers": layers})
+    config = dataclasses.replace(whole, taps="paper")
+    assert config.encoder_layers == 3
+    weights = {"vision": params(whole)["vision"]}
+    cut = jax.tree.map(lambda a: a[:3], weights["vision"]["layers"])
+    x, text = embedded()
+
+    def means(config, weights, text):
+        views = {"guided": jnp.asarray(x), "plain": jnp.asarray(x[:, ::-1])}
+        taps = VisionEncoder(config).apply({"params": weights}, views, text, jnp.asarray(TEXT_MASK))
+        return jnp.concatenate([tap[:, :, -2 * WIDTH :] for tap in taps.values()], 1)
+
+    def gradients(config, weights):
+        run = jax.jit(jax.value_and_grad(lambda w: jnp.mean(means(config, w, jnp.asarray(text)) ** 2)))
+        return jax.tree.map(np.asarray, run(weights))
+
+    tower = {**weights["vision"], "layers": cut}
+    ours, theirs = (
+        jax.jit(means, static_argnums=0)(c, w, text) for c, w in ((config, tower), (whole, weights["vision"]))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    (loss, here), (expected, there) = gradients(config, tower), gradients(whole, weights["vision"])
+    assert loss == expected
+    for path, leaf in flat(there["layers"]).items():
+        assert not leaf[3:].any(), path
+        # The backward pass is another program.
+        np.testing.assert_allclose(flat(here["layers"])[path], leaf[:3], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("mask", ["paper", "released"])
+def test_random_layers_do_not_depend_on_how_many_run(mask):
+    config = tiny(mask=mask, **{"vision.layers": 5})
+    every = dataclasses.replace(config, taps="released")
+    ours, theirs = (fusion.init(c, jax.random.key(2))["vision"]["layers"] for c in (config, every))
+    for path, leaf in flat(theirs).items():
+        np.testing.assert_array_equal(flat(ours)[path], leaf[:3], err_msg=path)
 
 
 @pytest.mark.parametrize("mask", ["paper", "released"])

@@ -1,5 +1,6 @@
 """Two and four real processes on this machine: they train as one, save, and go on from what they saved."""
 
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from fusion_jax.errors import AGAIN, UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"
+INTERLEAVED = [str(ROOT / "tests" / "multihost" / "interleaved.py")]
 EXACT = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "validation/ce")
 
 
@@ -56,31 +58,33 @@ def test_a_scheduler_is_noticed(monkeypatch, environment, scheduled, devices):
     assert distributed._slurm_devices() == devices
 
 
-def start(data, workdir, processes, *overrides):
-    """Starts that many processes of one run."""
+def start(data, workdir, processes, *overrides, devices=1, program=("-m", "fusion_jax.train")):
+    """Starts that many processes of one run, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        # On CPU only process 0 would ever find its programs there, and then wait for the others for longer than it can.
+        "JAX_ENABLE_COMPILATION_CACHE": str(processes == 1),
     }
     started = []
     for process in range(processes):
         arguments = [f"--config={CONFIG}:{data}", f"--workdir={workdir}", *overrides]
         if processes > 1:
             arguments += [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={process}"]
-        command = [sys.executable, "-m", "fusion_jax.train", *arguments]
+        command = [sys.executable, *program, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     return started
 
 
-def train(data, workdir, processes, *overrides, timeout=600):
+def train(data, workdir, processes, *overrides, timeout=600, **how):
     """Runs that many processes to their end; their outputs."""
-    started = start(data, workdir, processes, *overrides)
+    started = start(data, workdir, processes, *overrides, **how)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
@@ -170,6 +174,35 @@ def test_four_processes_go_on_where_two_were(data, pair, alone, tmp_path):
     for process in (1, 2, 3):  # they saw the last two steps only
         assert rows(more / "stage2" / "processes" / str(process)) == first[2:]
     check_closeness(first, rows(alone / "stage2"), more, alone)
+
+
+def printed(output, what):
+    """Lists that `interleaved.py` has printed."""
+    return [json.loads(line.removeprefix(what)) for line in output.splitlines() if line.startswith(f"{what} [")]
+
+
+@pytest.mark.slow
+def test_processes_with_interleaved_devices_give_the_figures_of_one(data, tmp_path):
+    """Training, validation, sample answers, a benchmark; and going on from what one process has saved."""
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    how = ("--config.mesh.data=1", "--config.mesh.fsdp=4")
+    (expected,) = train(f"{data},4,packed", alone, 1, *how, devices=4, program=INTERLEAVED)
+    answers, logits = (printed(expected, what) for what in ("answers", "logits"))
+    assert [len(batch) for batch in answers] == [1, 8] and [len(batch) for batch in logits] == [4, 16]
+    assert np.diff(np.sort(logits[1][:8])).min() > 4e-3  # so that one row is told from another
+    restored = tmp_path / "restored"
+    shutil.copytree(alone, restored)
+    shutil.rmtree(restored / "stage2" / "checkpoints" / "4")
+    for workdir in (two, restored):
+        outputs = train(f"{data},4,packed", workdir, 2, *how, devices=2, program=INTERLEAVED)
+        for output in outputs:
+            assert printed(output, "answers") == answers
+            for ours, theirs in zip(printed(output, "logits"), logits, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-3)
+        first = rows(workdir / "stage2")
+        assert rows(workdir / "stage2" / "processes" / "1") == (first if workdir == two else first[2:])
+        check_closeness(first, rows(alone / "stage2"), workdir, alone)
+    assert "continues after step 2" in outputs[0]
 
 
 @pytest.mark.slow

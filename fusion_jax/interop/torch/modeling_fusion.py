@@ -147,6 +147,12 @@ class FusionConfig(PretrainedConfig):
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
     @property
+    def encoder_layers(self) -> int:
+        """Layers of the tower that run: without its last state as a tap nothing reads what follows state 2h - 1."""
+        layers = self.vision["layers"]
+        return layers if self.taps == "released" else 2 * (layers // 2) - 1
+
+    @property
     def tokens_per_image(self) -> int:
         return self.image_tokens or self.patches
 
@@ -231,7 +237,9 @@ class VisionEncoder(nn.Module):
                 "position_embedding": nn.Embedding(config.patches, v["width"]),
             }
         )
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config) for _ in range(v["layers"]))})
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.encoder_layers))}
+        )
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(M, 3, H, W) to state 0, (M, P, Dv)."""
@@ -246,10 +254,9 @@ class VisionEncoder(nn.Module):
             x = torch.cat([x, text.to(x.dtype)], 1)  # text gets no position embedding
             if not text_mask.all():
                 keys = F.pad(text_mask.bool(), (patches, 0), value=True)[:, None, None]
-        layers = self.encoder["layers"]
-        half = len(layers) // 2
+        half = self.config.vision["layers"] // 2
         shallow, deep = torch.zeros_like(x), torch.zeros_like(x)
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.encoder["layers"]):
             if i < half:
                 shallow = shallow + (x.float() / half).to(x.dtype)
             elif i < 2 * half:
@@ -258,7 +265,9 @@ class VisionEncoder(nn.Module):
                 x = self._gradient_checkpointing_func(layer.__call__, x, patches, keys, i < half)
             else:
                 x = layer(x, patches, keys, i < half)
-        return torch.cat([x, shallow, deep] if self.config.taps == "released" else [shallow, deep], -1)
+        if self.config.taps == "released":
+            return torch.cat([x, shallow, deep], -1)
+        return torch.cat([shallow, deep + (x.float() / half).to(x.dtype)], -1)  # x is state 2h - 1
 
 
 # ---------------------------------------------------------------------------------------------- exchange
@@ -609,6 +618,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_static_cache = False
     _can_compile_fullgraph = False
+    # The tower's layers that the taps leave out: in the files where an imported tower had them.
+    _keys_to_ignore_on_load_unexpected = [r"\.vision_model\.encoder\.layers\.\d+\."]  # noqa: RUF012
 
     def __init__(self, config: FusionConfig):
         super().__init__(config)

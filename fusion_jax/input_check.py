@@ -1,0 +1,110 @@
+"""The input of a stage, over all its processes: the bad records are listed and counted, and the plans compared."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+from fusion_jax import distributed
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import pipeline
+from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.errors import check
+
+log = logging.getLogger("fusion_jax")
+
+
+def check_same_data(name: str, source: pipeline.RecordSource) -> None:
+    """UserError where the processes do not hold the same records. A collective."""
+    prints = distributed.gather([len(source), source.fingerprint()])
+    other = next((i for i, one in enumerate(prints) if one != prints[0]), None)
+    if other is not None:
+        check(
+            False,
+            f"The data of {name} are not the same for all processes: process {other} has other records than process 0 "
+            f"({prints[other][0]} and {prints[0][0]} of them); give all machines the same files.",
+        )
+
+
+class InputCheck:
+    """Judges the input after every step. With several processes gaps in rows are known to one process alone, until all
+    of them agree, which they do every few steps: what is raised is raised in all of them behind the same step."""
+
+    def __init__(self, config: RunConfig, stage: StageConfig, records: int, folder: Path):
+        """Args: records of the stage; folder: where `bad_records.jsonl` goes."""
+        self._stage, self._records, self._path = stage, records, folder / "bad_records.jsonl"
+        self._allowed = config.max_bad_records
+        self._own: Counter[str] = Counter()  # gaps of this process since the start, by reason
+        self._all: Counter[str] = Counter()  # of all processes, when they last agreed
+        self._planned = self._unusable = 0  # samples and bad records since then, without gaps
+        self._in_row = 0  # bad records since the last sample
+        self._agreed = True
+        self._to_show = 5  # in the log; the file has them all
+
+    def note(self, step: int, fed: Fed, counts: Counts) -> None:
+        """Lists and counts the bad records of a step, before it is computed. UserError where there are too many."""
+        self._list(step, fed)
+        self._own.update(bad.reason for bad in fed.bad[len(fed.bad) - fed.broken :])
+        self._counts, self._plan, self._agreed = counts, fed.plan, False
+        planned = fed.samples + fed.broken
+        self._planned += planned
+        self._unusable += len(fed.bad) - fed.broken
+        self._last = fed.bad[-1] if fed.bad else None
+        if jax.process_count() == 1 or not planned:
+            self.agree(step)
+        self._total().check(self._allowed, self._records)
+
+    def agree(self, step: int) -> Counts:
+        """The counts over all processes. A collective.
+
+        Raises:
+          UserError: too many bad records, or the processes have planned different batches.
+        """
+        if not self._agreed:
+            said = distributed.gather({"plan": self._plan, "gaps": self._own})
+            other = next((i for i, one in enumerate(said) if one["plan"] != said[0]["plan"]), None)
+            check(
+                other is None,
+                f"The processes have planned different batches by step {step} of {self._stage.name} (process {other} "
+                "and process 0); give all machines the same data, packages and program.",
+            )
+            gaps = sum((Counter(one["gaps"]) for one in said), Counter())
+            self._judge_use(gaps.total() - self._all.total())
+            self._all, self._agreed = gaps, True
+        total = self._total()
+        total.check(self._allowed, self._records)
+        return total
+
+    def position(self, step: int, state: dict) -> dict:
+        """The state of the input iterator behind this step, with the counts over all processes. A collective."""
+        return state | {"counts": state["counts"] | {"bad": self.agree(step).bad}}
+
+    def _total(self) -> Counts:
+        """The counts, the same in every process: with the gaps of when they last agreed."""
+        return self._counts.plus({reason: self._all[reason] - self._own[reason] for reason in self._all | self._own})
+
+    def _judge_use(self, gaps: int) -> None:
+        used, bad = self._planned - gaps, self._unusable + gaps
+        self._in_row = 0 if used else self._in_row + bad
+        self._planned = self._unusable = 0
+        # Two passes hold a whole one, wherever they begin: allowed or not, nothing is left to learn from.
+        check(
+            self._in_row < 2 * self._records,
+            f"None of the {self._records} records of {self._stage.data} can be used any more (the last: "
+            f"{self._last}); bad_records.jsonl in the workdir lists them.",
+        )
+
+    def _list(self, step: int, fed: Fed) -> None:
+        entries = [{"step": step, "reason": b.reason, "where": b.where, "detail": b.detail} for b in fed.bad]
+        if not entries:
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            log.warning("bad records are not listed: %s", error)
+        for record in fed.bad[: max(0, self._to_show)]:
+            log.warning("skipped a bad record (%s): %s", record.reason, record)
+        self._to_show -= len(fed.bad)
