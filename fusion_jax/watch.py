@@ -234,5 +234,5 @@ def says_when_memory_is_short(remat: str) -> Iterator[None]:
         raise UserError(
             f"The run does not fit into a device's memory ({found[1][:200].strip()}); what helps, the cheapest first: "
             f"a higher accumulation of the stage, remat=full (now {remat}), a shorter max_length, more devices to "
-            "share the parameters (mesh.fsdp). python -m fusion_jax.plan says beforehand what fits on TPUs."
+            "share the parameters (mesh.fsdp). python -m fusion_jax.plan says beforehand what fits."
         ) from error

@@ -31,13 +31,9 @@ def compiled(lowered, what: str, options: dict | None = None):
 
     threading.Thread(target=work, name="compiling", daemon=True).start()
     with _lines(what) as tick:
-        while True:
-            try:
-                return result.result(timeout=_LOOK)
-            except TimeoutError:
-                if result.done():  # the compiler's own
-                    raise
-                tick()
+        while not concurrent.futures.wait([result], timeout=_LOOK).done:
+            tick()
+    return result.result()
 
 
 @contextlib.contextmanager

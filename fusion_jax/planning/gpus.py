@@ -143,7 +143,7 @@ class GpuTopology:
         return self.sides[0] * self.sides[1]
 
     @property
-    def memory(self) -> float:
+    def limit(self) -> float:
         """Bytes that a program may take on one of them: the compiler itself refuses nothing."""
         return self.chip.hbm
 
@@ -165,7 +165,7 @@ class GpuTopology:
         if all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)):
             raise UserError(
                 "Planning for GPUs compiles with JAX's CUDA plug-in, which is not installed: "
-                "pip install fusion_jax[plan_gpu]."
+                "pip install fusion_jax[plan-gpu]."
             )
         # The plug-in would ask the driver for its version and give up.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -3,21 +3,22 @@
 | kernel | products of an attention, each 2 Sq Sk d FLOPs a head |
 |---|---|
 | splash (TPU) | scores and output; scores, d(weights), d(query); scores, d(weights), d(key), d(value) |
-| Triton (GPU) | scores and output; both of the others in one kernel |
+| Triton (GPU) | the same three |
 | cuDNN (GPU) | scores and output; scores, d(weights), d(query), d(key), d(value) |
 
-Blocks that a causal mask or a window hides are never computed.
+Blocks that a causal mask or a window hides are never computed, and by the Triton kernels none between segments.
 """
 
 import math
 import re
+from collections.abc import Sequence
 
-from fusion_jax.models import flash
+from fusion_jax.models import flash, segment_flash
 from fusion_jax.planning.hlo import Kernel
 
 _SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
-_TRITON = (("preprocess_backward", 0), ("mha_forward", 2), ("mha_backward", 7))  # the first of them names the rest too
-_TRITON_BLOCKS = {2: (128, 64), 7: (64, 64)}  # of queries and keys, as flash.triton_attention says
+_TRITON = (("segment_flash_forward", 2), ("segment_flash_keys", 4), ("segment_flash_queries", 3))
+_TRITON_BLOCKS = {2: segment_flash.FORWARD, 4: segment_flash.KEYS, 3: segment_flash.QUERIES}
 _CUDNN_BLOCK = 128
 
 
@@ -30,8 +31,11 @@ def kind(kernel: Kernel) -> str:
     return "cuDNN attention" if "fmha" in kernel.target else "cuBLAS products"
 
 
-def flops(kernel: Kernel) -> float:
+def flops(kernel: Kernel, packed: float = 1.0) -> float:
     """FLOPs of one call.
+
+    Args:
+      packed: share of a causal row's blocks that do not lie between segments, see `packed_share`.
 
     Raises:
       ValueError: nobody has said what such a kernel computes.
@@ -39,7 +43,7 @@ def flops(kernel: Kernel) -> float:
     if kernel.target == "tpu_custom_call":
         return _splash(kernel)
     if "triton" in kernel.target:
-        return _triton(kernel)
+        return _triton(kernel) * packed
     return _cudnn(kernel) if "fmha" in kernel.target else _gemm(kernel)
 
 
@@ -52,6 +56,21 @@ def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int 
         first = max(0, row * q_block - window + 1) // k_block if window else 0
         count += min(math.ceil((row + 1) * q_block / k_block), columns) - first
     return count / (rows * columns)
+
+
+def packed_share(lengths: Sequence[int], rows: int, row_length: int) -> float:
+    """The share of the blocks on and below the diagonal of all rows whose queries and keys meet in a segment.
+
+    Args:
+      lengths: of the segments in these rows. A segment begins and ends anywhere in a block.
+    """
+
+    def below(length: float) -> float:
+        blocks = length / segment_flash.FORWARD.queries
+        return blocks * (blocks + 1) / 2
+
+    met = sum(below(length + segment_flash.FORWARD.queries) for length in lengths)
+    return min(1.0, met / (rows * below(row_length)))
 
 
 def _arrays(kernel: Kernel) -> list[tuple[int, ...]]:
@@ -86,10 +105,9 @@ def _splash(kernel: Kernel) -> float:
 def _triton(kernel: Kernel) -> float:
     """Arrays are (rows, length, heads, head size); causal, as `attention.choose` has it."""
     products = _products(kernel, _TRITON)
-    if not products:
-        return 0.0
     query, key = _arrays(kernel)[:2]
-    share = computed(query[1], key[1], _TRITON_BLOCKS[products])
+    blocks = _TRITON_BLOCKS[products]
+    share = computed(query[1], key[1], (blocks.queries, blocks.keys))
     return products * 2.0 * math.prod(query) * key[1] * share
 
 

@@ -116,8 +116,8 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
     model = Fusion(config.model, jnp.dtype(config.dtype), config.remat)
     old, batch, _ = arguments
     start = time.perf_counter()
-    needed, limit, text = bytes_per_chip((old, batch)), topology.memory or topology.chip.hbm, ""
-    worth_it = topology.memory is None or needed <= topology.memory
+    needed, limit, text = bytes_per_chip((old, batch)), topology.limit or topology.chip.hbm, ""
+    worth_it = topology.limit is None or needed <= topology.limit
     if worth_it:
         lowered = train_step.compile_step(model, stage, tx, labels, mesh).lower(*arguments)
         try:
@@ -128,7 +128,7 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
                 raise
         else:
             needed = _memory(compiled.memory_analysis(), mesh)
-            text = compiled.as_text() if topology.memory is None or needed <= topology.memory else ""
+            text = compiled.as_text() if topology.limit is None or needed <= topology.limit else ""
     seconds = time.perf_counter() - start
     return Program(
         config=config,

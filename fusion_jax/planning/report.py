@@ -70,9 +70,10 @@ def analyse(program: Program, topology: Topology) -> Report:
     # The only loop whose rounds its data decides is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = hlo.read(program.text, topology.chips, chunks)
+    packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
     by_kind = defaultdict(float)
     for kernel in work.kernels:
-        by_kind[kernels.kind(kernel)] += kernels.flops(kernel) * kernel.times
+        by_kind[kernels.kind(kernel)] += kernels.flops(kernel, packed) * kernel.times
     compiled = work.flops + sum(by_kind.values())
     devices = program.mesh.devices.reshape(-1)
     sums: dict[tuple[str, str], float] = defaultdict(float)
@@ -127,10 +128,10 @@ def table(report: Report, stage_samples: float | None) -> str:
     """The same and where it comes from, for reading."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    noun = topology.noun
+    noun, plural = topology.noun, topology.noun + "s" * (topology.chips > 1)
     (rows, length), (groups, crops) = step.batch.tokens.shape, step.batch.crop_kind.shape
     out = [
-        f"{program.stage.name} on {topology.name}, {topology.chips} {noun}s ({mesh}), remat {program.config.remat}",
+        f"{program.stage.name} on {topology.name}, {topology.chips} {plural} ({mesh}), remat {program.config.remat}",
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
         f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",

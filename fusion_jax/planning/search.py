@@ -83,7 +83,7 @@ def summary(tried: Report) -> str:
     mesh = ",".join(f"{axis}={size}" for axis, size in p.mesh.shape.items() if size > 1)
     what = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
     if not p.fits:
-        return f"{what} of {p.limit / report.GIB:.1f}, does not fit"
+        return f"{what} {'' if p.compiled else 'and more '}of {p.limit / report.GIB:.1f}, does not fit"
     return f"{what}, {tried.samples_per_second:.1f} samples/s and {tried.mfu:.1%} MFU at most ({tried.bound_by})"
 
 

@@ -77,8 +77,8 @@ class TpuTopology:
         return math.prod(self.sides) * self.slices
 
     @property
-    def memory(self) -> None:
-        """The compiler knows what a chip has and refuses what does not fit."""
+    def limit(self) -> None:
+        """The compiler knows what a program may take, and refuses what does not fit."""
         return None
 
     @property

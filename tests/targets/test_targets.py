@@ -2,7 +2,7 @@
 it is meant to have. Nothing runs: the compilers need no device (`programs.py`).
 
 The part for TPUs needs libtpu (`pip install fusion_jax[plan]`), that for GPUs 4 GB of CUDA libraries
-(`pip install fusion_jax[plan_gpu]`).
+(`pip install fusion_jax[plan-gpu]`).
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def platform(target: str) -> str:
 
 
 def needed(target: str):
-    extra = {"tpu": "plan", "gpu": "plan_gpu"}[platform(target)]
+    extra = {"tpu": "plan", "gpu": "plan-gpu"}[platform(target)]
     return pytest.mark.skipif(not INSTALLED[platform(target)], reason=f"needs pip install fusion_jax[{extra}]")
 
 
