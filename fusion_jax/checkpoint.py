@@ -149,7 +149,7 @@ class Checkpoints:
           Step, state and the input iterator's state; None where there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, but none is whole, or this process alone cannot read one.
+          UserError: there are checkpoints, but none is whole, or one process alone cannot read it.
         """
         like = abstract(like)
         damaged: dict[int, str] = {}

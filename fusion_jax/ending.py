@@ -26,6 +26,7 @@ from fusion_jax.errors import AGAIN, RunAgain, UserError, first_line
 _NOTICE = "fusion_jax/ends"
 _SEEN = "fusion_jax/ends_seen"
 _LOOK = 1.0  # seconds between two looks for a notice
+_ending = threading.Lock()
 _PATIENCE = 10.0  # that process 0, with which the notice goes, waits until the others have seen it
 # In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process is gone.
 _LOST = ("Gloo", "gloo", "onnection", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "heartbeat", "ABORTED")
@@ -47,8 +48,8 @@ class Notice:
 
 @contextlib.contextmanager
 def with_the_others() -> Iterator[None]:
-    """Any error in here ends all processes of the run; inside, they may be joined first. In a run of one process it is
-    raised as ever.
+    """Any error in here ends all processes of the run; the processes may be joined inside it. In a run of one process
+    it is raised as ever.
 
     The process is ended at once: Python's way out waits for the others.
     """
@@ -111,6 +112,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 def _end(notice: Notice | None, reason: str = "") -> NoReturn:
     """Says why, and ends the process. Without a notice another one has died, which `reason` tells of."""
+    _ending.acquire()  # for good: both threads may come here
     lost = f"Another process of this run has ended or cannot be reached {reason}; start all of them again: training "
     cli.say(notice.sentence if notice else lost + "goes on from the newest checkpoint.")
     logging.shutdown()

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ from fusion_jax import distributed
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.pipeline import Counts, Fed
-from fusion_jax.errors import check
+from fusion_jax.errors import BadRecord, check
 
 log = logging.getLogger("fusion_jax")
 
@@ -32,10 +34,15 @@ class InputCheck:
     """Judges the input after every step. With several processes gaps in rows are known to one process alone, until all
     of them agree, which they do every few steps: what is raised is raised in all of them behind the same step."""
 
-    def __init__(self, config: RunConfig, stage: StageConfig, records: int, folder: Path):
-        """Args: records of the stage; folder: where `bad_records.jsonl` goes."""
+    def __init__(self, config: RunConfig, stage: StageConfig, records: int, folder: Path, held: Sequence[int] = (0,)):
+        """Args: records of the stage; folder: where `bad_records.jsonl` goes; held: shards of the rows that this
+        process feeds (`sharding.held_shards`)."""
         self._stage, self._records, self._path = stage, records, folder / "bad_records.jsonl"
         self._allowed = config.max_bad_records
+        self._held = list(held)
+        self._counts, self._plan = Counts(), 0  # of the last step
+        self._last: BadRecord | None = None  # of this process
+        self._gaps = 0  # checksum of this process's gaps
         self._own: Counter[str] = Counter()  # gaps of this process since the start, by reason
         self._all: Counter[str] = Counter()  # of all processes, when they last agreed
         self._planned = self._unusable = 0  # samples and bad records since then, without gaps
@@ -46,12 +53,15 @@ class InputCheck:
     def note(self, step: int, fed: Fed, counts: Counts) -> None:
         """Lists and counts the bad records of a step, before it is computed. UserError where there are too many."""
         self._list(step, fed)
-        self._own.update(bad.reason for bad in fed.bad[len(fed.bad) - fed.broken :])
+        gaps = fed.bad[len(fed.bad) - fed.broken :]
+        self._own.update(bad.reason for bad in gaps)
+        for bad in gaps:
+            self._gaps = zlib.crc32(f"{bad.where} {bad.reason}".encode(), self._gaps)
         self._counts, self._plan, self._agreed = counts, fed.plan, False
         planned = fed.samples + fed.broken
         self._planned += planned
         self._unusable += len(fed.bad) - fed.broken
-        self._last = fed.bad[-1] if fed.bad else None
+        self._last = fed.bad[-1] if fed.bad else self._last
         if jax.process_count() == 1 or not planned:
             self.agree(step)
         self._total().check(self._allowed, self._records)
@@ -63,14 +73,25 @@ class InputCheck:
           UserError: too many bad records, or the processes have planned different batches.
         """
         if not self._agreed:
-            said = distributed.gather({"plan": self._plan, "gaps": self._own})
+            said = distributed.gather(
+                {"plan": self._plan, "gaps": self._own, "checksum": self._gaps, "held": self._held}
+            )
             other = next((i for i, one in enumerate(said) if one["plan"] != said[0]["plan"]), None)
             check(
                 other is None,
                 f"The processes have planned different batches by step {step} of {self._stage.name} (process {other} "
                 "and process 0); give all machines the same data, packages and program.",
             )
-            gaps = sum((Counter(one["gaps"]) for one in said), Counter())
+            # Processes of one `tensor` group feed the same rows, and meet the same gaps in them.
+            feeders: dict[tuple[int, ...], int] = {}
+            for i, one in enumerate(said):
+                first = feeders.setdefault(tuple(one["held"]), i)
+                check(
+                    one["checksum"] == said[first]["checksum"],
+                    f"Processes {first} and {i} feed the same rows of {self._stage.name}, and one of them cannot read "
+                    "an image that the other reads; give both machines the same files.",
+                )
+            gaps = sum((Counter(said[i]["gaps"]) for i in feeders.values()), Counter())
             self._judge_use(gaps.total() - self._all.total())
             self._all, self._agreed = gaps, True
         total = self._total()

@@ -81,8 +81,11 @@ def load_parts(folder: Path, like: dict) -> dict:
         return jax.ShapeDtypeStruct((stored, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
     def cut(path, x):
-        # One array after the other, so that no second tower lies in memory.
-        return jax.jit(lambda x: x[:wanted], out_shardings=x.sharding)(x) if _is_tower(path) else x
+        if not _is_tower(path):
+            return x
+        kept = jax.block_until_ready(jax.jit(lambda x: x[:wanted], out_shardings=x.sharding)(x))
+        x.delete()  # one array after the other, so that no second tower lies in memory
+        return kept
 
     loaded = ocp.load_checkpointables(folder, jax.tree.map_with_path(longer, like))
     return jax.tree.map_with_path(cut, loaded)

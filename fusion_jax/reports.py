@@ -41,9 +41,12 @@ class Reports:
         self.model: fusion.Fusion = model
         self.writer: metrics.Writer = writer
         self.stop: watch.Stop = stop
-        self._evaluate = compile_evaluation(model, mesh)
         self._failed: Counter[str] = Counter()
         self._planned: list[FixedBatch] | None = None  # validation, once its records are measured
+
+    @functools.cached_property
+    def _evaluate(self) -> sharding.OnMesh:
+        return compile_evaluation(self.model, self.mesh)
 
     def run(self, step: int, params, phase: watch.Watch) -> bool:
         """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run

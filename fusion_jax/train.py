@@ -214,7 +214,7 @@ class StageRun:
         texts = board.open_board(f"fusion_jax/input/{stage.name}")
         shards, held = sharding.batch_shards(mesh), sharding.held_shards(mesh)
         batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts)
-        records = InputCheck(config, stage, len(self.source), self.reports)
+        records = InputCheck(config, stage, len(self.source), self.reports, held)
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every

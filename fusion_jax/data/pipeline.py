@@ -500,7 +500,8 @@ def training_batches(
     Args:
       shards: parts that the rows of a microbatch are dealt over: those of the mesh.
       held: numbers of the shards whose rows the batches hold, ascending; by default all.
-      board: through which process 0 tells the others what it has measured, empty; without one each measures by itself.
+      board: a new one, through which process 0 sends the others what it has measured; without one each measures by
+        itself.
     """
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
@@ -570,8 +571,8 @@ def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, to
 
 
 def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
-    """The first records in file order whose texts can be used: so many batches of them (0: all whole ones), or less
-    than one where there are no more."""
+    """The first records in file order whose texts can be used: so many batches of them, or all (0, or where there are
+    no more)."""
     good: list[Measured] = []
     for number in range(len(loader.source)):
         if batches and len(good) == batches * batch_size:
@@ -579,7 +580,7 @@ def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measure
         element = loader.measure(number)
         if not isinstance(element, BadRecord):
             good.append(element[0])
-    return good[: len(good) // batch_size * batch_size] or good
+    return good
 
 
 def fixed_batches(

@@ -130,26 +130,26 @@ def plan_all(
     a microbatch of the stage; rows stay empty where there are too few.
 
     Args:
-      latents: l^2. shards: parts that rows are dealt over.
+      latents: l^2. shards: parts that rows are spread over.
     """
     lengths = [m.length + m.rounds * latents for m in records]
-    found = [[i] for i in range(len(records))]
+    together = [[i] for i in range(len(records))]
     if stage.packing:
-        found = packing.best_fit(lengths, spec.length, [([m.rounds for m in records], spec.rounds)])
-    found.sort(key=lambda unit: -sum(lengths[i] for i in unit))
-    most = max(1, len(found) * stage.batch_size // (len(records) * stage.accumulation * shards))  # rows of a group
-    rows = math.ceil(len(found) / (math.ceil(len(found) / (most * shards)) * shards))
+        together = packing.best_fit(lengths, spec.length, [([m.rounds for m in records], spec.rounds)])
+    together.sort(key=lambda unit: -sum(lengths[i] for i in unit))
+    most = max(1, len(together) * stage.batch_size // (len(records) * stage.accumulation * shards))  # rows of a group
+    rows = math.ceil(len(together) / (math.ceil(len(together) / (most * shards)) * shards))
     by_length: dict[int, list[list[int]]] = {}
-    for start in range(0, len(found), rows * shards):
-        part = found[start : start + rows * shards]
+    for start in range(0, len(together), rows * shards):
+        part = together[start : start + rows * shards]
         by_length.setdefault(_few_lengths(sum(lengths[i] for i in part[0]), spec.length), []).extend(part)
     planned = []
     for length, part in by_length.items():
         groups = math.ceil(len(part) / (rows * shards)) * shards
-        dealt = _deal_evenly([[records[i] for i in unit] for unit in part], groups, rows)
-        crops = max(_crops(group) for group in dealt)
+        by_group = _spread([[records[i] for i in unit] for unit in part], groups, rows)
+        crops = max(_crops(group) for group in by_group)
         for first in range(0, groups, shards):
-            filled = [group + [[]] * (rows - len(group)) for group in dealt[first : first + shards]]
+            filled = [group + [[]] * (rows - len(group)) for group in by_group[first : first + shards]]
             planned.append(FixedBatch([row for group in filled for row in group], length, crops))
     return planned
 
@@ -160,16 +160,16 @@ def _few_lengths(length: int, longest: int) -> int:
     return next((one for one in shorter if length <= one < longest), longest)
 
 
-def _deal_evenly(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
+def _spread(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
     """Units to groups of at most so many rows: most crops first, each to the group with fewest so far."""
-    dealt: list[list[list[Measured]]] = [[] for _ in range(groups)]
+    filled: list[list[list[Measured]]] = [[] for _ in range(groups)]
     open_ = [(0, group) for group in range(groups)]
     for unit in sorted(units, key=lambda unit: -_crops([unit])):
         crops, group = heapq.heappop(open_)
-        dealt[group].append(unit)
-        if len(dealt[group]) < rows:
+        filled[group].append(unit)
+        if len(filled[group]) < rows:
             heapq.heappush(open_, (crops + _crops([unit]), group))
-    return dealt
+    return filled
 
 
 def _crops(group: Sequence[Sequence[Measured]]) -> int:

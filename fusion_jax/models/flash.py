@@ -81,7 +81,8 @@ def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, i
     """
     assert causal and not window
     length = q.shape[1]
-    padded = math.ceil(length / 128) * 128
+    step = math.lcm(*(size for blocks in segment_flash.BLOCKS for size in (blocks.queries, blocks.keys)))
+    padded = math.ceil(length / step) * step
     q, k, v = (_pad(x, padded) for x in (q, k, v))
     out = segment_flash.segment_attention(q, k, v, _pad(q_segments, padded), interpret=interpret)
     return _zero_blind(out[:, :length], q_segments, kv_segments, causal).astype(v.dtype)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 _HIDDEN = -1e30  # a score that nothing comes of, and that no sum makes infinite
-_LAST = 2**30  # segment of padding, which stands behind all others
+_LAST = 2**30  # from here on, segments of padding, which stands behind all others
 _LOG2E = math.log2(math.e)
 
 
@@ -34,7 +34,7 @@ class Blocks:
 
 
 # The fastest of those tried on an H100; see docs/performance.md.
-FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+BLOCKS = FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
 
 
 def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
@@ -165,17 +165,20 @@ def _call(kernel, name, blocks, grid_size, shape, repeat, interpret, in_kinds, o
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def segment_attention(q, k, v, segments, blocks=(FORWARD, KEYS, QUERIES), interpret=False):
+def segment_attention(q, k, v, segments, blocks=BLOCKS, interpret=False):
     """Causal attention within segments: q (B, S, H, d); k, v (B, S, G, d) with G dividing H; segments int32 (B, S).
 
-    S must be a multiple of every block. Segment 0, padding, is one like the others. 16 bits only on a device.
+    S must be a multiple of every block. Padding, segment 0, sees some of the padding before it. 16 bits only on a
+    device.
     """
     return _forward(q, k, v, segments, blocks, interpret)[0]
 
 
 def _forward(q, k, v, segments, blocks, interpret):
     forward, repeat = blocks[0], q.shape[2] // k.shape[2]
-    segments = jnp.where(segments > 0, segments, _LAST)
+    # Each block of padding is a segment of its own, so that long padding costs no more than its own blocks.
+    padding = _LAST + jnp.arange(segments.shape[1], dtype=jnp.int32) // forward.queries
+    segments = jnp.where(segments > 0, segments, padding)
     first, _ = ranges(segments, forward.queries, forward.keys)
     out, lse = _call(
         *(_forward_kernel, "segment_flash_forward", forward, first.shape[1], q.shape, repeat, interpret),

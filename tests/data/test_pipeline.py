@@ -630,8 +630,7 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     loader = pipeline.fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
     records = pipeline.first_records(loader, 5, 10)
     assert pipeline.first_records(loader, 5, 0) == records and pipeline.first_records(loader, 5, 1) == records[:5]
-    assert pipeline.first_records(loader, 9, 3) == pipeline.first_records(loader, 9, 1)
-    assert len(pipeline.first_records(loader, 50, 1)) < 50
+    assert len(records) % 9 and pipeline.first_records(loader, 9, 10) == records  # the last batch need not be whole
     planned = plan_all(records, loader.spec, 4, stage, 2)
     batches = list(pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
     assert {b.latent_count for b in batches} == {4}

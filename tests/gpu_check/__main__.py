@@ -217,7 +217,7 @@ def main() -> int:
         print(f"missing: {quoted}\n  pip install {quoted}", file=sys.stderr)
         if needed:
             return 2
-        print("  the part `training` will fail without; the others run.", file=sys.stderr)
+        print("  without them the part `training` fails; the others run.", file=sys.stderr)
     given.out.mkdir(parents=True, exist_ok=True)
     groups = [[part for part in group if part is DEVICE or part.name in chosen] for group in GROUPS]
     groups = [group for group in groups if group]

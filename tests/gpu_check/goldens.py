@@ -17,8 +17,8 @@ from fusion_jax.models.fusion import Fusion
 from fusion_jax.train_step import losses_of
 
 # Largest difference of one value, float32, as in tests/parity; a gradient's norm by its relative error.
-STATES, LOGITS, LOSSES, GRADIENTS = 1e-4, 2e-4, 1e-5, 1e-3
-BFLOAT16 = 0.03  # relative error of the logits
+FLOAT32 = {"states": 1e-4, "logits": 2e-4, "losses": 1e-5, "worst_gradient": 1e-3}
+BFLOAT16 = {"logits_relative": 0.03}
 
 
 def model_config(preset: str, side: int):
@@ -87,9 +87,7 @@ def _number(x: float) -> float:
 
 
 def judge(row: dict, where: str) -> list[str]:
-    limits = {"logits_relative": BFLOAT16}
-    if row["dtype"] == "float32":
-        limits = {"states": STATES, "logits": LOGITS, "losses": LOSSES, "worst_gradient": GRADIENTS}
+    limits = FLOAT32 if row["dtype"] == "float32" else BFLOAT16
     over = [f"{name} {row[name]:.2g} (limit {most:g})" for name, most in limits.items() if not row[name] <= most]
     return [f"{where}: {', '.join(over)}"] if over else []
 
@@ -137,8 +135,7 @@ def main() -> None:
             rows.append({"values": name, "dtype": jnp.dtype(dtype).name, **row})
             failures.extend(judge(rows[-1], f"{name}, {rows[-1]['dtype']}"))
             note(rows[-1])
-            limits = {"states": STATES, "logits": LOGITS, "losses": LOSSES, "worst_gradient": GRADIENTS}
-            say({"limits_float32": limits, "limits_bfloat16": {"logits_relative": BFLOAT16}, "models": rows}, failures)
+            say({"limits_float32": FLOAT32, "limits_bfloat16": BFLOAT16, "models": rows}, failures)
 
     for name, config, params, batch, wanted in small_models(context.dry_run):
         check(name, config, params, batch, wanted, np.asarray(batch.segment_ids) > 0)

@@ -45,7 +45,7 @@ TINY = {
     "exchange": {"layers": 1, "heads": 2},
 }
 # What of FLARE-L 3B fits a card of 80 GB: half of the layers. Parameters, their gradients and Adam's moments take 16
-# bytes a parameter, and 5.8 billion have 93 GB.
+# bytes a parameter, and 5.8 billion take 93 GB.
 HALF = ["--config.model.llm.layers=14", "--config.model.exchange.layers=5", "--config.model.vision.layers=20"]
 WHOLE_FROM = 100e9  # bytes of memory
 
