@@ -153,7 +153,8 @@ class Checkpoints:
         """
         like = abstract(like)
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        # What process 0 sees there: on a shared disk another one may not know a new name yet, or still know an old one.
+        for step in reversed(distributed.gather(self.steps())[0]):
             folder = self.folder / str(step)
             damage = integrity.problem(folder, jax.process_index(), jax.process_count())
             data = state = None

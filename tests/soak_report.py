@@ -18,6 +18,7 @@ from pathlib import Path
 import soak
 import soak_data
 import soak_disk
+import soak_gpu_check
 import soak_kills
 import soak_numbers
 import soak_server
@@ -93,6 +94,7 @@ SECTIONS = {
     "hostile": hostile,
     "resizer": _one("Fuzzed resizer", lambda lab, scale: _script("soak_resample.py", "--count", 100_000, scale)),
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
+    "gpu_check": _one("GPU check, dry run", lambda lab, _: soak_gpu_check.dry_run(lab.folder / "gpu_check")),
     "targets": _one("Programs compiled for TPUs and GPUs", lambda lab, _: soak_targets.compile_all()),
 }
 

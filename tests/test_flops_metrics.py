@@ -62,10 +62,14 @@ def everywhere(config, batch):
     return dataclasses.replace(shape, supervised=batch.tokens.size)
 
 
-def unneeded(config, shape):
-    """The half of causal attention that lies above the diagonal: traced, but not counted."""
+def unneeded(config, shape, batch):
+    """Traced, but not counted: the half of causal attention that lies above the diagonal, and the products by which
+    exchange fetches keys and values of whole crops."""
     m = config.llm
-    return sum(m.layers * 2 * length * length * m.heads * m.per_head for length in shape.lengths)
+    context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image
+    fetched = 2 * batch.round_crop.size * batch.crop_kind.shape[1] * context * m.width
+    halves = sum(m.layers * 2 * length * length * m.heads * m.per_head for length in shape.lengths)
+    return halves + config.exchange_layers * 2 * fetched
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_forward_flops_are_the_matrix_products_of_the_program(preset, changes, a
     config = tiny(preset, **{"latent_counts": (9,) if preset == "paper" else (4,), **changes})
     batch = full_rows(config, **arguments)
     shape = everywhere(config, batch)
-    assert flops.forward_flops(config, shape) + unneeded(config, shape) == traced(config, batch)
+    assert flops.forward_flops(config, shape) + unneeded(config, shape, batch) == traced(config, batch)
     assert flops.step_flops(config, shape) == 3 * flops.forward_flops(config, shape)
 
 
@@ -98,7 +102,7 @@ def test_text_rows_cost_no_encoder():
     assert (shape.crops, shape.plain, shape.rounds) == ((), 0, 0)
     none = {n: getattr(batch, n)[:, :0] for n in ("crops", "crop_kind", "quadrants", "crop_text", "crop_text_mask")}
     bare = dataclasses.replace(batch, **none)
-    assert flops.forward_flops(config, shape) + unneeded(config, shape) == traced(config, bare)
+    assert flops.forward_flops(config, shape) + unneeded(config, shape, bare) == traced(config, bare)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])

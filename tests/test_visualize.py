@@ -138,7 +138,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
 def test_levels_have_the_documented_shapes(found):
     for name, one in found.items():
         c = MODELS[name]
-        assert one.whole.pixel.shape == one.whole.pixel_back.shape == (4, c.vision.heads, 3, 3)
+        assert one.whole.pixel.shape == one.whole.pixel_back.shape == (c.encoder_layers, c.vision.heads, 3, 3)
         assert one.whole.question.shape == (3, c.llm.heads, 3, 3)
         assert one.whole.space.shape == (3, 3) and np.abs(one.whole.space).max() <= 1 + 1e-6
         assert (one.whole.pixel.sum((2, 3)) <= 1 + 1e-5).all() and (one.whole.question.sum((2, 3)) < 1).all()
