@@ -11,12 +11,11 @@ from pathlib import Path
 
 from gpu_check import __main__ as check
 from gpu_check import goldens, kernels, report
-from gpu_check.parts import GROUPS, Context, Part
+from gpu_check.parts import Context, Part
 
 from fusion_jax.models import attention
 
 ROOT = Path(__file__).parents[2]
-NAMES = [part.name for group in GROUPS for part in group]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
 
 
