@@ -37,7 +37,7 @@ def feed(folder: Path, process: int, packing: bool):
     texts = board.open_board(f"fusion_jax/input/{stage.name}")
     batches = pipeline.training_batches(config, stage, source, tokenizer, 2, (process,), texts)
     (folder / f"out{process}").mkdir(exist_ok=True)
-    check = input_check.InputCheck(config, stage, len(source), folder / f"out{process}")
+    check = input_check.InputCheck(config, stage, len(source), folder / f"out{process}", (process,))
     return batches, check, texts
 
 
