@@ -300,7 +300,7 @@ class Answerer:
       max_tokens: longest answer.
       latents: l^2, see `Prompts`.
       mesh: devices that `params` lie on (`state.abstract_parameters` says how); `rows` are rounded up to a multiple of
-        the parts that it deals them into. Every process gives the same prompts and gets all answers. None: one device.
+        the parts that it shards them into. Every process gives the same prompts and gets all answers. None: one device.
     """
 
     def __init__(

@@ -218,8 +218,9 @@ def _program_for(platform: str) -> str:
 
 
 def _described(device):
-    """Triton kernels ask for which GPU they are; a mesh of several says it, but one device is under no mesh."""
-    if device.platform != "gpu":
+    """Triton kernels ask for which GPU they are: one that is here, or what a mesh of several says; but one device that
+    is only described is under no mesh."""
+    if device.platform != "gpu" or jax.default_backend() == "gpu":
         return contextlib.nullcontext()
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
@@ -257,7 +258,7 @@ def microbatches(batch, count: int, mesh: Mesh):
 
 @functools.cache
 def held_shards(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the parts that rows are dealt into lie, at least in part, on this process's devices; ascending.
+    """Which of the parts that rows are sharded into lie, at least in part, on this process's devices; ascending.
 
     A process feeds the rows of these, whole, and those that share a `tensor` group feed the same. They need not be
     neighbours: the mesh follows the network, in which the chips of a host are a square.

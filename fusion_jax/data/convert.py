@@ -366,7 +366,7 @@ def _same_folder(name: Any, folder: Path) -> bool:
 
 
 def _whole(plan: Plan, k: int) -> dict[str, Any] | None:
-    """The report of a shard that is there as it says, from whatever image folder; None where there is no such thing."""
+    """The report of a shard that is there as it says, from whatever image folder; None where there is none."""
     try:
         report = parse_json(read_file(plan.report(k)))
         files = [report["shard"], report["text"]] if report["records"] else []

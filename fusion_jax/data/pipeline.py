@@ -451,7 +451,7 @@ def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, to
 
 
 def stage_sizes(config: RunConfig, stage: StageConfig, loader: Loader, shards: int = 1) -> Sizes:
-    """The sizes of the stage's batches; `shards`: parts that the rows of a microbatch are dealt over."""
+    """The sizes of the stage's batches; `shards`: parts that the rows of a microbatch are sharded into."""
     model = config.model
     if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
         return a_crop_each(stage.batch_size, _latent_counts(model))
@@ -498,7 +498,7 @@ def training_batches(
     """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
-      shards: parts that the rows of a microbatch are dealt over: those of the mesh.
+      shards: parts that the rows of a microbatch are sharded into: those of the mesh.
       held: numbers of the shards whose rows the batches hold, ascending; by default all.
       board: a new one, through which process 0 sends the others what it has measured; without one each measures by
         itself.

@@ -130,7 +130,7 @@ def plan_all(
     a microbatch of the stage; rows stay empty where there are too few.
 
     Args:
-      latents: l^2. shards: parts that rows are spread over.
+      latents: l^2. shards: parts that rows are sharded into.
     """
     lengths = [m.length + m.rounds * latents for m in records]
     together = [[i] for i in range(len(records))]

@@ -24,7 +24,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def present(folder: Path, name: str) -> bool:
-    """Whether a folder holds that file. UserError where it is no regular file, or too large."""
+    """Whether a folder holds that file. UserError where it is not a regular file, or too large."""
     path = folder / name
     if not os.path.lexists(path):
         return False

@@ -5,15 +5,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import check_the_first_goes_on_later
 from PIL import Image
 
-from fusion_jax.errors import AGAIN
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -134,15 +133,4 @@ def test_an_error_of_one_is_an_error_of_all(folder, tmp_path, what, code, senten
 
 def test_where_one_is_killed_in_a_collective_the_other_is_to_start_again(tmp_path):
     """The runtime's error is no JaxRuntimeError everywhere."""
-    first, second = start("endless", tmp_path)
-    try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "lives0").exists() and time.monotonic() < deadline and first.poll() is None:
-            time.sleep(0.1)
-        second.kill()
-        output = first.communicate(timeout=120)[0]
-    finally:
-        first.kill()
-        second.kill()
-    assert first.returncode == AGAIN, output
-    assert "Another process of this run has ended" in output and "Traceback" not in output
+    check_the_first_goes_on_later(*start("endless", tmp_path), (tmp_path / "lives0").exists, 200)

@@ -6,16 +6,16 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from killing import check_the_first_goes_on_later
 from shapes_data import make_shapes
 
 from fusion_jax import checkpoint, distributed, metrics
-from fusion_jax.errors import AGAIN, UserError
+from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"
@@ -207,18 +207,8 @@ def test_processes_with_interleaved_devices_give_the_figures_of_one(data, tmp_pa
 
 @pytest.mark.slow
 def test_where_one_process_dies_the_other_says_so_and_ends(data, tmp_path):
-    first, second = start(f"{data},100000", tmp_path, 2, "--config.validate_every=0")
-    try:
-        deadline = time.time() + 300
-        while not rows_written(tmp_path / "stage2") and time.time() < deadline and first.poll() is None:
-            time.sleep(0.1)
-        second.kill()
-        output = first.communicate(timeout=120)[0]
-    finally:
-        first.kill()
-        second.kill()
-    assert first.returncode == AGAIN, output[-3000:]
-    assert "Another process of this run has ended" in output and "Traceback" not in output
+    both = start(f"{data},100000", tmp_path, 2, "--config.validate_every=0")
+    check_the_first_goes_on_later(*both, lambda: rows_written(tmp_path / "stage2"), 300)
 
 
 def rows_written(folder):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from echo_server import serving
+from raw_client import begin, rest
 
 from fusion_jax.serve import api, connections
 from fusion_jax.serve.connections import Patience
@@ -19,20 +20,6 @@ CHUNK = b"1\r\n \r\n"
 def server(tmp_path_factory):
     with serving(tmp_path_factory.mktemp("echo"), Patience(connections=30), api_key="a-key") as one:
         yield one
-
-
-def begin(server, data=b""):
-    one = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    one.sendall(data)
-    return one
-
-
-def rest(one):
-    data = b""
-    with one, contextlib.suppress(ConnectionResetError):
-        while piece := one.recv(1 << 16):
-            data += piece
-    return data
 
 
 def head(line, more=b""):

@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 from echo_server import serving
+from raw_client import begin, rest
 from test_generate import picture
 from test_protocol import data_url, shown
 
@@ -55,21 +56,6 @@ def get(server, path):
         connection.request("GET", path)
         answer = connection.getresponse()
         return answer.status, answer.read()
-
-
-def begin(server, data):
-    one = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    one.sendall(data)
-    return one
-
-
-def rest(one):
-    """What arrives until the other side closes."""
-    data = b""
-    with one, contextlib.suppress(ConnectionResetError):
-        while piece := one.recv(1 << 16):
-            data += piece
-    return data
 
 
 def head(length, more=b""):
