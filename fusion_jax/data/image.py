@@ -9,7 +9,8 @@ Every image that the package did not make itself is opened here, by `open_image`
 | CMYK in a JPEG | taken as inverted, the way Adobe writes it; then `convert("RGB")` |
 | transparency of any kind | left out: the colours that the file holds below it |
 | several pictures (GIF, WebP, PNG, TIFF, MPO, AVIF) | the first |
-| 16 bits of grey | the upper 8, as of 16-bit colour; `convert("RGB")` would turn all but the darkest white |
+| grey of over 8 bits, signed, fractions | 8 bits by the rule of grey.py; `convert("RGB")` makes it black or white |
+| 16 bits a channel | the upper 8; refused as unclear_range where all of these are below 16 |
 | a rotation in the EXIF data | not applied, but for TIFF, which Pillow turns itself |
 | any other format | refused as corrupt_image: among Pillow's many are some that start Ghostscript, or hold any other |
 
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from fusion_jax.data import formats
+from fusion_jax.data import formats, grey
 from fusion_jax.data.resample import resample
 from fusion_jax.errors import BadRecord, check
 
@@ -46,7 +47,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
 
     Raises:
       BadRecord: reason missing_image (cannot be opened, or is no file), image_too_large (over MAX_BYTES, MAX_PIXELS,
-        MAX_SIDE or a limit of formats.py) or corrupt_image.
+        MAX_SIDE or a limit of formats.py), unclear_range (grey.py) or corrupt_image.
     """
     return _decode(image, where, None)[0]
 
@@ -155,6 +156,8 @@ def refusals(where: str, name: str) -> Iterator[None]:
         raise
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
+    except grey.UnclearRange as e:
+        raise BadRecord("unclear_range", where, f"{name} {e}") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRecord("image_too_large", where, f"{name} has over {MAX_PIXELS} pixels") from e
     except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
@@ -185,20 +188,36 @@ def _decode(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    expected = _size(image)
+    expected, deep_colour = _size(image), grey.is_deep_colour(image)
     if image.tile and image.tile[0][0] == "ppm":
         image = formats.scaled_ppm(image)
     else:
         mode = image.mode
         image.load()
         _check_pixels(image, mode, expected)
+    return in_eight_bits(image, deep_colour)
+
+
+def in_eight_bits(image: Image.Image, deep_colour: bool = False) -> Image.Image:
+    """A decoded image, of any mode, as RGB; see the top of this file.
+
+    Args:
+      deep_colour: whether it had 16 bits a channel.
+
+    Raises:
+      grey.UnclearRange: nothing says which value is white.
+    """
+    if deep_colour:
+        grey.check_deep_colour(image)
     if image.mode == "RGB":
         return image
+    size = image.size
     image.info.pop("transparency", None)  # Pillow warns that it is lost
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    levels = grey.levels_of_grey(image)
+    if levels is not None:
+        image = Image.fromarray(levels)
     image = image.convert("RGB")
-    _check_pixels(image, "RGB", expected)
+    _check_pixels(image, "RGB", size)
     return image
 
 
