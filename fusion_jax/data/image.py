@@ -103,7 +103,10 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
     if declared is not None:
         _check_size(declared, most)
     reader = formats.Reader(data)
-    image = Image.open(reader, formats=(form,))
+    try:
+        image = Image.open(reader, formats=(form,))
+    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+        raise ValueError(f"its header is damaged, or it is a {form} of a kind that Pillow does not read") from e
     reader.opened()
     _check_size(image.size, most)
     if declared not in (None, image.size):
@@ -160,7 +163,7 @@ def refusals(where: str, name: str) -> Iterator[None]:
         raise BadRecord("unclear_range", where, f"{name} {e}") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRecord("image_too_large", where, f"{name} has over {MAX_PIXELS} pixels") from e
-    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+    except Image.UnidentifiedImageError as e:
         known = f"{name} is no image of a known format, which are {formats.ALLOWED}"
         raise BadRecord("corrupt_image", where, known) from e
     except Exception as e:  # decoders answer damaged bytes with almost any exception

@@ -210,6 +210,16 @@ def test_what_the_header_says_holds_for_dark_pictures():
         np.testing.assert_array_equal(np.asarray(load_image(data))[..., 0], dark >> 4)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [tiff(TWELVE, bits=14), tiff(ramp(1, "f8"), kind=FRACTIONS), tiff(ramp(1, "f2"), kind=FRACTIONS)],
+    ids=["14 bits packed", "float64", "float16"],
+)
+def test_kinds_that_pillow_does_not_read(data):
+    with pytest.raises(BadRecord, match="a TIFF of a kind that Pillow does not read"):
+        load_image(data)
+
+
 @pytest.mark.parametrize("dtype", ["f4", "i4", "u2"])
 def test_one_value_everywhere(dtype):
     kind = {"f": FRACTIONS, "i": SIGNED, "u": UNSIGNED}[dtype[0]]
