@@ -93,7 +93,8 @@ class StageConfig:
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
       first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
-      freeze: regular expressions on parameter paths.
+      freeze: regular expressions on parameter paths. learn_rows: rows of a frozen word embedding that learn, such as
+      new tokens, at `learning_rate`.
     """
 
     name: str
@@ -118,6 +119,7 @@ class StageConfig:
     clip_norm: float = 1.0
     first_moment: str = "float32"
     freeze: tuple[str, ...] = ()
+    learn_rows: tuple[int, ...] = ()
 
     def __post_init__(self):
         where = f"stage {self.name!r}"

@@ -264,7 +264,11 @@ def count_parameters(config) -> tuple[int, int]:
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     sizes = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.size, params))
     trained = [
-        sum(n for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params))) if label != optim.FROZEN)
+        sum(
+            n
+            for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params)))
+            if label not in (optim.FROZEN, optim.ROWS)
+        )
         for stage in config.stages
     ]
     return sum(sizes), max(trained)

@@ -20,7 +20,16 @@ _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qk
 # The rest may change between two starts: learning rates, schedule length, loss weight, dtype, accumulation, reports,
 # places of files, devices. These would make another state, or another order of the data, of what is continued.
 _RUN = ("seed", "template")
-_STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
+_STAGE = (
+    "max_length",
+    "max_question_length",
+    "max_rounds",
+    "max_images",
+    "packing",
+    "batch_size",
+    "freeze",
+    "learn_rows",
+)
 _MODEL_FREE = ("mapping_loss_weight",)
 
 
