@@ -19,13 +19,13 @@ from pathlib import Path
 
 from configs.common import STAGES, complete
 from fusion_jax import checkpoint
-from fusion_jax.config import from_dict
+from fusion_jax.config import from_dict, to_dict
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
 
-FROZEN = ["^vision/", "^llm/(?!.*/exchange/)"]  # exchange layers lie among the language model's
+FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # exchange layers lie among the language model's
 PARTS = ("connectors", "all")
 CONVERSATIONS, WORDS = 4, 128  # whose images a row has room for, or more, and positions for words of each
 
@@ -35,11 +35,9 @@ def get_config(arguments: str = ""):
     if len(given) not in (2, 3) or not all(given):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
     start, data, parts = (*given, "connectors")[:3]
-    if parts not in PARTS:
-        raise UserError(f"config argument {parts!r} is unknown; allowed: {', '.join(PARTS)}.")
+    check_choice("config argument: PARTS ", parts, PARTS)
     about = checkpoint.load_about(checkpoint.find(start))
-    model = about["config"]["model"]
-    sizes = from_dict(FusionConfig, model, "config.model")
+    sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
     image = sizes.tokens_per_image + most_tokens(sizes.tile_grids, sizes.tokens_per_tile)
     visual = image + max(sizes.latent_counts, default=0)
     alone = parts == "connectors"
@@ -55,8 +53,8 @@ def get_config(arguments: str = ""):
             "batch_size": 32,
             "accumulation": 2,
             "learning_rate": 2e-4 if alone else 2e-5,
-            "freeze": FROZEN if alone else [],
-            "learn_rows": framing_tokens(about) if alone else [],
+            "freeze": FROZEN if alone else (),
+            "learn_rows": framing_tokens(about) if alone else (),
             **changes,
         }
 
@@ -78,7 +76,7 @@ def get_config(arguments: str = ""):
     validation = folder / "validation.json"
     return complete(
         {
-            "model": model,
+            "model": to_dict(sizes),
             "init_from": start,
             "tokenizer": "",  # the checkpoint's
             "dtype": "bfloat16",
@@ -93,9 +91,9 @@ def get_config(arguments: str = ""):
     )
 
 
-def framing_tokens(about: dict) -> list[int]:
+def framing_tokens(about: dict) -> tuple[int, int]:
     """Ids of the two tokens around an image, which no language model brings along."""
     with tempfile.TemporaryDirectory() as files:
         checkpoint.save_tokenizer(about, Path(files))
         tokenizer = load_tokenizer(files)
-    return [tokenizer.vision_start_id, tokenizer.vision_end_id]
+    return tokenizer.vision_start_id, tokenizer.vision_end_id

@@ -36,7 +36,7 @@ from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.planning import typical
@@ -280,8 +280,7 @@ def _prompts(config, rows: int) -> tuple[int, int, int, int]:
 
 
 def _model(config) -> fusion.Fusion:
-    if config.dtype not in DTYPES:
-        raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    check_choice("config.dtype=", config.dtype, DTYPES)
     return fusion.Fusion(from_dict(FusionConfig, config.model, "config.model"), jnp.dtype(config.dtype), config.remat)
 
 

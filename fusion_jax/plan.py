@@ -20,7 +20,7 @@ from absl import flags
 
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.remat import POLICIES
 from fusion_jax.planning import chips, program, report, search
 
@@ -39,7 +39,8 @@ _SEARCH = flags.DEFINE_bool("search", False, "try remat policies, meshes and bat
 def find_stage(config: RunConfig, name: str) -> StageConfig:
     """The stage of that name, the first without one. UserError where there is none."""
     found = [stage for stage in config.stages if name in ("", stage.name)]
-    check(bool(found), f"--stage={name} is none of the config's: {', '.join(stage.name for stage in config.stages)}.")
+    if not found:
+        check_choice("--stage=", name, [stage.name for stage in config.stages])
     return found[0]
 
 

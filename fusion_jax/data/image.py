@@ -27,7 +27,7 @@ from PIL import Image
 
 from fusion_jax.data import formats, grey
 from fusion_jax.data.resample import resample
-from fusion_jax.errors import BadRecord, check
+from fusion_jax.errors import BadRecord, check_choice
 
 MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host's memory
 MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
@@ -271,7 +271,7 @@ def read_crops(
     Raises:
       BadRecord: as for `load_image`.
     """
-    check(decode in DECODES, f"decode={decode!r} is unknown; allowed: {', '.join(DECODES)}.")
+    check_choice("decode=", decode, DECODES)
     largest = 2 * size if with_quadrants else size
     pixels, covered = _decode(image, where, largest * 3 // 2 if decode == "fast" else None)
     return _crops(pixels, covered, size, with_quadrants)
@@ -297,7 +297,7 @@ def read_resized(
     Raises:
       BadRecord: as for `load_image`.
     """
-    check(decode in DECODES, f"decode={decode!r} is unknown; allowed: {', '.join(DECODES)}.")
+    check_choice("decode=", decode, DECODES)
     needed = max(min(size) for size in sizes) * 3 // 2
     pixels, covered = _decode(image, where, needed if decode == "fast" else None)
     outputs = [np.empty((1, height, width, 3), np.uint8) for width, height in sizes]

@@ -46,7 +46,7 @@ import numpy as np
 import yaml
 
 from fusion_jax.data import shards
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, nearest, no_key
 from fusion_jax.files import brief, open_file, parse_json, read_text, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
@@ -315,15 +315,19 @@ def load_mixture(
     datasets = config.get("datasets") if isinstance(config, dict) else None
     if not isinstance(datasets, list) or not datasets:
         raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path.")
+    for key in config.keys() - {"datasets"}:
+        raise no_key(f"{path}: the mixture", shown(key), ["datasets"])
     parts = []
     for k, entry in enumerate(datasets):
         where = f"{path}, datasets entry {k}"
         kinds = [kind for kind in _ENTRIES if isinstance(entry, dict) and isinstance(entry.get(kind), str)]
         if len(kinds) != 1:
-            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}.")
+            near = [nearest(key, _ENTRIES) for key in entry] if isinstance(entry, dict) and not kinds else []
+            said = "".join(f"; {one}" for one in near if one)[:200] or "."
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}{said}")
         keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
-        if unknown := sorted(brief(key) for key in entry.keys() - set(keys)):
-            raise UserError(f"{where} has the unknown key {unknown[0]}; allowed are {', '.join(keys)}.")
+        for key in sorted(map(shown, entry.keys() - set(keys))):
+            raise no_key(f"{path}: datasets[{k}]", key, keys)
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
             said = brief(weight)
@@ -344,7 +348,7 @@ def _open_entry(
     entry: dict, here: Path, image_folder: str | Path | None, seed: int, where: str, outside: bool
 ) -> _Part:
     strategy = entry.get("sampling_strategy", "all")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):
@@ -399,7 +403,7 @@ def _open_json(
 ) -> _Json:
     if image_folder is not None and not _is_folder(image_folder):
         raise UserError(f"{where}: there is no image folder {image_folder}.")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
     folder = path.parent if image_folder is None else Path(image_folder)
@@ -437,7 +441,7 @@ def scan_json(path: Path) -> np.ndarray:
     return spans
 
 
-def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
+def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
     """How, how many (or None), what percentage (or None)."""
     match = _STRATEGY.fullmatch(strategy) if isinstance(strategy, str) else None
     if strategy == "all":
@@ -449,7 +453,7 @@ def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float |
 
 def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
     """Numbers of the records that the strategy takes, ascending."""
-    how, count, percent = _parse_strategy(strategy, where)
+    how, count, percent = parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
     count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
     if how == "first":
