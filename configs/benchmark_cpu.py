@@ -32,7 +32,8 @@ LARGE_STATE = dataclasses.replace(
 
 
 def get_config(what: str = ""):
-    check_choice("config argument ", what or "", ("", "checkpoint"))
+    if what:
+        check_choice("config argument ", what, ("checkpoint",))
     return ConfigDict(
         {
             "model": to_dict(LARGE_STATE if what == "checkpoint" else MODEL),

@@ -48,7 +48,7 @@ def get_config(arguments: str = ""):
             "data": str(data),
             "max_length": CONVERSATIONS * (visual + WORDS),
             "max_question_length": 128,
-            "max_rounds": 32,
+            "max_rounds": 16,
             "packing": True,
             "batch_size": 32,
             "accumulation": 2,

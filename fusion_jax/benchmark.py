@@ -39,6 +39,7 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
+from fusion_jax.models.limits import within
 from fusion_jax.planning import typical
 from fusion_jax.sampling import Sampling
 
@@ -284,6 +285,10 @@ def _model(config) -> fusion.Fusion:
     return fusion.Fusion(from_dict(FusionConfig, config.model, "config.model"), jnp.dtype(config.dtype), config.remat)
 
 
+_COUNTS = ("batch_size", "accumulation", "question_tokens", "answer_tokens", "decode_tokens", "decode_rows", "repeats")
+_COUNTS += ("steps_between",)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in KINDS:
         raise UserError(f"Say what to measure: python -m fusion_jax.benchmark {'|'.join(KINDS)} --config FILE.")
@@ -294,6 +299,8 @@ def main(argv: list[str]) -> None:
     check_config(config)
     if argv[1] == "checkpoint" and "stages" in config:
         raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
+    for name in _COUNTS:
+        within(f"config.{name}", config.get(name, 1), 1, 1 << 20)
     measure = {
         "step": benchmark_step,
         "prefill": benchmark_prefill,

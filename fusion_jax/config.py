@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 # overflow a counter of 32 bits or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
-_BELOW_ONE = (0, 1 - 2**-24)  # what is larger is 1 as a float32
+_BELOW_ONE = (0, 0.9999999)  # much more is 1 as a float32
 _OWN = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
 _STAGE_RANGES = {
     "max_length": (1, _LENGTH),

@@ -370,5 +370,5 @@ if __name__ == "__main__":
     define_config("run configuration to look at as well")
     flags.DEFINE_string("workdir", None, "folder that training would write to")
     flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
-    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
+    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer", lower_bound=1)
     run_main(main)

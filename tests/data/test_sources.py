@@ -174,6 +174,12 @@ def test_mixture_seed(tmp_path):
             "datasets: [{json_path: x.json, stratgy: all}]",
             r"datasets\[0\]\.stratgy is no key; did you mean sampling_strategy\?",
         ),
+        (
+            "a.yaml",
+            "datasets: [{json_path: x.json}]\nwieght: 2",
+            r"the mixture\.wieght is no key; known keys: datasets",
+        ),
+        ("a.yaml", "datasets: [{jsonpath: x.json}]", r"one of json_path, shards, tfds; did you mean json_path\?"),
         ("a.yaml", "datasets: [{json_path: x.json}]", "x.json"),
         ("a.yaml", "datasets: [{json_path: x.json, sampling_strategy: 'some:3'}]", "'some:3'.*first:N, end:N"),
         ("a.yaml", "datasets: [{json_path: x.json, image_folder: pics}]", "pics"),
