@@ -289,6 +289,12 @@ _COUNTS = ("batch_size", "accumulation", "question_tokens", "answer_tokens", "de
 _COUNTS += ("steps_between",)
 
 
+def check_counts(config) -> None:
+    """UserError for a setting of a benchmark configuration that is no count."""
+    for name in _COUNTS:
+        within(f"config.{name}", config.get(name, 1), 1, 1 << 20)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in KINDS:
         raise UserError(f"Say what to measure: python -m fusion_jax.benchmark {'|'.join(KINDS)} --config FILE.")
@@ -299,8 +305,7 @@ def main(argv: list[str]) -> None:
     check_config(config)
     if argv[1] == "checkpoint" and "stages" in config:
         raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
-    for name in _COUNTS:
-        within(f"config.{name}", config.get(name, 1), 1, 1 << 20)
+    check_counts(config)
     measure = {
         "step": benchmark_step,
         "prefill": benchmark_prefill,
