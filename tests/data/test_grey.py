@@ -18,7 +18,7 @@ RAMP = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1))
 UNSIGNED, SIGNED, FRACTIONS = 1, 2, 3
 
 
-def tiff(values, order="<", kind=UNSIGNED, bits=None, photometric=1, tags=(), packed=None):
+def tiff(values, order="<", kind=UNSIGNED, bits=None, photometric=1, tags=(), packed=None, places=None):
     """An uncompressed TIFF from (height, width[, channels]) values. tags: {number: (type, value)}."""
     values = np.asarray(values)
     channels = values.shape[2] if values.ndim == 3 else 1
@@ -34,7 +34,7 @@ def tiff(values, order="<", kind=UNSIGNED, bits=None, photometric=1, tags=(), pa
     room = 8 + 2 + 12 * len(fields) + 4
     sizes = {tag: struct.calcsize(f"{order}{len(v)}{code[t]}") for tag, (t, v) in fields.items()}
     outside = sum(size for size in sizes.values() if size > 4)
-    fields[273] = (4, (room + outside,))
+    fields[273] = (4, places or (room + outside,))
     directory, extra = struct.pack(f"{order}H", len(fields)), b""
     for tag, (t, v) in fields.items():
         packed_value = struct.pack(f"{order}{len(v)}{code[t]}", *v)
@@ -160,6 +160,7 @@ REFUSED = {
     "labels 0..9": (tiff(ramp(9, np.uint16)), "which value is white: the largest, 9"),
     "over what is stated": (tiff(TWELVE, tags={281: (3, 1023)}), "from 0 to 1023, and they go from 0 to 4095"),
     "12 bits of colour in 16": (tiff(COLOUR12, photometric=2), "16 bits a channel"),
+    "12 bits of ink in 16": (tiff(np.repeat(TWELVE[..., None], 4, 2), photometric=5), "16 bits a channel"),
     "12 bits of colour in 16, PNG": (png16_colour(TWELVE), "16 bits a channel"),
 }
 
@@ -221,6 +222,24 @@ def test_what_the_header_says_holds_for_dark_pictures():
         np.testing.assert_array_equal(np.asarray(load_image(data))[..., 0], dark >> 4)
 
 
+def test_planes_of_16_bits_are_not_taken_for_8(exported):
+    """Uncompressed, Pillow reads each byte as a value: another picture."""
+    planes = np.stack([ramp(65535, np.uint16)] * 3)
+    places = tuple(300 + 2 * SIDE * SIDE * k for k in range(3))
+    data = tiff(
+        planes[0],
+        photometric=2,
+        tags={277: (3, 3), 284: (3, 2), 258: (3, (16,) * 3), 339: (3, (1,) * 3), 279: (4, (2 * SIDE * SIDE,) * 3)},
+        places=places,
+        packed=planes.tobytes(),
+    )
+    assert Image.open(io.BytesIO(data)).mode == "RGB"
+    with pytest.raises(BadRecord, match="planes of 16 bits, which are not read without compression"):
+        load_image(data)
+    with Image.open(io.BytesIO(data)) as opened, pytest.raises(ValueError, match="planes of 16 bits"):
+        exported.is_deep_colour(opened)
+
+
 @pytest.mark.parametrize(
     "data",
     [tiff(TWELVE, bits=14), tiff(ramp(1, "f8"), kind=FRACTIONS), tiff(ramp(1, "f2"), kind=FRACTIONS)],
@@ -252,7 +271,17 @@ def test_the_exported_rule_is_this_one(exported):
     names = ("is_deep_colour", "check_deep_colour", "levels_of_grey", "to_eight_bits")
     for name in names:
         assert inspect.getsource(getattr(exported, name)) == inspect.getsource(getattr(grey, name))
-    constants = ("WHITES", "BITS", "PHOTOMETRIC", "KIND", "WHITE_IS_ZERO", "SIGNED", "LEAST_TAGS", "MOST_TAGS")
+    constants = (
+        "WHITES",
+        "BITS",
+        "PHOTOMETRIC",
+        "PLANES",
+        "KIND",
+        "WHITE_IS_ZERO",
+        "SIGNED",
+        "LEAST_TAGS",
+        "MOST_TAGS",
+    )
     for name in constants:
         assert getattr(exported, name) == getattr(grey, name)
 

@@ -807,19 +807,27 @@ class UnclearRange(ValueError):
 
 
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
-BITS, PHOTOMETRIC, KIND, WHITE_IS_ZERO, SIGNED = 258, 262, 339, 0, 2  # tags of TIFF and two of their values
+BITS, PHOTOMETRIC, PLANES, KIND, WHITE_IS_ZERO, SIGNED = 258, 262, 284, 339, 0, 2  # tags of TIFF, and two values
 LEAST_TAGS, MOST_TAGS = (280, 340), (281, 341)  # MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8."""
-    tile = getattr(image, "tile", None)  # a file's
-    return image.mode in ("RGB", "RGBA") and bool(tile) and ";16" in str(tile[0][3])
+    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8.
+
+    Raises:
+      ValueError: it is a TIFF of planes of 16 bits without compression, which Pillow reads as if they had 8.
+    """
+    tile, tags = getattr(image, "tile", None), getattr(image, "tag_v2", {})  # a file's
+    if not tile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return False
+    if tags.get(PLANES) == 2 and max(np.ravel(tags.get(BITS, 1))) > 8 and tile[0][0] != "libtiff":
+        raise ValueError("its channels are planes of 16 bits, which are not read without compression")
+    return ";16" in str(tile[0][3])
 
 
 def check_deep_colour(image: Image.Image) -> None:
     """UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
-    if max(most for _, most in image.getextrema()[:3]) < 16:
+    if max(most for _, most in image.getextrema()[: 4 if image.mode == "CMYK" else 3]) < 16:
         raise UnclearRange("has 16 bits a channel of which no value reaches a sixteenth: give it 8, white being 255")
 
 
