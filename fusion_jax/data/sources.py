@@ -1,6 +1,7 @@
 """Training records with random access, from JSON, shards and TensorFlow Datasets, and mixtures of them in YAML.
 
-    JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...]
+    JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...],
+            or another form that records.py understands
     JSONL   the same objects, one a line
     shards  a folder that `python -m fusion_jax.data.convert` wrote, here or at a URL; see shards.py
     tfds    tfds:name[/config][:version]:split, a data set that TensorFlow Datasets has prepared
@@ -46,6 +47,7 @@ import numpy as np
 import yaml
 
 from fusion_jax.data import shards
+from fusion_jax.data.records import understand
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.files import brief, open_file, parse_json, read_text, shown
 
@@ -85,6 +87,7 @@ class Record:
       sizes: width and height of each image where the source knows them, which only shards do; else empty.
       literal: the texts are somebody's own words, in which control tokens and image tags are text; see
         `conversation.encode_prompt`.
+      system: the record's own system text, in place of the template's; None for that one.
     """
 
     id: str
@@ -94,6 +97,7 @@ class Record:
     images: tuple[Path | bytes, ...] | None = field(default=None, repr=False)
     sizes: tuple[tuple[int, int], ...] = ()
     literal: bool = False
+    system: str | None = None
 
     def __post_init__(self):
         if self.images is None:
@@ -141,9 +145,16 @@ class _Json(_Part):
             self._file = DataFile(self.path)
         number = int(self.numbers[k])
         where = f"{self.path}, record {number}"
-        name, turns, images, where = check_record(read_record(self._file, self.spans[k], where), number, where)
-        paths = tuple(locate(self.image_folder, image, self.root, where) for image in images)
-        return Record(name, paths[0] if paths else None, turns, where, paths)
+        said = understand(read_record(self._file, self.spans[k], where), number, where)
+        paths = [
+            Path(image.name or f"{number}-{i}") if image.data is not None else self._locate(image.name, said.where)
+            for i, image in enumerate(said.images)
+        ]
+        images = tuple(path if image.data is None else image.data for image, path in zip(said.images, paths))
+        return Record(said.id, paths[0] if paths else None, said.turns, said.where, images, system=said.system)
+
+    def _locate(self, name: str, where: str) -> Path:
+        return locate(self.image_folder, name, self.root, where)
 
     text = read
 
@@ -170,18 +181,17 @@ class _Stored(_Part):
 
     def _record(self, found: tuple[dict[str, Any], list[bytes], str]) -> Record:
         header, images, where = found
-        shown = [str(image.get("name")) for image in header["images"]]
-        name, turns, _, where = check_record(header, header.get("number", 0), where)
+        said = understand(header, header.get("number", 0), where, stored=True)
         sizes = tuple((image["width"], image["height"]) for image in header["images"] if "width" in image)
-        return Record(name, Path(shown[0]) if shown else None, turns, where, tuple(images), sizes)
+        path = Path(str(header["images"][0].get("name"))) if images else None
+        return Record(said.id, path, said.turns, said.where, tuple(images), sizes, system=said.system)
 
 
 class RecordSource:
     """Records of one or several data sets, one after the other: `len(source)`, `source[i]`. Can be pickled.
 
-    `source[i]` raises BadRecord for a record that is no conversation (reason missing_key, duplicate_key, bad_turns,
-    bad_image, image_outside_folder, corrupt_record, unreadable_json, too_large or bad_record), naming file, record and
-    key.
+    `source[i]` raises BadRecord for a record that is no conversation (the reasons of `records.understand`, or
+    duplicate_key, image_outside_folder, corrupt_record, unreadable_json or too_large), naming file, record and key.
 
     Attributes:
       parts: name and number of records, weighted, of each data set, in order.
@@ -214,7 +224,7 @@ class RecordSource:
         for i in range(0, len(self), -(-len(self) // _COMPARED)):
             with contextlib.suppress(BadRecord):  # on one machine alone, maybe
                 record = self.text(i)
-                said = zlib.crc32(repr((i, record.id, record.turns)).encode(), said)
+                said = zlib.crc32(repr((i, record.id, record.turns, record.system)).encode(), said)
         return said
 
     def part(self, i: int) -> int:
@@ -633,35 +643,6 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable_json", where, f"{e}") from e
-
-
-def check_record(record: Any, number: int, where: str) -> tuple[str, list[dict[str, str]], list[str], str]:
-    """A record's id, turns, image names and `where` with the id. BadRecord where it is none."""
-    if not isinstance(record, dict):
-        raise BadRecord("bad_record", where, f"a record must be an object, not {type(record).__name__}")
-    name = str(number)
-    if record.get("id") is not None:
-        name = str(record["id"])
-        where = f"{where} (id {shown(name)})"
-    if "conversations" not in record:
-        raise BadRecord("missing_key", where, "the key 'conversations' is missing")
-    turns = record["conversations"]
-    if not isinstance(turns, list):
-        raise BadRecord("bad_turns", where, f"'conversations' must be a list, not {type(turns).__name__}")
-    for k, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise BadRecord("bad_turns", where, f"'conversations' entry {k} must be an object with 'from' and 'value'")
-        for key in ("from", "value"):
-            if key not in turn:
-                raise BadRecord("missing_key", where, f"the key '{key}' is missing in 'conversations' entry {k}")
-            if not isinstance(turn[key], str):
-                raise BadRecord("bad_turns", where, f"'{key}' must be a text in 'conversations' entry {k}")
-    image = record.get("image")
-    images = image if isinstance(image, list) else [] if image is None or image == "" else [image]
-    for one in images:
-        if not isinstance(one, str) or not one:
-            raise BadRecord("bad_image", where, f"'image' must be a file name, not {type(one).__name__}")
-    return name, turns, images, where
 
 
 def locate(folder: Path, name: str, root: str | None, where: str) -> Path:

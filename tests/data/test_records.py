@@ -1,0 +1,267 @@
+"""Forms of records: each is understood in full, or refused by name; never is a part of one left out in silence."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from fusion_jax.data.media import Named
+from fusion_jax.data.records import understand
+from fusion_jax.errors import BadRecord
+
+TURNS = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
+PLAIN = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Red."}]
+TWO = [{"from": "human", "value": "<image>\n<image>\nSame?"}, {"from": "gpt", "value": "No."}]
+SYSTEM = {"from": "system", "value": "Be brief."}
+CALL = {"from": "function_call", "value": "{}"}
+
+
+def png(colour="red", size=(8, 6)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+RED = png()
+TEXT = base64.b64encode(RED).decode()
+URL = f"data:image/png;base64,{TEXT}"
+A, B, INLINE = Named("a.png"), Named("b.png"), Named("", RED)
+
+
+def said(*content, answer="Red.", **more):
+    content = content[0] if isinstance(content[0], str) else list(content)
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **more}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+UNDERSTOOD = {
+    "image": ({"image": "a.png", "conversations": TURNS}, TURNS, [A], None),
+    "a list in image": ({"image": ["a.png"], "conversations": TURNS}, TURNS, [A], None),
+    "images": ({"images": ["a.png", "b.png"], "conversations": TWO}, TWO, [A, B], None),
+    "one name in images": ({"images": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "no tag": ({"images": ["a.png"], "conversations": PLAIN}, PLAIN, [A], None),
+    "Image": ({"Image": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "IMAGES": ({"IMAGES": ["a.png"], "conversations": PLAIN}, PLAIN, [A], None),
+    "image_path": ({"image_path": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "imagePaths": ({"imagePaths": ["a.png"], "conversations": PLAIN}, PLAIN, [A], None),
+    "img": ({"img": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "picture": ({"picture": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "photos": ({"photos": ["a.png"], "conversations": PLAIN}, PLAIN, [A], None),
+    "image_url that is a file": ({"image_url": "a.png", "conversations": PLAIN}, PLAIN, [A], None),
+    "a file's address": ({"image": "file:///d/a%20b.png", "conversations": PLAIN}, PLAIN, [Named("/d/a b.png")], None),
+    "the same twice": ({"image": "a.png", "images": ["a.png"], "conversations": TURNS}, TURNS, [A], None),
+    "where it came from": (
+        {"image": "a.png", "image_url": "https://x.y/z.jpg", "image_id": "z", "conversations": TURNS},
+        TURNS,
+        [A],
+        None,
+    ),
+    "nothing under media keys": (
+        {"image": None, "images": [], "video": None, "audio": "", "videos": [], "conversations": PLAIN},
+        PLAIN,
+        [],
+        None,
+    ),
+    "what only tells of an image": (
+        {"image_size": [3, 4], "num_images": 0, "image_caption": "a cat", "topics": ["a"], "conversations": PLAIN},
+        PLAIN,
+        [],
+        None,
+    ),
+    "path and no bytes": ({"images": [{"path": "a.png", "bytes": None}], "conversations": TURNS}, TURNS, [A], None),
+    "path and bytes": (
+        {"image": {"path": "a.png", "bytes": TEXT}, "conversations": TURNS},
+        TURNS,
+        [Named("a.png", RED)],
+        None,
+    ),
+    "bytes as numbers": ({"images": [{"bytes": list(RED)}], "conversations": TURNS}, TURNS, [INLINE], None),
+    "a data URL": ({"image": URL, "conversations": TURNS}, TURNS, [INLINE], None),
+    "base64": ({"image": TEXT, "conversations": TURNS}, TURNS, [INLINE], None),
+    "base64 in lines": ({"image": base64.encodebytes(RED).decode(), "conversations": TURNS}, TURNS, [INLINE], None),
+    "system": ({"system": "Be brief.", "conversations": PLAIN}, PLAIN, [], "Be brief."),
+    "no system": ({"system": "", "conversations": PLAIN}, PLAIN, [], None),
+    "system turn": ({"conversations": [SYSTEM, *PLAIN]}, PLAIN, [], "Be brief."),
+    "system twice": ({"system": "Be brief.", "conversations": [SYSTEM, *PLAIN]}, PLAIN, [], "Be brief."),
+    "messages": (said("<image>\nWhich colour?", images=["a.png"]), TURNS, [A], None),
+    "messages with system": (
+        {"messages": [{"role": "system", "content": [text("Be brief.")]}, *said("Which colour?")["messages"]]},
+        PLAIN,
+        [],
+        "Be brief.",
+    ),
+    "roles among conversations": ({"conversations": said("Which colour?")["messages"]}, PLAIN, [], None),
+    "from among messages": ({"messages": PLAIN}, PLAIN, [], None),
+    "both, and the same": ({"conversations": PLAIN, **said("Which colour?")}, PLAIN, [], None),
+    "null beside": ({"conversations": None, **said("Which colour?")}, PLAIN, [], None),
+    "an empty list of tools": (said("Which colour?", tools="[]"), PLAIN, [], None),
+    "part with its place": (
+        said({"type": "image"}, text("Which colour?"), images=["a.png"]),
+        TURNS,
+        [A],
+        None,
+    ),
+    "part with its path": (said({"type": "image", "path": "a.png"}, text("Which colour?")), TURNS, [A], None),
+    "part with image": (said({"type": "image", "image": "a.png"}, text("Which colour?")), TURNS, [A], None),
+    "part with no type": (said({"image": "a.png"}, {"text": "Which colour?"}), TURNS, [A], None),
+    "part with url": (
+        said({"type": "image_url", "image_url": {"url": URL, "detail": "low"}}, text("Which colour?")),
+        TURNS,
+        [INLINE],
+        None,
+    ),
+    "part with bytes": (said({"type": "image", "bytes": TEXT}, text("Which colour?")), TURNS, [INLINE], None),
+    "part with source": (
+        said({"type": "image", "source": {"type": "base64", "data": TEXT}}, text("Which colour?")),
+        TURNS,
+        [INLINE],
+        None,
+    ),
+    "part with nulls": (
+        said(
+            {"type": "image", "text": None, "image": "a.png"}, {"type": "text", "text": "Which colour?", "image": None}
+        ),
+        TURNS,
+        [A],
+        None,
+    ),
+    "parts in order": (
+        said(
+            text("Is "),
+            {"type": "image"},
+            text(" older than "),
+            {"type": "image", "path": "b.png"},
+            text("?"),
+            images="a.png",
+        ),
+        [{"from": "human", "value": "Is <image> older than <image>?"}, PLAIN[1]],
+        [A, B],
+        None,
+    ),
+    "images in front": (
+        said({"type": "image"}, {"type": "image"}, text("Same?"), answer="No.", images=["a.png", "b.png"]),
+        TWO,
+        [A, B],
+        None,
+    ),
+    "named by parts and record": (
+        said({"type": "image", "path": "a.png"}, text("Which colour?"), image="a.png"),
+        TURNS,
+        [A],
+        None,
+    ),
+    "an image beside its turn": ({"conversations": [PLAIN[0] | {"image": "a.png"}, PLAIN[1]]}, TURNS, [A], None),
+    "an answer in parts": (
+        {"messages": [PLAIN[0], {"role": "assistant", "content": [text("Re"), text("d.")]}]},
+        PLAIN,
+        [],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "turns", "images", "system"), UNDERSTOOD.values(), ids=UNDERSTOOD)
+def test_understood(record, turns, images, system):
+    found = understand(json.loads(json.dumps(record)), 3, "f.json, record 3")
+    assert (found.turns, found.images, found.system) == (turns, tuple(images), system)
+    assert (found.id, found.where) == ("3", "f.json, record 3")
+
+
+REFUSED = {
+    "video": ({"video": "a.mp4", "conversations": PLAIN}, "unknown_media", "'video'"),
+    "video beside an image": (
+        {"image": "a.png", "Video": ["a.mp4"], "conversations": TURNS},
+        "unknown_media",
+        "'Video'",
+    ),
+    "audio": ({"audio": {"array": [0.5], "path": None}, "conversations": PLAIN}, "unknown_media", "'audio'"),
+    "video_path": ({"video_path": "clip", "conversations": PLAIN}, "unknown_media", "'video_path'"),
+    "frames": ({"frames": ["1.jpg", "2.jpg"], "conversations": PLAIN}, "unknown_media", "'frames'"),
+    "screenshot": ({"screenshot": "s", "conversations": PLAIN}, "unknown_media", "'screenshot'"),
+    "an image's id alone": ({"image_id": "000123", "conversations": PLAIN}, "unknown_media", "'image_id'"),
+    "a file under any key": ({"stuff": "x/1.JPG", "conversations": PLAIN}, "unknown_media", "'stuff'"),
+    "bytes under any key": ({"stuff": {"x": TEXT}, "conversations": PLAIN}, "unknown_media", "'stuff'"),
+    "an address": ({"image": "https://x.y/z.jpg", "conversations": TURNS}, "remote_image", "https://x.y/z.jpg"),
+    "an address in image_url": ({"image_url": "s3://x/z.jpg", "conversations": PLAIN}, "remote_image", "s3://x"),
+    "different images": ({"image": "a.png", "images": ["b.png"], "conversations": TURNS}, "contradiction", "'images'"),
+    "one and two": (
+        {"image": "a.png", "images": ["a.png", "b.png"], "conversations": TURNS},
+        "contradiction",
+        "'image'",
+    ),
+    "a number": ({"image": 5, "conversations": TURNS}, "bad_image", "'image' must be a file name, not int"),
+    "an empty object": ({"image": {}, "conversations": TURNS}, "bad_image", "'image'"),
+    "torn base64": ({"image": {"bytes": TEXT[:-7] + "!"}, "conversations": TURNS}, "bad_image", "no image in base64"),
+    "an empty list of bytes": ({"image": {"bytes": [1, 999]}, "conversations": TURNS}, "bad_image", "'bytes'"),
+    "a URL of text": ({"image": "data:image/png,x", "conversations": TURNS}, "bad_image", "data URL"),
+    "base64 of no image": ({"image": "QUJD" * 20_000, "conversations": TURNS}, "bad_image", "base64, but of no image"),
+    "a text of 300 KB": ({"image": "x. " * 100_000, "conversations": TURNS}, "bad_image", "(300 KB)"),
+    "a late system text": ({"conversations": [*PLAIN, SYSTEM]}, "system_turn", "entry 2"),
+    "two system texts": ({"conversations": [SYSTEM, SYSTEM, *PLAIN]}, "system_turn", "entry 1"),
+    "different system texts": ({"system": "Be long.", "conversations": [SYSTEM, *PLAIN]}, "contradiction", "'system'"),
+    "an image in a system text": (
+        {"images": ["a.png"], "conversations": [{"from": "system", "value": "<image>"}, *PLAIN]},
+        "system_turn",
+        "image",
+    ),
+    "half a system text": ({"system": "\ud83d", "conversations": PLAIN}, "bad_turns", "surrogate"),
+    "a system of numbers": ({"system": 5, "conversations": PLAIN}, "bad_turns", "'system'"),
+    "a tool's turn": ({"conversations": [PLAIN[0], CALL, PLAIN[1]]}, "tool_turn", "entry 1"),
+    "tools": (said("Which colour?", tools=[{"name": "see"}]), "tool_turn", "tools"),
+    "a call": (
+        {"messages": [PLAIN[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        "tool_turn",
+        "entry 1",
+    ),
+    "an unknown role": (
+        {"conversations": [PLAIN[0], {"from": "narrator", "value": "x"}]},
+        "unknown_role",
+        "'narrator'",
+    ),
+    "no role": ({"conversations": [{"value": "x"}]}, "missing_key", "'from' is missing in 'conversations' entry 0"),
+    "no content": ({"messages": [{"role": "user"}]}, "missing_key", "'content' is missing in 'messages' entry 0"),
+    "content of numbers": ({"messages": [{"role": "user", "content": 5}]}, "bad_turns", "entry 0"),
+    "two roles": ({"messages": [{"role": "user", "from": "gpt", "content": "x"}]}, "contradiction", "entry 0"),
+    "different turns": ({"conversations": TURNS, **said("Other?")}, "contradiction", "'messages'"),
+    "no turns": ({"image": "a.png", "texts": [{"user": "x"}]}, "missing_key", "it has image, texts"),
+    "a video part": (
+        said({"type": "video", "video": "a.mp4"}, text("x")),
+        "unknown_media",
+        "part 0 of 'messages' entry 0",
+    ),
+    "a sound part": (said({"type": "input_audio", "input_audio": {}}, text("x")), "unknown_media", "'input_audio'"),
+    "a part of no kind": (said({"sound": "x"}, text("x")), "unknown_media", "keys sound"),
+    "a text part with an image": (said({"type": "text", "text": "x", "image": "a.png"}), "contradiction", "'image'"),
+    "an image part with a text": (said({"type": "image", "text": "x", "image": "a.png"}), "contradiction", "text"),
+    "more places than images": (
+        said({"type": "image", "path": "b.png"}, {"type": "image"}, {"type": "image"}, text("x"), images=["a.png"]),
+        "contradiction",
+        "2 image tags or parts",
+    ),
+    "a video in a turn": ({"conversations": [PLAIN[0] | {"video": "a.mp4"}, PLAIN[1]]}, "unknown_media", "entry 0"),
+    "an answer that is not to be learnt": (
+        {"conversations": [PLAIN[0], PLAIN[1] | {"weight": 0}]},
+        "bad_turns",
+        "weight 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "reason", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused_by_name(record, reason, words):
+    with pytest.raises(BadRecord) as e:
+        understand(json.loads(json.dumps(record)), 3, "f.json, record 3")
+    assert e.value.reason == reason
+    assert words in str(e.value) and str(e.value).startswith("f.json, record 3")
+    assert str(e.value).isprintable() and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("value", [5, None, [], "x", True, [TURNS]])
+def test_what_is_no_object(value):
+    with pytest.raises(BadRecord, match="must be an object"):
+        understand(value, 0, "f.json, record 0")
