@@ -30,6 +30,11 @@ _TOOL_ROLES += ("observation", "ipython", "environment")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _TURNS = ("conversations", "messages")
 _SYSTEM = ("system", "systemprompt", "systemmessage")
+# What other systems write where media go; in HTML some of it is text, but hardly at the start of a question.
+_OTHER_TAGS = re.compile(
+    r"\A\s*(?:<(?:video|audio|speech|image_?\d+)>|<img>[^<>]+</img>)|<ImageHere>|<image_placeholder>|"
+    r"<\|(?:image|video|audio)(?:_\d+|_pad|_start)?\|>|<\|vision_start\|>"
+)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -125,6 +130,9 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
             check_media(turn, (), False, where, f" in {what}")
             continue
         text, parts = _content(content, what, where)
+        if who == "human" and (tag := _OTHER_TAGS.search(text)):
+            detail = f"{what} has {shown(tag[0].strip())}, the tag of another system; an image's is {IMAGE_TAG}"
+            raise BadRecord("unknown_media", where, detail)
         own, images = named_images(turn, where, f" in {what}")
         check_media(turn, ("from", "role", "value", "content"), bool(images), where, f" in {what}")
         if images and not parts:

@@ -1,15 +1,24 @@
 """Forms of records: each is understood in full, or refused by name; never is a part of one left out in silence."""
 
 import base64
+import dataclasses
 import io
 import json
+from collections import Counter
 
 import pytest
+from fixtures import tiny
 from PIL import Image
 
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import convert, inspect_numbers
+from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt
 from fusion_jax.data.media import Named
+from fusion_jax.data.pipeline import ExampleMaker, open_source
 from fusion_jax.data.records import understand
+from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
+from fusion_jax.synth.tokenizer import train_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
 PLAIN = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Red."}]
@@ -156,6 +165,12 @@ UNDERSTOOD = {
         None,
     ),
     "an image beside its turn": ({"conversations": [PLAIN[0] | {"image": "a.png"}, PLAIN[1]]}, TURNS, [A], None),
+    "a page's text": (
+        said("Write <video> and <audio>."),
+        [{"from": "human", "value": "Write <video> and <audio>."}, PLAIN[1]],
+        [],
+        None,
+    ),
     "an answer in parts": (
         {"messages": [PLAIN[0], {"role": "assistant", "content": [text("Re"), text("d.")]}]},
         PLAIN,
@@ -244,6 +259,9 @@ REFUSED = {
         "2 image tags or parts",
     ),
     "a video in a turn": ({"conversations": [PLAIN[0] | {"video": "a.mp4"}, PLAIN[1]]}, "unknown_media", "entry 0"),
+    "a video's tag": (said("<video>\nWhat?"), "unknown_media", "<video>"),
+    "another system's image": (said("<img>a.png</img>What?"), "unknown_media", "<img>a.png</img>"),
+    "and its number": (said("What is on <|image_1|>?", image="a.png"), "unknown_media", "<|image_1|>"),
     "an answer that is not to be learnt": (
         {"conversations": [PLAIN[0], PLAIN[1] | {"weight": 0}]},
         "bad_turns",
@@ -265,3 +283,76 @@ def test_refused_by_name(record, reason, words):
 def test_what_is_no_object(value):
     with pytest.raises(BadRecord, match="must be an object"):
         understand(value, 0, "f.json, record 0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every record above that can be in one file, two images and a tokenizer."""
+    folder = tmp_path_factory.mktemp("records")
+    (folder / "a.png").write_bytes(RED)
+    (folder / "b.png").write_bytes(png("blue", (5, 9)))
+    good = {name: record for name, (record, *_) in UNDERSTOOD.items() if name != "a file's address"}
+    bad = {name: record for name, (record, *_) in REFUSED.items()}
+    records = [{"id": name, **record} for name, record in (good | bad).items()]
+    (folder / "all.json").write_text(json.dumps(records))
+    train_tokenizer(["Which colour? Red.", "Same? No. Be brief."] * 20, folder / "tokenizer", 300)
+    return folder
+
+
+def configured(folder, data, template="phi3"):
+    sizes = {"max_length": 300, "max_question_length": 100, "max_rounds": 2, "batch_size": 4, "max_images": 2}
+    model = tiny(**{"llm.vocab_size": 640})
+    stages = (StageConfig("one", str(folder / data), **sizes),)
+    return RunConfig(model, stages, str(folder / "tokenizer"), template=template, max_bad_records=1.0)
+
+
+def examples(folder, data, template="phi3"):
+    """What training makes of each record, by its id: ids, labels, question and crops, or why there is nothing."""
+    config = configured(folder, data, template)
+    source, maker = open_source(config, config.stages[0]), ExampleMaker(config.model, tokenizer_of(folder), template)
+    found = {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            made = maker(record)
+            crops = None if made.crops is None else made.crops.tobytes()
+            found[record.id] = (made.input_ids.tolist(), made.labels.tolist(), made.question_ids.tolist(), crops)
+        except BadRecord as bad:
+            found[bad.where.partition("(id ")[2][:-1]] = bad.reason
+    return found
+
+
+def tokenizer_of(folder):
+    return load_tokenizer(folder / "tokenizer")
+
+
+def test_training_conversion_and_inspection_read_the_same(folder):
+    direct = examples(folder, "all.json")
+    expected = {name: reason for name, (_, reason, _) in REFUSED.items()}
+    assert {name: made for name, made in direct.items() if isinstance(made, str)} == expected
+    assert len(direct) == len(UNDERSTOOD) - 1 + len(REFUSED)
+    manifest = convert.convert(folder / "all.json", None, folder / "shards", max_bad_records=1.0, progress=False)
+    assert manifest["skipped"]["reasons"] == Counter(expected.values())
+    stored = examples(folder, "shards")
+    assert stored == {name: made for name, made in direct.items() if not isinstance(made, str)}
+    assert convert.check_shards(folder / "shards", progress=False) == []
+    for data, bad in (("all.json", Counter(expected.values())), ("shards", {})):
+        config = configured(folder, data)
+        opened = inspect_numbers.open_stage(config, config.stages[0], tokenizer_of(folder))
+        looked = inspect_numbers.look(opened, 0, 100, progress=False)
+        reasons = {one["reason"]: one["count"] for one in inspect_numbers.summary(opened, looked)["bad_records"]}
+        assert reasons == bad
+
+
+def test_a_system_text_takes_the_place_of_the_templates(folder):
+    phi3 = TEMPLATES["phi3"]
+    got = encode_conversation(PLAIN, tokenizer_of(folder), phi3, 0, system="Be brief.")
+    assert got.prompt.startswith("<|system|>\nBe brief.<|end|>\n<|user|>\nWhich colour?")
+    prompt = encode_prompt(PLAIN[:1], tokenizer_of(folder), phi3, 0, system="Be brief.")
+    assert prompt.input_ids.tolist() == got.input_ids[: len(prompt.input_ids)].tolist()
+    assert encode_conversation(PLAIN, tokenizer_of(folder), phi3, 0).prompt.startswith("<|system|>\nYou are")
+    for encode, turns in ((encode_conversation, PLAIN), (encode_prompt, PLAIN[:1])):
+        with pytest.raises(BadRecord, match="a.json, record 1.*phi3") as e:
+            frameless = dataclasses.replace(phi3, system_frame=None)
+            encode(turns, tokenizer_of(folder), frameless, 0, system="Be brief.", where="a.json, record 1")
+        assert e.value.reason == "system_turn"
