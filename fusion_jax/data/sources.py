@@ -31,6 +31,7 @@ thousands of digits, too long.
 
 import codecs
 import contextlib
+import difflib
 import json
 import math
 import operator
@@ -322,27 +323,39 @@ def load_mixture(
         raise UserError(f"{path} is no data mixture: it is nested too deeply.") from e
     except Exception as e:  # besides YAMLError: values that are none of their tag raise almost anything
         raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(e).split()), 500)}.") from e
-    datasets = config.get("datasets") if isinstance(config, dict) else None
-    if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path.")
+    if not isinstance(config, dict) or not isinstance(datasets := config.get("datasets"), list) or not datasets:
+        found = (
+            "; datasets is " + _said(config["datasets"]) if isinstance(config, dict) and "datasets" in config else ""
+        )
+        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path{found}.")
+    entry_keys = {*_ENTRIES, *_COMMON, *(key for keys in _ENTRIES.values() for key in keys)}
+    if misplaced := [key for key in config if key in entry_keys]:
+        raise UserError(f"{path}: {misplaced[0]} stands beside `datasets`; it belongs into an entry of that list.")
     parts = []
     for k, entry in enumerate(datasets):
         where = f"{path}, datasets entry {k}"
-        kinds = [kind for kind in _ENTRIES if isinstance(entry, dict) and isinstance(entry.get(kind), str)]
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}, not {_said(entry)}.")
+        kinds = [kind for kind in _ENTRIES if kind in entry]
         if len(kinds) != 1:
-            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}.")
+            has = ", ".join(kinds) or ", ".join(brief(key) for key in entry) or "nothing"
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}; it has {has}.")
+        if not isinstance(entry[kinds[0]], str) or not entry[kinds[0]]:
+            raise UserError(f"{where}: {kinds[0]} must be a text, not {_said(entry[kinds[0]])}.")
         keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
         if unknown := sorted(brief(key) for key in entry.keys() - set(keys)):
-            raise UserError(f"{where} has the unknown key {unknown[0]}; allowed are {', '.join(keys)}.")
+            close = difflib.get_close_matches(unknown[0].strip("'"), keys, 1)
+            hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}."
+            raise UserError(f"{where} has the unknown key {unknown[0]}; {hint}")
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
-            said = brief(weight)
+            said = _said(weight)
             raise UserError(f"{where}: weight must be a number above 0, not {said}, and at most {_MAX_WEIGHT:,}.")
         folder = image_folder
         if "image_folder" in entry:
             named = entry["image_folder"]
             if not isinstance(named, str | None):
-                raise UserError(f"{where}: image_folder must be a text, not {brief(named)}.")
+                raise UserError(f"{where}: image_folder must be a text, not {_said(named)}.")
             folder = None if named is None else path.parent / named
         part = _open_entry(entry, path.parent, folder, seed, where, allow_outside)
         part.weigh(weight, seed)
@@ -358,7 +371,7 @@ def _open_entry(
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):
-            raise UserError(f"{where}: allow_outside must be true or false, not {brief(outside)}.")
+            raise UserError(f"{where}: allow_outside must be true or false, not {_said(outside)}.")
         return _open_json(here / entry["json_path"], image_folder, strategy, seed, where, outside)
     if "shards" in entry:
         folder = entry["shards"] if shards.is_url(entry["shards"]) else str(here / entry["shards"])
@@ -376,6 +389,11 @@ def _open_entry(
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     return _open_stored(spec, records, strategy, seed, where)
+
+
+def _said(value: Any) -> str:
+    """A value of a mixture as YAML writes it."""
+    return "null" if value is None else "an empty text" if value == "" else brief(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -453,7 +471,7 @@ def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float |
     if strategy == "all":
         return "first", None, 100.0
     if match is None or float(match[2] or match[3]) == 0 or float(match[3] or 0) > 100:
-        raise UserError(f"{where}: unknown sampling strategy {brief(strategy)}; allowed are {_STRATEGIES}.")
+        raise UserError(f"{where}: unknown sampling strategy {_said(strategy)}; allowed are {_STRATEGIES}.")
     return match[1], int(match[2]) if match[2] else None, float(match[3]) if match[3] else None
 
 
