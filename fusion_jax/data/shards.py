@@ -58,7 +58,7 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise DuplicateKey(f"the key {key!r} stands there twice")
+            raise DuplicateKey(f"the key {brief(key)} stands there twice")
         result[key] = value
     return result
 
