@@ -89,18 +89,30 @@ def check_media(holder: Mapping[Any, Any], known: Iterable[str], images: bool, w
         they came from, but no film and no sound.
     """
     for key, value in holder.items():
-        plain = plain_key(key)
-        if key in known or plain in _IMAGES or plain in _IMAGES_ELSE or not _holds_something(value):
+        named = kind_of_key(key, images)
+        if key in known or named == "images" or not _holds_something(value):
             continue
-        words = set(re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key)).lower()))
-        kind = _looks_like_media(value)
-        if not kind and not words & (_ABOUT | _WHICH if images else _ABOUT):
-            kind = "other" if words & _OTHERS or plain in _OTHERS else "picture" if words & _PICTURES else ""
+        kind = _looks_like_media(value) or named
         if kind == "other" or (kind and not images):
             detail = (
                 f"the key '{shown(key)}'{what} holds media that are not read; images are read from 'image' or 'images'"
             )
             raise BadRecord("unknown_media", where, detail)
+
+
+def kind_of_key(key: Any, images: bool = False) -> str:
+    """What a key holds by its name: "images" that are read, a "picture" that is not, an "other" medium, or "".
+
+    Args:
+      images: there are images under another key; then one with the name or number of a picture only tells of them.
+    """
+    plain = plain_key(key)
+    if plain in _IMAGES or plain in _IMAGES_ELSE:
+        return "images"
+    words = set(re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key)).lower()))
+    if words & _ABOUT or (images and words & _WHICH):
+        return ""
+    return "other" if words & _OTHERS or plain in _OTHERS else "picture" if words & _PICTURES else ""
 
 
 def read_image(value: Any, what: str, where: str) -> Named:
