@@ -331,6 +331,7 @@ def test_training_conversion_and_inspection_read_the_same(folder):
     expected = {name: reason for name, (_, reason, _) in REFUSED.items()}
     assert {name: made for name, made in direct.items() if isinstance(made, str)} == expected
     assert len(direct) == len(UNDERSTOOD) - 1 + len(REFUSED)
+    assert direct["system"] == direct["system turn"] != direct["no system"] == direct["null beside"]
     manifest = convert.convert(folder / "all.json", None, folder / "shards", max_bad_records=1.0, progress=False)
     assert manifest["skipped"]["reasons"] == Counter(expected.values())
     stored = examples(folder, "shards")

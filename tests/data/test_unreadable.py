@@ -256,6 +256,12 @@ def test_a_strange_image_name_is_one_short_line_wherever_it_is_told(tmp_path, ca
         line.encode()
 
 
+def test_a_bad_record_is_one_short_line_whatever_it_says():
+    bad = BadRecord("bad_image", f"cut \ud83d{LONG}", "two\nlines")
+    assert str(bad).startswith(r"cut \ud83dAAA") and str(bad).endswith(r"... (300 KB): two\nlines")
+    assert (bad.where, bad.detail) == (str(bad).removesuffix(r": two\nlines"), r"two\nlines")
+
+
 def test_how_long_a_text_was_is_said():
     assert files.shown("x" * 300_000) == "x" * 200 + "... (300 KB)"
     assert files.shown("x" * 300) == "x" * 200 + "... (300 characters)"
