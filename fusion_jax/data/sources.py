@@ -426,7 +426,7 @@ def _open_json(
     allow_outside: bool = False,
 ) -> _Json:
     if image_folder is not None and not _is_folder(image_folder):
-        raise UserError(f"{where}: there is no image folder {image_folder}.")
+        raise UserError(f"{where}: there is no image folder {shown(image_folder, 1000)}.")
     _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
@@ -459,7 +459,7 @@ def scan_json(path: Path) -> np.ndarray:
             file.seek(0)
             spans = _scan_lines(file, path) if path.suffix == ".jsonl" else _scan_list(file, path)
     except OSError as e:
-        raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
+        raise UserError(f"Cannot read the data file {shown(path, 1000)}: {e.strerror}.") from e
     if not len(spans):
         raise UserError(f"{path} holds no records.")
     return spans
@@ -505,7 +505,7 @@ class DataFile:
         try:
             self._file = open_file(path)
         except OSError as e:
-            raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
+            raise UserError(f"Cannot read the data file {shown(path, 1000)}: {e.strerror}.") from e
 
     def read(self, span: np.ndarray) -> bytes:
         """The bytes from `span[0]` up to `span[1]`; fewer where the file has become shorter."""

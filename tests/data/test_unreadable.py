@@ -157,6 +157,8 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         (b"\xff\xfe" + "datasets: []".encode("utf-16-le"), "not valid YAML"),
         ("#" * (1 << 21), "more than 1048576 bytes"),
         ("5", "must have a list `datasets`"),
+        (r'datasets: [{json_path: "a\n\ud83d.json"}]', r"Cannot read the data file .*a\\n\\ud83d\.json: no file"),
+        (r'datasets: [{json_path: a.json, image_folder: "a\n\eb"}]', r"no image folder .*a\\n\\x1bb"),
         ("datasets: [{json_path: null}]", "entry 0: json_path must be a text, not null"),
         ("datasets: [{json_path: ''}]", "entry 0: json_path must be a text, not an empty text"),
         ("datasets: [{shards: 5}]", "entry 0: shards must be a text, not 5"),
@@ -172,7 +174,7 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder stands beside `datasets`"),
         ("", "must have a list `datasets`"),
     ],
-    ids=range(38),
+    ids=range(40),
 )
 def test_mixtures_that_attack(tmp_path, text, message):
     (tmp_path / "a.json").write_text(f"[{GOOD}]")
