@@ -32,9 +32,10 @@ _TURNS = ("conversations", "messages")
 _SYSTEM = ("system", "systemprompt", "systemmessage")
 # What other systems write where media go; in HTML some of it is text, but hardly at the start of a question.
 _OTHER_TAGS = re.compile(
-    r"\A\s*(?:<(?:video|audio|speech|image_?\d+)>|<img>[^<>]+</img>)|<ImageHere>|<image_placeholder>|"
+    r"\A\s*<(?:video|audio|speech)>|<img>[^<>\n]+</img>|<ImageHere>|<image_placeholder>|"
     r"<\|(?:image|video|audio)(?:_\d+|_pad|_start)?\|>|<\|vision_start\|>"
 )
+_NUMBERED_TAG = re.compile(r"<image[ _]?\d+>")  # beside images they are words about them
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -83,6 +84,9 @@ def understand(record: Any, number: int, where: str, *, stored: bool = False) ->
             raise BadRecord("contradiction", where, "its turns hold images of their own, and others lie beside it")
         return Said(name, turns, (), system, where)
     key, images = named_images(record, where)
+    tag = next((found[0] for turn in turns if (found := _NUMBERED_TAG.search(turn["value"]))), None)
+    if tag and not images and not any(places):
+        raise BadRecord("unknown_media", where, f"a turn says {tag}, and the record has no image")
     check_media(record, ("id", *_TURNS), bool(images) or any(places), where)
     return Said(name, turns, tuple(_in_order(places, images, key, where)), system, where)
 

@@ -165,6 +165,12 @@ UNDERSTOOD = {
         None,
     ),
     "an image beside its turn": ({"conversations": [PLAIN[0] | {"image": "a.png"}, PLAIN[1]]}, TURNS, [A], None),
+    "words about an image": (
+        said("Which colour has <image 1>?", image="a.png"),
+        [{"from": "human", "value": "Which colour has <image 1>?"}, PLAIN[1]],
+        [A],
+        None,
+    ),
     "a page's text": (
         said("Write <video> and <audio>."),
         [{"from": "human", "value": "Write <video> and <audio>."}, PLAIN[1]],
@@ -260,6 +266,8 @@ REFUSED = {
     ),
     "a video in a turn": ({"conversations": [PLAIN[0] | {"video": "a.mp4"}, PLAIN[1]]}, "unknown_media", "entry 0"),
     "a video's tag": (said("<video>\nWhat?"), "unknown_media", "<video>"),
+    "an image with a number": (said("Compare with <image 1>."), "unknown_media", "<image 1>"),
+    "a path in the text": (said("Picture 1: <img>a.png</img>\nWhat?"), "unknown_media", "<img>a.png</img>"),
     "another system's image": (said("<img>a.png</img>What?"), "unknown_media", "<img>a.png</img>"),
     "and its number": (said("What is on <|image_1|>?", image="a.png"), "unknown_media", "<|image_1|>"),
     "an answer that is not to be learnt": (
