@@ -29,7 +29,7 @@ import numpy as np
 
 from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, image, sources, tiles
+from fusion_jax.data import chat_template, conversation, image, sources, tiles
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
 from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
@@ -60,6 +60,7 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
         images=images,
         grids=model.tile_grids,
         tile_tokens=model.tokens_per_tile,
+        image_first=model.image_place == "first",
     )
 
 
@@ -92,7 +93,7 @@ class ExampleMaker:
         encoded = encode(
             record.turns,
             self.tokenizer,
-            conversation.find_template(self.template),
+            chat_template.find(self.template, self.tokenizer),
             len(record.images),
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",
