@@ -46,10 +46,10 @@ _SENT_AHEAD = 8  # so many times before it waits for the others to have read the
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
     """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
-    those of a row with one conversation."""
+    those of a row with one conversation. Questions may be empty, so there is room for one token."""
     return LayoutSpec(
         length=length,
-        question_length=question_length if model.text_guided else 0,
+        question_length=max(question_length, 1) if model.text_guided else 0,
         rounds=rounds if model.semantic_exchange else 0,
         image_tokens=model.tokens_per_image,
         image_size=model.vision.image_size,

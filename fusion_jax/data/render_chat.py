@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_SECONDS, _BYTES = 5, 1 << 30
+_SECONDS, _BYTES = 2, 1 << 30
 _MOST = 1 << 18  # characters of a rendered chat
 
 

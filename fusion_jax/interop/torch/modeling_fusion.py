@@ -129,7 +129,6 @@ class FusionConfig(PretrainedConfig):
         self.latent_init = latent_init
         self.text_only = text_only
         self.hide_question_id_zero = hide_question_id_zero
-        self.image_first = image_first
         self.latent_count = latent_count
         self.template = template
         # What transformers' generation and cache code asks for. A tied head is no second tensor here: nothing to tie.
@@ -1138,7 +1137,7 @@ class FusionProcessor(ProcessorMixin):
         data["pixel_values"] = pixels
         data["image_kind"] = torch.tensor([[row["kind"]] for row in rows])
         if self.text_guided:
-            width = max(len(row["question"]) for row in rows)
+            width = max(1, *(len(row["question"]) for row in rows))
             question = torch.zeros((len(rows), 1, width), dtype=torch.long)
             mask = torch.zeros_like(question, dtype=torch.bool)
             for ids, real, row in zip(question[:, 0], mask[:, 0], rows):
