@@ -216,7 +216,7 @@ def encode_conversation(
     Raises:
       BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
         several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag,
-        no_system (the template cannot hold the system text).
+        system_turn (the template has no place for a system text).
       UserError: the tokenizer lacks a token of the template.
     """
     rounds = _rounds(turns, images, finished=True, where=where)
@@ -310,7 +310,7 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
 def _check_system(text: str | None, template: Template, where: str) -> None:
     """BadRecord where the template cannot hold a conversation's system text."""
     if text and template.system_frame is None:
-        raise BadRecord("no_system", where, f"the template {template.name} cannot hold its system text")
+        raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     if text and _LONE_SURROGATE.search(text):
         raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is no text")
 

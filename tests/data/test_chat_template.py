@@ -150,7 +150,7 @@ def test_pieces(folder):
     mistral = load_tokenizer(folder("mistral"))
     template = chat_template.find("own", mistral)
     assert template.system_frame is None and template.bos and template.answer == " [/INST]"
-    with pytest.raises(BadRecord, match="own cannot hold its system text"):
+    with pytest.raises(BadRecord, match="own has no place for a system text"):
         encode_prompt(turns(["a"]), mistral, template, 0, system="Be brief.")
 
 

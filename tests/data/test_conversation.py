@@ -189,9 +189,9 @@ def test_a_system_text_takes_the_place_of_the_templates(with_bos, name):
 
 
 def test_a_template_that_holds_no_system_text(with_bos):
-    with pytest.raises(BadRecord, match=r"record 3.*mistral cannot hold its system text") as error:
+    with pytest.raises(BadRecord, match=r"record 3.*mistral has no place for a system text") as error:
         encoded(with_bos, TEMPLATES["mistral"], turns("Hi", "Yes"), system="Be brief.", where="f.json, record 3")
-    assert error.value.reason == "no_system"
+    assert error.value.reason == "system_turn"
     # One whose system part is fixed.
     fixed = dataclasses.replace(TEMPLATES["mistral"], default_system="Be brief.\n")
     got = encoded(with_bos, fixed, turns("Hi"), latents=False)
