@@ -166,7 +166,9 @@ def _render(text: str, tokenizer: Tokenizer, probes) -> list[tuple[str | None, s
         )
     except subprocess.TimeoutExpired as error:
         raise _CannotCut("it takes too long to render") from error
+    if done.returncode < 0:
+        raise _CannotCut("it takes too much time or memory to render")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise _CannotCut(f"it takes too much time or memory to render ({shown(said[-1], 150) if said else 'killed'})")
+        raise _CannotCut(f"it could not be rendered ({shown(said[-1], 150) if said else done.returncode})")
     return [(answer.get("text"), answer.get("error")) for answer in json.loads(done.stdout)]
