@@ -107,13 +107,20 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
     )
     if not question + answer:
         raise _CannotCut("nothing marks where an answer begins")
-    template = _with_system(template, texts[6].removeprefix(front), padded[0] in texts[8])
-    for (system, said), rendering in zip(probes, texts):
-        if system is not None and template.system_frame is None:
-            continue
-        written = front + _written(template, system, said)
-        if rendering != written and not (len(said) % 2 == 0 and rendering.startswith(written)):
-            raise _CannotCut("it does not write the rounds of a conversation one after the other")
+
+    def same(template: Template) -> bool:
+        """Whether the pieces give every text that was rendered; behind a last answer more may follow."""
+        for (system, said), rendering in zip(probes, texts):
+            if system is None or template.system_frame is not None:
+                written = front + _written(template, system, said)
+                if rendering != written and not (len(said) % 2 == 0 and rendering.startswith(written)):
+                    return False
+        return True
+
+    if not same(template):
+        raise _CannotCut("it does not write the rounds of a conversation one after the other")
+    with_system = _with_system(template, texts[6].removeprefix(front), padded[0] in texts[8])
+    template = with_system if same(with_system) else template
     # What stood for the BOS token between rounds becomes that token.
     names = ("default_system", "question", "answer", "end", "between")
     changes = {name: getattr(template, name).replace(_BOS, bos or "") for name in names if getattr(template, name)}

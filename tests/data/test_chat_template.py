@@ -154,6 +154,17 @@ def test_pieces(folder):
         encode_prompt(turns(["a"]), mistral, template, 0, system="Be brief.")
 
 
+def test_system_texts_that_have_no_place_of_their_own(folder):
+    """Said again with every question, or within the first one: such a template holds conversations without one."""
+    again = SMOL.replace("m.content", '(messages[0].content if messages[0].role == "system" else "") + m.content')
+    within = MISTRAL.replace('"user" %}{{-', '"user" %}{{- messages[0].content if messages[0].role == "system" }}{{-')
+    within = within.replace("else %}", 'elif m.role != "system" %}')
+    for family, text in (("smol", again), ("mistral", within)):
+        template = chat_template.find("own", load_tokenizer(folder(family, text)))
+        assert template.system_frame is None
+        assert (template.default_system or "").count("SmolLM") == (family == "smol")
+
+
 def test_white_space_is_trimmed_as_the_template_does(folder):
     transformers = pytest.importorskip("transformers", reason="compared with transformers")
     for family in ("llama", "qwen"):
