@@ -5,6 +5,7 @@ Everything is drawn from the generator that is passed in, so a seed decides.
 
 import dataclasses
 import random
+from collections.abc import Iterable
 
 from fusion_jax.synth.scene import graph
 from fusion_jax.synth.scene.graph import MAX_OF_A_KIND, MAX_TEXT_WORDS, MAX_THINGS, Group, Scene
@@ -14,6 +15,10 @@ from fusion_jax.synth.scene.parse import Draft, DraftGroup
 # Things that may as well carry no text; a sign without one would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")
 AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
+# A scene that nobody prescribes holds no two things one of which is more than so many times as high as the other: a
+# snail beside a house would be a dot. What hangs or flies is drawn by a rule of its own and may differ more.
+RATIO, AIR_RATIO = 8.0, 25.0
+BULKY = 1.4  # metres from which three of a kind leave no room for anything else
 
 
 class Impossible(ValueError):
@@ -21,9 +26,19 @@ class Impossible(ValueError):
 
 
 def _fits(noun: str, setting: str) -> bool:
-    place = SETTINGS[setting]
-    home = NOUNS[noun].home
-    return home in ("anywhere", "indoors" if place.indoors else "outdoors") and noun not in place.shows
+    """Whether one may come upon a thing there: under a roof or not, and neither lost in it nor too large for it."""
+    place, thing = SETTINGS[setting], NOUNS[noun]
+    at_home = thing.home in ("anywhere", "indoors" if place.indoors else "outdoors", "sky" if place.sky else "")
+    return at_home and noun not in place.shows and place.metres[0] <= thing.metres <= place.metres[1]
+
+
+def _in_proportion(noun: str, others: Iterable[str]) -> bool:
+    """Whether a thing can be drawn beside others without either being a dot."""
+    for other in others:
+        small, large = sorted((NOUNS[noun].metres, NOUNS[other].metres))
+        if large > small * (AIR_RATIO if NOUNS[noun].air or NOUNS[other].air else RATIO):
+            return False
+    return True
 
 
 def choose_setting(draft: Draft, rng: random.Random) -> str:
@@ -109,10 +124,15 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
 def _slots(groups: list[DraftGroup], relations, rng: random.Random) -> list[tuple[str, str]] | None:
     """A slot for each group such that every relation holds, at random among all ways; None where there is none."""
     choices = []
+    standing = [NOUNS[group.noun].metres for group in groups if not NOUNS[group.noun].air]
     for group in groups:
         rows = ("air",) if NOUNS[group.noun].air else ("back", "front")
         free = [(r, c) for r in rows for c in COLUMNS if group.row in (None, r) and group.column in (None, c)]
         rng.shuffle(free)
+        # What is high stands behind what is low, mostly: near the viewer it would hide the rest or shrink it.
+        if standing and max(standing) > 2 * min(standing) and rng.random() < 0.85:
+            high = NOUNS[group.noun].metres ** 2 > max(standing) * min(standing)
+            free.sort(key=lambda slot: (slot[0] == "front") == high)
         choices.append(free)
 
     def stand_in(index: int, slot: tuple[str, str]) -> Group:
@@ -183,6 +203,7 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
             if name not in there
             and (noun.carrier if writing else not noun.carrier or name in PLAIN_CARRIERS)
             and _fits(name, made.setting)
+            and _in_proportion(name, there)
             and (air < AIR_SLOTS if noun.air else len(made.groups) - air < GROUND_SLOTS)
         ]
         # Things that hang or fly are few among the nouns: without a weight most pictures would have an empty sky.
@@ -190,7 +211,8 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
         if room < 1 or not pool:
             break
         noun = rng.choices(pool, weights)[0]
-        count = 1 if writing else min(room, rng.choices((1, 2, 3), (5, 2, 2))[0])
+        weights = (5, 2, 0 if NOUNS[noun].metres >= BULKY else 2)
+        count = 1 if writing else min(room, rng.choices((1, 2, 3), weights)[0])
         made.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
     return made
 
@@ -205,11 +227,13 @@ def vary(made: Scene, rng: random.Random) -> Scene:
         if change == "colour":
             group = dataclasses.replace(group, colour=_colour(group.noun, setting, groups, rng, None))
         elif change == "count" and not group.text:
-            group = dataclasses.replace(group, count=rng.choice([n for n in (1, 2, 3) if n != group.count]))
+            most = 2 if NOUNS[group.noun].metres >= BULKY else MAX_OF_A_KIND
+            group = dataclasses.replace(group, count=rng.choice([n for n in range(1, most + 1) if n != group.count]))
         elif change == "noun" and not group.text:
             there = {g.noun for g in groups}
             pool = [n for n, noun in NOUNS.items() if _fits(n, setting) and noun.air == (group.row == "air")]
             pool = [n for n in pool if n not in there and not NOUNS[n].carrier]
+            pool = [n for n in pool if _in_proportion(n, there - {group.noun})]
             noun = rng.choice(pool or [group.noun])
             group = dataclasses.replace(group, noun=noun, colour=_colour(noun, setting, groups, rng, None))
         elif change == "setting":
