@@ -18,7 +18,8 @@ AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
 # A scene that nobody prescribes holds no two things one of which is more than so many times as high as the other: a
 # snail beside a house would be a dot. What hangs or flies is drawn by a rule of its own and may differ more.
 RATIO, AIR_RATIO = 8.0, 25.0
-BULKY = 1.4  # metres from which three of a kind leave no room for anything else
+
+BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side are tiny
 
 
 class Impossible(ValueError):
@@ -30,6 +31,14 @@ def _fits(noun: str, setting: str) -> bool:
     place, thing = SETTINGS[setting], NOUNS[noun]
     at_home = thing.home in ("anywhere", "indoors" if place.indoors else "outdoors", "sky" if place.sky else "")
     return at_home and noun not in place.shows and place.metres[0] <= thing.metres <= place.metres[1]
+
+
+def _most(noun: str, groups: int) -> int:
+    """How many of a thing an invented scene has beside so many groups: three houses would all be tiny."""
+    metres = NOUNS[noun].metres
+    if metres >= 1.4:
+        return 1 if groups > 2 else 2
+    return 2 if metres >= 0.5 or noun in BROAD else MAX_OF_A_KIND
 
 
 def _in_proportion(noun: str, others: Iterable[str]) -> bool:
@@ -177,7 +186,10 @@ def _without_twins(groups: list[Group]) -> list[Group]:
 
 def random_draft(rng: random.Random, groups: int, texts: int = 0) -> Draft:
     """Nouns, counts, `texts` written texts and a setting by chance; everything else stays open."""
-    return extend(Draft(rng.choice(tuple(SETTINGS)), [], []), rng, groups, texts)
+    # A roof over every other one, though fewer settings have one: neither answer is the better guess.
+    indoors = rng.random() < 0.5
+    settings = [name for name, place in SETTINGS.items() if place.indoors == indoors]
+    return extend(Draft(rng.choice(settings), [], []), rng, groups, texts)
 
 
 def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longest: int = MAX_TEXT_WORDS) -> Draft:
@@ -211,8 +223,9 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
         if room < 1 or not pool:
             break
         noun = rng.choices(pool, weights)[0]
-        weights = (5, 2, 0 if NOUNS[noun].metres >= BULKY else 2)
-        count = 1 if writing else min(room, rng.choices((1, 2, 3), weights)[0])
+        # Writing has to be large enough to read: beside it, the fewer.
+        most = min(room, _most(noun, groups) if not texts else _most(noun, 3) - (_most(noun, 3) == 2))
+        count = 1 if writing else min(most, rng.choices((1, 2, 3), (5, 2, 2))[0])
         made.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
     return made
 
@@ -227,8 +240,9 @@ def vary(made: Scene, rng: random.Random) -> Scene:
         if change == "colour":
             group = dataclasses.replace(group, colour=_colour(group.noun, setting, groups, rng, None))
         elif change == "count" and not group.text:
-            most = 2 if NOUNS[group.noun].metres >= BULKY else MAX_OF_A_KIND
-            group = dataclasses.replace(group, count=rng.choice([n for n in range(1, most + 1) if n != group.count]))
+            most = _most(group.noun, len(groups))
+            counts = [n for n in range(1, most + 1) if n != group.count] or [group.count]
+            group = dataclasses.replace(group, count=rng.choice(counts))
         elif change == "noun" and not group.text:
             there = {g.noun for g in groups}
             pool = [n for n, noun in NOUNS.items() if _fits(n, setting) and noun.air == (group.row == "air")]

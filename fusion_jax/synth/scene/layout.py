@@ -28,10 +28,11 @@ from fusion_jax.synth.scene.art import PANELS, VARIANTS, master
 from fusion_jax.synth.scene.graph import Group, Scene
 from fusion_jax.synth.scene.lexicon import NOUNS
 
-SIZES = {"small": 0.65, "": 1.0, "large": 1.5}  # times the ordinary height
+SIZES = {"small": 0.75, "": 1.0, "large": 1.35}  # times the ordinary height
 NEARNESS = {"back": 1.0, "front": 1.3, "air": 1.0}
 POWERS = (0.6, 0.5, 0.42, 0.35, 0.28, 0.2, 0.12)
-SEEN, LEGIBLE = 0.075, 0.15  # least height of a thing, and of one with a text on it, as shares of the picture
+SEEN, LEGIBLE = 0.075, 0.13  # least height of a thing, and of one with a text on it, as shares of the picture
+CLEARLY = 1.5  # times as high, from which on one sees it in every picture
 GAP = 1.14  # from one thing of a group to the next, in widths
 
 Box = tuple[int, int, int, int]
@@ -70,15 +71,13 @@ def metres(group: Group) -> float:
 @functools.lru_cache(maxsize=4)  # asked for by the stage and by the things on it
 def layout(scene: Scene, size: tuple[int, int], seed: int) -> tuple[Placed, ...]:
     """Where every single thing is drawn, from back to front."""
-    slots = {number: slot for number, slot in enumerate(_slots(scene, size, seed))}
-    scale, power = _scale(scene, list(slots.values()), size[1])
+    slots = _slots(scene, size, seed)
+    high = _heights(scene, slots)
     placed = []
     for row in ("back", "air", "front"):
-        for number, slot in slots.items():
+        for number, slot in enumerate(slots):
             if slot.group.row == row:
-                high = scale * _apparent(slot.group) ** power
-                high = max(high, min(slot.least, slot.most)) if power == POWERS[-1] else high
-                placed += _side_by_side(number, slot, high, graph.generator(seed, "layout", number))
+                placed += _side_by_side(number, slot, high[number], graph.generator(seed, "layout", number))
     return tuple(placed)
 
 
@@ -86,18 +85,24 @@ def _apparent(group: Group) -> float:
     return metres(group) * NEARNESS[group.row]
 
 
-def _scale(scene: Scene, slots: list[_Slot], height: int) -> tuple[float, float]:
-    """Scale and power, of the formula above."""
+def _heights(scene: Scene, slots: list[_Slot]) -> list[float]:
+    """The height of each group's things, pixels."""
     low, high = scene.place.metres
     typical = (low * high) ** 0.5 * 2
     largest = max(metres(slot.group) for slot in slots)
     fill = min(1.0, max(0.5, (largest / typical) ** 0.3))
-    scale, power = 0.0, POWERS[0]
+    heights: list[float] = []
     for power in POWERS:
         scale = min(slot.most / _apparent(slot.group) ** power for slot in slots) * fill
-        if all(scale * _apparent(slot.group) ** power >= min(slot.least, 0.9 * slot.most * fill) for slot in slots):
-            break
-    return scale, power
+        heights = [scale * _apparent(slot.group) ** power for slot in slots]
+        if all(high >= min(slot.least, 0.9 * slot.most * fill) for high, slot in zip(heights, slots)):
+            return heights
+    # Even so something would be too small to see: it may come as near to those that are clearly higher as need be.
+    order = sorted(range(len(slots)), key=lambda i: -_apparent(slots[i].group))
+    for k, i in enumerate(order):
+        above = [heights[j] for j in order[:k] if _apparent(slots[j].group) > CLEARLY * _apparent(slots[i].group)]
+        heights[i] = min(max(heights[i], slots[i].least), slots[i].most, *(high * 0.93 for high in above))
+    return heights
 
 
 def _slots(scene: Scene, size: tuple[int, int], seed: int) -> list[_Slot]:
@@ -150,11 +155,12 @@ def _spans(columns: list[str]) -> list[tuple[float, float]]:
 
 
 def _side_by_side(number: int, slot: _Slot, high: float, rng: random.Random) -> list[Placed]:
-    high *= rng.uniform(0.97, 1.0)
+    high *= rng.uniform(0.985, 1.0)
     wide = high * slot.aspect
     span = wide * (1 + GAP * (slot.group.count - 1))
-    # Free to move within the span's column, less so where others are near.
-    start = slot.left + (slot.right - slot.left - span) * rng.uniform(0.3, 0.7)
+    # Free to move a little about the column's middle, less so where others are near.
+    room = slot.right - slot.left - span
+    start = slot.left + room / 2 + min(room, 0.35 * (slot.right - slot.left)) * rng.uniform(-0.2, 0.2)
     placed = []
     for k in range(slot.group.count):
         x = start + k * wide * GAP
