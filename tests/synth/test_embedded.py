@@ -87,7 +87,7 @@ def true_answer(question: str, state: dict) -> str | None:
         return next(word for word, n in NUMBERS.items() if n == known["number"][SINGULAR[found[1]]])
     if re.match("How many things are there in all", question):
         return next(word for word, n in NUMBERS.items() if n == known["total"])
-    if found := re.fullmatch(r"(?:What colour (?:is|are)|Which colour (?:do|does)) the (\w+?)(?: have)?\?", question):
+    if found := re.fullmatch(r"(?:What color (?:is|are)|Which color (?:do|does)) the (\w+?)(?: have)?\?", question):
         (colour,) = known["colours"][SINGULAR[found[1]]]
         return colour
     if found := re.fullmatch(r"Is there an? (\w+) (\w+) in the picture\?", question):
@@ -200,10 +200,10 @@ SCENE = graph.from_json(
         ("What does it say?", 'The sign reads "OPEN".', True),
         ("What does it say?", 'The sign reads "CLOSED".', False),
         ("What does it say?", 'The kite is blue. It says "OPEN".', True),
-        ("What colour is the kite?", "blue", True),
-        ("What colour is the kite?", "Blue.", True),
-        ("What colour is the kite?", "turquoise", False),
-        ("What colour is the kite?", "The kite is red.", False),
+        ("What color is the kite?", "blue", True),
+        ("What color is the kite?", "Blue.", True),
+        ("What color is the kite?", "turquoise", False),
+        ("What color is the kite?", "The kite is red.", False),
         ("How many balls are there?", "three", True),
         ("How many balls are there?", "four", False),
         ("Is there a cat in the picture?", "no", True),
