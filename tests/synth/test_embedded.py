@@ -18,7 +18,7 @@ from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.config import FilterConfig
 from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synth.scene import claims, compose, graph, write
+from fusion_jax.synth.scene import claims, compose, contrast, graph, write
 from fusion_jax.synth.scene.lexicon import COLOURS, NOUNS, SETTINGS
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -149,6 +149,20 @@ def test_the_oracle_drops_what_is_planted_and_nothing_else(kind):
     assert judged[True, False] > 12
     assert judged[True, True] <= 0.01 * judged[True, False]
     assert judged[False, False] <= 0.01 * judged[False, True]
+
+
+def test_the_oracle_finds_every_right_answer_about_more_of_two_pictures():
+    """It read the side that was named first: "The right image does: there are two balls in the left image, ..."."""
+    asked = 0
+    for number in range(150):
+        data, _ = sample("contrast_long", number)
+        scenes = embedded.scenes_of(data)
+        for fact in contrast.facts(*scenes):
+            if fact.topic == "more":
+                asked += 1
+                assert claims.correct(fact.questions[0], fact.sentence, scenes), fact
+                assert not claims.correct(fact.questions[0], fact.wrong[0], scenes), fact
+    assert asked > 20
 
 
 SCENE = graph.from_json(

@@ -132,8 +132,8 @@ def _more(noun: str, counts: list[int]) -> list[Fact]:
     most = SIDES[counts[1] > counts[0]]
     question = f"Which image shows more {NOUNS[noun].plural}?"
     sentence = (
-        f"The {most} image does: there {_there(counts[0], noun)} in the left image, "
-        f"while there {_there(counts[1], noun)} in the right image."
+        f"There {_there(counts[0], noun)} in the left image, while there {_there(counts[1], noun)} in the right image, "
+        f"so the {most} image shows more."
     )
     short = f"the {most} image"
     other = f"the {SIDES[counts[1] <= counts[0]]} image"
