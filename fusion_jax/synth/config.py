@@ -51,6 +51,8 @@ class FilterConfig:
     without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
     blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
     `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
+    understood_min: share of a caption's content words that the embedded backend's scene must keep (scene/reading.py);
+    other backends are not measured.
     """
 
     alphanumeric_min: float | None = 0.60
@@ -65,9 +67,12 @@ class FilterConfig:
     ngram: int = 10
     blip_min: float | None = 0.8
     clip_min: float | None = 0.28
+    understood_min: float | None = 0.6
 
     def __post_init__(self):
         within("filters.ngram", self.ngram, 1, 1000)
+        if self.understood_min is not None:
+            within("filters.understood_min", self.understood_min, 0, 1)
 
 
 @dataclass(frozen=True)
