@@ -6,7 +6,7 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.image import DECODES
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.dicts import from_dict as from_dict
@@ -58,7 +58,7 @@ _RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-_RUN_CHOICES = {"template": TEMPLATES, "dtype": DTYPES, "remat": POLICIES, "decode": DECODES}
+_RUN_CHOICES = {"template": (*TEMPLATES, OWN), "dtype": DTYPES, "remat": POLICIES, "decode": DECODES}
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class RunConfig:
     """A whole run.
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
+    tokenizer: local folder. template: one of `data.conversation.TEMPLATES`, or own, the chat template that lies with
+    the tokenizer. init_from: checkpoint whose parameters the first stage takes.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
     Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax import checkpoint, integrity, loading
-from fusion_jax.about import config_of
+from fusion_jax.about import always_bos, config_of
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
@@ -100,6 +100,12 @@ def check(config: RunConfig, stage: StageConfig, records: int, about: dict[str, 
       UserError: values differ that the state depends on; names them all.
     """
     saved = config_of(about, where)
+    if config.tokenizer and always_bos(about, where) and not load_tokenizer(config.tokenizer, own=True).adds_bos:
+        raise UserError(
+            f"{where} was trained with a BOS token in front of every conversation, which {config.tokenizer} does not "
+            'ask for; to go on, say "add_bos_token": true in its tokenizer_config.json, with the padding token as '
+            "bos_token if it names none."
+        )
     pairs = [(f"model.{name}", ours, theirs) for name, ours, theirs in _model_pairs(config.model, saved.model)]
     pairs += [(name, getattr(config, name), getattr(saved, name)) for name in _RUN]
     old = next((known for known in saved.stages if known.name == stage.name), None)

@@ -35,7 +35,7 @@ from fusion_jax import (
 )
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import conversation, pipeline, sources
+from fusion_jax.data import chat_template, conversation, pipeline, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
@@ -165,7 +165,7 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
             f"tokens of {config.tokenizer or config.init_from}."
         )
-    conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+    conversation.stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ _FILTER_RANGES = {
     "ngram": (1, 1000),
     "blip_min": _SHARE,
     "clip_min": (-1, 1),
+    "understood_min": _SHARE,
 }
 _MODEL_RANGES = {
     "temperature": (0, 100),
@@ -104,6 +105,8 @@ class FilterConfig:
     without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
     blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
     `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
+    understood_min: share of a caption's content words that the embedded backend's scene must keep (scene/reading.py);
+    other backends are not measured.
     """
 
     alphanumeric_min: float | None = 0.60
@@ -118,6 +121,7 @@ class FilterConfig:
     ngram: int = 10
     blip_min: float | None = 0.8
     clip_min: float | None = 0.28
+    understood_min: float | None = 0.6
 
     def __post_init__(self):
         _check_ranges(self, _FILTER_RANGES)
