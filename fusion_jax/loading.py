@@ -6,14 +6,14 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax import integrity
 from fusion_jax.about import check_size, config_of, load_about, save_tokenizer
@@ -141,9 +141,8 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
             raise Damaged(f"{path} is no whole checkpoint: {damage}.")
         return load(path)
     damaged = []
-    for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
-        steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
-        for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
+    for folders in ([path], [path / FOLDER], _latest_first(path.glob(f"*/{FOLDER}"))):
+        for newest in (folder / str(step) for folder in folders for step in reversed(steps_in(folder))):
             damage = _unusable(newest)
             if damage is None:
                 if integrity.unlisted(newest):
@@ -161,6 +160,48 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
     if damaged:
         raise UserError(f"No checkpoint in {path} is whole; the log says what is wrong with each.")
     raise UserError(f"{path} holds no checkpoint; give a step folder, a stage's folder or a workdir.")
+
+
+def order_of(folder: Path) -> int | None:
+    """Place of a stage's checkpoint folder among those of its run, as its newest readable checkpoint says it.
+
+    Checkpoints of earlier versions have no number of their own, but the names of all stages in their order. None where
+    nothing in the folder says it.
+    """
+    for step in reversed(steps_in(folder)):
+        try:
+            about = load_about(folder / str(step))
+        except UserError:
+            continue
+        if "stage" in about:
+            return about["stage"]["order"]
+        names = [stage.name for stage in config_of(about, folder).stages]
+        if folder.parent.name in names:
+            return names.index(folder.parent.name)
+    return None
+
+
+def order_in(workdir: Path, stage: str) -> int:
+    """The order of a stage that is trained in a workdir now: its own, or one more than any that is there."""
+    own = order_of(workdir / stage / FOLDER)
+    if own is not None:
+        return own
+    known = [order_of(folder) for folder in workdir.glob(f"*/{FOLDER}")]
+    return 1 + max((order for order in known if order is not None), default=-1)
+
+
+def _latest_first(folders: Iterable[Path]) -> list[Path]:
+    """Checkpoint folders of a run's stages, the last one first. Times decide only where nothing else does: a copy of
+    the run has others."""
+    folders = [folder for folder in folders if steps_in(folder)]
+    if len(folders) < 2:
+        return folders
+    orders = {folder: order_of(folder) for folder in folders}
+
+    def key(folder: Path) -> tuple[int, float]:
+        return -1 if orders[folder] is None else orders[folder], folder.stat().st_mtime
+
+    return sorted(folders, key=key, reverse=True)
 
 
 def _unusable(folder: Path) -> str | None:
@@ -199,26 +240,54 @@ def load_params(folder: Path, like) -> dict:
       UserError: the checkpoint holds other parameters than `like`.
     """
     check_size(folder, like)
-    stored = flatten_dict(stored_shapes(folder), sep="/")
-    # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
-    for name, leaf in flatten_dict(like, sep="/").items():
-        shape = getattr(stored.get(name), "shape", None)
-        if shape is None or not _fits(name, tuple(shape), leaf.shape):
-            has = f"has shape {tuple(shape)}" if shape is not None else "is missing"
-            why = ""
-            if shape is not None and _fits(name, leaf.shape, tuple(shape)):
-                why = (
-                    " It was trained with taps='paper', which needs fewer layers of the tower: keep taps='paper', or "
-                    "start from a checkpoint that has them all, such as an import."
-                )
-            raise UserError(
-                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}.{why}"
+    stored, wanted = (flatten_dict(tree, sep="/") for tree in (stored_shapes(folder), abstract(like)))
+    check_names(folder, stored, wanted)
+    for name, leaf in wanted.items():
+        check_fits(folder, name, tuple(stored[name].shape), leaf.shape)
+    return unflatten_dict(read_params(folder, wanted), sep="/")
+
+
+def check_names(folder: Path, stored: Collection[str], wanted: Collection[str]) -> None:
+    """UserError where a checkpoint has other parameters than a model asks for, by their names. Asked before anything is
+    read: Orbax prints both trees whole."""
+    for what, a, b in (("lacks", wanted, stored), ("has", stored, wanted)):
+        names = [name for name in a if name not in b]
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            whose = "which its config asks for" if what == "lacks" else "which its config does not know"
+            raise UserError(f"{folder} holds parameters of another model: it {what} {names[0]}{more}, {whose}.")
+
+
+def check_fits(folder: Path, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """UserError where a parameter has another shape than a model asks for. Asked before anything is read: Orbax reports
+    each such array with a traceback of its own."""
+    if not _fits(name, stored, wanted):
+        why = ""
+        if _fits(name, wanted, stored):
+            why = (
+                " It was trained with taps='paper', which needs fewer layers of the tower: keep taps='paper', or "
+                "start from a checkpoint that has them all, such as an import."
             )
+        raise UserError(
+            f"{folder} holds parameters of another model: {name} has shape {stored}, the config asks for {wanted}.{why}"
+        )
+
+
+def read_params(folder: Path, like: dict) -> dict:
+    """Parameters by path, in the shapes, dtypes and shardings of `like`, which may leave some of the folder's out.
+
+    Raises:
+      Damaged: they cannot be read. UserError: they have other shapes or dtypes.
+    """
+    options = ocp.Context()
+    options.pytree.loading.partial_load = True
     try:
-        params = load_parts(folder, {"params": abstract(like)})["params"]
+        with options:
+            params = flatten_dict(load_parts(folder, {"params": unflatten_dict(like, sep="/")})["params"], sep="/")
     except Exception as error:
         raise_if_no_damage(error)
         raise unreadable(folder, error) from error
+    params = {path: params[path] for path in like}
     try:
         check_shapes(params, like)
     except ValueError as error:
