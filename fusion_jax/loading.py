@@ -73,7 +73,7 @@ def load_parts(folder: Path, like: dict) -> dict:
     """
     stored, wanted = _depth(stored_shapes(folder)), _depth(like["params"])
     if stored - wanted not in _LEFT_OUT:
-        return ocp.load_checkpointables(folder, like)
+        return _load(folder, like)
 
     def longer(path, x):
         if not _is_tower(path):
@@ -87,8 +87,40 @@ def load_parts(folder: Path, like: dict) -> dict:
         x.delete()  # one array after the other, so that no second tower lies in memory
         return kept
 
-    loaded = ocp.load_checkpointables(folder, jax.tree.map_with_path(longer, like))
-    return jax.tree.map_with_path(cut, loaded)
+    return jax.tree.map_with_path(cut, _load(folder, jax.tree.map_with_path(longer, like)))
+
+
+def _load(folder: Path, like: dict) -> dict:
+    """`ocp.load_checkpointables`. ValueError with a name where the folder has other arrays: Orbax prints both trees."""
+    try:
+        return ocp.load_checkpointables(folder, like)
+    except Exception as error:
+        if "tree structures do not match" not in _last(error):
+            raise
+        raise ValueError(_other_arrays(folder, like)) from None
+
+
+def _other_arrays(folder: Path, like: dict) -> str:
+    """In words, which arrays a folder has and lacks."""
+    said = []
+    for part, tree in like.items():
+        stored, wanted = (
+            {"/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path): None
+             for path, _ in jax.tree.leaves_with_path(one)}
+            for one in (ocp.metadata(folder, part).metadata, tree)
+        )  # fmt: skip
+        for what, a, b in (("lacks", wanted, stored), ("has", stored, wanted)):
+            names = [name for name in a if name not in b]
+            if names:
+                said.append(f"its {part} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    return f"it holds other arrays than this run asks for: {', '.join(said) or 'in another order'}"
+
+
+def _last(error: BaseException) -> str:
+    """What the error at the bottom says."""
+    while (behind := error.__cause__ or error.__context__) is not None:
+        error = behind
+    return str(error)
 
 
 def _is_tower(path) -> bool:

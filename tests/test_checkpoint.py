@@ -256,6 +256,20 @@ def test_array_of_another_shape_is_damage(tmp_path):
         checkpoints.restore(like)
 
 
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_arrays_of_other_names_are_named_in_one_sentence(tmp_path, part, caplog):
+    """As another version of the program, or another optimizer, asks for them."""
+    checkpoints = saved(tmp_path, 1)
+    like = jax.eval_shape(lambda: dataclasses.replace(state_at(0), **{part: {"another": {"one": jnp.ones(3)}}}))
+    with pytest.raises(
+        UserError, match=r"is whole .*it holds other arrays than this run asks for: its .* lacks"
+    ) as error:
+        checkpoints.restore(like)
+    assert "another/one" in str(error.value) and ("kernel" if part == "params" else "mu") in str(error.value)
+    [said] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
+    assert "\n" not in said and len(said) < 500
+
+
 def _tower(layers, scale=1.0):
     """A state with a tower of so many layers, its moments factored by nothing, and a frozen part."""
     numbers = scale * jnp.arange(5 * 4 * 3, dtype=jnp.float32).reshape(5, 4, 3)[:layers]
