@@ -92,6 +92,7 @@ def look(
     if tokenizer is not None:
         with attempt():
             check_tokenizer(config, tokenizer)
+            input_check.check_same_tokenizer(tokenizer)
     # ---- Devices and parameters.
     if devices != 0:
         with attempt():

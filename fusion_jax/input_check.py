@@ -13,6 +13,7 @@ import jax
 from fusion_jax import distributed
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 
 log = logging.getLogger("fusion_jax")
@@ -28,6 +29,17 @@ def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
             f"The data of {name} are not the same for all processes: process {process} has {', '.join(different)}; "
             "give all machines the same files.",
         )
+
+
+def check_same_tokenizer(tokenizer: Tokenizer) -> None:
+    """UserError where the processes do not have the same tokenizer. A collective."""
+    all_ = distributed.gather(tokenizer.fingerprint)
+    other = next((i for i, one in enumerate(all_) if one != all_[0]), None)
+    check(
+        other is None,
+        f"The tokenizer is not the same for all processes: the files in {tokenizer.folder} of process {other} are not "
+        "those of process 0; give all machines the same files.",
+    )
 
 
 def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose: str) -> list[str]:

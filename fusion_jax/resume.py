@@ -71,7 +71,10 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
         if different:
             log.warning("%s was trained on other tokens: %s", folder, "; ".join(different.values()))
     else:
-        config = dataclasses.replace(config, template=config_of(about, folder).template)
+        template = config_of(about, folder).template
+        if template != config.template:
+            log.info("the template is the checkpoint's, %s, and not %s", template, config.template)
+        config = dataclasses.replace(config, template=template)
         checkpoint.save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})

@@ -92,15 +92,15 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
         while records and isinstance(loaded := loader.load_planned(records[0]), BadRecord):
             bad.append(loaded)
             del records[0]
-    records, reasons = distributed.gather((records, Counter(one.reason for one in bad)))[0]
-    said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     first = f"; the first: {bad[0]}" if bad else ""
+    records, reasons, first = distributed.gather((records, Counter(one.reason for one in bad), first))[0]
+    said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     check(
         bool(records),
         f"None of the {sum(reasons.values())} records of validation_data {config.validation_data} can be used in "
         f"stage {stage.name!r} ({said}{first}); repair them, or the stage's lengths, or set validation_image_folder.",
     )
-    if reasons:
+    if bad:
         log.warning(
             "%s: %d validation record(s) of the first %d cannot be used (%s%s); bad_records.jsonl in the workdir lists "
             "them",
