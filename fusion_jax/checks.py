@@ -159,12 +159,14 @@ def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh
 
 
 def check_resume(inputs: Inputs, workdir: Path, accepted: Sequence[str], attempt) -> None:
-    """Compares config, data and tokenizer with those of the newest checkpoint, where one can be read."""
+    """Compares config, data and tokenizer with those of the newest checkpoint that can be read."""
     config = inputs.config
     stage = config.stages[inputs.first]
     folder = checkpoints(workdir, stage)
     about = resume.newest_about(folder)
     if about is None:
+        with attempt():
+            resume.raise_unreadable(folder)
         return
     with attempt():
         resume.check(config, stage, about, folder)

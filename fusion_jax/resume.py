@@ -48,6 +48,20 @@ def newest_about(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def raise_unreadable(folder: Path) -> None:
+    """UserError of a stage's checkpoint folder in which `newest_about` finds nothing; says why of the newest."""
+    step = checkpoint.steps_in(folder)[-1]
+    why = integrity.problem(folder / str(step), parts=("about",))
+    if why is None:
+        try:
+            checkpoint.load_about(folder / str(step))
+        except UserError as error:
+            why = str(error).rstrip(".")
+    raise UserError(
+        f"No checkpoint in {folder} is whole (step {step}: {why}); move that folder away to begin the stage again."
+    )
+
+
 def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
     """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
 

@@ -88,7 +88,7 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
     if distributed.is_first():
         most = config.validation_batches
         records, bad = pipeline.first_records(loader, stage.batch_size, most, config.loader_threads)
-        # Whether a picture can be decoded is known only then: one must be, the others are looked at when they are due.
+        # Headers tell little about what is behind them: one image must be decoded now, the others when they are due.
         while records and isinstance(loaded := loader.load_planned(records[0]), BadRecord):
             bad.append(loaded)
             del records[0]

@@ -138,3 +138,13 @@ def test_the_doctor_passes_warnings_on(config, tmp_path):
     found = list(doctor.check_inputs(checks.look, config, str(tmp_path), (), 1))
     assert found and all(isinstance(problem, Problem) and not problem.stops for problem in found)
     assert "1 validation record(s) of the first 3 cannot be used" in found[0].what
+
+
+def test_a_stage_of_which_no_checkpoint_can_be_read_is_said_by_both(config, tmp_path):
+    step = tmp_path / "run" / "stage1" / "checkpoints" / "4"
+    (step / "about").mkdir(parents=True)
+    (step / "about" / "_strings.json").write_text("{")
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 4: .*; move that folder away") as error:
+        train.train(config, tmp_path / "run")
+    found = doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1)
+    assert [problem.what for problem in found if problem.stops] == [str(error.value)]
