@@ -1,5 +1,9 @@
 """Errors meant for the person at the terminal: one sentence that names what is wrong and what is allowed."""
 
+from fusion_jax.files import shown
+
+_LONGEST = 1000  # characters of where a bad record lies, and of what is wrong with it
+
 
 class UserError(Exception):
     """Wrong configuration or input files. Commands print the message without a traceback and exit with 2."""
@@ -31,10 +35,12 @@ class BadRecord(Exception):
 
     Attributes:
       reason: short machine-readable name, a metrics key (for example `missing_image`).
-      where: file and record the message is about.
+      where: file and record the message is about. detail: what is wrong. Both as `files.shown`: what a file says of
+        itself may be half a character, a line's end or a whole image.
     """
 
     def __init__(self, reason: str, where: str, detail: str):
+        where, detail = shown(where, _LONGEST), shown(detail, _LONGEST)
         super().__init__(f"{where}: {detail}")
         self.reason = reason
         self.where = where

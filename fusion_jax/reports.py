@@ -20,6 +20,7 @@ from fusion_jax.data.plan import FixedBatch
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
+from fusion_jax.files import printable
 from fusion_jax.models import fusion
 from fusion_jax.validation import Validation
 
@@ -163,7 +164,7 @@ class Reports:
         shown = []
         for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
             question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
-            name = prompt.image_path.name if prompt.image_path else "text"
+            name = printable(prompt.image_path.name) if prompt.image_path else "text"
             shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
         return shown
 

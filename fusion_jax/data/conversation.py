@@ -56,6 +56,7 @@ class Template:
       end: closes an answer, and is supervised with it.
       between: after a closed answer when another round follows; not supervised.
       stops: tokens that end an answer while generating, where the tokenizer has them.
+      system_frame: what stands before and after a system text; None: the template cannot hold one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Template:
     end: str
     between: str
     stops: tuple[str, ...]
+    system_frame: tuple[str, str] | None = None
 
 
 TEMPLATES = {
@@ -76,6 +78,7 @@ TEMPLATES = {
         end="<|end|>",
         between="\n",
         stops=("<|end|>", "<|endoftext|>"),
+        system_frame=("<|system|>\n", "<|end|>\n"),
     ),
     "llama3": Template(
         name="llama3",
@@ -91,6 +94,7 @@ TEMPLATES = {
         end="<|eot_id|>",
         between="",
         stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+        system_frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     ),
     # Qwen2 and Qwen2.5.
     "chatml": Template(
@@ -101,6 +105,7 @@ TEMPLATES = {
         end="<|im_end|>",
         between="\n",
         stops=("<|im_end|>", "<|endoftext|>"),
+        system_frame=("<|im_start|>system\n", "<|im_end|>\n"),
     ),
     "mistral": Template(
         name="mistral",
@@ -148,6 +153,7 @@ def encode_conversation(
     *,
     latents: bool = True,
     latents_without_image: bool = True,
+    system: str | None = None,
     where: str = "conversation",
 ) -> Encoded:
     """A finished conversation, for training.
@@ -161,15 +167,18 @@ def encode_conversation(
         turns say `<image>`, as many times as there are images.
       latents: put a latent placeholder into each round.
       latents_without_image: do so also when there is no image.
+      system: the conversation's own system text, in place of the template's.
       where: named in errors.
 
     Raises:
       BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
-        several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag.
+        several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag,
+        system_turn (the template has no place for one).
       UserError: the tokenizer lacks a token of the template.
     """
     rounds = _rounds(turns, images, finished=True, where=where)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image))
+    latents = latents and (images > 0 or latents_without_image)
+    return _encode(rounds, tokenizer, template, images, latents, system=system, where=where)
 
 
 def encode_prompt(
@@ -181,6 +190,7 @@ def encode_prompt(
     latents: bool = True,
     latents_without_image: bool = True,
     literal: bool = False,
+    system: str | None = None,
     where: str = "conversation",
 ) -> Encoded:
     """A conversation that waits for its next answer, for generation: `turns` ends with a human turn.
@@ -194,7 +204,8 @@ def encode_prompt(
         that is written in their texts is that token.
     """
     rounds = _rounds(turns, images, finished=False, where=where, tag=IMAGE_SLOT if literal else IMAGE_TAG)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image), literal)
+    latents = latents and (images > 0 or latents_without_image)
+    return _encode(rounds, tokenizer, template, images, latents, literal, system, where)
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
@@ -248,13 +259,22 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
 
 
 def _encode(
-    rounds, tokenizer: Tokenizer, template: Template, images: int, latents: bool, literal: bool = False
+    rounds,
+    tokenizer: Tokenizer,
+    template: Template,
+    images: int,
+    latents: bool,
+    literal: bool = False,
+    system: str | None = None,
+    where: str = "conversation",
 ) -> Encoded:
     """`rounds` as `_rounds` returns them."""
+    if system is not None and template.system_frame is None:
+        raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     tokenizer.token_id(template.end)  # a template of another model would be spelt out in letters, silently
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     row = _Row(tokenizer)
-    row.text(template.system)
+    row.text(template.system if system is None else system.join(template.system_frame))
     for k, (question, answer) in enumerate(rounds):
         row.text((template.between if k else "") + template.question)
         pieces = question.split(tag, images)

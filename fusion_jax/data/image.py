@@ -27,6 +27,7 @@ from PIL import Image
 from fusion_jax.data import formats
 from fusion_jax.data.resample import resample
 from fusion_jax.errors import BadRecord, check
+from fusion_jax.files import shown
 
 MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host's memory
 MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
@@ -133,7 +134,7 @@ def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
     """Where errors lie, and what they call the image."""
     if isinstance(image, bytes):
         return "image" if where is None else where, "the image"
-    return str(image) if where is None else where, f"the image {image}"
+    return str(image) if where is None else where, f"the image {shown(image)}"
 
 
 def _read(path: str | Path, where: str, name: str, start: int | None = None) -> tuple[bytes, int]:
@@ -143,7 +144,7 @@ def _read(path: str | Path, where: str, name: str, start: int | None = None) -> 
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
     except OSError as e:
-        raise BadRecord("missing_image", where, f"cannot read {name}: {e}") from e
+        raise BadRecord("missing_image", where, f"cannot read {name}: {e.strerror}") from e
 
 
 @contextlib.contextmanager

@@ -97,6 +97,7 @@ class ExampleMaker:
             len(record.images),
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",
+            system=record.system,
             where=record.where,
             **more,
         )

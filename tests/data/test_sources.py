@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import sources
+from fusion_jax.data import shards, sources
 from fusion_jax.data.sources import load_mixture, load_records, load_source
 from fusion_jax.errors import BadRecord, UserError
 
@@ -382,6 +382,32 @@ def test_tfds_features(prepared):
             assert record.images == ()
 
 
+def test_tfds_features_by_their_names():
+    def chosen(*known):
+        records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+        records.spec, records.prompt = "tfds:x:train", None
+        return records._choose(None, dict.fromkeys(known))
+
+    assert chosen("images", "messages", "system", "split") == {
+        "image": "images",
+        "conversations": "messages",
+        "system": "system",
+    }
+    assert chosen("image", "image_id", "images", "caption") == {"image": "image", "text": "caption"}
+    for known, name in (
+        (("video", "caption"), "video"),
+        (("image", "caption", "audio"), "audio"),
+        (("text", "frames"), "frames"),
+    ):
+        with pytest.raises(UserError, match=f"tfds:x:train has the feature '{name}', which is not read"):
+            chosen(*known)
+
+
+def test_tfds_system_text(prepared):
+    source = tfds_source(prepared, features={"conversations": "talk", "system": "caption", "id": "id"})
+    assert {record.system for record in source} == {f"scene {k}" for k in range(5)}
+
+
 def test_tfds_splits_strategies_and_weights(prepared):
     half = {"tfds": "tiny_scenes:1.0.0:train[:40%]", "weight": 2.5}
     source = tfds_source(prepared, **half)
@@ -399,7 +425,7 @@ def test_tfds_splits_strategies_and_weights(prepared):
         ({"tfds": "tiny_scene:train"}, "Cannot open tfds:tiny_scene:train in .*tfds build tiny_scene "),
         ({"features": {"image": "picture", "text": "caption"}}, "no feature 'picture' for image; it has caption"),
         ({"features": {"image": "image"}}, "conversations, or the one with the text"),
-        ({"features": {"picture": "image"}}, "unknown key 'picture'.*id, image, conversations, text"),
+        ({"features": {"picture": "image"}}, "unknown key 'picture'.*id, image, conversations, text, system"),
         ({"features": {"conversations": "talk"}, "prompt": "?"}, "`prompt` belongs to a `text`"),
         ({"data_dir": 5}, "must be texts"),
     ],
