@@ -68,7 +68,7 @@ def describe(
 
 
 def of_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
-    """The entry of a run with the stage that a checkpoint is of; `order` is `loading.order_in`."""
+    """The entry of a run with the stage that a checkpoint is of; `order` is `order.order_in`."""
     return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
 
 

@@ -2,11 +2,10 @@
 
 import functools
 import logging
-import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,13 +20,11 @@ from fusion_jax.config import RunConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.models import fusion
+from fusion_jax.order import FOLDER, latest_first, step_of, steps_in
 
 log = logging.getLogger("fusion_jax")
 
 T = TypeVar("T")
-
-FOLDER = "checkpoints"
-_STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def abstract(tree):
@@ -53,11 +50,6 @@ def check_shapes(tree, like) -> None:
                 f"{jax.tree_util.keystr(path)} has {array.dtype}{list(array.shape)}, "
                 f"not {wanted.dtype}{list(wanted.shape)}"
             )
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are left alone."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 # The tower's stacks of layers in a tree of parameters, or of anything that has a leaf for each, as moments have.
@@ -95,7 +87,7 @@ def _load(folder: Path, like: dict) -> dict:
     try:
         return ocp.load_checkpointables(folder, like)
     except Exception as error:
-        if "tree structures do not match" not in _last(error):
+        if "tree structures do not match" not in str(_bottom(error)):
             raise
         raise ValueError(_other_arrays(folder, like)) from None
 
@@ -116,11 +108,11 @@ def _other_arrays(folder: Path, like: dict) -> str:
     return f"it holds other arrays than this run asks for: {', '.join(said) or 'in another order'}"
 
 
-def _last(error: BaseException) -> str:
-    """What the error at the bottom says."""
+def _bottom(error: BaseException) -> BaseException:
+    """What lies at the bottom of Orbax's errors: those above it print all that was asked for."""
     while (behind := error.__cause__ or error.__context__) is not None:
         error = behind
-    return str(error)
+    return error
 
 
 def _is_tower(path) -> bool:
@@ -173,7 +165,7 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
             raise Damaged(f"{path} is no whole checkpoint: {damage}.")
         return load(path)
     damaged = []
-    for folders in ([path], [path / FOLDER], _latest_first(path.glob(f"*/{FOLDER}"))):
+    for folders in ([path], [path / FOLDER], latest_first(path.glob(f"*/{FOLDER}"))):
         for newest in (folder / str(step) for folder in folders for step in reversed(steps_in(folder))):
             damage = _unusable(newest)
             if damage is None:
@@ -192,48 +184,6 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
     if damaged:
         raise UserError(f"No checkpoint in {path} is whole; the log says what is wrong with each.")
     raise UserError(f"{path} holds no checkpoint; give a step folder, a stage's folder or a workdir.")
-
-
-def order_of(folder: Path) -> int | None:
-    """Place of a stage's checkpoint folder among those of its run, as its newest readable checkpoint says it.
-
-    Checkpoints of earlier versions have no number of their own, but the names of all stages in their order. None where
-    nothing in the folder says it.
-    """
-    for step in reversed(steps_in(folder)):
-        try:
-            about = load_about(folder / str(step))
-        except UserError:
-            continue
-        if "stage" in about:
-            return about["stage"]["order"]
-        names = [stage.name for stage in config_of(about, folder).stages]
-        if folder.parent.name in names:
-            return names.index(folder.parent.name)
-    return None
-
-
-def order_in(workdir: Path, stage: str) -> int:
-    """The order of a stage that is trained in a workdir now: its own, or one more than any that is there."""
-    own = order_of(workdir / stage / FOLDER)
-    if own is not None:
-        return own
-    known = [order_of(folder) for folder in workdir.glob(f"*/{FOLDER}")]
-    return 1 + max((order for order in known if order is not None), default=-1)
-
-
-def _latest_first(folders: Iterable[Path]) -> list[Path]:
-    """Checkpoint folders of a run's stages, the last one first. Times decide only where nothing else does: a copy of
-    the run has others."""
-    folders = [folder for folder in folders if steps_in(folder)]
-    if len(folders) < 2:
-        return folders
-    orders = {folder: order_of(folder) for folder in folders}
-
-    def key(folder: Path) -> tuple[int, float]:
-        return -1 if orders[folder] is None else orders[folder], folder.stat().st_mtime
-
-    return sorted(folders, key=key, reverse=True)
 
 
 def _unusable(folder: Path) -> str | None:
@@ -350,15 +300,8 @@ def stored_shapes(folder: Path) -> dict:
 
 def unreadable(folder: Path, why: BaseException | str) -> Damaged:
     """The error of a step folder whose parameters cannot be read."""
-    said = why if isinstance(why, str) else _reason(why)
+    said = why if isinstance(why, str) else _short(first_line(_bottom(why)))
     return Damaged(f"{folder} is no whole checkpoint: its params cannot be read ({said}).")
-
-
-def _reason(error: BaseException) -> str:
-    """What lies at the bottom of Orbax's errors: those above it print all that was asked for."""
-    while (behind := error.__cause__ or error.__context__) is not None:
-        error = behind
-    return _short(first_line(error))
 
 
 def _short(said: str) -> str:
@@ -421,8 +364,3 @@ def _load_model(folder: Path) -> Loaded:
     except (ArithmeticError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{folder} has a config that no model can be made of: {first_line(error)}") from error
     return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
-
-
-def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
-    return int(folder.name) if _STEP.fullmatch(folder.name) else 0

@@ -13,7 +13,7 @@ from forged import forge, without
 from PIL import Image
 from shapes_data import make_shapes
 
-from fusion_jax import about, checkpoint, integrity, loading, resume
+from fusion_jax import about, checkpoint, integrity, order, resume
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import conversation, convert
 from fusion_jax.data.sources import load_source
@@ -195,10 +195,10 @@ def stages(made, tmp_path_factory):
     saved = checkpoint.Checkpoints(source / "c", text)
     zero = jnp.zeros((), jnp.int32)
     saved.finish(8, TrainState(zero, {"w": jnp.ones(3)}, {"m": jnp.ones(3)}, zero, zero), {"next": 8}, patience=0)
-    for order, name in enumerate(("stage1", "stage2")):
+    for place, name in enumerate(("stage1", "stage2")):
         step = run / name / "checkpoints" / "8"
         shutil.copytree(source / "c" / "8", step)
-        forge(step, "about", lambda a, name=name, order=order: {**a, "stage": {"name": name, "order": order}})
+        forge(step, "about", lambda a, name=name, place=place: {**a, "stage": {"name": name, "order": place}})
     return run
 
 
@@ -234,7 +234,7 @@ def test_times_decide_where_nothing_else_does(stages, tmp_path):
 def test_a_new_stage_comes_behind_all_that_are_there(stages, tmp_path):
     """Also where the config that adds it has no place for the earlier ones any more."""
     run = tmp_path / "run"
-    assert loading.order_in(run, "stage1") == 0
+    assert order.order_in(run, "stage1") == 0
     shutil.copytree(stages, run)
-    assert loading.order_in(run, "stage1") == 0 and loading.order_in(run, "stage2") == 1
-    assert loading.order_in(run, "more") == 2
+    assert order.order_in(run, "stage1") == 0 and order.order_in(run, "stage2") == 1
+    assert order.order_in(run, "more") == 2
