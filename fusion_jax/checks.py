@@ -13,7 +13,7 @@ import jax
 
 from fusion_jax import checkpoint, input_check, metrics, optim, resume, sharding, state, validation
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, pipeline
+from fusion_jax.data import chat_template, conversation, pipeline
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
@@ -150,7 +150,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
         f"tokens of {config.tokenizer or config.init_from}.",
     )
-    conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+    conversation.stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
 
 
 def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh:

@@ -6,7 +6,7 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.image import DECODES
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.dicts import from_dict as from_dict
@@ -149,7 +149,8 @@ class RunConfig:
     """A whole run.
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
+    tokenizer: local folder. template: one of `data.conversation.TEMPLATES`, or own, the chat template that lies with
+    the tokenizer. init_from: checkpoint whose parameters the first stage takes.
     init_without: regular expressions on parameter paths; what matches is not taken from there.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
     Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
@@ -202,7 +203,7 @@ class RunConfig:
         names = [stage.name for stage in self.stages]
         check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
         for name, value, allowed in (
-            ("template", self.template, tuple(TEMPLATES)),
+            ("template", self.template, (*TEMPLATES, OWN)),
             ("dtype", self.dtype, DTYPES),
             ("remat", self.remat, tuple(POLICIES)),
             ("decode", self.decode, DECODES),

@@ -1,8 +1,8 @@
 """What a run may change when it goes on from a checkpoint, and what it may not."""
 
-import base64
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from fusion_jax import checkpoint, integrity, loading, transfer
-from fusion_jax.about import config_of, conversation_ids
+from fusion_jax.about import always_bos, config_of, conversation_ids
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
@@ -139,6 +139,12 @@ def check(config: RunConfig, stage: StageConfig, about: dict[str, Any], where: P
       UserError: values differ that the state depends on; names them all.
     """
     saved = config_of(about, where)
+    if config.tokenizer and always_bos(about, where) and not load_tokenizer(config.tokenizer, own=True).adds_bos:
+        raise UserError(
+            f"{where} was trained with a BOS token in front of every conversation, which {config.tokenizer} does not "
+            'ask for; to go on, say "add_bos_token": true in its tokenizer_config.json, with the padding token as '
+            "bos_token if it names none."
+        )
     pairs = [(f"model.{name}", ours, theirs) for name, ours, theirs in _model_pairs(config.model, saved.model)]
     pairs += [(name, getattr(config, name), getattr(saved, name)) for name in _RUN]
     old = next((known for known in saved.stages if known.name == stage.name), None)
@@ -200,15 +206,23 @@ def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, 
     theirs = config_of(about, where).template
     if config.template != theirs:
         different["template"] = f"template={config.template!r} (checkpoint: {theirs!r})"
-    saved = {name: base64.b64decode(content) for name, content in about["tokenizer"].items()}
-    ours = {name: read_file(tokenizer.folder / name) for name in TOKENIZER_FILES if (tokenizer.folder / name).is_file()}
-    names = [name for name in TOKENIZER_FILES if not _same_content(ours.get(name), saved.get(name))]
-    if saved and names:
+    names = _other_files(tokenizer, about) if config.tokenizer and about["tokenizer"] else []
+    if names:
         different["tokenizer"] = f"the tokenizer in {tokenizer.folder} has another {' and '.join(names)}"
     same = about.get("conversation") in (None, [], conversation_ids(tokenizer, config.template))
     if not different and not same:
         different["template"] = f"the template {config.template!r} makes other tokens of the same conversation"
     return different
+
+
+def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
+    """Names of the tokenizer's files that are not the checkpoint's (as `checkpoint.save_tokenizer` gives those)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint.save_tokenizer(about, Path(scratch))
+        folders = tokenizer.folder, Path(scratch)
+        known = [name for name in TOKENIZER_FILES if about.get("format", 1) >= 2 or not name.endswith(".jinja")]
+        pairs = {name: [read_file(f / name) if (f / name).is_file() else None for f in folders] for name in known}
+        return [name for name, (ours, theirs) in pairs.items() if not _same_content(ours, theirs)]
 
 
 def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:

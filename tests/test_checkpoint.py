@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax import checkpoint, integrity, resume
-from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.config import RunConfig, StageConfig, to_dict
+from fusion_jax.data.conversation import find_template, first_ids
+from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
 from fusion_jax.state import TrainState
@@ -419,6 +422,45 @@ def test_checkpoint_of_another_config_names_every_value():
     ):
         assert part in str(error.value)
     assert "max_length" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    """A folder like Qwen2's: no BOS, documents apart by the padding token."""
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<|endoftext|>": 1, "<|im_end|>": 2}, "<unk>")
+    )
+    model.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    (tmp_path / "qwen").mkdir()
+    model.save(str(tmp_path / "qwen" / "tokenizer.json"))
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(roles))
+    return tmp_path / "qwen"
+
+
+def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_with(chatml, tmp_path, caplog):
+    config = dataclasses.replace(RUN, template="chatml", tokenizer=str(chatml))
+    about = json.loads(checkpoint.describe(config, load_tokenizer(chatml))["json"])
+    template = find_template("chatml")
+    checkpoint.save_tokenizer(about, tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new") == load_tokenizer(chatml)
+    assert first_ids(load_tokenizer(tmp_path / "new"), template) == []
+
+    old = {key: value for key, value in about.items() if key != "format"}
+    checkpoint.save_tokenizer(old, tmp_path / "old")
+    assert first_ids(load_tokenizer(tmp_path / "old"), template) == [1]
+    assert "trained with <|endoftext|> in front of every conversation" in caplog.text
+    # Going on with a folder that asks for none is refused, and goes once the folder asks for it.
+    with pytest.raises(UserError, match=r'was trained with a BOS token .* say "add_bos_token": true'):
+        resume.check(config, STAGE, 50, old, "WORKDIR/first")
+    resume.check(dataclasses.replace(config, tokenizer=str(tmp_path / "old")), STAGE, 50, old, "WORKDIR/first")
+    resume.check(config, STAGE, 50, about, "WORKDIR/first")
+    # An import was trained elsewhere, without it; the published templates have theirs anyway.
+    imported = dataclasses.replace(config, stages=(dataclasses.replace(STAGE, data=""),))
+    for other in (imported, dataclasses.replace(config, template="phi3")):
+        same = old | {"config": json.loads(json.dumps(to_dict(other)))}
+        checkpoint.save_tokenizer(same, tmp_path / "same")
+        assert load_tokenizer(tmp_path / "same") == load_tokenizer(chatml)
 
 
 def test_environment_is_in_the_checkpoint():

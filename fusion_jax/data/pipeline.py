@@ -30,7 +30,7 @@ import numpy as np
 
 from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, image, sources, tiles
+from fusion_jax.data import chat_template, conversation, image, sources, tiles
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
 from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
@@ -47,10 +47,10 @@ _SENT_AHEAD = 8  # so many times before it waits for the others to have read the
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
     """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
-    those of a row with one conversation."""
+    those of a row with one conversation. Questions may be empty, so there is room for one token."""
     return LayoutSpec(
         length=length,
-        question_length=question_length if model.text_guided else 0,
+        question_length=max(question_length, 1) if model.text_guided else 0,
         rounds=rounds if model.semantic_exchange else 0,
         image_tokens=model.tokens_per_image,
         image_size=model.vision.image_size,
@@ -61,6 +61,7 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
         images=images,
         grids=model.tile_grids,
         tile_tokens=model.tokens_per_tile,
+        image_first=model.image_place == "first",
     )
 
 
@@ -93,7 +94,7 @@ class ExampleMaker:
         encoded = encode(
             record.turns,
             self.tokenizer,
-            conversation.find_template(self.template),
+            chat_template.find(self.template, self.tokenizer),
             len(record.images),
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax import __version__, checkpoint, loading, metrics
 from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig
-from fusion_jax.data.conversation import find_template
+from fusion_jax.data import chat_template
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
@@ -132,7 +132,8 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
             else:
                 from fusion_jax.interop.torch.folder import write_side_files
 
-                write_side_files(building, model, tokenizer, find_template(config.template), main)
+                assert tokenizer is not None
+                write_side_files(building, model, tokenizer, chat_template.find(config.template, tokenizer), main)
         if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:

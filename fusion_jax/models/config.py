@@ -172,6 +172,8 @@ class FusionConfig:
       latent_init: `pooled` image features or `learned` tables, one per l^2.
       text_only: `zero_image`: a conversation without image carries a zero image and zero latents. `none`: neither.
       hide_question_id_zero: question tokens with id 0 count as padding (published code; id 0 is "!" in Llama-3).
+      image_place: where a conversation's one image stands: `turn`, in the human turn that says so, or `first`, in the
+        first visual place of the conversation whichever turn says so, each later place taking latents (published code).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -190,6 +192,7 @@ class FusionConfig:
     latent_init: str = "learned"
     text_only: str = "none"
     hide_question_id_zero: bool = False
+    image_place: str = "turn"
 
     def __post_init__(self):
         choices = {
@@ -198,6 +201,7 @@ class FusionConfig:
             "context": ("image", "quadrants"),
             "latent_init": ("learned", "pooled"),
             "text_only": ("none", "zero_image"),
+            "image_place": ("turn", "first"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -309,6 +313,7 @@ RELEASED = {
     "latent_init": "pooled",
     "text_only": "zero_image",
     "hide_question_id_zero": True,
+    "image_place": "first",
 }
 PAPER = {
     "mask": "paper",
@@ -317,6 +322,7 @@ PAPER = {
     "latent_init": "learned",
     "text_only": "none",
     "hide_question_id_zero": False,
+    "image_place": "turn",
 }
 PRESETS = {"released": RELEASED, "paper": PAPER}
 

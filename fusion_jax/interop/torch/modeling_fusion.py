@@ -829,8 +829,9 @@ class FusionProcessor(ProcessorMixin):
 
     A conversation is a list of {"role": "user" | "assistant", "content": text or list of parts}, a part being
     {"type": "text", "text": ...} or {"type": "image"}, which may carry its picture as "image" (PIL) or "path". At most
-    one image a conversation. One that ends with the user waits for an answer; one that ends with the assistant is a
-    training row and gets labels.
+    one image a conversation. A first message of role "system" takes the place of the template's own system text, where
+    the template can hold one. A conversation that ends with the user waits for an answer; one that ends with the
+    assistant is a training row and gets labels.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -848,12 +849,15 @@ class FusionProcessor(ProcessorMixin):
         quadrants=False,
         zero_image_for_text=False,
         hide_question_id_zero=False,
+        image_first=False,
         chat_template=None,
     ):
-        """latent_count 0: the model has no latents. template: dict of system, question, answer, end, between."""
+        """latent_count 0: the model has no latents. bos_token_id: stands in front of every conversation, None: nothing
+        does. template: dict of system, question, answer, end, between; system_frame (before and after a conversation's
+        own system text), or None; trims (which of system, question and answer lose the white space around them)."""
         super().__init__(tokenizer, chat_template=chat_template)
         self.template = template
-        self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
+        self.bos_token_id = bos_token_id
         self.image_size = image_size
         self.image_tokens = image_tokens
         self.latent_count = latent_count
@@ -861,6 +865,7 @@ class FusionProcessor(ProcessorMixin):
         self.quadrants = quadrants
         self.zero_image_for_text = zero_image_for_text
         self.hide_question_id_zero = hide_question_id_zero
+        self.image_first = image_first
         self.sentencepiece_model: bytes | None = None
         self._added = dict(tokenizer.added_tokens_decoder)
         self._encode: Any = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -893,7 +898,7 @@ class FusionProcessor(ProcessorMixin):
 
     def to_dict(self):
         names = ("template", "bos_token_id", "image_size", "image_tokens", "latent_count", "text_guided", "quadrants")
-        names += ("zero_image_for_text", "hide_question_id_zero", "auto_map")
+        names += ("zero_image_for_text", "hide_question_id_zero", "image_first", "auto_map")
         values = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**values, "processor_class": type(self).__name__}
 
@@ -947,19 +952,34 @@ class FusionProcessor(ProcessorMixin):
         many = bool(conversation) and isinstance(conversation[0], list | tuple)
         conversations = conversation if many else [conversation]
         images = images if many and images is not None else [images] * len(conversations)
-        prompts = [self._tokenize(*self._rounds(c, i)[:2])["prompt"] for c, i in zip(conversations, images)]
+        prompts = [self._row_text(c, i)[0]["prompt"] for c, i in zip(conversations, images)]
         return prompts if many else prompts[0]
+
+    def _system(self, messages) -> str:
+        """What stands before the first round."""
+        first = messages[0] if messages else {}
+        content = first.get("content") if first.get("role") == "system" else None
+        said = content if isinstance(content, str) else "".join(part["text"] for part in content or [])
+        if not said:
+            return self.template["system"]
+        if not self.template.get("system_frame"):
+            raise ValueError("The model's chat template cannot hold a system message.")
+        before, behind = self.template["system_frame"]
+        return before + self._trimmed("system", said) + behind
+
+    def _trimmed(self, part: str, text: str) -> str:
+        return text.strip() if part in self.template.get("trims", ()) else text
 
     def _rounds(self, messages, image) -> tuple[list[tuple[str, str | None]], bool, Any]:
         """(question, answer or None) pairs, whether there is an image, and the image. The question that carries it
         starts with the tag and a newline."""
         turns, images = [], list(image) if isinstance(image, list | tuple) else [image] * (image is not None)
-        for message in messages:
+        for k, message in enumerate(messages):
             role, content, said = message.get("role"), message.get("content"), ""
+            if role == "system" and k == 0:
+                continue
             if role not in ("user", "assistant"):
-                raise ValueError(
-                    f"A turn's role is {role!r}; allowed are user and assistant (the template has a system)."
-                )
+                raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part.get("type") == "text":
                     said += part["text"]
@@ -984,10 +1004,15 @@ class FusionProcessor(ProcessorMixin):
         rounds = [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
         return rounds, bool(images), images[0] if images else None
 
-    def _tokenize(self, rounds, has_image: bool) -> dict:
-        """Cuts the text at placeholders and at answers and tokenizes each piece by itself, BOS in front."""
-        template, bos = self.template, self.bos_token_id
-        ids, labels, ends, prompt = [bos], [IGNORE], [], []
+    def _row_text(self, messages, image) -> tuple[dict, list, bool, Any]:
+        rounds, has_image, image = self._rounds(messages, image)
+        return self._tokenize(rounds, has_image, self._system(messages)), rounds, has_image, image
+
+    def _tokenize(self, rounds, has_image: bool, system: str | None = None) -> dict:
+        """Cuts the text at placeholders and at answers and tokenizes each piece by itself, BOS in front where the model
+        has one. `system`: what stands before the first round, by default the template's own."""
+        template, front = self.template, [] if self.bos_token_id is None else [self.bos_token_id]
+        ids, labels, ends, prompt = [*front], [IGNORE] * len(front), [], []
         pending, after = "", None  # text that waits, and the id it follows; None where a piece starts
 
         def say(text: str) -> None:
@@ -1012,8 +1037,9 @@ class FusionProcessor(ProcessorMixin):
             after = None
             say(VISION_END)
 
-        say(template["system"])
+        say(template["system"] if system is None else system)
         for k, (question, answer) in enumerate(rounds):
+            question = self._trimmed("question", question)
             say((template["between"] if k else "") + template["question"])
             if self.latent_count and (has_image or self.zero_image_for_text):
                 placeholder(LATENTS, "<latent_image>")
@@ -1024,6 +1050,7 @@ class FusionProcessor(ProcessorMixin):
             flush()
             ends.append(len(ids) - 1)
             if answer is not None:
+                answer = self._trimmed("answer", answer)
                 prompt.append(answer + template["end"])
                 new = self.encode(answer + template["end"], after)
                 ids.extend(new)
@@ -1032,7 +1059,7 @@ class FusionProcessor(ProcessorMixin):
         question_ids = []
         if has_image and self.text_guided:
             texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in rounds]
-            question_ids = [bos, *self.encode("".join(texts))]
+            question_ids = [*front, *self.encode("".join(texts))]
         return {"ids": ids, "labels": labels, "ends": ends, "question_ids": question_ids, "prompt": "".join(prompt)}
 
     def crops(self, image) -> np.ndarray:
@@ -1050,13 +1077,13 @@ class FusionProcessor(ProcessorMixin):
 
     def _row(self, messages, image, count: int) -> dict:
         """One conversation laid out from position 0."""
-        rounds, has_image, image = self._rounds(messages, image)
-        text = self._tokenize(rounds, has_image)
-        # The first visual place of a round with an image holds the image, the latents follow: the published order.
+        text, rounds, has_image, image = self._row_text(messages, image)
+        # The first visual place of the image's round holds the image, the latents follow: the published order. With
+        # `image_first` it is that of the conversation.
         markers = [token for token in text["ids"] if token < 0]
-        for i, marker in enumerate(markers):
-            if marker == IMAGE and i and markers[i - 1] == LATENTS:
-                markers[i - 1 : i + 1] = IMAGE, LATENTS
+        if IMAGE in markers:
+            place = markers.index(IMAGE)
+            markers.insert(0 if self.image_first else max(place - 1, 0), markers.pop(place))
         row = {"ids": [], "labels": [], "visual": [], "end": [], "start": [], "question": text["question_ids"]}
         for i, (token, label) in enumerate(zip(text["ids"], text["labels"])):
             if i in text["ends"]:
@@ -1110,7 +1137,7 @@ class FusionProcessor(ProcessorMixin):
         data["pixel_values"] = pixels
         data["image_kind"] = torch.tensor([[row["kind"]] for row in rows])
         if self.text_guided:
-            width = max(len(row["question"]) for row in rows)
+            width = max(1, *(len(row["question"]) for row in rows))
             question = torch.zeros((len(rows), 1, width), dtype=torch.long)
             mask = torch.zeros_like(question, dtype=torch.bool)
             for ids, real, row in zip(question[:, 0], mask[:, 0], rows):
