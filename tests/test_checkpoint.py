@@ -446,15 +446,20 @@ def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_w
     assert load_tokenizer(tmp_path / "new") == load_tokenizer(chatml)
     assert first_ids(load_tokenizer(tmp_path / "new"), template) == []
 
-    old = {key: value for key, value in about.items() if key != "format"}
+    old = {key: value for key, value in about.items() if key not in ("format", "conversation")}
     checkpoint.save_tokenizer(old, tmp_path / "old")
     assert first_ids(load_tokenizer(tmp_path / "old"), template) == [1]
     assert "trained with <|endoftext|> in front of every conversation" in caplog.text
     # Going on with a folder that asks for none is refused, and goes once the folder asks for it.
     with pytest.raises(UserError, match=r'was trained with a BOS token .* say "add_bos_token": true'):
-        resume.check(config, STAGE, 50, old, "WORKDIR/first")
-    resume.check(dataclasses.replace(config, tokenizer=str(tmp_path / "old")), STAGE, 50, old, "WORKDIR/first")
-    resume.check(config, STAGE, 50, about, "WORKDIR/first")
+        resume.check(config, STAGE, old, "WORKDIR/first")
+    resume.check(dataclasses.replace(config, tokenizer=str(tmp_path / "old")), STAGE, old, "WORKDIR/first")
+    resume.check(config, STAGE, about, "WORKDIR/first")
+    # A folder that asks for it as the sentence says is no other tokenizer.
+    for saved, folder in ((old, tmp_path / "old"), (about, chatml)):
+        resume.check_inputs(
+            dataclasses.replace(config, tokenizer=str(folder)), STAGE, None, load_tokenizer(folder), saved, tmp_path
+        )
     # An import was trained elsewhere, without it; the published templates have theirs anyway.
     imported = dataclasses.replace(config, stages=(dataclasses.replace(STAGE, data=""),))
     for other in (imported, dataclasses.replace(config, template="phi3")):

@@ -154,7 +154,7 @@ def test_another_template_is_named_and_may_be_accepted(data, monkeypatch):
         check(data, saved, template="llama3")
     check(data, saved, ("template",), template="llama3")
     # The same name for other texts, as another version of the program may have it.
-    other = dataclasses.replace(conversation.TEMPLATES["phi3"], question="<|user|> ")
+    other = dataclasses.replace(conversation.TEMPLATES["phi3"], default_system="Be brief.")
     monkeypatch.setitem(conversation.TEMPLATES, "phi3", other)
     with pytest.raises(UserError, match="the template 'phi3' makes other tokens of the same conversation"):
         check(data, saved)
