@@ -20,7 +20,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from fusion_jax import integrity
 from fusion_jax.config import RunConfig, from_dict, to_dict
-from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data import chat_template
+from fusion_jax.data.conversation import TEMPLATES, encode_conversation
 from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from fusion_jax.data.tokenizer_files import read_config
 from fusion_jax.errors import UserError, check, first_line
@@ -33,20 +34,30 @@ _MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
 # What `about` says of itself. 1, or no number: a BOS token (without one the padding token) stood in front of every
 # conversation, whatever the tokenizer's files say. 2: see `data.conversation.first_ids`.
 FORMAT = 2
-_KINDS = {"config": dict, "tokenizer": dict, "origin": dict, "records": dict, "environment": dict}
+_KINDS = {
+    "config": dict,
+    "tokenizer": dict,
+    "origin": dict,
+    "records": dict,  # numbers alone, of earlier versions
+    "data": dict,
+    "conversation": list,
+    "stage": dict,
+    "environment": dict,
+}
+_PART = {"name": str, "drawn": int, "chosen": int, "records": int, "bytes": int, "hash": str}
 
 
 def describe(
     config: RunConfig,
     tokenizer: Tokenizer | None,
     origin: dict[str, Any] | None = None,
-    records: dict[str, int] | None = None,
+    data: dict[str, list[dict[str, Any]]] | None = None,
 ) -> dict[str, str]:
     """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
 
     Args:
       origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
-      records: number of them in each stage's data.
+      data: of each stage, what its files are (`RecordSource.describe`).
     """
     files = {}
     if tokenizer is not None:
@@ -58,10 +69,28 @@ def describe(
         "config": to_dict(config),
         "tokenizer": files,
         "origin": origin or {},
-        "records": records or {},
+        "data": data or {},
+        "conversation": [] if tokenizer is None else conversation_ids(tokenizer, config.template),
         "environment": environment(),
     }
     return {"json": json.dumps(about)}
+
+
+def of_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
+    """The entry of a run with the stage that a checkpoint is of; `order` is `order.order_in`."""
+    return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
+
+
+def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
+    """Tokens, labels and question tokens of a conversation that is always the same one: others mean that template,
+    tokenizer or the code between them has changed. Empty where the tokenizer lacks the template's tokens."""
+    said = ("human", "<image>\nWhat is it?"), ("gpt", "A tree."), ("human", "How tall?"), ("gpt", "12 m, I'd say.")
+    turns = [{"from": who, "value": text} for who, text in said]
+    try:
+        encoded = encode_conversation(turns, tokenizer, chat_template.find(template, tokenizer), 1)
+    except UserError:
+        return []
+    return [*encoded.input_ids.tolist(), *encoded.labels.tolist(), *encoded.instructs.tolist()]
 
 
 def environment() -> dict[str, Any]:
@@ -126,6 +155,15 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
     for name, count in about.get("records", {}).items():
         if type(count) is not int or count < 0:
             raise ValueError(f"'records' of its about has {count!r:.80} for {name[:80]!r} instead of a number")
+    for name, parts in about.get("data", {}).items():
+        for part in parts if isinstance(parts, list) else [parts]:
+            if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
+                raise ValueError(f"'data' of its about has {part!r:.80} for {name[:80]!r} instead of a file's numbers")
+    if not all(type(token) is int for token in about.get("conversation", [])):
+        raise ValueError("'conversation' of its about has something that is no token")
+    stage = about.get("stage", {"name": "", "order": 0})
+    if {key: type(value) for key, value in stage.items()} != {"name": str, "order": int}:
+        raise ValueError(f"'stage' of its about is {stage!r:.80} instead of a name and an order")
     return about
 
 

@@ -157,11 +157,13 @@ class RunConfig:
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
     tokenizer: local folder. template: one of `data.conversation.TEMPLATES`, or own, the chat template that lies with
     the tokenizer. init_from: checkpoint whose parameters the first stage takes.
+    init_without: regular expressions on parameter paths; what matches is not taken from there.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
     Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
     keep_every: and those of every n-th step (0 = none).
-    validation_data: .json/.jsonl/.yaml; validation_batches: how many times batch_size of its first records, 0 for all.
+    validation_data: as `data` of a stage; validation_image_folder: where its images lie (default: the folder of
+    validation_data). validation_batches: how many times batch_size of its first records, 0 for all.
     sample_answers: generated for the log.
     evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
     (0 = all).
@@ -177,6 +179,7 @@ class RunConfig:
     template: str = "phi3"
     seed: int = 42
     init_from: str = ""
+    init_without: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     remat: str = "full"
     mesh: MeshConfig = MeshConfig()
@@ -187,6 +190,7 @@ class RunConfig:
     keep_every: int = 0
     validate_every: int = 500
     validation_data: str = ""
+    validation_image_folder: str = ""
     validation_batches: int = 8
     sample_answers: int = 4
     evaluate_every: int = 0
@@ -208,6 +212,10 @@ class RunConfig:
             check_choice(f"config.{name}=", getattr(self, name), allowed)
         for name, (least, most) in _RUN_RANGES.items():
             within(f"config.{name}", getattr(self, name), least, most)
+        check(
+            bool(self.init_from) or not self.init_without,
+            f"config.init_without={list(self.init_without)} says what is not taken from init_from, which is empty.",
+        )
         longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
         for stage in self.stages:
             image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)

@@ -16,6 +16,7 @@ room than was planned, leaves its place empty.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import zlib
@@ -241,6 +242,20 @@ class Loader:
             return example
         takes = needs(example, self.spec, 0)
         return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
+
+    def measure_with_images(self, number: int) -> Measured | BadRecord:
+        """What the record takes, if the headers of its images can be read."""
+        measured = self.measure(number)
+        if isinstance(measured, BadRecord):
+            return measured
+        try:
+            record = self.source.text(number)
+            for one in record.images:
+                if one != b"":  # shards and their sizes were checked when they were written
+                    image.read_size(one, record.where)
+        except BadRecord as bad:
+            return bad
+        return measured[0]
 
 
 @dataclass(frozen=True)
@@ -572,25 +587,35 @@ def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, to
     return Loader(source, maker, _stage_spec(config.model, stage), config.model.fixed_latent_count)
 
 
-def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
-    """The first records in file order whose texts can be used: so many batches of them, or all (0, or where there are
-    no more)."""
+def first_records(
+    loader: Loader, batch_size: int, batches: int, threads: int = 1
+) -> tuple[list[Measured], list[BadRecord]]:
+    """The first records in file order that can be used, and the bad ones on the way.
+
+    So many batches of them, or all (`batches` 0, or where there are no more). Of an image the header alone is read.
+    """
     good: list[Measured] = []
-    for number in range(len(loader.source)):
-        if batches and len(good) == batches * batch_size:
-            break
-        element = loader.measure(number)
-        if not isinstance(element, BadRecord):
-            good.append(element[0])
-    return good
+    bad: list[BadRecord] = []
+    records = len(loader.source)
+    wanted = min(records, batches * batch_size or records)
+    next_ = 0
+    with ThreadPoolExecutor(threads) as pool:
+        while len(good) < wanted and next_ < records:
+            numbers = range(next_, min(records, next_ + wanted - len(good)))
+            next_ = numbers.stop
+            for element in pool.map(loader.measure_with_images, numbers):
+                if isinstance(element, BadRecord):
+                    bad.append(element)
+                else:
+                    good.append(element)
+    return good, bad
 
 
 def fixed_batches(
     loader: Loader, planned: Sequence[FixedBatch], threads: int, shards: int = 1, held: Sequence[int] = (0,)
-) -> Iterator[Batch]:
-    """The rows of some shards of validation's batches.
-
-    A record whose image cannot be read, or is not as it was measured, leaves its place empty.
+) -> Iterator[tuple[Batch, dict[int, BadRecord]]]:
+    """The rows of some shards of validation's batches, and the records among them, by number, whose images cannot be
+    read or that are not as they were measured: they leave their places empty.
 
     Args:
       planned: `plan.plan_all` of `first_records`. shards, held: see `training_batches`.
@@ -602,8 +627,13 @@ def fixed_batches(
             loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in own]]
         spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
         rows = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]
+        bad = {
+            measured.number: example
+            for measured, example in zip(itertools.chain(*own), itertools.chain(*loaded))
+            if isinstance(example, BadRecord)
+        }
         # As in training: without a crop there are no latents.
-        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held))
+        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held)), bad
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

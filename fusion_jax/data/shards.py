@@ -129,7 +129,9 @@ class Shards:
         check_files(self.folder, manifest)
         self._shards = [(s["shard"], s["text"]) for s in manifest["shards"]]
         self._ends = np.cumsum([s["records"] for s in manifest["shards"]])
-        self.hashes = [text["sha256"] for _, text in self._shards]
+        # What a run is compared by when it goes on: hashes of all shards, with images and without.
+        self.identity = repr([[one["sha256"], text["sha256"]] for one, text in self._shards])
+        self.bytes = sum(one["bytes"] for one, _ in self._shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -342,6 +344,8 @@ class TfdsRecords:
         for name in reversed(image.split("/")) if image else ():
             skip = {name: skip}
         self._source = source.__class__(source.dataset_info, split=match[2], decoders=skip if image else None)
+        self.identity = repr((source.dataset_info.full_name, match[2], sorted(self.features.items()), self.prompt))
+        self.bytes = int(getattr(source.dataset_info, "dataset_size", 0) or 0)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -31,6 +31,7 @@ thousands of digits, too long.
 
 import codecs
 import contextlib
+import hashlib
 import json
 import math
 import operator
@@ -49,12 +50,13 @@ import yaml
 from fusion_jax.data import shards
 from fusion_jax.data.records import understand
 from fusion_jax.errors import BadRecord, UserError, nearest, no_key
-from fusion_jax.files import brief, open_file, parse_json, read_text, shown
+from fusion_jax.files import brief, open_file, parse_json, read_file, read_text, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
 _STRATEGY = re.compile(r"(first|end|random):(?:(\d{1,18})|(\d{1,3}(?:\.\d{1,300})?)%)", re.ASCII)
 _MAX_WEIGHT = 1_000_000
-_COMPARED = 64  # records whose texts tell whether two machines have the same data
+_HASHED = 1 << 26  # bytes of a JSON file that is hashed as a whole; of larger ones these many records are:
+_COMPARED = 64
 _CHUNK = 1 << 22
 _MAX_RECORD = 1 << 26  # bytes of one record; in a list, one that has not ended by then is taken for a syntax error
 _MAX_YAML = 1 << 20  # bytes of a mixture
@@ -119,6 +121,19 @@ class _Part:
     def __len__(self) -> int:
         return self.copies * len(self.numbers) + len(self.extra)
 
+    def describe(self) -> dict[str, Any]:
+        """What the data set is, by which two starts or two machines are compared. JSON.
+
+        name; drawn: records of an epoch; chosen: checksum of which they are; records, bytes and hash of the whole.
+        """
+        which = (self.copies, zlib.crc32(np.asarray(self.numbers, np.int64)), zlib.crc32(self.extra))
+        drawn = {"name": self.name, "drawn": len(self), "chosen": zlib.crc32(repr(which).encode())}
+        return drawn | self.content()
+
+    def content(self) -> dict[str, Any]:
+        """records, bytes and hash of the whole data set."""
+        raise NotImplementedError
+
     def place(self, i: int) -> int:
         """Which of the chosen records is the i-th to draw."""
         all_of_them = self.copies * len(self.numbers)
@@ -133,12 +148,24 @@ class _Json(_Part):
         super().__init__(path.name, numbers)
         self.path, self.image_folder = path, folder
         self.root = None if allow_outside else os.path.realpath(folder)
+        self.total = len(spans)
         self.spans = spans if len(numbers) == len(spans) else spans[np.asarray(numbers)]
         self._file = None
 
-    def listed(self) -> np.ndarray:
-        """Where each record lies."""
-        return self.spans
+    def content(self) -> dict[str, Any]:
+        """Of a large file the hash is one of where each chosen record lies, and of the bytes of a few."""
+        try:
+            size, digest = self.path.stat().st_size, hashlib.sha256()
+            if size <= _HASHED:
+                digest.update(read_file(self.path))
+            else:
+                file = DataFile(self.path)
+                digest.update(np.ascontiguousarray(self.spans).data)
+                for span in self.spans[:: -(-len(self.spans) // _COMPARED)]:
+                    digest.update(file.read(span))
+        except OSError as e:
+            raise UserError(f"Cannot read the data file {self.path}: {e.strerror}.") from e
+        return {"records": self.total, "bytes": size, "hash": digest.hexdigest()}
 
     def read(self, k: int) -> Record:
         if self._file is None:
@@ -169,9 +196,14 @@ class _Stored(_Part):
         super().__init__(name, numbers)
         self.records = records
 
-    def listed(self) -> bytes:
-        """Hashes of shards; of a TensorFlow Dataset nothing."""
-        return repr(getattr(self.records, "hashes", "")).encode()
+    def content(self) -> dict[str, Any]:
+        """By the hashes in the manifest of shards; by the texts of a few records of a TensorFlow Dataset."""
+        digest = hashlib.sha256(self.records.identity.encode())
+        if isinstance(self.records, shards.TfdsRecords):
+            for i in range(0, len(self.records), -(-len(self.records) // _COMPARED)):
+                with contextlib.suppress(BadRecord):
+                    digest.update(repr(self.records.text(i)[0]).encode())
+        return {"records": len(self.records), "bytes": self.records.bytes, "hash": digest.hexdigest()}
 
     def read(self, k: int) -> Record:
         return self._record(self.records.read(int(self.numbers[k])))
@@ -215,17 +247,9 @@ class RecordSource:
         part, k = self._find(i)
         return part.text(k)
 
-    def fingerprint(self) -> int:
-        """A checksum by which two machines see whether they hold the same records: of what is listed, and of the texts
-        of a few records."""
-        said = zlib.crc32(repr(self.parts).encode())
-        for part in self._parts:
-            said = zlib.crc32(part.listed(), said)
-        for i in range(0, len(self), -(-len(self) // _COMPARED)):
-            with contextlib.suppress(BadRecord):  # on one machine alone, maybe
-                record = self.text(i)
-                said = zlib.crc32(repr((i, record.id, record.turns, record.system)).encode(), said)
-        return said
+    def describe(self) -> list[dict[str, Any]]:
+        """What each data set is: see `_Part.describe`. UserError where a file cannot be read any more."""
+        return [part.describe() for part in self._parts]
 
     def part(self, i: int) -> int:
         """Which of `parts` record i belongs to."""
