@@ -267,7 +267,11 @@ def count_parameters(config) -> tuple[int, int]:
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     sizes = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.size, params))
     trained = [
-        sum(n for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params))) if label != optim.FROZEN)
+        sum(
+            n
+            for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params)))
+            if label not in (optim.FROZEN, optim.ROWS)
+        )
         for stage in config.stages
     ]
     return sum(sizes), max(trained)
@@ -382,5 +386,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder that training would write to")
     flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
     flags.DEFINE_list("accept_changed", [], "as for training")
-    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
+    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer", lower_bound=1)
     run_main(main)

@@ -27,6 +27,7 @@ _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qk
 # places of files, devices. These would make another state, or another order of the data, of what is continued.
 _RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
+_STAGE += ("learn_rows",)
 _MODEL_FREE = ("mapping_loss_weight",)
 # What may be changed on purpose, and is then to be named in --accept_changed.
 INPUTS = ("data", "tokenizer", "template")

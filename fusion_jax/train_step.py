@@ -107,7 +107,7 @@ def train_step(
     totals = losses.counts(batch, model.config.vision.patches)
 
     def loss(params, part):
-        return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
+        return loss_and_parts(model, optim.freeze(params, label_tree, stage.learn_rows), part, totals)
 
     def grad_fn(params, part):
         values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
@@ -118,7 +118,7 @@ def train_step(
     (total, parts), grads = _accumulate(grad_fn, weights, batch, stage.accumulation, mesh)
     grad_norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, old.opt_state, old.params)
-    params = optim.apply_updates(old.params, updates, rates, label_tree)
+    params = optim.apply_updates(old.params, updates, rates, label_tree, stage.learn_rows)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     params, opt_state = jax.tree.map(

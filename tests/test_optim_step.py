@@ -216,6 +216,45 @@ def test_frozen_parameters_get_zero_gradients():
         np.testing.assert_allclose(grads[path], expected, rtol=1e-6)
 
 
+def test_rows_of_a_frozen_embedding_learn_as_if_nothing_were_frozen():
+    """Two rows get Adam's step of the whole table, decay included; the other rows have no moments and no norm."""
+    rows = (7, 9)
+    stage = dataclasses.replace(STAGE, freeze=("^llm/(?!.*/exchange/)",), learn_rows=rows, weight_decay=0.1)
+    weights, (_, grads) = params(CONFIG), plain_gradients()
+    labels, tx = optim.labels(stage, weights), optim.optimizer(stage, weights)
+    assert labels["llm"]["embedding"] == "rows" and labels["llm"]["head"] == "frozen"
+    assert labels["llm"]["stack_0"]["exchange"]["out"]["kernel"] == "default"
+    rates = optim.learning_rates(stage, 2, STEPS)
+    table = np.asarray(weights["llm"]["embedding"])
+
+    def masked(p):
+        return jnp.vdot(optim.freeze(p, labels, rows)["llm"]["embedding"], grads["llm"]["embedding"])
+
+    masked_grads = {**grads, "llm": {**grads["llm"], "embedding": jax.grad(masked)(weights)["llm"]["embedding"]}}
+    seen = np.asarray(masked_grads["llm"]["embedding"])
+    np.testing.assert_array_equal(seen[list(rows)], np.asarray(grads["llm"]["embedding"])[list(rows)])
+    assert np.abs(seen).sum(1).nonzero()[0].tolist() == list(rows)
+    updates, opt_state = tx.update(masked_grads, tx.init(weights), weights)
+    new = np.asarray(optim.apply_updates(weights, updates, rates, labels, rows)["llm"]["embedding"])
+    whole = dataclasses.replace(stage, freeze=(), learn_rows=())
+    plain = optim.optimizer(whole, weights)
+    expected, _ = plain.update(grads, plain.init(weights), weights)
+    expected = table - 1e-2 * np.asarray(expected["llm"]["embedding"])
+    np.testing.assert_allclose(new[list(rows)], expected[list(rows)], rtol=1e-6)
+    assert (new != table).any(1).nonzero()[0].tolist() == list(rows)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(opt_state)}
+    assert (2, CONFIG.llm.width) in shapes and table.shape not in shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"learn_rows": (3,)}, "needs a freeze"), ({"learn_rows": (128,), "freeze": ("^llm/",)}, "has 128 rows, from 0")],
+)
+def test_rows_that_cannot_be_meant_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        optim.labels(dataclasses.replace(STAGE, **changes), params(CONFIG))
+
+
 def test_weight_decay_spares_norms_and_biases():
     found = flat(optim.decays(params(CONFIG)))
     spared = {path for path, decays in found.items() if not decays}

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, check_choice
 
 IMAGE = -200  # in input_ids: here go the image's tokens
 LATENTS = -300  # in input_ids: here go one round's latents
@@ -167,8 +167,7 @@ class Encoded:
 def find_template(name: str) -> Template:
     """The template of that name; UserError naming the allowed ones if there is none. `chat_template.find` knows OWN."""
     if name not in TEMPLATES:
-        allowed = ", ".join([*sorted(TEMPLATES), OWN])
-        raise UserError(f"Unknown conversation template {name!r}; allowed are {allowed}.")
+        check_choice("conversation template ", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]
 
 

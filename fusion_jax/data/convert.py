@@ -621,7 +621,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("records_per_shard", None, f"Or how many records each; default {RECORDS_PER_SHARD}.")
     flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes; they do not change the result.")
     flags.DEFINE_bool("allow_outside", False, 'Take images outside the image folder: "..", absolute paths, links.')
-    flags.DEFINE_float("max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.")
+    flags.DEFINE_float(
+        "max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.", lower_bound=0, upper_bound=1
+    )
     flags.DEFINE_bool("check", False, "Read the shards in --out again and compare them with their manifest.")
 
 

@@ -34,7 +34,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from fusion_jax.data.image import MAX_BYTES, MAX_SIDE
 from fusion_jax.data.media import kind_of_key
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, no_key
 from fusion_jax.files import brief, open_file, parse_json, read_file, shown
 
 FORMAT, VERSION = "fusion_jax shards", 1
@@ -374,7 +374,7 @@ class TfdsRecords:
         allowed = ("id", "image", "conversations", "text", "system")
         for name, feature in chosen.items():
             if name not in allowed:
-                raise UserError(f"{self.spec}: unknown key {name!r} in features; allowed are {', '.join(allowed)}.")
+                raise no_key(f"{self.spec}: features", shown(name), allowed)
             if not isinstance(feature, str) or feature.split("/")[0] not in known:
                 raise UserError(
                     f"{self.spec} has no feature {feature!r} for {name}; it has {', '.join(sorted(known))}."

@@ -31,7 +31,6 @@ thousands of digits, too long.
 
 import codecs
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -50,7 +49,7 @@ import yaml
 
 from fusion_jax.data import shards
 from fusion_jax.data.records import understand
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, nearest, no_key
 from fusion_jax.files import brief, open_file, parse_json, read_file, read_text, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
@@ -363,14 +362,13 @@ def load_mixture(
         kinds = [kind for kind in _ENTRIES if kind in entry]
         if len(kinds) != 1:
             has = ", ".join(kinds) or ", ".join(brief(key) for key in entry) or "nothing"
-            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}; it has {has}.")
+            near = "".join(f"; {one}" for one in (nearest(key, _ENTRIES) for key in entry) if one and not kinds) or "."
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}; it has {has}{near}")
         if not isinstance(entry[kinds[0]], str) or not entry[kinds[0]]:
             raise UserError(f"{where}: {kinds[0]} must be a text, not {_said(entry[kinds[0]])}.")
         keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
-        if unknown := sorted(brief(key) for key in entry.keys() - set(keys)):
-            close = difflib.get_close_matches(unknown[0].strip("'"), keys, 1)
-            hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}."
-            raise UserError(f"{where} has the unknown key {unknown[0]}; {hint}")
+        for key in sorted(map(shown, entry.keys() - set(keys))):
+            raise no_key(f"{path}: datasets[{k}]", key, keys)
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
             said = _said(weight)
@@ -384,6 +382,8 @@ def load_mixture(
         part = _open_entry(entry, path.parent, folder, seed, where, allow_outside)
         part.weigh(weight, seed)
         parts.append(part)
+    for key in sorted(map(shown, config.keys() - {"datasets"})):
+        raise no_key(f"{path}: the mixture", key, ["datasets"])
     return RecordSource(parts)
 
 
@@ -391,7 +391,7 @@ def _open_entry(
     entry: dict, here: Path, image_folder: str | Path | None, seed: int, where: str, outside: bool
 ) -> _Part:
     strategy = entry.get("sampling_strategy", "all")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):
@@ -451,7 +451,7 @@ def _open_json(
 ) -> _Json:
     if image_folder is not None and not _is_folder(image_folder):
         raise UserError(f"{where}: there is no image folder {shown(image_folder, 1000)}.")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
     folder = path.parent if image_folder is None else Path(image_folder)
@@ -489,7 +489,7 @@ def scan_json(path: Path) -> np.ndarray:
     return spans
 
 
-def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
+def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
     """How, how many (or None), what percentage (or None)."""
     match = _STRATEGY.fullmatch(strategy) if isinstance(strategy, str) else None
     if strategy == "all":
@@ -501,7 +501,7 @@ def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float |
 
 def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
     """Numbers of the records that the strategy takes, ascending."""
-    how, count, percent = _parse_strategy(strategy, where)
+    how, count, percent = parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
     count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
     if how == "first":

@@ -24,7 +24,7 @@ from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
 from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
@@ -85,8 +85,9 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none), a target
         that is not empty, a full disk.
     """
-    check(format in FORMATS, f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}.")
-    check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    check_choice("format ", format, FORMATS)
+    if dtype is not None:
+        check_choice("dtype ", dtype, DTYPES)
 
     def from_folder(folder: Path) -> Path:
         try:

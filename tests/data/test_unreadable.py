@@ -143,8 +143,8 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ('datasets: [{json_path: a.json, image_folder: "x\\0"}]', "no image folder"),
         ("datasets: [{json_path: a.json, image_folder: [x]}]", "image_folder must be a text"),
         ("datasets: [{json_path: a.json, ? [1, 2] : x}]", "not valid YAML"),
-        ("datasets: [{json_path: a.json, null: x}]", "unknown key None"),
-        ("datasets: [{json_path: a.json, 2020-01-01: x}]", "unknown key datetime"),
+        ("datasets: [{json_path: a.json, null: x}]", "None is no key"),
+        ("datasets: [{json_path: a.json, 2020-01-01: x}]", "2020-01-01 is no key"),
         ("datasets: [{json_path: !!python/object:os.system x}]", "not valid YAML"),
         ("datasets: !!timestamp x", "not valid YAML"),
         ('datasets: !!int ""', "not valid YAML"),
@@ -170,11 +170,12 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("datasets: [{json_path: a.json, shards: x}]", "entry 0 must be a mapping .*it has json_path, shards"),
         ("datasets: [{weight: 2}]", "entry 0 must be a mapping .*it has 'weight'"),
         ("datasets: null", "must have a list `datasets` .*datasets is null"),
-        ("datasets: [{json_path: a.json, wieght: 2}]", "unknown key 'wieght'; did you mean weight"),
+        ("datasets: [{json_path: a.json, wieght: 2}]", r"datasets\[0\].wieght is no key; did you mean weight"),
         ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder stands beside `datasets`"),
+        ("dataset: x\ndatasets: [{json_path: a.json}]", r"the mixture\.dataset is no key; did you mean datasets\?"),
         ("", "must have a list `datasets`"),
     ],
-    ids=range(40),
+    ids=range(41),
 )
 def test_mixtures_that_attack(tmp_path, text, message):
     (tmp_path / "a.json").write_text(f"[{GOOD}]")

@@ -473,6 +473,11 @@ def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
         assert np.array_equal(processor.crops(tmp_path / name), processor.crops(image.load_image(tmp_path / name))), (
             name
         )
+    Image.fromarray(np.linspace(0, 1, 35 * 40, dtype=np.float32).reshape(35, 40)).save(tmp_path / "grey.tif")
+    grey = processor.crops(tmp_path / "grey.tif")
+    assert np.array_equal(grey, processor.crops(image.load_image(tmp_path / "grey.tif"))) and 120 < grey.mean() < 135
+    with Image.open(tmp_path / "grey.tif") as opened:
+        assert np.array_equal(processor.crops(opened), grey)
     turned = Image.Exif()
     turned[0x0112] = 6
     shown.save(tmp_path / "turned.tif", exif=turned)
