@@ -45,14 +45,6 @@ from fusion_jax.reports import Reports
 
 log = logging.getLogger("fusion_jax")
 
-_CONFIG = define_config("run configuration")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
-_ACCEPTED = flags.DEFINE_list("accept_changed", [], f"go on although these have changed: {', '.join(resume.INPUTS)}")
-_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST: trace these steps of a stage for XProf")
-# Only where no cluster (TPU, SLURM, Open MPI) says it.
-_ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")
-_PROCESS = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 FINAL_PATIENCE = 600.0  # seconds that the last checkpoint of a stage is tried for
 STOP_PATIENCE = 20.0  # the same for the one before the run ends on request
 
@@ -60,16 +52,17 @@ STOP_PATIENCE = 20.0  # the same for the one before the run ends on request
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --workdir DIR.")
-    if _WORKDIR.value is None or _CONFIG.value is None:
+    given = flags.FLAGS
+    if given.workdir is None or given.config is None:
         raise UserError("Give --config FILE and --workdir DIR.")
-    if "://" in _WORKDIR.value:
-        raise UserError(f"--workdir={_WORKDIR.value} must be a folder; mount the bucket and give the folder.")
-    profile = watch.parse_steps(_PROFILE.value)
+    if "://" in given.workdir:
+        raise UserError(f"--workdir={given.workdir} must be a folder; mount the bucket and give the folder.")
+    profile = watch.parse_steps(given.profile_steps)
     with ending.with_the_others():
-        distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-        config = from_dict(RunConfig, _CONFIG.value.to_dict())
+        distributed.start(given.coordinator_address, given.num_processes, given.process_id)
+        config = from_dict(RunConfig, given.config.to_dict())
         with watch.Stop() as stop, watch.says_when_memory_is_short(config.remat):
-            train(config, Path(_WORKDIR.value), stop, profile, _ACCEPTED.value)
+            train(config, Path(given.workdir), stop, profile, given.accept_changed)
 
 
 def train(
@@ -277,4 +270,12 @@ def _go_on(batches, step: int, position) -> None:
 
 
 if __name__ == "__main__":
+    define_config("run configuration")
+    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
+    flags.DEFINE_list("accept_changed", [], f"go on although these have changed: {', '.join(resume.INPUTS)}")
+    flags.DEFINE_string("profile_steps", "", "FIRST:LAST: trace these steps of a stage for XProf")
+    # Only where no cluster (TPU, SLURM, Open MPI) says it.
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
+    flags.DEFINE_integer("num_processes", None, "how many processes train together")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
     run_main(main)
