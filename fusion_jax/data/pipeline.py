@@ -15,6 +15,7 @@ is made up for by the next; one whose image turns out to be bad, which only its 
 room than was planned, leaves its place empty.
 """
 
+import bisect
 import dataclasses
 import json
 import logging
@@ -30,6 +31,7 @@ import numpy as np
 from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation, image, sources, tiles
+from fusion_jax.data.conversation import LATENTS
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
 from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
@@ -113,17 +115,47 @@ class ExampleMaker:
         Raises:
           BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
         """
-        example, turns, dropped = self.text(record), record.turns, 0
-        while True:
-            try:
-                check_fits(example, spec, latents)
-                return dataclasses.replace(example, dropped_rounds=dropped)
-            except BadRecord:
-                # A round is a question and its answer; a model's greeting may stand before the first.
-                if len(turns) < 4 or any(conversation.IMAGE_TAG in turn["value"] for turn in turns[-2:]):
-                    raise
-                turns, dropped = turns[:-2], dropped + 1
-                example = self.text(dataclasses.replace(record, turns=turns))
+        example = self.text(record)
+        try:
+            check_fits(example, spec, latents)
+            return example
+        except BadRecord:
+            dropped = self._rounds_too_many(example, record, spec, latents)
+            if not dropped:
+                raise
+        example = dataclasses.replace(self._without_last(record, dropped), dropped_rounds=dropped)
+        check_fits(example, spec, latents)
+        return example
+
+    def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
+        """How many last rounds must go for the conversation to fit; where it never does, how many may go.
+
+        Rounds are tokenized one behind the other, so what fewer of them take is known from the whole conversation. Only
+        their questions are tokenized as one text, whose tokens are counted anew for a few numbers of rounds.
+
+        Args:
+          example: `text` of the whole record.
+        """
+        ids, answer = example.input_ids, np.append(example.labels >= 0, False)
+        ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
+        # Never a round with an image. A round is a question and its answer; a model's greeting may stand before.
+        turns = record.turns[len(record.turns) - 2 * len(ends) :]
+        shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
+        least = max([1, *shown])
+        rounds = np.cumsum(ids == LATENTS)[ends - 1]
+        lengths = needs(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
+        kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
+
+        def asked(kept: int) -> int:
+            return len(self._without_last(record, len(ends) - kept).question_ids)
+
+        if kept > least and asked(kept) > spec.question_length:
+            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=asked) - 1
+        return len(ends) - max(kept, least)
+
+    def _without_last(self, record: Record, rounds: int) -> Example:
+        """`text` without so many last rounds."""
+        return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
 
     def with_crops(self, example: Example, record: Record) -> Example:
         """The example of `text` with the crops of the record's images. BadRecord as above."""
