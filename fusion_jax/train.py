@@ -35,12 +35,12 @@ from fusion_jax import (
 )
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import conversation, pipeline, sources
+from fusion_jax.data import conversation, pipeline, plan, sources
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.evals.registry import find_tasks
 from fusion_jax.files import write_whole
-from fusion_jax.input_check import InputCheck, check_same_data
+from fusion_jax.input_check import InputCheck, agreed_sizes, check_same_data
 from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
 from fusion_jax.reports import Reports
@@ -111,6 +111,12 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             saved = resume.newest_about(folder)
             if saved is not None:
                 resume.check(config, stage, records[stage.name], saved, folder)
+        model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
+        params = state.abstract_parameters(config.model, mesh)
+        sizes = {
+            stage.name: _sizes(config, stage, record_sources[stage.name], tokenizer, mesh, params)
+            for stage in config.stages[first:]
+        }
         validation = sources.load_source(config.validation_data) if config.validation_data else None
         if config.evaluate_every:
             _check_evaluation(config)
@@ -126,8 +132,6 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             about = checkpoint.describe(config, tokenizer, origin, records)
 
         # ---- Model.
-        model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
-        params = state.abstract_parameters(config.model, mesh)
         log.info(
             "%s parameters, %d device(s) of kind %s (%s) in %d process(es), compute in %s",
             f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)):,}",
@@ -147,7 +151,8 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         for stage in config.stages[first:]:
             if stop and stop.requested:
                 raise RunAgain(f"stopped before {stage.name}; start again to go on.")
-            run = StageRun(config, stage, workdir, mesh, tokenizer, record_sources[stage.name], validation, about)
+            source = record_sources[stage.name]
+            run = StageRun(config, stage, workdir, mesh, tokenizer, source, sizes[stage.name], validation, about)
             params = run.train(model, params, stop or watch.Stop(), profile)
         if not distributed.is_first():
             return
@@ -168,6 +173,13 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     conversation.stop_ids(tokenizer, conversation.find_template(config.template))
 
 
+def _sizes(config, stage, source, tokenizer, mesh, params) -> plan.Sizes:
+    """Of the stage's batches. UserError where the steps that they make would change no parameter."""
+    sizes = agreed_sizes(config, stage, source, tokenizer, sharding.batch_shards(mesh))
+    optim.check_changes_parameters(stage, pipeline.stage_steps(stage, len(source), sizes.samples), params)
+    return sizes
+
+
 def _check_evaluation(config: RunConfig) -> None:
     if not config.evaluation_tasks or not Path(config.evaluation_data).is_dir():
         raise UserError(
@@ -184,7 +196,7 @@ def _checkpoints(workdir: Path, stage: StageConfig) -> Path:
 class StageRun:
     """One stage: its data, state, checkpoints and reports."""
 
-    def __init__(self, config, stage, workdir, mesh, tokenizer, source, validation, about):
+    def __init__(self, config, stage, workdir, mesh, tokenizer, source, sizes, validation, about):
         self.config: RunConfig = config
         self.stage: StageConfig = stage
         self.folder: Path = workdir / stage.name
@@ -192,9 +204,10 @@ class StageRun:
         self.mesh: jax.sharding.Mesh = mesh
         self.tokenizer: Tokenizer = tokenizer
         self.source: sources.RecordSource = source
+        self.sizes: plan.Sizes = sizes
         self.validation: sources.RecordSource | None = validation
         self.about: dict = about
-        self.steps = pipeline.stage_steps(stage, len(source))
+        self.steps = pipeline.stage_steps(stage, len(source), sizes.samples)
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -213,13 +226,14 @@ class StageRun:
         # ---- Input and restore.
         texts = board.open_board(f"fusion_jax/input/{stage.name}")
         shards, held = sharding.batch_shards(mesh), sharding.held_shards(mesh)
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts)
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts, self.sizes)
         records = InputCheck(config, stage, len(self.source), self.reports, held)
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
             )
             restored = checkpoints.restore(state.abstract(params, tx, mesh), functools.partial(_go_on, batches))
+            over = restored is not None and pipeline.stage_is_over(stage, len(self.source), batches.get_state())
             if restored is not None:
                 start, current, _ = restored
                 log.info("%s continues after step %d", stage.name, start)
@@ -227,20 +241,28 @@ class StageRun:
                 start, current = 0, state.begin(params, tx, mesh)
             writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
             metrics.truncate(self.reports / "bad_records.jsonl", start)
-        log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), self.steps, stage.batch_size)
+        log.info(
+            "%s: %d records, %s%d step(s) of %.0f samples",
+            *(stage.name, len(self.source), "about " * (stage.packing and not stage.steps), self.steps),
+            self.sizes.samples,
+        )
         tracer = watch.Profile(profile, self.folder / "profile")
         parts = (checkpoints, tracer, writer, *([texts] if texts else []), batches)
         with _closed_at_the_end(*parts), watch.Watch(config.hang_minutes) as phase:
-            reports = Reports(config, stage, self.steps, mesh, self.tokenizer, self.validation, model, writer, stop)
+            reports = Reports(config, stage, mesh, self.tokenizer, self.validation, model, writer, stop)
             loop = Loop(config, stage, self.steps, start, model, mesh, step_fn, phase)
-            reports.run(start, current.params, phase)  # a stop may have come in between
+            reports.run(start, current.params, phase, over)  # a stop may have come in between
             loop.begin_interval()
             every = watch.Every(config.checkpoint_minutes)
-            for step in range(start + 1, self.steps + 1):
-                last = step == self.steps
+            step, last = start, over
+            while not last:
+                step += 1
                 tracer.before(step)
                 fed, counts = loop.wait_for_input(batches)
+                last = fed.last
                 records.note(step, fed, counts)
+                if last and step == 1:  # a packed step may hold what two were expected for
+                    optim.check_changes_parameters(stage, 1, current.params)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
                 tracer.after(step, values)
@@ -265,13 +287,24 @@ class StageRun:
                     loop.interval.spend("checkpoint", saved())
                 # All that may fail comes behind the save.
                 writer.publish()
-                if reports.run(step, current.params, phase):
+                if reports.run(step, current.params, phase, last):
                     loop.begin_interval()  # a report is not training time
                 if stop.requested and not last:
                     with phase("saving"):
                         checkpoints.finish(step, current, records.position(step, batches.get_state()), STOP_PATIENCE)
                     raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
+            if not over:
+                self._say_what_waits(batches.get_state()["waiting"])
         return current.params
+
+    def _say_what_waits(self, waiting: list) -> None:
+        """Of a stage that is counted in steps: what it has read and not trained. Behind epochs nothing waits."""
+        if waiting:
+            text = sum(not plan.Measured(*measured).crops for measured in waiting)
+            log.info(
+                "%s: %d records (%d of text alone) were read and wait for a step behind the last; they are not trained",
+                *(self.stage.name, len(waiting), text),
+            )
 
     def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
