@@ -14,6 +14,7 @@ import jax
 from fusion_jax import checkpoint, input_check, metrics, optim, resume, sharding, state, validation
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, pipeline
+from fusion_jax.data.plan import Sizes
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
@@ -30,7 +31,8 @@ class Inputs:
     Attributes:
       config: with what the weights of a checkpoint decide. first: index of the stage to go on with; begun: whether it
         has a checkpoint. tokenizer, origin: see `resume.start_from`. sources, data: records of each stage and what they
-        are (`RecordSource.describe`), by name. validation: of each stage that has one, by name.
+        are (`RecordSource.describe`), by name. sizes: of the batches of each stage that is to be trained, by name.
+        validation: of each stage that has one, by name.
     """
 
     config: RunConfig
@@ -41,6 +43,7 @@ class Inputs:
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
     sources: dict[str, RecordSource] = field(default_factory=dict)
     data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sizes: dict[str, Sizes] = field(default_factory=dict)
     validation: dict[str, Validation] = field(default_factory=dict)
     # The files of a tokenizer that comes from a checkpoint lie here.
     scratch: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
@@ -120,6 +123,15 @@ def look(
             input_check.check_same_data(f"stage {stage.name!r}", inputs.data[stage.name])
     if begun and tokenizer is not None:
         check_resume(inputs, workdir, accepted, attempt)
+    for stage in config.stages[inputs.first :]:
+        source = inputs.sources.get(stage.name)
+        if source is not None and tokenizer is not None and inputs.mesh is not None:
+            with attempt():
+                shards = sharding.batch_shards(inputs.mesh)
+                sizes = input_check.agreed_sizes(config, stage, source, tokenizer, shards)
+                inputs.sizes[stage.name] = sizes
+                steps = pipeline.stage_steps(stage, len(source), sizes.samples)
+                optim.check_changes_parameters(stage, steps, shapes)
     with attempt():
         held_out = validation.open_data(config)
         if held_out is not None and config.validate_every and tokenizer is not None:
@@ -173,10 +185,18 @@ def check_resume(inputs: Inputs, workdir: Path, accepted: Sequence[str], attempt
     source = inputs.sources.get(stage.name)
     if source is None:
         return
-    finished = checkpoint.steps_in(folder)[-1] >= pipeline.stage_steps(stage, len(source))
-    data = None if finished else inputs.data.get(stage.name)
+    data = None if _is_over(stage, len(source), folder) else inputs.data.get(stage.name)
     with attempt():
         resume.check_inputs(config, stage, data, inputs.tokenizer, about, folder, accepted)
+
+
+def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
+    """Whether the newest checkpoint is that behind the stage's last step, so that nothing of its data is read."""
+    try:
+        position = checkpoint.load_text(folder / str(checkpoint.steps_in(folder)[-1]), "data")
+        return pipeline.stage_is_over(stage, records, position)
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it says so
+        return False
 
 
 def check_evaluation(config: RunConfig) -> None:

@@ -92,9 +92,9 @@ class StageConfig:
       conversation. A conversation beyond these loses its last rounds; if that does not help it is skipped.
       packing: several conversations share a row; each sees itself alone.
     Steps:
-      batch_size: samples in an optimizer step, over all devices; with packing on average. accumulation: microbatches
-      that it is split into.
-      epochs: passes over the data; or steps, if not 0, instead.
+      batch_size: samples in an optimizer step, over all devices; with packing on average, or more where every device
+      needs a row. accumulation: microbatches that it is split into.
+      epochs: how often every record is trained, the last step holding what is left; or steps, if not 0, instead.
     Optimizer (AdamW, cosine to 0 after a linear warm-up):
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.

@@ -1,5 +1,6 @@
 """The input of a stage, over all its processes: the bad records are listed and counted, and the plans compared."""
 
+import dataclasses
 import json
 import logging
 import zlib
@@ -12,7 +13,9 @@ import jax
 
 from fusion_jax import distributed
 from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import pipeline
 from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.plan import Sizes
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 
@@ -61,6 +64,20 @@ def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose:
     return found
 
 
+def agreed_sizes(config: RunConfig, stage: StageConfig, source: pipeline.RecordSource, tokenizer, shards: int) -> Sizes:
+    """`pipeline.stage_sizes` as process 0 measures them. A collective.
+
+    Args:
+      shards: parts that the rows of a microbatch are sharded into.
+    """
+    sizes = None
+    if distributed.is_first():
+        loader = pipeline.stage_loader(config, stage, source, tokenizer)
+        sizes = dataclasses.asdict(pipeline.stage_sizes(config, stage, loader, shards))
+    sizes = distributed.gather(sizes)[0]
+    return Sizes(**sizes | {"crops": {int(latents): crops for latents, crops in sizes["crops"].items()}})
+
+
 class InputCheck:
     """Judges the input after every step. With several processes gaps in rows are known to one process alone, until all
     of them agree, which they do every few steps: what is raised is raised in all of them behind the same step."""
@@ -79,6 +96,7 @@ class InputCheck:
         self._planned = self._unusable = 0  # samples and bad records since then, without gaps
         self._in_row = 0  # bad records since the last sample
         self._agreed = True
+        self._over = False  # the stage ends with this step
         self._to_show = 5  # in the log; the file has them all
 
     def note(self, step: int, fed: Fed, counts: Counts) -> None:
@@ -88,7 +106,7 @@ class InputCheck:
         self._own.update(bad.reason for bad in gaps)
         for bad in gaps:
             self._gaps = zlib.crc32(f"{bad.where} {bad.reason}".encode(), self._gaps)
-        self._counts, self._plan, self._agreed = counts, fed.plan, False
+        self._counts, self._plan, self._agreed, self._over = counts, fed.plan, False, fed.last
         planned = fed.samples + fed.broken
         self._planned += planned
         self._unusable += len(fed.bad) - fed.broken
@@ -127,6 +145,8 @@ class InputCheck:
             self._all, self._agreed = gaps, True
         total = self._total()
         total.check(self._allowed, self._records)
+        if self._over:
+            self._check_use(sum(total.bad.values()) < total.seen)
         return total
 
     def position(self, step: int, state: dict) -> dict:
@@ -142,8 +162,11 @@ class InputCheck:
         self._in_row = 0 if used else self._in_row + bad
         self._planned = self._unusable = 0
         # Two passes hold a whole one, wherever they begin: allowed or not, nothing is left to learn from.
+        self._check_use(self._in_row < 2 * self._records)
+
+    def _check_use(self, used: bool) -> None:
         check(
-            self._in_row < 2 * self._records,
+            used,
             f"None of the {self._records} records of {self._stage.data} can be used any more (the last: "
             f"{self._last}); bad_records.jsonl in the workdir lists them.",
         )

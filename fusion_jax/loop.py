@@ -1,6 +1,7 @@
 """The steps of a training loop, and where its time goes."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,8 +30,10 @@ class Loop:
         step_fn: Callable,
         phase: watch.Watch,
     ):
-        """Args: steps of the stage; start: those done before; step_fn: of `train_step.compile_step`."""
+        """Args: steps of the stage (`pipeline.stage_steps`); start: those done before; step_fn: of
+        `train_step.compile_step`."""
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
+        self._done = 0.0  # `Fed.done` of the last step
         self._mesh, self._step_fn, self._phase = mesh, step_fn, phase
         self._peak = flops.peak(model.dtype)
         self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))  # of a batch, each like ours
@@ -57,7 +60,7 @@ class Loop:
             self._compiled.add(fed.batch.latent_count)
             log.info("%s: compiling the step for l^2 = %d", self._stage.name, fed.batch.latent_count)
         cost = self._parts * flops.step_flops(self._config.model, flops.shape_of(fed.batch))
-        rates = optim.learning_rates(self._stage, step - 1, self._steps)
+        rates, self._done = optim.learning_rates(self._stage, fed.done, self._steps), fed.done
         with self._phase("computing") as computed:
             # Two batches at most are on the devices: one that a step reads, one put there meanwhile.
             while len(self._running) > 1:
@@ -71,7 +74,7 @@ class Loop:
 
     def report(self, step: int, values: dict) -> dict[str, float]:
         """The values of the interval that ends with this step, which are also logged; the next one begins."""
-        name, steps = self._stage.name, self._steps
+        name, steps = self._stage.name, step + max(0, math.ceil(self._steps - self._done - 1))
         with self._phase("computing") as computed:
             jax.block_until_ready(values)
         self.interval.spend("compute", computed())

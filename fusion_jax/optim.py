@@ -61,7 +61,7 @@ def decays(params) -> dict:
     return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
 
 
-def cosine(step: int, steps: int, warmup_ratio: float) -> float:
+def cosine(step: float, steps: int, warmup_ratio: float) -> float:
     """The published schedule, as a factor: linear from 0 over the warm-up, then a half cosine to 0 at `steps`."""
     warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, with the float's own rounding cut off
     if step < warmup:
@@ -69,13 +69,36 @@ def cosine(step: int, steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(steps - warmup, 1))))
 
 
-def learning_rates(stage: StageConfig, step: int, steps: int) -> dict[str, np.float32]:
-    """Learning rate per label for the step that follows `step` earlier ones."""
+def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.float32]:
+    """Learning rate per label for the step that follows `step` earlier ones (`pipeline.Fed.done`)."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
     if stage.learn_rows:
         rates[ROWS] = stage.learning_rate
     return {label: np.float32(factor * rate) for label, rate in rates.items()}
+
+
+def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
+    """UserError where so many steps of the stage would leave all parameters as they are.
+
+    Args:
+      params: arrays or shapes.
+    """
+    used = set(jax.tree.leaves(labels(stage, params))) - {FROZEN}
+    nothing = f"stage {stage.name!r} would change no parameter:"
+    check(bool(used), f"{nothing} freeze={list(stage.freeze)} matches all of them; freeze fewer, or leave it out.")
+    unscaled = {DEFAULT: stage.learning_rate, ROWS: stage.learning_rate, **stage.learning_rate_by_path}
+    check(
+        any(np.float32(unscaled[label]) > 0 for label in used),
+        f"{nothing} learning_rate is 0 for all that are not frozen; raise it, or leave the stage out.",
+    )
+    # Two steps are enough to see it: behind the first the rate is above 0.
+    rates = [learning_rates(stage, step, steps) for step in range(min(steps, 2))]
+    check(
+        any(rate[label] > 0 for rate in rates for label in used),
+        f"{nothing} it has {steps} step, and the warm-up begins at a learning rate of 0; raise its epochs or steps, "
+        f"lower batch_size={stage.batch_size}, or set warmup_ratio=0.",
+    )
 
 
 def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:

@@ -33,10 +33,9 @@ _FAILED_PATIENCE = 20.0  # the same for one whose report failed: the others may 
 class Reports:
     """The reports of one stage, which go to its metrics, to TensorBoard and to the log."""
 
-    def __init__(self, config, stage, steps, mesh, tokenizer, validation, model, writer, stop):
+    def __init__(self, config, stage, mesh, tokenizer, validation, model, writer, stop):
         self.config: RunConfig = config
         self.stage: StageConfig = stage
-        self.steps: int = steps
         self.mesh: jax.sharding.Mesh = mesh
         self.tokenizer: Tokenizer = tokenizer
         self.validation: Validation | None = validation
@@ -50,15 +49,17 @@ class Reports:
     def _evaluate(self) -> sharding.OnMesh:
         return compile_evaluation(self.model, self.mesh)
 
-    def run(self, step: int, params, phase: watch.Watch) -> bool:
+    def run(self, step: int, params, phase: watch.Watch, last: bool) -> bool:
         """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
-        that goes on from this step does them."""
+        that goes on from this step does them.
+
+        Args: last: it is the stage's last step."""
         ran = False
         for what, doing, due, report in (
             ("validation", "validating", self._validates_at, self._validate),
             ("evaluation", "evaluating", self._evaluates_at, self._evaluate_tasks),
         ):
-            if due(step) and not self.stop.requested and not self._has(step, what):
+            if due(step, last) and not self.stop.requested and not self._has(step, what):
                 ran = True
                 with phase(doing), self._survived(step, what):
                     report(step, params)
@@ -70,11 +71,11 @@ class Reports:
         """How many reports of each kind have failed, for the metrics."""
         return {f"failed/{what}": count for what, count in self._failed.items()}
 
-    def _validates_at(self, step: int) -> bool:
+    def _validates_at(self, step: int, last: bool) -> bool:
         every = self.config.validate_every
-        return bool(step and every and self.validation is not None and (step % every == 0 or step == self.steps))
+        return bool(step and every and self.validation is not None and (step % every == 0 or last))
 
-    def _evaluates_at(self, step: int) -> bool:
+    def _evaluates_at(self, step: int, last: bool) -> bool:
         every = self.config.evaluate_every
         return bool(step and every and step % every == 0)
 

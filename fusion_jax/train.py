@@ -35,7 +35,7 @@ from fusion_jax import (
 )
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import pipeline
+from fusion_jax.data import pipeline, plan
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.files import write_whole
 from fusion_jax.input_check import InputCheck
@@ -139,7 +139,8 @@ class StageRun:
         self.mesh, self.tokenizer = inputs.mesh, inputs.tokenizer
         self.source, self.validation = inputs.sources[stage.name], inputs.validation.get(stage.name)
         self.about = checkpoint.of_stage(about, stage.name, checkpoint.order_in(workdir, stage.name))
-        self.steps = pipeline.stage_steps(stage, len(self.source))
+        self.sizes = inputs.sizes[stage.name]
+        self.steps = pipeline.stage_steps(stage, len(self.source), self.sizes.samples)
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -158,13 +159,14 @@ class StageRun:
         # ---- Input and restore.
         texts = board.open_board(f"fusion_jax/input/{stage.name}")
         shards, held = sharding.batch_shards(mesh), sharding.held_shards(mesh)
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts)
+        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts, self.sizes)
         records = InputCheck(config, stage, len(self.source), self.reports, held)
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
             )
             restored = checkpoints.restore(state.abstract(params, tx, mesh), functools.partial(_go_on, batches))
+            over = restored is not None and pipeline.stage_is_over(stage, len(self.source), batches.get_state())
             if restored is not None:
                 start, current, _ = restored
                 log.info("%s continues after step %d", stage.name, start)
@@ -174,20 +176,28 @@ class StageRun:
             metrics.truncate(self.reports / "bad_records.jsonl", start)
             if self.validation is not None:
                 self.validation.list_bad(self.reports, start)
-        log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), self.steps, stage.batch_size)
+        log.info(
+            "%s: %d records, %s%d step(s) of %.0f samples",
+            *(stage.name, len(self.source), "about " * (stage.packing and not stage.steps), self.steps),
+            self.sizes.samples,
+        )
         tracer = watch.Profile(profile, self.folder / "profile")
         parts = (checkpoints, tracer, writer, *([texts] if texts else []), batches)
         with _closed_at_the_end(*parts), watch.Watch(config.hang_minutes) as phase:
-            reports = Reports(config, stage, self.steps, mesh, self.tokenizer, self.validation, model, writer, stop)
+            reports = Reports(config, stage, mesh, self.tokenizer, self.validation, model, writer, stop)
             loop = Loop(config, stage, self.steps, start, model, mesh, step_fn, phase)
-            reports.run(start, current.params, phase)  # a stop may have come in between
+            reports.run(start, current.params, phase, over)  # a stop may have come in between
             loop.begin_interval()
             every = watch.Every(config.checkpoint_minutes)
-            for step in range(start + 1, self.steps + 1):
-                last = step == self.steps
+            step, last = start, over
+            while not last:
+                step += 1
                 tracer.before(step)
                 fed, counts = loop.wait_for_input(batches)
+                last = fed.last
                 records.note(step, fed, counts)
+                if last and step == 1:  # a packed step may hold what two were expected for
+                    optim.check_changes_parameters(stage, 1, current.params)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
                 tracer.after(step, values)
@@ -212,13 +222,24 @@ class StageRun:
                     loop.interval.spend("checkpoint", saved())
                 # All that may fail comes behind the save.
                 writer.publish()
-                if reports.run(step, current.params, phase):
+                if reports.run(step, current.params, phase, last):
                     loop.begin_interval()  # a report is not training time
                 if stop.requested and not last:
                     with phase("saving"):
                         checkpoints.finish(step, current, records.position(step, batches.get_state()), STOP_PATIENCE)
                     raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
+            if not over:
+                self._say_what_waits(batches.get_state()["waiting"])
         return current.params
+
+    def _say_what_waits(self, waiting: list) -> None:
+        """Of a stage that is counted in steps: what it has read and not trained. Behind epochs nothing waits."""
+        if waiting:
+            text = sum(not plan.Measured(*measured).crops for measured in waiting)
+            log.info(
+                "%s: %d records (%d of text alone) were read and wait for a step behind the last; they are not trained",
+                *(self.stage.name, len(waiting), text),
+            )
 
     def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:

@@ -63,7 +63,7 @@ def main() -> int:
         model = tiny(latent_counts=(1, 4), **{"llm.vocab_size": 640})
         stage = StageConfig(
             "soak", str(folder / "shards"), max_length=400, max_question_length=80, max_rounds=12, batch_size=64,
-            packing=True,
+            packing=True, steps=1 << 30,
         )  # fmt: skip
         config = RunConfig(model=model, stages=(stage,), tokenizer="", loader_threads=4)
         source = pipeline.open_source(config, stage)

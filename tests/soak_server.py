@@ -24,7 +24,7 @@ LATE = 30.0  # seconds beyond --drain_seconds within which the process must be g
 def stop_with_streams(lab: Lab, scale: float = 1.0) -> str:
     """With time enough, with too little, and with callers who would keep the server for ever."""
     # Weights that were never trained: their answers do not end by themselves.
-    checkpoint = lab.reference("untrained", changes="steps=1,learning_rate=0.0")
+    checkpoint = lab.reference("untrained", changes="steps=1,warmup_ratio=0.0,learning_rate=1e-30")
     with _server(lab, checkpoint, drain=120) as (process, port):
         streams = [_Stream(port, 600) for _ in range(STREAMS)]
         seconds, refused = _stop(process, port, streams)

@@ -41,6 +41,21 @@ def processes(folder, monkeypatch, *held_and_gaps):
     return checks
 
 
+@pytest.mark.parametrize(("gaps", "left"), [((CUT, GONE), True), ((CUT, GONE, CUT, CUT), False)])
+def test_a_stage_that_ends_without_a_usable_record_says_so(tmp_path, gaps, left):
+    """Behind its last step, however many may be bad."""
+    check = InputCheck(RunConfig(tiny(), (STAGE,), "", max_bad_records=1.0), STAGE, 4, tmp_path)
+    counts = Counts(seen=4, bad=Counter(gap.reason for gap in gaps))
+    check.note(1, Fed(None, 4 - len(gaps), gaps, len(gaps), 7), counts)
+    last = Fed(None, 4 - len(gaps), gaps, len(gaps), 7, last=True)
+    check = InputCheck(RunConfig(tiny(), (STAGE,), "", max_bad_records=1.0), STAGE, 4, tmp_path)
+    if left:
+        check.note(1, last, counts)
+    else:
+        with pytest.raises(UserError, match=r"None of the 4 records of d.json can be used any more \(the last: .*cut"):
+            check.note(1, last, counts)
+
+
 def test_gaps_of_all_rows_are_summed(tmp_path, monkeypatch):
     for check in processes(tmp_path, monkeypatch, ((0,), [CUT]), ((1,), [CUT, GONE])):
         assert check.agree(1).bad == {"bad_image": 2, "missing_image": 1}

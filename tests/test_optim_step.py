@@ -49,6 +49,32 @@ def test_schedule_begins_at_0_peaks_after_the_warm_up_and_ends_at_0():
     assert float(optim.cosine(7, 100, 0.07)) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "words"),
+    [
+        ({}, 1, "it has 1 step, and the warm-up begins at a learning rate of 0; raise its epochs or steps, lower "
+                "batch_size=4, or set warmup_ratio=0"),
+        ({"freeze": (".",)}, 9, r"freeze=\['.'\] matches all of them"),
+        ({"learning_rate": 0.0}, 9, "learning_rate is 0 for all that are not frozen"),
+        ({"learning_rate": 1e-60}, 9, "learning_rate is 0 for all that are not frozen"),
+        ({"freeze": ("^llm/",), "learning_rate": 0.0, "learning_rate_by_path": {"^llm/": 1.0}}, 9, "rate is 0"),
+        ({"learning_rate": 0.0, "learning_rate_by_path": {"^llm/": 1.0}}, 9, None),
+        ({"freeze": ("^vision/",)}, 9, None),
+        ({}, 2, None),
+        ({"warmup_ratio": 0.0}, 1, None),
+    ],
+)  # fmt: skip
+def test_a_stage_that_would_change_nothing_is_refused(changes, steps, words):
+    stage = StageConfig("s", "d", **{"batch_size": 4, "warmup_ratio": 0.03, **changes})
+    if words is None:
+        optim.check_changes_parameters(stage, steps, params(CONFIG))
+        rates = [optim.learning_rates(stage, step, steps) for step in range(steps)]
+        assert any(rate > 0 for of_step in rates for rate in of_step.values())
+    else:
+        with pytest.raises(UserError, match=f"stage 's' would change no parameter: .*{words}"):
+            optim.check_changes_parameters(stage, steps, params(CONFIG))
+
+
 # Labels.
 
 

@@ -36,10 +36,10 @@ def data(tmp_path_factory):
 
 
 def configured(data, **changes):
-    """One stage of four steps and two saves, with one program."""
+    """One stage of four steps, which are an epoch, and two saves, with one program."""
     config = tiny_run.get_config(f"{data},survival")
     config.stages = config.stages[:1]
-    config.stages[0]["steps"] = 4
+    config.stages[0]["steps"] = 0
     config.update({"checkpoint_every": 2, "validation_data": "", "sample_answers": 0, **changes})
     return from_dict(RunConfig, config.to_dict())
 
@@ -111,7 +111,7 @@ def reports_of(data, preset, validation="validation.json", folder="", **stage):
     tokenizer = load_tokenizer(f"{data}/tokenizer")
     measured = measure(config, stage, open_data(config), tokenizer)
     made = (sharding.make_mesh(), tokenizer, measured)
-    return Reports(config, stage, 4, *made, Fusion(model), Written(data), SimpleNamespace(requested=False))
+    return Reports(config, stage, *made, Fusion(model), Written(data), SimpleNamespace(requested=False))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,8 @@ STATES = {
     "a count that is a list": lambda state: {**state, "counts": {**state["counts"], "seen": []}},
     "an unknown count": lambda state: {**state, "counts": {**state["counts"], "more": 1}},
     "reasons that are a list": lambda state: {**state, "counts": {**state["counts"], "bad": [1]}},
-    "a record that is none": lambda state: {**state, "waiting": [[10**9, 10, 1, 1]]},
+    "a record that is none": lambda state: {**state, "waiting": [[-1, 10, 1, 1]]},
+    "a record longer than a row": lambda state: {**state, "waiting": [[3, 10**9, 1, 1]]},
     "waiting texts": lambda state: {**state, "waiting": ["x"]},
     "a list": lambda state: [state],
     "null": lambda state: None,

@@ -24,7 +24,7 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import packing, pipeline, tiles
 from fusion_jax.data.conversation import ANSWER_START, IMAGE
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out_rows, needs
-from fusion_jax.data.plan import Measured, Plan, Sizes, enough, plan
+from fusion_jax.data.plan import Measured, Queue, Sizes, pool
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord
@@ -203,46 +203,44 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """One planned step: its number from 0, l^2 (0 where its rows have none), the plan and its records by row."""
+    """One planned step: its number from 0, l^2 (0 where its rows have none), crops of a group, records by row."""
 
     number: int
     latents: int
-    plan: Plan
+    crops: int
     rows: list[list[Measured]]
 
 
 def planned_steps(opened: Opened, looked: Looked) -> Iterator[Step]:
-    """The steps of the run, from the first. Records that were not looked at are measured on the way.
+    """The steps of the run, from the first to the last. Records that were not looked at are measured on the way.
 
-    Ends only where nothing is usable.
+    Ends early where nothing is usable.
     """
-    spec, sizes, split = opened.loader.spec, opened.sizes, not opened.loader.spec.zero_image_for_text
+    stage, records = opened.stage, len(opened.source)
     known = {}
     for r in looked.records:
         takes = Measured(int(r["number"]), int(r["text"] + r["image"]), int(r["crops"]), int(r["latent_rounds"]))
         known[takes.number] = takes if r["good"] else None
-    waiting: list[Measured] = []
-    at = 0
-    for step in itertools.count():
+    queue, at = Queue.of(opened.loader.spec, opened.sizes), 0
+    while not stage.steps or queue.step < stage.steps:
         useless = 0
-        while not enough(waiting, sizes, opened.stage.batch_size, split):
+        while at < pipeline.records_to_read(stage, records) and not queue.enough():
             number, at = int(opened.order[at]), at + 1
             if number not in known:
                 measured = opened.loader.measure(number)
                 known[number] = None if isinstance(measured, BadRecord) else measured[0]
             if known[number] is not None:
-                waiting.append(known[number])
+                queue.add(known[number])
                 useless = 0
             else:
                 useless += 1
-                if useless > len(opened.source):
+                if useless > records:
                     return
-        latents = pipeline.draw_latent_count(opened.latent_counts, opened.seed, step)
-        found = plan(waiting, spec, sizes, latents, split)
-        taken = {i for row in found.rows for i in row}
-        rows = [[waiting[i] for i in row] for row in found.rows]
-        waiting = [measured for i, measured in enumerate(waiting) if i not in taken]
-        yield Step(step, latents if found.crops else 0, found, rows)
+        if not queue.waiting:
+            return
+        step, latents = queue.step, pipeline.draw_latent_count(opened.latent_counts, opened.seed, queue.step)
+        rows, crops = queue.take(latents)
+        yield Step(step, latents if crops else 0, crops, rows)
 
 
 def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
@@ -253,7 +251,7 @@ def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
         return None
     sizes, length = opened.sizes, opened.stage.max_length
     by_step = [[m.length + m.rounds * step.latents for row in step.rows for m in row] for step in steps]
-    in_crops = [(step.plan.crops * sizes.groups, sum(m.crops for row in step.rows for m in row)) for step in steps]
+    in_crops = [(step.crops * sizes.groups, sum(m.crops for row in step.rows for m in row)) for step in steps]
     slots, crops = (sum(column) for column in zip(*in_crops))
     return {
         "steps_planned": len(steps),
@@ -263,7 +261,7 @@ def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
         "crops_per_group": [min(sizes.crops.values()), max(sizes.crops.values())],
         "samples": sum(map(len, by_step)) / len(steps),
         "empty_rows": sum(not row for step in steps for row in step.rows) / len(steps),
-        "text_only_steps": sum(step.plan.crops == 0 for step in steps) / len(steps),
+        "text_only_steps": sum(step.crops == 0 for step in steps) / len(steps),
         "positions": sizes.rows * length,
         "filled_positions": sum(map(sum, by_step)) / (len(steps) * sizes.rows * length),
         "filled_crops": crops / slots if slots else None,
@@ -273,8 +271,7 @@ def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
 
 def _affordable(opened: Opened, usable: int) -> int:
     """Steps that can be planned from so many usable records."""
-    waiting = 4 * opened.stage.batch_size if opened.sizes.packing else 2 * opened.sizes.rows
-    return (usable - waiting) // opened.stage.batch_size
+    return int((usable - pool(opened.sizes)) / opened.sizes.samples)
 
 
 # Rows to look at.
@@ -304,7 +301,7 @@ def sample_rows(opened: Opened, looked: Looked, rows: int, steps: int = 3) -> li
         chosen = step.rows[: groups * min(share, per_group)]
         loaded = [[opened.loader.load(measured.number) for measured in row] for row in chosen]
         examples = [[made for made in row if isinstance(made, Example)] for row in loaded]
-        spec = dataclasses.replace(opened.loader.spec, crops=step.plan.crops)
+        spec = dataclasses.replace(opened.loader.spec, crops=step.crops)
         missing = [made for row in loaded for made in row if isinstance(made, BadRecord)]
         found.append(Rows(step.number, lay_out_rows(examples, spec, step.latents, groups), spec, examples, missing))
     return found
@@ -330,7 +327,7 @@ def summary(opened: Opened, looked: Looked) -> dict[str, Any]:
     in_all |= {**_bad_figures(looked, None), "share_of_flops": 1.0 if sum(costs) else None}
     per_sample = sum(costs) / sum(weights) if sum(weights) else None
     in_all["flops_per_sample"] = per_sample
-    steps = pipeline.stage_steps(stage, len(source))
+    steps = pipeline.stage_steps(stage, len(source), opened.sizes.samples)
     planned = step_statistics(opened, looked)
     if planned:
         planned |= {name: planned["samples"] * in_all[name]["mean"] for name in ("text", "supervised")}
@@ -341,7 +338,7 @@ def summary(opened: Opened, looked: Looked) -> dict[str, Any]:
         "max_length": stage.max_length,
         "batch_size": stage.batch_size,
         "steps": steps,
-        "epochs": steps * stage.batch_size / len(source),
+        "epochs": stage.steps * opened.sizes.samples / len(source) if stage.steps else stage.epochs,
         "latent_counts": list(opened.latent_counts),
         "looked_at": looked.sample,
         "images_decoded_of": sum(looked.decoded.values()),

@@ -3,22 +3,27 @@
     RecordSource -> shuffle (seed) -> repeat -> measure (threads) -> agree -> wait -> plan rows
                  -> load + encode (threads) -> lay out -> prefetch
 
+A stage that is counted in epochs reads every record once an epoch and ends once none waits: one epoch flows into the
+next, and the last step holds what is left. One that is counted in steps ends behind the last of them.
+
 Records are measured by their texts, and by the sizes in their images' headers where those matter, ahead of the images.
 Process 0 alone measures, and the others take what it measured: a file that one machine cannot read, or reads
 otherwise, must not change their plan. Each step draws l^2 from the seed and the step number and plans its rows from the
 records that wait (data/plan.py). That is the same in every process; each then reads the images of its own rows only.
 The state that a checkpoint keeps is the reader's, the step and the waiting list, and holds for any number of processes
-and threads.
+and threads. A run that goes on measures the waiting records anew: their file may have been repaired meanwhile.
 
 A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. One that cannot be measured
 is made up for by the next; one whose image turns out to be bad, which only its own process learns, or which takes other
 room than was planned, leaves its place empty.
 """
 
+import bisect
 import dataclasses
 import itertools
 import json
 import logging
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +36,9 @@ import numpy as np
 from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, image, sources, tiles
+from fusion_jax.data.conversation import LATENTS
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
-from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
+from fusion_jax.data.plan import FixedBatch, Measured, Queue, Sizes, a_crop_each, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -43,6 +49,7 @@ log = logging.getLogger("fusion_jax")
 _SAMPLE = 512  # records by which rows and crops of a batch are sized
 _MOST_SENT = 512  # measured records that process 0 sends at once
 _SENT_AHEAD = 8  # so many times before it waits for the others to have read them
+_MEASURED = (4, 5)  # numbers of a waiting record in a checkpoint; the oldest lack when it came
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
@@ -116,17 +123,47 @@ class ExampleMaker:
         Raises:
           BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
         """
-        example, turns, dropped = self.text(record), record.turns, 0
-        while True:
-            try:
-                check_fits(example, spec, latents)
-                return dataclasses.replace(example, dropped_rounds=dropped)
-            except BadRecord:
-                # A round is a question and its answer; a model's greeting may stand before the first.
-                if len(turns) < 4 or any(conversation.IMAGE_TAG in turn["value"] for turn in turns[-2:]):
-                    raise
-                turns, dropped = turns[:-2], dropped + 1
-                example = self.text(dataclasses.replace(record, turns=turns))
+        example = self.text(record)
+        try:
+            check_fits(example, spec, latents)
+            return example
+        except BadRecord:
+            dropped = self._rounds_too_many(example, record, spec, latents)
+            if not dropped:
+                raise
+        example = dataclasses.replace(self._without_last(record, dropped), dropped_rounds=dropped)
+        check_fits(example, spec, latents)
+        return example
+
+    def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
+        """How many last rounds must go for the conversation to fit; where it never does, how many may go.
+
+        Rounds are tokenized one behind the other, so what fewer of them take is known from the whole conversation. Only
+        their questions are tokenized as one text, whose tokens are counted anew for a few numbers of rounds.
+
+        Args:
+          example: `text` of the whole record.
+        """
+        ids, answer = example.input_ids, np.append(example.labels >= 0, False)
+        ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
+        # Never a round with an image. A round is a question and its answer; a model's greeting may stand before.
+        turns = record.turns[len(record.turns) - 2 * len(ends) :]
+        shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
+        least = max([1, *shown])
+        rounds = np.cumsum(ids == LATENTS)[ends - 1]
+        lengths = needs(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
+        kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
+
+        def asked(kept: int) -> int:
+            return len(self._without_last(record, len(ends) - kept).question_ids)
+
+        if kept > least and asked(kept) > spec.question_length:
+            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=asked) - 1
+        return len(ends) - max(kept, least)
+
+    def _without_last(self, record: Record, rounds: int) -> Example:
+        """`text` without so many last rounds."""
+        return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
 
     def with_crops(self, example: Example, record: Record) -> Example:
         """The example of `text` with the crops of the record's images. BadRecord as above."""
@@ -154,6 +191,8 @@ class Fed:
       bad: the bad records met since the step before. broken: how many of them, the last, left a gap in a row: this
         process alone knows of those.
       plan: checksum of this step's plan and all before it since the start; the same in every process.
+      done: how much of the stage came before, in steps: of those with as many samples as steps have on average, where
+        epochs are counted. last: the stage ends with this step.
     """
 
     batch: Batch
@@ -161,6 +200,8 @@ class Fed:
     bad: tuple[BadRecord, ...]
     broken: int
     plan: int
+    done: float = 0.0
+    last: bool = False
 
 
 @dataclass
@@ -230,13 +271,15 @@ class Loader:
         if isinstance(example, BadRecord):
             return example
         takes = needs(example, self.spec, 0)
-        if planned != (planned.number, takes.length, takes.crops, takes.rounds):
+        if planned[:4] != (planned.number, takes.length, takes.crops, takes.rounds):
             detail = "its text or an image has changed since it was measured, or differs from process 0's"
             return BadRecord("changed", example.where, detail)
         return example
 
     def measure(self, number: int) -> tuple[Measured, int] | BadRecord:
         """What the record takes, and how many last rounds it loses."""
+        if number >= len(self.source):
+            return BadRecord("changed", f"record {number}", f"the data have {len(self.source)} records by now")
         example = self.text(number)
         if isinstance(example, BadRecord):
             return example
@@ -331,22 +374,27 @@ class _Feeding:
     """What an iterator of batches needs to know.
 
     Attributes:
-      batch_size: samples of a step. allowed: share of bad records. groups: numbers of this process's groups.
+      allowed: share of bad records. groups: numbers of this process's groups. board: through which process 0 sends the
+        others what it has measured; None where each measures by itself.
     """
 
     loader: Loader
+    stage: StageConfig
     sizes: Sizes
-    batch_size: int
     latent_counts: tuple[int, ...]
     seed: int
     threads: int
     allowed: float
     groups: tuple[int, ...]
+    board: Board | None = None
 
     @property
-    def split(self) -> bool:
-        """Whether rows of text alone need no crop, so that they are better kept apart."""
-        return not self.loader.spec.zero_image_for_text
+    def records(self) -> int:
+        """How many the stage reads, a record counting once an epoch."""
+        return records_to_read(self.stage, len(self.loader.source))
+
+    def queue(self) -> Queue:
+        return Queue.of(self.loader.spec, self.sizes)
 
 
 class _Batches(grain.IterDataset):
@@ -363,25 +411,29 @@ class _Batches(grain.IterDataset):
 class _BatchIterator(grain.DatasetIterator):
     def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
-        self._feeding, self._step, self._plan = feeding, 0, 0
+        self._feeding, self._plan = feeding, 0
         self._counts = Counts()  # the same in every process
         self._broken: dict[str, int] = {}  # by reason, the gaps that this process has left since it started
-        self._waiting: list[Measured] = []  # oldest first
+        self._queue = feeding.queue()
+        self._restored = False  # the waiting records are to be measured anew
 
     def __next__(self) -> tuple[Fed, Counts]:
-        f = self._feeding
-        bad = self._read()
-        latents = draw_latent_count(f.latent_counts, f.seed, self._step)
-        self._step += 1
-        spec, sizes = f.loader.spec, f.sizes
-        step = plan(self._waiting, spec, sizes, latents, f.split)
-        latents = latents if step.crops else 0  # text alone: the same program whatever was drawn
-        rows = [[self._waiting[i] for i in row] for row in step.rows]
-        self._plan = zlib.crc32(json.dumps([latents, step.crops, rows]).encode(), self._plan)
-        taken = {i for row in step.rows for i in row}
-        self._waiting = [measured for i, measured in enumerate(self._waiting) if i not in taken]
+        f, queue = self._feeding, self._queue
+        if f.stage.steps and queue.step >= f.stage.steps:
+            raise StopIteration
+        bad = self._measure_again() + self._read(queue.enough)
+        if not queue.waiting and not bad:
+            raise StopIteration
+        latents, done = draw_latent_count(f.latent_counts, f.seed, queue.step), self._done()
+        rows, crops = queue.take(latents)
+        latents = latents if crops else 0  # text alone: the same program whatever was drawn
+        self._plan = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self._plan)
+        if not f.stage.steps:
+            bad += self._read(lambda: bool(queue.waiting))  # whether this is the last step depends on the next record
+        last = queue.step == f.stage.steps if f.stage.steps else not queue.waiting
 
-        own = [row for g in f.groups for row in rows[g * sizes.rows_per_group : (g + 1) * sizes.rows_per_group]]
+        per_group = f.sizes.rows_per_group
+        own = [row for g in f.groups for row in rows[g * per_group : (g + 1) * per_group]]
         with ThreadPoolExecutor(f.threads) as pool:
             loaded = [list(row) for row in [pool.map(f.loader.load_planned, row) for row in own]]
         broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
@@ -389,17 +441,22 @@ class _BatchIterator(grain.DatasetIterator):
             self._broken[element.reason] = self._broken.get(element.reason, 0) + 1
         # A record whose image turns out to be bad leaves a gap in its row.
         good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
-        spec = dataclasses.replace(spec, crops=step.crops)
-        batch = lay_out_rows(good, spec, latents, len(f.groups))
-        fed = Fed(batch, len(taken) - len(broken), tuple(bad + broken), len(broken), self._plan)
+        batch = lay_out_rows(good, dataclasses.replace(f.loader.spec, crops=crops), latents, len(f.groups))
+        samples = sum(map(len, rows)) - len(broken)
+        fed = Fed(batch, samples, tuple(bad + broken), len(broken), self._plan, done, last)
         return fed, self._counts.plus(self._broken)
 
-    def _read(self) -> list[BadRecord]:
-        """Reads until a step can be planned, or too many records have been bad. The bad ones. Nothing that differs
-        between processes may decide when it ends."""
+    def _done(self) -> float:
+        if self._feeding.stage.steps:
+            return self._queue.step
+        return (self._counts.seen - len(self._queue.waiting)) / self._feeding.sizes.samples
+
+    def _read(self, enough: Callable[[], bool]) -> list[BadRecord]:
+        """Reads until there is enough, all is read, or too many records have been bad. The bad ones. Nothing that
+        differs between processes may decide when it ends."""
         f, bad, in_row = self._feeding, [], 0
         records = len(f.loader.source)
-        while not enough(self._waiting, f.sizes, f.batch_size, f.split):
+        while self._counts.seen < f.records and not enough():
             element = next(self._parent)
             self._counts.seen += 1
             if isinstance(element, BadRecord):
@@ -411,26 +468,61 @@ class _BatchIterator(grain.DatasetIterator):
             else:
                 in_row = 0
                 measured, dropped = element
-                self._waiting.append(measured)
+                self._queue.add(measured)
                 self._counts.shortened += dropped > 0
                 self._counts.dropped_rounds += dropped
         return bad
 
+    def _measure_again(self) -> list[BadRecord]:
+        """The waiting records of a restored state as they are now, the same in every process; those that cannot be used
+        any more are taken out and returned."""
+        if not self._restored:
+            return []
+        self._restored = False
+        f, old, bad = self._feeding, self._queue.waiting, []
+        self._queue.waiting = []
+        for first in range(0, len(old), _MOST_SENT):
+            part = old[first : first + _MOST_SENT]
+            for before, element in zip(part, self._agreed(f"waiting/{self._queue.step}/{first}", part)):
+                if isinstance(element, BadRecord):
+                    bad.append(element)
+                    self._counts.add(element)
+                else:
+                    self._queue.waiting.append(element[0]._replace(arrived=before.arrived))
+        changed = len(set(old) - set(self._queue.waiting))
+        if changed:
+            what = f"{changed} of the {len(old)} records that were read and waited for their step have changed since"
+            log.warning("%s: %s, %d of them beyond use; they are taken as they are now", f.stage.name, what, len(bad))
+        return bad
+
+    def _agreed(self, name: str, waiting: Sequence[Measured]) -> list[tuple[Measured, int] | BadRecord]:
+        """What process 0 measures."""
+        f = self._feeding
+        if f.board is not None and not f.board.first:
+            return [_from_json(element) for element in json.loads(f.board.receive(name))]
+        with ThreadPoolExecutor(f.threads) as pool:
+            measured = list(pool.map(f.loader.measure, [one.number for one in waiting]))
+        if f.board is not None:
+            f.board.send(name, json.dumps([_to_json(element) for element in measured]))
+        return measured
+
     def get_state(self):
-        waiting = [list(measured) for measured in self._waiting]
+        waiting = [list(measured) for measured in self._queue.waiting]
         counts = dataclasses.asdict(self._counts.plus(self._broken))
-        return {"parent": self._parent.get_state(), "step": self._step, "counts": counts, "waiting": waiting}
+        return {"parent": self._parent.get_state(), "step": self._queue.step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
         """Goes on where `get_state` was called. ValueError where it is no state of such an iterator."""
-        _check_state(state, len(self._feeding.loader.source), self._feeding.loader.spec.length)
+        _check_state(state, self._feeding.loader.spec.length)
         self._parent.set_state(state["parent"])
-        self._step, self._counts, self._broken = state["step"], Counts(**state["counts"]), {}
-        self._waiting = [Measured(*measured) for measured in state["waiting"]]
+        self._counts, self._broken = Counts(**state["counts"]), {}
+        self._queue = self._feeding.queue()
+        self._queue.step, self._queue.waiting = state["step"], [Measured(*measured) for measured in state["waiting"]]
+        self._restored = True
 
 
-def _check_state(state, records: int, length: int) -> None:
-    """ValueError where that is no state of an iterator over so many records whose rows are so long."""
+def _check_state(state, length: int) -> None:
+    """ValueError where that is no state of an iterator whose rows are so long."""
 
     def whole(*numbers) -> bool:
         return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
@@ -447,8 +539,8 @@ def _check_state(state, records: int, length: int) -> None:
     if not whole(state["step"], state["parent"]["next_index"], *numbers):
         raise ValueError("the state of the input has a count that is no whole number")
     for measured in state["waiting"]:
-        fits = isinstance(measured, list) and len(measured) == len(Measured._fields) and whole(*measured)
-        if not fits or not (measured[0] < records and measured[1] <= length):
+        fits = isinstance(measured, list) and len(measured) in _MEASURED and whole(*measured)
+        if not fits or not measured[1] <= length:
             raise ValueError(f"the state of the input lets {measured!r:.80} wait, which is no record's")
 
 
@@ -498,9 +590,22 @@ def stage_seed(config: RunConfig, stage: StageConfig) -> int:
     return (config.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31
 
 
-def stage_steps(stage: StageConfig, records: int) -> int:
-    """Optimizer steps of a stage."""
-    return stage.steps or max(1, records * stage.epochs // stage.batch_size)
+def stage_steps(stage: StageConfig, records: int, samples: float) -> int:
+    """Optimizer steps of a stage over so many records: `steps`, or as many as hold every record once an epoch, the last
+    of which may hold fewer than the others. An estimate where steps hold so many `samples` on average (`Sizes`)."""
+    return stage.steps or math.ceil(records * stage.epochs / samples)
+
+
+def records_to_read(stage: StageConfig, records: int) -> int | float:
+    """Records that a stage reads, a record counting once an epoch; without end where steps are counted."""
+    return math.inf if stage.steps else records * stage.epochs
+
+
+def stage_is_over(stage: StageConfig, records: int, state: dict) -> bool:
+    """Whether a state of `training_batches`, over so many records, is that behind the stage's last step."""
+    if stage.steps:
+        return state["step"] >= stage.steps
+    return state["counts"]["seen"] >= records_to_read(stage, records) and not state["waiting"]
 
 
 def training_batches(
@@ -511,18 +616,20 @@ def training_batches(
     shards: int = 1,
     held: Sequence[int] | None = None,
     board: Board | None = None,
+    sizes: Sizes | None = None,
 ) -> grain.DatasetIterator:
-    """Endless iterator of (Fed, Counts); its state says exactly which batch comes next.
+    """Iterator of the stage's (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
       shards: parts that the rows of a microbatch are sharded into: those of the mesh.
       held: numbers of the shards whose rows the batches hold, ascending; by default all.
       board: a new one, through which process 0 sends the others what it has measured; without one each measures by
         itself.
+      sizes: the same in every process; by default `stage_sizes`, measured here.
     """
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
-    sizes = _agreed_sizes(board, lambda: stage_sizes(config, stage, loader, shards))
+    sizes = sizes or stage_sizes(config, stage, loader, shards)
     fewest, most = (sizes.groups * pick(sizes.crops.values()) for pick in (min, max))
     if sizes.packing or fewest != sizes.rows:
         crops = f"{fewest} to {most}" if fewest < most else str(most)
@@ -531,43 +638,33 @@ def training_batches(
     if sizes.samples > 1.1 * stage.batch_size:
         log.warning(
             "%s: steps hold %.0f samples, not batch_size=%d, because each of %d devices and microbatches has as many "
-            "rows; set batch_size=%.0f, by which steps are counted, or let fewer share the rows (mesh, accumulation)",
-            *(stage.name, sizes.samples, stage.batch_size, sizes.groups, sizes.samples),
+            "rows, so that an epoch has fewer steps; let fewer share the rows (mesh, accumulation) for smaller batches",
+            *(stage.name, sizes.samples, stage.batch_size, sizes.groups),
         )
     feeding = _Feeding(
         loader,
+        stage,
         sizes,
-        stage.batch_size,
         _latent_counts(config.model),
         seed,
         config.loader_threads,
         config.max_bad_records,
         _groups_of(range(shards) if held is None else held, sizes.groups // shards),
+        board,
     )
     order = record_order(len(source), seed)
     # Ahead of the step: enough measured records for two batches, then two finished batches.
-    reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * stage.batch_size)
+    samples = math.ceil(sizes.samples)
+    reading = grain.ReadOptions(num_threads=config.loader_threads, prefetch_buffer_size=2 * samples)
     measured = order.map(_Measure(loader)).to_iter_dataset(reading)
     if board is not None:
-        measured = _Agreed(measured, board, min(stage.batch_size, _MOST_SENT))
+        measured = _Agreed(measured, board, min(samples, _MOST_SENT))
     return iter(grain.experimental.ThreadPrefetchIterDataset(_Batches(measured, feeding), prefetch_buffer_size=2))
 
 
 def _groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
     """Numbers of the groups, or rows, that lie on some shards."""
     return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
-
-
-def _agreed_sizes(board: Board | None, measure: Callable[[], Sizes]) -> Sizes:
-    """The sizes that process 0 finds."""
-    if board is None:
-        return measure()
-    if board.first:
-        sizes = measure()
-        board.send("sizes", json.dumps(dataclasses.asdict(sizes)))
-        return sizes
-    said = json.loads(board.receive("sizes"))
-    return Sizes(**said | {"crops": {int(latents): crops for latents, crops in said["crops"].items()}})
 
 
 def _latent_counts(model: FusionConfig) -> tuple[int, ...]:

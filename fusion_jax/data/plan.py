@@ -4,14 +4,26 @@
     units     what becomes a row: one record, or with packing the records of a best fit
     groups    rows of one device and microbatch; they share a table of K crops, so units are dealt by crops too
 
-Everything is a function of the waiting records and l^2, so that every process draws the same plan and reads only the
-images of its own groups.
+Everything is a function of the waiting records, the step's number and l^2, so that every process draws the same plan
+and reads only the images of its own groups.
+
+Without packing, rows of text alone and rows with images go into steps of their own kind where there are enough of it. A
+record that has waited for `PATIENCE` steps waits no longer, nor does any once all are read; here a step has two rows,
+t is text alone, i has an image:
+
+    step    waiting, oldest first       goes
+    0       i i                         i i
+    1       t i i                       i i         the text waits for another one
+    ...
+    5       t i i                       t i         it has waited long enough: a step of both kinds
+
+With packing, rows that are nearly full go first, but for those of a record that has waited for `PATIENCE_PACKED` steps.
 """
 
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +32,21 @@ from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.layout import LayoutSpec
 
-# Batches of samples to choose from when rows are packed; twice a batch where only the crops have to work out.
+# Steps' worth of records to choose from when rows are packed, and where only the crops have to work out.
 WAITING_PACKED, WAITING = 4, 2
+# Steps that a record waits for others of its kind; with packing, for others that fill its row.
+PATIENCE, PATIENCE_PACKED = 4, 8
 
 
 class Measured(NamedTuple):
-    """What a record takes: its number, positions without latents, crops and rounds with latents."""
+    """What a record takes: its number, positions without latents, crops and rounds with latents; and the step, from 0,
+    before which it was read."""
 
     number: int
     length: int
     crops: int
     rounds: int
+    arrived: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,33 +82,87 @@ def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: 
     return packing.preferred(packing.best_fit(lengths, spec.length, others), lengths, spec.length)
 
 
-def enough(waiting: Sequence[Measured], sizes: Sizes, batch_size: int, split: bool) -> bool:
-    """Whether a step can be planned. `split`: rows of text alone are kept apart from rows with images."""
+def pool(sizes: Sizes) -> float:
+    """Records of which a step's are chosen, where it matters which of them share a row or its crops."""
     if sizes.packing:
-        return len(waiting) >= WAITING_PACKED * batch_size
-    pictured = sum(m.crops > 0 for m in waiting)
-    most = sizes.rows_per_group * max((m.crops for m in waiting), default=0)
-    wanted = sizes.rows if min(sizes.crops.values()) >= most else WAITING * sizes.rows
-    return max(pictured, len(waiting) - pictured) >= wanted if split else len(waiting) >= wanted
+        return WAITING_PACKED * sizes.samples
+    return WAITING * sizes.rows
 
 
-def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int, split: bool) -> Plan:
-    """The rows of one step, the record that has waited longest among them. Rows may stay empty where nothing fits.
+def enough(waiting: Sequence[Measured], sizes: Sizes, split: bool, step: int = 0) -> bool:
+    """Whether a step can be planned without reading on.
 
     Args:
-      latents: l^2. split: see `enough`; rows of text alone then go together and cost no encoder.
+      split: rows of text alone are kept apart from rows with images. step: its number, from 0.
     """
-    found, crops = units(waiting, spec, sizes, latents), sizes.crops[latents]
+    if sizes.packing:
+        return len(waiting) >= pool(sizes)
+    pictured = sum(m.crops > 0 for m in waiting)
+    most = sizes.rows_per_group * max((m.crops for m in waiting), default=0)
+    wanted = sizes.rows if min(sizes.crops.values()) >= most else pool(sizes)
+    if split and not _late(waiting, step):
+        return max(pictured, len(waiting) - pictured) >= wanted
+    return len(waiting) >= wanted
+
+
+def _late(waiting: Sequence[Measured], step: int) -> bool:
+    return bool(waiting) and step - waiting[0].arrived >= PATIENCE
+
+
+def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int, split: bool, step: int = 0) -> Plan:
+    """The rows of one step, the record that has waited longest among them unless a step of the other kind is full.
+    Rows may stay empty where nothing fits, or too few records wait.
+
+    Args:
+      latents: l^2. split, step: see `enough`; a step of text alone costs no encoder.
+    """
+    ready, crops = units(waiting, spec, sizes, latents), sizes.crops[latents]
+    if sizes.packing:
+        ready.sort(key=lambda unit: all(step - waiting[i].arrived < PATIENCE_PACKED for i in unit))
     if split and not sizes.packing:
-        text = [unit for unit in found if waiting[unit[0]].crops == 0]
-        pictured = [unit for unit in found if waiting[unit[0]].crops > 0]
-        text_first = bool(text) and (not pictured or text[0][0] < pictured[0][0])
-        full = [len(kind) >= sizes.rows for kind in (text, pictured)]
-        if full[0] if full[0] != full[1] else text_first:
-            found, crops = text, 0
+        text = [unit for unit in ready if waiting[unit[0]].crops == 0]
+        pictured = [unit for unit in ready if waiting[unit[0]].crops > 0]
+        oldest, other = (text, pictured) if text and text[0] == ready[0] else (pictured, text)
+        if len(oldest) >= sizes.rows:
+            ready = oldest
+        elif len(other) >= sizes.rows and not _late(waiting, step):
+            ready = other
         else:
-            found = pictured
-    return Plan(deal(found, [sum(waiting[i].crops for i in unit) for unit in found], sizes, crops), crops)
+            ready = oldest + other
+        if all(waiting[unit[0]].crops == 0 for unit in ready):
+            crops = 0
+    return Plan(deal(ready, [sum(waiting[i].crops for i in unit) for unit in ready], sizes, crops), crops)
+
+
+@dataclass
+class Queue:
+    """Measured records that wait for their step, oldest first, and the number of the next step, from 0."""
+
+    spec: LayoutSpec
+    sizes: Sizes
+    split: bool
+    waiting: list[Measured] = field(default_factory=list)
+    step: int = 0
+
+    @classmethod
+    def of(cls, spec: LayoutSpec, sizes: Sizes) -> "Queue":
+        """An empty one. Rows of text alone are kept apart where the model has no crop for them."""
+        return cls(spec, sizes, split=not spec.zero_image_for_text)
+
+    def add(self, measured: Measured) -> None:
+        self.waiting.append(measured._replace(arrived=self.step))
+
+    def enough(self) -> bool:
+        return enough(self.waiting, self.sizes, self.split, self.step)
+
+    def take(self, latents: int) -> tuple[list[list[Measured]], int]:
+        """The records of every row of the next step, which no longer wait, and K."""
+        planned = plan(self.waiting, self.spec, self.sizes, latents, self.split, self.step)
+        rows = [[self.waiting[i] for i in row] for row in planned.rows]
+        taken = {i for row in planned.rows for i in row}
+        self.waiting = [measured for i, measured in enumerate(self.waiting) if i not in taken]
+        self.step += 1
+        return rows, planned.crops
 
 
 def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
@@ -208,9 +278,10 @@ def size_batches(
         return Sizes(batch_size, groups, crops, False, batch_size)
     in_all = sum(m.crops for m in sample)
     free = Sizes(1, 1, dict.fromkeys(latent_counts, max(most_crops, in_all)), True, len(sample))
-    found = {latents: len(units(sample, spec, free, latents)) for latents in latent_counts}
-    wanted = np.mean(list(found.values())) / max(len(sample), 1) * batch_size
+    needed = {latents: len(units(sample, spec, free, latents)) for latents in latent_counts}  # rows for the sample
+    wanted = np.mean(list(needed.values())) / max(len(sample), 1) * batch_size
     rows = max(math.ceil(wanted / groups), 1)
-    means = {latents: rows * in_all / max(count, 1) for latents, count in found.items()}
+    means = {latents: rows * in_all / max(count, 1) for latents, count in needed.items()}
     crops = {latents: max(math.ceil(1.06 * mean), most_crops) for latents, mean in means.items()}
-    return Sizes(rows * groups, groups, crops, True, batch_size * rows * groups / (wanted or rows * groups))
+    samples = np.mean([rows * groups * len(sample) / max(count, 1) for count in needed.values()])
+    return Sizes(rows * groups, groups, crops, True, float(samples) or batch_size)

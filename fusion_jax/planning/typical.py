@@ -6,6 +6,7 @@ by the code that trains (`data.plan`). Planning needs the arrays' shapes alone.
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, LayoutSpec
 from fusion_jax.data.packing import Mix
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, size_batches
+from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, pool, size_batches
 from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig
 
@@ -167,6 +168,9 @@ def _rows(
         f"stage {stage.name!r}: {sizes.rows} rows in {stage.accumulation} microbatch(es) do not divide over the "
         f"{shards} devices that share rows; change batch_size, accumulation or the mesh.",
     )
+    if sizes.samples > 1.1 * stage.batch_size:  # so many devices that a step holds more: it is chosen from more
+        waiting = draw(model, stage, spec, math.ceil(pool(sizes)))
+        measured = [sample.measured for sample in waiting]
     planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
     chosen = [[waiting[i] for i in row] for row in planned.rows]
     spec = dataclasses.replace(spec, crops=planned.crops)

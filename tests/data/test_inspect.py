@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 def configured(folder, preset="paper", model=(), stage=(), **changes):
     model = tiny(preset, latent_counts=(1, 4), **{"llm.vocab_size": 640, **dict(model)})
-    sizes = {"max_length": 240, "max_question_length": 80, "max_rounds": 2, "batch_size": 4, **dict(stage)}
+    sizes = {"max_length": 240, "max_question_length": 80, "max_rounds": 2, "batch_size": 4, "steps": 9, **dict(stage)}
     stage = StageConfig("one", str(folder / "m.yaml"), **sizes)
     return RunConfig(
         model, (stage,), str(folder / "tokenizer"), seed=3, loader_threads=2, max_bad_records=1.0, **changes
@@ -200,6 +200,18 @@ def test_steps_are_those_of_training(case):
                 used = int((some.batch.crop_kind[0] != NO_CROP).sum())
                 whole, value = whole[:, :used], value[:, :used]
             np.testing.assert_array_equal(value, whole, err_msg=name)
+
+
+def test_steps_end_where_those_of_training_do(folder):
+    """Behind an epoch, of which the last step holds what is left."""
+    opened, looked = opened_and_looked(configured(folder, stage={"steps": 0, "batch_size": 4}), images=0)
+    steps = list(inspect_numbers.planned_steps(opened, looked))
+    feds = trained(opened, 100)
+    assert [len(step.rows) for step in steps] == [4, 4, 4] and feds[-1].last
+    assert [sum(map(len, step.rows)) for step in steps] == [4, 4, 1]  # of 12 records three are bad by their texts
+    assert [sum(map(len, step.rows)) for step in steps] == [fed.samples + fed.broken for fed in feds]
+    got = inspect_numbers.summary(opened, looked)
+    assert (got["steps"], got["epochs"], got["step"]["steps_planned"]) == (3, 1, 2)
 
 
 def test_step_figures_are_those_of_the_batches(case):

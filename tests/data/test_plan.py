@@ -7,7 +7,7 @@ from fixtures import tiny
 from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.data.plan import Measured, Sizes, deal, enough, plan, plan_all, size_batches
+from fusion_jax.data.plan import Measured, Plan, Sizes, deal, enough, plan, plan_all, size_batches
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
 
@@ -26,8 +26,8 @@ def test_units_go_where_the_crops_left_are_like_theirs():
 
 def test_rows_of_text_alone_go_together():
     sizes, waiting = Sizes(2, 2, {4: 1}, False, 2), records(1, 0, 1, 0, 0)
-    assert enough(waiting[:3], sizes, 2, split=True) and not enough(waiting[:2], sizes, 2, split=True)
-    assert enough(waiting[:2], sizes, 2, split=False)
+    assert enough(waiting[:3], sizes, split=True) and not enough(waiting[:2], sizes, split=True)
+    assert enough(waiting[:2], sizes, split=False)
     first = plan(waiting[:3], SPEC, sizes, 4, split=True)
     assert (first.rows, first.crops) == ([[0], [2]], 1)
     # Both kinds fill a step: the oldest record goes.
@@ -36,13 +36,59 @@ def test_rows_of_text_alone_go_together():
     assert plan(waiting[:2], SPEC, sizes, 4, split=False).rows == [[0], [1]]
 
 
+def test_units_go_where_the_crops_suit_and_not_where_there_is_room_first():
+    sizes = Sizes(rows=4, groups=2, crops={4: 5}, packing=False, samples=4)
+    # First fit would put both light ones together, and no group would have room for the second heavy one.
+    assert deal([[0], [1], [2], [3]], [1, 1, 4, 4], sizes, 5) == [[0], [2], [1], [3]]
+    sizes = Sizes(rows=6, groups=3, crops={4: 6}, packing=True, samples=6)
+    units_ = [[0, 1], [2], [3], [4, 5], [6], [7]]
+    assert deal(units_, [1, 2, 3, 3, 4, 5], sizes, 6) == [[0, 1], [7], [2], [6], [3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "crops", "wanted"),
+    [
+        (Sizes(3, 1, {4: 10, 16: 8}, True, 10.0), 1, 40),  # packed rows: of four steps' records the best are chosen
+        (Sizes(8, 1, {4: 10}, True, 21.3), 0, 86),  # as many as a step holds, whatever batch_size says
+        (Sizes(4, 2, {4: 5}, False, 4), 3, 8),  # crops have to work out: of two
+        (Sizes(4, 2, {4: 6}, False, 4), 3, 4),  # whatever comes fits
+        (Sizes(4, 4, {4: 1}, False, 4), 1, 4),
+        (Sizes(4, 4, {4: 1}, False, 4), 0, 4),
+    ],
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_a_step_is_chosen_from_as_many_records_as_it_needs_and_no_more(sizes, crops, wanted, split):
+    waiting = records(*[crops] * wanted)
+    assert enough(waiting, sizes, split) and not enough(waiting[:-1], sizes, split)
+
+
+def test_a_record_waits_for_four_steps_and_no_longer():
+    sizes = Sizes(4, 4, {4: 1}, False, 4)
+    for text, image in ((0, 1), (1, 0)):
+        waiting = [Measured(9, 30, text, 1, arrived=2), *(m._replace(arrived=5) for m in records(*[image] * 5))]
+        assert not enough(waiting[:4], sizes, True, 5) and enough(waiting[:4], sizes, True, 6)
+        assert not enough(waiting[:3], sizes, True, 6)
+        assert plan(waiting, SPEC, sizes, 4, True, 5).rows == [[1], [2], [3], [4]]
+        assert plan(waiting, SPEC, sizes, 4, True, 6) == Plan([[0], [1], [2], [3]], 1)
+    # Without more to read a step is what is there.
+    assert plan(records(0, 1), SPEC, sizes, 4, True) == Plan([[0], [1], [], []], 1)
+    assert plan(records(0, 0), SPEC, sizes, 4, True) == Plan([[0], [1], [], []], 0)
+
+
+def test_a_row_that_stays_poor_waits_for_eight_steps_and_no_longer():
+    sizes = Sizes(2, 1, {4: 9}, True, 2)
+    waiting = [Measured(i, length, 1, 1, min(3 + i // 2, 5)) for i, length in enumerate((92, 60, 92, 92))]
+    assert plan(waiting, SPEC, sizes, 4, True, 10).rows == [[0], [2]]  # nearly full ones behind the oldest
+    assert plan(waiting, SPEC, sizes, 4, True, 11).rows == [[0], [1]]
+
+
 def test_no_record_waits_for_ever():
     rng = np.random.default_rng(0)
     for packed, split in ((False, True), (False, False), (True, True)):
         sizes = Sizes(rows=4, groups=2, crops={4: 6}, packing=packed, samples=8)
         waiting, number, waited, taken = [], 0, {}, set()
         for _ in range(200):
-            while not enough(waiting, sizes, 8, split):
+            while not enough(waiting, sizes, split):
                 waiting.append(Measured(number, int(rng.integers(5, 90)), int(rng.choice([0, 1, 1, 2, 5])), 1))
                 number += 1
             step = plan(waiting, SPEC, sizes, 4, split)
@@ -82,7 +128,7 @@ def test_published_mix_fills_rows_and_crops(groups, slots_at_least, crops_at_lea
     assert sizes.rows % groups == 0 and 16 <= sizes.rows <= 32
     waiting, number, slots, crops, samples = [], 512, [], [], []
     for latents in packing.LATENT_COUNTS * 8:
-        while not enough(waiting, sizes, 64, True):
+        while not enough(waiting, sizes, True):
             waiting.append(record(number))
             number += 1
         step = plan(waiting, spec, sizes, latents, True)
@@ -135,3 +181,11 @@ def test_sizes_of_unpacked_batches():
     assert mixed.rows == 8 and 14 < mixed.crops[4] < 19
     assert size_batches(records(1, 2, 4), SPEC, 8, 8, (4,), 6, False).crops == {4: 6}  # the largest must have room
     assert size_batches([], SPEC, 8, 2, (), 1, True) == Sizes(2, 2, {0: 1}, True, 8)
+
+
+def test_sizes_of_packed_batches_say_what_a_step_holds():
+    sample = records(*[1] * 120, length=20)
+    few = size_batches(sample, SPEC, 8, 1, (4, 13), 1, True)  # of 100 positions, 24 or 33 a record: four or three
+    assert (few.rows, few.samples) == (3, 3 * (4 + 3) / 2)
+    many = size_batches(sample, SPEC, 8, 16, (4, 13), 1, True)  # a row each at least
+    assert (many.rows, many.samples) == (16, 16 * (4 + 3) / 2)

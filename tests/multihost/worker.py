@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from fusion_jax import board, checkpoint, cli, distributed, ending, errors, input_check, reports, state
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline, sources
+from fusion_jax.data import pipeline, plan, sources
 from fusion_jax.data.tokenizer import load_tokenizer
 
 STEPS = 6
@@ -23,7 +23,7 @@ STEPS = 6
 
 def configured(folder: Path, packing: bool) -> tuple[RunConfig, StageConfig]:
     model = tiny(tile_grids=((1, 2), (2, 1), (2, 2)), tile_tokens=4, **{"llm.vocab_size": 640})
-    sizes = {"max_length": 200, "max_question_length": 40, "max_rounds": 8, "batch_size": 8}
+    sizes = {"max_length": 200, "max_question_length": 40, "max_rounds": 8, "batch_size": 8, "steps": 100}
     stage = StageConfig("packed" if packing else "one_a_row", str(folder / "data.json"), packing=packing, **sizes)
     return RunConfig(model, (stage,), "", loader_threads=2, max_bad_records=0.2), stage
 
@@ -35,7 +35,8 @@ def feed(folder: Path, process: int, packing: bool):
     input_check.check_same_data(f"stage {stage.name!r}", source.describe())
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = board.open_board(f"fusion_jax/input/{stage.name}")
-    batches = pipeline.training_batches(config, stage, source, tokenizer, 2, (process,), texts)
+    sizes = input_check.agreed_sizes(config, stage, source, tokenizer, 2)
+    batches = pipeline.training_batches(config, stage, source, tokenizer, 2, (process,), texts, sizes)
     (folder / f"out{process}").mkdir(exist_ok=True)
     check = input_check.InputCheck(config, stage, len(source), folder / f"out{process}", (process,))
     return batches, check, texts
@@ -47,19 +48,19 @@ def plans(folder: Path, process: int) -> None:
     for packing in (True, False):
         batches, check, texts = feed(folder, process, packing)
         steps, planned, fed_numbers = [], [], []
-        real, load = pipeline.plan, pipeline.Loader.load
+        real, load = plan.Queue.take, pipeline.Loader.load
 
-        def plan(waiting, *rest, real=real, planned=planned):
-            step = real(waiting, *rest)
-            planned.append([[waiting[i].number for i in row] for row in step.rows])
-            return step
+        def take(self, latents, real=real, planned=planned):
+            rows, crops = real(self, latents)
+            planned.append([[measured.number for measured in row] for row in rows])
+            return rows, crops
 
         def loaded(self, number, load=load, fed_numbers=fed_numbers):
             example = load(self, number)
             fed_numbers.append((number, isinstance(example, errors.BadRecord)))
             return example
 
-        pipeline.plan, pipeline.Loader.load = plan, loaded
+        plan.Queue.take, pipeline.Loader.load = take, loaded
         for step in range(1, STEPS + 1):
             fed, counts = next(batches)
             check.note(step, fed, counts)
@@ -67,7 +68,7 @@ def plans(folder: Path, process: int) -> None:
         state_then = check.position(STEPS, batches.get_state())
         texts.close()
         batches.close()
-        pipeline.plan, pipeline.Loader.load = real, load
+        plan.Queue.take, pipeline.Loader.load = real, load
         wrote["packed" if packing else "one_a_row"] = {
             "steps": steps, "planned": planned[:STEPS], "fed": fed_numbers, "state": state_then,
         }  # fmt: skip
@@ -126,7 +127,7 @@ def report(folder: Path, process: int) -> None:
     """A report that fails in one process, once behind the collectives and once in the middle."""
     reports._FAILED_PATIENCE = 2.0
     config, stage = configured(folder, False)
-    one = reports.Reports(config, stage, 9, None, None, None, None, None, None)
+    one = reports.Reports(config, stage, None, None, None, None, None, None)
     with one._survived(1, "validation"):
         if process == 1:
             raise OSError("survived")
