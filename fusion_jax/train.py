@@ -258,7 +258,7 @@ class StageRun:
                 elif step % config.checkpoint_every == 0 or every.due(step % config.log_every == 0):
                     with phase("saving") as saved:
                         if int(current.skipped_in_row):  # what the parameters are worth is not known
-                            log.warning("no checkpoint of step %d, whose loss or gradient is not finite", step)
+                            log.warning("no checkpoint of step %d, whose loss, gradient or update is not finite", step)
                         else:
                             checkpoints.save(step, current, records.position(step, batches.get_state()))
                     every.restart()
@@ -278,7 +278,7 @@ class StageRun:
             # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too.
             checkpoints.distrust(step - in_row)
             raise UserError(
-                f"{in_row} steps in a row had a loss or gradient that is not finite (max_skipped_steps="
+                f"{in_row} steps in a row had a loss, gradient or update that is not finite (max_skipped_steps="
                 f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps"
                 + (", or at the parameters that the stage began with." if in_row == step else ".")
             )

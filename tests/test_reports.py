@@ -226,7 +226,7 @@ def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(da
         train.train(dataclasses.replace(config, stages=(ruinous,)), workdir)
     folder = workdir / "stage1" / checkpoint.FOLDER
     assert steps(workdir) == [4] and [path.name for path in folder.glob("*.diverged")] == ["5.diverged"]
-    assert "no checkpoint of step 6, whose loss or gradient is not finite" in caplog.text
+    assert "no checkpoint of step 6, whose loss, gradient or update is not finite" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["texts", "images"])
