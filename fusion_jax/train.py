@@ -249,7 +249,7 @@ class StageRun:
                 if step % config.log_every == 0 or last:
                     report = loop.report(step, values)
                     writer.scalars(step, report | records.agree(step).scalars() | reports.failures())
-                    self._check_skipped(step, int(current.skipped_in_row), checkpoints)
+                    self._check_skipped(step, int(current.skipped_in_row), values, checkpoints)
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if last:
                     with phase("saving"):
@@ -273,10 +273,12 @@ class StageRun:
                     raise RunAgain(f"stopped after step {step} of {stage.name}, which is saved; start again to go on.")
         return current.params
 
-    def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
+    def _check_skipped(self, step: int, in_row: int, values: dict, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
-            # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too.
-            checkpoints.distrust(step - in_row)
+            # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too;
+            # but not where they gave a finite loss and the next update alone is at fault.
+            if not all(math.isfinite(float(values[name])) for name in ("total", "grad_norm")):
+                checkpoints.distrust(step - in_row)
             raise UserError(
                 f"{in_row} steps in a row had a loss, gradient or update that is not finite (max_skipped_steps="
                 f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps"
