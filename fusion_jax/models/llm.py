@@ -32,11 +32,11 @@ class Cache:
     values: Float[Array, "layers B G C d"]
     segments: Int[Array, "B C"]
     positions: Int[Array, "B C"]
-    reach: Int[Array, "B"]
+    reach: Int[Array, " B"]
     length: Int[Array, ""]
 
 
-def empty_cache(config: LLMConfig, reach: Int[Array, "B"], capacity: int, dtype: DTypeLike) -> Cache:
+def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype: DTypeLike) -> Cache:
     """A cache for `capacity` tokens a row. reach: see `Cache`."""
     rows, slots = (config.layers, len(reach), config.kv_heads), jnp.zeros((len(reach), capacity), jnp.int32)
     keys = jnp.zeros((*rows, config.per_head, capacity), dtype)

@@ -358,19 +358,25 @@ def test_decoding_across_longropes_original_length_equals_one_pass_over_all_of_i
     assert [len(one.input_ids) for one in asked] == [10, 7]
     got = generate.greedy(Fusion(config), params(config), lay(config, asked), 6, (), keep_logits=True)
     always_short = replace(config, **{"llm.rope.long_factors": (1.0, 1.0)})
-    for row, prompt in enumerate(asked):
-        ids = np.concatenate([prompt.input_ids, got.tokens[row, :-1]])  # nothing is read behind the last token
-        assert len(ids) == (15, 12)[row]
-        whole = lay(config, [dataclasses.replace(prompt, input_ids=ids)])
+    # Nothing is read behind the last token.
+    wholes = [
+        dataclasses.replace(prompt, input_ids=np.concatenate([prompt.input_ids, got.tokens[row, :-1]]))
+        for row, prompt in enumerate(asked)
+    ]
+    together = _logits(config, lay(config, wholes))
+    for row, (prompt, whole) in enumerate(zip(asked, wholes)):
+        assert len(whole.input_ids) == (15, 12)[row]
         for with_long, equal in ((config, True), (always_short, row == 1)):
-            logits = _logits(with_long, whole)[len(prompt.input_ids) - 1 :]
+            logits = _logits(with_long, lay(config, [whole]))[0, len(prompt.input_ids) - 1 :]
             assert np.allclose(got.logits[row], logits, atol=1e-4) == equal
+        answers = together[row, len(prompt.input_ids) - 1 : len(whole.input_ids)]
+        np.testing.assert_allclose(got.logits[row], answers, atol=1e-4)  # without a cache rows are as independent
 
 
 def _logits(config, batch):
     model = Fusion(config)
     hidden, _, _ = jax.jit(lambda p, b: model.apply({"params": p}, b))(params(config), batch)
-    return np.asarray(hidden[0]) @ np.asarray(params(config)["llm"]["head"])[:, : config.llm.vocab_size]
+    return np.asarray(hidden) @ np.asarray(params(config)["llm"]["head"])[:, : config.llm.vocab_size]
 
 
 def test_a_stopped_row_is_filled_while_the_other_goes_on():
