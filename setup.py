@@ -37,6 +37,7 @@ setup(
         "pillow>=11",
         "pyyaml>=6",
         "packaging>=24",
+        "jinja2>=3.1",
         "jaxtyping>=0.3",
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",

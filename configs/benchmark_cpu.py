@@ -9,6 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from fusion_jax.config import to_dict
+from fusion_jax.errors import check_choice
 from fusion_jax.models.config import RELEASED, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig
 
 MODEL = FusionConfig(
@@ -31,6 +32,8 @@ LARGE_STATE = dataclasses.replace(
 
 
 def get_config(what: str = ""):
+    if what:
+        check_choice("config argument ", what, ("checkpoint",))
     return ConfigDict(
         {
             "model": to_dict(LARGE_STATE if what == "checkpoint" else MODEL),

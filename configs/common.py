@@ -13,7 +13,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from fusion_jax.config import RunConfig, StageConfig, to_dict
-from fusion_jax.errors import UserError
+from fusion_jax.errors import check_choice
 from fusion_jax.models.config import VARIANTS
 
 ENCODER = "^vision/"
@@ -61,11 +61,9 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
       data: folder with stage1.yaml, stage1_5.yaml, stage2.yaml.
     """
     size, *chosen = [part.removeprefix("l_").removeprefix("x_") for part in (arguments or "3b").split(",")]
-    if size not in VARIANTS[variant]:
-        raise UserError(f"config argument {size!r} is no size; allowed: {', '.join(VARIANTS[variant])}.")
-    unknown = [name for name in chosen if name not in STAGES]
-    if unknown:
-        raise UserError(f"config argument {unknown[0]!r} is no stage; allowed: {', '.join(STAGES)}.")
+    check_choice("config argument: size ", size, VARIANTS[variant])
+    for name in chosen:
+        check_choice("config argument: stage ", name, STAGES)
     return complete(
         {
             "model": to_dict(VARIANTS[variant][size]),

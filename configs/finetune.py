@@ -2,59 +2,98 @@
 
 python -m fusion_jax.convert import --vision SIGLIP-FOLDER --llm LLM-FOLDER --to weights/start
 python -m fusion_jax.train --config configs/finetune.py:weights/start,runs/pictures --workdir runs/finetune
-python -m fusion_jax.train --config configs/finetune.py:runs/finetune,data,all --workdir runs/finetune_all
+python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json --workdir runs/mine
+python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json,all --workdir runs/mine_all
 
-CHECKPOINT,DATA[,PARTS]: DATA holds stage1.yaml, stage2.yaml and validation.json, as the data engine writes them. PARTS
-is `connectors` (default: encoder and language model stay as they are, 4 bytes of memory for each of their parameters)
-or `all` (16 bytes).
+CHECKPOINT,DATA[,PARTS]. DATA is a folder as the data engine writes it: each of its stage1.yaml, stage1_5.yaml and
+stage2.yaml is a stage, its validation.json validates. Or DATA is what a stage's `data` may be (.json, .jsonl, .yaml, a
+folder of shards, tfds:NAME:SPLIT): then there is one stage, of one epoch, --config.stages[0].epochs=3 makes it three.
+
+PARTS is `connectors` (default) or `all`. Of `connectors` encoder and language model stay as they are, 4 bytes of memory
+for each of their parameters; projectors, latents, exchange layers and the embeddings of the two tokens that frame an
+image learn. `all` learns everything, 16 bytes for each parameter.
 """
 
-from configs.common import complete
-from fusion_jax import checkpoint
-from fusion_jax.errors import UserError
+import tempfile
+from pathlib import Path
 
-FREEZE = {"connectors": ["^vision/", "^llm/"], "all": []}
-TEXT = 256  # positions for words beside the image's tokens and latents
+from configs.common import STAGES, complete
+from fusion_jax import checkpoint
+from fusion_jax.config import from_dict, to_dict
+from fusion_jax.data.tiles import most_tokens
+from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import UserError, check_choice
+from fusion_jax.models.config import FusionConfig
+
+FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # exchange layers lie among the language model's
+PARTS = ("connectors", "all")
+CONVERSATIONS, WORDS = 4, 128  # whose images a row has room for, or more, and positions for words of each
 
 
 def get_config(arguments: str = ""):
     given = (arguments or "").split(",")
-    if len(given) not in (2, 3) or given[-1:] == [""]:
+    if len(given) not in (2, 3) or not all(given):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
     start, data, parts = (*given, "connectors")[:3]
-    if parts not in FREEZE:
-        raise UserError(f"config argument {parts!r} is unknown; allowed: {', '.join(FREEZE)}.")
-    model = checkpoint.load_about(checkpoint.find(start))["config"]["model"]
-    patches = (model["vision"]["image_size"] // model["vision"]["patch_size"]) ** 2
+    check_choice("config argument: PARTS ", parts, PARTS)
+    about = checkpoint.load_about(checkpoint.find(start))
+    sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
+    image = sizes.tokens_per_image + most_tokens(sizes.tile_grids, sizes.tokens_per_tile)
+    visual = image + max(sizes.latent_counts, default=0)
+    alone = parts == "connectors"
 
-    def stage(name, **changes):
+    def stage(name, data, **changes):
         return {
             "name": name,
-            "data": f"{data}/{name}.yaml",
-            "max_length": (model["image_tokens"] or patches) + max(model["latent_counts"]) + TEXT,
+            "data": str(data),
+            "max_length": CONVERSATIONS * (visual + WORDS),
             "max_question_length": 128,
-            "max_rounds": 4,
-            "batch_size": 16,
+            "max_rounds": 16,
+            "packing": True,
+            "batch_size": 32,
             "accumulation": 2,
-            "freeze": FREEZE[parts],
+            "learning_rate": 2e-4 if alone else 2e-5,
+            "freeze": FROZEN if alone else (),
+            "learn_rows": framing_tokens(about) if alone else (),
             **changes,
         }
 
+    folder = Path(data)
+    found = [name for name in STAGES if (folder / f"{name}.yaml").is_file()]
+    if found:
+        # New projectors learn first, at a higher rate.
+        changes = {
+            "stage1": {"steps": 200, "learning_rate": 1e-3 if alone else 1e-4},
+            "stage1_5": {"steps": 200},
+            "stage2": {"steps": 400},
+        }
+        stages = [stage(name, folder / f"{name}.yaml", **changes[name]) for name in found]
+    elif folder.is_dir() and not (folder / "manifest.json").is_file():
+        names = ", ".join(f"{name}.yaml" for name in STAGES)
+        raise UserError(f"config argument {data!r} is a folder without {names}; name one of your files instead.")
+    else:
+        stages = [stage("finetune", data)]
+    validation = folder / "validation.json"
     return complete(
         {
-            "model": model,
+            "model": to_dict(sizes),
             "init_from": start,
             "tokenizer": "",  # the checkpoint's
             "dtype": "bfloat16",
             "remat": "full",
-            "stages": [
-                stage("stage1", steps=200, learning_rate=1e-3),
-                stage("stage2", steps=400, learning_rate=2e-4 if parts == "connectors" else 2e-5),
-            ],
-            "validation_data": f"{data}/validation.json",
+            "stages": stages,
+            "validation_data": str(validation) if found and validation.is_file() else "",
             "validate_every": 200,
             "checkpoint_every": 200,
             "keep_checkpoints": 1,
             "loader_threads": 4,
         }
     )
+
+
+def framing_tokens(about: dict) -> tuple[int, int]:
+    """Ids of the two tokens around an image, which no language model brings along."""
+    with tempfile.TemporaryDirectory() as files:
+        checkpoint.save_tokenizer(about, Path(files))
+        tokenizer = load_tokenizer(files)
+    return tokenizer.vision_start_id, tokenizer.vision_end_id

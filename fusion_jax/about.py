@@ -4,6 +4,7 @@ import base64
 import binascii
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import shutil
@@ -19,26 +20,44 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from fusion_jax import integrity
 from fusion_jax.config import RunConfig, from_dict, to_dict
-from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from fusion_jax.data import chat_template
+from fusion_jax.data.conversation import TEMPLATES, encode_conversation
+from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_files import read_config
 from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.models.config import FusionConfig
 
+log = logging.getLogger("fusion_jax")
+
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
 _MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
-_KINDS = {"config": dict, "tokenizer": dict, "origin": dict, "records": dict, "environment": dict}
+# What `about` says of itself. 1, or no number: a BOS token (without one the padding token) stood in front of every
+# conversation, whatever the tokenizer's files say. 2: see `data.conversation.first_ids`.
+FORMAT = 2
+_KINDS = {
+    "config": dict,
+    "tokenizer": dict,
+    "origin": dict,
+    "records": dict,  # numbers alone, of earlier versions
+    "data": dict,
+    "conversation": list,
+    "stage": dict,
+    "environment": dict,
+}
+_PART = {"name": str, "drawn": int, "chosen": int, "records": int, "bytes": int, "hash": str}
 
 
 def describe(
     config: RunConfig,
     tokenizer: Tokenizer | None,
     origin: dict[str, Any] | None = None,
-    records: dict[str, int] | None = None,
+    data: dict[str, list[dict[str, Any]]] | None = None,
 ) -> dict[str, str]:
     """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
 
     Args:
       origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
-      records: number of them in each stage's data.
+      data: of each stage, what its files are (`RecordSource.describe`).
     """
     files = {}
     if tokenizer is not None:
@@ -46,13 +65,32 @@ def describe(
             tokenizer.save(folder)
             files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
     about = {
+        "format": FORMAT,
         "config": to_dict(config),
         "tokenizer": files,
         "origin": origin or {},
-        "records": records or {},
+        "data": data or {},
+        "conversation": [] if tokenizer is None else conversation_ids(tokenizer, config.template),
         "environment": environment(),
     }
     return {"json": json.dumps(about)}
+
+
+def of_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
+    """The entry of a run with the stage that a checkpoint is of; `order` is `order.order_in`."""
+    return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
+
+
+def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
+    """Tokens, labels and question tokens of a conversation that is always the same one: others mean that template,
+    tokenizer or the code between them has changed. Empty where the tokenizer lacks the template's tokens."""
+    said = ("human", "<image>\nWhat is it?"), ("gpt", "A tree."), ("human", "How tall?"), ("gpt", "12 m, I'd say.")
+    turns = [{"from": who, "value": text} for who, text in said]
+    try:
+        encoded = encode_conversation(turns, tokenizer, chat_template.find(template, tokenizer), 1)
+    except UserError:
+        return []
+    return [*encoded.input_ids.tolist(), *encoded.labels.tolist(), *encoded.instructs.tolist()]
 
 
 def environment() -> dict[str, Any]:
@@ -107,6 +145,8 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
     for name, kind in _KINDS.items():
         if name in about and not isinstance(about[name], kind):
             raise ValueError(f"{name!r} of its about is {type(about[name]).__name__} instead of {kind.__name__}")
+    if type(about.get("format", FORMAT)) is not int:
+        raise ValueError(f"'format' of its about is {about['format']!r:.80} instead of a number")
     for name, content in about.get("tokenizer", {}).items():
         if name not in TOKENIZER_FILES:
             raise ValueError(f"its about has a tokenizer file {name[:80]!r}; known are {', '.join(TOKENIZER_FILES)}")
@@ -115,6 +155,15 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
     for name, count in about.get("records", {}).items():
         if type(count) is not int or count < 0:
             raise ValueError(f"'records' of its about has {count!r:.80} for {name[:80]!r} instead of a number")
+    for name, parts in about.get("data", {}).items():
+        for part in parts if isinstance(parts, list) else [parts]:
+            if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
+                raise ValueError(f"'data' of its about has {part!r:.80} for {name[:80]!r} instead of a file's numbers")
+    if not all(type(token) is int for token in about.get("conversation", [])):
+        raise ValueError("'conversation' of its about has something that is no token")
+    stage = about.get("stage", {"name": "", "order": 0})
+    if {key: type(value) for key, value in stage.items()} != {"name": str, "order": int}:
+        raise ValueError(f"'stage' of its about is {stage!r:.80} instead of a name and an order")
     return about
 
 
@@ -158,8 +207,17 @@ def _check_model(model: FusionConfig) -> None:
         check(value <= most, f"config.model: {name}={value} is more than the {most} that are possible.")
 
 
+def always_bos(about: dict[str, Any], where: Path | str) -> bool:
+    """Whether a checkpoint was trained with a BOS token in front of every conversation, asked for or not."""
+    if about.get("format", 1) >= 2:
+        return False
+    config = config_of(about, where)
+    return TEMPLATES[config.template].bos is None and any(stage.data for stage in config.stages)
+
+
 def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
-    """Writes the tokenizer's files of an `about` entry.
+    """Writes the tokenizer's files of an `about` entry. Where the checkpoint was trained with a BOS token that they do
+    not ask for (`always_bos`), they say so from now on.
 
     Raises:
       UserError: the checkpoint has none, or one that is no known file of a tokenizer.
@@ -178,6 +236,15 @@ def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    if "config" in about and always_bos(about, folder) and not load_tokenizer(folder).adds_bos:
+        config, names = read_config(folder)
+        config |= {"add_bos_token": True, "bos_token": names.get("bos_token", names.get("pad_token"))}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        log.warning(
+            "the checkpoint was trained with %s in front of every conversation, which its tokenizer does not ask for; "
+            "so it stays",
+            config["bos_token"] if isinstance(config["bos_token"], str) else names["bos_token"],
+        )
 
 
 def check_size(folder: Path, like: Any) -> None:

@@ -36,9 +36,10 @@ from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
 from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
+from fusion_jax.models.limits import within
 from fusion_jax.planning import typical
 from fusion_jax.sampling import Sampling
 
@@ -281,9 +282,18 @@ def _prompts(config, rows: int) -> tuple[int, int, int, int]:
 
 
 def _model(config) -> fusion.Fusion:
-    if config.dtype not in DTYPES:
-        raise UserError(f"config.dtype={config.dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    check_choice("config.dtype=", config.dtype, DTYPES)
     return fusion.Fusion(from_dict(FusionConfig, config.model, "config.model"), jnp.dtype(config.dtype), config.remat)
+
+
+_COUNTS = ("batch_size", "accumulation", "question_tokens", "answer_tokens", "decode_tokens", "decode_rows", "repeats")
+_COUNTS += ("steps_between",)
+
+
+def check_counts(config) -> None:
+    """UserError for a setting of a benchmark configuration that is no count."""
+    for name in _COUNTS:
+        within(f"config.{name}", config.get(name, 1), 1, 1 << 20)
 
 
 def main(argv: list[str]) -> None:
@@ -296,6 +306,7 @@ def main(argv: list[str]) -> None:
     check_config(config)
     if argv[1] == "checkpoint" and "stages" in config:
         raise UserError(f"{argv[1]} is measured with a benchmark configuration such as configs/benchmark_cpu.py.")
+    check_counts(config)
     measure = {
         "step": benchmark_step,
         "prefill": benchmark_prefill,

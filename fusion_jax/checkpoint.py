@@ -26,15 +26,18 @@ from fusion_jax.about import check_form, config_of, load_text
 from fusion_jax.about import describe as describe
 from fusion_jax.about import environment as environment
 from fusion_jax.about import load_about as load_about
+from fusion_jax.about import of_stage as of_stage
 from fusion_jax.about import save_tokenizer as save_tokenizer
 from fusion_jax.errors import UserError, first_line
-from fusion_jax.loading import FOLDER as FOLDER
 from fusion_jax.loading import Loaded as Loaded
-from fusion_jax.loading import abstract, check_shapes, load_parts, raise_if_no_damage, steps_in
+from fusion_jax.loading import abstract, check_shapes, load_parts, raise_if_no_damage
 from fusion_jax.loading import find as find
 from fusion_jax.loading import load_model as load_model
 from fusion_jax.loading import load_params as load_params
-from fusion_jax.loading import step_of as step_of
+from fusion_jax.order import FOLDER as FOLDER
+from fusion_jax.order import order_in as order_in
+from fusion_jax.order import step_of as step_of
+from fusion_jax.order import steps_in as steps_in
 from fusion_jax.state import TrainState
 
 log = logging.getLogger("fusion_jax")

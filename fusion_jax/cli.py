@@ -6,7 +6,6 @@ stopped by Ctrl-C; 1 any other failure, with a traceback; 128 + N ended by signa
 
 import atexit
 import contextlib
-import difflib
 import errno
 import logging
 import os
@@ -29,7 +28,7 @@ from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from fusion_jax import interrupts
-from fusion_jax.errors import AGAIN, RunAgain, UserError, check
+from fusion_jax.errors import AGAIN, RunAgain, UserError, check, no_key
 from fusion_jax.files import brief, open_file, printable, shown
 
 # Faults of a folder or file that somebody named: none of them goes away by trying again.
@@ -362,8 +361,9 @@ def _wrong_key(config: Any, overrides: list[str]) -> str | None:
                 known = [str(key) for key in at] if isinstance(at, ConfigDict | dict) else []
                 new = place == len(fields) and isinstance(at, ConfigDict) and not at.is_locked
                 good = isinstance(field, str) and (field in known or new)
-                near = difflib.get_close_matches(str(field)[:100], known, n=1)
-                has = "no keys" if not known else f"a key {near[0]!r}" if near else f"the keys {', '.join(known)}"
+                has = f"the keys {', '.join(known)}" if known else "no keys"
+            if not good and isinstance(field, str) and known:
+                return f"--{name} cannot be set: {no_key(where, shown(field), known)}"
             if not good:
                 return f"--{name} cannot be set: {where} of the config file has no {brief(field)}, but has {has}."
             if not isinstance(at, ConfigDict) or field in at:

@@ -6,13 +6,12 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.image import DECODES
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.dicts import from_dict as from_dict
 from fusion_jax.dicts import to_dict as to_dict
-from fusion_jax.errors import check
-from fusion_jax.files import brief
+from fusion_jax.errors import check, check_choice
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.limits import within
 from fusion_jax.models.remat import POLICIES
@@ -23,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 # overflow a counter of 32 bits or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
+_BELOW_ONE = (0, 0.9999999)  # much more is 1 as a float32
 _OWN = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
 _STAGE_RANGES = {
     "max_length": (1, _LENGTH),
@@ -35,6 +35,9 @@ _STAGE_RANGES = {
     "steps": (0, _STEPS),
     "learning_rate": _RATE,
     "weight_decay": (0, 1e6),
+    "warmup_ratio": _BELOW_ONE,
+    "b1": _BELOW_ONE,
+    "b2": _BELOW_ONE,
     "eps": (1e-20, 1.0),
     "clip_norm": (0, 1e12),
 }
@@ -52,7 +55,10 @@ _RUN_RANGES = {
     "max_skipped_steps": (1, _STEPS),
     "loader_threads": (1, 1024),
     "hang_minutes": (0, 1e6),
+    "seed": (0, (1 << 32) - 1),
+    "max_bad_records": (0, 1),
 }
+_RUN_CHOICES = {"template": (*TEMPLATES, OWN), "dtype": DTYPES, "remat": POLICIES, "decode": DECODES}
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class StageConfig:
       learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
       warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
       first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
-      freeze: regular expressions on parameter paths.
+      freeze: regular expressions on parameter paths. learn_rows: rows of a frozen word embedding that learn, such as
+      new tokens, at `learning_rate`.
     """
 
     name: str
@@ -118,6 +125,7 @@ class StageConfig:
     clip_norm: float = 1.0
     first_moment: str = "float32"
     freeze: tuple[str, ...] = ()
+    learn_rows: tuple[int, ...] = ()
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
@@ -136,12 +144,10 @@ class StageConfig:
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        for name in ("warmup_ratio", "b1", "b2"):
-            check(0 <= getattr(self, name) < 1, f"{where}: {name}={getattr(self, name)} must be in [0, 1).")
-        check(
-            self.first_moment in DTYPES,
-            f"{where}: first_moment={self.first_moment!r} is unknown; allowed: {', '.join(DTYPES)}.",
-        )
+        check_choice(f"{where}: first_moment=", self.first_moment, DTYPES)
+        for row in self.learn_rows:
+            within(f"{where}: learn_rows", row, 0, _STEPS)
+        check(len(set(self.learn_rows)) == len(self.learn_rows), f"{where}: learn_rows has a row twice.")
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,15 @@ class RunConfig:
     """A whole run.
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: chat template. init_from: checkpoint whose parameters the first stage takes.
+    tokenizer: local folder. template: one of `data.conversation.TEMPLATES`, or own, the chat template that lies with
+    the tokenizer. init_from: checkpoint whose parameters the first stage takes.
+    init_without: regular expressions on parameter paths; what matches is not taken from there.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
     Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
     checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
     keep_every: and those of every n-th step (0 = none).
-    validation_data: .json/.jsonl/.yaml; validation_batches: how many times batch_size of its first records, 0 for all.
+    validation_data: as `data` of a stage; validation_image_folder: where its images lie (default: the folder of
+    validation_data). validation_batches: how many times batch_size of its first records, 0 for all.
     sample_answers: generated for the log.
     evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
     (0 = all).
@@ -170,6 +179,7 @@ class RunConfig:
     template: str = "phi3"
     seed: int = 42
     init_from: str = ""
+    init_without: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     remat: str = "full"
     mesh: MeshConfig = MeshConfig()
@@ -180,6 +190,7 @@ class RunConfig:
     keep_every: int = 0
     validate_every: int = 500
     validation_data: str = ""
+    validation_image_folder: str = ""
     validation_batches: int = 8
     sample_answers: int = 4
     evaluate_every: int = 0
@@ -197,18 +208,13 @@ class RunConfig:
         check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
         names = [stage.name for stage in self.stages]
         check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
-        for name, value, allowed in (
-            ("template", self.template, tuple(TEMPLATES)),
-            ("dtype", self.dtype, DTYPES),
-            ("remat", self.remat, tuple(POLICIES)),
-            ("decode", self.decode, DECODES),
-        ):
-            check(value in allowed, f"config.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+        for name, allowed in _RUN_CHOICES.items():
+            check_choice(f"config.{name}=", getattr(self, name), allowed)
         for name, (least, most) in _RUN_RANGES.items():
             within(f"config.{name}", getattr(self, name), least, most)
-        check(0 <= self.seed < 1 << 32, f"config.seed={brief(self.seed)} must be at least 0 and below 2^32.")
         check(
-            0 <= self.max_bad_records <= 1, f"config.max_bad_records={self.max_bad_records} must be a share in [0, 1]."
+            bool(self.init_from) or not self.init_without,
+            f"config.init_without={list(self.init_without)} says what is not taken from init_from, which is empty.",
         )
         longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
         for stage in self.stages:

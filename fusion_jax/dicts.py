@@ -1,13 +1,13 @@
 """Frozen dataclasses from the nested mappings of config files, and back. Nothing here loads JAX."""
 
 import dataclasses
-import difflib
+import re
 import sys
 import types
 import typing
 from typing import Any
 
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, no_key
 from fusion_jax.files import brief, shown
 
 
@@ -24,8 +24,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin is dict:
         check(isinstance(value, typing.Mapping), f"{key} must be a mapping, got {brief(value)}.")
         return {str(k): _convert(typing.get_args(kind)[1], v, f"{key}[{k!r}]") for k, v in value.items()}
-    if origin is types.UnionType:
-        return value
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _convert(typing.get_args(kind)[0], value, key)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         # No NaN, no infinity; whole numbers compare exactly, whatever their size.
         check(abs(value) <= sys.float_info.max, f"{key} must be a finite float, got {brief(value)}.")
@@ -41,20 +41,24 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
     """A validated dataclass out of nested mappings.
 
     Raises:
-      UserError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
+      UserError: an unknown key (with the nearest known ones), a missing key, a wrong type or value.
     """
     check(hasattr(values, "items"), f"{where} must be a mapping of {cls.__name__} fields, got {brief(values)}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key)[:100], fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
-            raise UserError(f"{where}.{shown(key)} is not a known key; {hint}")
+            raise no_key(where, shown(key), fields)
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         check(name in values or not required, f"{where}.{name} is missing.")
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:  # of a part, which does not know its place
+        if re.split(r"[=\[:]", str(error), maxsplit=1)[0] not in fields:
+            raise
+        raise UserError(f"{where}.{error}") from error
 
 
 def to_dict(config: Any) -> Any:

@@ -8,6 +8,7 @@ start.
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -210,8 +211,10 @@ def check_disk(workdir: str | None, state: int = 0, kept: int = 0) -> Findings:
         if folder and "://" in folder:
             yield Fact("disk", name, f"{folder}: a bucket, not tried here")
             package = {"gs": "gcsfs", "s3": "s3fs"}.get(folder.split("://")[0])
-            if package and not version(package):
-                yield Problem(name == "workdir", f"{name} {folder} needs {package}.", f"pip install {package}")
+            if name == "workdir":
+                yield Problem(True, f"--workdir={folder} must be a folder.", "Mount the bucket and give the folder.")
+            elif package and not version(package):
+                yield Problem(False, f"{name} {folder} needs {package}.", f"pip install {package}")
         elif folder:
             yield from check_folder(name, Path(folder), *((state, kept) if name == "workdir" else ()))
     if not cache:
@@ -264,7 +267,11 @@ def count_parameters(config) -> tuple[int, int]:
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     sizes = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.size, params))
     trained = [
-        sum(n for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params))) if label != optim.FROZEN)
+        sum(
+            n
+            for n, label in zip(sizes, jax.tree.leaves(optim.labels(stage, params)))
+            if label not in (optim.FROZEN, optim.ROWS)
+        )
         for stage in config.stages
     ]
     return sum(sizes), max(trained)
@@ -275,26 +282,37 @@ def state_bytes(total: int, trained: int) -> int:
     return 4 * total + 8 * trained
 
 
-def check_config(config, answer: dict | Problem, workdir: str | None) -> Findings:
+def check_inputs(look, config, workdir: str | None, accepted, devices: int) -> Findings:
+    """What training itself would say before it begins (`checks.look`), all of it."""
+    problems, warnings = [], []
+    log, handler = logging.getLogger("fusion_jax"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    printed, log.handlers = log.handlers, [handler]
+    try:
+        with tempfile.TemporaryDirectory() as nowhere:
+            look(config, Path(workdir or nowhere), accepted, problems, devices)
+    except OSError as error:
+        problems.append(UserError(f"{error.filename or workdir} cannot be used ({error.strerror or error})."))
+    finally:
+        log.handlers = printed
+    for problem in dict.fromkeys(map(str, problems)):
+        yield Problem(True, problem, "Training would end with this sentence.")
+    for warning in dict.fromkeys(warnings):
+        yield Problem(False, warning, "Training would say so and go on.")
+
+
+def check_config(config, answer: dict | Problem, workdir: str | None, accepted=()) -> Findings:
     """The config against this machine. `config` is a RunConfig, `answer` of `ask_devices`."""
+    known = isinstance(answer, dict)
+    if not known:  # what broke the devices' process must not break this one
+        os.environ.pop("XLA_FLAGS", None)
     with loading():
-        from fusion_jax import checkpoint
-        from fusion_jax.data import pipeline
-        from fusion_jax.data.tokenizer import load_tokenizer
+        import jax
 
-    def tried(function, *arguments) -> Findings:
-        try:
-            function(*arguments)
-        except UserError as error:
-            yield Problem(True, str(error), "See the config.")
-
-    if config.tokenizer:
-        yield from tried(load_tokenizer, config.tokenizer, True)
-    if config.init_from:
-        yield from tried(checkpoint.find, config.init_from)
-    for stage in config.stages:
-        yield from tried(pipeline.open_source, config, stage)
-    if isinstance(answer, Problem):  # what broke the devices' process would break this one
+        jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
+        from fusion_jax import checks
+    yield from check_inputs(checks.look, config, workdir, accepted, answer["count"] if known else 0)
+    if not known:
         yield from check_disk(workdir)
         return
     total, trained = count_parameters(config)
@@ -329,9 +347,8 @@ def examine() -> tuple[list[Fact], list[Problem]]:
             from fusion_jax.config import RunConfig, from_dict
 
         try:
-            findings.extend(
-                check_config(from_dict(RunConfig, flags.FLAGS.config.to_dict()), answer, flags.FLAGS.workdir)
-            )
+            config = from_dict(RunConfig, flags.FLAGS.config.to_dict())
+            findings.extend(check_config(config, answer, flags.FLAGS.workdir, flags.FLAGS.accept_changed))
         except UserError as error:
             findings.append(Problem(True, str(error), "See the config."))
     findings += check_cluster()
@@ -341,7 +358,9 @@ def examine() -> tuple[list[Fact], list[Problem]]:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; doctor takes --workdir, --config, --patience and --json.")
+        raise UserError(
+            f"Unexpected argument {argv[1]!r}; doctor takes --workdir, --config, --accept_changed, --patience, --json."
+        )
     facts, problems = examine()
     stops = any(problem.stops for problem in problems)
     if flags.FLAGS.json:
@@ -366,5 +385,6 @@ if __name__ == "__main__":
     define_config("run configuration to look at as well")
     flags.DEFINE_string("workdir", None, "folder that training would write to")
     flags.DEFINE_bool("json", False, "print one JSON object instead, for a bug report")
-    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer")
+    flags.DEFINE_list("accept_changed", [], "as for training")
+    flags.DEFINE_integer("patience", 180, "seconds that the devices may take to answer", lower_bound=1)
     run_main(main)

@@ -1,5 +1,12 @@
 """Errors meant for the person at the terminal: one sentence that names what is wrong and what is allowed."""
 
+import difflib
+from collections.abc import Iterable
+
+from fusion_jax.files import shown
+
+_LONGEST = 1000  # characters of where a bad record lies, and of what is wrong with it
+
 
 class UserError(Exception):
     """Wrong configuration or input files. Commands print the message without a traceback and exit with 2."""
@@ -9,6 +16,39 @@ def check(condition: bool, message: str) -> None:
     """UserError with that message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """`did you mean a or b?` with the known names that are most like this one, else an empty text."""
+    name, known = str(name)[:100], [str(one) for one in known]
+    near = difflib.get_close_matches(name, known, n=3)
+    near = near or [one for one in known if difflib.get_close_matches(name, one.split("_"), cutoff=0.8)][:3]
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def no_key(place: str, key: str, known: Iterable[object]) -> UserError:
+    """The error for a key that means nothing, `config.stages[0].weight_decy is no key; did you mean weight_decay?`.
+
+    Args:
+      place: of the mapping that has it. key: as printed. known: all that it may have.
+    """
+    known = [str(one) for one in known]
+    return UserError(f"{place}.{key} is no key; {nearest(key, known) or 'known keys: ' + ', '.join(known) + '.'}")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """UserError unless the value is one of those allowed, naming them and those that are most like it.
+
+    Args:
+      name: what stands before the value, `config.dtype=` or `task `.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        said = value if isinstance(value, int | float) else repr(str(value)[:100])
+        near = nearest(value, allowed)
+        raise UserError(
+            f"{name}{said} is unknown; allowed: {', '.join(map(str, allowed))}{f'; {near}' if near else '.'}"
+        )
 
 
 def first_line(error: BaseException) -> str:
@@ -31,10 +71,12 @@ class BadRecord(Exception):
 
     Attributes:
       reason: short machine-readable name, a metrics key (for example `missing_image`).
-      where: file and record the message is about.
+      where: file and record the message is about. detail: what is wrong. Both as `files.shown`: what a file says of
+        itself may be half a character, a line's end or a whole image.
     """
 
     def __init__(self, reason: str, where: str, detail: str):
+        where, detail = shown(where, _LONGEST), shown(detail, _LONGEST)
         super().__init__(f"{where}: {detail}")
         self.reason = reason
         self.where = where

@@ -32,10 +32,16 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for scores and all answ
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "folder for predictions, submissions, summary and report")
 _LIMIT = flags.DEFINE_integer("limit", 0, "ask about so many questions of each task, evenly spread; 0 for all")
 _ROWS = flags.DEFINE_integer("batch_size", 32, "questions answered at a time")
-_SHOW = flags.DEFINE_integer("show", 0, "print this many questions with the model's answers")
-_INDEX = flags.DEFINE_integer("process_index", 0, "this process, of those that share the work; 0 joins it")
-_COUNT = flags.DEFINE_integer("process_count", 1, "how many processes share the work; all write to --output_dir")
-_PATIENCE = flags.DEFINE_integer("patience", 600, "seconds that process 0 waits for an answer of any other")
+_SHOW = flags.DEFINE_integer("show", 0, "print this many questions with the model's answers", lower_bound=0)
+_INDEX = flags.DEFINE_integer(
+    "process_index", 0, "this process, of those that share the work; 0 joins it", lower_bound=0
+)
+_COUNT = flags.DEFINE_integer(
+    "process_count", 1, "how many processes share the work; all write to --output_dir", lower_bound=1
+)
+_PATIENCE = flags.DEFINE_integer(
+    "patience", 600, "seconds that process 0 waits for an answer of any other", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:

@@ -125,9 +125,13 @@ def _too_deep(data: bytes) -> bool:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A text out of a file as messages and logs may hold it: one line, printable, not long."""
+    """A text out of a file as messages and logs may hold it: one line, printable, not long; how long it was is said."""
     text = str(value)
-    return printable(text if len(text) <= most else f"{text[:most]}...")
+    said = printable(text[: most + 1])
+    if len(said) <= most:
+        return said
+    size = f"{len(text) / 1000:.0f} KB" if len(text) >= 1000 else f"{len(text)} characters"
+    return f"{said[:most]}... ({size})"
 
 
 def printable(text: str) -> str:

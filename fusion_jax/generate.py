@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from fusion_jax import distributed, sampling, sharding
 from fusion_jax.config import RunConfig
-from fusion_jax.data import conversation
+from fusion_jax.data import chat_template, conversation
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
 from fusion_jax.data.pipeline import ExampleMaker, draw_latent_count, layout_spec
 from fusion_jax.data.sources import Record
@@ -260,7 +260,7 @@ class Prompts:
             self.latents in allowed,
             f"l^2 = {self.latents} is none of the model's latent counts; allowed: {', '.join(map(str, allowed))}.",
         )
-        self.stop_ids = conversation.stop_ids(tokenizer, conversation.find_template(config.template))
+        self.stop_ids = conversation.stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
         self._maker = ExampleMaker(config.model, tokenizer, config.template)
 
     @property

@@ -6,28 +6,59 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from fusion_jax import distributed
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline
 from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 
 log = logging.getLogger("fusion_jax")
 
 
-def check_same_data(name: str, source: pipeline.RecordSource) -> None:
-    """UserError where the processes do not hold the same records. A collective."""
-    prints = distributed.gather([len(source), source.fingerprint()])
-    other = next((i for i, one in enumerate(prints) if one != prints[0]), None)
-    if other is not None:
+def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
+    """UserError where the processes do not hold the same records. A collective. `data`: of `RecordSource.describe`."""
+    all_ = distributed.gather(data)
+    for process, other in enumerate(all_):
+        different = differences(other, all_[0], "process 0")
         check(
-            False,
-            f"The data of {name} are not the same for all processes: process {other} has other records than process 0 "
-            f"({prints[other][0]} and {prints[0][0]} of them); give all machines the same files.",
+            not different,
+            f"The data of {name} are not the same for all processes: process {process} has {', '.join(different)}; "
+            "give all machines the same files.",
         )
+
+
+def check_same_tokenizer(tokenizer: Tokenizer) -> None:
+    """UserError where the processes do not have the same tokenizer. A collective."""
+    all_ = distributed.gather(tokenizer.fingerprint)
+    other = next((i for i, one in enumerate(all_) if one != all_[0]), None)
+    check(
+        other is None,
+        f"The tokenizer is not the same for all processes: the files in {tokenizer.folder} of process {other} are not "
+        "those of process 0; give all machines the same files.",
+    )
+
+
+def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose: str) -> list[str]:
+    """What is different in two descriptions of data (`RecordSource.describe`), in words; files may have other names."""
+    if len(data) != len(others):
+        names, theirs = (", ".join(part["name"] for part in parts) for parts in (data, others))
+        return [f"the data sets {names} ({whose}: {theirs})"]
+    found = []
+    for part, other in zip(data, others):
+        name = part["name"] if part["name"] == other["name"] else f"{part['name']} (in place of {other['name']})"
+        if part["hash"] != other["hash"]:
+            keys = [key for key in ("records", "bytes") if part[key] != other[key]]
+            counts = [f"{part[key]:,} {key} ({whose}: {other[key]:,})" for key in keys]
+            found.append(f"{name} with {' and '.join(counts) or 'other content of the same size'}")
+        elif part["drawn"] != other["drawn"]:
+            found.append(f"{part['drawn']:,} records of {name} an epoch ({whose}: {other['drawn']:,})")
+        elif part["chosen"] != other["chosen"]:
+            found.append(f"another choice of the records of {name}")
+    return found
 
 
 class InputCheck:

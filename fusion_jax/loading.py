@@ -2,11 +2,10 @@
 
 import functools
 import logging
-import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +13,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax import integrity
 from fusion_jax.about import check_size, config_of, load_about, save_tokenizer
@@ -22,13 +21,11 @@ from fusion_jax.config import RunConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.models import fusion
+from fusion_jax.order import FOLDER, latest_first, step_of, steps_in
 
 log = logging.getLogger("fusion_jax")
 
 T = TypeVar("T")
-
-FOLDER = "checkpoints"
-_STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def abstract(tree):
@@ -54,11 +51,6 @@ def check_shapes(tree, like) -> None:
                 f"{jax.tree_util.keystr(path)} has {array.dtype}{list(array.shape)}, "
                 f"not {wanted.dtype}{list(wanted.shape)}"
             )
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are left alone."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 # The tower's stacks of layers in a tree of parameters, or of anything that has a leaf for each, as moments have.
@@ -106,7 +98,7 @@ def _load_tower(folder: Path, like: dict) -> dict:
     """`load_parts` but for counts."""
     stored, wanted = _depth(stored_shapes(folder)), _depth(like["params"])
     if stored - wanted not in _LEFT_OUT:
-        return ocp.load_checkpointables(folder, like)
+        return _load(folder, like)
 
     def longer(path, x):
         if not _is_tower(path):
@@ -120,8 +112,40 @@ def _load_tower(folder: Path, like: dict) -> dict:
         x.delete()  # one array after the other, so that no second tower lies in memory
         return kept
 
-    loaded = ocp.load_checkpointables(folder, jax.tree.map_with_path(longer, like))
-    return jax.tree.map_with_path(cut, loaded)
+    return jax.tree.map_with_path(cut, _load(folder, jax.tree.map_with_path(longer, like)))
+
+
+def _load(folder: Path, like: dict) -> dict:
+    """`ocp.load_checkpointables`. ValueError with a name where the folder has other arrays: Orbax prints both trees."""
+    try:
+        return ocp.load_checkpointables(folder, like)
+    except Exception as error:
+        if "tree structures do not match" not in str(_bottom(error)):
+            raise
+        raise ValueError(_other_arrays(folder, like)) from None
+
+
+def _other_arrays(folder: Path, like: dict) -> str:
+    """In words, which arrays a folder has and lacks."""
+    said = []
+    for part, tree in like.items():
+        stored, wanted = (
+            {"/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path): None
+             for path, _ in jax.tree.leaves_with_path(one)}
+            for one in (ocp.metadata(folder, part).metadata, tree)
+        )  # fmt: skip
+        for what, a, b in (("lacks", wanted, stored), ("has", stored, wanted)):
+            names = [name for name in a if name not in b]
+            if names:
+                said.append(f"its {part} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    return f"it holds other arrays than this run asks for: {', '.join(said) or 'in another order'}"
+
+
+def _bottom(error: BaseException) -> BaseException:
+    """What lies at the bottom of Orbax's errors: those above it print all that was asked for."""
+    while (behind := error.__cause__ or error.__context__) is not None:
+        error = behind
+    return error
 
 
 def _is_tower(path) -> bool:
@@ -174,9 +198,8 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
             raise Damaged(f"{path} is no whole checkpoint: {damage}.")
         return load(path)
     damaged = []
-    for folders in ([path], [path / FOLDER], path.glob(f"*/{FOLDER}")):
-        steps = [folder / str(step) for folder in folders for step in steps_in(folder)]
-        for newest in sorted(steps, key=lambda p: (p.parent.stat().st_mtime, int(p.name)), reverse=True):
+    for folders in ([path], [path / FOLDER], latest_first(path.glob(f"*/{FOLDER}"))):
+        for newest in (folder / str(step) for folder in folders for step in reversed(steps_in(folder))):
             damage = _unusable(newest)
             if damage is None:
                 if integrity.unlisted(newest):
@@ -232,26 +255,54 @@ def load_params(folder: Path, like) -> dict:
       UserError: the checkpoint holds other parameters than `like`.
     """
     check_size(folder, like)
-    stored = flatten_dict(stored_shapes(folder), sep="/")
-    # Asked before anything is read: Orbax reports each array of another shape with a traceback of its own.
-    for name, leaf in flatten_dict(like, sep="/").items():
-        shape = getattr(stored.get(name), "shape", None)
-        if shape is None or not _fits(name, tuple(shape), leaf.shape):
-            has = f"has shape {tuple(shape)}" if shape is not None else "is missing"
-            why = ""
-            if shape is not None and _fits(name, leaf.shape, tuple(shape)):
-                why = (
-                    " It was trained with taps='paper', which needs fewer layers of the tower: keep taps='paper', or "
-                    "start from a checkpoint that has them all, such as an import."
-                )
-            raise UserError(
-                f"{folder} holds parameters of another model: {name} {has}, the config asks for {leaf.shape}.{why}"
+    stored, wanted = (flatten_dict(tree, sep="/") for tree in (stored_shapes(folder), abstract(like)))
+    check_names(folder, stored, wanted)
+    for name, leaf in wanted.items():
+        check_fits(folder, name, tuple(stored[name].shape), leaf.shape)
+    return unflatten_dict(read_params(folder, wanted), sep="/")
+
+
+def check_names(folder: Path, stored: Collection[str], wanted: Collection[str]) -> None:
+    """UserError where a checkpoint has other parameters than a model asks for, by their names. Asked before anything is
+    read: Orbax prints both trees whole."""
+    for what, a, b in (("lacks", wanted, stored), ("has", stored, wanted)):
+        names = [name for name in a if name not in b]
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            whose = "which its config asks for" if what == "lacks" else "which its config does not know"
+            raise UserError(f"{folder} holds parameters of another model: it {what} {names[0]}{more}, {whose}.")
+
+
+def check_fits(folder: Path, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """UserError where a parameter has another shape than a model asks for. Asked before anything is read: Orbax reports
+    each such array with a traceback of its own."""
+    if not _fits(name, stored, wanted):
+        why = ""
+        if _fits(name, wanted, stored):
+            why = (
+                " It was trained with taps='paper', which needs fewer layers of the tower: keep taps='paper', or "
+                "start from a checkpoint that has them all, such as an import."
             )
+        raise UserError(
+            f"{folder} holds parameters of another model: {name} has shape {stored}, the config asks for {wanted}.{why}"
+        )
+
+
+def read_params(folder: Path, like: dict) -> dict:
+    """Parameters by path, in the shapes, dtypes and shardings of `like`, which may leave some of the folder's out.
+
+    Raises:
+      Damaged: they cannot be read. UserError: they have other shapes or dtypes.
+    """
+    options = ocp.Context()
+    options.pytree.loading.partial_load = True
     try:
-        params = load_parts(folder, {"params": abstract(like)})["params"]
+        with options:
+            params = flatten_dict(load_parts(folder, {"params": unflatten_dict(like, sep="/")})["params"], sep="/")
     except Exception as error:
         raise_if_no_damage(error)
         raise unreadable(folder, error) from error
+    params = {path: params[path] for path in like}
     try:
         check_shapes(params, like)
     except ValueError as error:
@@ -282,15 +333,8 @@ def stored_shapes(folder: Path, part: str = "params") -> dict:
 
 def unreadable(folder: Path, why: BaseException | str) -> Damaged:
     """The error of a step folder whose parameters cannot be read."""
-    said = why if isinstance(why, str) else _reason(why)
+    said = why if isinstance(why, str) else _short(first_line(_bottom(why)))
     return Damaged(f"{folder} is no whole checkpoint: its params cannot be read ({said}).")
-
-
-def _reason(error: BaseException) -> str:
-    """What lies at the bottom of Orbax's errors: those above it print all that was asked for."""
-    while (behind := error.__cause__ or error.__context__) is not None:
-        error = behind
-    return _short(first_line(error))
 
 
 def _short(said: str) -> str:
@@ -353,8 +397,3 @@ def _load_model(folder: Path) -> Loaded:
     except (ArithmeticError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{folder} has a config that no model can be made of: {first_line(error)}") from error
     return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
-
-
-def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
-    return int(folder.name) if _STEP.fullmatch(folder.name) else 0

@@ -1,8 +1,11 @@
-"""AdamW with learning rates by parameter path, freezing by path, and the published schedule."""
+"""AdamW with learning rates by parameter path, freezing by path, and the published schedule.
+
+Of a frozen word embedding some rows may learn (`StageConfig.learn_rows`): new tokens of a language model that stays as
+it is. Its gradient is zero elsewhere, and clipping, moments and decay see these rows alone.
+"""
 
 import math
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +14,21 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.config import StageConfig
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, check
 
-DEFAULT, FROZEN = "default", "frozen"
+DEFAULT, FROZEN, ROWS = "default", "frozen", "rows"
+EMBEDDING = "llm/embedding"
 
 
 def labels(stage: StageConfig, params) -> dict:
-    """For every parameter the pattern that sets its learning rate, `default`, or `frozen`.
+    """For every parameter the pattern that sets its learning rate, `default`, `frozen`, or `rows`: some of it learn.
 
     Raises:
-      UserError: a pattern is no regular expression or matches no parameter.
+      UserError: a pattern is no regular expression or matches no parameter; `learn_rows` of what is not frozen, or
+        beyond the vocabulary.
     """
-    paths = list(flatten_dict(params, sep="/"))
+    flat = flatten_dict(params, sep="/")
+    paths = list(flat)
     patterns = {}
     for pattern in (*stage.freeze, *stage.learning_rate_by_path):
         try:
@@ -40,7 +46,13 @@ def labels(stage: StageConfig, params) -> dict:
             return FROZEN
         return next((p for p in stage.learning_rate_by_path if patterns[p].search(path)), DEFAULT)
 
-    return unflatten_dict({path: label(path) for path in paths}, sep="/")
+    found = {path: label(path) for path in paths}
+    if stage.learn_rows:
+        where, size = f"stage {stage.name!r}: learn_rows={list(stage.learn_rows)}", flat[EMBEDDING].shape[0]
+        check(max(stage.learn_rows) < size, f"{where}: {EMBEDDING} has {size} rows, from 0 on.")
+        check(found[EMBEDDING] == FROZEN, f"{where} needs a freeze that matches {EMBEDDING}; else all its rows learn.")
+        found[EMBEDDING] = ROWS
+    return unflatten_dict(found, sep="/")
 
 
 def decays(params) -> dict:
@@ -60,18 +72,21 @@ def learning_rates(stage: StageConfig, step: int, steps: int) -> dict[str, np.fl
     """Learning rate per label for the step that follows `step` earlier ones."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
+    if stage.learn_rows:
+        rates[ROWS] = stage.learning_rate
     return {label: np.float32(factor * rate) for label, rate in rates.items()}
 
 
 def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraArgs:
     """Clipping and Adam without the learning rate, which the train step applies by label.
 
-    Frozen parameters have no moments; their gradients must already be zero. Its update also takes the
-    `squares` of the gradients and their global `norm`.
+    Frozen parameters have no moments; their gradients must already be zero. Updates of the embedding are (rows, D)
+    where only `learn_rows` of it learn. `update` also takes the `squares` of the gradients and their global `norm`.
     """
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
     # The state has the form of optax's chain of clipping, Adam and decay, which older checkpoints are of.
-    return optax.chain(optax.identity(), optax.masked(_adamw(stage), trained, mask_compatible_extra_args=True))
+    tx = optax.chain(optax.identity(), optax.masked(_adamw(stage), trained, mask_compatible_extra_args=True))
+    return _on_rows(tx, stage.learn_rows) if stage.learn_rows else tx
 
 
 def squares(grads) -> dict:
@@ -124,9 +139,30 @@ def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, d
     return jnp.where(used, update, 0), jnp.where(used, first.astype(mu.dtype), mu), jnp.where(used, second, nu)
 
 
-def freeze(params, label_tree):
-    """Stops gradients at frozen parameters, so that none is computed for them."""
-    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == FROZEN else p, params, label_tree)
+def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -> optax.GradientTransformationExtraArgs:
+    """`tx` for trees in which the embedding is these rows of it."""
+
+    def cut(tree):
+        def one(path, leaf):
+            return leaf[np.array(rows)] if jax.tree_util.keystr(path, simple=True, separator="/") == EMBEDDING else leaf
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def update(updates, state, params=None, **more):
+        return tx.update(cut(updates), state, cut(params), **more)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(cut(params)), update)
+
+
+def freeze(params, label_tree, rows: tuple[int, ...] = ()):
+    """Stops gradients at frozen parameters, so that none is computed for them, and at all rows but `rows` of `ROWS`."""
+
+    def stop(p, label):
+        if label == ROWS:
+            return jnp.where(np.isin(np.arange(len(p)), rows)[:, None], p, jax.lax.stop_gradient(p))
+        return jax.lax.stop_gradient(p) if label == FROZEN else p
+
+    return jax.tree.map(stop, params, label_tree)
 
 
 def changes(updates, rates: dict[str, jax.Array], label_tree):
@@ -134,10 +170,19 @@ def changes(updates, rates: dict[str, jax.Array], label_tree):
     return jax.tree.map(lambda u, label: None if label == FROZEN else rates[label] * u, updates, label_tree)
 
 
-def apply_changes(params, changes):
-    """params - changes."""
-    step: Callable = lambda change, p: p if change is None else p - change  # noqa: E731
-    return jax.tree.map(step, changes, params, is_leaf=lambda change: change is None)
+def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
+    """params - changes; of `ROWS` the changes are those of `rows`."""
+
+    def step(change, p, label):
+        if label == ROWS:
+            for row, one in zip(
+                rows, change, strict=True
+            ):  # no scatter, which would move parts of a table that is dealt
+                p = jnp.where((np.arange(len(p)) == row)[:, None], p - one, p)
+            return p
+        return p if change is None else p - change
+
+    return jax.tree.map(step, changes, params, label_tree, is_leaf=lambda change: change is None)
 
 
 def group_norms(squares) -> dict[str, jax.Array]:

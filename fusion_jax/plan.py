@@ -20,7 +20,7 @@ from absl import flags
 
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.remat import POLICIES
 from fusion_jax.planning import chips, program, report, search
 
@@ -28,18 +28,23 @@ _CONFIG = define_config("run configuration, one of configs/")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "chips: generation:shape, such as v5p:4x4x8, or kind:GPUSxNODES, such as h100:8x4"
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape, joined by the data centre's network")
+_SLICES = flags.DEFINE_integer(
+    "slices", 1, "TPU slices of that shape, joined by the data centre's network", lower_bound=1
+)
 _MESH = flags.DEFINE_string("mesh", "", "axis=size,... instead of the config's, such as fsdp=64,tensor=2")
 _STAGE = flags.DEFINE_string("stage", "", "which of the config's stages; by default its first")
 _LATENTS = flags.DEFINE_integer("latents", None, "l^2; by default the largest, which takes most memory")
-_SAMPLES = flags.DEFINE_float("samples", None, "samples of the whole stage, for chip-hours; by default the published")
+_SAMPLES = flags.DEFINE_float(
+    "samples", None, "samples of the whole stage, for chip-hours; by default the published", lower_bound=1
+)
 _SEARCH = flags.DEFINE_bool("search", False, "try remat policies, meshes and batch sizes, one compilation each")
 
 
 def find_stage(config: RunConfig, name: str) -> StageConfig:
     """The stage of that name, the first without one. UserError where there is none."""
     found = [stage for stage in config.stages if name in ("", stage.name)]
-    check(bool(found), f"--stage={name} is none of the config's: {', '.join(stage.name for stage in config.stages)}.")
+    if not found:
+        check_choice("--stage=", name, [stage.name for stage in config.stages])
     return found[0]
 
 

@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from fusion_jax import distributed, ending, generate, losses, metrics, sharding, state, train_step, watch
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, pipeline
+from fusion_jax.data import conversation
 from fusion_jax.data.layout import Batch
-from fusion_jax.data.plan import FixedBatch, Measured, plan_all
-from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.plan import FixedBatch
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
+from fusion_jax.files import printable
 from fusion_jax.models import fusion
+from fusion_jax.validation import Validation
 
 log = logging.getLogger("fusion_jax")
 
@@ -37,12 +39,12 @@ class Reports:
         self.steps: int = steps
         self.mesh: jax.sharding.Mesh = mesh
         self.tokenizer: Tokenizer = tokenizer
-        self.validation: RecordSource | None = validation
+        self.validation: Validation | None = validation
         self.model: fusion.Fusion = model
         self.writer: metrics.Writer = writer
         self.stop: watch.Stop = stop
         self._failed: Counter[str] = Counter()
-        self._planned: list[FixedBatch] | None = None  # validation, once its records are measured
+        self._planned: list[FixedBatch] | None = None  # validation's batches
 
     @functools.cached_property
     def _evaluate(self) -> sharding.OnMesh:
@@ -106,33 +108,28 @@ class Reports:
     def _validate(self, step: int, params) -> None:
         """Validation losses, and answers to the first questions, to the log and TensorBoard. A request to stop ends it
         without a word."""
+        validation, mesh = self.validation, self.mesh
+        shards = sharding.batch_shards(mesh)
+        if self._planned is None:
+            self._planned = validation.plan(shards)
         parts = []
-        for batch in self._validation_batches():
+        for batch in validation.batches(self._planned, shards, sharding.held_shards(mesh)):
             if self.stop.requested:
                 return
-            parts.append(jax.device_get(self._evaluate(params, sharding.put_batch(batch, self.mesh))))
+            parts.append(jax.device_get(self._evaluate(params, sharding.put_batch(batch, mesh))))
+        validation.list_bad(self.writer.path.parent, step)
         # Means over all tokens, as in training, not over batches.
         sums, counts = (jax.tree.map(lambda *x: float(sum(x)), *column) for column in zip(*parts))
         check(counts["ce"] > 0, f"none of the first records of {self.config.validation_data} can be used.")
         means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
-        self.writer.scalars(step, {f"validation/{name}": mean for name, mean in means.items()})
-        log.info("%s %d  validation ce %.4f", self.stage.name, step, means["ce"])
+        samples, planned = int(counts["samples"]), len(validation.records)
+        figures = means | {"samples": samples, "left_out": planned - samples}
+        self.writer.scalars(step, {f"validation/{name}": value for name, value in figures.items()})
+        gaps = f", {planned - samples} left out" if samples < planned else ""
+        log.info("%s %d  validation ce %.4f (%d samples%s)", self.stage.name, step, means["ce"], samples, gaps)
         shown = self._sample_answers(params)
         if shown:
             self.writer.text(step, "answers", "\n\n".join(shown))
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        """This process's rows of them. All processes follow the first one's measures, so that their shapes agree."""
-        config, stage, shards = self.config, self.stage, sharding.batch_shards(self.mesh)
-        loader = pipeline.fixed_loader(config, stage, self.validation, self.tokenizer)
-        if self._planned is None:
-            most = config.validation_batches
-            records = pipeline.first_records(loader, stage.batch_size, most) if distributed.is_first() else []
-            records = [Measured(*row) for row in distributed.gather(records)[0]]
-            check(bool(records), f"none of the records of {config.validation_data} can be used.")
-            self._planned = plan_all(records, loader.spec, loader.longest_latents, stage, shards)
-        held = sharding.held_shards(self.mesh)
-        return pipeline.fixed_batches(loader, self._planned, config.loader_threads, shards, held)
 
     def _evaluate_tasks(self, step: int, params) -> None:
         """Scores of the config's benchmarks, into the metrics and the log."""
@@ -144,16 +141,16 @@ class Reports:
         log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
 
     def _sample_answers(self, params) -> list[str]:
-        """The first questions of the validation data that every process can use, with the model's answers, as
-        Markdown."""
-        maker = pipeline.ExampleMaker(self.config.model, self.tokenizer, self.config.template)
+        """The first questions of the validation records that every process can use, with the model's answers, as
+        Markdown. A record that fits the stage has a first question that does."""
+        maker, source = self.validation.loader.maker, self.validation.loader.source
         prompts, expected = [], []
-        for i in range(len(self.validation)):
+        for measured in self.validation.records:
             if len(prompts) == self.config.sample_answers:
                 break
             usable = False
             with contextlib.suppress(BadRecord):
-                record = self.validation[i]
+                record = source[measured.number]
                 prompt = generate.first_question(record)
                 maker(prompt, prompt=True)
                 usable = True
@@ -167,16 +164,17 @@ class Reports:
         shown = []
         for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
             question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
-            name = prompt.image_path.name if prompt.image_path else "text"
+            name = printable(prompt.image_path.name) if prompt.image_path else "text"
             shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
         return shown
 
 
 def evaluate(model: fusion.Fusion, params, batch: Batch):
-    """Sums of the losses and what they are divided by, float32 scalars."""
+    """Sums of the losses and what they are divided by, float32 scalars; among the latter also the `samples`."""
     totals = losses.counts(batch, model.config.vision.patches)
     _, means = train_step.loss_and_parts(model, params, batch, totals)
-    return {name: mean * totals[name] for name, mean in means.items()}, totals
+    samples = batch.segment_ids.max(axis=1).sum().astype(jnp.float32)
+    return {name: mean * totals[name] for name, mean in means.items()}, totals | {"samples": samples}
 
 
 def compile_evaluation(model: fusion.Fusion, mesh: jax.sharding.Mesh) -> sharding.OnMesh:

@@ -2,14 +2,20 @@
 
 import dataclasses
 import logging
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax import checkpoint, integrity, loading
-from fusion_jax.about import config_of
+from flax.traverse_util import flatten_dict
+
+from fusion_jax import checkpoint, integrity, loading, transfer
+from fusion_jax.about import always_bos, config_of, conversation_ids
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
+from fusion_jax.files import parse_json, read_file
+from fusion_jax.input_check import differences
 from fusion_jax.models.config import FusionConfig, replace
 
 log = logging.getLogger("fusion_jax")
@@ -19,9 +25,12 @@ _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qk
 
 # The rest may change between two starts: learning rates, schedule length, loss weight, dtype, accumulation, reports,
 # places of files, devices. These would make another state, or another order of the data, of what is continued.
-_RUN = ("seed", "template")
+_RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
+_STAGE += ("learn_rows",)
 _MODEL_FREE = ("mapping_loss_weight",)
+# What may be changed on purpose, and is then to be named in --accept_changed.
+INPUTS = ("data", "tokenizer", "template")
 
 
 def newest_about(folder: Path) -> dict[str, Any] | None:
@@ -40,19 +49,47 @@ def newest_about(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def raise_unreadable(folder: Path) -> None:
+    """UserError of a stage's checkpoint folder in which `newest_about` finds nothing; says why of the newest."""
+    step = checkpoint.steps_in(folder)[-1]
+    why = integrity.problem(folder / str(step), parts=("about",))
+    if why is None:
+        try:
+            checkpoint.load_about(folder / str(step))
+        except UserError as error:
+            why = str(error).rstrip(".")
+    raise UserError(
+        f"No checkpoint in {folder} is whole (step {step}: {why}); move that folder away to begin the stage again."
+    )
+
+
 def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
     """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
 
     Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
-    UserError as `checkpoint.find`, `continue_model` and `load_tokenizer`.
+    With another one the log says so. UserError as `checkpoint.find`, `continue_model` and `load_tokenizer`.
     """
     folder = checkpoint.find(source)
     about = checkpoint.load_about(folder)
     config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
+    if str(source) == config.init_from:
+        other = [
+            f"{name}={ours!r} ({theirs!r})"
+            for name, ours, theirs in _model_pairs(config.model, config_of(about, folder).model)
+            if ours != theirs
+        ]
+        if other:
+            log.info("the model differs from that of %s: %s", folder, ", ".join(other))
     if config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer, own=True)
+        different = _text_differences(config, tokenizer, about, folder) if str(source) == config.init_from else {}
+        if different:
+            log.warning("%s was trained on other tokens: %s", folder, "; ".join(different.values()))
     else:
-        config = dataclasses.replace(config, template=config_of(about, folder).template)
+        template = config_of(about, folder).template
+        if template != config.template:
+            log.info("the template is the checkpoint's, %s, and not %s", template, config.template)
+        config = dataclasses.replace(config, template=template)
         checkpoint.save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})
@@ -61,7 +98,8 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
 def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
     """The step folder that `config.init_from` means, and its parameters in shapes, dtypes and shardings of `like`.
 
-    With several processes all use the same. UserError as `loading.use` and `load_params`.
+    What `config.init_without` names is not taken from there, but begun anew where the model has it. With several
+    processes all use the same. UserError as `loading.use` and `load_params`.
     """
 
     def load(folder: Path) -> tuple[Path, dict]:
@@ -69,7 +107,8 @@ def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
         if continue_model(config.model, about, str(folder)) != config.model:
             raise UserError(f"{folder} is of another model than {config.init_from} has by now; give a step folder.")
         try:
-            params = checkpoint.load_params(folder, like)
+            saved = config_of(about, folder).model
+            params = transfer.take(folder, saved, config.model, like, config.init_without, config.seed)
         except loading.Damaged as error:
             problem = error
         checkpoint.read_by_all(folder, problem)
@@ -81,29 +120,120 @@ def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
     return loading.use(config.init_from, load)
 
 
-def check(config: RunConfig, stage: StageConfig, records: int, about: dict[str, Any], where: Path) -> None:
+def check_initial(config: RunConfig, shapes: dict) -> None:
+    """UserError where the model, whose parameters have these shapes, cannot begin with those of `config.init_from`."""
+
+    def look(folder: Path) -> None:
+        saved = config_of(checkpoint.load_about(folder), folder).model
+        transfer.plan(folder, saved, config.model, flatten_dict(shapes, sep="/"), config.init_without)
+
+    loading.use(config.init_from, look)
+
+
+def check(config: RunConfig, stage: StageConfig, about: dict[str, Any], where: Path) -> None:
     """Compares a config with that of the checkpoint which its stage goes on from.
 
     Args:
-      records: of the stage's data now. where: the checkpoint, for the message.
+      where: the checkpoint, for the message.
 
     Raises:
       UserError: values differ that the state depends on; names them all.
     """
     saved = config_of(about, where)
+    if config.tokenizer and always_bos(about, where) and not load_tokenizer(config.tokenizer, own=True).adds_bos:
+        raise UserError(
+            f"{where} was trained with a BOS token in front of every conversation, which {config.tokenizer} does not "
+            'ask for; to go on, say "add_bos_token": true in its tokenizer_config.json, with the padding token as '
+            "bos_token if it names none."
+        )
     pairs = [(f"model.{name}", ours, theirs) for name, ours, theirs in _model_pairs(config.model, saved.model)]
     pairs += [(name, getattr(config, name), getattr(saved, name)) for name in _RUN]
     old = next((known for known in saved.stages if known.name == stage.name), None)
     if old is not None:
         pairs += [(f"{stage.name}.{name}", getattr(stage, name), getattr(old, name)) for name in _STAGE]
-    known = about.get("records", {}).get(stage.name, records)
-    pairs.append((f"records of {stage.data}", records, known))
     different = [f"{name}={ours!r} (checkpoint: {theirs!r})" for name, ours, theirs in pairs if ours != theirs]
     if different:
         raise UserError(
             f"{where} is of another config: {', '.join(different)}; give another --workdir, and with init_from the "
             "parameters alone are taken over."
         )
+
+
+def check_inputs(
+    config: RunConfig,
+    stage: StageConfig,
+    data: list[dict[str, Any]] | None,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    where: Path,
+    accepted: Sequence[str] = (),
+) -> None:
+    """Compares what a run reads with what was read for the checkpoint that its stage goes on from.
+
+    Args:
+      data: the stage's, of `RecordSource.describe`; None where nothing of it is trained any more.
+      accepted: those of `INPUTS` that may be others; the log says what is other about them.
+
+    Raises:
+      UserError: something else has changed; names it all.
+    """
+    different = _text_differences(config, tokenizer, about, where)
+    if data is not None:
+        changed = _data_differences(stage, data, about, where)
+        if changed:
+            different["data"] = f"{stage.data} has {', '.join(changed)}"
+    for name in accepted:
+        if name in different:
+            log.warning("%s goes on with a change (--accept_changed): %s", where, different.pop(name))
+    if different:
+        raise UserError(
+            f"{where} was trained on something else: {'; '.join(different.values())}; put back what was there, give "
+            f"another --workdir, or go on with what is there now by --accept_changed={','.join(different)}."
+        )
+
+
+def _data_differences(stage: StageConfig, data: list[dict[str, Any]], about: dict[str, Any], where: Path) -> list[str]:
+    if stage.name in about.get("data", {}):
+        return differences(data, about["data"][stage.name], "checkpoint")
+    log.info("%s is of an earlier version, whose data are known by their number of records alone", where)
+    records = sum(part["drawn"] for part in data)
+    known = about.get("records", {}).get(stage.name, records)
+    return [f"{records:,} records (checkpoint: {known:,})"] if records != known else []
+
+
+def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, Any], where: Path) -> dict[str, str]:
+    """What would make other tokens of the same texts, in words, by the key in `INPUTS`."""
+    different = {}
+    theirs = config_of(about, where).template
+    if config.template != theirs:
+        different["template"] = f"template={config.template!r} (checkpoint: {theirs!r})"
+    names = _other_files(tokenizer, about) if config.tokenizer and about["tokenizer"] else []
+    if names:
+        different["tokenizer"] = f"the tokenizer in {tokenizer.folder} has another {' and '.join(names)}"
+    same = about.get("conversation") in (None, [], conversation_ids(tokenizer, config.template))
+    if not different and not same:
+        different["template"] = f"the template {config.template!r} makes other tokens of the same conversation"
+    return different
+
+
+def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
+    """Names of the tokenizer's files that are not the checkpoint's (as `checkpoint.save_tokenizer` gives those)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint.save_tokenizer(about, Path(scratch))
+        folders = tokenizer.folder, Path(scratch)
+        known = [name for name in TOKENIZER_FILES if about.get("format", 1) >= 2 or not name.endswith(".jinja")]
+        pairs = {name: [read_file(f / name) if (f / name).is_file() else None for f in folders] for name in known}
+        return [name for name, (ours, theirs) in pairs.items() if not _same_content(ours, theirs)]
+
+
+def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
+    """JSON may be written in another way."""
+    if ours is None or theirs is None or ours == theirs:
+        return ours == theirs
+    try:
+        return parse_json(ours) == parse_json(theirs)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -45,6 +45,11 @@ def abstract_parameters(config: FusionConfig, mesh: Mesh):
     return _with_shardings(nn.unbox(boxed), sharding.of_parameters(boxed, mesh))
 
 
+def shapes(config: FusionConfig):
+    """Shape and dtype of every parameter."""
+    return nn.unbox(_boxed_parameters(config))
+
+
 def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of a state; `params` may be abstract."""
     shapes = jax.eval_shape(functools.partial(create, tx=tx), params)

@@ -61,6 +61,7 @@ def synthesize(
         manifest = blocks.open_run(config, out)
         pool = _pool(config, out, wanted)
 
+        _announce(config)
         work = engine.plan(out, pool["blocks"], wanted, retry_failed)
         if config.engine == "ray" and work:
             check(not retry_failed, "--retry_failed runs with config.engine='local'; the journal serves both.")
@@ -82,11 +83,38 @@ def synthesize(
             manifest |= {"state": "complete", "inputs": pool["inputs"]} | counts | {"costs": books}
             blocks.write_json(out / "manifest.json", manifest)
             _tell(out, counts, books, time.perf_counter() - started)
-            check(
-                bool(counts["records"]),
-                f"None of the {pool['captions']} captions became a record; see {out}/report.html.",
-            )
+            if not counts["records"]:
+                raise UserError(_why_nothing(out, counts))
     return manifest
+
+
+def _why_nothing(out: Path, counts: dict) -> str:
+    """The reasons in one sentence: the folder of a run of which nothing came is left empty."""
+    reasons = sorted(counts["dropped"].items(), key=lambda one: -one[1])
+    said = ", ".join(f"{reason} {lost}" for reason, lost in reasons[:5])
+    with open(out / "dropped.jsonl", encoding="utf-8") as f:
+        dropped = [json.loads(line) for line in f]
+    first = next(one for one in dropped if f"{one['stage']}: {one['reason']}" == reasons[0][0])
+    return (
+        f"None of the {counts['captions']} captions became a record ({said}); the first of them: "
+        f"{first['caption'][:80]!r}, {first['detail'] or first['reason']}."
+    )
+
+
+def _announce(config: SynthConfig) -> None:
+    """Says beforehand what the embedded backend can and cannot make of other people's captions."""
+    pools = [pool.path for pool in config.pools if not pool.path.startswith("embedded:")]
+    if pools and config.llm.backend == "embedded":
+        from fusion_jax.synth.scene.lexicon import NOUNS, SETTINGS
+
+        log.warning(
+            "The embedded backend draws %d things in %d settings and invents what a caption leaves open. Of %s it "
+            "keeps the captions of which its scenes show enough, and says in lineage.jsonl what they show and do not. "
+            "For captions of all sorts, give llm, vision and images other backends.",
+            len(NOUNS),
+            len(SETTINGS),
+            ", ".join(Path(path).name for path in pools),
+        )
 
 
 def _pool(config: SynthConfig, out: Path, wanted: list[str]) -> dict:
@@ -100,6 +128,18 @@ def _tell(out: Path, counts: dict, books: dict, seconds: float) -> None:
     log.info("%d of %d captions became records in %.0f s: %s", made, counts["captions"], seconds, counts["records"])
     for reason, lost in counts["dropped"].items():
         log.info("  lost %6d  %s", lost, reason)
+    if found := counts.get("understood"):
+        log.info(
+            "the embedded backend read %d captions and kept %.0f%% of their words; %d more name nothing it can draw",
+            found["captions"],
+            100 * found["kept_share"],
+            found["nothing_known"],
+        )
+        log.info("  %d captions dropped, of which it kept too little (filters.understood_min)", found["too_little"])
+        log.info("  %d others have things in their scene that they do not name", found["with_inventions"])
+        if found["missed"]:
+            words = ", ".join(f"{word} ({count})" for word, count in list(found["missed"].items())[:8])
+            log.info("  words it cannot draw: %s; of each record in lineage.jsonl", words)
     if books:
         cost = sum(line.get("cost", 0.0) for line in books.values())
         log.info("  %d paid replies, cost %.2f", sum(line["replies"] for line in books.values()), cost)

@@ -10,8 +10,7 @@ import functools
 import json
 import logging
 import math
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from absl import flags
 from fusion_jax import (
     board,
     checkpoint,
+    checks,
     compiled,
     distributed,
     ending,
@@ -35,12 +35,10 @@ from fusion_jax import (
 )
 from fusion_jax.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import conversation, pipeline, sources
-from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data import pipeline
 from fusion_jax.errors import RunAgain, UserError
-from fusion_jax.evals.registry import find_tasks
 from fusion_jax.files import write_whole
-from fusion_jax.input_check import InputCheck, check_same_data
+from fusion_jax.input_check import InputCheck
 from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
 from fusion_jax.reports import Reports
@@ -49,6 +47,7 @@ log = logging.getLogger("fusion_jax")
 
 _CONFIG = define_config("run configuration")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
+_ACCEPTED = flags.DEFINE_list("accept_changed", [], f"go on although these have changed: {', '.join(resume.INPUTS)}")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST: trace these steps of a stage for XProf")
 # Only where no cluster (TPU, SLURM, Open MPI) says it.
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
@@ -70,52 +69,30 @@ def main(argv: list[str]) -> None:
         distributed.start(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
         with watch.Stop() as stop, watch.says_when_memory_is_short(config.remat):
-            train(config, Path(_WORKDIR.value), stop, profile)
+            train(config, Path(_WORKDIR.value), stop, profile, _ACCEPTED.value)
 
 
-def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, profile=None) -> None:
+def train(
+    config: RunConfig,
+    workdir: Path,
+    stop: watch.Stop | None = None,
+    profile: tuple[int, int] | None = None,
+    accepted: Sequence[str] = (),
+) -> None:
     """Runs, or continues, all stages of a config in `workdir`.
 
     Args:
-      stop: asked after every step. profile: (first, last) step to trace, in each stage.
+      stop: asked after every step. profile: (first, last) step to trace, in each stage. accepted: `resume.INPUTS` that
+        may have changed since the checkpoint.
 
     Raises:
       UserError: anything that the person at the terminal can put right.
       RunAgain: stopped on request; the same call goes on.
     """
     with _says_what_fails(workdir):
-        # ---- Where to go on: the last stage that has a checkpoint.
-        begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(_checkpoints(workdir, stage))]
-        first = begun[-1] if begun else 0
         # ---- Inputs: everything that can be wrong is looked at before any long work.
-        scratch = tempfile.TemporaryDirectory()  # lives as long as this function
-        if config.init_from:
-            config, tokenizer, origin = resume.start_from(
-                config, workdir if begun else Path(config.init_from), scratch.name
-            )
-        else:
-            tokenizer, origin = load_tokenizer(config.tokenizer, own=True), {}
-        _check_tokenizer(config, tokenizer)
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_model(config.model, mesh)
-        for stage in config.stages:
-            if not stage.packing:  # which deals its rows to the devices itself
-                sharding.check_rows(stage.batch_size // stage.accumulation, mesh, f"stage {stage.name!r}")
-        record_sources = {stage.name: pipeline.open_source(config, stage) for stage in config.stages}
-        for name, source in record_sources.items():
-            check_same_data(f"stage {name!r}", source)
-        records = {name: len(source) for name, source in record_sources.items()}
-        if begun:
-            stage = config.stages[first]
-            folder = _checkpoints(workdir, stage)
-            saved = resume.newest_about(folder)
-            if saved is not None:
-                resume.check(config, stage, records[stage.name], saved, folder)
-        validation = sources.load_source(config.validation_data) if config.validation_data else None
-        if config.evaluate_every:
-            _check_evaluation(config)
-        if config.wandb_project:
-            metrics.import_wandb()
+        inputs = checks.look(config, workdir, accepted)
+        config, mesh, tokenizer = inputs.config, inputs.mesh, inputs.tokenizer
         workdir.mkdir(parents=True, exist_ok=True)
     # One of several processes speaks for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
@@ -123,7 +100,7 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
         with _says_what_fails(workdir):
             if distributed.is_first():
                 write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2))
-            about = checkpoint.describe(config, tokenizer, origin, records)
+            about = checkpoint.describe(config, tokenizer, inputs.origin, inputs.data)
 
         # ---- Model.
         model = fusion.Fusion(config.model, jnp.dtype(config.dtype), config.remat)
@@ -137,17 +114,17 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             jax.process_count(),
             config.dtype,
         )
-        if config.init_from and not begun:
+        if config.init_from and not inputs.begun:
             folder, params = resume.initial_parameters(config, params)
             log.info("parameters from %s", folder)
-        elif not begun:  # otherwise the stage restores them
+        elif not inputs.begun:  # otherwise the stage restores them
             params = state.initial_parameters(config.model, config.seed, mesh)
 
         # ---- Stages.
-        for stage in config.stages[first:]:
+        for stage in config.stages[inputs.first :]:
             if stop and stop.requested:
                 raise RunAgain(f"stopped before {stage.name}; start again to go on.")
-            run = StageRun(config, stage, workdir, mesh, tokenizer, record_sources[stage.name], validation, about)
+            run = StageRun(inputs, stage, workdir, about)
             params = run.train(model, params, stop or watch.Stop(), profile)
         if not distributed.is_first():
             return
@@ -159,42 +136,17 @@ def train(config: RunConfig, workdir: Path, stop: watch.Stop | None = None, prof
             log.warning("done; no loss curves: %s: %s", type(error).__name__, error)
 
 
-def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.model.llm.vocab_size:
-        raise UserError(
-            f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
-            f"tokens of {config.tokenizer or config.init_from}."
-        )
-    conversation.stop_ids(tokenizer, conversation.find_template(config.template))
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    if not config.evaluation_tasks or not Path(config.evaluation_data).is_dir():
-        raise UserError(
-            f"config.evaluate_every={config.evaluate_every} needs evaluation_tasks (they are "
-            f"{list(config.evaluation_tasks)}) and the folder evaluation_data (it is {config.evaluation_data!r})."
-        )
-    find_tasks(config.evaluation_tasks)
-
-
-def _checkpoints(workdir: Path, stage: StageConfig) -> Path:
-    return workdir / stage.name / checkpoint.FOLDER
-
-
 class StageRun:
     """One stage: its data, state, checkpoints and reports."""
 
-    def __init__(self, config, stage, workdir, mesh, tokenizer, source, validation, about):
-        self.config: RunConfig = config
-        self.stage: StageConfig = stage
-        self.folder: Path = workdir / stage.name
-        self.reports: Path = distributed.own_folder(self.folder)
-        self.mesh: jax.sharding.Mesh = mesh
-        self.tokenizer: Tokenizer = tokenizer
-        self.source: sources.RecordSource = source
-        self.validation: sources.RecordSource | None = validation
-        self.about: dict = about
-        self.steps = pipeline.stage_steps(stage, len(source))
+    def __init__(self, inputs: checks.Inputs, stage: StageConfig, workdir: Path, about: dict):
+        self.config, self.stage = inputs.config, stage
+        self.folder = workdir / stage.name
+        self.reports = distributed.own_folder(self.folder)
+        self.mesh, self.tokenizer = inputs.mesh, inputs.tokenizer
+        self.source, self.validation = inputs.sources[stage.name], inputs.validation.get(stage.name)
+        self.about = checkpoint.of_stage(about, stage.name, checkpoint.order_in(workdir, stage.name))
+        self.steps = pipeline.stage_steps(stage, len(self.source))
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -227,6 +179,8 @@ class StageRun:
                 start, current = 0, state.begin(params, tx, mesh)
             writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
             metrics.truncate(self.reports / "bad_records.jsonl", start)
+            if self.validation is not None:
+                self.validation.list_bad(self.reports, start)
         log.info("%s: %d records, %d steps of %d samples", stage.name, len(self.source), self.steps, stage.batch_size)
         tracer = watch.Profile(profile, self.folder / "profile")
         parts = (checkpoints, tracer, writer, *([texts] if texts else []), batches)

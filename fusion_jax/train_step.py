@@ -107,7 +107,7 @@ def train_step(
     totals = losses.counts(batch, model.config.vision.patches)
 
     def loss(params, part):
-        return loss_and_parts(model, optim.freeze(params, label_tree), part, totals)
+        return loss_and_parts(model, optim.freeze(params, label_tree, stage.learn_rows), part, totals)
 
     def grad_fn(params, part):
         values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
@@ -127,7 +127,7 @@ def train_step(
     first, _ = change(*jax.lax.optimization_barrier((grads, old.opt_state, old.params)))
     update_norm = optim.norm(optim.squares(first))
     changes, opt_state = change(grads, old.opt_state, old.params)
-    params = optim.apply_changes(old.params, changes)
+    params = optim.apply_changes(old.params, changes, label_tree, stage.learn_rows)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(

@@ -420,7 +420,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", "figure", "OUT.png and OUT.svg are written; with several words OUT-1, OUT-2, ...")
     flags.DEFINE_string("layers", "all", "early, late, all, or numbers such as 0,3: layers of the encoder and the LLM")
     flags.DEFINE_string("heads", "mean", "mean, or numbers such as 0,3")
-    flags.DEFINE_integer("latents", 0, "l^2, one of the trained; 0 for the middle one")
+    flags.DEFINE_integer("latents", 0, "l^2, one of the trained; 0 for the middle one", lower_bound=0)
     flags.DEFINE_list("compare", [], "A, C: switched off on the same weights; or other checkpoints")
 
 

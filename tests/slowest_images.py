@@ -78,6 +78,9 @@ KINDS = {
     "TIFF, LZW": lambda: encode(noise(), "TIFF", compression="tiff_lzw"),
     "TIFF, JPEG": lambda: encode(noise(), "TIFF", compression="jpeg", quality=95),
     "TIFF, CCITT": lambda: encode(noise(channels=1).convert("1"), "TIFF", compression="group4"),
+    "TIFF of fractions": lambda: encode(
+        Image.fromarray(np.asarray(noise(channels=1)).astype(np.float32) / 255), "TIFF"
+    ),
     "PPM of 16 bits": lambda: b"P6 %d %d 65535\n" % (SIDE, SIDE) + 2 * noise().tobytes(),
     "PPM of text, 4 MiB": text,
     "JPEG 2000, lossless, 10 million": lambda: encode(noise(SLOW_SIDE), "JPEG2000"),

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax import checkpoint, integrity, optim, resume
-from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.config import RunConfig, StageConfig, to_dict
+from fusion_jax.data.conversation import find_template, first_ids
+from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
 from fusion_jax.state import TrainState, create
@@ -256,6 +259,20 @@ def test_array_of_another_shape_is_damage(tmp_path):
         checkpoints.restore(like)
 
 
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_arrays_of_other_names_are_named_in_one_sentence(tmp_path, part, caplog):
+    """As another version of the program, or another optimizer, asks for them."""
+    checkpoints = saved(tmp_path, 1)
+    like = jax.eval_shape(lambda: dataclasses.replace(state_at(0), **{part: {"another": {"one": jnp.ones(3)}}}))
+    with pytest.raises(
+        UserError, match=r"is whole .*it holds other arrays than this run asks for: its .* lacks"
+    ) as error:
+        checkpoints.restore(like)
+    assert "another/one" in str(error.value) and ("kernel" if part == "params" else "mu") in str(error.value)
+    [said] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
+    assert "\n" not in said and len(said) < 500
+
+
 def _tower(layers, scale=1.0):
     """A state with a tower of so many layers, its moments factored by nothing, and a frozen part."""
     numbers = scale * jnp.arange(5 * 4 * 3, dtype=jnp.float32).reshape(5, 4, 3)[:layers]
@@ -396,9 +413,9 @@ STAGE = StageConfig(name="first", data="d.json", max_length=144, batch_size=4)
 RUN = RunConfig(model=MODEL, stages=(STAGE,), tokenizer="t")
 
 
-def checked(config, records=50):
-    about = json.loads(checkpoint.describe(RUN, None, records={"first": 50})["json"])
-    resume.check(config, config.stages[0], records, about, "WORKDIR/first")
+def checked(config):
+    about = json.loads(checkpoint.describe(RUN, None)["json"])
+    resume.check(config, config.stages[0], about, "WORKDIR/first")
 
 
 def test_what_may_change_between_two_starts():
@@ -417,7 +434,7 @@ def test_checkpoint_of_another_config_names_every_value():
     stage = dataclasses.replace(STAGE, batch_size=8, freeze=("^llm/",))
     model = replace(MODEL, llm=dataclasses.replace(MODEL.llm, layers=4), mask="released")
     with pytest.raises(UserError) as error:
-        checked(dataclasses.replace(RUN, model=model, seed=7, stages=(stage,)), records=60)
+        checked(dataclasses.replace(RUN, model=model, seed=7, stages=(stage,)))
     for part in (
         "WORKDIR/first is of another config",
         "model.llm.layers=4 (checkpoint: 2)",
@@ -425,10 +442,53 @@ def test_checkpoint_of_another_config_names_every_value():
         "seed=7 (checkpoint: 42)",
         "first.batch_size=8 (checkpoint: 4)",
         "first.freeze=('^llm/',) (checkpoint: ())",
-        "records of d.json=60 (checkpoint: 50)",
     ):
         assert part in str(error.value)
     assert "max_length" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    """A folder like Qwen2's: no BOS, documents apart by the padding token."""
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<|endoftext|>": 1, "<|im_end|>": 2}, "<unk>")
+    )
+    model.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    (tmp_path / "qwen").mkdir()
+    model.save(str(tmp_path / "qwen" / "tokenizer.json"))
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(roles))
+    return tmp_path / "qwen"
+
+
+def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_with(chatml, tmp_path, caplog):
+    config = dataclasses.replace(RUN, template="chatml", tokenizer=str(chatml))
+    about = json.loads(checkpoint.describe(config, load_tokenizer(chatml))["json"])
+    template = find_template("chatml")
+    checkpoint.save_tokenizer(about, tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new") == load_tokenizer(chatml)
+    assert first_ids(load_tokenizer(tmp_path / "new"), template) == []
+
+    old = {key: value for key, value in about.items() if key not in ("format", "conversation")}
+    checkpoint.save_tokenizer(old, tmp_path / "old")
+    assert first_ids(load_tokenizer(tmp_path / "old"), template) == [1]
+    assert "trained with <|endoftext|> in front of every conversation" in caplog.text
+    # Going on with a folder that asks for none is refused, and goes once the folder asks for it.
+    with pytest.raises(UserError, match=r'was trained with a BOS token .* say "add_bos_token": true'):
+        resume.check(config, STAGE, old, "WORKDIR/first")
+    resume.check(dataclasses.replace(config, tokenizer=str(tmp_path / "old")), STAGE, old, "WORKDIR/first")
+    resume.check(config, STAGE, about, "WORKDIR/first")
+    # A folder that asks for it as the sentence says is no other tokenizer.
+    for saved, folder in ((old, tmp_path / "old"), (about, chatml)):
+        resume.check_inputs(
+            dataclasses.replace(config, tokenizer=str(folder)), STAGE, None, load_tokenizer(folder), saved, tmp_path
+        )
+    # An import was trained elsewhere, without it; the published templates have theirs anyway.
+    imported = dataclasses.replace(config, stages=(dataclasses.replace(STAGE, data=""),))
+    for other in (imported, dataclasses.replace(config, template="phi3")):
+        same = old | {"config": json.loads(json.dumps(to_dict(other)))}
+        checkpoint.save_tokenizer(same, tmp_path / "same")
+        assert load_tokenizer(tmp_path / "same") == load_tokenizer(chatml)
 
 
 def test_environment_is_in_the_checkpoint():

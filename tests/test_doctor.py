@@ -186,10 +186,13 @@ def test_clusters_are_seen(monkeypatch):
     assert any("4 hosts" in fact.value for fact in doctor.check_cluster() if isinstance(fact, Fact))
 
 
-def test_buckets_need_their_package(monkeypatch):
+def test_buckets_are_no_workdirs_and_need_their_package_elsewhere(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda package: None)
     [problem] = problems(doctor.check_disk("gs://bucket/run"))
-    assert problem.stops and "gcsfs" in problem.what
+    assert problem.stops and "must be a folder" in problem.what and "Mount" in problem.do
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
+    [problem] = problems(doctor.check_disk(None))
+    assert not problem.stops and "gcsfs" in problem.what
 
 
 def test_a_model_larger_than_all_devices(data, tmp_path):
@@ -197,4 +200,4 @@ def test_a_model_larger_than_all_devices(data, tmp_path):
     small = answer(memory=1000) | {"count": 2}
     [problem] = problems(doctor.check_config(config, small, str(tmp_path)))
     assert problem.stops and "Weights and optimizer take" in problem.what
-    assert not problems(doctor.check_config(config, answer(), str(tmp_path)))
+    assert not problems(doctor.check_config(config, answer() | {"count": 2}, str(tmp_path)))

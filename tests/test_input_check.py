@@ -1,11 +1,12 @@
 """Bad records and plans over several processes, whose statements are given here; real ones: tests/multihost."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from fixtures import tiny
 
-from fusion_jax import distributed
+from fusion_jax import distributed, input_check
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.pipeline import Counts, Fed
 from fusion_jax.errors import BadRecord, UserError
@@ -54,3 +55,20 @@ def test_processes_that_feed_the_same_rows_must_read_the_same_images(tmp_path, m
     for check in processes(tmp_path, monkeypatch, ((0, 1), [CUT]), ((0, 1), [])):
         with pytest.raises(UserError, match="Processes 0 and 1 feed the same rows of s, and one of them cannot read"):
             check.agree(1)
+
+
+def test_processes_must_have_the_same_tokenizer(monkeypatch):
+    """Tokens of another one may be as many, which no plan tells."""
+    tokenizer = SimpleNamespace(fingerprint="a", folder="tokenizer")
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "a"])
+    input_check.check_same_tokenizer(tokenizer)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "b"])
+    with pytest.raises(UserError, match=r"tokenizer is not the same for all processes: the files in .* of process 1"):
+        input_check.check_same_tokenizer(tokenizer)
+
+
+def test_processes_must_have_the_same_data(monkeypatch):
+    part = {"name": "d.json", "drawn": 4, "chosen": 1, "records": 4, "bytes": 10, "hash": "a"}
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, [{**part, "hash": "b", "records": 5}]])
+    with pytest.raises(UserError, match=r"process 1 has d.json with 5 records \(process 0: 4\); give all machines"):
+        input_check.check_same_data("stage 's'", [part])

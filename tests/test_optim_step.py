@@ -221,6 +221,52 @@ def test_frozen_parameters_get_zero_gradients():
         np.testing.assert_allclose(grads[path], expected, rtol=1e-6)
 
 
+def norms(grads):
+    """What the optimizer takes besides the gradients."""
+    squares = optim.squares(grads)
+    return {"norm": optim.norm(squares), "squares": squares}
+
+
+def test_rows_of_a_frozen_embedding_learn_as_if_nothing_were_frozen():
+    """Two rows get Adam's step of the whole table, decay included; the other rows have no moments and no norm."""
+    rows = (7, 9)
+    stage = dataclasses.replace(STAGE, freeze=("^llm/(?!.*/exchange/)",), learn_rows=rows, weight_decay=0.1)
+    weights, (_, grads) = params(CONFIG), plain_gradients()
+    labels, tx = optim.labels(stage, weights), optim.optimizer(stage, weights)
+    assert labels["llm"]["embedding"] == "rows" and labels["llm"]["head"] == "frozen"
+    assert labels["llm"]["stack_0"]["exchange"]["out"]["kernel"] == "default"
+    rates = optim.learning_rates(stage, 2, STEPS)
+    table = np.asarray(weights["llm"]["embedding"])
+
+    def masked(p):
+        return jnp.vdot(optim.freeze(p, labels, rows)["llm"]["embedding"], grads["llm"]["embedding"])
+
+    masked_grads = {**grads, "llm": {**grads["llm"], "embedding": jax.grad(masked)(weights)["llm"]["embedding"]}}
+    seen = np.asarray(masked_grads["llm"]["embedding"])
+    np.testing.assert_array_equal(seen[list(rows)], np.asarray(grads["llm"]["embedding"])[list(rows)])
+    assert np.abs(seen).sum(1).nonzero()[0].tolist() == list(rows)
+    updates, opt_state = tx.update(masked_grads, tx.init(weights), weights, **norms(masked_grads))
+    changes = optim.changes(updates, rates, labels)
+    new = np.asarray(optim.apply_changes(weights, changes, labels, rows)["llm"]["embedding"])
+    whole = dataclasses.replace(stage, freeze=(), learn_rows=())
+    plain = optim.optimizer(whole, weights)
+    expected, _ = plain.update(grads, plain.init(weights), weights, **norms(grads))
+    expected = table - 1e-2 * np.asarray(expected["llm"]["embedding"])
+    np.testing.assert_allclose(new[list(rows)], expected[list(rows)], rtol=1e-6)
+    assert (new != table).any(1).nonzero()[0].tolist() == list(rows)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(opt_state)}
+    assert (2, CONFIG.llm.width) in shapes and table.shape not in shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"learn_rows": (3,)}, "needs a freeze"), ({"learn_rows": (128,), "freeze": ("^llm/",)}, "has 128 rows, from 0")],
+)
+def test_rows_that_cannot_be_meant_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        optim.labels(dataclasses.replace(STAGE, **changes), params(CONFIG))
+
+
 def test_weight_decay_spares_norms_and_biases():
     found = flat(optim.decays(params(CONFIG)))
     spared = {path for path, decays in found.items() if not decays}
@@ -335,9 +381,8 @@ def test_parameters_without_gradient_stay_and_have_their_own_count_of_steps():
         grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), begin)
         if number not in (3, 5):
             grads["b"]["kernel"] *= 0
-        squares = optim.squares(grads)
-        updates, opt_state = tx.update(grads, opt_state, current, norm=optim.norm(squares), squares=squares)
-        current = optim.apply_changes(current, optim.changes(updates, rates, labels))
+        updates, opt_state = tx.update(grads, opt_state, current, **norms(grads))
+        current = optim.apply_changes(current, optim.changes(updates, rates, labels), labels)
         for name, (old, moments) in expected.items():
             if name != "b" or number in (3, 5):
                 update, moments = alone.update(grads[name], moments, old)

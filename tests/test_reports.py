@@ -18,16 +18,16 @@ from fixtures import params
 from forged import forge
 from shapes_data import make_shapes
 
-from fusion_jax import checkpoint, input_check, integrity, metrics, sharding, train
+from fusion_jax import checkpoint, generate, input_check, integrity, metrics, sharding, train
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.layout import lay_out
-from fusion_jax.data.pipeline import fixed_loader
 from fusion_jax.data.sources import load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PRESETS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.reports import Reports, evaluate
+from fusion_jax.validation import measure, open_data
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,9 @@ def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, mon
 class Written:
     """A `metrics.Writer` that keeps the last of everything."""
 
+    def __init__(self, folder):
+        self.path = folder / "metrics.jsonl"
+
     def scalars(self, step, values):
         self.values = values
 
@@ -100,57 +103,104 @@ class Written:
         self.shown = text
 
 
-def reports_of(data, preset, validation="validation.json", **stage):
+def reports_of(data, preset, validation="validation.json", folder="", **stage):
     model = dataclasses.replace(tiny_run.MODEL, **PRESETS[preset])
     config = configured(data, validation_data=f"{data}/{validation}", validation_batches=2, sample_answers=3)
     stage = dataclasses.replace(config.stages[0], batch_size=6, **stage)
-    config = dataclasses.replace(config, model=model, stages=(stage,))
-    made = (sharding.make_mesh(), load_tokenizer(f"{data}/tokenizer"), load_source(config.validation_data))
-    return Reports(config, stage, 4, *made, Fusion(model), Written(), SimpleNamespace(requested=False))
+    config = dataclasses.replace(config, model=model, stages=(stage,), validation_image_folder=folder)
+    tokenizer = load_tokenizer(f"{data}/tokenizer")
+    measured = measure(config, stage, open_data(config), tokenizer)
+    made = (sharding.make_mesh(), tokenizer, measured)
+    return Reports(config, stage, 4, *made, Fusion(model), Written(data), SimpleNamespace(requested=False))
 
 
 @pytest.fixture(scope="module")
 def mixed(data):
-    """Some records of text alone among those with an image; one whose image is gone."""
+    """Some records of text alone among those with an image; one whose image is gone, one whose is cut."""
     records = json.loads((data / "validation.json").read_text())
     records = [dict(records[i % len(records)]) for i in range(13)]
     for i, answer in ((1, "yes"), (4, "no, there is none " * 3), (5, "one")):
         records[i] = {"id": f"text{i}", "conversations": [
             {"from": "human", "value": "Is it so?"}, {"from": "gpt", "value": answer}]}  # fmt: skip
     records[7]["image"] = "gone.png"
+    cut = (data / records[9]["image"]).read_bytes()
+    (data / "cut.png").write_bytes(cut[: len(cut) // 2])
+    records[9]["image"] = "cut.png"
     (data / "mixed.json").write_text(json.dumps(records))
     return data
 
 
 @pytest.mark.parametrize(("preset", "packing"), [("paper", False), ("paper", True), ("released", True)])
 def test_validation_losses_are_those_of_one_record_a_row(mixed, preset, packing):
+    (mixed / "bad_records.jsonl").unlink(missing_ok=True)
     reports = reports_of(mixed, preset, "mixed.json", packing=packing, accumulation=2, max_rounds=8, max_length=300)
     weights = params(reports.config.model)
-    reports._validate(4, weights)
-    loader = fixed_loader(reports.config, reports.stage, reports.validation, reports.tokenizer)
-    loaded = [loader.load(number) for number in range(12)]  # two whole batches
-    good = [example for i, example in enumerate(loaded) if i != 7]
+    for _ in range(2):
+        reports._validate(4, weights)
+    loader = reports.validation.loader
+    numbers = [measured.number for measured in reports.validation.records]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]  # two whole batches without the image that is gone
+    good = [example for number in numbers if number != 9 for example in [loader.load(number)]]
     batch = lay_out(good, loader.spec, loader.longest_latents)
     sums, counts = jax.jit(evaluate, static_argnums=0)(reports.model, weights, batch)
+    values = reports.writer.values
     for name in ("ce", "v2t", "t2v"):
-        np.testing.assert_allclose(reports.writer.values[f"validation/{name}"], sums[name] / counts[name], rtol=1e-5)
+        np.testing.assert_allclose(values[f"validation/{name}"], sums[name] / counts[name], rtol=1e-5)
+    assert values["validation/samples"] == counts["samples"] == 11 and values["validation/left_out"] == 1
     rows = sum(len(batch.rows) for batch in reports._planned)
     positions = sum(len(batch.rows) * batch.length for batch in reports._planned)
     assert (rows < 12) == packing and positions < 12 * 300
     assert reports.writer.shown.count("model:") == 3
+    listed = [json.loads(line) for line in (mixed / "bad_records.jsonl").read_text().splitlines()]
+    assert [(row["reason"], row["data"]) for row in listed] == [
+        ("missing_image", "validation"),
+        ("corrupt_image", "validation"),
+    ]
 
 
-def test_validation_of_which_nothing_can_be_used_is_an_error(mixed):
-    reports = reports_of(mixed, "paper", max_question_length=1)
-    with pytest.raises(UserError, match=r"none of the records of .*validation.json can be used"):
-        reports._validate(4, params(reports.config.model))
+def test_validation_of_which_nothing_can_be_used_ends_before_training(mixed):
+    with pytest.raises(UserError, match=r"None of the 4 records of validation_data .*question_too_long.*the first: "):
+        reports_of(mixed, "paper", max_question_length=1)
     gone = mixed / "gone"
     gone.mkdir()
     shutil.copy(mixed / "validation.json", gone / "validation.json")
-    reports = reports_of(mixed, "paper", "gone/validation.json")
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"none of the first records of .*gone/validation.json can be used"):
-            reports._validate(4, params(reports.config.model))
+    with pytest.raises(UserError, match=r"\(4 missing_image; the first: .*set validation_image_folder"):
+        reports_of(mixed, "paper", "gone/validation.json")
+    assert len(reports_of(mixed, "paper", "gone/validation.json", str(mixed)).validation.records) == 4
+    # Headers that are whole, and nothing behind them.
+    for record in json.loads((mixed / "validation.json").read_text()):
+        (gone / record["image"]).parent.mkdir(parents=True, exist_ok=True)
+        (gone / record["image"]).write_bytes((mixed / record["image"]).read_bytes()[:60])
+    with pytest.raises(UserError, match=r"None of the 4 records .*\(4 corrupt_image"):
+        reports_of(mixed, "paper", "gone/validation.json")
+
+
+def test_validation_takes_a_mixture_and_says_what_it_leaves_out(mixed, caplog):
+    (mixed / "validation.yaml").write_text("datasets: [{json_path: mixed.json}, {json_path: validation.json}]")
+    reports = reports_of(mixed, "paper", "validation.yaml")
+    assert len(reports.validation.records) == 12
+    assert "1 validation record(s) of the first 13 cannot be used (1 missing_image; the first: " in caplog.text
+
+
+def test_sample_answers_keep_to_the_limits_of_the_stage(mixed):
+    """A question that is longer than any row of the stage is no prompt in mid-training either."""
+    records = json.loads((mixed / "validation.json").read_text())
+    long_ = dict(records[0], conversations=[{"from": "human", "value": "<image>\n" + "Is it so? " * 400},
+                                            {"from": "gpt", "value": "yes"}])  # fmt: skip
+    (mixed / "long.json").write_text(json.dumps([long_, *records]))
+    reports = reports_of(mixed, "paper", "long.json")
+    assert [bad.reason for bad in reports.validation.bad] == ["too_long"]
+    spec = reports.validation.loader.spec
+    lengths = []
+
+    def answer(self, prompts, how=None):
+        lengths.extend(self.prompts.batch([self.prompts.example(p)]).tokens.shape[1] for p in prompts)
+        return ["-"] * len(prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate.Answerer, "answer", answer)
+        assert len(reports._sample_answers(None)) == 3
+    assert max(lengths) <= spec.length + 32
 
 
 def test_reports_can_be_lowered_for_two_chips():
@@ -213,7 +263,7 @@ def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, 
     for step in steps(workdir):
         folder = workdir / "stage1" / "checkpoints" / str(step)
         forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a known key"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is no key"):
         train.train(configured(data), workdir)
 
 
@@ -251,6 +301,25 @@ def test_data_that_cannot_be_used_any_more_ends_a_run_that_allows_all_to_be_bad(
     with pytest.raises(UserError, match=r"None of the 16 records of .*stage1.yaml can be used any more"):
         train.train(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
     assert len((tmp_path / "run" / "stage1" / "bad_records.jsonl").read_text().splitlines()) == 32
+
+
+def test_other_data_end_a_restart_before_its_first_step_unless_they_are_accepted(data, undisturbed, tmp_path, caplog):
+    workdir, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(undisturbed, workdir)
+    shutil.copytree(data, other)
+    records = json.loads((other / "stage1.json").read_text())
+    records[0]["conversations"][1]["value"] += " Yes."
+    (other / "stage1.json").write_text(json.dumps(records))
+    train.train(configured(other), workdir)  # the stage is over
+    shutil.rmtree(workdir / "stage1" / "checkpoints" / "4")
+    with pytest.raises(UserError, match=r"stage1.yaml has stage1.json with .* bytes .*--accept_changed=data"):
+        train.train(configured(other), workdir)
+    assert steps(workdir) == [2]
+    train.train(configured(other), workdir, accepted=("data",))
+    assert steps(workdir) == [2, 4] and "goes on with a change (--accept_changed)" in caplog.text
+    about = checkpoint.load_about(workdir / "stage1" / "checkpoints" / "4")
+    assert about["stage"] == {"name": "stage1", "order": 0}
+    assert about["data"]["stage1"] == load_source(other / "stage1.yaml").describe()
 
 
 STATES = {

@@ -8,7 +8,9 @@ One round of an image conversation in the Phi-3 template, with its labels:
     <|assistant|>  Yes  .  <|end|>
        -400         id  id   id            -400: the last token before an answer, the place of H_P
 
-The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself.
+The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself. In front
+of all stands the BOS token where the template has one or, if it says nothing, where the tokenizer's own files do
+(`first_ids`); the question tokens for the encoder begin the same way.
 
 With one image this is the published arrangement: wherever a turn says `<image>`, the image moves to the front of that
 turn. With several images each `<image>` becomes a slot where it stands, in any turn and any number, one for each image
@@ -30,7 +32,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, check_choice
 
 IMAGE = -200  # in input_ids: here go the image's tokens
 LATENTS = -300  # in input_ids: here go one round's latents
@@ -49,53 +51,81 @@ class Template:
     """The fixed text around a conversation's turns.
 
     Attributes:
-      name: key in `TEMPLATES`.
-      system: what comes before the first round.
+      name: key in `TEMPLATES`, or OWN.
+      system_frame: what stands before and after a system text; None: the template cannot hold one.
+      default_system: the system text of a conversation that brings none, without a frame the whole system part; None:
+        such a conversation has no system part.
       question: before a question and its placeholders.
       answer: after the question; its last token is the place of H_P.
       end: closes an answer, and is supervised with it.
       between: after a closed answer when another round follows; not supervised.
-      stops: tokens that end an answer while generating, where the tokenizer has them.
+      stops: tokens that end an answer while generating: the first is the last token of `end`, others count where the
+        tokenizer has them.
+      bos: whether a BOS stands in front of a conversation; None: as the tokenizer's own files say.
+      trims: which of "system", "question" and "answer" lose the white space around them.
     """
 
     name: str
-    system: str
+    system_frame: tuple[str, str] | None
+    default_system: str | None
     question: str
     answer: str
     end: str
     between: str
     stops: tuple[str, ...]
+    bos: bool | None = None
+    trims: tuple[str, ...] = ()
+
+    def trimmed(self, part: str, text: str) -> str:
+        return text.strip() if part in self.trims else text
+
+    def system_parts(self, text: str | None) -> list[tuple[str, bool]]:
+        """What comes before the first round, in pieces, and whether a piece is the conversation's own text.
+
+        Args:
+          text: its system text, None or empty for the template's; with one there must be a `system_frame`.
+        """
+        before, behind = self.system_frame or ("", "")
+        if text:
+            return [(before, False), (self.trimmed("system", text), True), (behind, False)]
+        return [] if self.default_system is None else [(before + self.default_system + behind, False)]
 
 
+OWN = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 TEMPLATES = {
+    # The first two as the published system writes them.
     "phi3": Template(
         name="phi3",
-        system="<|system|>\nYou are a helpful AI assistant.<|end|>\n",
+        system_frame=("<|system|>\n", "<|end|>\n"),
+        default_system="You are a helpful AI assistant.",
         question="<|user|>\n",
         answer="<|end|>\n<|assistant|>\n",
         end="<|end|>",
         between="\n",
         stops=("<|end|>", "<|endoftext|>"),
+        bos=True,
     ),
     "llama3": Template(
         name="llama3",
-        system=(
-            "<|start_header_id|>system<|end_header_id|>\n\n"
+        system_frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        default_system=(
             "You are a helpful, highly intelligent language and vision assistant. You are able to understand the "
             "visual content that the user provides, and assist the user with a variety of tasks using natural "
             "language. Whenever an image is present in the conversation, very carefully examine it and consider its "
-            "content when formulating your response.<|eot_id|>"
+            "content when formulating your response."
         ),
         question="<|start_header_id|>user<|end_header_id|>\n\n",
         answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
         between="",
         stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+        bos=True,
     ),
-    # Qwen2 and Qwen2.5.
+    # With Qwen2's system text. Qwen2.5 and SmolLM2 have others: their folders' own templates say so.
     "chatml": Template(
         name="chatml",
-        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        system_frame=("<|im_start|>system\n", "<|im_end|>\n"),
+        default_system="You are a helpful assistant.",
         question="<|im_start|>user\n",
         answer="<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
@@ -104,7 +134,8 @@ TEMPLATES = {
     ),
     "mistral": Template(
         name="mistral",
-        system="",
+        system_frame=None,
+        default_system=None,
         question="[INST] ",
         answer=" [/INST]",
         end="</s>",
@@ -121,7 +152,7 @@ class Encoded:
     Attributes:
       input_ids: (S,) token ids, with IMAGE and LATENTS where visual tokens go.
       labels: (S,) the id where the token is supervised, ANSWER_START on the last token before each answer, else IGNORE.
-      instructs: (T,) the question tokens of all rounds, BOS in front; [0] in a conversation without an image.
+      instructs: (T,) the question tokens of all rounds, behind `first_ids`; [0] in a conversation without an image.
       rounds: number of questions.
       prompt: the readable text, with tags for placeholders and without BOS.
     """
@@ -134,10 +165,26 @@ class Encoded:
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; UserError naming the allowed ones if there is none."""
+    """The template of that name; UserError naming the allowed ones if there is none. `chat_template.find` knows OWN."""
     if name not in TEMPLATES:
-        raise UserError(f"Unknown conversation template {name!r}; allowed are {', '.join(sorted(TEMPLATES))}.")
+        check_choice("conversation template ", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]
+
+
+def first_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """What stands in front of a conversation, and of the question tokens: the BOS token or nothing.
+
+    Raises:
+      UserError: the template begins with a BOS token, and the tokenizer names none.
+    """
+    if not (tokenizer.adds_bos if template.bos is None else template.bos):
+        return []
+    if tokenizer.bos_id is None:
+        raise UserError(
+            f"The template {template.name} begins with a BOS token, and {tokenizer.folder}/tokenizer_config.json names "
+            "no bos_token."
+        )
+    return [tokenizer.bos_id]
 
 
 def encode_conversation(
@@ -146,6 +193,7 @@ def encode_conversation(
     template: Template,
     images: int,
     *,
+    system: str | None = None,
     latents: bool = True,
     latents_without_image: bool = True,
     where: str = "conversation",
@@ -159,17 +207,20 @@ def encode_conversation(
       images: how many images the record has; a bool does for one or none. The place of one image is where a human turn
         says `<image>`, moved to the front of that turn, or else the first human turn. Several stand where the human
         turns say `<image>`, as many times as there are images.
+      system: the conversation's own system text; None or empty: the template's.
       latents: put a latent placeholder into each round.
       latents_without_image: do so also when there is no image.
       where: named in errors.
 
     Raises:
       BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
-        several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag.
+        several_images (tags beyond the one image), image_tag_in_answer, image_tag_without_image, image_without_tag,
+        system_turn (the template has no place for a system text).
       UserError: the tokenizer lacks a token of the template.
     """
     rounds = _rounds(turns, images, finished=True, where=where)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image))
+    _check_system(system, template, where)
+    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image), system)
 
 
 def encode_prompt(
@@ -178,6 +229,7 @@ def encode_prompt(
     template: Template,
     images: int,
     *,
+    system: str | None = None,
     latents: bool = True,
     latents_without_image: bool = True,
     literal: bool = False,
@@ -194,12 +246,19 @@ def encode_prompt(
         that is written in their texts is that token.
     """
     rounds = _rounds(turns, images, finished=False, where=where, tag=IMAGE_SLOT if literal else IMAGE_TAG)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image), literal)
+    _check_system(system, template, where)
+    latents = latents and (images > 0 or latents_without_image)
+    return _encode(rounds, tokenizer, template, images, latents, system, literal)
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS."""
-    ids = {tokenizer.token_id(template.end), tokenizer.eos_id}
+    """Ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS.
+
+    Raises:
+      UserError: the tokenizer lacks the first of them, or the BOS token that the template begins with.
+    """
+    first_ids(tokenizer, template)
+    ids = {tokenizer.token_id(template.stops[0]), tokenizer.eos_id}
     return tuple(sorted(ids | {tokenizer.token_id(stop) for stop in template.stops if tokenizer.has_token(stop)}))
 
 
@@ -247,15 +306,32 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
     return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
 
 
+def _check_system(text: str | None, template: Template, where: str) -> None:
+    """BadRecord where the template cannot hold a conversation's system text."""
+    if text and template.system_frame is None:
+        raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
+    if text and _LONE_SURROGATE.search(text):
+        raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is no text")
+
+
 def _encode(
-    rounds, tokenizer: Tokenizer, template: Template, images: int, latents: bool, literal: bool = False
+    rounds,
+    tokenizer: Tokenizer,
+    template: Template,
+    images: int,
+    latents: bool,
+    system: str | None,
+    literal: bool = False,
 ) -> Encoded:
     """`rounds` as `_rounds` returns them."""
-    tokenizer.token_id(template.end)  # a template of another model would be spelt out in letters, silently
+    tokenizer.token_id(template.stops[0])  # a template of another model would be spelt out in letters, silently
     tag = IMAGE_SLOT if literal else IMAGE_TAG
-    row = _Row(tokenizer)
-    row.text(template.system)
+    first = first_ids(tokenizer, template)
+    row = _Row(tokenizer, first)
+    for text, own in template.system_parts(system):
+        row.text(text, own and literal)
     for k, (question, answer) in enumerate(rounds):
+        question = template.trimmed("question", question)
         row.text((template.between if k else "") + template.question)
         pieces = question.split(tag, images)
         # The published template writes the latents before its one image; see `layout` for their order in the row.
@@ -269,11 +345,11 @@ def _encode(
         row.text(template.answer)
         row.mark_answer_start()
         if answer is not None:
-            row.answer(answer, template.end, literal)
+            row.answer(template.trimmed("answer", answer), template.end, literal)
     instructs = [0]
     if images:
         texts = ["".join(question.split(tag, images)).strip() for question, _ in rounds]
-        instructs = [tokenizer.bos_id, *tokenizer.encode_parts([("".join(texts), literal)])]
+        instructs = [*first, *tokenizer.encode_parts([("".join(texts), literal)])]
     return Encoded(
         input_ids=np.asarray(row.ids, np.int32),
         labels=np.asarray(row.labels, np.int32),
@@ -287,9 +363,9 @@ class _Row:
     """A row under construction. Unsupervised text is gathered and tokenized in one piece when something else comes.
     Parts that are `literal` hold no control tokens, whatever is written there."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, first: list[int]):
         self.tokenizer = tokenizer
-        self.ids, self.labels, self.prompt = [tokenizer.bos_id], [IGNORE], []
+        self.ids, self.labels, self.prompt = list(first), [IGNORE] * len(first), []
         self._pending: list[tuple[str, bool]] = []
         self._after = None  # the id that the pending text follows, None at the start of a piece
 

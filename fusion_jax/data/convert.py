@@ -35,10 +35,10 @@ import tqdm
 from absl import flags
 
 from fusion_jax.cli import out_of_ctrl_c, run_main
-from fusion_jax.data import formats, image, shards, sources
+from fusion_jax.data import formats, image, records, shards, sources
 from fusion_jax.data.image import MAX_PIXELS
 from fusion_jax.errors import BadRecord, UserError, check
-from fusion_jax.files import brief, parse_json, read_file, write_whole
+from fusion_jax.files import brief, parse_json, read_file, shown, write_whole
 
 log = logging.getLogger("fusion_jax")
 
@@ -452,30 +452,33 @@ def _read_record(
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    record = sources.read_record(data, span, where)
-    name, turns, names, where = sources.check_record(record, number, where)
+    said = records.understand(sources.read_record(data, span, where), number, where)
     files, about = [], []
-    for file in names:
-        files.append(_read_image(sources.locate(plan.image_folder, file, root, where), where))
-        about.append({"name": file} | _look_at(files[-1], file, plan.settings["max_pixels"], where))
-    header = {"id": name} if record.get("id") is not None else {}
-    return header | {"number": number, "conversations": turns, "images": about}, files
+    for i, (name, inline) in enumerate(said.images):
+        if inline is None:
+            inline = _read_image(sources.locate(plan.image_folder, name, root, said.where), said.where)
+        files.append(inline)
+        name = name or f"{number}-{i}"
+        about.append({"name": name} | _look_at(inline, name, plan.settings["max_pixels"], said.where))
+    header = {"id": said.id} if said.id != str(number) else {}
+    header |= {"number": number, "conversations": said.turns, "images": about}
+    return header | ({} if said.system is None else {"system": said.system}), files
 
 
 def _read_image(path: Path, where: str) -> bytes:
     try:
         return formats.read_file(path, image.MAX_BYTES)[0]
     except formats.TooLarge as e:
-        raise BadRecord("image_too_large", where, f"the image {path} {e}") from e
+        raise BadRecord("image_too_large", where, f"the image {shown(path)} {e}") from e
     except OSError as e:
         if e.errno not in _NO_IMAGE:
             raise  # a disk or a network that fails must not pass for missing images
-        raise BadRecord("missing_image", where, f"cannot read the image {path}: {e}") from e
+        raise BadRecord("missing_image", where, f"cannot read the image {shown(path)}: {e.strerror}") from e
 
 
 def _look_at(data: bytes, name: str, max_pixels: int, where: str) -> dict[str, Any]:
     """Format and size by the file's header; nothing is decoded. BadRecord where training would refuse the image."""
-    form, (width, height) = image.look_at(data, max_pixels, where, f"the image {name}")
+    form, (width, height) = image.look_at(data, max_pixels, where, f"the image {shown(name)}")
     return {"format": form, "width": width, "height": height, "bytes": len(data)}
 
 
@@ -618,7 +621,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("records_per_shard", None, f"Or how many records each; default {RECORDS_PER_SHARD}.")
     flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes; they do not change the result.")
     flags.DEFINE_bool("allow_outside", False, 'Take images outside the image folder: "..", absolute paths, links.')
-    flags.DEFINE_float("max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.")
+    flags.DEFINE_float(
+        "max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.", lower_bound=0, upper_bound=1
+    )
     flags.DEFINE_bool("check", False, "Read the shards in --out again and compare them with their manifest.")
 
 

@@ -9,7 +9,8 @@ Every image that the package did not make itself is opened here, by `open_image`
 | CMYK in a JPEG | taken as inverted, the way Adobe writes it; then `convert("RGB")` |
 | transparency of any kind | left out: the colours that the file holds below it |
 | several pictures (GIF, WebP, PNG, TIFF, MPO, AVIF) | the first |
-| 16 bits of grey | the upper 8, as of 16-bit colour; `convert("RGB")` would turn all but the darkest white |
+| grey of over 8 bits, signed, fractions | 8 bits by the rule of grey.py; `convert("RGB")` makes it black or white |
+| 16 bits a channel | the upper 8; refused as unclear_range where all of these are below 16 |
 | a rotation in the EXIF data | not applied, but for TIFF, which Pillow turns itself |
 | any other format | refused as corrupt_image: among Pillow's many are some that start Ghostscript, or hold any other |
 
@@ -24,9 +25,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from fusion_jax.data import formats
+from fusion_jax.data import formats, grey
 from fusion_jax.data.resample import resample
-from fusion_jax.errors import BadRecord, check
+from fusion_jax.errors import BadRecord, check_choice
+from fusion_jax.files import shown
 
 MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host's memory
 MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
@@ -46,7 +48,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
 
     Raises:
       BadRecord: reason missing_image (cannot be opened, or is no file), image_too_large (over MAX_BYTES, MAX_PIXELS,
-        MAX_SIDE or a limit of formats.py) or corrupt_image.
+        MAX_SIDE or a limit of formats.py), unclear_range (grey.py) or corrupt_image.
     """
     return _decode(image, where, None)[0]
 
@@ -102,7 +104,10 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
     if declared is not None:
         _check_size(declared, most)
     reader = formats.Reader(data)
-    image = Image.open(reader, formats=(form,))
+    try:
+        image = Image.open(reader, formats=(form,))
+    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+        raise ValueError(f"its header is damaged, or it is a {form} of a kind that Pillow does not read") from e
     reader.opened()
     _check_size(image.size, most)
     if declared not in (None, image.size):
@@ -133,7 +138,7 @@ def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
     """Where errors lie, and what they call the image."""
     if isinstance(image, bytes):
         return "image" if where is None else where, "the image"
-    return str(image) if where is None else where, f"the image {image}"
+    return str(image) if where is None else where, f"the image {shown(image)}"
 
 
 def _read(path: str | Path, where: str, name: str, start: int | None = None) -> tuple[bytes, int]:
@@ -143,7 +148,7 @@ def _read(path: str | Path, where: str, name: str, start: int | None = None) -> 
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
     except OSError as e:
-        raise BadRecord("missing_image", where, f"cannot read {name}: {e}") from e
+        raise BadRecord("missing_image", where, f"cannot read {name}: {e.strerror}") from e
 
 
 @contextlib.contextmanager
@@ -155,9 +160,11 @@ def refusals(where: str, name: str) -> Iterator[None]:
         raise
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
+    except grey.UnclearRange as e:
+        raise BadRecord("unclear_range", where, f"{name} {e}") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRecord("image_too_large", where, f"{name} has over {MAX_PIXELS} pixels") from e
-    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+    except Image.UnidentifiedImageError as e:
         known = f"{name} is no image of a known format, which are {formats.ALLOWED}"
         raise BadRecord("corrupt_image", where, known) from e
     except Exception as e:  # decoders answer damaged bytes with almost any exception
@@ -185,20 +192,36 @@ def _decode(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    expected = _size(image)
+    expected, deep_colour = _size(image), grey.is_deep_colour(image)
     if image.tile and image.tile[0][0] == "ppm":
         image = formats.scaled_ppm(image)
     else:
         mode = image.mode
         image.load()
         _check_pixels(image, mode, expected)
+    return in_eight_bits(image, deep_colour)
+
+
+def in_eight_bits(image: Image.Image, deep_colour: bool = False) -> Image.Image:
+    """A decoded image, of any mode, as RGB; see the top of this file.
+
+    Args:
+      deep_colour: whether it had 16 bits a channel.
+
+    Raises:
+      grey.UnclearRange: nothing says which value is white.
+    """
+    if deep_colour:
+        grey.check_deep_colour(image)
     if image.mode == "RGB":
         return image
+    size = image.size
     image.info.pop("transparency", None)  # Pillow warns that it is lost
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    levels = grey.levels_of_grey(image)
+    if levels is not None:
+        image = Image.fromarray(levels)
     image = image.convert("RGB")
-    _check_pixels(image, "RGB", expected)
+    _check_pixels(image, "RGB", size)
     return image
 
 
@@ -249,7 +272,7 @@ def read_crops(
     Raises:
       BadRecord: as for `load_image`.
     """
-    check(decode in DECODES, f"decode={decode!r} is unknown; allowed: {', '.join(DECODES)}.")
+    check_choice("decode=", decode, DECODES)
     largest = 2 * size if with_quadrants else size
     pixels, covered = _decode(image, where, largest * 3 // 2 if decode == "fast" else None)
     return _crops(pixels, covered, size, with_quadrants)
@@ -275,7 +298,7 @@ def read_resized(
     Raises:
       BadRecord: as for `load_image`.
     """
-    check(decode in DECODES, f"decode={decode!r} is unknown; allowed: {', '.join(DECODES)}.")
+    check_choice("decode=", decode, DECODES)
     needed = max(min(size) for size in sizes) * 3 // 2
     pixels, covered = _decode(image, where, needed if decode == "fast" else None)
     outputs = [np.empty((1, height, width, 3), np.uint8) for width, height in sizes]

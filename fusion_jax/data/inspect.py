@@ -21,7 +21,7 @@ from fusion_jax.cli import check_output, define_config, run_main
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, check_choice
 
 SAMPLES, IMAGES, ROWS = 4000, 200, 9
 
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
 def inspect(config: RunConfig, options: Options, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
     """Prints the tables, writes the page, returns all figures. UserError for what a run could not start with."""
     names = [stage.name for stage in config.stages]
-    if options.stage and options.stage not in names:
-        raise UserError(f"There is no stage {options.stage!r}; the config has {', '.join(names)}.")
+    if options.stage:
+        check_choice("--stage=", options.stage, names)
     if out is not None:
         check_output("out", out)
     with tempfile.TemporaryDirectory() as scratch:

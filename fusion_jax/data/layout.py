@@ -18,7 +18,8 @@ embedding lookup, one gather and one `where`. An image of dynamic resolution (da
 its whole view and then, row by row, the tokens of its tiles, each row closed by the row end.
 
 In a conversation with one image the first visual place of its round holds the image and the latents follow it (the
-published order); with several images every place holds what stands there.
+published order), or with `image_first` that of the whole conversation, and all later places hold latents (the published
+code when a later turn says `<image>`); with several images every place holds what stands there.
 
 A row may pack several examples. Each has its own segment and its own positions from 0; images and rounds of all of them
 lie one after the other in the tables. Here the row is alone in its group, K = 3 and I = L = 2; the second example is
@@ -125,7 +126,7 @@ class Example:
 class LayoutSpec:
     """Fixed sizes of a batch: S `length`, T `question_length`, R `rounds` of a row, I `image_tokens`, K `crops` of a
     group (0: rows of text alone, which cost no encoder), `images` that one conversation may have; J `tile_tokens` and
-    the `grids` of dynamic resolution; the rest as the model."""
+    the `grids` of dynamic resolution; `image_first` where the model's `image_place` is; the rest as the model."""
 
     length: int
     question_length: int
@@ -139,6 +140,7 @@ class LayoutSpec:
     images: int = 1
     grids: tuple[tuple[int, int], ...] = ()
     tile_tokens: int = 0
+    image_first: bool = False
 
     def tokens_of(self, tiling: Tiling) -> int:
         """Positions that an image takes in the sequence."""
@@ -243,10 +245,11 @@ def _fill(
         raise ValueError(f"{example.where}: {len(crops)} crops for {places}.")
     if len(pictures) == 1:
         # The published code fills the first visual place of a round with the image and the next with the latents.
-        before = np.flatnonzero(ids[: pictures[0]] < 0)
-        if len(before) and ids[before[-1]] == LATENTS:
-            ids[[before[-1], pictures[0]]] = IMAGE, LATENTS
-            pictures = before[-1:]
+        before = np.flatnonzero(ids[: pictures[0]] == LATENTS)
+        if len(before):
+            place = before[0 if spec.image_first else -1]
+            ids[[place, pictures[0]]] = IMAGE, LATENTS
+            pictures = np.array([place])
 
     sizes = np.where(ids == LATENTS, latent_count, 1)
     sizes[pictures] = [spec.tokens_of(tiling) for tiling in tilings]

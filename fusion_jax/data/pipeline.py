@@ -16,6 +16,7 @@ room than was planned, leaves its place empty.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import zlib
@@ -29,7 +30,7 @@ import numpy as np
 
 from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import conversation, image, sources, tiles
+from fusion_jax.data import chat_template, conversation, image, sources, tiles
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_out_rows, needs
 from fusion_jax.data.plan import FixedBatch, Measured, Sizes, a_crop_each, enough, plan, size_batches
 from fusion_jax.data.sources import Record, RecordSource
@@ -46,10 +47,10 @@ _SENT_AHEAD = 8  # so many times before it waits for the others to have read the
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
     """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
-    those of a row with one conversation."""
+    those of a row with one conversation. Questions may be empty, so there is room for one token."""
     return LayoutSpec(
         length=length,
-        question_length=question_length if model.text_guided else 0,
+        question_length=max(question_length, 1) if model.text_guided else 0,
         rounds=rounds if model.semantic_exchange else 0,
         image_tokens=model.tokens_per_image,
         image_size=model.vision.image_size,
@@ -60,6 +61,7 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
         images=images,
         grids=model.tile_grids,
         tile_tokens=model.tokens_per_tile,
+        image_first=model.image_place == "first",
     )
 
 
@@ -92,10 +94,11 @@ class ExampleMaker:
         encoded = encode(
             record.turns,
             self.tokenizer,
-            conversation.find_template(self.template),
+            chat_template.find(self.template, self.tokenizer),
             len(record.images),
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",
+            system=record.system,
             where=record.where,
             **more,
         )
@@ -239,6 +242,20 @@ class Loader:
             return example
         takes = needs(example, self.spec, 0)
         return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
+
+    def measure_with_images(self, number: int) -> Measured | BadRecord:
+        """What the record takes, if the headers of its images can be read."""
+        measured = self.measure(number)
+        if isinstance(measured, BadRecord):
+            return measured
+        try:
+            record = self.source.text(number)
+            for one in record.images:
+                if one != b"":  # shards and their sizes were checked when they were written
+                    image.read_size(one, record.where)
+        except BadRecord as bad:
+            return bad
+        return measured[0]
 
 
 @dataclass(frozen=True)
@@ -570,25 +587,35 @@ def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, to
     return Loader(source, maker, _stage_spec(config.model, stage), config.model.fixed_latent_count)
 
 
-def first_records(loader: Loader, batch_size: int, batches: int) -> list[Measured]:
-    """The first records in file order whose texts can be used: so many batches of them, or all (0, or where there are
-    no more)."""
+def first_records(
+    loader: Loader, batch_size: int, batches: int, threads: int = 1
+) -> tuple[list[Measured], list[BadRecord]]:
+    """The first records in file order that can be used, and the bad ones on the way.
+
+    So many batches of them, or all (`batches` 0, or where there are no more). Of an image the header alone is read.
+    """
     good: list[Measured] = []
-    for number in range(len(loader.source)):
-        if batches and len(good) == batches * batch_size:
-            break
-        element = loader.measure(number)
-        if not isinstance(element, BadRecord):
-            good.append(element[0])
-    return good
+    bad: list[BadRecord] = []
+    records = len(loader.source)
+    wanted = min(records, batches * batch_size or records)
+    next_ = 0
+    with ThreadPoolExecutor(threads) as pool:
+        while len(good) < wanted and next_ < records:
+            numbers = range(next_, min(records, next_ + wanted - len(good)))
+            next_ = numbers.stop
+            for element in pool.map(loader.measure_with_images, numbers):
+                if isinstance(element, BadRecord):
+                    bad.append(element)
+                else:
+                    good.append(element)
+    return good, bad
 
 
 def fixed_batches(
     loader: Loader, planned: Sequence[FixedBatch], threads: int, shards: int = 1, held: Sequence[int] = (0,)
-) -> Iterator[Batch]:
-    """The rows of some shards of validation's batches.
-
-    A record whose image cannot be read, or is not as it was measured, leaves its place empty.
+) -> Iterator[tuple[Batch, dict[int, BadRecord]]]:
+    """The rows of some shards of validation's batches, and the records among them, by number, whose images cannot be
+    read or that are not as they were measured: they leave their places empty.
 
     Args:
       planned: `plan.plan_all` of `first_records`. shards, held: see `training_batches`.
@@ -600,8 +627,13 @@ def fixed_batches(
             loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in own]]
         spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
         rows = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]
+        bad = {
+            measured.number: example
+            for measured, example in zip(itertools.chain(*own), itertools.chain(*loaded))
+            if isinstance(example, BadRecord)
+        }
         # As in training: without a crop there are no latents.
-        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held))
+        yield lay_out_rows(rows, spec, loader.longest_latents if batch.crops else 0, len(held)), bad
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:

@@ -33,7 +33,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from fusion_jax.data.image import MAX_BYTES, MAX_SIDE
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.data.media import kind_of_key
+from fusion_jax.errors import BadRecord, UserError, no_key
 from fusion_jax.files import brief, open_file, parse_json, read_file, shown
 
 FORMAT, VERSION = "fusion_jax shards", 1
@@ -58,7 +59,7 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise DuplicateKey(f"the key {key!r} stands there twice")
+            raise DuplicateKey(f"the key {brief(key)} stands there twice")
         result[key] = value
     return result
 
@@ -128,7 +129,9 @@ class Shards:
         check_files(self.folder, manifest)
         self._shards = [(s["shard"], s["text"]) for s in manifest["shards"]]
         self._ends = np.cumsum([s["records"] for s in manifest["shards"]])
-        self.hashes = [text["sha256"] for _, text in self._shards]
+        # What a run is compared by when it goes on: hashes of all shards, with images and without.
+        self.identity = repr([[one["sha256"], text["sha256"]] for one, text in self._shards])
+        self.bytes = sum(one["bytes"] for one, _ in self._shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -306,8 +309,9 @@ class TfdsRecords:
           spec: `tfds:name[/config][:version]:split`, the split with or without a slice, as in `train[:10%]`.
           data_dir: where the prepared datasets lie; by default where TFDS puts them. Nothing is ever downloaded.
           features: which feature is the `image` (one or several), the `conversations` (pairs of from and value, or
-            JSON) or the `text` that answers `prompt`, and the `id`. Parts of a feature are named `captions/text`; of
-            several texts the first counts. By default features of these names, or `caption` for the text.
+            JSON) or the `text` that answers `prompt`, the `id` and the `system` text. Parts of a feature are named
+            `captions/text`; of several texts the first counts. By default features of these names, `messages` for the
+            conversations, `caption` for the text, and for the image another key that names images in a record.
           prompt: the question that a `text` answers.
 
         Raises:
@@ -340,22 +344,37 @@ class TfdsRecords:
         for name in reversed(image.split("/")) if image else ():
             skip = {name: skip}
         self._source = source.__class__(source.dataset_info, split=match[2], decoders=skip if image else None)
+        self.identity = repr((source.dataset_info.full_name, match[2], sorted(self.features.items()), self.prompt))
+        self.bytes = int(getattr(source.dataset_info, "dataset_size", 0) or 0)
 
     def __len__(self) -> int:
         return len(self._source)
 
+    def _by_name(self, known: Mapping[str, Any]) -> dict[str, str]:
+        """The features of the usual names. UserError for media that would be left out."""
+        chosen = {name: name for name in ("id", "image", "conversations", "text", "system") if name in known}
+        if "caption" in known and "text" not in chosen:
+            chosen["text"] = "caption"
+        if "messages" in known and "conversations" not in chosen:
+            chosen["conversations"] = "messages"
+        if "conversations" in chosen:
+            chosen.pop("text", None)
+        if "image" not in chosen and (images := [name for name in known if kind_of_key(name) == "images"]):
+            chosen["image"] = images[0]
+        for name in known.keys() - set(chosen.values()):
+            kind = kind_of_key(name, "image" in chosen)
+            if kind == "other" or (kind and "image" not in chosen):
+                raise UserError(
+                    f"{self.spec} has the feature {name!r}, which is not read; say in `features` what is to be read."
+                )
+        return chosen
+
     def _choose(self, features: Mapping[str, str] | None, known: Mapping[str, Any]) -> dict[str, str]:
-        chosen = dict(features or {})
-        if not features:
-            chosen = {name: name for name in ("id", "image", "conversations", "text") if name in known}
-            if "caption" in known and "text" not in chosen:
-                chosen["text"] = "caption"
-            if "conversations" in chosen:
-                chosen.pop("text", None)
-        allowed = ("id", "image", "conversations", "text")
+        chosen = dict(features or self._by_name(known))
+        allowed = ("id", "image", "conversations", "text", "system")
         for name, feature in chosen.items():
             if name not in allowed:
-                raise UserError(f"{self.spec}: unknown key {name!r} in features; allowed are {', '.join(allowed)}.")
+                raise no_key(f"{self.spec}: features", shown(name), allowed)
             if not isinstance(feature, str) or feature.split("/")[0] not in known:
                 raise UserError(
                     f"{self.spec} has no feature {feature!r} for {name}; it has {', '.join(sorted(known))}."
@@ -383,6 +402,8 @@ class TfdsRecords:
         header = {"number": i, "images": [{"name": f"{i}-{k}" if k else str(i)} for k in range(len(images))]}
         if "id" in self.features:
             header["id"] = str(_plain(_part(example, self.features["id"])))
+        if "system" in self.features:
+            header["system"] = _plain(_part(example, self.features["system"]))
         if "conversations" in self.features:
             header["conversations"] = _turns(_plain(_part(example, self.features["conversations"])))
         else:

@@ -1,6 +1,7 @@
 """Training records with random access, from JSON, shards and TensorFlow Datasets, and mixtures of them in YAML.
 
-    JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...]
+    JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...],
+            or another form that records.py understands
     JSONL   the same objects, one a line
     shards  a folder that `python -m fusion_jax.data.convert` wrote, here or at a URL; see shards.py
     tfds    tfds:name[/config][:version]:split, a data set that TensorFlow Datasets has prepared
@@ -30,6 +31,7 @@ thousands of digits, too long.
 
 import codecs
 import contextlib
+import hashlib
 import json
 import math
 import operator
@@ -46,13 +48,15 @@ import numpy as np
 import yaml
 
 from fusion_jax.data import shards
-from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.files import brief, open_file, parse_json, read_text, shown
+from fusion_jax.data.records import understand
+from fusion_jax.errors import BadRecord, UserError, nearest, no_key
+from fusion_jax.files import brief, open_file, parse_json, read_file, read_text, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
 _STRATEGY = re.compile(r"(first|end|random):(?:(\d{1,18})|(\d{1,3}(?:\.\d{1,300})?)%)", re.ASCII)
 _MAX_WEIGHT = 1_000_000
-_COMPARED = 64  # records whose texts tell whether two machines have the same data
+_HASHED = 1 << 26  # bytes of a JSON file that is hashed as a whole; of larger ones these many records are:
+_COMPARED = 64
 _CHUNK = 1 << 22
 _MAX_RECORD = 1 << 26  # bytes of one record; in a list, one that has not ended by then is taken for a syntax error
 _MAX_YAML = 1 << 20  # bytes of a mixture
@@ -85,6 +89,7 @@ class Record:
       sizes: width and height of each image where the source knows them, which only shards do; else empty.
       literal: the texts are somebody's own words, in which control tokens and image tags are text; see
         `conversation.encode_prompt`.
+      system: the record's own system text, in place of the template's; None for that one.
     """
 
     id: str
@@ -94,6 +99,7 @@ class Record:
     images: tuple[Path | bytes, ...] | None = field(default=None, repr=False)
     sizes: tuple[tuple[int, int], ...] = ()
     literal: bool = False
+    system: str | None = None
 
     def __post_init__(self):
         if self.images is None:
@@ -115,6 +121,19 @@ class _Part:
     def __len__(self) -> int:
         return self.copies * len(self.numbers) + len(self.extra)
 
+    def describe(self) -> dict[str, Any]:
+        """What the data set is, by which two starts or two machines are compared. JSON.
+
+        name; drawn: records of an epoch; chosen: checksum of which they are; records, bytes and hash of the whole.
+        """
+        which = (self.copies, zlib.crc32(np.asarray(self.numbers, np.int64)), zlib.crc32(self.extra))
+        drawn = {"name": self.name, "drawn": len(self), "chosen": zlib.crc32(repr(which).encode())}
+        return drawn | self.content()
+
+    def content(self) -> dict[str, Any]:
+        """records, bytes and hash of the whole data set."""
+        raise NotImplementedError
+
     def place(self, i: int) -> int:
         """Which of the chosen records is the i-th to draw."""
         all_of_them = self.copies * len(self.numbers)
@@ -129,21 +148,40 @@ class _Json(_Part):
         super().__init__(path.name, numbers)
         self.path, self.image_folder = path, folder
         self.root = None if allow_outside else os.path.realpath(folder)
+        self.total = len(spans)
         self.spans = spans if len(numbers) == len(spans) else spans[np.asarray(numbers)]
         self._file = None
 
-    def listed(self) -> np.ndarray:
-        """Where each record lies."""
-        return self.spans
+    def content(self) -> dict[str, Any]:
+        """Of a large file the hash is one of where each chosen record lies, and of the bytes of a few."""
+        try:
+            size, digest = self.path.stat().st_size, hashlib.sha256()
+            if size <= _HASHED:
+                digest.update(read_file(self.path))
+            else:
+                file = DataFile(self.path)
+                digest.update(np.ascontiguousarray(self.spans).data)
+                for span in self.spans[:: -(-len(self.spans) // _COMPARED)]:
+                    digest.update(file.read(span))
+        except OSError as e:
+            raise UserError(f"Cannot read the data file {self.path}: {e.strerror}.") from e
+        return {"records": self.total, "bytes": size, "hash": digest.hexdigest()}
 
     def read(self, k: int) -> Record:
         if self._file is None:
             self._file = DataFile(self.path)
         number = int(self.numbers[k])
         where = f"{self.path}, record {number}"
-        name, turns, images, where = check_record(read_record(self._file, self.spans[k], where), number, where)
-        paths = tuple(locate(self.image_folder, image, self.root, where) for image in images)
-        return Record(name, paths[0] if paths else None, turns, where, paths)
+        said = understand(read_record(self._file, self.spans[k], where), number, where)
+        paths = [
+            Path(image.name or f"{number}-{i}") if image.data is not None else self._locate(image.name, said.where)
+            for i, image in enumerate(said.images)
+        ]
+        images = tuple(path if image.data is None else image.data for image, path in zip(said.images, paths))
+        return Record(said.id, paths[0] if paths else None, said.turns, said.where, images, system=said.system)
+
+    def _locate(self, name: str, where: str) -> Path:
+        return locate(self.image_folder, name, self.root, where)
 
     text = read
 
@@ -158,9 +196,14 @@ class _Stored(_Part):
         super().__init__(name, numbers)
         self.records = records
 
-    def listed(self) -> bytes:
-        """Hashes of shards; of a TensorFlow Dataset nothing."""
-        return repr(getattr(self.records, "hashes", "")).encode()
+    def content(self) -> dict[str, Any]:
+        """By the hashes in the manifest of shards; by the texts of a few records of a TensorFlow Dataset."""
+        digest = hashlib.sha256(self.records.identity.encode())
+        if isinstance(self.records, shards.TfdsRecords):
+            for i in range(0, len(self.records), -(-len(self.records) // _COMPARED)):
+                with contextlib.suppress(BadRecord):
+                    digest.update(repr(self.records.text(i)[0]).encode())
+        return {"records": len(self.records), "bytes": self.records.bytes, "hash": digest.hexdigest()}
 
     def read(self, k: int) -> Record:
         return self._record(self.records.read(int(self.numbers[k])))
@@ -170,18 +213,17 @@ class _Stored(_Part):
 
     def _record(self, found: tuple[dict[str, Any], list[bytes], str]) -> Record:
         header, images, where = found
-        shown = [str(image.get("name")) for image in header["images"]]
-        name, turns, _, where = check_record(header, header.get("number", 0), where)
+        said = understand(header, header.get("number", 0), where, stored=True)
         sizes = tuple((image["width"], image["height"]) for image in header["images"] if "width" in image)
-        return Record(name, Path(shown[0]) if shown else None, turns, where, tuple(images), sizes)
+        path = Path(str(header["images"][0].get("name"))) if images else None
+        return Record(said.id, path, said.turns, said.where, tuple(images), sizes, system=said.system)
 
 
 class RecordSource:
     """Records of one or several data sets, one after the other: `len(source)`, `source[i]`. Can be pickled.
 
-    `source[i]` raises BadRecord for a record that is no conversation (reason missing_key, duplicate_key, bad_turns,
-    bad_image, image_outside_folder, corrupt_record, unreadable_json, too_large or bad_record), naming file, record and
-    key.
+    `source[i]` raises BadRecord for a record that is no conversation (the reasons of `records.understand`, or
+    duplicate_key, image_outside_folder, corrupt_record, unreadable_json or too_large), naming file, record and key.
 
     Attributes:
       parts: name and number of records, weighted, of each data set, in order.
@@ -205,17 +247,9 @@ class RecordSource:
         part, k = self._find(i)
         return part.text(k)
 
-    def fingerprint(self) -> int:
-        """A checksum by which two machines see whether they hold the same records: of what is listed, and of the texts
-        of a few records."""
-        said = zlib.crc32(repr(self.parts).encode())
-        for part in self._parts:
-            said = zlib.crc32(part.listed(), said)
-        for i in range(0, len(self), -(-len(self) // _COMPARED)):
-            with contextlib.suppress(BadRecord):  # on one machine alone, maybe
-                record = self.text(i)
-                said = zlib.crc32(repr((i, record.id, record.turns)).encode(), said)
-        return said
+    def describe(self) -> list[dict[str, Any]]:
+        """What each data set is: see `_Part.describe`. UserError where a file cannot be read any more."""
+        return [part.describe() for part in self._parts]
 
     def part(self, i: int) -> int:
         """Which of `parts` record i belongs to."""
@@ -312,31 +346,44 @@ def load_mixture(
         raise UserError(f"{path} is no data mixture: it is nested too deeply.") from e
     except Exception as e:  # besides YAMLError: values that are none of their tag raise almost anything
         raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(e).split()), 500)}.") from e
-    datasets = config.get("datasets") if isinstance(config, dict) else None
-    if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path.")
+    if not isinstance(config, dict) or not isinstance(datasets := config.get("datasets"), list) or not datasets:
+        found = (
+            "; datasets is " + _said(config["datasets"]) if isinstance(config, dict) and "datasets" in config else ""
+        )
+        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path{found}.")
+    entry_keys = {*_ENTRIES, *_COMMON, *(key for keys in _ENTRIES.values() for key in keys)}
+    if misplaced := [key for key in config if key in entry_keys]:
+        raise UserError(f"{path}: {misplaced[0]} stands beside `datasets`; it belongs into an entry of that list.")
     parts = []
     for k, entry in enumerate(datasets):
         where = f"{path}, datasets entry {k}"
-        kinds = [kind for kind in _ENTRIES if isinstance(entry, dict) and isinstance(entry.get(kind), str)]
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}, not {_said(entry)}.")
+        kinds = [kind for kind in _ENTRIES if kind in entry]
         if len(kinds) != 1:
-            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}.")
+            has = ", ".join(kinds) or ", ".join(brief(key) for key in entry) or "nothing"
+            near = "".join(f"; {one}" for one in (nearest(key, _ENTRIES) for key in entry) if one and not kinds) or "."
+            raise UserError(f"{where} must be a mapping with one of {', '.join(_ENTRIES)}; it has {has}{near}")
+        if not isinstance(entry[kinds[0]], str) or not entry[kinds[0]]:
+            raise UserError(f"{where}: {kinds[0]} must be a text, not {_said(entry[kinds[0]])}.")
         keys = (kinds[0], *_COMMON, *_ENTRIES[kinds[0]])
-        if unknown := sorted(brief(key) for key in entry.keys() - set(keys)):
-            raise UserError(f"{where} has the unknown key {unknown[0]}; allowed are {', '.join(keys)}.")
+        for key in sorted(map(shown, entry.keys() - set(keys))):
+            raise no_key(f"{path}: datasets[{k}]", key, keys)
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
-            said = brief(weight)
+            said = _said(weight)
             raise UserError(f"{where}: weight must be a number above 0, not {said}, and at most {_MAX_WEIGHT:,}.")
         folder = image_folder
         if "image_folder" in entry:
             named = entry["image_folder"]
             if not isinstance(named, str | None):
-                raise UserError(f"{where}: image_folder must be a text, not {brief(named)}.")
+                raise UserError(f"{where}: image_folder must be a text, not {_said(named)}.")
             folder = None if named is None else path.parent / named
         part = _open_entry(entry, path.parent, folder, seed, where, allow_outside)
         part.weigh(weight, seed)
         parts.append(part)
+    for key in sorted(map(shown, config.keys() - {"datasets"})):
+        raise no_key(f"{path}: the mixture", key, ["datasets"])
     return RecordSource(parts)
 
 
@@ -344,11 +391,11 @@ def _open_entry(
     entry: dict, here: Path, image_folder: str | Path | None, seed: int, where: str, outside: bool
 ) -> _Part:
     strategy = entry.get("sampling_strategy", "all")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):
-            raise UserError(f"{where}: allow_outside must be true or false, not {brief(outside)}.")
+            raise UserError(f"{where}: allow_outside must be true or false, not {_said(outside)}.")
         return _open_json(here / entry["json_path"], image_folder, strategy, seed, where, outside)
     if "shards" in entry:
         folder = entry["shards"] if shards.is_url(entry["shards"]) else str(here / entry["shards"])
@@ -366,6 +413,11 @@ def _open_entry(
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     return _open_stored(spec, records, strategy, seed, where)
+
+
+def _said(value: Any) -> str:
+    """A value of a mixture as YAML writes it."""
+    return "null" if value is None else "an empty text" if value == "" else brief(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -398,8 +450,8 @@ def _open_json(
     allow_outside: bool = False,
 ) -> _Json:
     if image_folder is not None and not _is_folder(image_folder):
-        raise UserError(f"{where}: there is no image folder {image_folder}.")
-    _parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+        raise UserError(f"{where}: there is no image folder {shown(image_folder, 1000)}.")
+    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
     folder = path.parent if image_folder is None else Path(image_folder)
@@ -431,25 +483,25 @@ def scan_json(path: Path) -> np.ndarray:
             file.seek(0)
             spans = _scan_lines(file, path) if path.suffix == ".jsonl" else _scan_list(file, path)
     except OSError as e:
-        raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
+        raise UserError(f"Cannot read the data file {shown(path, 1000)}: {e.strerror}.") from e
     if not len(spans):
         raise UserError(f"{path} holds no records.")
     return spans
 
 
-def _parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
+def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
     """How, how many (or None), what percentage (or None)."""
     match = _STRATEGY.fullmatch(strategy) if isinstance(strategy, str) else None
     if strategy == "all":
         return "first", None, 100.0
     if match is None or float(match[2] or match[3]) == 0 or float(match[3] or 0) > 100:
-        raise UserError(f"{where}: unknown sampling strategy {brief(strategy)}; allowed are {_STRATEGIES}.")
+        raise UserError(f"{where}: unknown sampling strategy {_said(strategy)}; allowed are {_STRATEGIES}.")
     return match[1], int(match[2]) if match[2] else None, float(match[3]) if match[3] else None
 
 
 def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
     """Numbers of the records that the strategy takes, ascending."""
-    how, count, percent = _parse_strategy(strategy, where)
+    how, count, percent = parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
     count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
     if how == "first":
@@ -477,7 +529,7 @@ class DataFile:
         try:
             self._file = open_file(path)
         except OSError as e:
-            raise UserError(f"Cannot read the data file {path}: {e.strerror}.") from e
+            raise UserError(f"Cannot read the data file {shown(path, 1000)}: {e.strerror}.") from e
 
     def read(self, span: np.ndarray) -> bytes:
         """The bytes from `span[0]` up to `span[1]`; fewer where the file has become shorter."""
@@ -633,35 +685,6 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable_json", where, f"{e}") from e
-
-
-def check_record(record: Any, number: int, where: str) -> tuple[str, list[dict[str, str]], list[str], str]:
-    """A record's id, turns, image names and `where` with the id. BadRecord where it is none."""
-    if not isinstance(record, dict):
-        raise BadRecord("bad_record", where, f"a record must be an object, not {type(record).__name__}")
-    name = str(number)
-    if record.get("id") is not None:
-        name = str(record["id"])
-        where = f"{where} (id {shown(name)})"
-    if "conversations" not in record:
-        raise BadRecord("missing_key", where, "the key 'conversations' is missing")
-    turns = record["conversations"]
-    if not isinstance(turns, list):
-        raise BadRecord("bad_turns", where, f"'conversations' must be a list, not {type(turns).__name__}")
-    for k, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise BadRecord("bad_turns", where, f"'conversations' entry {k} must be an object with 'from' and 'value'")
-        for key in ("from", "value"):
-            if key not in turn:
-                raise BadRecord("missing_key", where, f"the key '{key}' is missing in 'conversations' entry {k}")
-            if not isinstance(turn[key], str):
-                raise BadRecord("bad_turns", where, f"'{key}' must be a text in 'conversations' entry {k}")
-    image = record.get("image")
-    images = image if isinstance(image, list) else [] if image is None or image == "" else [image]
-    for one in images:
-        if not isinstance(one, str) or not one:
-            raise BadRecord("bad_image", where, f"'image' must be a file name, not {type(one).__name__}")
-    return name, turns, images, where
 
 
 def locate(folder: Path, name: str, root: str | None, where: str) -> Path:

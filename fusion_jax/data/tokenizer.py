@@ -16,6 +16,7 @@ import shutil
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -25,6 +26,8 @@ from fusion_jax.data.tokenizer_files import (
     MOST_BYTES,
     MOST_IDS,
     added_tokens,
+    adds_bos,
+    chat_template,
     check_links,
     declared_tokens,
     present,
@@ -45,6 +48,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 # A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
 # (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
@@ -57,7 +61,12 @@ class Tokenizer:
     Attributes:
       folder: where the files lie.
       fingerprint: hash of their contents.
-      bos_id, eos_id, pad_id, vision_start_id, vision_end_id: token ids.
+      eos_id, pad_id, vision_start_id, vision_end_id: token ids.
+      bos_id: of the token that may open a text; None where the files name none (Qwen2).
+      adds_bos: whether the files say that it does: `add_bos_token` in tokenizer_config.json, else what tokenizer.json
+        puts in front of a text, else true for SentencePiece (as for transformers' Llama class).
+      tokens: bos, eos, unk and pad token by role (`bos_token` and so on), those that the files name.
+      chat_template: Jinja text of the folder's own chat template, and the file that has it; None without one.
       vocab_size: number of ids, the two vision tokens included.
       longest: bytes of text that one token stands for at most.
     """
@@ -70,22 +79,31 @@ class Tokenizer:
         added: dict[str, int],
         special: set[str],
         size: int,
+        config: dict[str, Any],
         names: dict[str, str],
+        first: int | None,
         marks: dict[str, int] | None = None,
     ):
-        """Args: the folder; every added token's id; which of them are special; number of ids; tokens by role; control
-        tokens that the model itself recognises."""
+        """Args: the folder; every added token's id; which of them are special; number of ids; tokenizer_config.json;
+        tokens by role; the id that the model's own file puts in front of a text; control tokens that the model itself
+        recognises."""
         self.folder = folder
         self.fingerprint = _fingerprint(folder)
         self._added = added
         self._added_names = {i: token for token, i in added.items()}
         self._special_ids = {added[token] for token in special}
         self.vocab_size = size
-        # Qwen has no BOS: its documents are set apart by its padding token.
-        bos = names.get("bos_token") or names.get("pad_token")
-        if bos is None or "eos_token" not in names:
-            raise UserError(f"{folder}/tokenizer_config.json must name a bos_token and an eos_token.")
-        self.bos_id = self.token_id(bos)
+        if "eos_token" not in names:
+            raise UserError(f"{folder}/tokenizer_config.json must name an eos_token.")
+        self.tokens = names
+        self.chat_template = chat_template(folder, config)
+        asked = adds_bos(folder, config)
+        self.adds_bos = first is not None if asked is None else asked
+        self.bos_id = self.token_id(names["bos_token"]) if "bos_token" in names else None
+        if asked is None and first is not None:
+            self.bos_id = first
+        if self.adds_bos and self.bos_id is None:
+            raise UserError(f"{folder}/tokenizer_config.json says add_bos_token, but names no bos_token.")
         self.eos_id = self.token_id(names["eos_token"])
         self.vision_start_id = self.token_id(VISION_START)
         self.vision_end_id = self.token_id(VISION_END)
@@ -183,6 +201,11 @@ class Tokenizer:
         """Whether `token_id(token)` would find it."""
         return self._find(token) is not None
 
+    def first_control(self, text: str) -> tuple[int, int] | None:
+        """Where the first control token of a text begins and ends; None without one."""
+        found = self._control.search(text)
+        return found.span() if found else None
+
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer's files into `folder` (made if needed); `load_tokenizer(folder)` then equals this one.
 
@@ -265,7 +288,8 @@ class SentencePieceTokenizer(Tokenizer):
         ids = [i for i in range(len(self._model)) if self._model.get_score(i) == 0 and self._bytes[i]]
         marks = {self._model.id_to_piece(i): i for i in ids if not self._model.is_byte(i)}
         marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not _is_words(piece.replace(_SPACE, " "))}
-        super().__init__(folder, added, special, size, names, marks)
+        first = added.get(names.get("bos_token", ""))
+        super().__init__(folder, added, special, size, config, names, first, marks)
 
     def _find(self, token: str | None) -> int | None:
         return self._added.get(token, self._pieces.get(token))
@@ -323,7 +347,8 @@ class JsonTokenizer(Tokenizer):
             self._model.no_padding()
             self._model.no_truncation()
             largest = max(self._model.get_vocab(True).values(), default=0)
-            self._model.decode(self._model.encode("What is it?", add_special_tokens=False).ids)
+            plain, framed = (self._model.encode("What is it?", add_special_tokens=given).ids for given in (False, True))
+            self._model.decode(plain)
         except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where it panics
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
@@ -348,7 +373,11 @@ class JsonTokenizer(Tokenizer):
         special = {token.content for token in decoder.values() if token.special}
         vocabulary = self._model.get_vocab(True)
         self.longest = max((len(token.encode()) for token in vocabulary), default=1)
-        super().__init__(folder, added, special, max(vocabulary.values()) + 1, names)
+        before = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0) if plain else 0
+        if before > 1:
+            raise UserError(f"{folder}/tokenizer.json puts {before} tokens in front of a text; one is supported.")
+        first = framed[0] if before else None
+        super().__init__(folder, added, special, max(vocabulary.values()) + 1, config, names, first)
 
     def _find(self, token: str | None) -> int | None:
         return None if token is None else self._model.token_to_id(token)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief
-from fusion_jax.foreign import flag, mapping, read_object, sequence, text, whole
+from fusion_jax.foreign import flag, mapping, read_bytes, read_object, sequence, text, whole
 from fusion_jax.models.limits import RANGES
 
 MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
@@ -20,6 +20,8 @@ MOST_IDS = RANGES["vocab_size"][1]
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CONFIG = "tokenizer_config.json"
 _MORE = "additional_special_tokens"
+_CHAT = "chat_template.jinja"
+MOST_TEMPLATE = 1 << 17  # characters; the longest published chat templates have some 20,000
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -111,6 +113,37 @@ def special_tokens(folder: Path, config: dict[str, Any]) -> list[str]:
     """`additional_special_tokens` of tokenizer_config.json."""
     where = f"{folder / _CONFIG}"
     return [_content(token, _MORE, where) for token in sequence(config, _MORE, where)]
+
+
+def adds_bos(folder: Path, config: dict[str, Any]) -> bool | None:
+    """`add_bos_token` of tokenizer_config.json; None where it says nothing. UserError where it is no bool."""
+    key = "add_bos_token"
+    return None if config.get(key) is None else flag(config, key, f"{folder / _CONFIG}")
+
+
+def chat_template(folder: Path, config: dict[str, Any]) -> tuple[str, Path] | None:
+    """Jinja text of the folder's chat template, and its file: chat_template.jinja goes before `chat_template` of
+    tokenizer_config.json, which may also list several by name, of which "default" is meant. None without one.
+
+    Raises:
+      UserError: it is no text, or too long.
+    """
+    path = folder / _CONFIG
+    content = config.get("chat_template")
+    if isinstance(content, list):
+        named = {entry.get("name"): entry.get("template") for entry in content if isinstance(entry, dict)}
+        content = named.get("default")
+    if present(folder, _CHAT):
+        path = folder / _CHAT
+        try:
+            content = read_bytes(path, MOST_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no UTF-8 text.") from error
+    if content in (None, ""):
+        return None
+    check(isinstance(content, str), f"{path}: chat_template must be a text, got {brief(content)}.")
+    check(len(content) <= MOST_TEMPLATE, f"{path}: a chat template of over {MOST_TEMPLATE:,} characters is not taken.")
+    return content, path
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the archive         questions/NAME.png.json, images/NAME.png, ai2d_test_ids.csv
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,21 @@ def read(data_dir: Path) -> list[Question]:
             for n, r in enumerate(rows)
         ]
     if tables := folder.find("*ai2d*test*.tsv"):
-        return [_from_tsv(row, tables[0]) for row in files.read_table(tables[0], ("index", "question", "A", "answer"))]
+        return _from_tsv(tables[0])
     return list(_from_archive(folder))
 
 
-def _from_tsv(row: dict[str, str], path: Path) -> Question:
-    options = [row[x] for x in "ABCDE" if not choices.is_missing(row.get(x))]
-    image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
-    return _question(row["index"], row["question"], options, choices.LETTERS.index(row["answer"]), image)
+def _from_tsv(path: Path) -> list[Question]:
+    def where(row: Mapping[str, Any]) -> str:
+        return f"{path}, index {row['index']}"
+
+    rows = files.read_table(path, ("index", "question", "A", "answer", "image"))
+    questions = []
+    for row, options in zip(rows, choices.read_options(rows, "ABCDE", where)):
+        right = choices.place(row["answer"], len(options), where(row))
+        image = files.decode_base64(row["image"], where(row))
+        questions.append(_question(row["index"], row["question"], list(options.values()), right, image))
+    return questions
 
 
 def _from_archive(folder: files.Folder) -> Iterator[Question]:

@@ -12,16 +12,19 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
+from fusion_jax.evals.choices import is_blank
 from fusion_jax.evals.task import Picture
 from fusion_jax.files import open_file, parse_json, read_text
 
 _SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
+# Columns and keys without which there is no question.
+_QUESTIONS = ("question", "query", "text", "prompt", "label", "gt_answer")
 _DEPTH = 4  # folders below the data folder in which files are looked for
 csv.field_size_limit(sys.maxsize)  # a field may be a whole image
 
@@ -122,7 +125,8 @@ def read_records(path: Path) -> list[Any]:
 
 
 def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a TSV or CSV file by column. UserError where a needed column is missing."""
+    """Rows of a TSV or CSV file by column. UserError where a needed column or a row's question is missing, or a row has
+    too many cells; cells that a row lacks are None."""
     try:
         with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
@@ -132,6 +136,10 @@ def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"Cannot read {path}: {e}.") from e
     _need_columns(path, reader.fieldnames or (), needed)
+    for number, row in enumerate(rows):
+        if None in row:
+            raise UserError(f"{path}, row {number} has more cells than the first line has columns.")
+        _check_filled(row, needed, f"{path}, row {number}")
     return rows
 
 
@@ -140,12 +148,21 @@ def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
         raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.")
 
 
+def _check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
+    """UserError where there is no question: "None" or "nan" would be asked."""
+    for name in needed:
+        if name.lower() in _QUESTIONS and is_blank(row.get(name)):
+            raise UserError(f"{where}: {name} is empty.")
+
+
 def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
-    """The record, if it is an object with these keys; UserError naming the first that is missing."""
+    """The record, if it is an object with these keys; UserError naming the first that is missing, or the question that
+    is empty."""
     if not isinstance(record, dict):
         raise UserError(f"{where} must be an object with the keys {', '.join(keys)}.")
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{where} has no key {missing[0]!r}; it has {', '.join(map(str, record))}.")
+    _check_filled(record, keys, where)
     return record
 
 
@@ -196,7 +213,7 @@ def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[
     """All rows of Parquet files, with every column but those of images (which need not be there).
 
     Raises:
-      UserError: no such column, no Parquet, or pyarrow is not installed.
+      UserError: no such column, a row without a question, no Parquet, or pyarrow is not installed.
     """
     return [row for path in paths for row in _parquet_rows(path, needed, images)]
 
@@ -211,6 +228,7 @@ def _parquet_rows(path: Path, needed: Sequence[str], images: Sequence[str]) -> I
         count = file.metadata.row_group(group).num_rows
         rows = file.read_row_group(group, columns=plain).to_pylist() if plain else [{}] * count
         for place, values in enumerate(rows):
+            _check_filled(values, needed, f"{path}, row {number}")
             yield ParquetRow(path, number, group, place, values)
             number += 1
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.data.sources import load_records
+from fusion_jax.data.sources import Record, load_records
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files
-from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
 from fusion_jax.generate import first_question
 
 FILE = "held_out.json"
@@ -55,20 +55,28 @@ def read(data_dir: Path) -> list[Question]:
     seen, blind = [], []
     try:
         records = [source[i] for i in range(len(source))]
+        prompts = [first_question(record).turns[0] for record in records]
     except BadRecord as bad:
         raise UserError(f"A test is taken whole, but one record cannot be used: {bad}.") from bad
+    for record in records:
+        if len(record.images) != 1:
+            raise UserError(f"{record.where} has {len(record.images)} images; a held-out question has one.")
     for number, (record, other) in enumerate(zip(records, others(len(records)))):
-        words = first_question(record).turns[0]["value"].replace("<image>", "").strip()
-        (topic, *_), answer = raw[number].get("topics", ("all",)), record.turns[1]["value"]
+        words = prompts[number]["value"].replace("<image>", "").strip()
+        answer = record.turns[record.turns.index(prompts[number]) + 1]["value"]
+        topic, *_ = raw[number].get("topics", ("all",))
+        about = {"topic": topic} | ({} if record.system is None else {"system": record.system})
         for image, shuffled, part in ((record, False, seen), (records[other], True, blind)):
             key = f"{number}/shuffled" if shuffled else f"{number}"
             shown = " ".join(words.split())
-            part.append(
-                Question(
-                    key, words, answer, (picture(image.image_path),), shown, {"topic": topic}, f"{number}", shuffled
-                )
-            )
+            part.append(Question(key, words, answer, (_picture(image),), shown, about, f"{number}", shuffled))
     return seen + blind
+
+
+def _picture(record: Record) -> Picture:
+    if isinstance(record.images[0], bytes):  # the record itself holds it
+        return Picture(f"{record.where}, image", lambda: record.images[0])
+    return picture(record.images[0])
 
 
 def score(question: Question, answer: str) -> Scored:

@@ -17,6 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_jax import checkpoint as checkpoints
+from fusion_jax.data import image
+from fusion_jax.data.grey import is_deep_colour
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.generate import Answerer
@@ -101,5 +103,6 @@ def _bytes(visual: object, where: str) -> bytes:
     if not isinstance(visual, Image.Image):
         raise UserError(f"{where}: fusion_jax sees pictures, not {type(visual).__name__}.")
     data = io.BytesIO()
-    visual.convert("RGB").save(data, "PNG", compress_level=1)
+    with image.refusals(where, "the picture"):
+        image.in_eight_bits(visual, is_deep_colour(visual)).save(data, "PNG", compress_level=1)
     return data.getvalue()

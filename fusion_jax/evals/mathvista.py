@@ -55,9 +55,17 @@ def read(data_dir: Path) -> list[Question]:
     return questions
 
 
+def _choices(row: dict[str, Any]) -> list[str]:
+    return [] if choices.is_blank(row["choices"]) else list(row["choices"])
+
+
+def _precision(row: dict[str, Any]) -> int:
+    return 0 if choices.is_missing(row.get("precision")) else int(row["precision"])
+
+
 def query(row: dict[str, Any]) -> str:
     """The official zero-shot query: a hint at the kind of answer, the question with its unit, the choices."""
-    places = int(row.get("precision") or 0)
+    places = _precision(row)
     if row["question_type"] == "multi_choice":
         hint = "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
     elif row["answer_type"] == "integer":
@@ -76,8 +84,8 @@ def query(row: dict[str, Any]) -> str:
             "Please answer the question requiring a Python list as an answer and provide the final list, e.g., "
             "[1, 2, 3], [1.2, 1.3, 1.4], at the end."
         )
-    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
-    options = [f"({letter}) {text}" for letter, text in zip(choices.LETTERS, row["choices"] or ())]
+    unit = "" if choices.is_missing(row.get("unit")) else f" (Unit: {row['unit']})"
+    options = [f"({letter}) {text}" for letter, text in zip(choices.LETTERS, _choices(row))]
     return "\n".join(
         [f"Hint: {hint}", f"Question: {row['question']}{unit}", *(["Choices:", *options] if options else [])]
     )
@@ -86,15 +94,15 @@ def query(row: dict[str, Any]) -> str:
 def _question(row: dict[str, Any], image: Picture) -> Question:
     metadata = row.get("metadata") or {}
     about = {
-        "options": list(row["choices"] or ()),
+        "options": _choices(row),
         "question_type": row["question_type"],
         "answer_type": row["answer_type"],
-        "precision": int(row.get("precision") or 0),
+        "precision": _precision(row),
         "task": metadata.get("task") or "",
         "skills": list(metadata.get("skills") or ()),
     }
-    answer = row["answer"] or None
-    prompt = row.get("query") or query(row)
+    answer = None if choices.is_blank(row["answer"]) else row["answer"]
+    prompt = query(row) if choices.is_blank(row.get("query")) else row["query"]
     return Question(str(row["pid"]), prompt, answer, (image,), row["question"], about)
 
 

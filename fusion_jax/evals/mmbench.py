@@ -11,7 +11,7 @@ benchmark's server.
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
         for row in table:
             data = row["image"]
             data = by_index.get(data, data) if len(data) <= _INDEX_LENGTH else data
-            rows.append((row, files.decode_base64(data, f"{paths[0]}, index {row['index']}")))
-    questions = [_question(language, row, image) for row, image in rows]
+            rows.append((row, files.decode_base64(data, _where(paths[0], row))))
+    table = [row for row, _ in rows]
+    options = choices.read_options(table, "ABCD", functools.partial(_where, paths[0]), lambda row: _index(row) % _PASS)
+    questions = [_question(language, row, each, image) for (row, image), each in zip(rows, options)]
     if all(int(q.id) < _PASS for q in questions):
         questions = [turned for q in questions for turned in _rotations(language, q)]
     if split == "dev" and any(q.reference is None for q in questions):
@@ -60,14 +62,17 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
     return questions
 
 
-def _question(language: str, row: dict, image: Picture) -> Question:
-    options = {}
-    for letter in "ABCD":
-        if choices.is_missing(row.get(letter)):
-            break
-        options[letter] = str(row[letter])
+def _index(row: Mapping[str, Any]) -> int:
+    return int(row["index"])
+
+
+def _where(path: Path, row: Mapping[str, Any]) -> str:
+    return f"{path}, index {row['index']}"
+
+
+def _question(language: str, row: dict, options: dict[str, str], image: Picture) -> Question:
     hint = "" if choices.is_missing(row.get("hint")) else f"{row['hint']}\n"
-    index = int(row["index"])
+    index = _index(row)
     category = row.get("category")
     about = {
         "options": options,

@@ -55,7 +55,9 @@ def _question(row: files.ParquetRow) -> Question:
         answer = ast.literal_eval(answer)  # several right answers
     subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", v["id"])
     about = {"options": options, "multiple": multiple, "subject": subject}
-    return Question(v["id"], prompt, None if answer in ("?", "", None) else answer, pictures, v["question"], about)
+    return Question(
+        v["id"], prompt, None if choices.is_blank(answer) or answer == "?" else answer, pictures, v["question"], about
+    )
 
 
 def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:

@@ -29,9 +29,11 @@ def read(data_dir: Path) -> list[Question]:
         ]
     path = folder.need("*realworldqa*.tsv")[0]
     questions = []
-    for row in files.read_table(path, ("index", "question", "answer", "image")):
-        options = [row[x] for x in "ABCDE" if not choices.is_missing(row.get(x))]
-        words = f"{row['question']}\n{choices.lettered(options)}\n{choices.BY_LETTER}" if options else row["question"]
+    rows = files.read_table(path, ("index", "question", "answer", "image"))
+    every = choices.read_options(rows, "ABCDE", lambda row: f"{path}, index {row['index']}", needed=False)
+    for row, options in zip(rows, every):
+        lettered = choices.lettered(list(options.values()))
+        words = f"{row['question']}\n{lettered}\n{choices.BY_LETTER}" if options else row["question"]
         image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
         questions.append(_question(row["index"], words, row["answer"], image))
     return questions

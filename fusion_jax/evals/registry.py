@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import check_choice
 from fusion_jax.evals import (
     ai2d,
     chartqa,
@@ -57,6 +57,5 @@ TASKS: dict[str, Task] = {
 def find_tasks(names: Sequence[str]) -> list[Task]:
     """The tasks of these names, each once; UserError with the list of all for an unknown one."""
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"Unknown task {name!r}; allowed: {', '.join(TASKS)}.")
+        check_choice("task ", name, TASKS)
     return [TASKS[name] for name in dict.fromkeys(names)]

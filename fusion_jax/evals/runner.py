@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import predictions as files
+from fusion_jax.evals.choices import LETTERS, is_blank, place
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.registry import find_tasks
 from fusion_jax.evals.task import Prediction, Question, Task
@@ -180,7 +181,8 @@ def record(task: Task, question: Question) -> Record:
     tags = "<image>\n" * len(images)
     turns = [{"from": "human", "value": tags + question.prompt.replace("<image>", "")}]
     first = question.pictures[0].name if images else None
-    return Record(question.id, first and Path(first), turns, f"{task.name}, question {question.id}", images)
+    where, system = f"{task.name}, question {question.id}", question.about.get("system")
+    return Record(question.id, first and Path(first), turns, where, images, system=system)
 
 
 def _key(question: Question) -> tuple[str, str]:
@@ -200,6 +202,7 @@ def _check(task: Task, questions: Sequence[Question]) -> None:
                 f"{task.name}: no answer to the question {shown(question.id)} can be scored ({type(error).__name__}: "
                 f"{shown(error)}); expected {task.data}."
             ) from error
+        _check_filled(task, question)
         if question.id in seen:
             raise UserError(f"{task.name}: two questions have the id {question.id!r}.")
         seen.add(question.id)
@@ -209,6 +212,19 @@ def _check(task: Task, questions: Sequence[Question]) -> None:
             f"{task.name}: {len(missing)} of {len(questions)} images are missing, the first is {missing[0][0]} "
             f"(question {missing[0][1]})."
         )
+
+
+def _check_filled(task: Task, question: Question) -> None:
+    """UserError for an option or an answer that is empty, or an answer that is none of the options."""
+    where, right = f"{task.name}, question {shown(question.id)}", question.reference
+    options = question.about.get("options") or ()
+    texts = list(options.values() if isinstance(options, dict) else options)
+    if any(map(is_blank, texts)):
+        raise UserError(f"{where}: an option is empty.")
+    if right is not None and is_blank(right):
+        raise UserError(f"{where}: the answer is empty.")
+    if texts and isinstance(right, str) and len(right) == 1 and right in LETTERS and right not in texts:
+        place(right, len(texts), where)
 
 
 def _ask(

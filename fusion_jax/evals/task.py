@@ -40,7 +40,8 @@ class Question:
       reference: the right answer, as JSON; None where the benchmark keeps it secret.
       pictures: in order; none for a question about text.
       text: the benchmark's own words, for people; by default the prompt.
-      about: whatever the score or the summary needs besides (category, options, split), as JSON.
+      about: whatever the score or the summary needs besides (category, options, split), as JSON; `system`, where there
+        is one, is the system text in place of the template's.
       group: questions that are only worth something together (a pair, the passes of one question) share it.
       control: asked for comparison alone; its answer is expected to be wrong and is not shown as a mistake.
     """

@@ -22,9 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax import __version__, checkpoint, loading, metrics
 from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig
-from fusion_jax.data.conversation import find_template
+from fusion_jax.data import chat_template
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.errors import UserError, check
+from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
 from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
@@ -85,8 +85,9 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none), a target
         that is not empty, a full disk.
     """
-    check(format in FORMATS, f"format {format!r} is unknown; allowed: {', '.join(FORMATS)}.")
-    check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    check_choice("format ", format, FORMATS)
+    if dtype is not None:
+        check_choice("dtype ", dtype, DTYPES)
 
     def from_folder(folder: Path) -> Path:
         try:
@@ -132,7 +133,8 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
             else:
                 from fusion_jax.interop.torch.folder import write_side_files
 
-                write_side_files(building, model, tokenizer, find_template(config.template), main)
+                assert tokenizer is not None
+                write_side_files(building, model, tokenizer, chat_template.find(config.template, tokenizer), main)
         if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         else:

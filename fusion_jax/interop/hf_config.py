@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -9,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data import chat_template
+from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
@@ -23,6 +25,8 @@ from fusion_jax.models.config import (
     VisionConfig,
 )
 from fusion_jax.models.limits import RANGES
+
+log = logging.getLogger("fusion_jax")
 
 # Language models that differ in nothing but what `LLMConfig` can say.
 LLM_TYPES = ("llama", "mistral", "phi3", "qwen2")
@@ -220,7 +224,8 @@ def is_fused(config: Mapping[str, Any]) -> bool:
 
 
 def find_template(kind: str, tokenizer: Tokenizer | None) -> str:
-    """The chat template for an architecture, checked against the tokenizer's special tokens.
+    """The template for an architecture: the published one of Phi-3 and Llama-3, else the tokenizer's own chat template,
+    else the one whose special tokens the tokenizer has.
 
     Raises:
       UserError: the tokenizer has the tokens of no template.
@@ -228,10 +233,16 @@ def find_template(kind: str, tokenizer: Tokenizer | None) -> str:
     usual = {"phi3": "phi3", "fusion_phi": "phi3", "qwen2": "chatml", "mistral": "mistral"}.get(kind, "llama3")
     if tokenizer is None:
         return usual
-    for name in (usual, *TEMPLATES):
-        if tokenizer.has_token(TEMPLATES[name].stops[0]):
-            return name
-    raise UserError(f"{tokenizer.folder} fits no chat template; allowed: {', '.join(TEMPLATES)}.")
+    fits = [name for name in (usual, *TEMPLATES) if tokenizer.has_token(TEMPLATES[name].stops[0])]
+    if tokenizer.chat_template is not None and not (usual in ("phi3", "llama3") and usual in fits):
+        try:
+            return chat_template.find(OWN, tokenizer).name
+        except UserError as error:
+            if not fits:
+                raise
+            log.warning("%s It is imported with %s.", error, fits[0])
+    check(bool(fits), f"{tokenizer.folder} fits no chat template; allowed: {', '.join(TEMPLATES)}.")
+    return fits[0]
 
 
 def published_config(model: FusionConfig, template: str, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -246,7 +257,8 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     Raises:
       UserError: the published code has no such model.
     """
-    wrong = [key for key, value in RELEASED.items() if getattr(model, key) != value]
+    # Where the image stands is a matter of its data, not of its arithmetic.
+    wrong = [key for key, value in RELEASED.items() if key != "image_place" and getattr(model, key) != value]
     if not (model.text_guided and model.semantic_exchange and model.needs_back_projection):
         wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
     wrong += ["llm.qkv_bias"] * model.llm.qkv_bias + ["exchange.heads"] * (model.exchange.heads != 16)
@@ -329,7 +341,7 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
         "tokenizer_model_max_length": 4096,
         **({} if hub else {"vision_config": described}),
     }
-    if is_published(origin) and published_model(origin) == model:
+    if is_published(origin) and dataclasses.replace(published_model(origin), image_place=model.image_place) == model:
         # Nothing that decides the arithmetic has changed: the folder's own words stay, but no pointer to code.
         published |= {key: value for key, value in origin.items() if key not in POINTERS}
     return published | {"torch_dtype": dtype}

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
-from fusion_jax.errors import UserError, check, first_line
+from fusion_jax.errors import UserError, check, check_choice, first_line
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.checking import check_sizes, check_tensors
@@ -132,7 +132,7 @@ def plan_backbones(
     Raises:
       UserError: an unknown architecture, or tensors that do not fit the folder's config.
     """
-    check(preset in PRESETS, f"preset {preset!r} is unknown; allowed: {', '.join(PRESETS)}.")
+    check_choice("preset ", preset, PRESETS)
     vision, llm = Path(vision), Path(llm)
     raw = hf_config.read_config(llm)
     with hf_config.reading(where := str(vision / "config.json")):
@@ -205,7 +205,8 @@ def _check_vocabulary(tokenizer: Tokenizer | None, rows: int, folder: Path) -> N
 
 def _dtypes(sources: list[Source], shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, str]:
     """Each parameter has its source's dtype; new ones that of the embedding."""
-    check(dtype is None or dtype in DTYPES, f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    if dtype is not None:
+        check_choice("dtype ", dtype, DTYPES)
     if dtype is not None:
         return dict.fromkeys(shapes, dtype)
     named = {

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_jax.errors import check
+from fusion_jax.errors import check, check_choice
 from fusion_jax.models.limits import MOST_CHOICES, MOST_GRID, MOST_TILES, MOST_TOKENS, check_fields, within
 
 # Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
@@ -79,7 +79,7 @@ class RopeConfig:
 
     def __post_init__(self):
         kinds = ("default", "llama3", "longrope")
-        check(self.kind in kinds, f"llm.rope.kind={self.kind!r} is unknown; allowed: {', '.join(kinds)}.")
+        check_choice("llm.rope.kind=", self.kind, kinds)
         check_fields("llm.rope", self, "theta", "factor", "low_freq_factor", "high_freq_factor")
         check_fields("llm.rope", self, "original_length", "max_length", "short_factors", "long_factors")
         check(
@@ -172,6 +172,8 @@ class FusionConfig:
       latent_init: `pooled` image features or `learned` tables, one per l^2.
       text_only: `zero_image`: a conversation without image carries a zero image and zero latents. `none`: neither.
       hide_question_id_zero: question tokens with id 0 count as padding (published code; id 0 is "!" in Llama-3).
+      image_place: where a conversation's one image stands: `turn`, in the human turn that says so, or `first`, in the
+        first visual place of the conversation whichever turn says so, each later place taking latents (published code).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -190,6 +192,7 @@ class FusionConfig:
     latent_init: str = "learned"
     text_only: str = "none"
     hide_question_id_zero: bool = False
+    image_place: str = "turn"
 
     def __post_init__(self):
         choices = {
@@ -198,10 +201,10 @@ class FusionConfig:
             "context": ("image", "quadrants"),
             "latent_init": ("learned", "pooled"),
             "text_only": ("none", "zero_image"),
+            "image_place": ("turn", "first"),
         }
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            check(value in allowed, f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+            check_choice(f"model.{name}=", getattr(self, name), allowed)
         for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
             check(count > 0 and math.isqrt(count) ** 2 == count, f"model: {count} tokens are not a square grid l x l.")
             check(count <= MOST_TOKENS, f"model: a grid of {count} tokens is too large; at most {MOST_TOKENS}.")
@@ -212,7 +215,9 @@ class FusionConfig:
             )
             check(math.prod(grid) <= MOST_TILES, f"model.tile_grids: {grid} has more than {MOST_TILES} tiles.")
         for name in ("latent_counts", "tile_grids"):
-            within(f"len(model.{name})", len(getattr(self, name)), 0, MOST_CHOICES)
+            values = getattr(self, name)
+            within(f"len(model.{name})", len(values), 0, MOST_CHOICES)
+            check(len(set(values)) == len(values), f"model.{name} has an entry twice: {', '.join(map(str, values))}.")
         check_fields("model", self, "tile_tokens", "mapping_loss_weight")
         check(
             math.isqrt(self.tile_tokens) ** 2 == self.tile_tokens,
@@ -309,6 +314,7 @@ RELEASED = {
     "latent_init": "pooled",
     "text_only": "zero_image",
     "hide_question_id_zero": True,
+    "image_place": "first",
 }
 PAPER = {
     "mask": "paper",
@@ -317,6 +323,7 @@ PAPER = {
     "latent_init": "learned",
     "text_only": "none",
     "hide_question_id_zero": False,
+    "image_place": "turn",
 }
 PRESETS = {"released": RELEASED, "paper": PAPER}
 

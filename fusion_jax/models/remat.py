@@ -11,7 +11,7 @@
 import flax.linen as nn
 import jax
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import check_choice
 
 ATTENTION = "attention"  # name of what attention kernels keep for their backward passes
 # Kernels that name nothing themselves are kept by what they are.
@@ -31,8 +31,7 @@ POLICIES = {
 
 def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
     """`module` wrapped for use inside a scan. Raises UserError for an unknown policy name."""
-    if policy not in POLICIES:
-        raise UserError(f"remat={policy!r} is unknown; allowed: {', '.join(POLICIES)}.")
+    check_choice("remat=", policy, POLICIES)
     if policy == "none":
         return module
     # Inside a scan XLA cannot undo the rematerialisation by common-subexpression elimination, so no barrier is needed.

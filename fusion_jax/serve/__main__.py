@@ -23,29 +23,33 @@ log = logging.getLogger("fusion_jax")
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "step folder, stage folder or workdir")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for all")
-_PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
+_PORT = flags.DEFINE_integer("port", 8000, "port to listen on", lower_bound=0, upper_bound=65535)
 _NAME = flags.DEFINE_string("model_name", "fusion", "name of the model in the API")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "compute; by default the training's")
-_ROWS = flags.DEFINE_integer("rows", 8, "requests answered at once")
-_QUEUE = flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429")
+_ROWS = flags.DEFINE_integer("rows", 8, "requests answered at once", lower_bound=1)
+_QUEUE = flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429", lower_bound=0)
 _TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "seconds for one request", lower_bound=0.1)
 _HEADER_SECONDS = flags.DEFINE_float("header_seconds", 10.0, "seconds for a request's headers", lower_bound=0.1)
 _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "seconds for a request's body", lower_bound=0.1)
 _CONNECTIONS = flags.DEFINE_integer("connections", 512, "open at once; idle ones make room for new ones", lower_bound=1)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens", lower_bound=1)
 _LENGTHS = flags.DEFINE_list("lengths", [], "prompt lengths to compile, visual tokens included (default: by training)")
 _QUESTIONS = flags.DEFINE_list("question_lengths", [], "question tokens of the encoder to compile")
 _ROUNDS = flags.DEFINE_list("rounds", [], "rounds of a conversation to compile")
-_IMAGES = flags.DEFINE_integer("images", 0, "most images of a conversation (default: by training)")
-_LATENTS = flags.DEFINE_integer("latents", 0, "l^2, one of the model's latent counts (default: its fixed one)")
+_IMAGES = flags.DEFINE_integer("images", 0, "most images of a conversation (default: by training)", lower_bound=0)
+_LATENTS = flags.DEFINE_integer(
+    "latents", 0, "l^2, one of the model's latent counts (default: its fixed one)", lower_bound=0
+)
 _URLS = flags.DEFINE_bool("allow_image_urls", False, "fetch image_url from public http(s) addresses")
-_PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images are refused undecoded")
-_BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused")
-_BODIES = flags.DEFINE_integer("max_bodies_bytes", 256 << 20, "of all requests being read; more get status 429")
+_PIXELS = flags.DEFINE_integer("max_image_pixels", 40_000_000, "larger images are refused undecoded", lower_bound=1)
+_BYTES = flags.DEFINE_integer("max_body_bytes", 32 << 20, "larger requests are refused", lower_bound=1)
+_BODIES = flags.DEFINE_integer(
+    "max_bodies_bytes", 256 << 20, "of all requests being read; more get status 429", lower_bound=1
+)
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
 _UPLOADS = flags.DEFINE_integer("max_upload_bytes", 1 << 30, "of all images that the page keeps; more get status 507")
 _HOST_NAMES = flags.DEFINE_list("host_names", [], "public host names of the server; needed where there is no API key")
-_DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish")
+_DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish", lower_bound=0)
 
 
 def main(argv: list[str]) -> None:

@@ -25,6 +25,7 @@ from fusion_jax.data import shards
 from fusion_jax.dicts import to_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import captions
+from fusion_jax.synth.backends import factory
 from fusion_jax.synth.config import OPERATIONAL, SynthConfig
 from fusion_jax.synth.images import write_once
 from fusion_jax.synth.kinds import KINDS
@@ -46,7 +47,9 @@ def identity(config: SynthConfig) -> dict[str, Any]:
     for name in config.used_kinds:
         kind = KINDS[name]
         prompts[name] = "/".join(ask.version for ask in (kind.describe, kind.ask) if ask)
-    return {"format": FORMAT, "version": VERSION, "config": said, "prompts": prompts}
+    drawn = "embedded" in (config.llm.backend, config.vision.backend, config.images.backend)
+    own = {"embedded": factory.embedded().VERSION} if drawn else {}  # what it makes is decided by its code
+    return {"format": FORMAT, "version": VERSION, "config": said, "prompts": prompts} | own
 
 
 def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
     wanted = identity(config)
     if not is_new(out):
         manifest = find_run(config, out)
-        if all(manifest[key] == wanted[key] for key in wanted):
+        if all(manifest.get(key) == wanted[key] for key in wanted):
             return manifest
         shutil.rmtree(out / "work", ignore_errors=True)  # captions alone: nothing had come of them
     manifest = wanted | {"state": "running"}
@@ -69,7 +72,8 @@ def find_run(config: SynthConfig, out: Path) -> dict[str, Any]:
     wanted = identity(config)
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        found = {key: manifest[key] for key in wanted}
+        found = {"embedded": None} | {key: manifest[key] for key in wanted if key != "embedded" or key in manifest}
+        found = {key: found[key] for key in wanted}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise UserError(
             f"{out} holds files that are no synthesis run; name a new or empty folder with --out."
@@ -176,8 +180,6 @@ def _captions(config: SynthConfig) -> Iterator[tuple[Sample, dict[str, float]]]:
     for i, pool in enumerate(config.pools):
         source, licence = pool.source, pool.licence
         if pool.path.startswith("embedded:"):
-            from fusion_jax.synth.backends import factory
-
             source, licence = source or factory.embedded().SOURCE, licence or factory.embedded().LICENCE
         for found in captions.read_pool(pool, make_seed(config.seed, "pool", i)):
             origin = {"pool": Path(pool.path).name, "record": found.pop("record"), "source": source, "licence": licence}
@@ -249,6 +251,12 @@ def read_block(out: Path, number: int) -> tuple[list[str], list[Sample]]:
     with _readable(out, _block_path(out, number)) as f:
         head, *samples = map(json.loads, f)
     return head["done"], samples
+
+
+def size(out: Path, number: int) -> int:
+    """How many samples a block has. UserError as above."""
+    with _readable(out, _block_path(out, number)) as f:
+        return sum(1 for _ in f) - 1
 
 
 def all_samples(out: Path, blocks: int) -> Iterator[Sample]:

@@ -1,11 +1,11 @@
 """The caption pool: captions out of text, JSONL, Parquet and TensorFlow Datasets, never all of them in memory."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError, check
+from fusion_jax.files import parse_json
 from fusion_jax.synth.config import PoolConfig
 
 MAX_LINE = 1 << 20  # bytes; a longer one is no caption
@@ -76,8 +76,8 @@ def _text(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
 def _jsonl(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
     for number, line in _lines(path):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
+            record = parse_json(line)
+        except ValueError as e:
             raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
         if number == 1 and (not isinstance(record, dict) or pool.text not in record):
             known = ", ".join(record) if isinstance(record, dict) else "no fields"

@@ -1,16 +1,70 @@
 """What a synthesis run makes and with what: frozen dataclasses, each field a key of configs/synthesize*.py."""
 
-import math
 from dataclasses import dataclass, field
 
-from fusion_jax.errors import check
+from fusion_jax.errors import check, check_choice
 from fusion_jax.models.limits import within
 
 LANGUAGE_BACKENDS = ("embedded", "endpoint", "vllm")
 IMAGE_BACKENDS = ("embedded", "endpoint", "diffusers")
 STRUCTURED = ("json_schema", "json_object", "none")
 ENGINES = ("local", "ray")
-_PRICE = (0, 1e9)
+ROLES = ("llm", "images", "scorer", "vision", "cpu")  # workers of engine "ray"
+
+# Least and most of the fields that are numbers; None, where it is allowed, is within.
+_PRICE, _SHARE, _SCORE = (0, 1e9), (0, 1), (-10, 10)
+_FILTER_RANGES = {
+    "alphanumeric_min": _SHARE,
+    "perplexity_max": (1, 1e12),
+    "character_repetition_max": _SHARE,
+    "word_repetition_max": _SHARE,
+    "special_min": _SHARE,
+    "special_max": _SHARE,
+    "ngram": (1, 1000),
+    "blip_min": _SHARE,
+    "clip_min": (-1, 1),
+    "understood_min": _SHARE,
+}
+_MODEL_RANGES = {
+    "temperature": (0, 100),
+    "max_tokens": (1, 1 << 20),
+    "price_prompt": _PRICE,
+    "price_completion": _PRICE,
+}
+_IMAGE_RANGES = {
+    "width": (16, 4096),
+    "height": (16, 4096),
+    "steps": (1, 10_000),
+    "guidance": (0, 1000),
+    "price_image": _PRICE,
+}
+_TRAFFIC_RANGES = {
+    "concurrency": (1, 4096),  # each takes a thread
+    "retries": (0, 1000),
+    "timeout": (1e-3, 86400),
+    "requests_per_second": (0, 1e6),
+}
+_SELECT_RANGES = {
+    "image_score_min": _SCORE,
+    "ssim_scale": (1e-6, 1),
+    "keep": (1e-6, 1),
+    "text_similarity": (1e-6, 1),
+    "image_distance": (-1, 16),
+    "validation": (0, 1 - 1e-6),
+}
+_RUN_RANGES = {
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "attempts": (1, 1000),
+    "block": (1, 1 << 20),
+    "processes": (1, 1024),
+}
+
+
+def _check_ranges(config: object, ranges: dict[str, tuple[float, float]]) -> None:
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None:
+            within(name, value, least, most)
 
 
 @dataclass(frozen=True)
@@ -51,6 +105,8 @@ class FilterConfig:
     without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
     blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
     `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
+    understood_min: share of a caption's content words that the embedded backend's scene must keep (scene/reading.py);
+    other backends are not measured.
     """
 
     alphanumeric_min: float | None = 0.60
@@ -65,9 +121,13 @@ class FilterConfig:
     ngram: int = 10
     blip_min: float | None = 0.8
     clip_min: float | None = 0.28
+    understood_min: float | None = 0.6
 
     def __post_init__(self):
-        within("filters.ngram", self.ngram, 1, 1000)
+        _check_ranges(self, _FILTER_RANGES)
+        if self.special_min is not None and self.special_max is not None:
+            least, most = self.special_min, self.special_max
+            check(least <= most, f"special_min={least} lies above special_max={most}: no text passes.")
 
 
 @dataclass(frozen=True)
@@ -98,20 +158,10 @@ class ModelConfig:
     price_completion: float = 0.0
 
     def __post_init__(self):
-        check(
-            self.backend in LANGUAGE_BACKENDS,
-            f"backend={self.backend!r} is unknown; allowed: {', '.join(LANGUAGE_BACKENDS)}.",
-        )
-        check(
-            self.structured in STRUCTURED,
-            f"structured={self.structured!r} is unknown; allowed: {', '.join(STRUCTURED)}.",
-        )
+        check_choice("backend=", self.backend, LANGUAGE_BACKENDS)
+        check_choice("structured=", self.structured, STRUCTURED)
         check(self.backend == "embedded" or bool(self.model), f"backend={self.backend!r} needs a model.")
-        within("temperature", self.temperature, 0, 100)
-        within("max_tokens", self.max_tokens, 1, 1 << 20)
-        within("price_prompt", self.price_prompt, *_PRICE)
-        within("price_completion", self.price_completion, *_PRICE)
-        check_traffic(self)
+        _check_ranges(self, _MODEL_RANGES | _TRAFFIC_RANGES)
 
 
 @dataclass(frozen=True)
@@ -143,28 +193,14 @@ class ImageConfig:
     image_hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check(
-            self.backend in IMAGE_BACKENDS,
-            f"backend={self.backend!r} is unknown; allowed: {', '.join(IMAGE_BACKENDS)}.",
-        )
-        within("steps", self.steps, 1, 10_000)
-        within("guidance", self.guidance, 0, 1000)
-        within("price_image", self.price_image, *_PRICE)
-        check(16 <= self.width <= 4096 and 16 <= self.height <= 4096, "width and height must be 16 to 4096 pixels.")
+        check_choice("backend=", self.backend, IMAGE_BACKENDS)
+        _check_ranges(self, _IMAGE_RANGES | _TRAFFIC_RANGES)
         for place in self.image_hosts:
             host, _, port = place.rpartition(":")
             check(
                 bool(host) and "/" not in host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16,
                 f"images.image_hosts: {place!r} must be HOST:PORT.",
             )
-        check_traffic(self)
-
-
-def check_traffic(config: "ModelConfig | ImageConfig") -> None:
-    within("concurrency", config.concurrency, 1, 4096)  # each takes a thread
-    within("retries", config.retries, 0, 1000)
-    check(0 < config.timeout <= 86400, f"timeout={config.timeout} must be above 0, at most 86400 seconds.")
-    check(0 <= config.requests_per_second < math.inf, "requests_per_second must not be negative; 0 means no limit.")
 
 
 @dataclass(frozen=True)
@@ -179,7 +215,7 @@ class ScorerConfig:
     weight: float = 2.5
 
     def __post_init__(self):
-        within("scorer.weight", self.weight, 1e-6, 1e6)
+        within("weight", self.weight, 1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -202,11 +238,7 @@ class SelectConfig:
     validation: float = 0.0
 
     def __post_init__(self):
-        for name in ("keep", "text_similarity", "ssim_scale"):
-            value = getattr(self, name)
-            check(value is None or 0 < value <= 1, f"select.{name}={value} must be above 0, at most 1.")
-        check(0 <= self.validation < 1, f"select.validation={self.validation} must be a share in [0, 1).")
-        check(-1 <= self.image_distance <= 16, f"select.image_distance={self.image_distance} must be -1 to 16.")
+        _check_ranges(self, _SELECT_RANGES)
 
 
 @dataclass(frozen=True)
@@ -225,7 +257,8 @@ class RayConfig:
     def __post_init__(self):
         for name, least, most in (("actors", 1, 1 << 16), ("gpus", 0, 1 << 16), ("cpus", 0, 1 << 16)):
             for role, count in getattr(self, name).items():
-                within(f"ray.{name}[{role!r}]", count, least, most)
+                check_choice(f"{name}: worker ", role, ROLES)
+                within(f"{name}[{role!r}]", count, least, most)
 
 
 @dataclass(frozen=True)
@@ -265,6 +298,7 @@ class SynthConfig:
     tokenizer: int = 0
 
     def __post_init__(self):
+        from fusion_jax.data.sources import parse_strategy
         from fusion_jax.synth.kinds import KINDS, STAGES  # kinds are made of prompts and schemas: loaded when needed
 
         check(len(self.pools) > 0, "config.pools is empty; name at least one source of captions.")
@@ -277,7 +311,7 @@ class SynthConfig:
         weights = {"kinds": self.kinds} | {f"pools[{i}].kinds": pool.kinds for i, pool in enumerate(self.pools)}
         for key, kinds in (weights | {"stages": self.stages}).items():
             for kind in kinds:
-                check(kind in KINDS, f"config.{key}: {kind!r} is no kind; allowed: {', '.join(KINDS)}.")
+                check_choice(f"config.{key}: kind ", kind, KINDS)
         for key, kinds in weights.items():
             for kind, weight in kinds.items():
                 check(0 < weight <= 1e9, f"config.{key}.{kind}={weight} must be above 0, at most 1e9.")
@@ -285,15 +319,17 @@ class SynthConfig:
         named |= {f"mixtures.{stage}": (stage, *others) for stage, others in self.mixtures.items()}
         for key, stages in named.items():
             for stage in stages:
-                check(stage in STAGES, f"config.{key}: {stage!r} is no stage; allowed: {', '.join(STAGES)}.")
+                check_choice(f"config.{key}: stage ", stage, STAGES)
         check(
             self.tokenizer == 0 or 300 <= self.tokenizer <= 1 << 24,
             f"config.tokenizer={self.tokenizer}: a vocabulary has 300 pieces or more, 259 of them bytes and marks, "
             f"and {1 << 24} at most.",
         )
-        check(self.engine in ENGINES, f"config.engine={self.engine!r} is unknown; allowed: {', '.join(ENGINES)}.")
-        for name, most in (("attempts", 1000), ("block", 1 << 20), ("processes", 1024)):
-            within(f"config.{name}", getattr(self, name), 1, most)
+        check_choice("engine=", self.engine, ENGINES)
+        for stage, others in self.mixtures.items():
+            for other, how in others.items():
+                parse_strategy(how, f"config.mixtures.{stage}.{other}")
+        _check_ranges(self, _RUN_RANGES)
         backends = {self.llm.backend, self.vision.backend, self.images.backend}
         check(
             self.processes == 1 or backends == {"embedded"},

@@ -34,11 +34,12 @@ class Work:
     """What is to be done with one block.
 
     Attributes:
-      number: the block's. todo: stages its samples have yet to go through. again: samples that a failing endpoint
-        dropped go through their stage, and the later ones that are done, once more.
+      number: the block's. size: how many samples it has. todo: stages they have yet to go through. again: samples that
+        a failing endpoint dropped go through their stage, and the later ones that are done, once more.
     """
 
     number: int
+    size: int
     todo: list[str]
     again: bool
 
@@ -51,7 +52,7 @@ def plan(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[W
         todo = blocks.missing(done, stages, number)
         again = retry_failed and any(_failed(sample) for sample in blocks.read_block(out, number)[1])
         if todo or again:
-            left.append(Work(number, todo, again))
+            left.append(Work(number, blocks.size(out, number), todo, again))
     return left
 
 
@@ -84,23 +85,26 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
             pool = context.Pool(min(config.processes, len(work)), _start_process, (config, out))
         with pool:
             done = pool.imap_unordered(_work_in_process, work)
-            _follow(done, len(work), config.block, progress)
+            _follow(done, work, progress)
         return
     tools = Tools(config, out)
     tools.check(needed(work))
     try:
         with contextlib.closing(work_through(tools, work)) as done:
-            _follow(done, len(work), config.block, progress)
+            _follow(done, work, progress)
     finally:
         tools.journal.close()
 
 
-def _follow(done: Iterator[int], count: int, block: int, progress: bool) -> None:
+def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
+    """Shows how many captions, those that are lost on the way included, have been worked on."""
+    sizes = {one.number: one.size for one in work}
     # A terminal gets a live bar; a log file a line now and then.
     slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-    with tqdm.tqdm(total=count * block, unit="caption", desc="synthesis", disable=not progress, **slow) as bar:
-        for _ in done:
-            bar.update(block)
+    total = sum(sizes.values())
+    with tqdm.tqdm(total=total, unit="caption", desc="synthesis", disable=not progress, **slow) as bar:
+        for number in done:
+            bar.update(sizes[number])
 
 
 _tools: Tools | None = None  # of a worker process

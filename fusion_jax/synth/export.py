@@ -5,7 +5,9 @@ OUT/validation.json                          the validation share of all of them
 OUT/shards/stage1/ ...                       the same records with their images (data/convert.py)
 OUT/stage1.yaml ...                          the mixtures that a stage's `data` names
 OUT/tokenizer/                               a vocabulary of the stages' texts, if wanted
-OUT/lineage.jsonl                            how each record was made, a line each
+OUT/lineage.jsonl                            how each record was made, a line each: `origin` is the caption's, `source`
+                                             and `licence` the record's; of the embedded backend also what it
+                                             `understood` and `missed` of the caption and what it `invented`
 OUT/dropped.jsonl                            every caption that became no record, where and why
 
 {"id": "00000012-conv_short", "image": "images/3f/3f0c...png", "conversations": [...], "kind": "conv_short",
@@ -26,6 +28,7 @@ from typing import Any
 from fusion_jax.data import convert, shards
 from fusion_jax.errors import check
 from fusion_jax.files import new_file
+from fusion_jax.synth.backends import factory
 from fusion_jax.synth.blocks import all_samples
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.images import write_once
@@ -38,6 +41,7 @@ log = logging.getLogger("fusion_jax")
 
 VALIDATION = "validation"
 _TOKENIZER_RECORDS = 20_000  # of a stage
+_MISSED = 20  # words that captions have and the embedded backend cannot draw, the most frequent ones
 
 
 def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
     files: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    readings = _Readings()
     splits = sorted({pool.split for pool in config.pools if pool.split} - {VALIDATION})
     every = (*STAGES, VALIDATION, *splits)
     with contextlib.ExitStack() as stack:
@@ -56,6 +61,7 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
         lineage = stack.enter_context(_Whole(out / "lineage.jsonl"))
         left_out = stack.enter_context(_Whole(out / "dropped.jsonl"))
         for sample in all_samples(out, blocks):
+            readings.add(sample)
             verdict = None if "dropped" in sample else next(chosen)
             if verdict is not None and verdict["id"] != sample["id"]:
                 raise AssertionError(f"the selection names {verdict['id']} where {sample['id']} stands")
@@ -63,11 +69,13 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
                 why = sample.get("dropped") or {"stage": "select", **verdict}
                 dropped[f"{why['stage']}: {why['reason']}"] += 1
                 said = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
-                left_out.line(said | {key: why[key] for key in ("stage", "reason", "detail")})
+                left_out.line(
+                    said | {key: why[key] for key in ("stage", "reason", "detail")} | sample.get("reading", {})
+                )
                 continue
             name = sample["stage"] if verdict["split"] == "train" else verdict["split"]
             written[name].item(record(config, sample))
-            lineage.line(_lineage(sample, name))
+            lineage.line(_lineage(config, sample, name))
             files[name] += 1
             kinds[sample["kind"]] += 1
     _drop_empty(out, every, files)
@@ -87,7 +95,44 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
         "records": {name: files[name] for name in order},
         "kinds": {name: kinds[name] for name in KINDS if kinds[name]},
         "dropped": dict(sorted(dropped.items())),
+        **readings.counts(),
     }
+
+
+class _Readings:
+    """What the embedded backend made of all captions together."""
+
+    def __init__(self):
+        self._shares: list[float] = []
+        self._missed: Counter[str] = Counter()
+        self._too_little = self._unknown = self._invented = self._inventions = 0
+
+    def add(self, sample: Sample) -> None:
+        reason = sample.get("dropped", {}).get("reason")
+        self._unknown += reason == "not_drawable"
+        if reading := sample.get("reading"):
+            self._shares.append(reading["kept_share"])
+            self._missed.update(reading["missed"])
+            self._too_little += reason == "too_little_understood"
+            if reason != "too_little_understood":
+                self._invented += bool(reading["invented"])
+                self._inventions += len(reading["invented"])
+
+    def counts(self) -> dict[str, Any]:
+        """{"understood": ...} where the embedded backend read captions, else nothing."""
+        if not self._shares:
+            return {}
+        return {
+            "understood": {
+                "captions": len(self._shares),
+                "kept_share": round(sum(self._shares) / len(self._shares), 4),
+                "nothing_known": self._unknown,
+                "too_little": self._too_little,
+                "with_inventions": self._invented,
+                "inventions": self._inventions,
+                "missed": dict(self._missed.most_common(_MISSED)),
+            }
+        }
 
 
 def _part(config: SynthConfig, name: str, how: str) -> str:
@@ -113,15 +158,36 @@ def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
         "conversations": conversation(sample, KINDS[sample["kind"]], config.seed),
         "kind": sample["kind"],
         **({"topics": topics} if all(topics) else {}),
-        "source": sample["origin"]["source"],
-        "licence": sample["origin"]["licence"],
+        **rights(config, sample),
     }
 
 
-def _lineage(sample: Sample, file: str) -> dict[str, Any]:
+def rights(config: SynthConfig, sample: Sample) -> dict[str, str]:
+    """Source and licence of a record.
+
+    They are the caption's, but not those of a scene that the embedded backend invented after it: that one is the
+    embedded backend's own, and what the caption's source says of its licence is not about it.
+    """
+    source, licence = sample["origin"]["source"], sample["origin"]["licence"]
+    users = {Path(pool.path).name for pool in config.pools if not pool.path.startswith("embedded:")}
+    if sample["origin"]["pool"] not in users:
+        return {"source": source, "licence": licence}
+    if "reading" in sample:
+        own = factory.embedded()
+        source = f"{own.SOURCE}, after a caption from: {source}"
+        if config.images.backend == "embedded":
+            return {"source": source, "licence": own.LICENCE}
+        return {"source": f"{source}; image by {config.images.model}", "licence": licence}
+    if config.images.backend == "embedded":
+        source += "; image drawn by the embedded backend"
+    return {"source": source, "licence": licence}
+
+
+def _lineage(config: SynthConfig, sample: Sample, file: str) -> dict[str, Any]:
     keys = ("id", "kind", "caption", "origin", "descriptions", "answer", "state", "images", "pairs", "wrong")
     keys += ("unverified", "statements", "scores", "lineage")
-    return {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
+    made = {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
+    return made | rights(config, sample) | sample.get("reading", {})
 
 
 class _Whole:

@@ -20,11 +20,12 @@ from fusion_jax.synth.stages import STAGES
 
 PER_KIND = 4
 _THUMBNAIL = 240
+# Scores by their names in a sample, and what they are with a scorer and without one.
 _SCORES = {
-    "image": "Image score: CLIPScore + 0.5 SSIM_a",
-    "clip": "CLIPScore of image and description",
-    "ssim_a": "SSIM_a",
-    "statement": "Mean CLIPScore of the statements",
+    "image": ("Image score: CLIPScore + 0.5 SSIM_a", "Image score: 0.5 SSIM_a (no scorer, so no CLIPScore)"),
+    "clip": ("CLIPScore of image and description",) * 2,
+    "ssim_a": ("SSIM_a",) * 2,
+    "statement": ("Mean CLIPScore of the statements",) * 2,
 }
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; }
@@ -60,7 +61,8 @@ def write_report(config: SynthConfig, out: Path, counts: dict[str, Any], books: 
     """Writes OUT/report.html and returns its path.
 
     Args:
-      counts: as the manifest has them: captions, records, kinds, dropped. books: as `costs` gives them.
+      counts: as the manifest has them: captions, records, kinds, dropped, and understood of the embedded backend.
+      books: as `costs` gives them.
     """
     scores: dict[str, list[float]] = {name: [] for name in _SCORES}
     shown: dict[str, list[dict]] = {name: [] for name in KINDS}
@@ -79,9 +81,10 @@ def write_report(config: SynthConfig, out: Path, counts: dict[str, Any], books: 
         _table(("kind", "records"), counts["kinds"].items()),
         "<h2>What became of all captions</h2>",
         _flow(counts),
+        *_understood(counts),
         "<h2>Scores</h2>",
         '<div class="charts">',
-        *(_histogram(_SCORES[name], values) for name, values in scores.items() if values),
+        *(_histogram(_SCORES[name][not scores["clip"]], values) for name, values in scores.items() if values),
         "</div>",
         "<h2>Cost</h2>",
         _books(books),
@@ -127,6 +130,27 @@ def _flow(counts: dict[str, Any]) -> str:
         left -= sum(reasons.values())
     rows.append(("records", left, 0, ""))
     return _table(("stage", "in", "lost", "reasons"), rows)
+
+
+def _understood(counts: dict[str, Any]) -> list[str]:
+    """What the embedded backend kept of the captions; nothing where another one described them."""
+    found = counts.get("understood")
+    if not found:
+        return []
+    rows = [
+        ("captions that name something it can draw", found["captions"]),
+        ("captions that name nothing it can draw", found["nothing_known"]),
+        ("share of their content words that the scenes keep, mean", found["kept_share"]),
+        ("dropped because too little was kept", found["too_little"]),
+        ("others with things that the caption does not name", found["with_inventions"]),
+        ("such things in all", found["inventions"]),
+    ]
+    missed = ", ".join(f"{word} {count}" for word, count in found["missed"].items()) or "none"
+    return [
+        "<h2>What the embedded backend understood</h2>",
+        _table(("", ""), rows),
+        f"<p>Words that it cannot draw, the most frequent ones: {_text(missed)}</p>",
+    ]
 
 
 def _books(books: dict[str, dict[str, float]]) -> str:
@@ -177,8 +201,12 @@ def _card(out: Path, made: dict[str, Any]) -> str:
         options = "".join(f"\n- {option}" for option in pair.get("options", ()))
         said.append(f'<p class="q">{_text(pair["question"] + options)}</p><p class="a">{_text(pair["answer"])}</p>')
     scores = ", ".join(f"{name} {value:.3f}" for name, value in made["scores"].items() if value is not None)
-    origin = made["origin"]
+    reading = ""
+    if "kept_share" in made:
+        lists = ((name, ", ".join(made[name]) or "nothing") for name in ("understood", "missed", "invented"))
+        reading = f"{made['kept_share']:.0%} of the caption kept; " + "; ".join(f"{n}: {w}" for n, w in lists)
     return (
         f'<div class="card">{"".join(pictures)}{"".join(said)}<p class="small">Caption: {_text(made["caption"])}<br>'
-        f"{_text(scores)}<br>{_text(made['id'])}, {_text(origin['source'])}, {_text(origin['licence'])}</p></div>"
+        f"{_text(reading)}<br>{_text(scores)}<br>"
+        f"{_text(made['id'])}, {_text(made['source'])}, {_text(made['licence'])}</p></div>"
     )

@@ -9,7 +9,8 @@ as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `agai
 
     pool       id, n, key (hash of caption and kind: the root of all its seeds), kind, stage, caption,
                origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
-    describe   answer (by kind), descriptions, state
+    describe   answer (by kind), descriptions, state; of the embedded backend reading {understood, missed, invented,
+               kept_share}: what of the caption the scene keeps, and what it shows besides
     draw       images [{file, seed}]
     score      scores {clip, ssim_a, image}; hashes (perceptual, one an image) where alike images go
     qa         pairs [{question, answer}], with options of multiple choice and, where the backend tells it, the topic;
@@ -31,6 +32,7 @@ from fusion_jax.synth.backends.base import BackendError, Refused, Retryable
 from fusion_jax.synth.kinds import KINDS, Ask, Kind
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid
+from fusion_jax.synth.scene.reading import complaint
 from fusion_jax.synth.tools import Tools
 
 Sample = dict[str, Any]
@@ -115,6 +117,12 @@ def _describe(tools: Tools, sample: Sample) -> None:
     sample["answer"], reply = _ask(tools, sample, "describe", kind.describe, data)
     sample["descriptions"] = kind.descriptions(sample["answer"])
     sample["state"] = reply.state
+    # Only a backend that draws from a vocabulary of its own tells what it understood. It is no part of the scene.
+    if isinstance(reply.state, dict) and "reading" in reply.state:
+        sample["reading"] = reply.state.pop("reading")
+        least = tools.config.filters.understood_min
+        if least is not None and sample["reading"]["kept_share"] < least:
+            raise Drop("too_little_understood", complaint(sample["reading"]))
 
 
 def _refilter(tools: Tools, sample: Sample) -> None:

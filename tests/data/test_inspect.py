@@ -361,7 +361,7 @@ def test_a_missing_config_is_one_sentence():
 
 def test_what_cannot_be_inspected_is_said(folder, tmp_path):
     config = configured(folder)
-    with pytest.raises(UserError, match="no stage 'two'; the config has one"):
+    with pytest.raises(UserError, match="--stage='two' is unknown; allowed: one"):
         inspect.inspect(config, inspect.Options(stage="two"))
     with pytest.raises(UserError, match="--samples=-1 must be at least 0"):
         inspect.Options(samples=-1)

@@ -93,6 +93,32 @@ def test_latents_before_the_image_are_swapped_within_their_round_only():
     np.testing.assert_array_equal(found.round_end, [5, 15])
 
 
+def test_the_released_preset_puts_a_late_image_into_the_first_place():
+    """As the published code: the row's first visual place takes the image, each later one latents, round by round."""
+    assert layout_spec(tiny("released"), 40, 4, 2).image_first and not layout_spec(tiny("paper"), 40, 4, 2).image_first
+    example = make([1, L, 50, 30, 60, L, I, 51, 30, 61], [X, X, X, A, 60, X, X, X, A, 61], (1,), CROPS[-1:])
+    found = row(example, dataclasses.replace(SPEC, image_first=True))
+    visual = [-1, 0, 1, 2, 3, -1, -1, -1, 4, 5, 6, 7, 8, 9, -1, -1, -1]
+    np.testing.assert_array_equal(found.visual_index[:17], visual)
+    np.testing.assert_array_equal(found.latent_start, [8, 11])
+    np.testing.assert_array_equal(found.round_end, [6, 15])
+    np.testing.assert_array_equal(found.round_crop, [0, 0])
+    # Three rounds, the image in the second; and in the first round both arrangements are one.
+    ids, labels = [1, L, 50, 60, L, I, 51, 61, L, 52, 62], [X, X, A, 60, X, X, A, 61, X, A, 62]
+    spec = dataclasses.replace(SPEC, image_first=True, rounds=3)
+    np.testing.assert_array_equal(row(make(ids, labels, (1,), CROPS[-1:]), spec, 1).latent_start, [7, 8, 11])
+    early = make([1, L, I, 50, 60, L, 51, 61], [X, X, X, A, 60, X, A, 61], (1,), CROPS[-1:])
+    here, there = row(early), row(early, dataclasses.replace(SPEC, image_first=True))
+    np.testing.assert_array_equal(here.visual_index, there.visual_index)
+
+
+def test_a_question_may_be_empty():
+    """Of an image alone, by a tokenizer without BOS: there is still room for one token, which no mask shows."""
+    assert layout_spec(tiny(), 40, 0, 1).question_length == 1
+    found = row(make([1, I, 50, 60], [X, X, A, 60], (), CROPS[-1:]), dataclasses.replace(SPEC, question_length=1))
+    assert found.crop_kind[0] == PIXELS and not found.crop_text_mask.any()
+
+
 def test_order_of_the_template_does_not_matter():
     swapped = list(TWO_ROUNDS_IDS)
     swapped[2], swapped[5] = I, L

@@ -628,22 +628,26 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     stage = StageConfig("s", str(bad_file), max_length=120, max_question_length=16, batch_size=5)
     config = RunConfig(model=model, stages=(stage,), tokenizer="")
     loader = pipeline.fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
-    records = pipeline.first_records(loader, 5, 10)
-    assert pipeline.first_records(loader, 5, 0) == records and pipeline.first_records(loader, 5, 1) == records[:5]
-    assert len(records) % 9 and pipeline.first_records(loader, 9, 10) == records  # the last batch need not be whole
+    records, bad = pipeline.first_records(loader, 5, 10)
+    assert (
+        pipeline.first_records(loader, 5, 0, 3)[0] == records and pipeline.first_records(loader, 5, 1)[0] == records[:5]
+    )
+    assert len(records) % 9 and pipeline.first_records(loader, 9, 10)[0] == records  # the last batch need not be whole
+    assert len(records) + len(bad) == len(loader.source) and "missing_image" in {one.reason for one in bad}
     planned = plan_all(records, loader.spec, 4, stage, 2)
-    batches = list(pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
+    batches, broken = zip(*pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
     assert {b.latent_count for b in batches} == {4}
     expected = []
     names = [json.loads(bad_file.read_text())[measured.number]["image"] for measured in records]
-    assert "cut.png" in names and "gone.png" in names  # bad images, which leave their places empty
-    for name in sorted({*names} - {"cut.png", "gone.png"}):
+    assert "gone.png" not in names and "cut.png" in names  # whose header is whole: it leaves its place empty
+    assert [names[[m.number for m in records].index(number)] for one in broken for number in one] == ["cut.png"]
+    for name in sorted({*names} - {"cut.png"}):
         image = Image.open(folder / name).convert("RGB")
         expected.append(np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).tobytes())
     assert sorted(crop.tobytes() for b in batches for crop in b.crops[b.crop_kind == PIXELS]) == sorted(expected)
     # Each process's rows are those of the shards that it holds, in the shapes of all.
     for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, planned, 1, 2, (i,)) for i in (0, 1))):
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(batch for batch, _ in parts))
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True))
 
 

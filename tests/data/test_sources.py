@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import sources
+from fusion_jax.data import shards, sources
 from fusion_jax.data.sources import load_mixture, load_records, load_source
 from fusion_jax.errors import BadRecord, UserError
 
@@ -169,7 +169,12 @@ def test_mixture_seed(tmp_path):
         ("a.yaml", "datasets: []", "at least one"),
         ("a.yaml", "datasets: [", "not valid YAML"),
         ("a.yaml", "datasets: [x.json]", "entry 0.*json_path"),
-        ("a.yaml", "datasets: [{json_path: x.json, stratgy: all}]", "'stratgy'.*sampling_strategy"),
+        (
+            "a.yaml",
+            "datasets: [{json_path: x.json, stratgy: all}]",
+            r"datasets\[0\]\.stratgy is no key; did you mean sampling_strategy\?",
+        ),
+        ("a.yaml", "datasets: [{jsonpath: x.json}]", r"one of json_path, shards, tfds; .*; did you mean json_path\?"),
         ("a.yaml", "datasets: [{json_path: x.json}]", "x.json"),
         ("a.yaml", "datasets: [{json_path: x.json, sampling_strategy: 'some:3'}]", "'some:3'.*first:N, end:N"),
         ("a.yaml", "datasets: [{json_path: x.json, image_folder: pics}]", "pics"),
@@ -180,7 +185,11 @@ def test_mixture_seed(tmp_path):
         ("a.yaml", "datasets: [{json_path: x.json, weight: true}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, weight: .inf}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, allow_outside: 1}]", "allow_outside must be true or false"),
-        ("a.yaml", "datasets: [{shards: x, image_folder: y}]", "'image_folder'.*shards, sampling_strategy"),
+        (
+            "a.yaml",
+            "datasets: [{shards: x, image_folder: y}]",
+            r"datasets\[0\]\.image_folder is no key; known keys: shards, sampling_strategy",
+        ),
         ("a.yaml", "datasets: [{shards: x}]", "x is no folder of shards"),
         ("a.yaml", "datasets: [{tfds: mnist}]", "tfds:name"),
         ("a.yaml", "datasets: [{tfds: 'mnist:train', features: image}]", "features must be a mapping"),
@@ -382,6 +391,32 @@ def test_tfds_features(prepared):
             assert record.images == ()
 
 
+def test_tfds_features_by_their_names():
+    def chosen(*known):
+        records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+        records.spec, records.prompt = "tfds:x:train", None
+        return records._choose(None, dict.fromkeys(known))
+
+    assert chosen("images", "messages", "system", "split") == {
+        "image": "images",
+        "conversations": "messages",
+        "system": "system",
+    }
+    assert chosen("image", "image_id", "images", "caption") == {"image": "image", "text": "caption"}
+    for known, name in (
+        (("video", "caption"), "video"),
+        (("image", "caption", "audio"), "audio"),
+        (("text", "frames"), "frames"),
+    ):
+        with pytest.raises(UserError, match=f"tfds:x:train has the feature '{name}', which is not read"):
+            chosen(*known)
+
+
+def test_tfds_system_text(prepared):
+    source = tfds_source(prepared, features={"conversations": "talk", "system": "caption", "id": "id"})
+    assert {record.system for record in source} == {f"scene {k}" for k in range(5)}
+
+
 def test_tfds_splits_strategies_and_weights(prepared):
     half = {"tfds": "tiny_scenes:1.0.0:train[:40%]", "weight": 2.5}
     source = tfds_source(prepared, **half)
@@ -399,7 +434,10 @@ def test_tfds_splits_strategies_and_weights(prepared):
         ({"tfds": "tiny_scene:train"}, "Cannot open tfds:tiny_scene:train in .*tfds build tiny_scene "),
         ({"features": {"image": "picture", "text": "caption"}}, "no feature 'picture' for image; it has caption"),
         ({"features": {"image": "image"}}, "conversations, or the one with the text"),
-        ({"features": {"picture": "image"}}, "unknown key 'picture'.*id, image, conversations, text"),
+        (
+            {"features": {"picture": "image"}},
+            r"features\.picture is no key; known keys: id, image, conversations, text, system",
+        ),
         ({"features": {"conversations": "talk"}, "prompt": "?"}, "`prompt` belongs to a `text`"),
         ({"data_dir": 5}, "must be texts"),
     ],

@@ -125,6 +125,52 @@ def test_roles_llama(llama_folder):
     assert stop_ids(t, TEMPLATES["llama3"]) == (first + 1, first + 5)
 
 
+def test_who_says_whether_a_bos_stands_in_front(phi_folder, llama_folder, tmp_path):
+    """add_bos_token; without it what tokenizer.json does by itself; for SentencePiece yes."""
+
+    def loaded(kind, plain=False, **changes):
+        folder = shutil.copytree(kind, tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        if plain:
+            path = folder / "tokenizer.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+        return load_tokenizer(folder)
+
+    def of(t):
+        return t.adds_bos, None if t.bos_id is None else t.decode([t.bos_id], skip_special=False)
+
+    assert of(loaded(phi_folder)) == of(loaded(phi_folder, add_bos_token=True)) == (True, "<s>")
+    assert of(loaded(phi_folder, add_bos_token=False)) == (False, "<s>")
+    assert of(loaded(phi_folder, bos_token=None)) == (False, None)
+    begin = "<|begin_of_text|>"
+    assert of(loaded(llama_folder)) == of(loaded(llama_folder, add_bos_token=True)) == (True, begin)
+    assert of(loaded(llama_folder, bos_token=None)) == (True, begin)
+    assert of(loaded(llama_folder, add_bos_token=False)) == (False, begin)
+    assert of(loaded(llama_folder, plain=True)) == (False, begin)
+    assert of(loaded(llama_folder, plain=True, add_bos_token=True)) == (True, begin)
+    assert of(loaded(llama_folder, plain=True, bos_token=None)) == (False, None)
+    for kind in (phi_folder, llama_folder):
+        with pytest.raises(UserError, match="says add_bos_token, but names no bos_token"):
+            loaded(kind, bos_token=None, add_bos_token=True)
+        with pytest.raises(UserError, match="add_bos_token must be true or false, got 'yes'"):
+            loaded(kind, add_bos_token="yes")
+
+
+def test_a_file_that_puts_two_tokens_in_front_is_refused(llama_folder, tmp_path):
+    load_tokenizer(llama_folder).save(tmp_path)
+    model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first = [
+        ("<|begin_of_text|>", model.token_to_id("<|begin_of_text|>")),
+        ("<|eot_id|>", model.token_to_id("<|eot_id|>")),
+    ]
+    single = "<|begin_of_text|> <|eot_id|> $A"
+    model.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=first)
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.json puts 2 tokens in front of a text"):
+        load_tokenizer(tmp_path)
+
+
 def test_pad_falls_back_to_the_config_and_then_to_eos(llama_folder, tmp_path):
     text = (llama_folder / "tokenizer.json").read_text().replace("<|reserved_special_token_0|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)
@@ -212,7 +258,7 @@ def test_errors_name_the_path(tmp_path, llama_folder):
     with pytest.raises(UserError, match="no valid tokenizer file"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((llama_folder / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match="bos_token"):
+    with pytest.raises(UserError, match="must name an eos_token"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_bytes((llama_folder / "tokenizer_config.json").read_bytes())
     assert load_tokenizer(tmp_path) == load_tokenizer(tmp_path)

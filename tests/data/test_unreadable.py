@@ -3,19 +3,27 @@
 import json
 import logging
 import os
+import pickle
 import struct
 
 import pytest
+from fixtures import tiny
 
 from fusion_jax import files
+from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import shards, sources
+from fusion_jax.data.convert import convert
+from fusion_jax.data.image import load_image, read_size
+from fusion_jax.data.pipeline import Counts, Fed
 from fusion_jax.data.sources import load_records, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files as benchmark_files
 from fusion_jax.evals import predictions
+from fusion_jax.input_check import InputCheck
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+STAGE = StageConfig("s", "a.json", batch_size=4)
 GOOD = json.dumps({"id": "good", "conversations": TURNS})
 DEEP = '{"id": "deep", "conversations": ' + "[" * 2000 + '"]["' + "]" * 2000 + "}"
 BAD = {
@@ -135,8 +143,8 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ('datasets: [{json_path: a.json, image_folder: "x\\0"}]', "no image folder"),
         ("datasets: [{json_path: a.json, image_folder: [x]}]", "image_folder must be a text"),
         ("datasets: [{json_path: a.json, ? [1, 2] : x}]", "not valid YAML"),
-        ("datasets: [{json_path: a.json, null: x}]", "unknown key None"),
-        ("datasets: [{json_path: a.json, 2020-01-01: x}]", "unknown key datetime"),
+        ("datasets: [{json_path: a.json, null: x}]", "None is no key"),
+        ("datasets: [{json_path: a.json, 2020-01-01: x}]", "2020-01-01 is no key"),
         ("datasets: [{json_path: !!python/object:os.system x}]", "not valid YAML"),
         ("datasets: !!timestamp x", "not valid YAML"),
         ('datasets: !!int ""', "not valid YAML"),
@@ -149,9 +157,25 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         (b"\xff\xfe" + "datasets: []".encode("utf-16-le"), "not valid YAML"),
         ("#" * (1 << 21), "more than 1048576 bytes"),
         ("5", "must have a list `datasets`"),
+        (r'datasets: [{json_path: "a\n\ud83d.json"}]', r"Cannot read the data file .*a\\n\\ud83d\.json: no file"),
+        (r'datasets: [{json_path: a.json, image_folder: "a\n\eb"}]', r"no image folder .*a\\n\\x1bb"),
+        ("datasets: [{json_path: null}]", "entry 0: json_path must be a text, not null"),
+        ("datasets: [{json_path: ''}]", "entry 0: json_path must be a text, not an empty text"),
+        ("datasets: [{shards: 5}]", "entry 0: shards must be a text, not 5"),
+        ("datasets: [{tfds: [a]}]", "entry 0: tfds must be a text"),
+        ("datasets: [{json_path: a.json, weight: null}]", "weight must be a number above 0, not null"),
+        ("datasets: [{json_path: a.json, sampling_strategy: null}]", "unknown sampling strategy null"),
+        ("datasets: [{json_path: a.json, allow_outside: null}]", "allow_outside must be true or false, not null"),
+        ("datasets: [null]", "entry 0 must be a mapping .*, not null"),
+        ("datasets: [{json_path: a.json, shards: x}]", "entry 0 must be a mapping .*it has json_path, shards"),
+        ("datasets: [{weight: 2}]", "entry 0 must be a mapping .*it has 'weight'"),
+        ("datasets: null", "must have a list `datasets` .*datasets is null"),
+        ("datasets: [{json_path: a.json, wieght: 2}]", r"datasets\[0\].wieght is no key; did you mean weight"),
+        ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder stands beside `datasets`"),
+        ("dataset: x\ndatasets: [{json_path: a.json}]", r"the mixture\.dataset is no key; did you mean datasets\?"),
         ("", "must have a list `datasets`"),
     ],
-    ids=range(25),
+    ids=range(41),
 )
 def test_mixtures_that_attack(tmp_path, text, message):
     (tmp_path / "a.json").write_text(f"[{GOOD}]")
@@ -198,6 +222,54 @@ def test_odd_ids_and_image_names_can_be_logged(tmp_path, caplog):
         logging.getLogger("fusion_jax").warning("%s", e.value)
         str(e.value).encode()
     assert source[1].where.isprintable()
+
+
+LONG = "A" * 300_000
+NAMES = {
+    "half an emoji": "cut \ud83d.png",
+    "lines and colours": "a\n\x1b[2J\u202e.png",
+    "a zero byte": "a\0.png",
+    "a long name": "b" * 400 + ".png",
+    "a long path": "b/" * 2000 + "c.png",
+    "base64": f"iVBORw0KGgo{LONG}",
+    "base64 of nothing": LONG,
+    "an address": f"https://x.y/\ud83d{LONG}",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_strange_image_name_is_one_short_line_wherever_it_is_told(tmp_path, caplog, name):
+    records = [{"id": f"cut \ud83d{LONG}", "image": name, "conversations": TURNS}, json.loads(GOOD)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    source, found = load_source(tmp_path / "a.json"), []
+    for look in (load_image, read_size):
+        with pytest.raises(BadRecord) as e:
+            record = source[0]
+            look(record.images[0], record.where)
+        found.append(f"{e.value.where}: {e.value.detail}")
+        assert str(pickle.loads(pickle.dumps(e.value))).isprintable()
+    manifest = convert(tmp_path / "a.json", None, tmp_path / "shards", max_bad_records=0.9, progress=False)
+    found.append(manifest["skipped"]["listed"][0]["detail"])
+    check = InputCheck(RunConfig(tiny(), (STAGE,), "", max_bad_records=1.0), STAGE, 2, tmp_path)
+    check.note(1, Fed(None, 4, (e.value,), 0, 0), Counts(seen=2))
+    found += [caplog.messages[-1], *(tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert len(found) == 5
+    for line in found:
+        assert line.isprintable() and len(line) < 1000
+        line.encode()
+
+
+def test_a_bad_record_is_one_short_line_whatever_it_says():
+    bad = BadRecord("bad_image", f"cut \ud83d{LONG}", "two\nlines")
+    assert str(bad).startswith(r"cut \ud83dAAA") and str(bad).endswith(r"... (300 KB): two\nlines")
+    assert (bad.where, bad.detail) == (str(bad).removesuffix(r": two\nlines"), r"two\nlines")
+
+
+def test_how_long_a_text_was_is_said():
+    assert files.shown("x" * 300_000) == "x" * 200 + "... (300 KB)"
+    assert files.shown("x" * 300) == "x" * 200 + "... (300 characters)"
+    assert files.shown("\ud83d" * 200) == ("\\ud83d" * 200)[:200] + "... (200 characters)"
+    assert files.shown("a\nb" * 3) == "a\\nb" * 3
 
 
 @pytest.mark.parametrize(

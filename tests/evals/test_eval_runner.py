@@ -202,7 +202,9 @@ def test_a_later_run_of_another_task_keeps_the_first_in_summary_and_report(data,
 
 
 def test_unknown_task_lists_all():
-    with pytest.raises(UserError, match=r"Unknown task 'popes'; allowed: held_out, .*pope.*textvqa"):
+    with pytest.raises(
+        UserError, match=r"task 'popes' is unknown; allowed: held_out, .*pope.*textvqa.*; did you mean pope"
+    ):
         find_tasks(["pope", "popes"])
 
 

@@ -87,7 +87,7 @@ def test_wrong_input_ends_in_one_sentence(prepared, tmp_path):
     broken.write_bytes(b"half an image")
     try:
         started = {
-            "Unknown task 'pop'; allowed: held_out": start(*common(prepared, "--tasks=pop")),
+            "task 'pop' is unknown; allowed: held_out": start(*common(prepared, "--tasks=pop")),
             "holds answers of another checkpoint (runs/other/3)": start(*common(prepared, "--tasks=pope", output)),
             "pope, question random/1: the image": start(*common(prepared, "--tasks=pope")),
         }

@@ -1,5 +1,6 @@
 """Scores of the held-out task on hand-made answers."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from bench_files import write_image
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import held_out
-from fusion_jax.evals.runner import run_task
+from fusion_jax.evals.runner import record, run_task
 
 
 class Parrot:
@@ -80,3 +81,25 @@ def test_a_record_that_cannot_be_used_is_named(tmp_path):
 def test_missing_file_says_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"there is no held_out.json in .*expected held_out.json in LLaVA format"):
         run(tmp_path)
+
+
+def test_other_forms_of_records_are_asked_alike(tmp_path):
+    write_image(tmp_path / "red.png")
+    data = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    answer = {"role": "assistant", "content": "red"}
+    parts = [{"type": "image", "bytes": data}, {"type": "text", "text": "What?"}]
+    records = [
+        {"image": "red.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}, answer]},
+        {"images": ["red.png"], "messages": [answer, {"role": "user", "content": "<image>What?"}, answer]},
+    ]
+    (tmp_path / "held_out.json").write_text(json.dumps(records))
+    questions = held_out.read(tmp_path)[:3]
+    assert [(q.prompt, q.reference) for q in questions] == [("What?", "red")] * 3
+    asked = [record(held_out.TASK, q) for q in questions]
+    assert [one.system for one in asked] == [None, "Be brief.", None]
+    assert asked[1].images == ((tmp_path / "red.png").read_bytes(),) and asked[2].images == (tmp_path / "red.png",)
+    for images in ([], ["red.png", "red.png"]):
+        (tmp_path / "held_out.json").write_text(json.dumps([records[0] | {"image": images}]))
+        with pytest.raises(UserError, match=rf"held_out\.json, record 0 has {len(images)} images"):
+            held_out.read(tmp_path)

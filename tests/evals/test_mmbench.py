@@ -127,6 +127,66 @@ def test_test_file_as_dev_is_refused(tmp_path):
         run_task(Rule(str), DEV, tmp_path, progress=False)
 
 
+NONE = {  # options of some rows, and those that are asked
+    "None is an answer like others": ([("None", "one", "two", "")], [("None", "one", "two")]),
+    "and the last one": (
+        [("one", "two", "three", "None"), ("a", "b", "", "")],
+        [("one", "two", "three", "None"), ("a", "b")],
+    ),
+    "in lower case": ([("one", "none", "two", "")], [("one", "none", "two")]),
+    "nan before others": ([("naan", "nan", "pita", "")], [("naan", "nan", "pita")]),
+    "nan at the end": ([("a", "b", "c", "nan"), ("a", "b", "NaN", "nan")], [("a", "b", "c"), ("a", "b")]),
+    "None for nothing": ([("a", "b", "None", "None"), ("a", "b", "c", "None")], [("a", "b"), ("a", "b", "c")]),
+    "white space": ([("a", "b", " ", "")], [("a", "b")]),
+}
+
+
+@pytest.mark.parametrize(("rows", "asked"), NONE.values(), ids=NONE)
+def test_options_that_say_none(tmp_path, rows, asked):
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", [row(n, "B", options) for n, options in enumerate(rows)])
+    questions = DEV.read(tmp_path)
+    first = {q.group: tuple(q.about["options"].values()) for q in reversed(questions)}
+    assert [first[str(n)] for n in range(len(rows))] == asked
+    assert len(questions) == sum(map(len, asked))
+
+
+def test_a_word_for_nothing_is_an_option_where_a_rotation_shows_it(tmp_path):
+    rows = [row(1, "B", ("inf", "0", "nan", "")), row(1_000_001, "A", ("0", "nan", "inf", ""))]
+    rows += [row(2, "C", ("inf", "0", "nan", "")), row(3, "A", ("a", "b", "nan", ""))]
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    options = [tuple(q.about["options"].values()) for q in DEV.read(tmp_path)]
+    assert options == [("inf", "0", "nan"), ("0", "nan", "inf"), ("inf", "0", "nan"), ("a", "b")]
+
+
+def test_empty_cells_of_parquet(tmp_path):
+    numbers = ((1.0, 2.0, None, None), (1.5, 2.0, 3.0, float("nan")))
+    rows = [{**row(n, "B", options, hint=float("nan")), "image": cell()} for n, options in enumerate(numbers)]
+    write_parquet(tmp_path / "mmbench_en" / "dev-0.parquet", rows)
+    questions = DEV.read(tmp_path)
+    assert [list(q.about["options"].values()) for q in questions[::2]][:2] == [["1", "2"], ["1.5", "2", "3"]]
+    assert questions[0].prompt.startswith("Which one is 0?\nA. 1\nB. 2\nAnswer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"B": "", "C": "c"}, "MMBench_DEV_EN.tsv, index 1: the option B is empty, and C behind it is not"),
+        ({"A": "", "B": "", "C": ""}, "index 1 has 0 options; a question has at least two"),
+        ({"B": "", "C": ""}, "index 1 has 1 options"),
+        ({"answer": "D"}, "index 1: the answer 'D' is none of its 3 options"),
+        ({"answer": "AB"}, "index 1: the answer 'AB' is none of its 3 options"),
+        ({"question": " "}, "row 0: question is empty"),
+        ({"image": "x\ty\tz"}, "row 0 has more cells"),
+    ],
+)
+def test_empty_cells_that_leave_no_question(tmp_path, changes, message):
+    path = tmp_path / "MMBench_DEV_EN.tsv"
+    write_tsv(path, [{**row(1, "B"), **changes}])
+    path.write_text(path.read_text().replace('"', ""))
+    with pytest.raises(UserError, match=message):
+        run_task(Rule(str), DEV, tmp_path, progress=False)
+
+
 def test_two_files_that_fit_are_refused(tmp_path):
     for name in ("MMBench_DEV_EN.tsv", "MMBench_DEV_EN_V11.tsv"):
         write_tsv(tmp_path / name, [row(1, "A")])

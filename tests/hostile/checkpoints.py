@@ -29,6 +29,7 @@ from fusion_jax.state import TrainState
 QUICK = 40
 SECONDS = 60  # that one attempt may take
 STAGE = "stage1"
+DATA = [{"name": "d.json", "drawn": 48, "chosen": 1, "records": 48, "bytes": 9000, "hash": "0" * 64}]
 STRANGE = ("007", "٣", "1e3", "-5", "99999999999999999999", "4²", "1٣", "3.damaged", "5.writing", "+7", " 8", "0x9")
 VALUES = [None, True, 0, -1, 5, 1.5, 2**70, 10**30, float("nan"), "x", "", "../../x", [], [1], {}, {"a": 1}, [[]], "\0"]
 PATHS = (
@@ -107,7 +108,7 @@ def build(folder: Path, tokenizer: Path) -> None:
     )  # fmt: skip
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     config = from_dict(RunConfig, tiny_run.get_config("data").to_dict())
-    entry = about.describe(config, load_tokenizer(tokenizer), records={STAGE: 48})
+    entry = about.describe(config, load_tokenizer(tokenizer), data={STAGE: DATA})
     # Without what differs from one run of the tests to the next, so that equal seeds give equal inputs.
     entry = {"json": json.dumps(json.loads(entry["json"]) | {"environment": {}})}
     checkpoints = checkpoint.Checkpoints(folder, entry)
@@ -223,7 +224,7 @@ def forged_about(random, step, outside):
 
     def change(inner):
         value = VALUES[random.integers(len(VALUES))]
-        place = str(random.choice(["config", "tokenizer", "origin", "records"]))
+        place = str(random.choice(["config", "tokenizer", "origin", "data", "conversation"]))
         name = str(random.choice([*PATHS, "pytorch_model.bin", "tokenizer.model", "tokenizer.json", "é" * 300]))
         data = [base64.b64encode(b"planted").decode(), "not base64!", value][random.integers(3)]
         key = sorted(inner["config"])[random.integers(len(inner["config"]))]

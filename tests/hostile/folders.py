@@ -281,7 +281,7 @@ _KEYS = (
     "attention_bias", "tie_word_embeddings", "layer_norm_eps", "rms_norm_eps", "model_type", "query_len",
     "additional_special_tokens", "added_tokens_decoder", "bos_token", "unk_token", "truncation", "padding",
     "weight_map", "__metadata__", "normalizer", "pre_tokenizer", "post_processor", "decoder",
-    "original_max_position_embeddings",
+    "original_max_position_embeddings", "chat_template", "add_bos_token",
 )  # fmt: skip
 _TEXTS = (
     "", "2", "llama", "qwen2", "phi3", "mistral", "longrope", "llama3", "silu", "\ud800", "../x.safetensors", "..",

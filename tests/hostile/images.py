@@ -25,7 +25,7 @@ from fusion_jax.errors import BadRecord
 
 QUICK = 500
 SECONDS, MEMORY = 5, 1 << 30  # of the processor, and bytes, for one file
-REASONS = ("missing_image", "image_too_large", "corrupt_image")
+REASONS = ("missing_image", "image_too_large", "unclear_range", "corrupt_image")
 ALLOWED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORBIDDEN = ("ICO", "ICNS", "DDS", "EPS", "PCX", "TGA", "SGI", "IM", "MSP", "XBM", "DIB", "PDF", "BLP", "SPIDER", "QOI")
 EXTREMES = (0, 1, 7, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)

@@ -66,6 +66,7 @@ KEYS = [
     "x",
     "",
 ]
+KEYS += ["messages", "role", "content", "type", "text", "path", "image_url", "system", "video", "tools"]
 YAML_KEYS = [
     "json_path",
     "shards",

@@ -386,6 +386,21 @@ def test_models_that_the_published_code_cannot_hold(published, tmp_path):
         exporting.export(tmp_path / "nowhere", tmp_path / "out", "published")
 
 
+def test_where_an_image_stands_is_no_matter_of_the_published_format():
+    """Older checkpoints keep a late image in its turn; they are exported all the same, with their folder's words."""
+    origin = hf_config.published_config(MODEL, "llama3", {}, "float32") | {
+        "extra": "word",
+        "max_position_embeddings": 99,
+    }
+    before = dataclasses.replace(MODEL, image_place="turn")
+    assert hf_config.published_config(before, "llama3", {}, "float32") == hf_config.published_config(
+        MODEL, "llama3", {}, "float32"
+    )
+    exported = hf_config.published_config(before, "llama3", origin, "float32")
+    assert exported == hf_config.published_config(MODEL, "llama3", origin, "float32")
+    assert exported["extra"] == "word"
+
+
 def test_a_checkpoint_without_tokenizer_says_so(published, tmp_path):
     importing.write_checkpoint(importing.plan_published(published), tmp_path / "checkpoint", progress=False)
     with pytest.raises(UserError, match="holds no tokenizer"):

@@ -15,6 +15,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from parity import test_models as parity
 from PIL import Image
 from safetensors.numpy import save_file
@@ -27,7 +28,7 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 transformers = pytest.importorskip("transformers", reason="the exported model needs transformers")
 
 from fusion_jax import generate
-from fusion_jax.data import conversation, formats, image
+from fusion_jax.data import chat_template, conversation, formats, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
 from fusion_jax.data.image import static_hd_crops
 from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
@@ -481,7 +482,8 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
 @pytest.mark.parametrize(
     ("chat", "images", "message"),
     [
-        ([{"role": "system", "content": "x"}], None, "system"),
+        ([{"role": "system", "content": "x"}], None, "hold a user's turn"),
+        ([{"role": "tool", "content": "x"}], None, "tool"),
         ([{"role": "user", "content": "x"}] * 2, None, "alternate"),
         ([{"role": "assistant", "content": "x"}], None, "alternate"),
         ([{"role": "user", "content": "<image>x"}], None, "no image"),
@@ -507,6 +509,11 @@ def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
         assert np.array_equal(processor.crops(tmp_path / name), processor.crops(image.load_image(tmp_path / name))), (
             name
         )
+    Image.fromarray(np.linspace(0, 1, 35 * 40, dtype=np.float32).reshape(35, 40)).save(tmp_path / "grey.tif")
+    grey = processor.crops(tmp_path / "grey.tif")
+    assert np.array_equal(grey, processor.crops(image.load_image(tmp_path / "grey.tif"))) and 120 < grey.mean() < 135
+    with Image.open(tmp_path / "grey.tif") as opened:
+        assert np.array_equal(processor.crops(opened), grey)
     turned = Image.Exif()
     turned[0x0112] = 6
     shown.save(tmp_path / "turned.tif", exif=turned)
@@ -525,6 +532,73 @@ def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
     for name in ("pipe.png", "none.png", "."):
         with pytest.raises(OSError):
             processor.crops(tmp_path / name)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_processor_without_bos_and_with_system_texts(preset, tmp_path):
+    """A tokenizer whose own chat template the model follows: no token in front, a system text, white space trimmed."""
+    words = [
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "system",
+        "user",
+        "assistant",
+        "Be",
+        "brief",
+        "Hi",
+        "Yes",
+        " ",
+        "\n",
+    ]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|\W"), "isolated")
+    model.add_special_tokens(words[:3])
+    model.save(str(tmp_path / "tokenizer.json"))
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    roles[
+        "chat_template"
+    ] = """{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe<|im_end|>\\n' }}{% endif %}
+        {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}{% endfor %}
+        {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = load_tokenizer(tmp_path)
+    template = chat_template.find("own", tokenizer)
+    config = fixtures.tiny(preset, **{"llm.vocab_size": tokenizer.vocab_size})
+    exported = export(tmp_path / "out", config, fixtures.params(config), tokenizer, template)
+    processor = load_processor(tmp_path / "out")
+    for system in (None, "", " Be brief\n"):
+        for with_image in (False, True):
+            for said in ((" Hi ",), ("",), ("Hi", " Yes ", "Hi<image>" if with_image else "Hi\n")):
+                if not said[0] and not with_image:
+                    continue
+                turns = [{"from": ("human", "gpt")[k % 2], "value": v} for k, v in enumerate(said)]
+                expected = conversation.encode_prompt(
+                    turns,
+                    tokenizer,
+                    template,
+                    with_image,
+                    latents_without_image=config.text_only == "zero_image",
+                    system=system,
+                )
+                chat = [{"role": ("user", "assistant")[k % 2], "content": v} for k, v in enumerate(said)]
+                chat = [{"role": "system", "content": system}] * (system is not None) + chat
+                got = processor._row_text(chat, picture(0) if with_image else None)[0]
+                assert got["ids"] == expected.input_ids.tolist()
+                assert got["question_ids"] == (expected.instructs.tolist() if with_image else [])
+                assert got["prompt"] == expected.prompt
+                assert got["ids"][:2] == [1, 3] and got["ids"][2] != 1
+                if not with_image or "<image>" in said[-1]:
+                    rendered = {"chat_template": processor.chat_template, "tokenize": False}
+                    assert processor.tokenizer.apply_chat_template(chat, **rendered) == got["prompt"]
+    # An image alone: no question token at all.
+    alone = processor([[{"role": "user", "content": [{"type": "image", "image": picture(0)}]}]])
+    assert alone["question_ids"].shape == (1, 1, 1) and not alone["question_mask"].any()
+    with torch.no_grad():
+        assert torch.isfinite(exported(**alone).logits).all()
+    assert processor.bos_token_id is None
+    with pytest.raises(ValueError, match="system at the start"):
+        processor([[{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be"}]])
 
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason=f"no golden conversations in {TOKENIZERS} (set FUSION_GOLDENS)")

@@ -32,7 +32,7 @@ def feed(folder: Path, process: int, packing: bool):
     """The input of a stage: this process's images lie in a folder of its own."""
     config, stage = configured(folder, packing)
     source = sources.load_source(folder / "data.json", folder / str(process), pipeline.stage_seed(config, stage))
-    input_check.check_same_data(f"stage {stage.name!r}", source)
+    input_check.check_same_data(f"stage {stage.name!r}", source.describe())
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = board.open_board(f"fusion_jax/input/{stage.name}")
     batches = pipeline.training_batches(config, stage, source, tokenizer, 2, (process,), texts)
@@ -98,7 +98,7 @@ def other_data(folder: Path, process: int) -> None:
     """One word of process 1's records is another."""
     config, stage = configured(folder, False)
     source = sources.load_source(folder / str(process) / "data.json", None, pipeline.stage_seed(config, stage))
-    input_check.check_same_data(f"stage {stage.name!r}", source)
+    input_check.check_same_data(f"stage {stage.name!r}", source.describe())
 
 
 def alone_in_a_step(folder: Path, process: int) -> None:

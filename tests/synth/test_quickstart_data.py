@@ -114,9 +114,9 @@ def test_config_mistakes_are_named(tmp_path):
     for changes, words in (
         ({"pools": pools(split="stage1")}, "plain name and no stage"),
         ({"pools": pools(kinds={})}, "config.kinds is empty"),
-        ({"pools": pools(kinds={"conv": 1.0})}, r"pools\[0\].kinds: 'conv' is no kind"),
+        ({"pools": pools(kinds={"conv": 1.0})}, r"pools\[0\].kinds: kind 'conv' is unknown"),
         ({"pools": pools(path="embedded:cubes:3")}, "STYLE one of scenes, shapes/train"),
-        ({"mixtures": {"stage2": {"stage3": "all"}}}, "'stage3' is no stage"),
+        ({"mixtures": {"stage2": {"stage3": "all"}}}, "stage 'stage3' is unknown"),
         ({"tokenizer": 20}, "300 pieces or more"),
     ):
         with pytest.raises(UserError, match=words):

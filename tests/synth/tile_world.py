@@ -182,6 +182,7 @@ def reply(purpose: str, data: dict, wrong_share: float = 0.0) -> dict:
 
 # ---- The same as a backend without a network.
 
+VERSION = 1
 SOURCE, LICENCE = "tile world", "CC0"
 STYLES = ("scenes",)
 

@@ -34,7 +34,8 @@ def write_side_files(
     shutil.copyfile(_CODE, folder / _CODE.name)
     ids = {}
     if tokenizer is not None and template is not None:
-        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        ids = {"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
+        ids["pad_token_id"] = tokenizer.pad_id
         stops = list(conversation.stop_ids(tokenizer, template))
         tokenizer.save(folder)
         _complete_tokenizer(folder, tokenizer)
@@ -49,7 +50,7 @@ def write_side_files(
         "dtype": dtype,
         **dataclasses.asdict(model_config),
         "latent_count": model_config.fixed_latent_count,
-        "template": None if template is None else dataclasses.asdict(template),
+        "template": None if template is None else _described(template),
         **ids,
     }
     _write(folder / "config.json", config)
@@ -61,8 +62,8 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
     return {
         "processor_class": "FusionProcessor",
         "auto_map": {"AutoProcessor": f"{_CODE.stem}.FusionProcessor"},
-        "template": dataclasses.asdict(template),
-        "bos_token_id": tokenizer.bos_id,
+        "template": _described(template),
+        "bos_token_id": next(iter(conversation.first_ids(tokenizer, template)), None),
         "image_size": model_config.vision.image_size,
         "image_tokens": model_config.tokens_per_image,
         "latent_count": model_config.fixed_latent_count,
@@ -70,7 +71,13 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
         "quadrants": model_config.uses_quadrants,
         "zero_image_for_text": model_config.text_only == "zero_image",
         "hide_question_id_zero": model_config.hide_question_id_zero,
+        "image_first": model_config.image_place == "first",
     }
+
+
+def _described(template: Template) -> dict[str, Any]:
+    """`system`: what stands before the first round of a conversation that brings no system text."""
+    return dataclasses.asdict(template) | {"system": "".join(text for text, _ in template.system_parts(None))}
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -100,6 +107,15 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False)
 
+    def said(part: str) -> str:
+        return "said(m) | trim" if part in template.trims else "said(m)"
+
+    system = text("".join(part for part, _ in template.system_parts(None)))
+    if template.system_frame is not None:
+        before, behind = map(text, template.system_frame)
+        given = said("system").replace("(m)", "(messages[0])")
+        system = f'{before} + ({given}) + {behind} if messages[0].role == "system" and said(messages[0]) else {system}'
+
     slot = f"{VISION_START}%s{VISION_END}"
     latents = text(slot % "<latent_image>")
     if not model_config.semantic_exchange:
@@ -119,18 +135,18 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         '{%- for m in messages if m.role == "user" and "<image>" in said(m) -%}',
         "  {%- set ns.images = true -%}",
         "{%- endfor -%}",
-        f"{{{{- {text(template.system)} -}}}}",
-        "{%- for m in messages -%}",
+        f"{{{{- {system} -}}}}",
+        '{%- for m in messages if m.role != "system" -%}',
         '  {%- if m.role == "user" -%}',
         f'    {{{{- ({text(template.between)} if not loop.first else "") + {text(template.question)} + {latents} -}}}}',
         '    {%- if "<image>" in said(m) -%}',
         f'      {{{{- {text(slot % "<image>")} + "\\n" + (said(m) | replace("<image>", "") | trim) -}}}}',
         "    {%- else -%}",
-        "      {{- said(m) -}}",
+        f"      {{{{- {said('question')} -}}}}",
         "    {%- endif -%}",
         f"    {{{{- {text(template.answer)} -}}}}",
         "  {%- else -%}",
-        f"    {{{{- said(m) + {text(template.end)} -}}}}",
+        f"    {{{{- ({said('answer')}) + {text(template.end)} -}}}}",
         "  {%- endif -%}",
         "{%- endfor -%}",
     ]

@@ -840,8 +840,119 @@ class SentencePieceText:
         return ids
 
 
+# Values of other than 8 bits, as the 8 that training saw: word for word the functions of training.
+
+
+class UnclearRange(ValueError):
+    """Nothing says which value is white. The message continues "the image ..."."""
+
+
+WHITES = (1, 255, 1023, 4095, 16383, 65535)
+BITS, PHOTOMETRIC, PLANES, KIND, WHITE_IS_ZERO, SIGNED = 258, 262, 284, 339, 0, 2  # tags of TIFF, and two values
+LEAST_TAGS, MOST_TAGS = (280, 340), (281, 341)  # MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8.
+
+    Raises:
+      ValueError: it is a TIFF of planes of 16 bits without compression, which Pillow reads as if they had 8.
+    """
+    tile, tags = getattr(image, "tile", None), getattr(image, "tag_v2", {})  # a file's
+    if not tile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return False
+    if tags.get(PLANES) == 2 and max(np.ravel(tags.get(BITS, 1))) > 8 and tile[0][0] != "libtiff":
+        raise ValueError("its channels are planes of 16 bits, which are not read without compression")
+    return ";16" in str(tile[0][3])
+
+
+def check_deep_colour(image: Image.Image) -> None:
+    """UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
+    if max(most for _, most in image.getextrema()[: 4 if image.mode == "CMYK" else 3]) < 16:
+        raise UnclearRange("has 16 bits a channel of which no value reaches a sixteenth: give it 8, white being 255")
+
+
+def levels_of_grey(image: Image.Image) -> np.ndarray | None:
+    """A decoded image's values in 8 bits, (height, width) uint8; None where it has 8, or colours, as it is.
+
+    Raises:
+      UnclearRange: nothing says which value is white.
+    """
+    tags = getattr(image, "tag_v2", {})
+
+    def tag(*names):
+        return next((np.ravel(tags[name])[0] for name in names if name in tags), None)
+
+    bits, signed = tag(BITS), tag(KIND) == SIGNED
+    if image.mode == "F":
+        values, longest = np.asarray(image), None
+    elif image.mode.startswith("I;16"):
+        values, longest = np.asarray(image), 65535
+    elif image.mode == "I":
+        values, longest = np.asarray(image), 32767 if bits == 16 else 2**31 - 1
+        if bits == 32 and not signed:
+            values, longest = values.view(np.uint32), 2**32 - 1
+    elif image.mode == "L" and signed:
+        values, longest = np.asarray(image).view(np.int8), 127
+    else:
+        return None
+    white = 65535 if image.format == "PPM" else 4095 if bits == 12 else tag(*MOST_TAGS)
+    black = tag(*LEAST_TAGS) or 0
+    if white is None or white <= black or (black, white) == (0, longest):  # what the numbers could hold says nothing
+        black, white = None, longest
+    return to_eight_bits(values, black, white, tag(PHOTOMETRIC) == WHITE_IS_ZERO)
+
+
+def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, inverted: bool) -> np.ndarray:
+    """Values to 0 ... 255.
+
+    Args:
+      values: (height, width). black, white: as the header says; black None: white is what a number could hold, None for
+        fractions. inverted: the header has black and white exchanged.
+
+    Returns:
+      (height, width) uint8.
+
+    Raises:
+      UnclearRange: nothing says which value is white.
+    """
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise UnclearRange("has values that are no finite numbers")
+    if black is None:
+        if least < 0:
+            raise UnclearRange(f"has values below 0, and does not say which is black: the least is {least}")
+        whites = [one for one in WHITES if white is None or one < white] + [white] * (white is not None)
+        black, white = 0, next((one for one in whites if most <= one), 0)
+        if most and not white / 16 <= most <= white:
+            known = "0 to 1, or 8, 10, 12, 14 or 16 bits"
+            raise UnclearRange(f"does not say which value is white: the largest, {most}, fits none of {known}")
+    elif least < black or most > white:
+        raise UnclearRange(f"says that its values go from {black} to {white}, and they go from {least} to {most}")
+    levels = np.empty(values.shape, np.uint8)
+    whole = values.dtype.kind != "f" and black == 0 and int(white) == white and int(white) & int(white) + 1 == 0
+    shift = int(white).bit_length() - 8 if whole and white >= 255 else None
+    rows = max(1, 2**20 // values.shape[1])  # little memory on the way
+    for row in range(0, len(values), rows):
+        part = values[row : row + rows]
+        if shift is None:
+            part = np.rint((part.astype(np.float64) - float(black)) * (255 / (float(white) - float(black))))
+        else:
+            part = part >> shift
+        levels[row : row + rows] = part
+    return 255 - levels if inverted else levels
+
+
+def to_rgb(image: Image.Image, deep_colour: bool = False) -> Image.Image:
+    """A decoded image in 8 bits a channel, as training saw it. UnclearRange where nothing says which value is white."""
+    if deep_colour:
+        check_deep_colour(image)
+    levels = levels_of_grey(image)
+    return (image if levels is None else Image.fromarray(levels)).convert("RGB")
+
+
 def open_image(path: str | Path) -> Image.Image:
-    """An image file, decoded. ValueError if it is none of FORMATS, damaged, or over a limit; OSError if no file."""
+    """An image file as RGB. ValueError if it is none of FORMATS, damaged, or over a limit; OSError if no file."""
     Image.init()
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         found = os.fstat(file.fileno())
@@ -855,14 +966,15 @@ def open_image(path: str | Path) -> Image.Image:
             most = SLOW_DECODERS.get(image.tile[0][0] if image.tile else "", MAX_PIXELS)
             if size[0] * size[1] > most or max(size) > MAX_SIDE:
                 raise ValueError(f"it has {size[0]}x{size[1]} pixels; allowed are {most}, and {MAX_SIDE} along a side")
+            deep_colour = is_deep_colour(image)
             image.load()
             if (size, mode) not in ((image.size, image.mode), (image.size[::-1], image.mode)):  # a TIFF may be turned
                 raise ValueError(f"its pixels are not those that its header says, {mode} of {size[0]}x{size[1]}")
             if (image.size, image.mode) != (image.im.size, image.im.mode):
                 raise ValueError("its pixels are of another size than it says")
+            return to_rgb(image, deep_colour)
         except Exception as e:  # decoders answer damaged bytes with almost any exception
             raise ValueError(f"Cannot read the image {path}, one of {', '.join(FORMATS)}: {e}") from e
-    return image
 
 
 class FusionProcessor(ProcessorMixin):
@@ -870,8 +982,9 @@ class FusionProcessor(ProcessorMixin):
 
     A conversation is a list of {"role": "user" | "assistant", "content": text or list of parts}, a part being
     {"type": "text", "text": ...} or {"type": "image"}, which may carry its picture as "image" (PIL) or "path". At most
-    one image a conversation. One that ends with the user waits for an answer; one that ends with the assistant is a
-    training row and gets labels.
+    one image a conversation. A first message of role "system" takes the place of the template's own system text, where
+    the template can hold one. A conversation that ends with the user waits for an answer; one that ends with the
+    assistant is a training row and gets labels.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -889,12 +1002,15 @@ class FusionProcessor(ProcessorMixin):
         quadrants=False,
         zero_image_for_text=False,
         hide_question_id_zero=False,
+        image_first=False,
         chat_template=None,
     ):
-        """latent_count 0: the model has no latents. template: dict of system, question, answer, end, between."""
+        """latent_count 0: the model has no latents. bos_token_id: stands in front of every conversation, None: nothing
+        does. template: dict of system, question, answer, end, between; system_frame (before and after a conversation's
+        own system text), or None; trims (which of system, question and answer lose the white space around them)."""
         super().__init__(tokenizer, chat_template=chat_template)
         self.template = template
-        self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
+        self.bos_token_id = bos_token_id
         self.image_size = image_size
         self.image_tokens = image_tokens
         self.latent_count = latent_count
@@ -902,6 +1018,7 @@ class FusionProcessor(ProcessorMixin):
         self.quadrants = quadrants
         self.zero_image_for_text = zero_image_for_text
         self.hide_question_id_zero = hide_question_id_zero
+        self.image_first = image_first
         self.sentencepiece_model: bytes | None = None
         self._added = dict(tokenizer.added_tokens_decoder)
         self._encode: Any = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -934,7 +1051,7 @@ class FusionProcessor(ProcessorMixin):
 
     def to_dict(self):
         names = ("template", "bos_token_id", "image_size", "image_tokens", "latent_count", "text_guided", "quadrants")
-        names += ("zero_image_for_text", "hide_question_id_zero", "auto_map")
+        names += ("zero_image_for_text", "hide_question_id_zero", "image_first", "auto_map")
         values = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**values, "processor_class": type(self).__name__}
 
@@ -988,19 +1105,34 @@ class FusionProcessor(ProcessorMixin):
         many = bool(conversation) and isinstance(conversation[0], list | tuple)
         conversations = conversation if many else [conversation]
         images = images if many and images is not None else [images] * len(conversations)
-        prompts = [self._tokenize(*self._rounds(c, i)[:2])["prompt"] for c, i in zip(conversations, images)]
+        prompts = [self._row_text(c, i)[0]["prompt"] for c, i in zip(conversations, images)]
         return prompts if many else prompts[0]
+
+    def _system(self, messages) -> str:
+        """What stands before the first round."""
+        first = messages[0] if messages else {}
+        content = first.get("content") if first.get("role") == "system" else None
+        said = content if isinstance(content, str) else "".join(part["text"] for part in content or [])
+        if not said:
+            return self.template["system"]
+        if not self.template.get("system_frame"):
+            raise ValueError("The model's chat template cannot hold a system message.")
+        before, behind = self.template["system_frame"]
+        return before + self._trimmed("system", said) + behind
+
+    def _trimmed(self, part: str, text: str) -> str:
+        return text.strip() if part in self.template.get("trims", ()) else text
 
     def _rounds(self, messages, image) -> tuple[list[tuple[str, str | None]], bool, Any]:
         """(question, answer or None) pairs, whether there is an image, and the image. The question that carries it
         starts with the tag and a newline."""
         turns, images = [], list(image) if isinstance(image, list | tuple) else [image] * (image is not None)
-        for message in messages:
+        for k, message in enumerate(messages):
             role, content, said = message.get("role"), message.get("content"), ""
+            if role == "system" and k == 0:
+                continue
             if role not in ("user", "assistant"):
-                raise ValueError(
-                    f"A turn's role is {role!r}; allowed are user and assistant (the template has a system)."
-                )
+                raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part.get("type") == "text":
                     said += part["text"]
@@ -1025,10 +1157,15 @@ class FusionProcessor(ProcessorMixin):
         rounds = [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
         return rounds, bool(images), images[0] if images else None
 
-    def _tokenize(self, rounds, has_image: bool) -> dict:
-        """Cuts the text at placeholders and at answers and tokenizes each piece by itself, BOS in front."""
-        template, bos = self.template, self.bos_token_id
-        ids, labels, ends, prompt = [bos], [IGNORE], [], []
+    def _row_text(self, messages, image) -> tuple[dict, list, bool, Any]:
+        rounds, has_image, image = self._rounds(messages, image)
+        return self._tokenize(rounds, has_image, self._system(messages)), rounds, has_image, image
+
+    def _tokenize(self, rounds, has_image: bool, system: str | None = None) -> dict:
+        """Cuts the text at placeholders and at answers and tokenizes each piece by itself, BOS in front where the model
+        has one. `system`: what stands before the first round, by default the template's own."""
+        template, front = self.template, [] if self.bos_token_id is None else [self.bos_token_id]
+        ids, labels, ends, prompt = [*front], [IGNORE] * len(front), [], []
         pending, after = "", None  # text that waits, and the id it follows; None where a piece starts
 
         def say(text: str) -> None:
@@ -1053,8 +1190,9 @@ class FusionProcessor(ProcessorMixin):
             after = None
             say(VISION_END)
 
-        say(template["system"])
+        say(template["system"] if system is None else system)
         for k, (question, answer) in enumerate(rounds):
+            question = self._trimmed("question", question)
             say((template["between"] if k else "") + template["question"])
             if self.latent_count and (has_image or self.zero_image_for_text):
                 placeholder(LATENTS, "<latent_image>")
@@ -1065,6 +1203,7 @@ class FusionProcessor(ProcessorMixin):
             flush()
             ends.append(len(ids) - 1)
             if answer is not None:
+                answer = self._trimmed("answer", answer)
                 prompt.append(answer + template["end"])
                 new = self.encode(answer + template["end"], after)
                 ids.extend(new)
@@ -1073,15 +1212,15 @@ class FusionProcessor(ProcessorMixin):
         question_ids = []
         if has_image and self.text_guided:
             texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in rounds]
-            question_ids = [bos, *self.encode("".join(texts))]
+            question_ids = [*front, *self.encode("".join(texts))]
         return {"ids": ids, "labels": labels, "ends": ends, "question_ids": question_ids, "prompt": "".join(prompt)}
 
     def crops(self, image) -> np.ndarray:
         """(V, size, size, 3) uint8: the quadrants of the image at twice the size, if the model uses them, and the whole
         image last. Both sizes are resized from the original, bicubically and without keeping the aspect ratio."""
         size = self.image_size
-        image = image if isinstance(image, Image.Image) else open_image(image)
-        image = image.convert("RGB")  # a rotation noted in EXIF data is not applied, as in training
+        # A rotation noted in EXIF data is not applied, as in training.
+        image = to_rgb(image, is_deep_colour(image)) if isinstance(image, Image.Image) else open_image(image)
         whole = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))[None]
         if not self.quadrants:
             return whole.copy()
@@ -1091,13 +1230,13 @@ class FusionProcessor(ProcessorMixin):
 
     def _row(self, messages, image, count: int) -> dict:
         """One conversation laid out from position 0."""
-        rounds, has_image, image = self._rounds(messages, image)
-        text = self._tokenize(rounds, has_image)
-        # The first visual place of a round with an image holds the image, the latents follow: the published order.
+        text, rounds, has_image, image = self._row_text(messages, image)
+        # The first visual place of the image's round holds the image, the latents follow: the published order. With
+        # `image_first` it is that of the conversation.
         markers = [token for token in text["ids"] if token < 0]
-        for i, marker in enumerate(markers):
-            if marker == IMAGE and i and markers[i - 1] == LATENTS:
-                markers[i - 1 : i + 1] = IMAGE, LATENTS
+        if IMAGE in markers:
+            place = markers.index(IMAGE)
+            markers.insert(0 if self.image_first else max(place - 1, 0), markers.pop(place))
         row = {"ids": [], "labels": [], "visual": [], "end": [], "start": [], "question": text["question_ids"]}
         for i, (token, label) in enumerate(zip(text["ids"], text["labels"])):
             if i in text["ends"]:
@@ -1151,7 +1290,7 @@ class FusionProcessor(ProcessorMixin):
         data["pixel_values"] = pixels
         data["image_kind"] = torch.tensor([[row["kind"]] for row in rows])
         if self.text_guided:
-            width = max(len(row["question"]) for row in rows)
+            width = max(1, *(len(row["question"]) for row in rows))
             question = torch.zeros((len(rows), 1, width), dtype=torch.long)
             mask = torch.zeros_like(question, dtype=torch.bool)
             for ids, real, row in zip(question[:, 0], mask[:, 0], rows):

@@ -12,6 +12,7 @@ There are two styles. "scenes" is the one above. "shapes" are the small plain pi
 and for tests ("shapes/train", ...): a caption names its picture, and all else follows from it (`scene/shapes.py`).
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -20,19 +21,20 @@ from typing import Any
 from PIL import Image
 
 from fusion_jax.synth.backends.base import Reply, Unusable
-from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reason, shapes, write
+from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reading, reason, shapes, write
 from fusion_jax.synth.scene import draw as drawing
 from fusion_jax.synth.scene.falsify import falsify
 from fusion_jax.synth.scene.graph import Scene
 from fusion_jax.synth.scene.parse import Draft, parse
 
-VERSION = 1
+VERSION = 2
 SOURCE = "embedded scenes"
 LICENCE = "Generated data, made by this program alone: free to use, change and share for any purpose."
 
 CAPTION_KINDS = ("caption_color", "caption_count", "caption_scene", "caption_spatial", "caption_text")
 CONTRAST_KINDS = ("contrast_short", "contrast_long")
 STYLES = ("scenes", *(f"{shapes.STYLE}/{split}" for split in shapes.SPLITS))
+SHORT = 20  # words of a caption at most; a longer description is a paragraph
 TRIES = 20  # for captions of at most twelve words
 
 
@@ -64,8 +66,15 @@ def scenes_of(data: dict[str, Any]) -> list[Scene]:
 
 
 def read_exactly(description: str) -> Scene:
-    """The scene of a description, what it leaves open decided by its words. Raises `compose.Impossible`."""
-    return compose.settle(parse(description), graph.generator(description), exact=True)
+    """The scene of a description, what it leaves open decided by its words. Raises `compose.Impossible`, also where
+    the scene keeps too little of it."""
+    made = compose.settle(parse(description), graph.generator(description), exact=True)
+    found = reading.read(description, made)
+    # A paragraph speaks of light and manner, too, and has its things in a fraction of its words.
+    short = write.count_words(description) <= SHORT
+    if found.kept_share < (reading.KEPT_MIN if short else reading.PARAGRAPH_MIN):
+        raise compose.Impossible(reading.complaint(found.to_json()))
+    return made
 
 
 class LanguageModel:
@@ -83,7 +92,7 @@ class LanguageModel:
         self.settings = {"version": VERSION} | ({"wrong_share": wrong_share} if wrong_share else {})
 
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
-        del messages, schema
+        del messages
         rng = graph.generator(seed, purpose, data.get("kind", ""))
         picture = _picture(data)
         if picture is not None:
@@ -92,10 +101,13 @@ class LanguageModel:
         if purpose == "judge":
             parsed = {"drawable": bool(parse(data["caption"]).groups)}
         elif purpose == "describe":
-            parsed, scenes = _describe(data["kind"], data["caption"], rng)
-            state = {"scenes": [graph.to_json(made) for made in scenes]}
+            parsed, scenes = _describe(data["kind"], data["caption"], schema, rng)
+            # Of two scenes one differs from the caption's on purpose.
+            found = [reading.read(data["caption"], made) for made in scenes]
+            understood = max(found, key=lambda each: each.kept_share)
+            state = {"scenes": [graph.to_json(made) for made in scenes], "reading": understood.to_json()}
         elif purpose == "qa":
-            parsed, state = _with_topics(self._pairs(data, rng, seed))
+            parsed, state = _with_topics(self._pairs(data, schema, rng, seed))
         elif purpose == "statement":
             scenes = scenes_of(data)
             parsed = {"statements": [_statement(pair, scenes) for pair in data["pairs"]]}
@@ -105,9 +117,9 @@ class LanguageModel:
             raise ValueError(f"no purpose {purpose!r}")
         return Reply(json.dumps(parsed, ensure_ascii=False), parsed, state=state)
 
-    def _pairs(self, data: dict, rng: random.Random, seed: int) -> list[dict]:
+    def _pairs(self, data: dict, schema: dict | None, rng: random.Random, seed: int) -> list[dict]:
         scenes = scenes_of(data)
-        pairs = _ask(data["kind"], scenes, rng)
+        pairs = _ask(data["kind"], schema, scenes, rng)
         for number, pair in enumerate(pairs):
             if planted(seed, number, self.wrong_share):
                 wrong = falsify(pair["question"], pair["answer"], scenes, graph.generator(seed, "false", number))
@@ -201,7 +213,8 @@ def _verify(question: str, answer: str, data: dict) -> dict:
     return {"correct": claims.correct(question, answer, scenes_of(data))}
 
 
-def _describe(kind: str, caption: str, rng: random.Random) -> tuple[dict, list[Scene]]:
+def _describe(kind: str, caption: str, schema: dict | None, rng: random.Random) -> tuple[dict, list[Scene]]:
+    kind = _likeness(kind, "describe", schema)
     draft = parse(caption)
     if not draft.groups:
         raise Unusable("not_drawable", "the caption names nothing that the embedded backend can draw")
@@ -210,6 +223,7 @@ def _describe(kind: str, caption: str, rng: random.Random) -> tuple[dict, list[S
     if kind in CONTRAST_KINDS:
         left = compose.settle(compose.extend(draft, rng, rng.randint(3, 5)), rng)
         scenes = [left, compose.vary(left, rng)]
+        rng.shuffle(scenes)  # a variation loses things more often than it wins some
         texts = [write.description(made, rng, 120, 180) for made in scenes]
         return dict(zip(("left", "right"), texts)), scenes
     if kind == "text_qa":
@@ -222,10 +236,19 @@ def _describe(kind: str, caption: str, rng: random.Random) -> tuple[dict, list[S
 
 def _with_room(draft: Draft) -> Draft:
     """A draft that leaves room for a thing with a text, and has at most three texts itself."""
-    groups = sorted(draft.groups, key=lambda group: not group.text)[:3]
-    for group in groups:
-        group.count = min(group.count or 1, 1 if group.text or len(groups) == 3 else 2)
-    return Draft(draft.setting, groups, [])
+    part = _chosen(draft, sorted(range(len(draft.groups)), key=lambda i: not draft.groups[i].text)[:3])
+    for group in part.groups:
+        group.count = min(group.count or 1, graph.MAX_OF_A_KIND)
+    while sum(group.count for group in part.groups) >= graph.MAX_THINGS:
+        max(part.groups, key=lambda group: group.count).count -= 1
+    return part
+
+
+def _chosen(draft: Draft, numbers: list[int]) -> Draft:
+    """The groups of these numbers, in that order, and the relations among them."""
+    place = {number: k for k, number in enumerate(numbers)}
+    relations = [(place[a], r, place[b]) for a, r, b in draft.relations if a in place and b in place]
+    return Draft(draft.setting, [dataclasses.replace(draft.groups[i]) for i in numbers], relations)
 
 
 _WRITERS = {
@@ -238,24 +261,15 @@ _WRITERS = {
 
 
 def _caption(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Scene]]:
-    """A caption of at most twelve words about a scene that holds just what it names."""
+    """A caption of at most twelve words about a scene that holds what the draft names, as far as that can be said in
+    twelve words; two things for a caption of where they are, one with a text for one of what is written."""
+    order = list(range(len(draft.groups)))
+    if kind == "caption_text":  # first what carries a text already
+        order.sort(key=lambda i: (not draft.groups[i].text, draft.groups[i].noun not in compose.CARRIERS))
+    least, texts = (2 if kind == "caption_spatial" else 1), (1 if kind == "caption_text" else 0)
     for attempt in range(TRIES):
-        wanted = {"caption_scene": rng.randint(1, 2), "caption_text": 1}.get(
-            kind, 2 if attempt > 5 else rng.randint(2, 3)
-        )
-        # Relations are between groups by their numbers, which leaving the last ones out does not change.
-        kept = range(min(len(draft.groups), max(1, wanted)))
-        relations = [(a, r, b) for a, r, b in draft.relations if a in kept and b in kept]
-        groups = [draft.groups[i] for i in kept]
-        if kind == "caption_text":
-            # First what carries a text already.
-            groups = sorted(draft.groups, key=lambda g: (not g.text, g.noun not in compose.CARRIERS))[:wanted]
-            groups, relations = [g for g in groups if g.noun in compose.CARRIERS], []
-        texts = 1 if kind == "caption_text" else 0
-        part = compose.extend(Draft(draft.setting, groups, relations), rng, wanted, texts, longest=4)
-        if kind != "caption_text":
-            for group in part.groups:
-                group.text = ""
+        part = _chosen(draft, order[: max(least, 3 - attempt // 6)])
+        part = compose.extend(part, rng, least, texts, longest=4)
         made = compose.settle(part, rng, colours=3 if kind == "caption_color" else None)
         written = _WRITERS[kind](made, rng)
         if written:
@@ -263,7 +277,44 @@ def _caption(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Sc
     raise Unusable("too_long", f"no caption of {write.CAPTION_WORDS} words could be made of it")
 
 
-def _ask(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
+# What answers a kind that is not among these by name: (keys of `describe`, keys of a pair) -> the kind that it is like.
+_FORMS = {
+    "describe": {
+        ("caption",): "caption_scene",
+        ("description",): "conv_short",
+        ("left", "right"): "contrast_short",
+    },
+    "qa": {("answer", "question"): "conv_short", ("answer", "options", "question"): "multi_choice"},
+}
+_DESCRIBED_KINDS = ("multi_choice", "conv_short", "conv_long", "reasoning", "text_qa", "caption_long")
+
+
+def _likeness(kind: str, purpose: str, schema: dict | None) -> str:
+    """The kind itself, or for one that this backend does not know another whose answers have the same form. `Unusable`
+    where there is none."""
+    if kind in (*CAPTION_KINDS, *CONTRAST_KINDS, *_DESCRIBED_KINDS):
+        return kind
+    wanted = (schema or {}).get("properties", {})
+    if purpose == "qa":
+        wanted = wanted.get("pairs", {}).get("items", {}).get("properties", {}) if set(wanted) == {"pairs"} else {}
+    found = _FORMS[purpose].get(tuple(sorted(wanted)))
+    if found is None:
+        forms = "; ".join(", ".join(keys) for keys in _FORMS[purpose])
+        raise Unusable(
+            "no_such_kind",
+            f"the embedded backend cannot answer {purpose} of kind {kind!r}: it writes answers with the keys {forms}; "
+            f"asked for: {', '.join(wanted) or 'others'}; give llm another backend",
+        )
+    return found
+
+
+def _ask(kind: str, schema: dict | None, scenes: list[Scene], rng: random.Random) -> list[dict]:
+    known = _likeness(kind, "qa", schema)
+    if len(scenes) == 2 and known not in CONTRAST_KINDS:
+        known = "contrast_long" if rng.random() < 0.5 else "contrast_short"
+    elif known != kind and known == "conv_short" and rng.random() < 0.5:
+        known = "conv_long"  # which length the kind wants shows in its check: the next attempt may be the other
+    kind = known
     if kind in CONTRAST_KINDS:
         return _ask_both(kind, scenes, rng)
     (made,) = scenes
@@ -279,11 +330,11 @@ def _ask(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
     if kind == "conv_long":
         pairs = []
         for fact in ask.choose(made, rng, rng.randint(3, 8)):
-            more = [s for s in ask.details(made, fact.about, rng) if s.lower() != fact.sentence.lower()]
+            more = ask.details(made, fact, rng)
             least = 1 if write.count_words(fact.sentence) < 5 else 0
             pairs.append(_pair(fact, " ".join([fact.sentence, *more[: rng.randint(least, 2)]]), rng))
         return pairs
-    raise ValueError(f"{kind} asks nothing")
+    raise Unusable("no_such_kind", f"the embedded backend asks nothing about pictures of kind {kind!r}")
 
 
 def _pair(fact: ask.Fact, answer: str, rng: random.Random) -> dict:
@@ -306,7 +357,7 @@ def _ask_both(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict]:
     for fact in contrast.choose(*scenes, rng, rng.randint(3, 7)):
         answer = fact.short
         if kind == "contrast_long":
-            more = [s for side, made in zip(contrast.SIDES, scenes) for s in contrast.details(made, side, fact.about)]
+            more = [s for side, made in zip(contrast.SIDES, scenes) for s in contrast.details(made, side, fact)]
             answer = " ".join([fact.sentence, *more[: rng.randint(0, 2)]])
         pairs.append(_pair(fact, answer, rng))
     return pairs

@@ -10,8 +10,8 @@ from fusion_jax.synth.config import ImageConfig, ModelConfig, ScorerConfig
 
 def embedded() -> ModuleType:
     """The backend without network and weights: a module with the classes LanguageModel, VisionModel and ImageGenerator,
-    made without arguments, `captions(count, seed, style)` which yields captions, STYLES, and the texts SOURCE and
-    LICENCE."""
+    made without arguments, `captions(count, seed, style)` which yields captions, STYLES, the number VERSION that
+    changes with what it makes, and the texts SOURCE and LICENCE."""
     return importlib.import_module("fusion_jax.synth.backends.embedded")
 
 

@@ -24,7 +24,6 @@ _FILES = (
     caption_scene,
     caption_spatial,
     caption_text,
-    caption_long,
     multi_choice,
     conv_short,
     conv_long,

@@ -119,8 +119,8 @@ class Kind:
       name: its key in `KINDS`. stage: the training stage it was made for. images: 1, or 2 for left and right.
       describe: caption -> what is drawn. descriptions: of that answer, the texts to draw, as many as images.
       ask: descriptions -> questions and answers; None for captions.
-      turns: (pairs, answer to `describe`, random number) -> [(question, answer), ...] as training reads them, without
-        image tags; the number varies the wording.
+      turns: (pairs, random number) -> [(question, answer), ...] as training reads them, without image tags; the number
+        varies the wording.
     """
 
     name: str

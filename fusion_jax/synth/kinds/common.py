@@ -14,7 +14,7 @@ CAPTION_REQUESTS = (
     "Write a short caption for this image.",
     "What does the image show?",
     "Give a one-sentence description of the image.",
-    "Summarise what you see in a few words.",
+    "Summarize what you see in a few words.",
 )
 
 

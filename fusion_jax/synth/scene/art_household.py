@@ -87,11 +87,11 @@ def teapot(rng: random.Random) -> Sculpture:
 
 
 def bottle(rng: random.Random) -> Sculpture:
-    s = Sculpture(0.42)
+    s = Sculpture(0.48)
     shoulder = rng.uniform(0.52, 0.6)
-    points = [(0.07, 0.9), (0.08, shoulder + 0.14), (0.17, shoulder), (0.18, 0.3), (0.17, 0.02), (0, 0.005)]
+    points = [(0.07, 0.9), (0.08, shoulder + 0.14), (0.2, shoulder), (0.21, 0.3), (0.2, 0.02), (0, 0.005)]
     s.add(s.smooth([(0, 0.91), *points, *[(-x, y) for x, y in points[-2::-1]]]), bulge=0.11)
-    s.add(s.box(-0.15, 0.18, 0.15, 0.42, 0.01), CREAM, bulge=0.03, rim=0.4)
+    s.add(s.box(-0.18, 0.18, 0.18, 0.42, 0.01), CREAM, bulge=0.03, rim=0.4)
     s.add(s.box(-0.075, 0.88, 0.075, 0.99, 0.02), DARK_WOOD, bulge=0.04)
     return s
 

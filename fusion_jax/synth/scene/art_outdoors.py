@@ -21,7 +21,9 @@ from fusion_jax.synth.scene.sculpt import (
 
 def umbrella(rng: random.Random) -> Sculpture:
     s = Sculpture(1.1)
-    s.add(s.line([(0, 0.02), (0, 0.96)], 0.035), WOOD, bulge=0.02)
+    s.add(s.box(-0.17, 0.0, 0.17, 0.05, 0.02), METAL, bulge=0.02)  # a foot: nothing else holds it up
+    s.add(s.box(-0.05, 0.03, 0.05, 0.12, 0.01), METAL, bulge=0.02)
+    s.add(s.line([(0, 0.04), (0, 0.96)], 0.035), WOOD, bulge=0.02)
     edge = [(-0.52, 0.5), (-0.35, 0.56), (-0.18, 0.5), (0, 0.56), (0.18, 0.5), (0.35, 0.56), (0.52, 0.5)]
     dome = [(0.52 * math.cos(a), 0.5 + 0.46 * math.sin(a)) for a in (math.pi * k / 24 for k in range(25))]
     s.add(s.polygon([*edge, *dome]), bulge=0.16)
@@ -85,15 +87,17 @@ def cactus(rng: random.Random) -> Sculpture:
 
 def flower(rng: random.Random) -> Sculpture:
     s = Sculpture(0.7)
-    s.add(s.line([(0, 0.0), (0.02, 0.3), (0, 0.62)], 0.035), LEAF, bulge=0.02)
-    s.add(s.ellipse(0.13, 0.2, 0.14, 0.05, 35), LEAF, bulge=0.05)
-    s.add(s.ellipse(-0.12, 0.12, 0.13, 0.05, 145), LEAF, bulge=0.05)
+    s.add(s.line([(0, 0.16), (0.02, 0.4), (0, 0.66)], 0.035), LEAF, bulge=0.02)
+    s.add(s.ellipse(0.13, 0.36, 0.14, 0.05, 35), LEAF, bulge=0.05)
+    s.add(s.ellipse(-0.12, 0.3, 0.13, 0.05, 145), LEAF, bulge=0.05)
     turn, petals = rng.uniform(0, 60), rng.choice((6, 7, 8))
     for k in range(petals):
         a = math.radians(turn + 360 * k / petals)
-        x, y = 0.19 * math.cos(a), 0.68 + 0.19 * math.sin(a)
+        x, y = 0.19 * math.cos(a), 0.72 + 0.19 * math.sin(a)
         s.add(s.ellipse(x, y, 0.14, 0.09, math.degrees(a)), bulge=0.07, rim=0.8)
-    s.add(s.ellipse(0, 0.68, 0.09, 0.09), (200, 142, 40), bulge=0.06)
+    s.add(s.ellipse(0, 0.72, 0.09, 0.09), (200, 142, 40), bulge=0.06)
+    # In a pot, so that it can stand on a table or a road as well as in the grass.
+    s.add(s.polygon([(-0.14, 0.16), (0.14, 0.16), (0.1, 0.0), (-0.1, 0.0)]), (190, 110, 70), bulge=0.06)
     return s
 
 

@@ -55,13 +55,12 @@ def facts(made: Scene) -> list[Fact]:
 def _of_group(made: Scene, group: Group) -> list[Fact]:
     name = called(made, group)
     alone = group.colour not in name  # "the apples" are all there are
-    them = "they" if group.plural else "it"
     found = []
     if alone:
         wrong = tuple(c for c in COLOURS if c != group.colour)
         questions = (
-            f"What colour {be(group)} {name}?",
-            f"Which colour {'do' if group.plural else 'does'} {name} have?",
+            f"What color {be(group)} {name}?",
+            f"Which color {'do' if group.plural else 'does'} {name} have?",
         )
         found.append(
             Fact(
@@ -101,8 +100,8 @@ def _of_group(made: Scene, group: Group) -> list[Fact]:
             sentence = f'The words "{group.text}" are on the {carrier}.'
             found.append(Fact("text", questions, f"words on {group.noun}", article(carrier), sentence, wrong, carrier))
             letters = write.ink(group)
-            questions = (f"In which colour are the letters on {name}?",)
-            sentence = f"The letters on {name} are written in {letters}, which makes {them} easy to read."
+            questions = (f"In which color are the letters on {name} written?",)
+            sentence = f"The letters on {name} are written in {letters}, so they are easy to read."
             wrong = tuple(c for c in COLOURS if c != letters)
             found.append(Fact("text", questions, f"letters on {group.noun}", letters, sentence, wrong, letters))
     return found
@@ -168,6 +167,8 @@ def _existence(made: Scene) -> list[Fact]:
         questions = (f"Is there {named} in the picture?", f"Can you see {named}?")
         sentence = f"Yes, there {be(group)} {group.full} {where(group)}."
         found.append(Fact("exists", questions, group.noun, "yes", sentence, ("no",), "yes"))
+        question = f"Is there {article(f'{group.colour} {group.noun}')} in the picture?"
+        found.append(Fact("exists", (question,), group.noun, "yes", sentence, ("no",), "yes"))
         for colour in COLOURS:
             if made.count(group.noun, colour) == 0 and colour in NOUNS[group.noun].colours:
                 question = f"Is there {article(f'{colour} {group.noun}')} in the picture?"
@@ -190,10 +191,9 @@ def _setting(made: Scene) -> list[Fact]:
     sentence = f"The scene is {side}, {here}."
     found.append(Fact("setting", (question,), "side", side, sentence, (other,), side))
     wrong = tuple(s.ground for s in SETTINGS.values() if s is not place)
-    sentence = f"The ground is {place.ground}."
-    found.append(
-        Fact("setting", ("What does the ground look like?",), "ground", place.ground, sentence, wrong, place.ground)
-    )
+    question = "What does the lower part of the picture show, apart from the things?"
+    sentence = f"The lower part of the picture shows {place.ground}."
+    found.append(Fact("setting", (question,), "ground", place.ground, sentence, wrong, place.ground))
     return found
 
 
@@ -206,7 +206,9 @@ def _comparisons(made: Scene) -> list[Fact]:
                 continue
             first, second = f"the {a.words}", f"the {b.words}"
             if a.colour != b.colour:
-                asked = (f"Which {'is' if not (a.plural or b.plural) else 'are'} {a.colour}, {first} or {second}?",)
+                asked = tuple(
+                    f"Which of these is {a.colour}: {x} or {y}?" for x, y in ((first, second), (second, first))
+                )
                 sentence = f"{capital(first)} {be(a)} {a.colour}, and {second} {be(b)} {b.colour}."
                 found.append(Fact("which", asked, f"{a.noun} or {b.noun}", first, sentence, (second,), first))
             if a.count > b.count:
@@ -219,6 +221,10 @@ def _comparisons(made: Scene) -> list[Fact]:
     return found
 
 
+# Answers to "how many" that most pictures have: so often what has another one is asked about first.
+_TOO_OFTEN = {"one": 0.75, "six": 0.8}
+
+
 def choose(made: Scene, rng: random.Random, most: int, topics: tuple[str, ...] = TOPICS) -> list[Fact]:
     """Up to `most` facts: topics take turns in a random order, and no topic asks about one thing twice."""
     pools: dict[str, list[Fact]] = {topic: [] for topic in topics}
@@ -229,6 +235,7 @@ def choose(made: Scene, rng: random.Random, most: int, topics: tuple[str, ...] =
     rng.shuffle(order)
     for pool in pools.values():
         rng.shuffle(pool)
+        pool.sort(key=lambda fact: rng.random() < _TOO_OFTEN.get(fact.short, 0.0) and fact.topic == "count")
     chosen: list[Fact] = []
     while order and len(chosen) < most:
         for topic in list(order):
@@ -242,17 +249,30 @@ def choose(made: Scene, rng: random.Random, most: int, topics: tuple[str, ...] =
     return chosen
 
 
-def details(made: Scene, about: str, rng: random.Random) -> list[str]:
-    """True sentences about the things whose nouns `about` names, for answers at length."""
+# What the sentence of a topic says already: its details are of another sort.
+_SAID = {
+    "colour": ("colour",),
+    "place": ("place",),
+    "exists": ("colour", "place"),
+    "relation": ("relation",),
+    "text": ("colour",),
+    "which": ("colour",),
+}
+
+
+def details(made: Scene, fact: Fact, rng: random.Random) -> list[str]:
+    """True sentences about the things that a fact is about, for answers at length, none of which repeats it."""
     found = []
+    said = _SAID.get(fact.topic, ())
     for group in made.groups:
-        if group.noun not in about.split():
+        if group.noun not in fact.about.split():
             continue
         name = called(made, group)
-        found.append(f"{capital(name)} {write.stands(group, rng)} {where(group, rng)}.")
-        if group.colour not in name:
+        if "place" not in said:
+            found.append(f"{capital(name)} {write.stands(group, rng)} {where(group, rng)}.")
+        if "colour" not in said and group.colour not in name:
             found.append(f"{'They are' if group.plural else 'It is'} {group.colour}.")
         others = [(a, r, b) for a, r, b in graph.relations(made) if a == group]
-        if others:
+        if others and "relation" not in said:
             found.append(write.relation_sentence(made, *rng.choice(others), rng))
     return found

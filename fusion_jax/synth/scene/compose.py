@@ -5,6 +5,7 @@ Everything is drawn from the generator that is passed in, so a seed decides.
 
 import dataclasses
 import random
+from collections.abc import Iterable
 
 from fusion_jax.synth.scene import graph
 from fusion_jax.synth.scene.graph import MAX_OF_A_KIND, MAX_TEXT_WORDS, MAX_THINGS, Group, Scene
@@ -14,6 +15,11 @@ from fusion_jax.synth.scene.parse import Draft, DraftGroup
 # Things that may as well carry no text; a sign without one would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")
 AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
+# A scene that nobody prescribes holds no two things one of which is more than so many times as high as the other: a
+# snail beside a house would be a dot. What hangs or flies is drawn by a rule of its own and may differ more.
+RATIO, AIR_RATIO = 8.0, 25.0
+
+BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side are tiny
 
 
 class Impossible(ValueError):
@@ -21,9 +27,27 @@ class Impossible(ValueError):
 
 
 def _fits(noun: str, setting: str) -> bool:
-    place = SETTINGS[setting]
-    home = NOUNS[noun].home
-    return home in ("anywhere", "indoors" if place.indoors else "outdoors") and noun not in place.shows
+    """Whether one may come upon a thing there: under a roof or not, and neither lost in it nor too large for it."""
+    place, thing = SETTINGS[setting], NOUNS[noun]
+    at_home = thing.home in ("anywhere", "indoors" if place.indoors else "outdoors", "sky" if place.sky else "")
+    return at_home and noun not in place.shows and place.metres[0] <= thing.metres <= place.metres[1]
+
+
+def _most(noun: str, groups: int) -> int:
+    """How many of a thing an invented scene has beside so many groups: three houses would all be tiny."""
+    metres = NOUNS[noun].metres
+    if metres >= 1.4:
+        return 1 if groups > 2 else 2
+    return 2 if metres >= 0.5 or noun in BROAD else MAX_OF_A_KIND
+
+
+def _in_proportion(noun: str, others: Iterable[str]) -> bool:
+    """Whether a thing can be drawn beside others without either being a dot."""
+    for other in others:
+        small, large = sorted((NOUNS[noun].metres, NOUNS[other].metres))
+        if large > small * (AIR_RATIO if NOUNS[noun].air or NOUNS[other].air else RATIO):
+            return False
+    return True
 
 
 def choose_setting(draft: Draft, rng: random.Random) -> str:
@@ -109,10 +133,15 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
 def _slots(groups: list[DraftGroup], relations, rng: random.Random) -> list[tuple[str, str]] | None:
     """A slot for each group such that every relation holds, at random among all ways; None where there is none."""
     choices = []
+    standing = [NOUNS[group.noun].metres for group in groups if not NOUNS[group.noun].air]
     for group in groups:
         rows = ("air",) if NOUNS[group.noun].air else ("back", "front")
         free = [(r, c) for r in rows for c in COLUMNS if group.row in (None, r) and group.column in (None, c)]
         rng.shuffle(free)
+        # What is high stands behind what is low, mostly: near the viewer it would hide the rest or shrink it.
+        if standing and max(standing) > 2 * min(standing) and rng.random() < 0.85:
+            high = NOUNS[group.noun].metres ** 2 > max(standing) * min(standing)
+            free.sort(key=lambda slot: (slot[0] == "front") == high)
         choices.append(free)
 
     def stand_in(index: int, slot: tuple[str, str]) -> Group:
@@ -157,7 +186,10 @@ def _without_twins(groups: list[Group]) -> list[Group]:
 
 def random_draft(rng: random.Random, groups: int, texts: int = 0) -> Draft:
     """Nouns, counts, `texts` written texts and a setting by chance; everything else stays open."""
-    return extend(Draft(rng.choice(tuple(SETTINGS)), [], []), rng, groups, texts)
+    # A roof over every other one, though fewer settings have one: neither answer is the better guess.
+    indoors = rng.random() < 0.5
+    settings = [name for name, place in SETTINGS.items() if place.indoors == indoors]
+    return extend(Draft(rng.choice(settings), [], []), rng, groups, texts)
 
 
 def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longest: int = MAX_TEXT_WORDS) -> Draft:
@@ -183,6 +215,7 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
             if name not in there
             and (noun.carrier if writing else not noun.carrier or name in PLAIN_CARRIERS)
             and _fits(name, made.setting)
+            and _in_proportion(name, there)
             and (air < AIR_SLOTS if noun.air else len(made.groups) - air < GROUND_SLOTS)
         ]
         # Things that hang or fly are few among the nouns: without a weight most pictures would have an empty sky.
@@ -190,7 +223,9 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
         if room < 1 or not pool:
             break
         noun = rng.choices(pool, weights)[0]
-        count = 1 if writing else min(room, rng.choices((1, 2, 3), (5, 2, 2))[0])
+        # Writing has to be large enough to read: beside it, the fewer.
+        most = min(room, _most(noun, groups) if not texts else _most(noun, 3) - (_most(noun, 3) == 2))
+        count = 1 if writing else min(most, rng.choices((1, 2, 3), (5, 2, 2))[0])
         made.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
     return made
 
@@ -205,11 +240,14 @@ def vary(made: Scene, rng: random.Random) -> Scene:
         if change == "colour":
             group = dataclasses.replace(group, colour=_colour(group.noun, setting, groups, rng, None))
         elif change == "count" and not group.text:
-            group = dataclasses.replace(group, count=rng.choice([n for n in (1, 2, 3) if n != group.count]))
+            most = _most(group.noun, len(groups))
+            counts = [n for n in range(1, most + 1) if n != group.count] or [group.count]
+            group = dataclasses.replace(group, count=rng.choice(counts))
         elif change == "noun" and not group.text:
             there = {g.noun for g in groups}
             pool = [n for n, noun in NOUNS.items() if _fits(n, setting) and noun.air == (group.row == "air")]
             pool = [n for n in pool if n not in there and not NOUNS[n].carrier]
+            pool = [n for n in pool if _in_proportion(n, there - {group.noun})]
             noun = rng.choice(pool or [group.noun])
             group = dataclasses.replace(group, noun=noun, colour=_colour(noun, setting, groups, rng, None))
         elif change == "setting":

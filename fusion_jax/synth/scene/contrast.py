@@ -97,13 +97,13 @@ def _colours(scenes, noun: str) -> list[Fact]:
         return []
     found = []
     for side, group in zip(SIDES, groups):
-        question = f"What colour {be(group)} the {group.words} in the {side} image?"
+        question = f"What color {be(group)} the {group.words} in the {side} image?"
         wrong = tuple(c for c in NOUNS[noun].colours if c != group.colour)
         sentence = f"In the {side} image the {group.words} {be(group)} {group.colour}."
         found.append(Fact("colour", (question,), noun, group.colour, sentence, wrong, group.colour))
     a, b = groups
     if a.plural == b.plural:
-        question = f"{'Do' if a.plural else 'Does'} the {a.words} have the same colour in both images?"
+        question = f"{'Do' if a.plural else 'Does'} the {a.words} have the same color in both images?"
         if a.colour == b.colour:
             short, sentence = "yes", f"Yes, in both images the {a.words} {be(a)} {a.colour}."
         else:
@@ -132,8 +132,8 @@ def _more(noun: str, counts: list[int]) -> list[Fact]:
     most = SIDES[counts[1] > counts[0]]
     question = f"Which image shows more {NOUNS[noun].plural}?"
     sentence = (
-        f"The {most} image does: there {_there(counts[0], noun)} in the left image, "
-        f"while there {_there(counts[1], noun)} in the right image."
+        f"There {_there(counts[0], noun)} in the left image, while there {_there(counts[1], noun)} in the right image, "
+        f"so the {most} image shows more."
     )
     short = f"the {most} image"
     other = f"the {SIDES[counts[1] <= counts[0]]} image"
@@ -155,15 +155,21 @@ def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fac
     for topic in topics * 2:
         pool = [f for f in listed if f.topic == topic and f.about not in {c.about for c in chosen}]
         # One question in four about what is in neither picture is enough.
-        pool = [f for f in pool if f.about in there or rng.random() < 0.04]
+        pool = [f for f in pool if f.about in there or rng.random() < 0.02]
+        # Most things keep their color, and most are there once: so often another one is asked about first.
+        usual, often = {"same": ("yes", 0.6), "count": ("one", 0.5)}.get(topic, ("", 0.0))
+        if rng.random() < often:
+            pool.sort(key=lambda f, usual=usual: f.short == usual)
         if pool and len(chosen) < most:
             chosen.append(pool[0])
     return chosen
 
 
-def details(made: Scene, side: str, about: str) -> list[str]:
-    """True sentences about one picture's share in an answer."""
-    group = _only(made, about) if about in NOUNS else None
-    if group is None:
+def details(made: Scene, side: str, fact: Fact) -> list[str]:
+    """True sentences about one picture's share in an answer, none of which repeats what the fact's own says."""
+    group = _only(made, fact.about) if fact.about in NOUNS else None
+    if group is None or fact.topic == "place":
         return []
-    return [f"In the {side} image, {group.full} {be(group)} {where(group)}."]
+    # How many there are and in which color was said where the fact is about that.
+    named = f"the {group.words}" if fact.topic in ("colour", "same", "count", "more") else group.full
+    return [f"In the {side} image, {named} {be(group)} {where(group)}."]

@@ -1,19 +1,9 @@
-"""Draws a scene graph: backdrop, soft shadows, things from back to front, writing.
+"""Draws a scene graph: backdrop, what holds things up, soft shadows, things from back to front, writing.
 
-The three rows are bands of the picture, the columns divide their width:
-
-    +-----------------------------+
-    |  air                        |   things hang between 0.03 and 0.31 of the height
-    |-----------------------------|
-    |  back      horizon at ~0.52 |   feet at ~0.68
-    |  front                      |   feet at ~0.94; covers at most the lower quarter of what is behind
-    +-----------------------------+
-
-Equal things of a group stand side by side and never overlap each other. The seed moves, flips and resizes things a
-little and chooses the backdrop's details; it never changes what is true of the scene.
+Where things are and how large is `layout.py`'s. The seed moves, flips and resizes things a little and chooses the
+backdrop's details; it never changes what is true of the scene.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -23,115 +13,73 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from fusion_jax.synth.scene import graph
-from fusion_jax.synth.scene.art import PANELS, VARIANTS, master
+from fusion_jax.synth.scene.art import PANELS, master
 from fusion_jax.synth.scene.backdrop import backdrop
 from fusion_jax.synth.scene.graph import Group, Scene
-from fusion_jax.synth.scene.lexicon import NOUNS, RGB
-from fusion_jax.synth.scene.sculpt import Master
+from fusion_jax.synth.scene.layout import Box, layout
+from fusion_jax.synth.scene.lexicon import RGB
+from fusion_jax.synth.scene.sculpt import DARK_WOOD, Master
 
-SIZE_FACTOR = {"small": 0.68, "": 0.86, "large": 1.04}
-WRITTEN_FACTOR = {"small": 0.88, "": 0.96, "large": 1.04}  # what is written must be legible
 MIRRORED = ("mug", "teapot", "car", "bus", "duck", "snail", "bird", "airplane", "cat", "tent", "chair", "house")
+HANGING = ("banner", "lantern")
+CORD, STRING = (70, 62, 56), (236, 236, 230)
 SWAYING = {"balloon": 8, "kite": 25, "bird": 12, "butterfly": 25, "airplane": 10, "ball": 180}  # degrees
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """One thing in the picture: its group's number, and its box in pixels (left, top, right, bottom)."""
-
-    group: int
-    box: tuple[int, int, int, int]
-
-
-def layout(scene: Scene, size: tuple[int, int], seed: int) -> list[Placed]:
-    """Where every single thing is drawn, from back to front."""
-    width, height = size
-    bands = _bands(scene)
-    placed = []
-    for row in ("back", "air", "front"):
-        numbered = [(i, g) for i, g in enumerate(scene.groups) if g.row == row]
-        spans = _spans([g.column for _, g in numbered])
-        for (number, group), (left, right) in zip(numbered, spans):
-            rng = graph.generator(seed, "layout", number)
-            left, right, top, bottom = left * width, right * width, bands[row][0] * height, bands[row][1] * height
-            if row == "front":
-                top = max([top, *(_reach(scene, p) for p in placed if p.box[0] < right and p.box[2] > left)])
-            placed += _side_by_side(number, group, left, right, top, bottom, rng)
-    return placed
-
-
-def _reach(scene: Scene, behind: Placed) -> float:
-    """How far up a thing in front may reach: over the lower quarter of what is behind, never over its writing."""
-    group, (_, top, _, bottom) = scene.groups[behind.group], behind.box
-    share = PANELS[group.noun][1] * 0.9 if group.text else 0.22
-    return bottom - share * (bottom - top) if group.row == "back" else 0.0
-
-
-def _bands(scene: Scene) -> dict[str, tuple[float, float]]:
-    """Top and bottom of each row as shares of the height; where a row is empty the others may grow."""
-    rows = {group.row for group in scene.groups}
-    back_top = 0.33 if "air" in rows else 0.16
-    front_top = 0.6 if "back" in rows else (0.4 if "air" in rows else 0.28)
-    air_bottom = 0.31 if "back" in rows else 0.38
-    return {"air": (0.03, air_bottom), "back": (back_top, 0.68), "front": (front_top, 0.94)}
-
-
-def _spans(columns: list[str]) -> list[tuple[float, float]]:
-    """The share of the width that each group of a row may fill, symmetrical about its column's middle."""
-    if columns == ["center"]:
-        return [(0.08, 0.92)]
-    middle = "center" in columns
-    reach = {"left": (0.015, 0.33 if middle else 0.46), "right": (0.67 if middle else 0.54, 0.985)}
-    reach["center"] = (0.345, 0.655)
-    return [reach[column] for column in columns]
-
-
-def _side_by_side(number: int, group: Group, left, right, top, bottom, rng: random.Random) -> list[Placed]:
-    noun = NOUNS[group.noun]
-    variant = _variant(group, rng)
-    aspect = master(group.noun, variant).aspect
-    room, gap = right - left, 1.14
-    high = (
-        (bottom - top)
-        * noun.height
-        * (WRITTEN_FACTOR if group.text else SIZE_FACTOR)[group.size]
-        * rng.uniform(0.93, 1.0)
-    )
-    high = min(high, room / (aspect * (group.count * gap - (gap - 1))))
-    wide = high * aspect
-    span = wide * (1 + gap * (group.count - 1))
-    # Free to move within the span's column, less so where others are near.
-    start = left + (room - span) * rng.uniform(0.3, 0.7)
-    placed = []
-    for k in range(group.count):
-        x = start + k * wide * gap
-        if group.row == "air":
-            y = top + (bottom - top - high) * rng.uniform(0.15, 0.85)
-        else:
-            y = bottom - high * rng.uniform(0.97, 1.0)
-        placed.append(Placed(number, (round(x), round(y), round(x + wide), round(y + high))))
-    return placed
-
-
-def _variant(group: Group, rng: random.Random) -> int:
-    return rng.randrange(VARIANTS)
 
 
 def draw(scene: Scene, size: tuple[int, int] = (384, 384), seed: int = 0) -> Image.Image:
     """The picture of a scene, RGB of `size` (width, height)."""
-    rng = graph.generator(seed, "backdrop")
-    horizon = rng.uniform(0.5, 0.56)
-    image = backdrop(scene.setting, size, horizon, rng)
-    canvas = np.stack(image.split())
+    canvas = np.stack(stage(scene, size, seed).split())
     for index, placed in enumerate(layout(scene, size, seed)):
         group = scene.groups[placed.group]
         own = graph.generator(seed, "thing", placed.group)
-        variant = _variant(group, graph.generator(seed, "layout", placed.group))
         each = graph.generator(seed, "each", index)
         if group.row != "air":
             _shadow(canvas, placed.box)
-        _stamp(canvas, group, master(group.noun, variant), placed.box, own, each)
+        _stamp(canvas, group, master(group.noun, placed.variant), placed.box, own, each)
     return _as_image(canvas)
+
+
+def stage(scene: Scene, size: tuple[int, int], seed: int) -> Image.Image:
+    """The picture without its things: the backdrop, and what those that hang or are held hang on."""
+    rng = graph.generator(seed, "backdrop")
+    horizon = rng.uniform(0.5, 0.56)
+    image = backdrop(scene.setting, size, horizon, rng)
+    boxes: dict[int, list[Box]] = {}
+    for placed in layout(scene, size, seed):
+        boxes.setdefault(placed.group, []).append(placed.box)
+    pen, wide = ImageDraw.Draw(image), max(1, round(size[1] / 190))
+    for number, held in boxes.items():
+        noun = scene.groups[number].noun
+        if noun in HANGING and scene.place.sky:
+            _between_poles(pen, held, size, round(size[1] * (horizon + 0.06)), wide)
+        elif noun in HANGING:  # from a ceiling or a branch that the picture does not reach up to
+            for x, y in (hook for box in held for hook in _hooks(noun, box)):
+                pen.line((x, 0, x, y), fill=CORD, width=wide)
+        elif noun == "kite":  # someone beside the picture holds it
+            for left, top, right, bottom in held:
+                side = 0 if (left + right) / 2 < size[0] / 2 else size[0]
+                pen.line(((left + right) // 2, (top + bottom) // 2, side, round(0.62 * size[1])), fill=STRING, width=1)
+    return image
+
+
+def _hooks(noun: str, box: Box) -> list[tuple[int, int]]:
+    """Where a hanging thing is fastened: a banner at both ends, a lantern in the middle."""
+    left, top, right, _ = box
+    ends = (left + round(0.03 * (right - left)), right - round(0.03 * (right - left)))
+    return [(x, top + 2) for x in (ends if noun == "banner" else ((left + right) // 2,))]
+
+
+def _between_poles(pen: ImageDraw.ImageDraw, boxes: list[Box], size: tuple[int, int], foot: int, wide: int) -> None:
+    """Under the open sky things hang on a rope between two poles that stand in the background."""
+    tops = min(box[1] for box in boxes)
+    rope = max(1, tops - round(0.02 * size[1]))
+    ends = (max(wide, boxes[0][0] - 2 * wide), min(size[0] - wide, boxes[-1][2] + 2 * wide))
+    for x in ends:
+        pen.line((x, max(0, rope - 2 * wide), x, foot), fill=DARK_WOOD, width=2 * wide)
+    pen.line((ends[0], rope, ends[1], rope), fill=CORD, width=wide)
+    for box in boxes:
+        for x, y in _hooks("banner" if box[2] - box[0] > 1.5 * (box[3] - box[1]) else "lantern", box):
+            pen.line((x, rope, x, y), fill=CORD, width=wide)
 
 
 def _as_image(planes: np.ndarray) -> Image.Image:

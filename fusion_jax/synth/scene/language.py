@@ -25,6 +25,21 @@ _STOPWORDS = """
 """
 _STOPS = frozenset(_STOPWORDS.split())
 
+# What may follow a noun without making it the first half of another: "a cat asleep", but "a bus stop", "an apple pie".
+_AFTER_WORDS = """
+    about across after against ago alone along already always among amid around asleep atop away back because before
+    being between beyond bigger bright closed close covered day dark down during each early empty entirely even ever
+    every facing far farther fast for full further half halfway hanging here high his her if inside just left like lit
+    loaded low made many most much never new next now of off old on once only onto open opposite out outdoors indoors
+    outside past plus quite ready right same seem set side similar since small large so some standing still surrounded
+    taller than then there these those through throughout till today together too toward towards until up upon upside
+    very via we when where while whose will within without would yesterday you your my our i he she can could may might
+    must shall should do does did sat stood lay ran ate flew fell grew hung went came got took saw held kept slept swam
+    wore drove rode rose shone sleep sit run eat fly hang swim grow
+"""
+_AFTER = _STOPS | frozenset(_AFTER_WORDS.split()) | frozenset(COLOUR_WORDS) | frozenset(SIZE_WORDS)
+_HEADS = ("stops", "shops", "stations", "pies", "lots", "shelves", "stores", "drivers", "seats", "wheels", "covers")
+
 RELATION_WORDS = {
     r"\bleft of\b": "left of",
     r"\bright of\b": "right of",
@@ -94,7 +109,8 @@ def mask(sentence: str) -> str:
 
 
 def mentions(sentence: str) -> list[Mention]:
-    """The things that a sentence names, in order. The longest run of nouns counts as its last: "apple tree"."""
+    """The things that a sentence names, in order. The longest run of nouns counts as its last: "apple tree". A noun
+    before one that is not known ("bus stop") names nothing."""
     low = mask(sentence)
     tokens = [(found[0], found.start(), found.end()) for found in _TOKEN.finditer(low)]
     found = []
@@ -102,6 +118,8 @@ def mentions(sentence: str) -> list[Mention]:
         if word not in NOUN_WORDS or (i + 1 < len(tokens) and tokens[i + 1][0] in NOUN_WORDS):
             continue
         noun, plural = NOUN_WORDS[word]
+        if not plural and i + 1 < len(tokens) and _is_first_half(low[end : tokens[i + 1][1]], tokens[i + 1][0]):
+            continue
         before = []
         for j in range(i - 1, max(-1, i - 7), -1):
             earlier = tokens[j][0]
@@ -133,6 +151,13 @@ def mentions(sentence: str) -> list[Mention]:
             )
         )
     return found
+
+
+def _is_first_half(between: str, word: str) -> bool:
+    """Whether the word after a noun, with `between` in between, makes the two another thing: "bus" before "stop"."""
+    if between != " " or not word.isalpha() or word in _AFTER or word in COUNT_WORDS or word in _ARTICLES:
+        return False
+    return word in _HEADS or not word.endswith(("ing", "ed", "ly", "s"))
 
 
 _PAIRS = ("pair", "couple")

@@ -44,9 +44,9 @@ class Noun:
 
     Attributes:
       name, plural: its words.
-      home: where it makes sense: "indoors", "outdoors" or "anywhere".
+      home: where it makes sense: "indoors", "outdoors", under the open "sky" or "anywhere".
+      metres: height of an ordinary one. An airplane is as high as it looks among nearer things: it flies far off.
       air: it hangs or flies in the upper third; everything else stands on the ground.
-      height: of an ordinary one among its neighbours, 1 is the band it stands in.
       colours: that it comes in when a caption names none.
       use: what it is for or what it does, "can ..." or "is used to ..." (reasoning).
       carrier: texts can be written on it.
@@ -55,7 +55,7 @@ class Noun:
     name: str
     plural: str
     home: str
-    height: float
+    metres: float
     colours: tuple[str, ...]
     use: str
     air: bool = False
@@ -66,51 +66,51 @@ _PAINTED = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white
 _GAY = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 
 _NOUNS = (
-    Noun("apple", "apples", "anywhere", 0.62, ("red", "green", "yellow"), "can be eaten"),
-    Noun("pear", "pears", "anywhere", 0.66, ("green", "yellow", "brown"), "can be eaten"),
-    Noun("pumpkin", "pumpkins", "anywhere", 0.66, ("orange", "yellow", "green", "white"), "can be cooked or carved"),
-    Noun("cake", "cakes", "indoors", 0.7, ("pink", "brown", "white", "yellow"), "can be sliced and shared"),
-    Noun("mug", "mugs", "indoors", 0.66, _PAINTED, "holds a hot drink", carrier=True),
-    Noun("teapot", "teapots", "indoors", 0.66, _PAINTED, "is used to pour tea"),
-    Noun("bottle", "bottles", "anywhere", 0.95, ("green", "blue", "brown", "red", "purple"), "keeps a liquid"),
-    Noun("vase", "vases", "indoors", 0.85, _PAINTED, "can hold cut stems"),
-    Noun("candle", "candles", "indoors", 0.85, _PAINTED, "gives a little light"),
-    Noun("lamp", "lamps", "indoors", 0.95, _PAINTED, "can light up a room"),
-    Noun("clock", "clocks", "indoors", 0.75, _PAINTED, "shows the time"),
-    Noun("chair", "chairs", "indoors", 1.0, _PAINTED, "is something to sit on"),
-    Noun("ball", "balls", "anywhere", 0.6, _GAY, "can be thrown and caught"),
-    Noun("gift", "gifts", "anywhere", 0.7, _GAY, "waits to be unwrapped"),
-    Noun("hat", "hats", "anywhere", 0.55, _PAINTED, "can be worn on the head"),
-    Noun("suitcase", "suitcases", "anywhere", 0.75, _PAINTED, "is packed for a journey"),
-    Noun("bucket", "buckets", "anywhere", 0.7, _PAINTED, "can carry water or sand"),
-    Noun("barrel", "barrels", "outdoors", 0.85, ("brown", "red", "blue", "green", "gray"), "stores what must keep"),
-    Noun("umbrella", "umbrellas", "outdoors", 1.0, _GAY, "gives shade and keeps off the rain"),
-    Noun("tent", "tents", "outdoors", 0.85, _GAY, "is used to sleep outdoors"),
-    Noun("house", "houses", "outdoors", 1.0, ("red", "yellow", "white", "blue", "pink", "brown"), "can be lived in"),
-    Noun("tree", "trees", "outdoors", 1.0, ("green", "orange", "yellow", "red"), "gives shade to those below"),
-    Noun("cactus", "cacti", "anywhere", 0.95, ("green", "blue", "purple"), "can live with little water"),
+    Noun("apple", "apples", "anywhere", 0.08, ("red", "green", "yellow"), "can be eaten"),
+    Noun("pear", "pears", "anywhere", 0.1, ("green", "yellow", "brown"), "can be eaten"),
+    Noun("pumpkin", "pumpkins", "anywhere", 0.3, ("orange", "yellow", "green", "white"), "can be cooked or carved"),
+    Noun("cake", "cakes", "indoors", 0.25, ("pink", "brown", "white", "yellow"), "can be sliced and shared"),
+    Noun("mug", "mugs", "indoors", 0.1, _PAINTED, "holds a hot drink", carrier=True),
+    Noun("teapot", "teapots", "indoors", 0.18, _PAINTED, "is used to pour tea"),
+    Noun("bottle", "bottles", "anywhere", 0.35, ("green", "blue", "brown", "red", "purple"), "keeps a liquid"),
+    Noun("vase", "vases", "indoors", 0.3, _PAINTED, "can hold cut stems"),
+    Noun("candle", "candles", "indoors", 0.2, _PAINTED, "gives a little light"),
+    Noun("lamp", "lamps", "indoors", 0.5, _PAINTED, "can light up a room"),
+    Noun("clock", "clocks", "indoors", 0.25, _PAINTED, "shows the time"),
+    Noun("chair", "chairs", "indoors", 0.9, _PAINTED, "is something to sit on"),
+    Noun("ball", "balls", "anywhere", 0.25, _GAY, "can be thrown and caught"),
+    Noun("gift", "gifts", "anywhere", 0.3, _GAY, "waits to be unwrapped"),
+    Noun("hat", "hats", "anywhere", 0.15, _PAINTED, "can be worn on the head"),
+    Noun("suitcase", "suitcases", "anywhere", 0.6, _PAINTED, "is packed for a journey"),
+    Noun("bucket", "buckets", "anywhere", 0.35, _PAINTED, "can carry water or sand"),
+    Noun("barrel", "barrels", "outdoors", 0.9, ("brown", "red", "blue", "green", "gray"), "stores what must keep"),
+    Noun("umbrella", "umbrellas", "outdoors", 2.3, _GAY, "gives shade and keeps off the rain"),
+    Noun("tent", "tents", "outdoors", 1.5, _GAY, "is used to sleep outdoors"),
+    Noun("house", "houses", "outdoors", 5.0, ("red", "yellow", "white", "blue", "pink", "brown"), "can be lived in"),
+    Noun("tree", "trees", "outdoors", 5.0, ("green", "orange", "yellow", "red"), "gives shade to those below"),
+    Noun("cactus", "cacti", "anywhere", 0.5, ("green", "blue", "purple"), "can live with little water"),
     Noun(
-        "flower", "flowers", "anywhere", 0.8, ("red", "yellow", "pink", "purple", "white", "orange"), "needs sunlight"
+        "flower", "flowers", "anywhere", 0.5, ("red", "yellow", "pink", "purple", "white", "orange"), "needs sunlight"
     ),
-    Noun("mushroom", "mushrooms", "outdoors", 0.65, ("red", "brown", "orange", "white"), "grows in damp places"),
-    Noun("car", "cars", "outdoors", 0.62, _PAINTED, "can take people along a road"),
-    Noun("bus", "buses", "outdoors", 0.8, _GAY, "can take many people at once"),
-    Noun("cat", "cats", "anywhere", 0.85, ("gray", "black", "white", "orange", "brown"), "can move quietly by itself"),
-    Noun("rabbit", "rabbits", "anywhere", 0.85, ("white", "gray", "brown", "black"), "can hop away quickly"),
-    Noun("duck", "ducks", "anywhere", 0.66, ("yellow", "white", "brown", "green"), "can swim and walk"),
-    Noun("snail", "snails", "outdoors", 0.58, ("brown", "orange", "yellow", "pink"), "moves very slowly"),
-    Noun("balloon", "balloons", "anywhere", 1.0, _GAY, "rises because it is light", air=True),
-    Noun("kite", "kites", "outdoors", 1.0, _GAY, "needs wind to fly", air=True),
-    Noun("bird", "birds", "outdoors", 0.62, ("blue", "red", "yellow", "black", "white", "brown"), "can fly", air=True),
-    Noun("butterfly", "butterflies", "outdoors", 0.66, _GAY, "can fly on thin wings", air=True),
-    Noun("airplane", "airplanes", "outdoors", 0.6, ("white", "red", "blue", "yellow", "gray"), "can fly far", air=True),
-    Noun("lantern", "lanterns", "anywhere", 0.95, _GAY, "gives a soft light", air=True),
-    Noun("sign", "signs", "outdoors", 1.0, _PAINTED, "tells people something", carrier=True),
-    Noun("billboard", "billboards", "outdoors", 1.0, _PAINTED, "is read from far away", carrier=True),
-    Noun("banner", "banners", "anywhere", 0.8, _PAINTED, "can be read by everyone below", air=True, carrier=True),
-    Noun("book", "books", "indoors", 0.85, _PAINTED, "can be read", carrier=True),
-    Noun("box", "boxes", "anywhere", 0.8, ("brown", *_GAY, "white"), "keeps things together", carrier=True),
-    Noun("chalkboard", "chalkboards", "anywhere", 1.0, ("black", "green"), "is written on with chalk", carrier=True),
+    Noun("mushroom", "mushrooms", "outdoors", 0.12, ("red", "brown", "orange", "white"), "grows in damp places"),
+    Noun("car", "cars", "outdoors", 1.5, _PAINTED, "can take people along a road"),
+    Noun("bus", "buses", "outdoors", 3.0, _GAY, "can take many people at once"),
+    Noun("cat", "cats", "anywhere", 0.4, ("gray", "black", "white", "orange", "brown"), "can move quietly by itself"),
+    Noun("rabbit", "rabbits", "anywhere", 0.35, ("white", "gray", "brown", "black"), "can hop away quickly"),
+    Noun("duck", "ducks", "anywhere", 0.4, ("yellow", "white", "brown", "green"), "can swim and walk"),
+    Noun("snail", "snails", "outdoors", 0.06, ("brown", "orange", "yellow", "pink"), "moves very slowly"),
+    Noun("balloon", "balloons", "anywhere", 0.4, _GAY, "rises because it is light", air=True),
+    Noun("kite", "kites", "sky", 1.0, _GAY, "needs wind to fly", air=True),
+    Noun("bird", "birds", "outdoors", 0.25, ("blue", "red", "yellow", "black", "white", "brown"), "can fly", air=True),
+    Noun("butterfly", "butterflies", "outdoors", 0.1, _GAY, "can fly on thin wings", air=True),
+    Noun("airplane", "airplanes", "sky", 1.5, ("white", "red", "blue", "yellow", "gray"), "can fly far", air=True),
+    Noun("lantern", "lanterns", "anywhere", 0.5, _GAY, "gives a soft light", air=True),
+    Noun("sign", "signs", "outdoors", 2.0, _PAINTED, "tells people something", carrier=True),
+    Noun("billboard", "billboards", "outdoors", 4.0, _PAINTED, "is read from far away", carrier=True),
+    Noun("banner", "banners", "anywhere", 0.9, _PAINTED, "can be read by everyone below", air=True, carrier=True),
+    Noun("book", "books", "indoors", 0.25, _PAINTED, "can be read", carrier=True),
+    Noun("box", "boxes", "anywhere", 0.5, ("brown", *_GAY, "white"), "keeps things together", carrier=True),
+    Noun("chalkboard", "chalkboards", "anywhere", 1.4, ("black", "green"), "is written on with chalk", carrier=True),
 )
 NOUNS = {noun.name: noun for noun in _NOUNS}
 CARRIERS = tuple(name for name, noun in NOUNS.items() if noun.carrier)
@@ -143,7 +143,8 @@ class Setting:
 
     Attributes:
       phrase: after "a" or "an": "sandy beach". preposition: "on" or "in".
-      indoors: whether it is under a roof.
+      indoors: whether it is under a roof. sky: whether the open sky is above it; elsewhere things hang from above.
+      metres: height of the smallest and of the largest thing that one looks for there.
       ground, behind: what things stand on and what is behind them, as noun phrases.
       words: by which a caption names it.
       shows: nouns that the backdrop itself may show, so nobody asks whether they are there.
@@ -155,6 +156,8 @@ class Setting:
     phrase: str
     preposition: str
     indoors: bool
+    sky: bool
+    metres: tuple[float, float]
     ground: str
     behind: str
     words: tuple[str, ...]
@@ -169,6 +172,8 @@ _SETTINGS = (
         "sandy beach",
         "on",
         False,
+        True,
+        (0.05, 6),
         "pale sand",
         "the sea and a bright sky",
         ("beach", "seaside", "shore", "sand"),
@@ -179,6 +184,8 @@ _SETTINGS = (
         "grassy meadow",
         "in",
         False,
+        True,
+        (0.05, 6),
         "short grass",
         "gentle hills under the sky",
         ("meadow", "grass", "lawn", "field", "garden", "park"),
@@ -190,10 +197,12 @@ _SETTINGS = (
         "snowy field",
         "in",
         False,
+        True,
+        (0.1, 6),
         "white snow",
         "distant mountains",
         ("snow", "snowy", "winter"),
-        "Everything on the ground is covered in snow.",
+        "Snow covers all of the ground.",
         clash=("white",),
     ),
     Setting(
@@ -201,6 +210,8 @@ _SETTINGS = (
         "dry desert",
         "in",
         False,
+        True,
+        (0.05, 6),
         "dry sand",
         "wide dunes under a warm sky",
         ("desert", "dunes", "dune"),
@@ -212,6 +223,8 @@ _SETTINGS = (
         "forest clearing",
         "in",
         False,
+        False,
+        (0.05, 6),
         "soft moss",
         "a row of dark trees",
         ("forest", "woods", "clearing"),
@@ -224,6 +237,8 @@ _SETTINGS = (
         "city street",
         "on",
         False,
+        True,
+        (0.25, 6),
         "gray asphalt",
         "a skyline of tall buildings",
         ("street", "road", "city", "town"),
@@ -236,6 +251,8 @@ _SETTINGS = (
         "brick courtyard",
         "in",
         False,
+        False,
+        (0.1, 3),
         "stone paving",
         "a wall of bricks",
         ("courtyard", "brick", "bricks", "yard", "alley"),
@@ -247,6 +264,8 @@ _SETTINGS = (
         "field at night",
         "in",
         False,
+        True,
+        (0.1, 6),
         "dark grass",
         "a starry sky",
         ("night", "starry", "moonlight"),
@@ -258,7 +277,9 @@ _SETTINGS = (
         "wooden table",
         "on",
         True,
-        "brown boards",
+        False,
+        (0.05, 0.5),
+        "a top of brown boards",
         "a plain wall",
         ("table", "desk"),
         "The grain of the wood is easy to see.",
@@ -269,6 +290,8 @@ _SETTINGS = (
         "tiled kitchen",
         "in",
         True,
+        False,
+        (0.05, 0.5),
         "a light counter",
         "rows of square tiles",
         ("kitchen", "counter", "tiles"),
@@ -280,6 +303,8 @@ _SETTINGS = (
         "living room",
         "in",
         True,
+        False,
+        (0.2, 2),
         "a wooden floor",
         "striped wallpaper",
         ("room", "parlor", "floor", "wallpaper"),
@@ -290,6 +315,8 @@ _SETTINGS = (
         "quiet library",
         "in",
         True,
+        False,
+        (0.2, 2),
         "a soft carpet",
         "shelves full of books",
         ("library", "shelves", "bookshelf", "carpet"),

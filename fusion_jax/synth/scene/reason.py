@@ -8,7 +8,7 @@ import itertools
 import random
 from collections.abc import Callable
 
-from fusion_jax.synth.scene import graph, write
+from fusion_jax.synth.scene import graph, language, write
 from fusion_jax.synth.scene.graph import Scene
 from fusion_jax.synth.scene.lexicon import COLUMNS, NOUNS, NUMBERS, article
 from fusion_jax.synth.scene.write import be, called, capital, count_words, where
@@ -27,7 +27,7 @@ class Thought:
 
 def _observe(made: Scene, rng: random.Random) -> list[str]:
     place = made.place
-    said = [f"The scene is set {place.preposition} {article(place.phrase)}, and the ground is {place.ground}."]
+    said = [f"The scene is set {place.preposition} {article(place.phrase)}."]
     for group in rng.sample(made.groups, len(made.groups)):
         verb = write.stands(group, rng)
         said.append(
@@ -49,11 +49,11 @@ def _uses(made: Scene, rng: random.Random) -> Thought | None:
         return None
     steps = [f"{capital(article(NOUNS[g.noun].name))} {NOUNS[g.noun].use}." for g in made.groups if g is not group]
     steps.insert(0, "To answer, I ask of one thing after the other what it is good for or what it does.")
-    steps.append(f"What remains is {group.full}: {article(NOUNS[group.noun].name)} {use}.")
+    steps.append(f"That leaves {group.full}: {article(NOUNS[group.noun].name)} {use}.")
     return Thought(
         f"Which thing in the picture {use}?",
         tuple(steps),
-        f"So the question means {called(made, group)}.",
+        f"So the question is answered by {called(made, group)}.",
     )
 
 
@@ -105,7 +105,6 @@ def _near(made: Scene, rng: random.Random) -> Thought | None:
     ]
     for g in back:
         steps.append(f"{capital(called(made, near))} {be(near)} in front of {called(made, g)}.")
-        steps.append(f"Seen the other way round, {called(made, g)} {be(g)} behind {called(made, near)}.")
     return Thought(
         "Of everything that stands on the ground, what could the viewer reach first, and how can one tell?",
         tuple(steps),
@@ -117,8 +116,8 @@ def _inside(made: Scene, rng: random.Random) -> Thought | None:
     place = made.place
     side = "indoors" if place.indoors else "outdoors"
     steps = [
-        "No roof and no open sky settle this by themselves, so the surroundings have to tell.",
-        f"The ground is {place.ground}.",
+        "The things alone do not settle this, since they could be carried anywhere; the surroundings have to tell.",
+        f"The lower part of the picture shows {place.ground}.",
         f"At the far end one sees {place.behind}.",
         place.mood,
         f"All of this belongs to {article(place.phrase)}.",
@@ -130,18 +129,25 @@ def _inside(made: Scene, rng: random.Random) -> Thought | None:
     )
 
 
-def _missing(made: Scene, rng: random.Random) -> Thought | None:
-    noun = rng.choice(graph.absent_nouns(made))
+def _claimed(made: Scene, rng: random.Random) -> Thought | None:
+    right = rng.random() < 0.5
+    noun = rng.choice([g.noun for g in made.groups] if right else graph.absent_nouns(made))
     plan = f"Someone claims to see {article(noun)} in this picture. Is that right, and how would you check?"
     steps = ["The way to check is to go through the picture row by row and name all there is."]
     rows = {"air": "in the upper part", "back": "further back", "front": "in the foreground"}
     for row, words in rows.items():
         groups = [g for g in made.groups if g.row == row]
-        if not groups:
-            continue
-        names = " and ".join(g.full for g in groups)
-        steps.append(f"All there is {words} is {names}." if len(groups) == 1 else f"All there is {words}: {names}.")
+        if groups:
+            steps.append(f"There {be(groups[0])} {write.listed([g.full for g in groups])} {words}, and nothing else.")
+    if right:
+        return Thought(plan, tuple(steps), f"There {be_said(made, noun)} among them, so the claim is right.")
     return Thought(plan, tuple(steps), f"No {noun} is among them, so the claim is not right: there is no {noun}.")
+
+
+def be_said(made: Scene, noun: str) -> str:
+    """ "is one apple", "are three apples"."""
+    count = made.count(noun)
+    return f"is one {noun}" if count == 1 else f"are {NUMBERS[count]} {NOUNS[noun].plural}"
 
 
 _THOUGHTS: tuple[Callable[[Scene, random.Random], Thought | None], ...] = (
@@ -150,7 +156,7 @@ _THOUGHTS: tuple[Callable[[Scene, random.Random], Thought | None], ...] = (
     _take_away,
     _near,
     _inside,
-    _missing,
+    _claimed,
 )
 
 
@@ -170,7 +176,7 @@ def _spare(made: Scene, rng: random.Random) -> list[str]:
     said += [
         "Nothing else in the picture speaks against it.",
         "The shapes are clear enough to name each thing with confidence.",
-        "Colours and outlines leave no doubt about what is what.",
+        "Colors and outlines leave no doubt about what is what.",
         "None of this depends on anything outside the frame of the picture.",
         "Each of these steps can be checked by looking again.",
     ]
@@ -189,12 +195,20 @@ def answers(made: Scene, rng: random.Random, most: int) -> list[tuple[str, str]]
 
 
 def _told(made: Scene, thought: Thought, rng: random.Random) -> str:
-    head = [*_observe(made, rng), *thought.steps]
-    spare = iter(_spare(made, rng))
+    """Observations, as many as make the answer long enough, then the steps: none says again what another one does."""
+    seen = _observe(made, rng)
+    said = {_pair_of(step) for step in thought.steps} - {None}
     goal = rng.randint(LOW + 5, LOW + 40)
-    while count_words(" ".join([*head, thought.conclusion])) < goal:
-        extra = next(spare, None)
-        if extra is None:
+    for extra in _spare(made, rng):
+        if count_words(" ".join([*seen, *thought.steps, thought.conclusion])) >= goal:
             break
-        head.append(extra)
-    return " ".join([*head, thought.conclusion])
+        if extra not in thought.steps and _pair_of(extra) not in said:
+            seen.append(extra)
+    return " ".join([*seen, *thought.steps, thought.conclusion])
+
+
+def _pair_of(sentence: str) -> frozenset[str] | None:
+    """The two nouns that a sentence puts in relation."""
+    named = language.mentions(sentence)
+    related = len(named) == 2 and language.relation_between(sentence, *named)
+    return frozenset(mention.noun for mention in named) if related else None

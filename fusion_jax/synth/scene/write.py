@@ -14,14 +14,17 @@ CAPTION_WORDS = 12
 _ROW_PHRASES = {
     "front": ("in the foreground", "at the front"),
     "back": ("in the background", "further back"),
-    "air": ("high up", "in the air"),
+    "air": ("high up", "near the top"),
 }
+_IN_FLIGHT = ("high up", "in the air")
 _COLUMN_PHRASES = {
     "left": ("on the left", "on the left-hand side"),
     "center": ("in the middle", "in the center"),
     "right": ("on the right", "on the right-hand side"),
 }
 _FLYING = ("bird", "butterfly", "airplane", "kite")
+_SITTING = ("cat", "rabbit", "duck", "snail")
+_LYING = ("apple", "pear", "pumpkin", "ball", "hat", "book")
 
 
 def capital(text: str) -> str:
@@ -32,13 +35,22 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def where(group: Group, rng: random.Random | None = None) -> str:
-    """ "in the foreground on the left": the slot in words; without a generator always the same ones."""
+def where(group: Group, rng: random.Random | None = None, used: list[str] | None = None) -> str:
+    """ "in the foreground on the left": the slot in words; without a generator always the same ones.
+
+    Args:
+      used: phrases of the text so far, to which these are added: the one used least is taken.
+    """
     row, column = _ROW_PHRASES[group.row], _COLUMN_PHRASES[group.column]
+    if group.noun in _FLYING:
+        row = _IN_FLIGHT
     if rng is None:
         return f"{row[0]} {column[0]}"
     words = [rng.choice(row), rng.choice(column)]
-    if words[0] != "further back" and rng.random() < 0.3:
+    if used is not None:
+        words = [min(rng.sample(phrases, len(phrases)), key=used.count) for phrases in (row, column)]
+        used += words
+    if words[0].startswith(("in", "at")) and rng.random() < 0.3:
         words.reverse()
     return " ".join(words)
 
@@ -50,7 +62,8 @@ def be(group: Group) -> str:
 def stands(group: Group, rng: random.Random) -> str:
     """A verb for how a group is there."""
     if group.row != "air":
-        one, many = rng.choice((("stands", "stand"), ("is placed", "are placed"), ("can be seen", "can be seen")))
+        own = ("sits", "sit") if group.noun in _SITTING else ("lies", "lie") if group.noun in _LYING else None
+        one, many = rng.choice((own or ("stands", "stand"), own or ("is placed", "are placed"), ("can be seen",) * 2))
     elif group.noun in _FLYING:
         one, many = "flies", "fly"
     elif group.noun == "balloon":
@@ -99,16 +112,16 @@ def _opening(made: Scene, rng: random.Random) -> list[str]:
     )
     second = rng.choice(
         (
-            f"The ground is {place.ground}, and beyond it one sees {place.behind}.",
-            f"Below there is {place.ground}; the view ends with {place.behind}.",
-            f"It has {place.ground} and, at its far end, {place.behind}.",
+            f"Below there is {place.ground}, and beyond it {place.behind}.",
+            f"In front one sees {place.ground}, and behind it {place.behind}.",
+            f"One sees {place.ground} and, at the far end, {place.behind}.",
         )
     )
     return [first, second]
 
 
-def _introduction(group: Group, form: int, rng: random.Random) -> str:
-    p, full = where(group, rng), group.full + written(group, rng, form % 4)
+def _introduction(group: Group, form: int, rng: random.Random, used: list[str]) -> str:
+    p, full = where(group, rng, used), group.full + written(group, rng, form % 4)
     verb = stands(group, rng)
     return (
         f"{capital(p)} {verb} {full}.",
@@ -146,14 +159,14 @@ def _extras(made: Scene, rng: random.Random) -> list[str]:
         (
             "Light falls from the upper left.",
             "Everything has a thin dark outline and a soft shine.",
-            "The drawing is clean, with rounded shapes and clear colours.",
+            "The drawing is clean, with rounded shapes and clear colors.",
             "No person appears anywhere.",
             "The view is straight ahead, from slightly above.",
             "It looks like an illustration made for children.",
             "All that matters is plainly visible.",
-            "The air is clear, without fog or rain.",
+            *(() if made.place.indoors else ("The air is clear, without fog or rain.",)),
             "The shading makes every shape look solid.",
-            "Colours are strong and easy to tell apart.",
+            "The colors are strong and easy to tell apart.",
         ),
         7,
     )
@@ -168,7 +181,8 @@ def description(made: Scene, rng: random.Random, low: int = 60, high: int = 180)
     order = list(made.groups)
     rng.shuffle(order)
     # Each form once: the text filters count repetition.
-    body = [_introduction(group, form, rng) for group, form in zip(order, rng.sample(range(6), 6))]
+    used: list[str] = []
+    body = [_introduction(group, form, rng, used) for group, form in zip(order, rng.sample(range(6), 6))]
     said = [*opening, *body]
     extras = _extras(made, rng)
     goal = rng.randint(low + (high - low) // 4, high - (high - low) // 4)
@@ -186,7 +200,8 @@ def group_phrase(group: Group, size: bool = True, colour: bool = True) -> str:
     return f"{NUMBERS[group.count]} {words}" if group.plural else article(words)
 
 
-def _listed(phrases: list[str]) -> str:
+def listed(phrases: list[str]) -> str:
+    """ "a cat, two ducks and a tree"."""
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
@@ -196,21 +211,32 @@ def _fitting(candidates: list[str], rng: random.Random) -> str | None:
 
 
 def _in(made: Scene) -> str:
-    return f"{made.place.preposition} {article(made.place.phrase)}"
+    """ "on a sandy beach", or "over a sandy beach" where nothing touches it."""
+    aloft = all(group.row == "air" for group in made.groups)
+    over = aloft and (made.place.preposition == "on" or not made.place.indoors)
+    return f"{'over' if over else made.place.preposition} {article(made.place.phrase)}"
+
+
+def _set(made: Scene, phrases: list[str]) -> str:
+    """ "two red cars on a city street"; "a city street with a bird and a car": what flies over it is not on it."""
+    aloft = {group.row == "air" for group in made.groups}
+    if len(aloft) > 1 and made.place.preposition == "on":
+        return f"{article(made.place.phrase)} with {listed(phrases)}"
+    return f"{listed(phrases)} {_in(made)}"
 
 
 def color_caption(made: Scene, rng: random.Random) -> dict | None:
     """What has which colour; None where twelve words are too few."""
     groups = list(made.groups)
     rng.shuffle(groups)
-    bare = _listed([group_phrase(g, size=False) for g in groups])
-    sized = _listed([group_phrase(g) for g in groups])
+    bare = [group_phrase(g, size=False) for g in groups]
+    sized = [group_phrase(g) for g in groups]
     forms = [
-        f"{bare} {_in(made)}.",
-        f"{sized} {_in(made)}.",
-        f"{sized}.",
-        f"there are {bare}.",
-        f"a picture of {bare}.",
+        f"{_set(made, bare)}.",
+        f"{_set(made, sized)}.",
+        f"{listed(sized)}.",
+        f"there are {listed(bare)}.",
+        f"a picture of {listed(bare)}.",
     ]
     forms = [f for f in forms if groups[0].plural or not f.startswith("there are")]
     text = _fitting(forms, rng)
@@ -223,9 +249,7 @@ def count_caption(made: Scene, rng: random.Random) -> dict | None:
     rng.shuffle(groups)
     coloured = [rng.random() < 0.5 for _ in groups]
     phrases = [group_phrase(g, size=False, colour=c) for g, c in zip(groups, coloured)]
-    text = _fitting(
-        [f"{_listed(phrases)} {_in(made)}.", f"{_listed(phrases)}.", f"one can count {_listed(phrases)}."][:2], rng
-    )
+    text = _fitting([f"{_set(made, phrases)}.", f"{listed(phrases)}."], rng)
     names: dict[str, dict] = {}
     for g, colour in zip(groups, coloured):
         name = f"{g.colour} {g.words}" if colour else g.words
@@ -239,18 +263,11 @@ def scene_caption(made: Scene, rng: random.Random) -> dict | None:
     """Things in one surrounding."""
     groups = list(made.groups)
     rng.shuffle(groups)
-    several = len(groups) > 1 or groups[0].plural
-    verb = rng.choice(("are", "rest")) if several else rng.choice(("is", "rests"))
-    if any(g.row == "air" for g in groups):
-        verb = "are" if several else "is"
-    full = _listed([group_phrase(g) for g in groups])
-    bare = _listed([group_phrase(g, size=False) for g in groups])
-    forms = [
-        f"{full} {verb} {_in(made)}.",
-        f"{bare} {verb} {_in(made)}.",
-        f"{bare} {_in(made)}.",
-        f"{_in(made)}, {bare}.",
-    ]
+    be_there = "are" if len(groups) > 1 or groups[0].plural else "is"
+    full, bare = [group_phrase(g) for g in groups], [group_phrase(g, size=False) for g in groups]
+    forms = [f"{_set(made, full)}.", f"{_set(made, bare)}.", f"{article(made.place.phrase)} with {listed(bare)}."]
+    if not _set(made, bare).startswith(article(made.place.phrase)):
+        forms += [f"{listed(full)} {be_there} {_in(made)}.", f"{_in(made)}, {listed(bare)}."]
     text = _fitting(forms, rng)
     return text and {"caption": text, "scene": made.place.phrase}
 
@@ -263,7 +280,8 @@ def spatial_caption(made: Scene, rng: random.Random) -> dict | None:
         words = f"to the {relation}" if relation in ("left of", "right of") else relation
         full = f"{group_phrase(a)} {be(a)} {words} {group_phrase(b)}"
         bare = f"{group_phrase(a, size=False)} {words} {group_phrase(b, size=False)}"
-        text = _fitting([f"{full}.", f"{bare}.", f"{bare} {_in(made)}."], rng)
+        forms = [f"{full}.", f"{bare}."] + ([f"{bare} {_in(made)}."] if {a.row, b.row} <= {"back", "front"} else [])
+        text = _fitting(forms, rng)
         if text:
             return {"caption": text, "objects": [a.words, b.words], "relation": words}
     return None
@@ -278,11 +296,12 @@ def text_caption(made: Scene, rng: random.Random) -> dict | None:
     phrases = [f'{group_phrase(g, size=False)} reads "{g.text}"' for g in groups]
     other = [f'"{g.text}" is written on {group_phrase(g, size=False)}' for g in groups]
     forms = [
-        f"{_listed(phrases)}.",
-        f"{_listed(phrases)} {_in(made)}.",
-        f"{_listed(other)}.",
-        f"{_listed(other)} {_in(made)}.",
+        f"{listed(phrases)}.",
+        f"{listed(other)}.",
     ]
+    if made.place.preposition == "in" or all(g.row != "air" for g in groups):
+        here = f"{made.place.preposition} {article(made.place.phrase)}"
+        forms += [f"{listed(phrases)} {here}.", f"{listed(other)} {here}."]
     text = _fitting(forms, rng)
     return text and {"caption": text, "texts": [{"text": g.text, "carrier": g.words} for g in groups]}
 
@@ -296,16 +315,14 @@ def pool_caption(made: Scene, rng: random.Random) -> str:
         group_phrase(g, size=rng.random() < 0.6, colour=rng.random() < 0.85) + written(g, rng, form)
         for g, form in zip(groups, rng.sample(range(4), 4))
     ]
-    forms = [
-        f"{_listed(phrases)} {_in(made)}",
-        f"{capital(_in(made))}, there {be(groups[0])} {_listed(phrases)}",
-        f"A picture of {_listed(phrases)} {_in(made)}",
-        f"{capital(article(made.place.phrase))} with {_listed(phrases)}",
-    ]
+    forms = [_set(made, phrases), f"{article(made.place.phrase)} with {listed(phrases)}"]
+    if not forms[0].startswith(article(made.place.phrase)):
+        forms += [f"{_in(made)}, there {be(groups[0])} {listed(phrases)}", f"a picture of {forms[0]}"]
     pairs = graph.relations(made)
     if pairs and len(groups) == 2:
         a, relation, b = rng.choice(pairs)
         words = f"to the {relation}" if relation in ("left of", "right of") else relation
         first, second = group_phrase(a) + written(a, rng, 0), group_phrase(b) + written(b, rng, 3)
-        forms += [f"{first} {words} {second} {_in(made)}"] * 2
+        beyond = made.place.preposition == "on" and "air" in (a.row, b.row)
+        forms += [f"{first} {words} {second}{'' if beyond else ' ' + _in(made)}"] * 2
     return capital(rng.choice(forms)) + "."

@@ -1,0 +1,206 @@
+"""Which keys of a record name images, what their values may be, and which hold media that no model here reads."""
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from fusion_jax.data import formats
+from fusion_jax.errors import BadRecord
+from fusion_jax.files import brief, shown
+
+_MAX_NAME = 4096  # characters of a file's path, as systems have it
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}={0,2}\s*", re.ASCII)
+_FILE = re.compile(
+    r"[^\n]{0,4096}\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|ppm|pgm|jp2|"
+    r"(mp4|mov|avi|mkv|webm|m4v|mpe?g|mp3|wav|flac|ogg|opus|m4a|aac))(?:[?#]\S*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Names of keys without case, "_" and "-". The images of all keys of the first kind must be the same; those of the
+# second, which beside an image say where it came from, count where there is none of the first.
+_IMAGES = _words(
+    "image images img imgs imagepath imagepaths imgpath imgpaths imagefile imagefiles imgfile imgfiles "
+    "picture pictures photo photos imagebase64 imagebytes"
+)
+_IMAGES_ELSE = _words("imageurl imageurls imgurl imgurls imagename imagenames imgname imgnames")
+# Words of keys that hold media, and of those that only tell something about them.
+_PICTURES = _words(
+    "image images img imgs picture pictures pic pics photo photos photograph photographs screenshot screenshots "
+    "media attachment attachments frame frames"
+)
+_OTHERS = _words("video videos movie movies gif gifs audio audios sound sounds speech voice wav mp3 mp4 pdf pdfs")
+_ABOUT = _words(
+    "size sizes width widths height heights w h shape count counts num number n caption captions alt text title titles "
+    "description descriptions source sources license licence licenses hash hashes sha sha1 sha256 md5 type types kind "
+    "format formats tag tags token tokens prompt prompts model author date split domain category categories label "
+    "labels score scores quality resolution ratio has is length duration fps language lang"
+)
+_WHICH = _words("id ids index idx name names")  # beside an image; without one it is missing
+
+
+class Named(NamedTuple):
+    """An image of a record: what it is called, or "", and its file's bytes where the record itself has them."""
+
+    name: str
+    data: bytes | None = None
+
+
+def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple[str, list[Named]]:
+    """The images that an object names by its keys, in order, and the first such key; "" and none.
+
+    Args:
+      holder: a record, or a turn of one. what: such a turn, for messages.
+
+    Raises:
+      BadRecord: a value that names no image (bad_image), an address (remote_image), keys that name different images
+        (contradiction).
+    """
+    given = [
+        (key, plain_key(key)) for key, value in holder.items() if value is not None and value != "" and value != []
+    ]
+    keys = [key for key, plain in given if plain in _IMAGES] or [key for key, plain in given if plain in _IMAGES_ELSE]
+    first, images = "", []
+    for key in keys:
+        value = holder[key]
+        found = [
+            read_image(one, f"'{shown(key)}'{what}", where) for one in (value if isinstance(value, list) else [value])
+        ]
+        if first and found != images:
+            detail = f"'{shown(first)}' and '{shown(key)}'{what} name different images; leave one of them out"
+            raise BadRecord("contradiction", where, detail)
+        first, images = key, found
+    return first, images
+
+
+def check_media(holder: Mapping[Any, Any], known: Iterable[str], images: bool, where: str, what: str = "") -> None:
+    """BadRecord (unknown_media) for a key that holds media which nothing would read.
+
+    Args:
+      known: keys that are read otherwise. images: there are images; then others may stand beside them that tell where
+        they came from, but no film and no sound.
+    """
+    for key, value in holder.items():
+        named = kind_of_key(key, images)
+        if key in known or named == "images" or not _holds_something(value):
+            continue
+        kind = _looks_like_media(value) or named
+        if kind == "other" or (kind and not images):
+            detail = (
+                f"the key '{shown(key)}'{what} holds media that are not read; images are read from 'image' or 'images'"
+            )
+            raise BadRecord("unknown_media", where, detail)
+
+
+def kind_of_key(key: Any, images: bool = False) -> str:
+    """What a key holds by its name: "images" that are read, a "picture" that is not, an "other" medium, or "".
+
+    Args:
+      images: there are images under another key; then one with the name or number of a picture only tells of them.
+    """
+    plain = plain_key(key)
+    if plain in _IMAGES or plain in _IMAGES_ELSE:
+        return "images"
+    words = set(re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key)).lower()))
+    if words & _ABOUT or (images and words & _WHICH):
+        return ""
+    return "other" if words & _OTHERS or plain in _OTHERS else "picture" if words & _PICTURES else ""
+
+
+def read_image(value: Any, what: str, where: str) -> Named:
+    """One image: a file's name, `{"path": ..., "bytes": ...}` as data sets are exported, a data URL or base64.
+
+    Raises:
+      BadRecord: bad_image, or remote_image for an address, since nothing is fetched while training.
+    """
+    if isinstance(value, Mapping):
+        filled = {plain_key(key): one for key, one in value.items() if one is not None and one != ""}
+        name = next((filled[key] for key in ("path", "filename", "name") if isinstance(filled.get(key), str)), "")
+        for key in ("bytes", "base64", "data", "b64json"):
+            if key in filled:
+                return Named("" if len(name) > _MAX_NAME else name, _bytes(filled[key], f"'{key}' of {what}", where))
+        for key in ("path", "url", "image", "imageurl", "file", "filename", "name"):
+            if key in filled:
+                return read_image(filled[key], f"'{key}' of {what}", where)
+        raise BadRecord("bad_image", where, f"{what} has neither 'path' nor 'bytes' of an image, but {brief(value)}")
+    if not isinstance(value, str) or not value:
+        said = "an empty text" if value == "" else type(value).__name__
+        raise BadRecord("bad_image", where, f"{what} must be a file name, not {said}")
+    if value[:5].lower() == "data:":
+        head, comma, data = value[5:].partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise BadRecord("bad_image", where, f"{what} is a data URL without ';base64,': {shown(value, 40)}")
+        return Named("", _bytes(data, what, where))
+    if value[:7].lower() == "file://":
+        return Named(unquote(value[7:].removeprefix("localhost")))
+    if _URL.match(value):
+        detail = f"{what} is the address {shown(value)}; images are read from files: download it first"
+        raise BadRecord("remote_image", where, detail)
+    if _begins_an_image(value):
+        return Named("", _bytes(value, what, where))
+    if len(value) > _MAX_NAME:
+        seems = "base64, but of no image that is known" if _BASE64.fullmatch(value) else "no name of a file"
+        raise BadRecord("bad_image", where, f"{what} is {seems}: {shown(value, 40)}")
+    return Named(value)
+
+
+def _bytes(value: Any, what: str, where: str) -> bytes:
+    """A file's contents, as bytes, in base64, or as a list of their numbers."""
+    try:
+        if isinstance(value, bytes) or (isinstance(value, list) and all(type(one) is int for one in value)):
+            return bytes(value)
+        if isinstance(value, str):
+            text = "".join(value.partition(",")[2].split() if value[:5] == "data:" else value.split())
+            return base64.b64decode(text.translate(_STANDARD) + "=" * (-len(text) % 4), validate=True)
+    except (ValueError, binascii.Error):
+        pass
+    raise BadRecord("bad_image", where, f"{what} is no image in base64: {shown(brief(value), 60)}")
+
+
+_STANDARD = str.maketrans("-_", "+/")  # the alphabet for addresses
+
+
+def _begins_an_image(text: str) -> bool:
+    """Whether a text is an image in base64: by what it decodes to, as letters and slashes may be a path, too."""
+    if len(text) < 64 or "." in text[:64]:
+        return False
+    try:
+        start = base64.b64decode(text[:64].translate(_STANDARD), validate=True)
+    except (ValueError, binascii.Error):
+        return False
+    return formats.format_of(start[:16]) is not None
+
+
+def _holds_something(value: Any) -> bool:
+    return isinstance(value, str | list | Mapping | bytes) and bool(value)
+
+
+def _looks_like_media(value: Any) -> str:
+    """ "picture", "other" for films and sound, or "" for a value that is neither by its ending or its contents."""
+    if isinstance(value, bytes):
+        return "picture"
+    if isinstance(value, str):
+        if value[:5].lower() == "data:":
+            return "picture" if value[5:11].lower() == "image/" else "other" if ";base64," in value[:100] else ""
+        found = _FILE.fullmatch(value.strip())
+        return "" if found is None and not _begins_an_image(value) else "other" if found and found[2] else "picture"
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next(
+            (kind for one in value[:8] if not isinstance(one, list | Mapping) and (kind := _looks_like_media(one))), ""
+        )
+    return ""
+
+
+def plain_key(key: Any) -> str:
+    """A key without what its writers differ in."""
+    return re.sub(r"[_\s-]", "", str(key)).lower()
