@@ -234,7 +234,8 @@ def benchmark_prefill(config) -> dict:
 def time_prefill(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
     """`rows` prompts with `question` tokens and an image each; the cache has room for `answer` tokens more."""
     batch = jax.tree.map(jnp.asarray, random_batch(model.config, rows, question, 0))
-    run = functools.partial(generate.prefill, model, params, batch, batch.tokens.shape[1] + answer)
+    limit = np.full(rows, answer, np.int32)
+    run = functools.partial(generate.prefill, model, params, batch, batch.tokens.shape[1] + answer, limit)
     start = time.perf_counter()
     jax.block_until_ready(run())
     compile_seconds = time.perf_counter() - start

@@ -61,21 +61,22 @@ class State:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
-def prefill(model: Fusion, params, batch: Batch, capacity: int) -> tuple[jax.Array, jax.Array, llm.Cache]:
+def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[jax.Array, jax.Array, llm.Cache]:
     """Runs the prompts and fills a cache with room for `capacity` tokens a row.
 
+    limit: (B,) int32, the longest answer of each row, which with LongRoPE decides its factors together with its prompt.
     Prompts may be padded on the right, as `data.layout` does, or on the left: each row's next token comes from its own
     last real one. What an empty row gets is finite, and nobody's.
 
     Returns:
       float32 logits (B, V) of the next token, its position (B,), and the cache.
     """
-    rows, length = batch.tokens.shape
-    cache = llm.empty_cache(model.config.llm, rows, capacity, model.dtype)
-    hidden, _, cache = model.apply({"params": params}, batch, cache)
-    place = length - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
-    last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+    place = batch.tokens.shape[1] - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
     positions = jnp.take_along_axis(batch.positions, place[:, None], axis=1)[:, 0] + 1
+    reach = positions + jnp.maximum(limit, 1) - 1  # nothing is read behind an answer's last token
+    cache = llm.empty_cache(model.config.llm, reach, capacity, model.dtype)
+    hidden, _, cache = model.apply({"params": params}, batch, cache)
+    last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
     return model.apply({"params": params}, last, method="logits"), positions, cache
 
 
@@ -158,7 +159,7 @@ def first_state(model: Fusion, params, batch: Batch, samplings: Sequence[samplin
     """
     empty = len(batch.tokens) - len(samplings)
     limit = np.array([one.max_tokens for one in samplings] + [0] * empty, np.int32)
-    logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + int(limit.max()))
+    logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + int(limit.max()), limit)
     settings = sampling.settings([*samplings, *[sampling.Sampling()] * empty])
     return begin(logits, positions, cache, batch, limit, settings)
 

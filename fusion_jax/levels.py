@@ -302,7 +302,7 @@ def encoder_weights(c: FusionConfig, q, k, text, early):
 def llm_weights(c: FusionConfig, q, k, segments, positions):
     """Attention of one LLM layer, as `llm.DecoderLayer` has it: (B, H, S, S). q, k: (B, S, ...) before the rotation."""
     m = c.llm
-    cos, sin = layers.rotary(m.rope, m.per_head, positions)
+    cos, sin = layers.rotary(m.rope, m.per_head, positions, layers.example_lengths(segments, positions))
     q, k = (layers.apply_rotary(x.reshape(*x.shape[:2], -1, m.per_head), cos, sin) for x in (q, k))
     weights = attention.reference_weights(q, k, segments, segments, True, m.sliding_window)
     return weights.reshape(len(q), m.heads, *weights.shape[3:])

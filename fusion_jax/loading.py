@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -61,8 +62,40 @@ def load_parts(folder: Path, like: dict) -> dict:
     """Parts of a step folder by name, in the shapes, dtypes and shardings of `like`, whose `params` decide.
 
     A file may have the tower's layers that the taps leave out: an import keeps them, and so did runs before they were
-    left out of the program. They are cut off here.
+    left out of the program. They are cut off here. Adam's steps were once counted for all parameters together: each
+    then has that count.
     """
+    shared = _shared_count(folder, like.get("train", {}))
+    if shared is None:
+        return _load_tower(folder, like)
+    path, count = shared
+    scalar = jax.ShapeDtypeStruct((), count.dtype, sharding=count.sharding)
+    loaded = _load_tower(folder, like | {"train": _replaced(like["train"], path, lambda _: scalar)})
+    spread = jax.jit(lambda x: jnp.broadcast_to(x, count.shape), out_shardings=count.sharding)
+    return loaded | {"train": _replaced(loaded["train"], path, spread)}
+
+
+def _shared_count(folder: Path, train: dict):
+    """Path and shape of Adam's counts in a tree of training state, if the file has one for all; else None."""
+    for path, x in jax.tree.leaves_with_path(train):
+        if getattr(path[-1], "name", "") == "count" and x.shape:
+            stored = jax.tree.leaves_with_path(stored_shapes(folder, "train"))
+            # Orbax gives named fields as keys.
+            if any(_names(theirs) == _names(path) and not leaf.shape for theirs, leaf in stored):
+                return path, x
+    return None
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path)
+
+
+def _replaced(tree, path, by):
+    return jax.tree.map_with_path(lambda here, x: by(x) if here == path else x, tree)
+
+
+def _load_tower(folder: Path, like: dict) -> dict:
+    """`load_parts` but for counts."""
     stored, wanted = _depth(stored_shapes(folder)), _depth(like["params"])
     if stored - wanted not in _LEFT_OUT:
         return _load(folder, like)
@@ -285,11 +318,11 @@ def _fits(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return tower and stored[1:] == wanted[1:] and stored[0] - wanted[0] in _LEFT_OUT
 
 
-def stored_shapes(folder: Path) -> dict:
-    """Shapes and dtypes of a step folder's parameters, a nested dict. `Damaged` where they cannot be read."""
+def stored_shapes(folder: Path, part: str = "params") -> dict:
+    """Shapes and dtypes of a part of a step folder, a nested dict. `Damaged` where they cannot be read."""
     _silence_loops()
     try:
-        stored = ocp.metadata(folder, "params").metadata
+        stored = ocp.metadata(folder, part).metadata
     except Exception as error:
         raise_if_no_damage(error)
         raise unreadable(folder, error) from error

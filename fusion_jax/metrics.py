@@ -240,7 +240,7 @@ class Interval:
         }
 
 
-_AVERAGED = ("total", "ce", "v2t", "t2v", "grad_norm")
+_AVERAGED = ("total", "ce", "v2t", "t2v", "grad_norm", "update_norm")
 
 
 class Spikes:
@@ -258,6 +258,10 @@ class Spikes:
         """One sentence for each spike in the metrics of the steps from `first` on."""
         found = []
         for step, values in enumerate(steps, first):
+            if not np.isfinite(values["update_norm"]) and all(np.isfinite(values[name]) for name in self._known):
+                found.append(
+                    f"step {step}: update_norm is {values['update_norm']}, though loss and gradient are finite"
+                )
             for name, known in self._known.items():
                 value = values[name]
                 if not np.isfinite(value):

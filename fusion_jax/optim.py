@@ -57,8 +57,7 @@ def labels(stage: StageConfig, params) -> dict:
 
 def decays(params) -> dict:
     """True where weight decay applies: everything but norms and biases."""
-    flat = flatten_dict(params, sep="/")
-    return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def cosine(step: float, steps: int, warmup_ratio: float) -> float:
@@ -101,23 +100,69 @@ def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
     )
 
 
-def optimizer(stage: StageConfig, params) -> optax.GradientTransformation:
+def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraArgs:
     """Clipping and Adam without the learning rate, which the train step applies by label.
 
     Frozen parameters have no moments; their gradients must already be zero. Updates of the embedding are (rows, D)
-    where only `learn_rows` of it learn.
+    where only `learn_rows` of it learn. `update` also takes the `squares` of the gradients and their global `norm`.
     """
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
-    clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity()
-    adam = optax.chain(
-        optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment),
-        optax.add_decayed_weights(stage.weight_decay, mask=decays),
-    )
-    tx = optax.chain(clip, optax.masked(adam, trained))
+    # The state has the form of optax's chain of clipping, Adam and decay, which older checkpoints are of.
+    tx = optax.chain(optax.identity(), optax.masked(_adamw(stage), trained, mask_compatible_extra_args=True))
     return _on_rows(tx, stage.learn_rows) if stage.learn_rows else tx
 
 
-def _on_rows(tx: optax.GradientTransformation, rows: tuple[int, ...]) -> optax.GradientTransformation:
+def squares(grads) -> dict:
+    """The sum of squares of every parameter's gradient, float32 scalars: norms are made of them."""
+    return jax.tree.map(lambda g: jnp.sum(g * g), grads)
+
+
+def norm(squares) -> jax.Array:
+    """The global norm of what the sums of squares are of."""
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW that leaves alone what had no part in a step, as PyTorch's does.
+
+    That is a parameter whose gradient's square is 0 (the table of another l^2, the encoder where a batch is text
+    alone): it, its moments and its count of steps stay as they are. Every parameter has its own count, since the count
+    corrects the bias of its moments: an int32 vector in the order of the leaves.
+    """
+    moments = optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment)
+    decay = optax.MaskedState(optax.EmptyState())
+
+    def init(params):
+        count = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
+        return moments.init(params)._replace(count=count), decay
+
+    def update(grads, state, params, *, norm, squares):
+        old = state[0]
+        leaves, tree = jax.tree.flatten(grads)
+        used = [square > 0 for square in tree.flatten_up_to(squares)]
+        count = old.count + jnp.stack(used)
+        trees = (old.mu, old.nu, params, decays(params))
+        parts = zip(leaves, used, count, *map(tree.flatten_up_to, trees))
+        updates, mu, nu = (tree.unflatten(x) for x in zip(*(_of_parameter(stage, norm, *part) for part in parts)))
+        return updates, (optax.ScaleByAdamState(count, mu, nu), decay)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, decays: bool):
+    """Update and moments of one parameter."""
+    if stage.clip_norm > 0:
+        g = jnp.where(norm < stage.clip_norm, g, g / norm * stage.clip_norm)
+    first = stage.b1 * mu + (1 - stage.b1) * g
+    second = stage.b2 * nu + (1 - stage.b2) * g * g
+    steps = jnp.maximum(count, 1)
+    update = first / (1 - stage.b1**steps) / (jnp.sqrt(second / (1 - stage.b2**steps)) + stage.eps)
+    if decays:
+        update = update + stage.weight_decay * parameter
+    return jnp.where(used, update, 0), jnp.where(used, first.astype(mu.dtype), mu), jnp.where(used, second, nu)
+
+
+def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -> optax.GradientTransformationExtraArgs:
     """`tx` for trees in which the embedding is these rows of it."""
 
     def cut(tree):
@@ -126,10 +171,10 @@ def _on_rows(tx: optax.GradientTransformation, rows: tuple[int, ...]) -> optax.G
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def update(updates, state, params=None):
-        return tx.update(cut(updates), state, cut(params))
+    def update(updates, state, params=None, **more):
+        return tx.update(cut(updates), state, cut(params), **more)
 
-    return optax.GradientTransformation(lambda params: tx.init(cut(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(cut(params)), update)
 
 
 def freeze(params, label_tree, rows: tuple[int, ...] = ()):
@@ -143,19 +188,26 @@ def freeze(params, label_tree, rows: tuple[int, ...] = ()):
     return jax.tree.map(stop, params, label_tree)
 
 
-def apply_updates(params, updates, rates: dict[str, jax.Array], label_tree, rows: tuple[int, ...] = ()):
-    """params - rate * updates, the rate by label; of `ROWS` the updates are those of `rows`."""
+def changes(updates, rates: dict[str, jax.Array], label_tree):
+    """What a step subtracts from the parameters: rate * updates, the rate by label; None where they are frozen."""
+    return jax.tree.map(lambda u, label: None if label == FROZEN else rates[label] * u, updates, label_tree)
 
-    def step(p, u, label):
+
+def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
+    """params - changes; of `ROWS` the changes are those of `rows`."""
+
+    def step(change, p, label):
         if label == ROWS:
-            for row, one in zip(rows, u, strict=True):  # no scatter, which would move parts of a table that is dealt
-                p = jnp.where((np.arange(len(p)) == row)[:, None], p - rates[label] * one, p)
+            for row, one in zip(
+                rows, change, strict=True
+            ):  # no scatter, which would move parts of a table that is dealt
+                p = jnp.where((np.arange(len(p)) == row)[:, None], p - one, p)
             return p
-        return p if label == FROZEN else p - rates[label] * u
+        return p if change is None else p - change
 
-    return jax.tree.map(step, params, updates, label_tree)
+    return jax.tree.map(step, changes, params, label_tree, is_leaf=lambda change: change is None)
 
 
-def group_norms(grads) -> dict[str, jax.Array]:
+def group_norms(squares) -> dict[str, jax.Array]:
     """Global norm of the gradients of every top-level module, float32 scalars by name."""
-    return {name: optax.global_norm(part) for name, part in grads.items()}
+    return {name: norm(part) for name, part in squares.items()}

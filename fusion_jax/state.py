@@ -22,7 +22,8 @@ class TrainState:
     Attributes:
       step: int32, steps taken, skipped ones included: it names the next batch.
       params: float32 masters. opt_state: of `optim.optimizer`.
-      skipped: int32, steps skipped for non-finite gradients so far; skipped_in_row: without one good step between.
+      skipped: int32, steps skipped so far as loss, gradient or update were not finite; skipped_in_row: without one good
+        step between.
     """
 
     step: jax.Array

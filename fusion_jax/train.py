@@ -206,7 +206,7 @@ class StageRun:
                 if step % config.log_every == 0 or last:
                     report = loop.report(step, values)
                     writer.scalars(step, report | records.agree(step).scalars() | reports.failures())
-                    self._check_skipped(step, int(current.skipped_in_row), checkpoints)
+                    self._check_skipped(step, int(current.skipped_in_row), values, checkpoints)
                 # The iterator stands right behind this step's batch: save before it moves on.
                 if last:
                     with phase("saving"):
@@ -215,7 +215,7 @@ class StageRun:
                 elif step % config.checkpoint_every == 0 or every.due(step % config.log_every == 0):
                     with phase("saving") as saved:
                         if int(current.skipped_in_row):  # what the parameters are worth is not known
-                            log.warning("no checkpoint of step %d, whose loss or gradient is not finite", step)
+                            log.warning("no checkpoint of step %d, whose loss, gradient or update is not finite", step)
                         else:
                             checkpoints.save(step, current, records.position(step, batches.get_state()))
                     every.restart()
@@ -241,12 +241,14 @@ class StageRun:
                 *(self.stage.name, len(waiting), text),
             )
 
-    def _check_skipped(self, step: int, in_row: int, checkpoints: checkpoint.Checkpoints) -> None:
+    def _check_skipped(self, step: int, in_row: int, values: dict, checkpoints: checkpoint.Checkpoints) -> None:
         if in_row >= self.config.max_skipped_steps:
-            # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too.
-            checkpoints.distrust(step - in_row)
+            # The last update may be what ruined the parameters, and a checkpoint of it would ruin the next start, too;
+            # but not where they gave a finite loss and the next update alone is at fault.
+            if not all(math.isfinite(float(values[name])) for name in ("total", "grad_norm")):
+                checkpoints.distrust(step - in_row)
             raise UserError(
-                f"{in_row} steps in a row had a loss or gradient that is not finite (max_skipped_steps="
+                f"{in_row} steps in a row had a loss, gradient or update that is not finite (max_skipped_steps="
                 f"{self.config.max_skipped_steps}); lower the learning rate or look at the data of the last steps"
                 + (", or at the parameters that the stage began with." if in_row == step else ".")
             )

@@ -93,7 +93,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.
 
-    A step whose loss or gradient norm is not finite changes nothing but the counters.
+    A step whose loss, gradient norm or update norm is not finite changes nothing but the counters.
 
     Args:
       label_tree: `optim.labels` of the parameters. places: shardings of the state on `mesh`.
@@ -101,8 +101,8 @@ def train_step(
       rates: learning rate per label. Arguments, so that stages of equal shapes are one compiled program.
 
     Returns:
-      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm (also by module), skipped, text_tokens,
-      visual_tokens.
+      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm (also by module), update_norm (of what is
+      subtracted from the parameters, rates and decay included), skipped, text_tokens, visual_tokens.
     """
     totals = losses.counts(batch, model.config.vision.patches)
 
@@ -116,11 +116,20 @@ def train_step(
 
     weights = _cast_products(old.params, model.dtype)
     (total, parts), grads = _accumulate(grad_fn, weights, batch, stage.accumulation, mesh)
-    grad_norm = optax.global_norm(grads)
-    updates, opt_state = tx.update(grads, old.opt_state, old.params)
-    params = optim.apply_updates(old.params, updates, rates, label_tree, stage.learn_rows)
+    squares = optim.squares(grads)
+    grad_norm = optim.norm(squares)
 
-    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    def change(grads, opt_state, params):
+        updates, opt_state = tx.update(grads, opt_state, params, norm=grad_norm, squares=squares)
+        return optim.changes(updates, rates, label_tree), opt_state
+
+    # Computed twice, the first time for its norm alone: kept for both it would be one more copy of all parameters.
+    first, _ = change(*jax.lax.optimization_barrier((grads, old.opt_state, old.params)))
+    update_norm = optim.norm(optim.squares(first))
+    changes, opt_state = change(grads, old.opt_state, old.params)
+    params = optim.apply_changes(old.params, changes, label_tree, stage.learn_rows)
+
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
         functools.partial(jnp.where, finite), (params, opt_state), (old.params, old.opt_state)
     )
@@ -138,7 +147,8 @@ def train_step(
         "total": total,
         **parts,
         "grad_norm": grad_norm,
-        **{f"grad_norm/{name}": norm for name, norm in optim.group_norms(grads).items()},
+        **{f"grad_norm/{name}": norm for name, norm in optim.group_norms(squares).items()},
+        "update_norm": update_norm,
         "skipped": new.skipped.astype(jnp.float32),
         "text_tokens": jnp.sum(real & ~visual).astype(jnp.float32),
         "visual_tokens": jnp.sum(real & visual).astype(jnp.float32),

@@ -47,8 +47,8 @@ def main():
 
     prompts = lay(config, [example(config, seed, answer=0, question=QUESTION) for seed in range(2)])
     batch = abstract(prompts, mesh)
-    logits, positions, cache = lower("prefill", generate.prefill, model, params, batch, 300)
     limit, settings = np.array([8, 0], np.int32), sampling.settings([sampling.Sampling()] * 2)
+    logits, positions, cache = lower("prefill", generate.prefill, model, params, batch, 300, limit)
     begun = lower("begin", generate.begin, logits, positions, cache, batch, limit, settings)
     for name, draw in (("decode", False), ("decode, drawn", True)):
         lower(name, generate.decode, model, params, begun, 8, (2,), draw)

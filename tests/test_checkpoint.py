@@ -15,13 +15,13 @@ import tokenizers
 from forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fusion_jax import checkpoint, integrity, resume
+from fusion_jax import checkpoint, integrity, optim, resume
 from fusion_jax.config import RunConfig, StageConfig, to_dict
 from fusion_jax.data.conversation import find_template, first_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
-from fusion_jax.state import TrainState
+from fusion_jax.state import TrainState, create
 
 ABOUT = {"json": json.dumps({"config": {}})}
 
@@ -294,6 +294,29 @@ def test_layers_that_no_tap_reads_are_cut_from_older_checkpoints(tmp_path, layer
     for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected)
+
+
+def test_the_one_count_of_older_checkpoints_becomes_that_of_every_parameter(tmp_path):
+    params = {"a": {"kernel": jnp.ones(3)}, "b": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    stage = StageConfig("s", "", freeze=("b/kernel",))
+    trained = jax.tree.map(lambda label: label != optim.FROZEN, optim.labels(stage, params))
+    adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, mask=optim.decays))
+    old = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(adam, trained))
+    opt_state = old.init(params)
+    for _ in range(3):
+        opt_state = old.update(params, opt_state, params)[1]
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    counters = [jnp.int32(3), jnp.int32(0), jnp.int32(0)]
+    checkpoints.save(3, TrainState(counters[0], params, opt_state, *counters[1:]), {})
+    checkpoints.close()
+    _, restored, _ = checkpoints.restore(jax.eval_shape(lambda: create(params, optim.optimizer(stage, params))))
+    before, now = (state[1].inner_state[0] for state in (opt_state, restored.opt_state))
+    assert now.count.tolist() == [3, 3]
+    for name in ("mu", "nu"):
+        for got, wanted in zip(
+            jax.tree.leaves(getattr(now, name)), jax.tree.leaves(getattr(before, name)), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(5, 2), (3, 5), (4, 5)])

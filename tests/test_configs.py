@@ -98,9 +98,11 @@ def test_one_step_moves_what_is_meant_to_learn(load, name):
             path: 0 * g if named[path] == optim.FROZEN else g * _rows(g, stage) if named[path] == optim.ROWS else g
             for path, g in grads.items()
         }
-        updates, _ = tx.update(unflatten_dict(seen, sep="/"), tx.init(weights), weights)
-        rates = optim.learning_rates(stage, 50, 100)
-        new, old = flat(optim.apply_updates(weights, updates, rates, labels, stage.learn_rows)), flat(weights)
+        seen = unflatten_dict(seen, sep="/")
+        squares = optim.squares(seen)
+        updates, _ = tx.update(seen, tx.init(weights), weights, norm=optim.norm(squares), squares=squares)
+        changes = optim.changes(updates, optim.learning_rates(stage, 50, 100), labels)
+        new, old = flat(optim.apply_changes(weights, changes, labels, stage.learn_rows)), flat(weights)
         for path in old:
             frozen = alone and path.startswith(("vision/", "llm/")) and "/exchange/" not in path
             moved = np.abs(new[path] - old[path]).reshape(len(old[path]), -1).max(1)

@@ -253,13 +253,13 @@ def test_interval_reports_means_rates_and_mfu(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", functools.partial(next, clock))
     interval = metrics.Interval()
     for k in (1, 3):
-        step = {name: jnp.float32(k) for name in ("total", "ce", "v2t", "t2v", "grad_norm")}
+        step = {name: jnp.float32(k) for name in ("total", "ce", "v2t", "t2v", "grad_norm", "update_norm")}
         tokens = {"text_tokens": jnp.float32(10 * k), "visual_tokens": jnp.float32(100 * k)}
         rest = {"skipped": jnp.float32(k), "learning_rate/default": jnp.float32(k / 10), "supervised_tokens": 1.0}
         interval.add({**step, **tokens, **rest}, samples=8, flops=3e9)
         interval.spend("input", 0.5)
     report = interval.report(peak=10e9)
-    assert {report[name] for name in ("total", "ce", "v2t", "t2v", "grad_norm")} == {2.0}
+    assert {report[name] for name in ("total", "ce", "v2t", "t2v", "grad_norm", "update_norm")} == {2.0}
     assert report["skipped"] == 3 and report["learning_rate/default"] == pytest.approx(0.3)
     assert report["samples_per_second"] == 4 and report["seconds_per_step"] == 2
     assert report["text_tokens_per_second"] == 10 and report["visual_tokens_per_second"] == 100

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fixtures import assert_trees_close, flat, grad_fn, mixed_batch, params, tiny
+from fixtures import QUESTION_LENGTH, assert_trees_close, example, flat, grad_fn, mixed_batch, params, tiny
 from flax.traverse_util import flatten_dict
 
 from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import StageConfig
+from fusion_jax.data.layout import lay_out
+from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.models.fusion import Fusion
 
@@ -216,6 +218,8 @@ def test_first_step_by_hand_with_freezing_rates_decay_and_clipping():
         np.testing.assert_allclose(
             (new[path] - old[path])[certain], (-rate * update)[certain], rtol=0.02, atol=2e-5, err_msg=path
         )
+    change = math.sqrt(sum(float(((new[p] - old[p]).astype(np.float64) ** 2).sum()) for p in grads))
+    np.testing.assert_allclose(metrics["update_norm"], change, rtol=1e-3)
     np.testing.assert_allclose(metrics["total"], total, rtol=1e-5)
     for name, part in parts.items():
         np.testing.assert_allclose(metrics[name], part, rtol=1e-5)
@@ -223,10 +227,11 @@ def test_first_step_by_hand_with_freezing_rates_decay_and_clipping():
 
 def test_frozen_parameters_have_no_moments():
     before, _, _ = fancy_step()
-    moments = [leaf.shape for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim > 0]
+    adam = before.opt_state[1].inner_state[0]
+    moments = [leaf.shape for leaf in jax.tree.leaves((adam.mu, adam.nu))]
     frozen = ("vision/layers", "llm/embedding")
     trained = [value.shape for path, value in flat(before.params).items() if not path.startswith(frozen)]
-    assert sorted(moments) == sorted(2 * trained)
+    assert sorted(moments) == sorted(2 * trained) and adam.count.shape == (len(trained),)
 
 
 def test_frozen_parameters_get_zero_gradients():
@@ -240,6 +245,12 @@ def test_frozen_parameters_get_zero_gradients():
     for path, label in flat(labels).items():
         expected = 0 * grads[path] if label == "frozen" else flat(params(CONFIG))[path]
         np.testing.assert_allclose(grads[path], expected, rtol=1e-6)
+
+
+def norms(grads):
+    """What the optimizer takes besides the gradients."""
+    squares = optim.squares(grads)
+    return {"norm": optim.norm(squares), "squares": squares}
 
 
 def test_rows_of_a_frozen_embedding_learn_as_if_nothing_were_frozen():
@@ -260,11 +271,12 @@ def test_rows_of_a_frozen_embedding_learn_as_if_nothing_were_frozen():
     seen = np.asarray(masked_grads["llm"]["embedding"])
     np.testing.assert_array_equal(seen[list(rows)], np.asarray(grads["llm"]["embedding"])[list(rows)])
     assert np.abs(seen).sum(1).nonzero()[0].tolist() == list(rows)
-    updates, opt_state = tx.update(masked_grads, tx.init(weights), weights)
-    new = np.asarray(optim.apply_updates(weights, updates, rates, labels, rows)["llm"]["embedding"])
+    updates, opt_state = tx.update(masked_grads, tx.init(weights), weights, **norms(masked_grads))
+    changes = optim.changes(updates, rates, labels)
+    new = np.asarray(optim.apply_changes(weights, changes, labels, rows)["llm"]["embedding"])
     whole = dataclasses.replace(stage, freeze=(), learn_rows=())
     plain = optim.optimizer(whole, weights)
-    expected, _ = plain.update(grads, plain.init(weights), weights)
+    expected, _ = plain.update(grads, plain.init(weights), weights, **norms(grads))
     expected = table - 1e-2 * np.asarray(expected["llm"]["embedding"])
     np.testing.assert_allclose(new[list(rows)], expected[list(rows)], rtol=1e-6)
     assert (new != table).any(1).nonzero()[0].tolist() == list(rows)
@@ -297,7 +309,9 @@ def test_metrics_count_tokens():
     assert metrics["text_tokens"] == int((batch.segment_ids > 0).sum()) - visual
     assert metrics["skipped"] == 0
     named = {name for name in metrics if not name.startswith("grad_norm/")}
-    assert named == {"total", "ce", "v2t", "t2v", "grad_norm", "skipped", "text_tokens", "visual_tokens"}
+    assert named == {
+        "total", "ce", "v2t", "t2v", "grad_norm", "update_norm", "skipped", "text_tokens", "visual_tokens"
+    }  # fmt: skip
     groups = [metrics[name] for name in set(metrics) - named]
     assert len(groups) >= 4
     np.testing.assert_allclose(np.sqrt(np.sum(np.square(groups))), metrics["grad_norm"], rtol=1e-5)
@@ -357,6 +371,72 @@ def test_step_that_is_not_finite_changes_only_the_counters():
     after, metrics = host(step[2](after, good))
     assert (after.step, after.skipped, after.skipped_in_row) == (6, 2, 0) and metrics["skipped"] == 2
     assert not np.array_equal(after.params["llm"]["embedding"], current.params["llm"]["embedding"])
+
+
+def test_update_that_is_not_finite_changes_only_the_counters():
+    """Loss and gradient may be finite all the same: here a first moment is so large that it overflows."""
+    step = compiled()
+    current = host(step[2](start(step), mixed_batch(CONFIG))[0])
+    adam, *rest = current.opt_state[1].inner_state
+    large = jax.tree.map(lambda x: np.full_like(x, 3e38), adam.mu["vision_to_text"])
+    adam = adam._replace(mu=adam.mu | {"vision_to_text": large})
+    clipping, masked = current.opt_state
+    bad = dataclasses.replace(current, opt_state=(clipping, masked._replace(inner_state=(adam, *rest))))
+    after, metrics = host(step[2](bad, mixed_batch(CONFIG)))
+    assert np.isfinite(metrics["total"]) and np.isfinite(metrics["grad_norm"])
+    assert not np.isfinite(metrics["update_norm"])
+    untouched = jax.tree.map(np.array_equal, (after.params, after.opt_state), (bad.params, bad.opt_state))
+    assert jax.tree.all(untouched)
+    assert (after.step, after.skipped, after.skipped_in_row) == (bad.step + 1, 1, 1)
+
+
+# What had no part in a step.
+
+
+def test_parameters_without_gradient_stay_and_have_their_own_count_of_steps():
+    """As in PyTorch: each parameter goes as if the steps without it had not been."""
+    stage = dataclasses.replace(STAGE, weight_decay=0.1, first_moment="float32")
+    begin = {"a": {"kernel": jnp.full((2, 3), 0.5)}, "b": {"kernel": jnp.full((3,), -0.3)}, "c": {"scale": jnp.ones(2)}}
+    tx, labels = optim.optimizer(stage, begin), optim.labels(stage, begin)
+    rates = {"default": 0.01}
+    rng = np.random.default_rng(0)
+    current, opt_state = begin, tx.init(begin)
+    alone = optax.adamw(0.01, stage.b1, stage.b2, stage.eps, weight_decay=0.1, mask=optim.decays)
+    expected = {name: (begin[name], alone.init(begin[name])) for name in begin}
+    for number in range(6):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), begin)
+        if number not in (3, 5):
+            grads["b"]["kernel"] *= 0
+        updates, opt_state = tx.update(grads, opt_state, current, **norms(grads))
+        current = optim.apply_changes(current, optim.changes(updates, rates, labels), labels)
+        for name, (old, moments) in expected.items():
+            if name != "b" or number in (3, 5):
+                update, moments = alone.update(grads[name], moments, old)
+                expected[name] = optax.apply_updates(old, update), moments
+    assert opt_state[1].inner_state[0].count.tolist() == [6, 2, 6]
+    for name, (value, _) in expected.items():
+        assert_trees_close(current[name], value, rtol=1e-6)
+
+
+def test_a_batch_of_text_alone_moves_nothing_of_the_image_side():
+    step = compiled()
+    spec = layout_spec(CONFIG, 20, QUESTION_LENGTH, 1)
+    texts = [example(CONFIG, seed, image=False) for seed in range(4)]
+    batch = lay_out(texts, dataclasses.replace(spec, crops=0), 4)
+    with_images = host(step[2](start(step), mixed_batch(CONFIG))[0])
+    after, metrics = host(step[2](with_images, batch))
+    assert metrics["grad_norm/vision"] == 0 < metrics["grad_norm/llm"]
+    before, now = (x.opt_state[1].inner_state[0] for x in (with_images, after))
+    language = {path for path in flat(now.mu) if path.startswith("llm/") and "exchange" not in path}
+    assert 0 < len(language) < len(flat(now.mu))
+    for old, new in ((with_images.params, after.params), (before.mu, now.mu), (before.nu, now.nu)):
+        moved = {path for path, value in flat(new).items() if not np.array_equal(value, flat(old)[path])}
+        assert moved == language
+    counts = flat(jax.tree.unflatten(jax.tree.structure(now.mu), list(now.count)))
+    # The only exchange stands behind the last layer: nothing reads it, so it has no part in any step.
+    assert {path: int(count) for path, count in counts.items()} == {
+        path: 2 if path in language else 0 if "exchange" in path else 1 for path in counts
+    }
 
 
 def test_state_begins_at_zero_with_separate_buffers():

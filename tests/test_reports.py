@@ -267,16 +267,24 @@ def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, 
         train.train(configured(data), workdir)
 
 
-def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(data, undisturbed, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("rate", "kept", "aside", "skipped"),
+    [(1e16, [4], ["5.diverged"], 6), (1e30, [2, 4], [], 5)],
+    ids=["large", "infinite"],
+)
+def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(
+    data, undisturbed, tmp_path, caplog, rate, kept, aside, skipped
+):
+    """A large one is made, and no loss is finite afterwards; one whose norm is infinite is not."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     config = configured(data, checkpoint_every=1, max_skipped_steps=3)
-    ruinous = dataclasses.replace(config.stages[0], steps=20, learning_rate=1e30)
+    ruinous = dataclasses.replace(config.stages[0], steps=20, learning_rate=rate)
     with pytest.raises(UserError, match="3 steps in a row"):
         train.train(dataclasses.replace(config, stages=(ruinous,)), workdir)
     folder = workdir / "stage1" / checkpoint.FOLDER
-    assert steps(workdir) == [4] and [path.name for path in folder.glob("*.diverged")] == ["5.diverged"]
-    assert "no checkpoint of step 6, whose loss or gradient is not finite" in caplog.text
+    assert steps(workdir) == kept and [path.name for path in folder.glob("*.diverged")] == aside
+    assert f"no checkpoint of step {skipped}, whose loss, gradient or update is not finite" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["texts", "images"])

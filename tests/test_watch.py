@@ -155,19 +155,23 @@ def test_watchdog_shows_every_threads_stack_once_per_period(caplog):
 
 def test_spikes_stand_out_from_noise_and_trend():
     rng = np.random.default_rng(0)
-    steps = [{"total": 5 * 0.99**i + 0.1 * rng.normal(), "grad_norm": 1 + 0.3 * rng.random()} for i in range(300)]
+
+    def step(total, grad_norm, update_norm=1.0):
+        return {"total": total, "grad_norm": grad_norm, "update_norm": update_norm}
+
+    steps = [step(5 * 0.99**i + 0.1 * rng.normal(), 1 + 0.3 * rng.random()) for i in range(300)]
     spikes = metrics.Spikes()
     assert spikes.look(1, steps) == []
-    found = spikes.look(
-        301, [{"total": 3.0, "grad_norm": 1.1}, {"total": 0.3, "grad_norm": 40.0}, {"total": np.nan, "grad_norm": 1.0}]
-    )
+    found = spikes.look(301, [step(3.0, 1.1), step(0.3, 40.0), step(np.nan, 1.0, np.nan), step(0.3, 1.1, np.inf)])
     assert [text.split(" is ")[0] for text in found] == [
         "step 301: total 3",
         "step 302: grad_norm 40",
         "step 303: total",
+        "step 304: update_norm",
     ]
+    assert "though loss and gradient are finite" in found[-1]
     # A few spikes do not make the next one normal.
-    assert len(spikes.look(304, [{"total": 3.0, "grad_norm": 1.0}] * 5)) == 5
+    assert len(spikes.look(305, [step(3.0, 1.0)] * 5)) == 5
 
 
 def test_full_disk_costs_no_metrics_line_and_no_run(tmp_path, caplog):

@@ -139,21 +139,30 @@ def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, n
     return scaled, scaled, 1.0
 
 
+def example_lengths(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """How many tokens the example of each token has; examples are runs of one segment with positions 0, 1, ..."""
+    places = jnp.arange(segments.shape[1])
+    ends = jnp.concatenate([segments[:, :-1] != segments[:, 1:], jnp.ones_like(segments[:, :1], bool)], 1)
+    end = jax.lax.cummin(jnp.where(ends, places, segments.shape[1]), axis=1, reverse=True)
+    return positions + 1 + end - places
+
+
 def rotary(
-    rope: RopeConfig, per_head: int, positions: Int[Array, "B S"], longest: Int[Array, ""] | None = None
+    rope: RopeConfig, per_head: int, positions: Int[Array, "B S"], lengths: Int[Array, "B _S"]
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
     """cos and sin of the rotary angles, float32, the LongRoPE attention factor included.
 
     Args:
       positions: position of each token within its own example.
-      longest: largest position that decides between LongRoPE's short and long factors; by default that of
-        `positions`. The published rule looks at the whole batch: from `original_length` on, long factors for all.
+      lengths: tokens of the whole example that each token is of (_S is S, or 1 where a row is one example): beyond
+        `original_length` LongRoPE's long factors hold for all of its tokens, else the short ones. The published code
+        looks at the longest row of the batch instead, so that a long row changes its neighbours.
     """
     short, long, scale = _inverse_frequencies(rope, per_head)
     frequencies = jnp.asarray(short, jnp.float32)
     if rope.kind == "longrope":
-        longest = positions.max() if longest is None else longest
-        frequencies = jnp.where(longest >= rope.original_length, jnp.asarray(long, jnp.float32), frequencies)
+        beyond = (lengths > rope.original_length)[..., None]
+        frequencies = jnp.where(beyond, jnp.asarray(long, jnp.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

@@ -23,6 +23,8 @@ class Cache:
       keys: (layers, B, G, d, capacity), rotary embedding applied. values: (layers, B, G, capacity, d). As a new token's
         products with them read them: neither is copied first.
       segments: (B, capacity) int32, 1 where a slot holds a real token. positions: (B, capacity) int32, its position.
+      reach: (B,) int32, how many positions of the row are read at most, the answer's to come included. With LongRoPE it
+        decides at the prefill which factors turn the row's keys, so that all of them are turned alike.
       length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
     """
 
@@ -30,14 +32,15 @@ class Cache:
     values: Float[Array, "layers B G C d"]
     segments: Int[Array, "B C"]
     positions: Int[Array, "B C"]
+    reach: Int[Array, " B"]
     length: Int[Array, ""]
 
 
-def empty_cache(config: LLMConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """A cache for `capacity` tokens a row."""
-    rows, slots = (config.layers, batch, config.kv_heads), jnp.zeros((batch, capacity), jnp.int32)
+def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype: DTypeLike) -> Cache:
+    """A cache for `capacity` tokens a row. reach: see `Cache`."""
+    rows, slots = (config.layers, len(reach), config.kv_heads), jnp.zeros((len(reach), capacity), jnp.int32)
     keys = jnp.zeros((*rows, config.per_head, capacity), dtype)
-    return Cache(keys, jnp.zeros((*rows, capacity, config.per_head), dtype), slots, slots, jnp.int32(0))
+    return Cache(keys, jnp.zeros((*rows, capacity, config.per_head), dtype), slots, slots, reach, jnp.int32(0))
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +182,8 @@ class Decoder(nn.Module):
         With a cache: several tokens are a prefill, which starts at an empty cache; one token is a decode step.
         """
         c = self.config.llm
-        cos, sin = layers.rotary(c.rope, c.per_head, positions)
+        lengths = layers.example_lengths(segments, positions) if cache is None else cache.reach[:, None]
+        cos, sin = layers.rotary(c.rope, c.per_head, positions, lengths)
         buffers = cached = seen = slot = None
         if cache is not None:
             slot = cache.length
@@ -196,5 +200,5 @@ class Decoder(nn.Module):
             carry, _ = stack(carry, shared)
         x, buffers, _ = carry
         if cache is not None:
-            cache = Cache(*buffers, cached, places, slot + segments.shape[1])
+            cache = Cache(*buffers, cached, places, cache.reach, slot + segments.shape[1])
         return self.norm(x), cache

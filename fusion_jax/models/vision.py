@@ -105,8 +105,8 @@ class _TapWeights:
 
 
 def _add(sums, shallow, deep, x):
-    """Both means' sums with the weighted state `x` in them."""
-    return sums[0] + (shallow * x).astype(x.dtype), sums[1] + (deep * x).astype(x.dtype)
+    """Both means' sums, float32, with the weighted state `x` in them."""
+    return sums[0] + shallow * x, sums[1] + deep * x
 
 
 class _EncoderStep(nn.Module):
@@ -181,11 +181,16 @@ class VisionEncoder(nn.Module):
             segments = text_mask.astype(jnp.int32)
         weights = _TapWeights.of(c)
         early = np.arange(c.layers) < c.early_layers
-        carry = {view: (x, jnp.zeros_like(x), jnp.zeros_like(x)) for view, x in views.items()}
+        # Float32: the means are rounded once, as torch rounds those of a list of states.
+        zeros = {view: jnp.zeros(x.shape, jnp.float32) for view, x in views.items()}
+        carry = {view: (x, zeros[view], zeros[view]) for view, x in views.items()}
         per_layer = tuple(jnp.asarray(x[:run]) for x in (early, weights.shallow, weights.deep))
         carry, _ = self.layers(carry, per_layer, segments)
         if self.config.taps == "released":
-            return {view: jnp.concatenate(states, -1) for view, states in carry.items()}
+            return {view: self._joined(states) for view, states in carry.items()}
         # The last layer's output is the last state of the deep mean.
         last = (jnp.asarray(weights.shallow[run]), jnp.asarray(weights.deep[run]))
-        return {view: jnp.concatenate(_add(sums, *last, x), -1) for view, (x, *sums) in carry.items()}
+        return {view: self._joined(_add(sums, *last, x)) for view, (x, *sums) in carry.items()}
+
+    def _joined(self, taps) -> Float[Array, "N L taps"]:
+        return jnp.concatenate([tap.astype(self.dtype) for tap in taps], -1)

@@ -140,13 +140,6 @@ class Engine:
         self.model, self.params, self.prompts = model, params, prompts
         self.rows, self.max_tokens, self.queue_limit, self.chunk = rows, max_tokens, queue_limit, chunk
         self.capacity = prompts.buckets.lengths[-1]
-        rope = model.config.llm.rope
-        # Beyond it all rows of a batch change their rotary factors: answers would depend on their neighbours.
-        check(
-            rope.kind != "longrope" or self.capacity + max_tokens <= rope.original_length,
-            f"--max_length={self.capacity} and --max_tokens={max_tokens} exceed the {rope.original_length} positions "
-            "that this model's rotary embedding serves in one batch; lower one of them.",
-        )
         self.statistics = Statistics()
         self._active: list[Request | None] = [None] * rows
         self._waiting: deque[Request] = deque()
@@ -299,8 +292,8 @@ class Engine:
 
     def _empty(self) -> generate.State:
         config, rows = self.model.config.llm, self.rows
-        cache = llm.empty_cache(config, rows, self.capacity + self.max_tokens, self.model.dtype)
         none = jnp.zeros(rows, jnp.int32)
+        cache = llm.empty_cache(config, none.copy(), self.capacity + self.max_tokens, self.model.dtype)
         return generate.State(
             logits=jnp.zeros((rows, config.vocab_size), jnp.float32),
             positions=none,
@@ -353,8 +346,8 @@ class Engine:
 
     def _join(self, row: int, example: Example, how: Sampling) -> None:
         batch = self.prompts.batch([example])
-        logits, positions, cache = generate.prefill(self.model, self.params, batch, self.capacity)
         limit = np.array([how.max_tokens], np.int32)
+        logits, positions, cache = generate.prefill(self.model, self.params, batch, self.capacity, limit)
         new = generate.begin(
             logits, positions, cache, _text_only(batch, self.capacity), limit, sampling.settings([how])
         )
@@ -503,6 +496,7 @@ def _insert(state: generate.State, new: generate.State, row) -> generate.State:
         values=buffer(state.cache.values, new.cache.values),
         segments=slots(state.cache.segments, new.cache.segments),
         positions=slots(state.cache.positions, new.cache.positions),
+        reach=put(state.cache.reach, new.cache.reach),
     )
     rows = {
         name: put(getattr(state, name), getattr(new, name))

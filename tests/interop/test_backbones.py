@@ -14,7 +14,9 @@ import tokenizers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from fusion_jax import checkpoint
+from fusion_jax import checkpoint, generate
+from fusion_jax.data.layout import Example, lay_out
+from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, importing, table
 from fusion_jax.models import fusion, vision
@@ -205,6 +207,22 @@ def test_language_model_gives_the_logits_of_transformers(folders, kind):
         with torch.no_grad():
             expected = language_model(kind)(torch.from_numpy(short)).logits.numpy()
         np.testing.assert_allclose(text_logits(plan, params, short)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
+
+
+def test_cached_answers_across_longropes_original_length_are_those_of_transformers(folders):
+    """Two prompts of one batch: the first passes the length (16) with its answer, the second one does not."""
+    plan, params = imported(folders, "phi3")
+    ids = np.random.default_rng(0).integers(3, KNOWN, 12).astype(np.int32)
+    asked = [Example(ids[:length], None, ids[:0], None) for length in (12, 7)]
+    spec = dataclasses.replace(layout_spec(plan.model, 12, 1, 1), crops=0)
+    params = jax.tree.map(jnp.asarray, params)
+    got = generate.greedy(Fusion(plan.model), params, lay_out(asked, spec, 0), 10, (), keep_logits=True)
+    for row, prompt in enumerate(asked):
+        whole = torch.from_numpy(np.concatenate([prompt.input_ids, got.tokens[row, :-1]])).long()[None]
+        assert whole.shape[1] == (21, 16)[row]
+        with torch.no_grad():
+            expected = language_model("phi3")(whole).logits[0, len(prompt.input_ids) - 1 :].numpy()
+        np.testing.assert_allclose(got.logits[row][:, :KNOWN], expected[:, :KNOWN], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

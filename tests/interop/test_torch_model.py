@@ -36,6 +36,7 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import table
 from fusion_jax.interop.torch.folder import write_side_files
+from fusion_jax.models.config import RopeConfig
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.models.llm import LLMConfig
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -148,6 +149,10 @@ def test_published_generation(golden_model, file):
 
 # The JAX model.
 
+# Of the prompts below one is longer, one becomes so with its answer, and one does not.
+LONGROPE = RopeConfig(
+    "longrope", original_length=20, max_length=80, short_factors=(1.0, 1.5, 2.0), long_factors=(3.0, 5.0, 9.0)
+)
 # Every option in some model; windows of 5x5 patches in 2x2 cells overlap.
 MODELS = {
     "paper": fixtures.tiny("paper", **{"vision.image_size": 40}),
@@ -156,7 +161,7 @@ MODELS = {
         "paper",
         image_tokens=9,
         **{"vision.image_size": 32, "exchange.layers": 1, "llm.tied_head": True, "llm.qkv_bias": True},
-        **{"llm.sliding_window": 5, "llm.head_dim": 6},
+        **{"llm.sliding_window": 5, "llm.head_dim": 6, "llm.rope": LONGROPE},
     ),
     "bare": fixtures.tiny(
         "paper", text_guided=False, mapping_loss_weight=0.0, semantic_exchange=False, taps="released"
@@ -273,13 +278,44 @@ def test_generation_in_a_batch_equals_one_by_one_and_jax(name):
     together = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     without_cache = model.generate(**inputs, **options, use_cache=False)[:, inputs["input_ids"].shape[1] :]
     np.testing.assert_array_equal(without_cache, together)
-    if name == "options":  # with the window
+    if name == "options":  # with the window and LongRoPE
+        reach = inputs["attention_mask"].sum(1) + options["max_new_tokens"] - 1
+        kinds = zip(inputs["attention_mask"].sum(1) > LONGROPE.original_length, reach > LONGROPE.original_length)
+        assert {(bool(a), bool(b)) for a, b in kinds} == {(False, False), (False, True), (True, True)}
         expected = generate.greedy(Fusion(config), fixtures.params(config), batch, 8, ()).tokens
         np.testing.assert_array_equal(together, expected)
     for i, example in enumerate(examples):
         single = torch_inputs(lay_prompts(config, [example]), labels=False)
         alone = model.generate(**single, **options)[:, single["input_ids"].shape[1] :]
         np.testing.assert_array_equal(alone[0], together[i])
+
+
+def test_cached_keys_of_the_other_longrope_factors_are_refused():
+    """In a loop of one's own, which does not say how long the rows may become."""
+    model = tiny_model("options")
+    ids = torch.arange(3, 3 + LONGROPE.original_length)[None]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"passes the 20 positions of LongRoPE's short factors.*give.*`reach`"):
+            model(ids[:, :1], past_key_values=cache)
+        reach = torch.tensor([LONGROPE.original_length + 1])
+        cache = model(ids, use_cache=True, reach=reach).past_key_values
+        step = model(ids[:, :1], past_key_values=cache, reach=reach).logits[:, -1]
+        torch.testing.assert_close(step, model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1])
+
+
+def test_means_of_states_are_rounded_once():
+    """Layers that add nothing: every state is the first one, and so are its means, in bfloat16 to the bit."""
+    module = sys.modules[type(tiny_model("paper")).__module__]
+    config = module.FusionConfig(vision={"width": 8, "heads": 2, "mlp_dim": 8, "layers": 14, "image_size": 32})
+    encoder = module.VisionEncoder(config).to(torch.bfloat16)
+    for layer in encoder.encoder["layers"]:
+        for last in (layer.self_attn["out_proj"], layer.mlp["fc2"]):
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), torch.cat([x, x], -1))
 
 
 def test_sliding_window_equals_a_dense_mask():

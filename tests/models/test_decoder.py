@@ -1,5 +1,6 @@
 """The decoder: rotary formulas, layer plans, one layer against numpy, cache, padding, packing, head."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ from fixtures import example, image_windows, lay, params, random_array, tiny
 
 from fusion_jax import generate
 from fusion_jax.models import layers, llm
-from fusion_jax.models.config import RopeConfig, Stack
+from fusion_jax.models.config import RopeConfig, Stack, replace
 from fusion_jax.models.exchange import ExchangePlan
 from fusion_jax.models.fusion import Fusion, head_kernel
 
@@ -25,8 +26,9 @@ LONG = RopeConfig(
 )  # fmt: skip
 
 
-def angles(rope, positions, per_head=PER_HEAD):
-    cos, sin = layers.rotary(rope, per_head, jnp.asarray([positions], jnp.int32))
+def angles(rope, positions, per_head=PER_HEAD, length=None):
+    length = max(positions) + 1 if length is None else length
+    cos, sin = layers.rotary(rope, per_head, jnp.asarray([positions], jnp.int32), jnp.full((1, 1), length))
     return np.asarray(cos)[0], np.asarray(sin)[0]
 
 
@@ -67,6 +69,27 @@ def test_llama3_rotary():
 def test_longrope_switches_for_all_positions_at_the_original_length(last, factors):
     frequencies = [10000.0 ** (-2 * i / PER_HEAD) / factor for i, factor in enumerate(factors)]
     assert_rotary(LONG, [0, 3, last], frequencies, 1.190238)
+
+
+def test_longrope_goes_by_each_examples_own_length():
+    alone = {length: angles(LONG, range(3), length=length) for length in (4096, 4097)}
+    assert np.abs(alone[4096][0] - alone[4097][0]).max() > 0.01
+    together = layers.rotary(LONG, PER_HEAD, jnp.tile(jnp.arange(3), (2, 1)), jnp.asarray([[4097], [4096]]))
+    packed = layers.rotary(
+        LONG, PER_HEAD, jnp.tile(jnp.arange(3), 2)[None], jnp.repeat(jnp.asarray([[4097, 4096]]), 3, 1)
+    )
+    for i in (0, 1):
+        expected = np.stack([alone[4097][i], alone[4096][i]])
+        np.testing.assert_array_equal(together[i], expected)
+        np.testing.assert_array_equal(packed[i][0], np.concatenate(expected))
+
+
+def test_lengths_of_the_examples_in_a_row():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2, 2]])
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 0, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1, 2, 3]])
+    lengths = np.asarray(layers.example_lengths(segments, positions))
+    expected = [[3, 3, 3, 2, 2, 1, 0, 0], [0, 0, 6, 6, 6, 6, 6, 6], [4] * 8]
+    np.testing.assert_array_equal(np.where(segments > 0, lengths, 0), expected)
 
 
 def test_longrope_scale_is_the_published_one_at_any_length():
@@ -218,7 +241,7 @@ def test_exchange_takes_part():
 
 def test_cached_decode_of_a_padded_batch_equals_the_full_pass_at_every_step():
     segments, positions = counted(LENGTHS, 9)
-    cache = llm.empty_cache(STACKED.llm, 2, 12, jnp.float32)
+    cache = llm.empty_cache(STACKED.llm, jnp.full(2, TOTAL), 12, jnp.float32)
     hidden, cache = decode(ROWS[:, :9], segments, positions, PLAN, cache)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(hidden[row, :length], full()[row, :length], atol=1e-5)
@@ -243,7 +266,7 @@ def test_cached_decode_keeps_to_the_sliding_window_of_positions():
 
     whole, _ = run(jnp.asarray(ROWS), *arrays(*counted([TOTAL, TOTAL], TOTAL)))
     segments, positions = counted(LENGTHS, 9)
-    cache = llm.empty_cache(config.llm, 2, 12, jnp.float32)
+    cache = llm.empty_cache(config.llm, jnp.full(2, TOTAL), 12, jnp.float32)
     _, cache = run(jnp.asarray(ROWS[:, :9]), *arrays(segments, positions), None, cache)
     for step in range(2):  # the second row's padding lies inside a window of slots
         places = LENGTHS + step
@@ -323,6 +346,37 @@ def test_greedy_in_a_padded_batch_equals_one_by_one():
 @functools.cache
 def _forward():
     return jax.jit(lambda p, batch: Fusion(tiny()).apply({"params": p}, batch)[0])
+
+
+def test_decoding_across_longropes_original_length_equals_one_pass_over_all_of_it():
+    """Row by row: the first one's answer passes the length, that of the second, shorter one ends right before it."""
+    factors = {"short_factors": (1.0, 1.0), "long_factors": (4.0, 9.0)}
+    rope = RopeConfig("longrope", original_length=12, max_length=48, **factors)
+    config = tiny(**{"llm.rope": rope, "llm.layers": 1, "semantic_exchange": False})
+    asked = [example(config, seed, image=False, question=question, answer=0) for seed, question in ((0, 8), (1, 5))]
+    asked = [dataclasses.replace(one, labels=None) for one in asked]
+    assert [len(one.input_ids) for one in asked] == [10, 7]
+    got = generate.greedy(Fusion(config), params(config), lay(config, asked), 6, (), keep_logits=True)
+    always_short = replace(config, **{"llm.rope.long_factors": (1.0, 1.0)})
+    # Nothing is read behind the last token.
+    wholes = [
+        dataclasses.replace(prompt, input_ids=np.concatenate([prompt.input_ids, got.tokens[row, :-1]]))
+        for row, prompt in enumerate(asked)
+    ]
+    together = _logits(config, lay(config, wholes))
+    for row, (prompt, whole) in enumerate(zip(asked, wholes)):
+        assert len(whole.input_ids) == (15, 12)[row]
+        for with_long, equal in ((config, True), (always_short, row == 1)):
+            logits = _logits(with_long, lay(config, [whole]))[0, len(prompt.input_ids) - 1 :]
+            assert np.allclose(got.logits[row], logits, atol=1e-4) == equal
+        answers = together[row, len(prompt.input_ids) - 1 : len(whole.input_ids)]
+        np.testing.assert_allclose(got.logits[row], answers, atol=1e-4)  # without a cache rows are as independent
+
+
+def _logits(config, batch):
+    model = Fusion(config)
+    hidden, _, _ = jax.jit(lambda p, b: model.apply({"params": p}, b))(params(config), batch)
+    return np.asarray(hidden) @ np.asarray(params(config)["llm"]["head"])[:, : config.llm.vocab_size]
 
 
 def test_a_stopped_row_is_filled_while_the_other_goes_on():

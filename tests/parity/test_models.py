@@ -17,7 +17,7 @@ from fusion_jax.interop import importing, table
 from fusion_jax.models import connector, llm
 from fusion_jax.models.config import QUADRANTS
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.models.layers import rotary
+from fusion_jax.models.layers import example_lengths, rotary
 from fusion_jax.train_step import losses_of
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
@@ -163,9 +163,11 @@ def test_hidden_states_and_logits(case, file):
 def test_first_block(case, file):
     g, (_, visual, embeds, _) = load(case, file), run(case, file)[0]
     exchange = g.config.exchange.start == 0
-    cos, sin = rotary(g.config.llm.rope, g.config.llm.per_head, jnp.asarray(g.batch.positions))
+    segments, positions = jnp.asarray(g.batch.segment_ids), jnp.asarray(g.batch.positions)
+    lengths = example_lengths(segments, positions)
+    cos, sin = rotary(g.config.llm.rope, g.config.llm.per_head, positions, lengths)
     plan = g.model.apply({"params": g.params}, g.batch, visual, method="exchange_plan")
-    shared = llm._Shared(cos, sin, jnp.asarray(g.batch.segment_ids), None, None, plan)
+    shared = llm._Shared(cos, sin, segments, None, None, plan)
     first = jax.tree.map(lambda a: a[0], g.params["llm"]["stack_0"])
     block = llm.Superblock(g.config, 1, exchange, jnp.float32)
     (x, _, _), _ = block.apply({"params": first}, (embeds, None, jnp.int32(0)), shared)

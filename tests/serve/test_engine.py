@@ -4,19 +4,25 @@ import dataclasses
 import queue
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
 from test_generate import QUESTIONS, config, picture, weights
 
 from fusion_jax import generate
+from fusion_jax.data import pipeline
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.models.config import RopeConfig, replace
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.sampling import Sampling
+from fusion_jax.sampling import Sampling, settings
 from fusion_jax.serve.engine import Closing, Engine, Full
 from fusion_jax.streaming import TextStream
 from fusion_jax.synth.tokenizer import train_tokenizer
 
+# Some prompts pass LongRoPE's original length, some do with their answers, others never: each has its own factors.
+ROPE = RopeConfig("longrope", original_length=70, max_length=512, short_factors=(1.0,) * 4, long_factors=(9.0,) * 4)
+MODEL = replace(tiny_run.MODEL, **{"llm.rope": ROPE})
 BUCKETS = generate.Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), images=(0, 1, 2))
 
 
@@ -29,8 +35,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
-    prompts = generate.Prompts(config(), tokenizer, BUCKETS)
-    one = Engine(Fusion(tiny_run.MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24, queue_limit=80)
+    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    one = Engine(Fusion(MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24, queue_limit=80)
     one.start()
     yield one
     one.close(10)
@@ -64,8 +70,11 @@ def collect(engine, requests, timeout=300.0):
 
 def alone(engine, record, how):
     """The same by the functions that know nothing of rows and rings."""
-    prompts, longest = engine.prompts, dataclasses.replace(how, max_tokens=24)  # one program for all limits
-    state = generate.first_state(engine.model, engine.params, prompts.batch([prompts.example(record)]), [longest])
+    prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
+    batch = prompts.batch([prompts.example(record)])
+    room = batch.tokens.shape[1] + 24  # one program for all limits
+    prefilled = generate.prefill(engine.model, engine.params, batch, room, limit)
+    state = generate.begin(*prefilled, batch, limit, settings([how]))
     tokens, _, _ = generate.decode(engine.model, engine.params, state, 24, prompts.stop_ids, not how.greedy)
     stream = TextStream(prompts.tokenizer, prompts.stop_ids, how.stop, how.max_tokens)
     return stream.add(tokens[0].tolist())
@@ -73,6 +82,11 @@ def alone(engine, record, how):
 
 def test_64_mixed_requests_equal_one_by_one_without_compiling(engine):
     requests = [mixed(i) for i in range(64)]
+    spec = pipeline.layout_spec(MODEL, 1, 1, 1)
+    lengths = [generate.needs(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
+    reach = [length + how.max_tokens - 1 for length, (_, how) in zip(lengths, requests)]
+    kinds = [(length > ROPE.original_length, far > ROPE.original_length) for length, far in zip(lengths, reach)]
+    assert set(kinds) == {(False, False), (False, True), (True, True)}
     texts, ends = collect(engine, requests)
     assert engine.recompilations == 0
     assert set(ends) <= {"stop", "length"} and len(set(texts)) > 16
@@ -105,7 +119,7 @@ def test_places_are_limited(engine):
 
 
 def test_closing_answers_what_was_accepted_and_refuses_the_rest(engine, tokenizer):
-    prompts = generate.Prompts(config(), tokenizer, BUCKETS)
+    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
     other = Engine(engine.model, engine.params, prompts, rows=4, max_tokens=24)
     other.start()
     record, how = mixed(0)

@@ -144,9 +144,9 @@ def answers(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What `generate.Answerer` runs: sample answers, benchmarks in training, and those of a checkpoint."""
     model, params = _model(config, mesh, config.remat)
     batch = _prompts(config, mesh, sharding.batch_shards(mesh), generate.Steps())
-    prefill = _compile(generate.prefill, mesh, model, params, batch, batch.tokens.shape[1] + ANSWER)
-    yield prefill
     limit = np.full(len(batch.tokens), ANSWER, np.int32)
+    prefill = _compile(generate.prefill, mesh, model, params, batch, batch.tokens.shape[1] + ANSWER, limit)
+    yield prefill
     settings = sampling.settings([sampling.Sampling()] * len(limit))
     begin = _compile(generate.begin, mesh, *prefill.results, batch, limit, settings)
     yield begin
@@ -160,11 +160,12 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     prompts = SimpleNamespace(buckets=buckets, config=config.model)
     server = engine.Engine(model, params, prompts, rows=4, max_tokens=ANSWER)
     batch = _prompts(config, mesh, 1, buckets)
-    prefill = _compile(generate.prefill, mesh, model, params, batch, server.capacity)
+    limit = np.full(1, ANSWER, np.int32)
+    prefill = _compile(generate.prefill, mesh, model, params, batch, server.capacity, limit)
     yield prefill
     words = engine._text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
     settings = sampling.settings([sampling.Sampling()])
-    begin = _compile(generate.begin, mesh, *prefill.results, words, np.full(1, ANSWER, np.int32), settings)
+    begin = _compile(generate.begin, mesh, *prefill.results, words, limit, settings)
     yield begin
     rows = _everywhere(jax.eval_shape(server._empty), mesh)
     joined = _compile(engine._insert, mesh, rows, begin.results, np.int32(0))
@@ -209,7 +210,8 @@ def off_mesh(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What must not work: a prompt of parameters that lie on several chips, outside their mesh."""
     model, params = _model(config, mesh)
     batch = _prompts(config, mesh, sharding.batch_shards(mesh), generate.Steps())
-    yield _off_mesh(lambda *arguments: generate.prefill(model, *arguments, LENGTH), mesh, params, batch)
+    limit = np.ones(len(batch.tokens), np.int32)
+    yield _off_mesh(lambda *arguments: generate.prefill(model, *arguments, LENGTH, limit), mesh, params, batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,19 +255,19 @@ class VisionEncoder(nn.Module):
             if not text_mask.all():
                 keys = F.pad(text_mask.bool(), (patches, 0), value=True)[:, None, None]
         half = self.config.vision["layers"] // 2
-        shallow, deep = torch.zeros_like(x), torch.zeros_like(x)
+        shallow, deep = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(x, dtype=torch.float32)
         for i, layer in enumerate(self.encoder["layers"]):
             if i < half:
-                shallow = shallow + (x.float() / half).to(x.dtype)
+                shallow = shallow + x.float() / half
             elif i < 2 * half:
-                deep = deep + (x.float() / half).to(x.dtype)
+                deep = deep + x.float() / half
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, patches, keys, i < half)
             else:
                 x = layer(x, patches, keys, i < half)
         if self.config.taps == "released":
-            return torch.cat([x, shallow, deep], -1)
-        return torch.cat([shallow, deep + (x.float() / half).to(x.dtype)], -1)  # x is state 2h - 1
+            return torch.cat([x, shallow.to(x.dtype), deep.to(x.dtype)], -1)
+        return torch.cat([shallow, deep + x.float() / half], -1).to(x.dtype)  # x is state 2h - 1
 
 
 # ---------------------------------------------------------------------------------------------- exchange
@@ -557,17 +557,34 @@ class FusionModel(nn.Module):
             pairs[1] = (state, whole)
         return Visual(table, exchange, *pairs)
 
-    def decode(self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache) -> Tensor:
-        queries = x.shape[1]
-        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
+    def rotary(self, attention_mask: Tensor, queries: int, reach: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, 1, queries, d / 2) of the last places of each row, float32."""
+        lengths = attention_mask.long().cumsum(1)
+        positions = (lengths - 1).clamp(min=0)[:, -queries:]
         short, long, scale = self.frequencies
-        rope = self.config.llm["rope"]
-        # LongRoPE's rule looks at the whole batch: from the original length on, the long factors for all.
-        beyond = rope["kind"] == "longrope" and int(positions.max()) >= rope["original_length"]
-        frequencies = torch.tensor(long if beyond else short, dtype=torch.float32, device=x.device)
+        rope, device = self.config.llm["rope"], attention_mask.device
+        frequencies = torch.tensor(short, dtype=torch.float32, device=device)
+        if rope["kind"] == "longrope":
+            # Each row has the long factors for all of its tokens or for none: transformers' rule for a batch of one.
+            beyond = (lengths[:, -1] if reach is None else reach.to(device)) > rope["original_length"]
+            if reach is None and queries < lengths.shape[1]:
+                cached = lengths[:, -queries - 1]
+                if (beyond & (cached > 0) & (cached <= rope["original_length"])).any():
+                    raise ValueError(
+                        f"A row passes the {rope['original_length']} positions of LongRoPE's short factors, which its "
+                        "cached keys were turned by: give every call `reach`, each row's tokens and longest answer."
+                    )
+            frequencies = torch.where(
+                beyond[:, None], torch.tensor(long, dtype=torch.float32, device=device), frequencies
+            )
+            frequencies = frequencies[:, None, None]
         angles = positions[:, None, :, None].float() * frequencies
+        return angles.cos() * scale, angles.sin() * scale
+
+    def decode(self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache, reach=None) -> Tensor:
+        queries = x.shape[1]
         mask, causal = decoder_mask(attention_mask, queries, self.config.llm["sliding_window"])
-        shared = (angles.cos() * scale, angles.sin() * scale, mask, causal)
+        shared = (*self.rotary(attention_mask, queries, reach), mask, causal)
 
         after = self.config.exchange_after
         remat = self.gradient_checkpointing and self.training
@@ -584,7 +601,13 @@ class FusionModel(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, visual_index: Tensor | None, cache, **images
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        visual_index: Tensor | None,
+        cache,
+        reach: Tensor | None = None,
+        **images,
     ) -> tuple[Tensor, Visual | None]:
         b, s = input_ids.shape
         past = 0 if cache is None else cache.get_seq_length()
@@ -597,7 +620,7 @@ class FusionModel(nn.Module):
             index = F.pad(visual_index, (0, s - visual_index.shape[1]), value=-1)
             rows = torch.arange(b, device=x.device)[:, None]
             x = torch.where((index >= 0)[..., None], visual.table[rows, index.clamp(min=0)].to(x.dtype), x)
-        hidden = self.decode(x, attention_mask, None if visual is None else visual.exchange, cache)
+        hidden = self.decode(x, attention_mask, None if visual is None else visual.exchange, cache, reach)
         return hidden, visual
 
 
@@ -670,6 +693,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        reach: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> FusionOutput | tuple:
         """One forward pass; `FusionProcessor` makes its inputs. Without images leave out all that concerns them.
@@ -685,6 +709,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             and of its first latent; -1 where there is none.
           labels: (B, S) token ids, not shifted; negative where unsupervised.
           logits_to_keep: only the last so many positions' logits; 0 for all.
+          reach: (B,) tokens that each row may come to have, which chooses LongRoPE's factors; by default those that it
+            has. `generate` gives those of the prompt and of the longest answer, but for the last, which is not read.
         """
         if use_cache is None:
             use_cache = past_key_values is not None
@@ -699,6 +725,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask,
             visual_index,
             past_key_values,
+            reach,
             pixel_values=pixel_values,
             image_kind=image_kind,
             question_ids=question_ids,
@@ -726,6 +753,19 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             t2v = cosine_distance(state, self.model.aux_projector(whole)).mean()
         return {"loss": ce + self.config.mapping_loss_weight * (v2t + t2v), "ce": ce, "v2t": v2t, "t2v": t2v}
 
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As in transformers. With LongRoPE each row's factors are chosen once, by its prompt and its longest answer:
+        keys that are cached cannot change theirs."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if self.config.llm["rope"]["kind"] == "longrope" and kwargs.get("reach") is None and ids is not None:
+            config = generation_config or self.generation_config
+            new, length = (kwargs.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
+            if new is None:  # 20 more tokens where nothing is said, which transformers notes as a length of 20
+                new = 20 if length in (None, 20) else length - ids.shape[1]
+            mask = kwargs.get("attention_mask")
+            kwargs["reach"] = (torch.ones_like(ids) if mask is None else mask).sum(1) + max(new, 1) - 1
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, logits_to_keep=None, **kwargs
     ):
@@ -740,6 +780,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep or 1,
+            "reach": kwargs.get("reach"),
         }
         # Images and latents are in the cache after the prefill.
         names = ("visual_index", "pixel_values", "image_kind", "question_ids", "question_mask")
