@@ -430,7 +430,8 @@ class _BatchIterator(grain.DatasetIterator):
         self._plan = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self._plan)
         if not f.stage.steps:
             bad += self._read(lambda: bool(queue.waiting))  # whether this is the last step depends on the next record
-        last = queue.step == f.stage.steps if f.stage.steps else not queue.waiting
+        all_read = self._counts.seen >= f.records  # or too many were bad
+        last = queue.step == f.stage.steps if f.stage.steps else all_read and not queue.waiting
 
         per_group = f.sizes.rows_per_group
         own = [row for g in f.groups for row in rows[g * per_group : (g + 1) * per_group]]

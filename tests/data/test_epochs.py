@@ -147,6 +147,17 @@ def test_bad_records_are_no_steps(packing, monkeypatch):
     assert packing or len(steps) == 4  # of 13 usable ones
 
 
+def test_a_stage_whose_records_all_turn_bad_is_not_taken_for_finished(monkeypatch):
+    """Reading stops after two passes without one that is good. The trainer is to hear of it, not that all is done."""
+    stage = StageConfig("s", "d", batch_size=4, max_length=LENGTH, epochs=8)
+    of, order = data(10), iter(range(1000))
+    monkeypatch.setattr(of, "measure", lambda number: Data.measure(of, number if next(order) < 10 else 10))
+    steps = list(steps_of(stage, of, sizes_of(stage, of, 1), monkeypatch))
+    assert [fed.samples for _, _, fed, _ in steps[:3]] == [4, 4, 2] and len(steps[2][2].bad) == 40
+    assert [fed.last for _, _, fed, _ in steps] == [False] * (len(steps) - 1) + [True]
+    assert len(steps) > 3 and not any(fed.samples for _, _, fed, _ in steps[3:])
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_epoch_goes_on_from_any_of_its_steps(packing, monkeypatch):
     stage = StageConfig("s", "d", batch_size=4, packing=packing, max_length=LENGTH, epochs=2)
