@@ -103,7 +103,7 @@ def look(
             with attempt():
                 sharding.check_model(config.model, inputs.mesh)
             for stage in config.stages:
-                if not stage.packing:  # which deals its rows to the devices itself
+                if not stage.packing:  # which has a multiple of the devices' rows anyway
                     with attempt():
                         rows = stage.batch_size // stage.accumulation
                         sharding.check_rows(rows, inputs.mesh, f"stage {stage.name!r}")
