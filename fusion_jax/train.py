@@ -134,6 +134,7 @@ class StageRun:
 
     def __init__(self, inputs: checks.Inputs, stage: StageConfig, workdir: Path, about: dict):
         self.config, self.stage = inputs.config, stage
+        self.over, self.accepted, self.data = inputs.over, inputs.accepted, inputs.data[stage.name]
         self.folder = workdir / stage.name
         self.reports = distributed.own_folder(self.folder)
         self.mesh, self.tokenizer = inputs.mesh, inputs.tokenizer
@@ -169,6 +170,10 @@ class StageRun:
             over = restored is not None and pipeline.stage_is_over(stage, len(self.source), batches.get_state())
             if restored is not None:
                 start, current, _ = restored
+                if self.over and not over:  # the last checkpoint was damaged, and data are trained again
+                    where = self.folder / checkpoint.FOLDER / str(start)
+                    about = checkpoint.load_about(where)
+                    resume.check_inputs(config, stage, self.data, self.tokenizer, about, where, self.accepted)
                 log.info("%s continues after step %d", stage.name, start)
             else:
                 start, current = 0, state.begin(params, tx, mesh)
