@@ -200,7 +200,7 @@ def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
         if label == ROWS:
             for row, one in zip(
                 rows, change, strict=True
-            ):  # no scatter, which would move parts of a table that is dealt
+            ):  # no scatter, which would move parts of a table that is sharded
                 p = jnp.where((np.arange(len(p)) == row)[:, None], p - one, p)
             return p
         return p if change is None else p - change
