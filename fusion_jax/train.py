@@ -201,7 +201,7 @@ class StageRun:
                 fed, counts = loop.wait_for_input(batches)
                 last = fed.last
                 records.note(step, fed, counts)
-                if last and step == 1:  # a packed step may hold what two were expected for
+                if last and step == 1:  # packed: it may hold what was expected to take two
                     optim.check_changes_parameters(stage, 1, current.params)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
