@@ -297,7 +297,8 @@ def _go_on(batches, step: int, position) -> None:
     batches.set_state(position)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Those of the command. Not while this file is imported: other commands have flags of the same names."""
     define_config("run configuration")
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
     flags.DEFINE_list("accept_changed", [], f"go on although these have changed: {', '.join(resume.INPUTS)}")
@@ -306,4 +307,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
     flags.DEFINE_integer("num_processes", None, "how many processes train together")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+
+if __name__ == "__main__":
+    define_flags()
     run_main(main)

@@ -362,6 +362,7 @@ def test_input_state_of_another_form_falls_back_one(data, undisturbed, tmp_path,
 START = """
 import os, sys
 from fusion_jax import cli, train
+train.define_flags()
 errors, *workdirs = sys.argv[1:]
 arguments = [f"--config={os.environ['CONFIG']}"]
 for number, workdir in enumerate(workdirs):
