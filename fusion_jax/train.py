@@ -174,7 +174,7 @@ class StageRun:
                     where = self.folder / checkpoint.FOLDER / str(start)
                     about = checkpoint.load_about(where)
                     resume.check_inputs(config, stage, self.data, self.tokenizer, about, where, self.accepted)
-                log.info("%s continues after step %d", stage.name, start)
+                log.info("%s is over after step %d" if over else "%s continues after step %d", stage.name, start)
             else:
                 start, current = 0, state.begin(params, tx, mesh)
             writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")

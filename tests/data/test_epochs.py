@@ -178,6 +178,21 @@ def test_an_epoch_goes_on_from_any_of_its_steps(packing, monkeypatch):
             assert Counter(rest) == Counter(m.number for rows, *_ in again for row in rows for m in row)
 
 
+def test_a_stage_that_an_earlier_version_has_finished_is_over(monkeypatch):
+    """It took as many steps as batches, whatever they held, and had read on for the next epoch."""
+    stage = StageConfig("s", "d", batch_size=8, packing=True, steps=12, max_length=LENGTH)
+    of = data(100, 0.1)
+    sizes = sizes_of(stage, of, 1)
+    states = [state for *_, state in steps_of(stage, of, sizes, monkeypatch)]
+    epoch = dataclasses.replace(stage, steps=0)
+    assert states[-1]["counts"]["seen"] > 100 and len(states[-1]["waiting"]) > 16
+    over = [stage_is_over(epoch, 100, state) for state in states]
+    assert over[-1] and not over[8]
+    # One that was not ends behind as many records as an epoch has.
+    rest = list(steps_of(epoch, of, sizes, monkeypatch, states[over.index(True) - 1]))
+    assert [fed.last for _, _, fed, _ in rest] == [True]
+
+
 def test_what_waited_is_measured_anew_when_a_run_goes_on(monkeypatch, caplog):
     """Its file was changed between two starts: longer, shorter, with more crops, beyond use, or gone."""
     stage = StageConfig("s", "d", batch_size=4, packing=True, max_length=LENGTH)
