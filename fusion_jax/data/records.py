@@ -28,6 +28,7 @@ _ROLES = {
 _TOOL_ROLES = ("tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_response")
 _TOOL_ROLES += ("observation", "ipython", "environment")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _TURNS = ("conversations", "messages")
 _SYSTEM = ("system", "systemprompt", "systemmessage")
 # What other systems write where media go; in HTML some of it is text, but hardly at the start of a question.
@@ -124,8 +125,8 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
         who = _role(_either(turn, ("from", "role"), names[0], what, where), what, where)
         if any(_given(turn.get(tools)) for tools in _TOOLS):
             raise BadRecord("tool_turn", where, f"{what} calls a tool, for which no template has a place")
-        if who == "gpt" and type(turn.get("weight")) in (int, float) and turn["weight"] == 0:
-            raise BadRecord("bad_turns", where, f"{what} has weight 0; every answer is learnt: leave the record out")
+        if who == "gpt":
+            _check_answer(turn, what, where)
         content = _either(turn, ("value", "content"), names[1], what, where)
         if who == "system":
             if turns or system is not None:
@@ -146,6 +147,19 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
         turns.append({"from": who, "value": text})
         places += parts
     return turns, system or None, places
+
+
+def _check_answer(turn: Mapping, what: str, where: str) -> None:
+    """BadRecord for an answer that is not to be learnt as every other one, or has more than its text."""
+    if turn.get("weight") not in (None, 1):
+        detail = f"{what} has weight {brief(turn['weight'])}; every answer is learnt alike: leave the record out"
+        raise BadRecord("bad_turns", where, detail)
+    for key in ("loss", "train", "training"):
+        if turn.get(key) is False:
+            raise BadRecord("bad_turns", where, f"{what} has {key} false; every answer is learnt: leave the record out")
+    for key in _THOUGHTS:
+        if turn.get(key):
+            raise BadRecord("bad_turns", where, f"{what} has '{key}', for which no template has a place")
 
 
 def _either(turn: Mapping, keys: Sequence[str], usual: str, what: str, where: str) -> Any:
