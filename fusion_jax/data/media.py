@@ -73,13 +73,13 @@ def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple
     first, images = "", []
     for key in keys:
         value = holder[key]
-        found = [
+        named = [
             read_image(one, f"'{shown(key)}'{what}", where) for one in (value if isinstance(value, list) else [value])
         ]
-        if first and found != images:
+        if first and named != images:
             detail = f"'{shown(first)}' and '{shown(key)}'{what} name different images; leave one of them out"
             raise BadRecord("contradiction", where, detail)
-        first, images = key, found
+        first, images = key, named
     return first, images
 
 
@@ -193,8 +193,10 @@ def _looks_like_media(value: Any) -> str:
     if isinstance(value, str):
         if value[:5].lower() == "data:":
             return "picture" if value[5:11].lower() == "image/" else "other" if ";base64," in value[:100] else ""
-        found = _FILE.fullmatch(value.strip())
-        return "" if found is None and not _begins_an_image(value) else "other" if found and found[2] else "picture"
+        file = _FILE.fullmatch(value.strip())
+        if file is None:
+            return "picture" if _begins_an_image(value) else ""
+        return "other" if file[2] else "picture"
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -208,8 +210,8 @@ def _within(value: Any, levels: int = _NESTED) -> str:
     """What an object or a list holds by a key or a value further down: "picture", "other", or ""."""
     if levels == 0 or not isinstance(value, list | Mapping):
         return ""
-    named = value.items() if isinstance(value, Mapping) else [("", one) for one in value[:8]]
-    for key, one in named:
+    entries = value.items() if isinstance(value, Mapping) else [("", one) for one in value[:8]]
+    for key, one in entries:
         if _holds_something(one) and (kind := kind_of_key(key) or _looks_like_media(one) or _within(one, levels - 1)):
             return "other" if kind == "other" else "picture"
     return ""

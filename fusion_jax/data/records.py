@@ -85,7 +85,7 @@ def understand(record: Any, number: int, where: str, *, stored: bool = False) ->
             raise BadRecord("contradiction", where, "its turns hold images of their own, and others lie beside it")
         return Said(name, turns, (), system, where)
     key, images = named_images(record, where)
-    tag = next((found[0] for turn in turns if (found := _NUMBERED_TAG.search(turn["value"]))), None)
+    tag = next((match[0] for turn in turns if (match := _NUMBERED_TAG.search(turn["value"]))), None)
     if tag and not images and not any(places):
         raise BadRecord("unknown_media", where, f"a turn says {tag}, and the record has no image")
     check_media(record, ("id", *_TURNS), bool(images) or any(places), where)
@@ -163,13 +163,13 @@ def _check_answer(turn: Mapping, what: str, where: str) -> None:
 
 
 def _either(turn: Mapping, keys: Sequence[str], usual: str, what: str, where: str) -> Any:
-    found = [turn[key] for key in keys if key in turn]
-    found = [one for one in found if one is not None] or found[:1]
-    if not found:
+    values = [turn[key] for key in keys if key in turn]
+    values = [one for one in values if one is not None] or values[:1]
+    if not values:
         raise BadRecord("missing_key", where, f"the key '{usual}' is missing in {what}")
-    if any(one != found[0] for one in found):
+    if any(one != values[0] for one in values):
         raise BadRecord("contradiction", where, f"'{keys[0]}' and '{keys[1]}' differ in {what}")
-    return found[0]
+    return values[0]
 
 
 def _role(value: Any, what: str, where: str) -> str:
