@@ -98,12 +98,6 @@ def whole(x: jax.Array) -> np.ndarray:
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def wait_for_all(where: str) -> None:
-    """Returns once every process has come here; `where` is a word for logs, the same in all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
 def of_first(value: bool | int) -> int:
     """The value that process 0 has, in every process: for what all must decide alike."""
     if jax.process_count() == 1:
