@@ -239,12 +239,18 @@ def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
         (folder / name).write_bytes(content)
     if "config" in about and always_bos(about, folder) and not load_tokenizer(folder).adds_bos:
         config, names = read_config(folder)
-        config |= {"add_bos_token": True, "bos_token": names.get("bos_token", names.get("pad_token"))}
+        first = names.get("bos_token", names.get("pad_token"))
+        check(
+            first is not None,
+            "The checkpoint was trained with a BOS or padding token in front of every conversation, and its tokenizer "
+            "names neither: it cannot be used.",
+        )
+        config |= {"add_bos_token": True, "bos_token": first}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         log.warning(
             "the checkpoint was trained with %s in front of every conversation, which its tokenizer does not ask for; "
             "so it stays",
-            config["bos_token"] if isinstance(config["bos_token"], str) else names["bos_token"],
+            first,
         )
 
 

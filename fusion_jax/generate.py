@@ -25,6 +25,7 @@ from fusion_jax.models.fusion import Fusion
 from fusion_jax.streaming import TextStream
 
 CHUNK = 8  # tokens between two looks at what has been generated
+BETWEEN = "\n\n"  # between texts that were said one after the other and are one turn
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ class Prompts:
             self.latents in allowed,
             f"l^2 = {self.latents} is none of the model's latent counts; allowed: {', '.join(map(str, allowed))}.",
         )
-        self.stop_ids = conversation.stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
+        self.template = chat_template.find(config.template, tokenizer)
+        self.stop_ids = conversation.stop_ids(tokenizer, self.template)
         self._maker = ExampleMaker(config.model, tokenizer, config.template)
 
     @property
@@ -270,12 +272,16 @@ class Prompts:
 
     def example(self, record: Record) -> Example:
         """BadRecord where the record cannot be used or fits no bucket; images are read only after that is known, and
-        text is tokenized only where it is not far too long."""
+        text is tokenized only where it is not far too long. Somebody's own system text joins the first question where
+        the template has no place for it."""
         if self.text_bytes is not None:
-            said = sum(len(turn["value"].encode(errors="replace")) for turn in record.turns)
+            texts = [record.system or "", *(turn["value"] for turn in record.turns)]
+            said = sum(len(text.encode(errors="replace")) for text in texts)
             detail = f"the texts have {said} bytes, and no prompt has over {self.text_bytes}"
             if said > self.text_bytes:
                 raise BadRecord("too_long", record.where, detail)
+        if record.literal and record.system and self.template.system_frame is None:
+            record = _system_in_question(record)
         example = self._maker.text(record, prompt=True)
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)
@@ -286,6 +292,14 @@ class Prompts:
         filled = [[example] for example in examples] + [[]] * (rows - len(examples))
         # Without a crop there are no latents: the same program whatever l^2 is.
         return lay_out_rows(filled, spec, self.latents if spec.crops else 0)
+
+
+def _system_in_question(record: Record) -> Record:
+    """The record with its system text in front of its first question."""
+    turns = list(record.turns)
+    k = next(k for k, turn in enumerate(turns) if turn["from"] == "human")
+    turns[k] = turns[k] | {"value": record.system + BETWEEN + turns[k]["value"]}
+    return dataclasses.replace(record, turns=turns, system=None)
 
 
 def drawn_latents(config: FusionConfig, seed: int) -> int:

@@ -79,7 +79,7 @@ def synthesize(
         if "export" in wanted:
             counts = {"captions": pool["captions"]} | export(config, out, pool["blocks"])
             books = costs(config, Journal(config.journal or out / "journal"))
-            write_report(config, out, counts, books)
+            write_report(out, counts, books)
             manifest |= {"state": "complete", "inputs": pool["inputs"]} | counts | {"costs": books}
             blocks.write_json(out / "manifest.json", manifest)
             _tell(out, counts, books, time.perf_counter() - started)

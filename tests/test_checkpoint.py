@@ -1,5 +1,6 @@
 """Saving and restoring a state: failures of the folder, damage, what is kept, other devices, other configs."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -489,6 +490,14 @@ def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_w
         same = old | {"config": json.loads(json.dumps(to_dict(other)))}
         checkpoint.save_tokenizer(same, tmp_path / "same")
         assert load_tokenizer(tmp_path / "same") == load_tokenizer(chatml)
+
+
+def test_a_tokenizer_that_lacks_the_first_token_it_was_trained_with_is_one_sentence(chatml, tmp_path):
+    about = json.loads(checkpoint.describe(dataclasses.replace(RUN, template="chatml"), load_tokenizer(chatml))["json"])
+    del about["format"]
+    about["tokenizer"]["tokenizer_config.json"] = base64.b64encode(b'{"eos_token": "<|im_end|>"}').decode()
+    with pytest.raises(UserError, match="its tokenizer names neither"):
+        checkpoint.save_tokenizer(about, tmp_path / "new")
 
 
 def test_environment_is_in_the_checkpoint():

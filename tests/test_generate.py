@@ -1,5 +1,6 @@
 """Generation: padding on either side, mixed batches, sampling, streaming, stop texts, several devices."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fusion_jax import generate, sampling
 from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -163,6 +165,29 @@ def test_buckets_are_the_only_shapes_and_nothing_is_cut(tokenizer):
         prompts.example(MIXED[2])
     with pytest.raises(BadRecord, match="max_length is 144"):
         prompts.example(Record("long", None, [{"from": "human", "value": "far too long " * 80}], "prompt"))
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_a_callers_system_text_has_the_templates_place_or_joins_the_first_question(tokenizer, monkeypatch, place):
+    template = dataclasses.replace(TEMPLATES["phi3"], system_frame=("S: ", ".\n") if place else None)
+    monkeypatch.setitem(TEMPLATES, "phi3", template)
+    prompts = generate.Prompts(config(), tokenizer, generate.Steps())
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Describe it."}]
+    asked = Record("0", None, turns, "prompt", literal=True, system="A blue <image>")
+    ids = prompts.example(asked).input_ids
+    said = tokenizer.decode(ids[ids >= 0], skip_special=False)
+    assert ("S: A blue <image>.\n" in said) == place
+    assert ("A blue <image>\n\nDescribe it." in said) != place
+    assert (template.default_system in said) != place
+    with pytest.raises(BadRecord, match="no place for a system text") if not place else contextlib.nullcontext():
+        prompts.example(dataclasses.replace(asked, literal=False))  # a data set's is no part of a question
+
+
+def test_a_callers_system_text_counts_among_the_texts(tokenizer):
+    buckets = generate.Buckets(lengths=(64,), questions=(48,))
+    asked = Record("0", None, [{"from": "human", "value": "Hi"}], "prompt", literal=True, system="far too long " * 9999)
+    with pytest.raises(BadRecord, match="the texts have 129989 bytes, and no prompt has over"):
+        generate.Prompts(config(), tokenizer, buckets).example(asked)
 
 
 def test_bfloat16_answers(tokenizer):

@@ -45,6 +45,8 @@ _ABOUT = _words(
     "labels score scores quality resolution ratio has is length duration fps language lang"
 )
 _WHICH = _words("id ids index idx name names")  # beside an image; without one it is missing
+_NUMBERED = re.compile(r"(?:image|img|picture|photo)(?:path|file)?(?:\d+|[ab])")  # one of several images
+_NESTED = 6  # levels of objects and lists in which media are looked for
 
 
 class Named(NamedTuple):
@@ -71,13 +73,13 @@ def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple
     first, images = "", []
     for key in keys:
         value = holder[key]
-        found = [
+        named = [
             read_image(one, f"'{shown(key)}'{what}", where) for one in (value if isinstance(value, list) else [value])
         ]
-        if first and found != images:
+        if first and named != images:
             detail = f"'{shown(first)}' and '{shown(key)}'{what} name different images; leave one of them out"
             raise BadRecord("contradiction", where, detail)
-        first, images = key, found
+        first, images = key, named
     return first, images
 
 
@@ -86,14 +88,15 @@ def check_media(holder: Mapping[Any, Any], known: Iterable[str], images: bool, w
 
     Args:
       known: keys that are read otherwise. images: there are images; then others may stand beside them that tell where
-        they came from, but no film and no sound.
+        they came from, but no film, no sound, and no second image by its number. Where there are none, objects and
+        lists are looked through as well.
     """
     for key, value in holder.items():
         named = kind_of_key(key, images)
         if key in known or named == "images" or not _holds_something(value):
             continue
-        kind = _looks_like_media(value) or named
-        if kind == "other" or (kind and not images):
+        kind = _looks_like_media(value) or named or ("" if images else _within(value))
+        if kind == "other" or (kind and (not images or _NUMBERED.fullmatch(plain_key(key)))):
             detail = (
                 f"the key '{shown(key)}'{what} holds media that are not read; images are read from 'image' or 'images'"
             )
@@ -128,8 +131,8 @@ def read_image(value: Any, what: str, where: str) -> Named:
             if key in filled:
                 return Named("" if len(name) > _MAX_NAME else name, _bytes(filled[key], f"'{key}' of {what}", where))
         for key in ("path", "url", "image", "imageurl", "file", "filename", "name"):
-            if key in filled:
-                return read_image(filled[key], f"'{key}' of {what}", where)
+            if key in filled:  # which may be an object again, and again
+                return read_image(filled[key], f"'{key}' of {what}" if len(what) < 100 else what, where)
         raise BadRecord("bad_image", where, f"{what} has neither 'path' nor 'bytes' of an image, but {brief(value)}")
     if not isinstance(value, str) or not value:
         said = "an empty text" if value == "" else type(value).__name__
@@ -190,14 +193,27 @@ def _looks_like_media(value: Any) -> str:
     if isinstance(value, str):
         if value[:5].lower() == "data:":
             return "picture" if value[5:11].lower() == "image/" else "other" if ";base64," in value[:100] else ""
-        found = _FILE.fullmatch(value.strip())
-        return "" if found is None and not _begins_an_image(value) else "other" if found and found[2] else "picture"
+        file = _FILE.fullmatch(value.strip())
+        if file is None:
+            return "picture" if _begins_an_image(value) else ""
+        return "other" if file[2] else "picture"
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
         return next(
             (kind for one in value[:8] if not isinstance(one, list | Mapping) and (kind := _looks_like_media(one))), ""
         )
+    return ""
+
+
+def _within(value: Any, levels: int = _NESTED) -> str:
+    """What an object or a list holds by a key or a value further down: "picture", "other", or ""."""
+    if levels == 0 or not isinstance(value, list | Mapping):
+        return ""
+    entries = value.items() if isinstance(value, Mapping) else [("", one) for one in value[:8]]
+    for key, one in entries:
+        if _holds_something(one) and (kind := kind_of_key(key) or _looks_like_media(one) or _within(one, levels - 1)):
+            return "other" if kind == "other" else "picture"
     return ""
 
 

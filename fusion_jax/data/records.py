@@ -28,6 +28,7 @@ _ROLES = {
 _TOOL_ROLES = ("tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_response")
 _TOOL_ROLES += ("observation", "ipython", "environment")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _TURNS = ("conversations", "messages")
 _SYSTEM = ("system", "systemprompt", "systemmessage")
 # What other systems write where media go; in HTML some of it is text, but hardly at the start of a question.
@@ -84,7 +85,7 @@ def understand(record: Any, number: int, where: str, *, stored: bool = False) ->
             raise BadRecord("contradiction", where, "its turns hold images of their own, and others lie beside it")
         return Said(name, turns, (), system, where)
     key, images = named_images(record, where)
-    tag = next((found[0] for turn in turns if (found := _NUMBERED_TAG.search(turn["value"]))), None)
+    tag = next((match[0] for turn in turns if (match := _NUMBERED_TAG.search(turn["value"]))), None)
     if tag and not images and not any(places):
         raise BadRecord("unknown_media", where, f"a turn says {tag}, and the record has no image")
     check_media(record, ("id", *_TURNS), bool(images) or any(places), where)
@@ -124,8 +125,8 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
         who = _role(_either(turn, ("from", "role"), names[0], what, where), what, where)
         if any(_given(turn.get(tools)) for tools in _TOOLS):
             raise BadRecord("tool_turn", where, f"{what} calls a tool, for which no template has a place")
-        if who == "gpt" and type(turn.get("weight")) in (int, float) and turn["weight"] == 0:
-            raise BadRecord("bad_turns", where, f"{what} has weight 0; every answer is learnt: leave the record out")
+        if who == "gpt":
+            _check_answer(turn, what, where)
         content = _either(turn, ("value", "content"), names[1], what, where)
         if who == "system":
             if turns or system is not None:
@@ -148,14 +149,27 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
     return turns, system or None, places
 
 
+def _check_answer(turn: Mapping, what: str, where: str) -> None:
+    """BadRecord for an answer that is not to be learnt as every other one, or has more than its text."""
+    if turn.get("weight") not in (None, 1):
+        detail = f"{what} has weight {brief(turn['weight'])}; every answer is learnt alike: leave the record out"
+        raise BadRecord("bad_turns", where, detail)
+    for key in ("loss", "train", "training"):
+        if turn.get(key) is False:
+            raise BadRecord("bad_turns", where, f"{what} has {key} false; every answer is learnt: leave the record out")
+    for key in _THOUGHTS:
+        if turn.get(key):
+            raise BadRecord("bad_turns", where, f"{what} has '{key}', for which no template has a place")
+
+
 def _either(turn: Mapping, keys: Sequence[str], usual: str, what: str, where: str) -> Any:
-    found = [turn[key] for key in keys if key in turn]
-    found = [one for one in found if one is not None] or found[:1]
-    if not found:
+    values = [turn[key] for key in keys if key in turn]
+    values = [one for one in values if one is not None] or values[:1]
+    if not values:
         raise BadRecord("missing_key", where, f"the key '{usual}' is missing in {what}")
-    if any(one != found[0] for one in found):
+    if any(one != values[0] for one in values):
         raise BadRecord("contradiction", where, f"'{keys[0]}' and '{keys[1]}' differ in {what}")
-    return found[0]
+    return values[0]
 
 
 def _role(value: Any, what: str, where: str) -> str:

@@ -362,7 +362,7 @@ class TfdsRecords:
         if "image" not in chosen and (images := [name for name in known if kind_of_key(name) == "images"]):
             chosen["image"] = images[0]
         for name in known.keys() - set(chosen.values()):
-            kind = kind_of_key(name, "image" in chosen)
+            kind = kind_of_key(name, "image" in chosen) or _medium(known[name])
             if kind == "other" or (kind and "image" not in chosen):
                 raise UserError(
                     f"{self.spec} has the feature {name!r}, which is not read; say in `features` what is to be read."
@@ -415,6 +415,14 @@ class TfdsRecords:
         return header, images, where
 
     text = read  # the images lie with the texts here
+
+
+def _medium(feature: Any) -> str:
+    """ "picture" or "other" where a feature of TFDS is one, or has one somewhere in it, by its type; else ""."""
+    kind = {"Image": "picture", "LabeledImage": "picture", "Video": "other", "Audio": "other"}
+    parts = feature.values() if hasattr(feature, "values") else [getattr(feature, "feature", None)]
+    own = kind.get(type(feature).__name__, "")
+    return own or next((inner for part in parts if part is not None and (inner := _medium(part))), "")
 
 
 def _part(example: Any, name: str) -> Any:

@@ -61,7 +61,7 @@ def read_options(
         options |= {(group(row), _word(cell)) for i, cell in enumerate(cells) if i < last or i == answer}
         if [_word(cell) for cell in cells[last + 1 :] if not is_blank(cell)].count("none") > 1:
             nothing.add("none")
-    found = []
+    every = []
     for row, cells in zip(rows, table):
         empty = [
             is_blank(cell) or (_word(cell) in nothing and (group(row), _word(cell)) not in options) for cell in cells
@@ -75,8 +75,8 @@ def read_options(
         answer = row.get("answer")
         if count and not is_missing(answer) and (needed or str(answer).strip() in LETTERS):
             place(answer, count, where(row))
-        found.append({letter: _text(cell) for letter, cell in zip(letters, cells[:count])})
-    return found
+        every.append({letter: _text(cell) for letter, cell in zip(letters, cells[:count])})
+    return every
 
 
 def _text(cell: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion_jax.data.sources import Record, load_records
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.evals import files
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
 from fusion_jax.generate import first_question
 
@@ -64,13 +64,20 @@ def read(data_dir: Path) -> list[Question]:
     for number, (record, other) in enumerate(zip(records, others(len(records)))):
         words = prompts[number]["value"].replace("<image>", "").strip()
         answer = record.turns[record.turns.index(prompts[number]) + 1]["value"]
-        topic, *_ = raw[number].get("topics", ("all",))
-        about = {"topic": topic} | ({} if record.system is None else {"system": record.system})
+        about = {"topic": _topic(raw[number].get("topics"))} | (
+            {} if record.system is None else {"system": record.system}
+        )
         for image, shuffled, part in ((record, False, seen), (records[other], True, blind)):
             key = f"{number}/shuffled" if shuffled else f"{number}"
             shown = " ".join(words.split())
             part.append(Question(key, words, answer, (_picture(image),), shown, about, f"{number}", shuffled))
     return seen + blind
+
+
+def _topic(value: Any) -> str:
+    """The first of a record's topics; "all" without one."""
+    first = next(iter(value), None) if isinstance(value, list) else value
+    return "all" if choices.is_missing(first) else str(first)
 
 
 def _picture(record: Record) -> Picture:

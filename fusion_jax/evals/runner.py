@@ -137,7 +137,7 @@ def run_task(
         if len(missing) < len(share):
             log.info("%s: %d of %d questions are answered already", task.name, len(share) - len(missing), len(share))
         try:
-            _ask(answerer, task, missing, progress, lambda q, a: part.add(q.id, q.prompt, a), part.flush)
+            _ask(answerer, task, missing, progress, lambda q, a: part.add(q.id, _words(q), a), part.flush)
         finally:
             part.close()
         if output.index:
@@ -186,7 +186,13 @@ def record(task: Task, question: Question) -> Record:
 
 
 def _key(question: Question) -> tuple[str, str]:
-    return question.id, files.digest(question.prompt)
+    return question.id, files.digest(_words(question))
+
+
+def _words(question: Question) -> str:
+    """All words that an answer depends on."""
+    system = question.about.get("system")
+    return question.prompt if system is None else f"{system}\n\n{question.prompt}"
 
 
 def _check(task: Task, questions: Sequence[Question]) -> None:

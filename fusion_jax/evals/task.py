@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion_jax.evals.choices import is_missing
 from fusion_jax.evals.judge import Judge
 
 Scored = tuple[Any, float | None]  # what was read out of the answer, and its score; None where nothing can be said
@@ -115,8 +116,9 @@ def percent(scores: Sequence[float]) -> float:
 
 
 def percent_by(predictions: Sequence[Prediction], key: str) -> dict[str, float]:
-    """`percent` of the scores for each value of `about[key]`, sorted by value."""
+    """`percent` of the scores for each value of `about[key]`, sorted by value; "" where there is none."""
     groups: dict[str, list[float]] = {}
     for p in predictions:
-        groups.setdefault(str(p.question.about[key]), []).append(p.score)
+        value = p.question.about[key]
+        groups.setdefault("" if is_missing(value) else str(value), []).append(p.score)
     return {name: percent(scores) for name, scores in sorted(groups.items())}

@@ -195,20 +195,6 @@ def abstract_batch(spec: LayoutSpec, sizes: Sizes, latent_count: int) -> Batch:
     return Batch(**{name: wide(name, x) for name, x in arrays.items()}, latent_count=latent_count)
 
 
-def padded_shape(step: TypicalStep) -> flops.BatchShape:
-    """The same step with every place that the arrays have taken as real: what padding costs."""
-    b = step.batch
-    return flops.BatchShape(
-        lengths=(b.tokens.shape[1],) * b.tokens.shape[0],
-        crops=(b.crop_text.shape[2],) * (b.crop_kind.shape[0] * b.crop_kind.shape[1]),
-        plain=b.quadrants.shape[0] * b.quadrants.shape[1] * b.quadrants.shape[2],
-        supervised=step.shape.supervised,
-        rounds=b.round_end.size,
-        latent_count=b.latent_count,
-        windows=b.windows.size,
-    )
-
-
 @functools.cache
 def _window_tokens(spec: LayoutSpec, tiling: tiles.Tiling, latent_count: int) -> int:
     """Tokens that the windows of one round's latents hold together."""

@@ -11,6 +11,7 @@ from fusion_jax.data import image
 from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.generate import BETWEEN
 from fusion_jax.sampling import Sampling
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.json_body import decode_base64, read_json, text_too_long
@@ -65,7 +66,6 @@ _FIXED = {
     "functions": [],
     "response_format": {"type": "text"},
 }
-_BETWEEN = "\n\n"  # between messages that follow each other in one turn
 
 
 def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> ChatRequest:
@@ -136,13 +136,13 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
 
 def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int, str]]:
     """The conversation, and the addresses of those images that are not in it. Messages of one role that follow each
-    other are one turn. The template's own system text is part of what the model was trained on: it stays, and a system
-    message joins the user's turn behind it, or the one before it where none follows."""
+    other are one turn. System messages in front of all turns are the conversation's system text; a later one joins the
+    user's turn behind it, or the one before it where none follows."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message.", "invalid_value", "messages")
     turns: list[tuple[str, list[str]]] = []
     images: list[bytes | str] = []
-    system, size = [], 0
+    first, system, size = [], [], 0
     for k, message in enumerate(messages):
         where = f"messages[{k}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -153,7 +153,7 @@ def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int
         if size > limits.text_bytes:
             raise text_too_long(limits.text_bytes)
         if role in ("system", "developer"):
-            system.append(text)
+            (system if turns else first).append(text)
             continue
         who = "human" if role == "user" else "gpt"
         if not turns or turns[-1][0] != who:
@@ -165,10 +165,11 @@ def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int
     if not turns or turns[-1][0] != "human":
         raise ApiError(400, "The last message must be the user's.", "invalid_value", "messages")
     turns[-1][1].extend(system)
-    said = [{"from": who, "value": _BETWEEN.join(texts)} for who, texts in turns]
+    said = [{"from": who, "value": BETWEEN.join(texts)} for who, texts in turns]
     addresses = {number: data for number, data in enumerate(images) if isinstance(data, str)}
     known = tuple(b"" if isinstance(data, str) else data for data in images)
-    return Record("request", None, said, "messages", known, literal=True), addresses
+    text = BETWEEN.join(first) or None
+    return Record("request", None, said, "messages", known, literal=True, system=text), addresses
 
 
 def _content(content: Any, role: str, where: str, images: list[bytes | str], limits: Limits, urls: bool) -> str:

@@ -57,7 +57,7 @@ def costs(config: SynthConfig, journal: Journal) -> dict[str, dict[str, float]]:
     return {name: dict(line) for name, line in sorted(books.items())}
 
 
-def write_report(config: SynthConfig, out: Path, counts: dict[str, Any], books: dict[str, dict[str, float]]) -> Path:
+def write_report(out: Path, counts: dict[str, Any], books: dict[str, dict[str, float]]) -> Path:
     """Writes OUT/report.html and returns its path.
 
     Args:

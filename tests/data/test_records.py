@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 from collections import Counter
@@ -206,6 +207,18 @@ REFUSED = {
     "screenshot": ({"screenshot": "s", "conversations": PLAIN}, "unknown_media", "'screenshot'"),
     "an image's id alone": ({"image_id": "000123", "conversations": PLAIN}, "unknown_media", "'image_id'"),
     "a file under any key": ({"stuff": "x/1.JPG", "conversations": PLAIN}, "unknown_media", "'stuff'"),
+    "an image in an object": (
+        {"metadata": {"image": {"path": "a"}}, "conversations": PLAIN},
+        "unknown_media",
+        "'metadata'",
+    ),
+    "images in a list": ({"inputs": [{"x": {"img": "a"}}], "conversations": PLAIN}, "unknown_media", "'inputs'"),
+    "a second image": (
+        {"image": "a.png", "image2": "b.png", "conversations": TURNS},
+        "unknown_media",
+        "'image2'",
+    ),
+    "image_b": ({"image": "a.png", "image_b": "b", "conversations": TURNS}, "unknown_media", "'image_b'"),
     "bytes under any key": ({"stuff": {"x": TEXT}, "conversations": PLAIN}, "unknown_media", "'stuff'"),
     "an address": ({"image": "https://x.y/z.jpg", "conversations": TURNS}, "remote_image", "https://x.y/z.jpg"),
     "an address in image_url": ({"image_url": "s3://x/z.jpg", "conversations": PLAIN}, "remote_image", "s3://x"),
@@ -216,6 +229,11 @@ REFUSED = {
         "'image'",
     ),
     "a number": ({"image": 5, "conversations": TURNS}, "bad_image", "'image' must be a file name, not int"),
+    "an object in objects": (
+        {"image": functools.reduce(lambda x, _: {"path": x}, range(90), 5)} | {"conversations": TURNS},
+        "bad_image",
+        "'path' of",
+    ),
     "an empty object": ({"image": {}, "conversations": TURNS}, "bad_image", "'image'"),
     "torn base64": ({"image": {"bytes": TEXT[:-7] + "!"}, "conversations": TURNS}, "bad_image", "no image in base64"),
     "an empty list of bytes": ({"image": {"bytes": [1, 999]}, "conversations": TURNS}, "bad_image", "'bytes'"),
@@ -274,6 +292,17 @@ REFUSED = {
         {"conversations": [PLAIN[0], PLAIN[1] | {"weight": 0}]},
         "bad_turns",
         "weight 0",
+    ),
+    "an answer of half the weight": (
+        {"conversations": [PLAIN[0], PLAIN[1] | {"weight": 0.5}]},
+        "bad_turns",
+        "weight 0.5",
+    ),
+    "an answer without loss": ({"conversations": [PLAIN[0], PLAIN[1] | {"loss": False}]}, "bad_turns", "loss false"),
+    "thoughts": (
+        {"conversations": [PLAIN[0], PLAIN[1] | {"reasoning_content": "Hm."}]},
+        "bad_turns",
+        "'reasoning_content'",
     ),
 }
 

@@ -412,6 +412,20 @@ def test_tfds_features_by_their_names():
             chosen(*known)
 
 
+def test_tfds_pictures_in_a_feature_are_named():
+    import tensorflow_datasets as tfds
+
+    records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+    records.spec, records.prompt = "tfds:x:train", None
+    text, picture = tfds.features.Text(), tfds.features.Image()
+    for known in ({"inputs": {"a": picture}}, {"steps": tfds.features.Sequence({"a": picture, "b": text})}):
+        (name,) = known
+        with pytest.raises(UserError, match=f"tfds:x:train has the feature '{name}', which is not read"):
+            records._choose(None, tfds.features.FeaturesDict({"text": text} | known))
+    known = tfds.features.FeaturesDict({"text": text, "image": picture, "tags": tfds.features.Sequence(text)})
+    assert records._choose(None, known) == {"text": "text", "image": "image"}
+
+
 def test_tfds_system_text(prepared):
     source = tfds_source(prepared, features={"conversations": "talk", "system": "caption", "id": "id"})
     assert {record.system for record in source} == {f"scene {k}" for k in range(5)}

@@ -9,6 +9,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.evals import ai2d, chartqa, mathvista, mmmu, pope, realworldqa, scienceqa, seed
 from fusion_jax.evals.choices import is_blank, is_missing
 from fusion_jax.evals.runner import run_task
+from fusion_jax.evals.task import Prediction, Question, percent_by
 
 PICTURE = base64.b64encode(image_bytes()).decode()
 NAN = float("nan")
@@ -129,3 +130,11 @@ def test_rows_that_are_too_short_have_no_question(tmp_path):
     )
     with pytest.raises(UserError, match=r"AI2D_TEST\.tsv, row 0: question is empty"):
         ai2d.read(tmp_path)
+
+
+def test_an_empty_category_has_no_name():
+    cells = (None, NAN, "", "None", "math")
+    rows = [
+        Prediction(Question(str(k), "", "A", about={"category": cell}), "A", "A", 1.0) for k, cell in enumerate(cells)
+    ]
+    assert percent_by(rows, "category") == {"": 100.0, "math": 100.0}

@@ -9,7 +9,7 @@ from bench_files import write_image
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import held_out
-from fusion_jax.evals.runner import record, run_task
+from fusion_jax.evals.runner import Output, record, run_task
 
 
 class Parrot:
@@ -103,3 +103,39 @@ def test_other_forms_of_records_are_asked_alike(tmp_path):
         (tmp_path / "held_out.json").write_text(json.dumps([records[0] | {"image": images}]))
         with pytest.raises(UserError, match=rf"held_out\.json, record 0 has {len(images)} images"):
             held_out.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("topics", "topic"),
+    [(["a", "b"], "a"), ("animals", "animals"), ([], "all"), (None, "all"), ([None], "all"), (5, "5")],
+)
+def test_topics_in_any_form(tmp_path, topics, topic):
+    write(tmp_path, ["red", "blue"], ["a", "b"])
+    records = json.loads((tmp_path / "held_out.json").read_text())
+    records[1]["topics"] = topics
+    (tmp_path / "held_out.json").write_text(json.dumps(records))
+    assert held_out.read(tmp_path)[1].about["topic"] == topic
+
+
+def test_an_answer_counts_for_the_system_text_that_it_was_given_under(tmp_path):
+    class Counting(Parrot):
+        asked = 0
+
+        def answer(self, prompts):
+            self.asked += len(prompts)
+            return super().answer(prompts)
+
+    write(tmp_path, ["red", "blue"], ["a", "b"])
+    answerer = Counting()
+    for system, asked in ((None, 4), (None, 4), ("Be brief.", 8), ("Be brief.", 8), ("Be long.", 12)):
+        records = json.loads((tmp_path / "held_out.json").read_text())
+        records = [{**one, "system": system} for one in records]
+        (tmp_path / "held_out.json").write_text(json.dumps(records))
+        run_task(
+            answerer,
+            held_out.TASK,
+            tmp_path,
+            Output(tmp_path / "out", {"checkpoint": "x", "folder": "x"}),
+            progress=False,
+        )
+        assert answerer.asked == asked

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fixtures
 import jax
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -35,6 +36,7 @@ from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import table
+from fusion_jax.interop.torch.folder import chat_template as jinja_text
 from fusion_jax.interop.torch.folder import write_side_files
 from fusion_jax.models.config import RopeConfig
 from fusion_jax.models.fusion import Fusion
@@ -599,6 +601,31 @@ def test_processor_without_bos_and_with_system_texts(preset, tmp_path):
     assert processor.bos_token_id is None
     with pytest.raises(ValueError, match="system at the start"):
         processor([[{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be"}]])
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral"])
+def test_the_exported_chat_template_leaves_no_message_out(name):
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    template = environment.from_string(jinja_text(fixtures.tiny("paper"), TEMPLATES[name]))
+    user = {"role": "user", "content": "Hi"}
+    for role, chat in (
+        ("system", [user, {"role": "system", "content": "Be brief"}]),
+        ("tool", [user, {"role": "tool", "content": "12"}]),
+        ("system", [{"role": "system", "content": "Be brief"}, user]),
+    ):
+        if name == "chatml" and chat[-1] == user:
+            assert "Be brief" in template.render(messages=chat)
+            continue
+        with pytest.raises(jinja2.TemplateError, match=f"role {role} has no place"):
+            template.render(messages=chat)
+    with pytest.raises(jinja2.TemplateError, match="type video has no place"):
+        template.render(messages=[{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}])
+    empty = [{"role": "system", "content": ""}, user]
+    assert template.render(messages=empty) == template.render(messages=[user])
 
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason=f"no golden conversations in {TOKENIZERS} (set FUSION_GOLDENS)")

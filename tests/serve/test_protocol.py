@@ -48,7 +48,8 @@ def test_a_conversation_becomes_turns_and_images():
         stop="END",
     )
     assert [turn["from"] for turn in wanted.record.turns] == ["human", "gpt", "human"]
-    assert wanted.record.turns[0]["value"] == "Be brief.\n\n" + IMAGE_SLOT + "\nWhat?"
+    assert wanted.record.system == "Be brief."
+    assert wanted.record.turns[0]["value"] == IMAGE_SLOT + "\nWhat?"
     assert wanted.record.images == (picture(1),)
     assert wanted.stream and wanted.usage
     assert (wanted.how.max_tokens, wanted.how.temperature, wanted.how.top_p) == (9, 0.5, 0.9)
@@ -142,6 +143,10 @@ def test_messages_of_one_role_become_one_turn():
     wanted = parse([{"role": role, "content": str(k)} for k, role in enumerate(roles)])
     turns = [(turn["from"], turn["value"]) for turn in wanted.record.turns]
     assert turns == [("gpt", "0"), ("human", "1\n\n2\n\n3"), ("gpt", "4\n\n5"), ("human", "6\n\n7\n\n8")]
+    assert wanted.record.system is None
+    wanted = parse([{"role": role, "content": str(k)} for k, role in enumerate(("system", "developer", "user"))])
+    assert wanted.record.system == "0\n\n1" and wanted.record.turns == [{"from": "human", "value": "2"}]
+    assert parse([{"role": "system", "content": ""}, {"role": "user", "content": "a"}]).record.system is None
     wanted = parse([{"role": "user", "content": shown(picture(k), str(k))} for k in range(2)])
     assert wanted.record.turns[0]["value"] == f"{IMAGE_SLOT}\n0\n\n{IMAGE_SLOT}\n1"
     assert wanted.record.images == (picture(0), picture(1))

@@ -116,6 +116,7 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         given = said("system").replace("(m)", "(messages[0])")
         system = f'{before} + ({given}) + {behind} if messages[0].role == "system" and said(messages[0]) else {system}'
 
+    placeless = "" if template.system_frame is not None else " and not said(m)"
     slot = f"{VISION_START}%s{VISION_END}"
     latents = text(slot % "<latent_image>")
     if not model_config.semantic_exchange:
@@ -128,12 +129,18 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         "  {%- if message.content is string -%}{{ message.content }}",
         "  {%- else -%}",
         "    {%- for part in message.content -%}",
-        '      {{- "<image>" if part.type == "image" else part.text -}}',
+        '      {{- "<image>" if part.type == "image" else part.text if part.type == "text" '
+        'else raise_exception("A part of type " ~ part.type ~ " has no place here.") -}}',
         "    {%- endfor -%}",
         "  {%- endif -%}",
         "{%- endmacro -%}",
         '{%- for m in messages if m.role == "user" and "<image>" in said(m) -%}',
         "  {%- set ns.images = true -%}",
+        "{%- endfor -%}",
+        "{%- for m in messages -%}",
+        f'  {{%- if m.role not in ("user", "assistant") and not (m.role == "system" and loop.first{placeless}) -%}}',
+        '    {{- raise_exception("A message of role " ~ m.role ~ " has no place here.") -}}',
+        "  {%- endif -%}",
         "{%- endfor -%}",
         f"{{{{- {system} -}}}}",
         '{%- for m in messages if m.role != "system" -%}',

@@ -36,8 +36,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-PURPOSES = ("judge", "describe", "qa", "statement", "verify")
-
 
 @dataclass(frozen=True)
 class Reply:

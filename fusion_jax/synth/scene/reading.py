@@ -64,50 +64,50 @@ class Reading:
         return lists | {"kept_share": self.kept_share}
 
 
-def read(caption: str, made: Scene) -> Reading:
+def read(caption: str, scene: Scene) -> Reading:
     """Compares a caption with the scene that was made of it."""
-    kept, inside = _kept_spans(caption, made), _inside(caption)
+    kept, inside = _kept_spans(caption, scene), _inside(caption)
     understood, missed = [], []
     for quote in language.QUOTE.finditer(caption):
         text = " ".join(quote[1].split())
         if text:
-            there = any(text.lower() == group.text.lower() for group in made.groups)
+            there = any(text.lower() == group.text.lower() for group in scene.groups)
             (understood if there else missed).append(f'"{text}"')
     bare = language.QUOTE.sub(lambda quote: " " * len(quote[0]), caption)
-    for found in _WORD.finditer(bare):
-        word = found[0].lower()
-        if (found.start(), found.end()) in kept:
+    for match in _WORD.finditer(bare):
+        word = match[0].lower()
+        if (match.start(), match.end()) in kept:
             understood.append(word)
-        elif word not in _FUNCTION_WORDS or found.start() in inside:
+        elif word not in _FUNCTION_WORDS or match.start() in inside:
             missed.append(word)
     # Each word once: a caption that says "an apple" forty times says it once.
-    return Reading(tuple(dict.fromkeys(understood)), tuple(dict.fromkeys(missed)), _invented(caption, made))
+    return Reading(tuple(dict.fromkeys(understood)), tuple(dict.fromkeys(missed)), _invented(caption, scene))
 
 
-def _kept_spans(caption: str, made: Scene) -> set[tuple[int, int]]:
+def _kept_spans(caption: str, scene: Scene) -> set[tuple[int, int]]:
     """Where the words of a caption stand that the scene keeps."""
     low = language.QUOTE.sub(lambda quote: " " * len(quote[0]), caption.lower())
-    words = [(found[0], found.start(), found.end()) for found in _WORD.finditer(low)]
+    words = [(match[0], match.start(), match.end()) for match in _WORD.finditer(low)]
     kept = set()
     named = [mention for mention in language.mentions(caption) if not mention.negated]
     for mention in named:
         inside = [one for one in words if mention.start <= one[1] and one[2] <= mention.end]
-        kept |= {(start, end) for word, start, end in inside if _fits(word, mention, made)}
+        kept |= {(start, end) for word, start, end in inside if _fits(word, mention, scene)}
     for first, second in itertools.pairwise(named):
         relation = language.relation_between(caption, first, second)
-        pairs = [(a, b) for a in _groups(first, made) for b in _groups(second, made)]
+        pairs = [(a, b) for a in _groups(first, scene) for b in _groups(second, scene)]
         if relation and any(graph.holds(relation, a, b) for a, b in pairs):
             between = [one for one in words if first.end <= one[1] < second.start]
             kept |= {(start, end) for word, start, end in between if word in _RELATIONS}
-    inks = {ink(group) for group in made.texts}
-    rows, columns = {group.row for group in made.groups}, {group.column for group in made.groups}
+    inks = {ink(group) for group in scene.texts}
+    rows, columns = {group.row for group in scene.groups}, {group.column for group in scene.groups}
     row, column = language.places(caption)
-    setting = {*made.place.phrase.split(), "indoors" if made.place.indoors else "outdoors"} - _FUNCTION_WORDS
+    setting = {*scene.place.phrase.split(), "indoors" if scene.place.indoors else "outdoors"} - _FUNCTION_WORDS
     for k, (word, start, end) in enumerate(words):
         letters = k + 1 < len(words) and words[k + 1][0] == "letters"
         place = word in _PLACE_WORDS and (row in rows or column in columns)
         place = place or (word in ("over", "above") and "air" in rows)  # over a beach
-        if SETTING_WORDS.get(word) == made.setting or word in setting or place or (letters and word in inks):
+        if SETTING_WORDS.get(word) == scene.setting or word in setting or place or (letters and word in inks):
             kept.add((start, end))
     return kept
 
@@ -115,21 +115,21 @@ def _kept_spans(caption: str, made: Scene) -> set[tuple[int, int]]:
 def _inside(caption: str) -> set[int]:
     """Where "on", "in" and "of" stand that put one thing on or into another: all are only drawn side by side."""
     low = caption.lower()
-    found = set()
+    places = set()
     for first, second in itertools.pairwise(language.mentions(caption)):
         between = re.search(r"\b(?:on|in|inside|into|onto)\s+$|^\s+of\s+$", low[first.end : second.start])
         if between:
-            found.add(first.end + between.end() - len(between[0].lstrip()))
-    return found
+            places.add(first.end + between.end() - len(between[0].lstrip()))
+    return places
 
 
-def _groups(mention: Mention, made: Scene) -> list[graph.Group]:
-    return [group for group in made.groups if group.noun == mention.noun]
+def _groups(mention: Mention, scene: Scene) -> list[graph.Group]:
+    return [group for group in scene.groups if group.noun == mention.noun]
 
 
-def _fits(word: str, mention: Mention, made: Scene) -> bool:
+def _fits(word: str, mention: Mention, scene: Scene) -> bool:
     """Whether a word of a noun phrase is true of the things of that noun in the scene."""
-    groups = _groups(mention, made)
+    groups = _groups(mention, scene)
     colour = [group for group in groups if mention.colour in (None, group.colour)]
     if word in COUNT_WORDS:
         return bool(groups) and sum(group.count for group in colour or groups) == COUNT_WORDS[word]
@@ -144,27 +144,27 @@ def _is_name(word: str, mention: Mention) -> bool:
     return language.NOUN_WORDS.get(word, ("",))[0] == mention.noun
 
 
-def _invented(caption: str, made: Scene) -> tuple[str, ...]:
+def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
     """What the scene shows and the caption does not say: things, colors of things it names, the surroundings."""
     named: dict[str, list[Mention]] = {}
     for mention in language.mentions(caption):
         named.setdefault(mention.noun, []).append(mention)
-    found = []
+    invented = []
     quotes = {text.lower() for text, _ in language.quotes(caption)}
-    for group in made.groups:
+    for group in scene.groups:
         written = f', reading "{group.text}"' if group.text and group.text.lower() not in quotes else ""
         if group.noun not in named:
-            found.append(group.full + written)
+            invented.append(group.full + written)
             continue
         if written:
-            found.append(f'the text "{group.text}" on the {group.words}')
+            invented.append(f'the text "{group.text}" on the {group.words}')
         if group.colour not in [mention.colour for mention in named[group.noun]]:
-            found.append(f"{group.colour} for the {group.words}")
+            invented.append(f"{group.colour} for the {group.words}")
     if not language.setting_phrases(caption) and not any(
-        SETTING_WORDS.get(word) == made.setting for word in _WORD.findall(caption.lower())
+        SETTING_WORDS.get(word) == scene.setting for word in _WORD.findall(caption.lower())
     ):
-        found.append(f"{made.place.preposition} {article(made.place.phrase)}")
-    return tuple(found)
+        invented.append(f"{scene.place.preposition} {article(scene.place.phrase)}")
+    return tuple(invented)
 
 
 def complaint(reading: dict[str, Any]) -> str:
