@@ -59,15 +59,15 @@ def get_config(arguments: str = ""):
         }
 
     folder = Path(data)
-    found = [name for name in STAGES if (folder / f"{name}.yaml").is_file()]
-    if found:
+    present = [name for name in STAGES if (folder / f"{name}.yaml").is_file()]
+    if present:
         # New projectors learn first, at a higher rate.
         changes = {
             "stage1": {"steps": 200, "learning_rate": 1e-3 if alone else 1e-4},
             "stage1_5": {"steps": 200},
             "stage2": {"steps": 400},
         }
-        stages = [stage(name, folder / f"{name}.yaml", **changes[name]) for name in found]
+        stages = [stage(name, folder / f"{name}.yaml", **changes[name]) for name in present]
     elif folder.is_dir() and not (folder / "manifest.json").is_file():
         names = ", ".join(f"{name}.yaml" for name in STAGES)
         raise UserError(f"config argument {data!r} is a folder without {names}; name one of your files instead.")
@@ -82,7 +82,7 @@ def get_config(arguments: str = ""):
             "dtype": "bfloat16",
             "remat": "full",
             "stages": stages,
-            "validation_data": str(validation) if found and validation.is_file() else "",
+            "validation_data": str(validation) if present and validation.is_file() else "",
             "validate_every": 200,
             "checkpoint_every": 200,
             "keep_checkpoints": 1,

@@ -156,9 +156,9 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
         if type(count) is not int or count < 0:
             raise ValueError(f"'records' of its about has {count!r:.80} for {name[:80]!r} instead of a number")
     for name, parts in about.get("data", {}).items():
-        for part in parts if isinstance(parts, list) else [parts]:
+        for part in parts if isinstance(parts, list) else [None]:
             if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
-                raise ValueError(f"'data' of its about has {part!r:.80} for {name[:80]!r} instead of a file's numbers")
+                raise ValueError(f"'data' of its about has {parts!r:.80} for {name[:80]!r} instead of files' numbers")
     if not all(type(token) is int for token in about.get("conversation", [])):
         raise ValueError("'conversation' of its about has something that is no token")
     stage = about.get("stage", {"name": "", "order": 0})
@@ -212,7 +212,8 @@ def always_bos(about: dict[str, Any], where: Path | str) -> bool:
     if about.get("format", 1) >= 2:
         return False
     config = config_of(about, where)
-    return TEMPLATES[config.template].bos is None and any(stage.data for stage in config.stages)
+    template = TEMPLATES.get(config.template)  # that of a tokenizer came later
+    return template is not None and template.bos is None and any(stage.data for stage in config.stages)
 
 
 def save_tokenizer(about: dict[str, Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from fusion_jax import checkpoint, input_check, metrics, optim, resume, sharding, state, validation
+from fusion_jax import checkpoint, distributed, input_check, metrics, optim, resume, sharding, state, validation
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, pipeline
 from fusion_jax.data.plan import Sizes
@@ -30,14 +30,17 @@ class Inputs:
 
     Attributes:
       config: with what the weights of a checkpoint decide. first: index of the stage to go on with; begun: whether it
-        has a checkpoint. tokenizer, origin: see `resume.start_from`. sources, data: records of each stage and what they
-        are (`RecordSource.describe`), by name. sizes: of the batches of each stage that is to be trained, by name.
-        validation: of each stage that has one, by name.
+        has a checkpoint; over: by the newest of those it is, so that its data have not been compared.
+      accepted: `resume.INPUTS` that may have changed. tokenizer, origin: see `resume.start_from`.
+      sources, data: records of each stage and what they are (`RecordSource.describe`), by name. sizes: of the batches
+        of each stage that is to be trained, by name. validation: of each stage that has one, by name.
     """
 
     config: RunConfig
     first: int
     begun: bool
+    over: bool = False
+    accepted: Sequence[str] = ()
     tokenizer: Tokenizer | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
@@ -84,7 +87,7 @@ def look(
         check_accepted(accepted)
     # ---- Where to go on: the last stage that has a checkpoint.
     begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(checkpoints(workdir, stage))]
-    inputs = Inputs(config, begun[-1] if begun else 0, bool(begun))
+    inputs = Inputs(config, begun[-1] if begun else 0, bool(begun), accepted=accepted)
     with attempt():
         if config.init_from:
             source = workdir if begun else Path(config.init_from)
@@ -103,7 +106,7 @@ def look(
             with attempt():
                 sharding.check_model(config.model, inputs.mesh)
             for stage in config.stages:
-                if not stage.packing:  # which deals its rows to the devices itself
+                if not stage.packing:  # which has a multiple of the devices' rows anyway
                     with attempt():
                         rows = stage.batch_size // stage.accumulation
                         sharding.check_rows(rows, inputs.mesh, f"stage {stage.name!r}")
@@ -122,7 +125,7 @@ def look(
             inputs.data[stage.name] = source.describe()
             input_check.check_same_data(f"stage {stage.name!r}", inputs.data[stage.name])
     if begun and tokenizer is not None:
-        check_resume(inputs, workdir, accepted, attempt)
+        check_resume(inputs, workdir, attempt)
     for stage in config.stages[inputs.first :]:
         source = inputs.sources.get(stage.name)
         if source is not None and tokenizer is not None and inputs.mesh is not None:
@@ -170,7 +173,7 @@ def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh
     return jax.sharding.AbstractMesh(sharding.mesh_sizes(config.mesh, devices), sharding.AXES)
 
 
-def check_resume(inputs: Inputs, workdir: Path, accepted: Sequence[str], attempt) -> None:
+def check_resume(inputs: Inputs, workdir: Path, attempt) -> None:
     """Compares config, data and tokenizer with those of the newest checkpoint that can be read."""
     config = inputs.config
     stage = config.stages[inputs.first]
@@ -185,9 +188,10 @@ def check_resume(inputs: Inputs, workdir: Path, accepted: Sequence[str], attempt
     source = inputs.sources.get(stage.name)
     if source is None:
         return
-    data = None if _is_over(stage, len(source), folder) else inputs.data.get(stage.name)
+    inputs.over = bool(distributed.of_first(_is_over(stage, len(source), folder)))
+    data = None if inputs.over else inputs.data.get(stage.name)
     with attempt():
-        resume.check_inputs(config, stage, data, inputs.tokenizer, about, folder, accepted)
+        resume.check_inputs(config, stage, data, inputs.tokenizer, about, folder, inputs.accepted)
 
 
 def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:

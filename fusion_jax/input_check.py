@@ -50,18 +50,18 @@ def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose:
     if len(data) != len(others):
         names, theirs = (", ".join(part["name"] for part in parts) for parts in (data, others))
         return [f"the data sets {names} ({whose}: {theirs})"]
-    found = []
+    said = []
     for part, other in zip(data, others):
         name = part["name"] if part["name"] == other["name"] else f"{part['name']} (in place of {other['name']})"
         if part["hash"] != other["hash"]:
             keys = [key for key in ("records", "bytes") if part[key] != other[key]]
             counts = [f"{part[key]:,} {key} ({whose}: {other[key]:,})" for key in keys]
-            found.append(f"{name} with {' and '.join(counts) or 'other content of the same size'}")
+            said.append(f"{name} with {' and '.join(counts) or 'other content of the same size'}")
         elif part["drawn"] != other["drawn"]:
-            found.append(f"{part['drawn']:,} records of {name} an epoch ({whose}: {other['drawn']:,})")
+            said.append(f"{part['drawn']:,} records of {name} an epoch ({whose}: {other['drawn']:,})")
         elif part["chosen"] != other["chosen"]:
-            found.append(f"another choice of the records of {name}")
-    return found
+            said.append(f"another choice of the records of {name}")
+    return said
 
 
 def agreed_sizes(config: RunConfig, stage: StageConfig, source: pipeline.RecordSource, tokenizer, shards: int) -> Sizes:

@@ -130,10 +130,9 @@ def _other_arrays(folder: Path, like: dict) -> str:
     said = []
     for part, tree in like.items():
         stored, wanted = (
-            {"/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path): None
-             for path, _ in jax.tree.leaves_with_path(one)}
+            dict.fromkeys("/".join(_names(path)) for path, _ in jax.tree.leaves_with_path(one))
             for one in (ocp.metadata(folder, part).metadata, tree)
-        )  # fmt: skip
+        )
         for what, a, b in (("lacks", wanted, stored), ("has", stored, wanted)):
             names = [name for name in a if name not in b]
             if names:
@@ -149,7 +148,7 @@ def _bottom(error: BaseException) -> BaseException:
 
 
 def _is_tower(path) -> bool:
-    names = tuple(str(getattr(key, "key", "")) for key in path)
+    names = _names(path)
     return any(names[i : i + len(_TOWER)] == _TOWER for i in range(len(names)))
 
 

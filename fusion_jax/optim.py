@@ -46,13 +46,13 @@ def labels(stage: StageConfig, params) -> dict:
             return FROZEN
         return next((p for p in stage.learning_rate_by_path if patterns[p].search(path)), DEFAULT)
 
-    found = {path: label(path) for path in paths}
+    chosen = {path: label(path) for path in paths}
     if stage.learn_rows:
         where, size = f"stage {stage.name!r}: learn_rows={list(stage.learn_rows)}", flat[EMBEDDING].shape[0]
         check(max(stage.learn_rows) < size, f"{where}: {EMBEDDING} has {size} rows, from 0 on.")
-        check(found[EMBEDDING] == FROZEN, f"{where} needs a freeze that matches {EMBEDDING}; else all its rows learn.")
-        found[EMBEDDING] = ROWS
-    return unflatten_dict(found, sep="/")
+        check(chosen[EMBEDDING] == FROZEN, f"{where} needs a freeze that matches {EMBEDDING}; else all its rows learn.")
+        chosen[EMBEDDING] = ROWS
+    return unflatten_dict(chosen, sep="/")
 
 
 def decays(params) -> dict:
@@ -113,7 +113,7 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraAr
 
 
 def squares(grads) -> dict:
-    """The sum of squares of every parameter's gradient, float32 scalars: norms are made of them."""
+    """The sum of squares of every parameter's gradient, float32 scalars: norms are computed from them."""
     return jax.tree.map(lambda g: jnp.sum(g * g), grads)
 
 
@@ -198,9 +198,8 @@ def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
 
     def step(change, p, label):
         if label == ROWS:
-            for row, one in zip(
-                rows, change, strict=True
-            ):  # no scatter, which would move parts of a table that is sharded
+            # No scatter, which would move parts of a table that is sharded.
+            for row, one in zip(rows, change, strict=True):
                 p = jnp.where((np.arange(len(p)) == row)[:, None], p - one, p)
             return p
         return p if change is None else p - change

@@ -45,7 +45,7 @@ def order_in(workdir: Path, stage: str) -> int:
     own = order_of(workdir / stage / FOLDER)
     if own is not None:
         return own
-    known = [order_of(folder) for folder in workdir.glob(f"*/{FOLDER}")]
+    known = [order_of(folder) for folder in sorted(workdir.glob(f"*/{FOLDER}"))]
     return 1 + max((order for order in known if order is not None), default=-1)
 
 

@@ -134,6 +134,7 @@ class StageRun:
 
     def __init__(self, inputs: checks.Inputs, stage: StageConfig, workdir: Path, about: dict):
         self.config, self.stage = inputs.config, stage
+        self.over, self.accepted, self.data = inputs.over, inputs.accepted, inputs.data[stage.name]
         self.folder = workdir / stage.name
         self.reports = distributed.own_folder(self.folder)
         self.mesh, self.tokenizer = inputs.mesh, inputs.tokenizer
@@ -169,7 +170,11 @@ class StageRun:
             over = restored is not None and pipeline.stage_is_over(stage, len(self.source), batches.get_state())
             if restored is not None:
                 start, current, _ = restored
-                log.info("%s continues after step %d", stage.name, start)
+                if self.over and not over:  # the last checkpoint was damaged, and data are trained again
+                    where = self.folder / checkpoint.FOLDER / str(start)
+                    about = checkpoint.load_about(where)
+                    resume.check_inputs(config, stage, self.data, self.tokenizer, about, where, self.accepted)
+                log.info("%s is over after step %d" if over else "%s continues after step %d", stage.name, start)
             else:
                 start, current = 0, state.begin(params, tx, mesh)
             writer = metrics.Writer(self.reports, start, config.wandb_project if distributed.is_first() else "")
@@ -196,7 +201,7 @@ class StageRun:
                 fed, counts = loop.wait_for_input(batches)
                 last = fed.last
                 records.note(step, fed, counts)
-                if last and step == 1:  # a packed step may hold what two were expected for
+                if last and step == 1:  # packed: it may hold what was expected to take two
                     optim.check_changes_parameters(stage, 1, current.params)
                 current, values = loop.compute(step, current, fed)
                 stop.nothing_to_lose = False
@@ -292,7 +297,8 @@ def _go_on(batches, step: int, position) -> None:
     batches.set_state(position)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Those of the command. Not while this file is imported: other commands have flags of the same names."""
     define_config("run configuration")
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and plots")
     flags.DEFINE_list("accept_changed", [], f"go on although these have changed: {', '.join(resume.INPUTS)}")
@@ -301,4 +307,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0 of several")
     flags.DEFINE_integer("num_processes", None, "how many processes train together")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+
+if __name__ == "__main__":
+    define_flags()
     run_main(main)

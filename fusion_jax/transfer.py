@@ -95,12 +95,12 @@ def take(
     check_size(folder, wanted)
     transfer = plan(folder, saved, model, wanted, without)
     if saved.stacks() == model.stacks():
-        found = loading.read_params(folder, {path: wanted[path] for path in transfer.taken})
+        params = loading.read_params(folder, {path: wanted[path] for path in transfer.taken})
     else:
-        found = _restacked(folder, transfer, wanted)
+        params = _restacked(folder, transfer, wanted)
     if transfer.anew:
-        found |= _begun_anew(model, seed, {path: wanted[path] for path in transfer.anew})
-    return unflatten_dict(found, sep="/")
+        params |= _begun_anew(model, seed, {path: wanted[path] for path in transfer.anew})
+    return unflatten_dict(params, sep="/")
 
 
 def _restacked(folder: Path, transfer: Transfer, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
@@ -115,30 +115,30 @@ def _restacked(folder: Path, transfer: Transfer, wanted: Mapping[str, jax.ShapeD
     check_size(folder, like)
     arrays = loading.read_params(folder, like)
     uses = [there for places in transfer.taken.values() for there in {there for there, _ in places}]
-    found = {}
+    params = {}
     for path, places in transfer.taken.items():
         if places[0][1] is None:
-            found[path] = arrays[places[0][0]]
+            params[path] = arrays[places[0][0]]
             continue
         needed = {there: arrays[there] for there, _ in places}
 
         def join(needed, places=places):
             return jnp.stack([needed[there][index] for there, index in places])
 
-        found[path] = jax.block_until_ready(jax.jit(join, out_shardings=wanted[path].sharding)(needed))
+        params[path] = jax.block_until_ready(jax.jit(join, out_shardings=wanted[path].sharding)(needed))
         for there in needed:  # one array after the other, so that no second decoder lies in memory
             uses.remove(there)
             if there not in uses:
                 arrays.pop(there).delete()
-    return found
+    return params
 
 
 def _begun_anew(model: FusionConfig, seed: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
     """Random parameters, the same as those of a model that begins anew as a whole."""
 
     def make(key):
-        made = flatten_dict(fusion.init(model, key), sep="/")
-        return {path: made[path] for path in wanted}
+        drawn = flatten_dict(fusion.init(model, key), sep="/")
+        return {path: drawn[path] for path in wanted}
 
     places = {path: leaf.sharding for path, leaf in wanted.items()}
     return jax.jit(make, out_shardings=places)(jax.random.key(seed))

@@ -68,7 +68,7 @@ FAULTS = {
         lambda config, folder: dataclasses.replace(
             config, evaluate_every=2, evaluation_tasks=("mmbnch",), evaluation_data=str(folder)
         ),
-        "Unknown task 'mmbnch'",
+        "task 'mmbnch' is unknown",
     ),
     "no folder of benchmarks": (
         lambda config, _: dataclasses.replace(

@@ -170,6 +170,17 @@ def test_checkpoints_of_earlier_versions_are_compared_by_their_records(data, cap
         check(data, saved | {"records": {"stage1": 7}})
 
 
+def test_forged_numbers_of_files_are_refused(data):
+    saved = described(data)
+    about.check_form(saved)
+    part = saved["data"]["stage1"][0]
+    for forged in (part, None, [part, []], [{**part, "drawn": "8"}]):
+        with pytest.raises(ValueError, match=r"'data' of its about has .* for 'stage1' instead of files' numbers"):
+            about.check_form({**saved, "data": {"stage1": forged}})
+    old = without(saved, "format")
+    assert not about.always_bos(old | {"config": {**old["config"], "template": conversation.OWN}}, WHERE)
+
+
 def test_shards_are_known_by_their_hashes(data, tmp_path):
     """Other pictures are other data, though the texts are the same."""
     convert.convert(data / "stage1.json", data, tmp_path / "a" / "s", progress=False)

@@ -167,6 +167,7 @@ WRONG = {
 EACH = """
 import os, sys
 from fusion_jax import cli, train
+train.define_flags()
 folder, *arguments = sys.argv[1:]
 arguments, overrides = arguments[:4], arguments[4:]
 for number, override in enumerate(overrides):

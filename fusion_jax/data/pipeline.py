@@ -419,7 +419,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> tuple[Fed, Counts]:
         f, queue = self._feeding, self._queue
-        if f.stage.steps and queue.step >= f.stage.steps:
+        if self._is_over():
             raise StopIteration
         bad = self._measure_again() + self._read(queue.enough)
         if not queue.waiting and not bad:
@@ -430,7 +430,7 @@ class _BatchIterator(grain.DatasetIterator):
         self._plan = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self._plan)
         if not f.stage.steps:
             bad += self._read(lambda: bool(queue.waiting))  # whether this is the last step depends on the next record
-        last = queue.step == f.stage.steps if f.stage.steps else not queue.waiting
+        last = self._is_over()
 
         per_group = f.sizes.rows_per_group
         own = [row for g in f.groups for row in rows[g * per_group : (g + 1) * per_group]]
@@ -445,6 +445,10 @@ class _BatchIterator(grain.DatasetIterator):
         samples = sum(map(len, rows)) - len(broken)
         fed = Fed(batch, samples, tuple(bad + broken), len(broken), self._plan, done, last)
         return fed, self._counts.plus(self._broken)
+
+    def _is_over(self) -> bool:
+        queue = self._queue
+        return _is_over(self._feeding.stage, self._feeding.records, queue.step, self._counts.seen, len(queue.waiting))
 
     def _done(self) -> float:
         if self._feeding.stage.steps:
@@ -603,9 +607,13 @@ def records_to_read(stage: StageConfig, records: int) -> int | float:
 
 def stage_is_over(stage: StageConfig, records: int, state: dict) -> bool:
     """Whether a state of `training_batches`, over so many records, is that behind the stage's last step."""
-    if stage.steps:
-        return state["step"] >= stage.steps
-    return state["counts"]["seen"] >= records_to_read(stage, records) and not state["waiting"]
+    in_all = records_to_read(stage, records)
+    return _is_over(stage, in_all, state["step"], state["counts"]["seen"], len(state["waiting"]))
+
+
+def _is_over(stage: StageConfig, in_all: int | float, step: int, seen: int, waiting: int) -> bool:
+    # Behind the last epoch nothing waits, but where an earlier version has read beyond it.
+    return step >= stage.steps if stage.steps else seen - waiting >= in_all
 
 
 def training_batches(

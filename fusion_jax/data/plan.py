@@ -165,11 +165,11 @@ class Queue:
         return rows, planned.crops
 
 
-def deal(found: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
+def deal(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
     """Rows group by group: each unit goes where the crops left for each row are most like its own, if there is room."""
     groups: list[list[list[int]]] = [[] for _ in range(sizes.groups)]
     left = [crops] * sizes.groups
-    for unit, cost in zip(found, costs):
+    for unit, cost in zip(ready, costs):
         open_ = [g for g in range(sizes.groups) if len(groups[g]) < sizes.rows_per_group and left[g] >= cost]
         if not open_:
             if all(len(group) == sizes.rows_per_group for group in groups):

@@ -147,6 +147,17 @@ def test_bad_records_are_no_steps(packing, monkeypatch):
     assert packing or len(steps) == 4  # of 13 usable ones
 
 
+def test_a_stage_whose_records_all_turn_bad_is_not_taken_for_finished(monkeypatch):
+    """Reading stops after two passes without one that is good. The trainer is to hear of it, not that all is done."""
+    stage = StageConfig("s", "d", batch_size=4, max_length=LENGTH, epochs=8)
+    of, order = data(10), iter(range(1000))
+    monkeypatch.setattr(of, "measure", lambda number: Data.measure(of, number if next(order) < 10 else 10))
+    steps = list(steps_of(stage, of, sizes_of(stage, of, 1), monkeypatch))
+    assert [fed.samples for _, _, fed, _ in steps[:3]] == [4, 4, 2] and len(steps[2][2].bad) == 40
+    assert [fed.last for _, _, fed, _ in steps] == [False] * (len(steps) - 1) + [True]
+    assert len(steps) > 3 and not any(fed.samples for _, _, fed, _ in steps[3:])
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_epoch_goes_on_from_any_of_its_steps(packing, monkeypatch):
     stage = StageConfig("s", "d", batch_size=4, packing=packing, max_length=LENGTH, epochs=2)
@@ -165,6 +176,21 @@ def test_an_epoch_goes_on_from_any_of_its_steps(packing, monkeypatch):
         for now, known in ((more, state), (sizes, older)):
             rest = [m.number for rows, *_ in steps_of(stage, of, now, monkeypatch, known) for row in rows for m in row]
             assert Counter(rest) == Counter(m.number for rows, *_ in again for row in rows for m in row)
+
+
+def test_a_stage_that_an_earlier_version_has_finished_is_over(monkeypatch):
+    """It took as many steps as batches, whatever they held, and had read on for the next epoch."""
+    stage = StageConfig("s", "d", batch_size=8, packing=True, steps=12, max_length=LENGTH)
+    of = data(100, 0.1)
+    sizes = sizes_of(stage, of, 1)
+    states = [state for *_, state in steps_of(stage, of, sizes, monkeypatch)]
+    epoch = dataclasses.replace(stage, steps=0)
+    assert states[-1]["counts"]["seen"] > 100 and len(states[-1]["waiting"]) > 16
+    over = [stage_is_over(epoch, 100, state) for state in states]
+    assert over[-1] and not over[8]
+    # One that was not ends behind as many records as an epoch has.
+    rest = list(steps_of(epoch, of, sizes, monkeypatch, states[over.index(True) - 1]))
+    assert [fed.last for _, _, fed, _ in rest] == [True]
 
 
 def test_what_waited_is_measured_anew_when_a_run_goes_on(monkeypatch, caplog):

@@ -32,4 +32,5 @@ def begun(logits, *arguments, begin=generate.begin):
 if __name__ == "__main__":
     mesh_utils.create_device_mesh = interleaved
     generate.Answerer.answer, generate.begin = answered, begun
+    train.define_flags()
     run_main(train.main)
