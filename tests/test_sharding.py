@@ -43,7 +43,10 @@ def test_the_rest_is_filled_in(config, devices, sizes):
         (lambda: sharding.mesh_sizes(MeshConfig(2, 2, 1), 8), ("asks for 4", "there are 8", "-1")),
         (lambda: MeshConfig(-1, -1, 1), ("only one", "data and fsdp")),
         (lambda: MeshConfig(fsdp=0), ("config.mesh.fsdp=0", "at least 1")),
-        (lambda: from_dict(MeshConfig, {"fsdpp": 2}, "config.mesh"), ("config.mesh.fsdpp", "'fsdp'")),
+        (
+            lambda: from_dict(MeshConfig, {"fsdpp": 2}, "config.mesh"),
+            ("config.mesh.fsdpp is no key", "did you mean fsdp?"),
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make, words):

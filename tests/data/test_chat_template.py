@@ -253,5 +253,5 @@ def test_names(folder):
     tokenizer = load_tokenizer(folder("smol"))
     assert chat_template.find("phi3", tokenizer) is TEMPLATES["phi3"]
     assert chat_template.find("own", tokenizer) is chat_template.find("own", tokenizer)  # cut once
-    with pytest.raises(UserError, match=r"'vicuna'; allowed are chatml, llama3, mistral, phi3, own"):
+    with pytest.raises(UserError, match=r"'vicuna' is unknown; allowed: phi3, llama3, chatml, mistral, own"):
         chat_template.find("vicuna", tokenizer)

@@ -130,5 +130,7 @@ def test_a_prompt_ends_with_a_question(loaded):
 
 def test_unknown_template():
     assert find_template("phi3") is TEMPLATES["phi3"]
-    with pytest.raises(UserError, match=r"'phi4'.*chatml, llama3, mistral, phi3"):
+    with pytest.raises(
+        UserError, match=r"'phi4' is unknown; allowed: phi3, llama3, chatml, mistral.*did you mean phi3"
+    ):
         find_template("phi4")
