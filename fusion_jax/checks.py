@@ -19,7 +19,7 @@ from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.evals.registry import find_tasks
-from fusion_jax.validation import Validation
+from fusion_jax.validation import NothingUsable, Validation
 
 log = logging.getLogger("fusion_jax")
 
@@ -139,15 +139,25 @@ def look(
         held_out = validation.open_data(config)
         if held_out is not None and config.validate_every and tokenizer is not None:
             input_check.check_same_data("validation_data", held_out.describe())
-            by_sizes: dict[tuple, Validation | None] = {}
+            by_sizes: dict[tuple, Validation | NothingUsable] = {}
+            without: dict[str, NothingUsable] = {}
             for stage in config.stages[inputs.first :]:
                 sizes = tuple(getattr(stage, name) for name in validation.SIZES)
-                with attempt():
-                    if sizes not in by_sizes:
-                        by_sizes[sizes] = None
+                if sizes not in by_sizes:
+                    try:
                         by_sizes[sizes] = validation.measure(config, stage, held_out, tokenizer)
-                if by_sizes[sizes] is not None:
-                    inputs.validation[stage.name] = dataclasses.replace(by_sizes[sizes], stage=stage, broken={})
+                    except NothingUsable as error:
+                        by_sizes[sizes] = error
+                measured = by_sizes[sizes]
+                if isinstance(measured, Validation):
+                    inputs.validation[stage.name] = dataclasses.replace(measured, stage=stage, broken={})
+                else:
+                    without[stage.name] = measured
+            # A stage of short rows may go without; where all of them do, something is wrong.
+            if not inputs.validation:
+                raise next(iter(without.values()))
+            for name, why in without.items():
+                log.warning("%s has no validation: %s", name, why)
     # ---- Reports.
     if config.evaluate_every:
         with attempt():

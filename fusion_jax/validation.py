@@ -15,13 +15,17 @@ from fusion_jax.data.pipeline import Loader
 from fusion_jax.data.plan import FixedBatch, Measured, plan_all
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.errors import BadRecord, check
+from fusion_jax.errors import BadRecord, UserError
 
 log = logging.getLogger("fusion_jax")
 
 _MARK = "validation"  # in bad_records.jsonl
 # Of a stage; they decide which records can be used, and how many.
 SIZES = ("max_length", "max_question_length", "max_rounds", "max_images", "batch_size")
+
+
+class NothingUsable(UserError):
+    """None of the validation records can be used in a stage."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
     """Looks at the first records for one stage and says how many cannot be used. A collective.
 
     Raises:
-      UserError: none can be used.
+      NothingUsable: none can be used.
     """
     loader = pipeline.fixed_loader(config, stage, source, tokenizer)
     records: list[Measured] = []
@@ -95,11 +99,12 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
     first = f"; the first: {bad[0]}" if bad else ""
     records, reasons, first = distributed.gather((records, Counter(one.reason for one in bad), first))[0]
     said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    check(
-        bool(records),
-        f"None of the {sum(reasons.values())} records of validation_data {config.validation_data} can be used in "
-        f"stage {stage.name!r} ({said}{first}); repair them, or the stage's lengths, or set validation_image_folder.",
-    )
+    if not records:
+        raise NothingUsable(
+            f"None of the {sum(reasons.values())} records of validation_data {config.validation_data} can be used in "
+            f"stage {stage.name!r} ({said}{first}); repair them, or the stage's lengths, or set "
+            "validation_image_folder."
+        )
     if bad:
         log.warning(
             "%s: %d validation record(s) of the first %d cannot be used (%s%s); bad_records.jsonl in the workdir lists "

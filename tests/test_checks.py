@@ -90,9 +90,9 @@ FAULTS = {
         "stage 'stage2': '(' is not a regular expression",
     ),
     "data of a later stage": (lambda config, _: stage(config, 1, data="none.json"), "the data file none.json"),
-    "lengths of a later stage": (
-        lambda config, _: stage(config, 1, max_question_length=1),
-        r"validation_data .* can be used in stage 'stage2' (2 question_too_long",
+    "lengths of all stages": (
+        lambda config, _: stage(stage(config, 0, max_question_length=1), 1, max_question_length=1),
+        r"validation_data .* can be used in stage 'stage1' (2 question_too_long",
     ),
     "init_from": (lambda config, folder: dataclasses.replace(config, init_from=str(folder)), "holds no checkpoint"),
 }
@@ -110,6 +110,17 @@ def test_each_fault_ends_training_before_it_begins_and_the_doctor_says_the_same(
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     found = doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1)
     assert [problem.what for problem in found if problem.stops] == [str(error.value)]
+
+
+def test_a_stage_too_short_for_validation_goes_without_and_says_so(config, tmp_path):
+    config = stage(config, 0, max_question_length=1)
+    problems = []
+    inputs = checks.look(config, tmp_path / "run", (), problems)
+    assert not problems and list(inputs.validation) == ["stage2"]
+    found = list(doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1))
+    assert [(problem.stops, problem.what.partition(":")[0]) for problem in found] == [
+        (False, "stage1 has no validation")
+    ]
 
 
 def test_the_doctor_names_all_faults_at_once(config, tmp_path):
