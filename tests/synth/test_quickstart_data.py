@@ -11,7 +11,10 @@ import yaml
 from PIL import Image
 from shapes_data import make_shapes
 
+from configs import quickstart
 from configs.quickstart_data import get_config
+from fusion_jax import checks
+from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth import questions, scenes
 from fusion_jax.synth.tokenizer import ADDED_TOKENS
@@ -47,6 +50,14 @@ def test_the_number_of_processes_changes_nothing(made, tmp_path):
     again = make(tmp_path / "data", processes=2, block=64)
     for name in (*(f"{name}.json" for name in COUNTS), "stage2.yaml", "tokenizer/tokenizer.model"):
         assert (again / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_its_training_would_start(made, tmp_path):
+    config = from_dict(RunConfig, quickstart.get_config(str(made)).to_dict())
+    problems = []
+    inputs = checks.look(config, tmp_path, (), problems)
+    assert not problems and list(inputs.sizes) == ["stage1", "stage1_5", "stage2"]
+    assert all(len(inputs.validation[name].records) == COUNTS["validation"] for name in ("stage1_5", "stage2"))
 
 
 @pytest.mark.parametrize("name", COUNTS)
