@@ -20,6 +20,7 @@ room than was planned, leaves its place empty.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -276,29 +277,23 @@ class Loader:
             return BadRecord("changed", example.where, detail)
         return example
 
-    def measure(self, number: int) -> tuple[Measured, int] | BadRecord:
-        """What the record takes, and how many last rounds it loses."""
+    def measure(self, number: int, headers: bool = False) -> tuple[Measured, int] | BadRecord:
+        """What the record takes, and how many last rounds it loses.
+
+        headers: a record of whose images the headers cannot be read is bad.
+        """
         if number >= len(self.source):
             return BadRecord("changed", f"record {number}", f"the data have {len(self.source)} records by now")
-        example = self.text(number)
-        if isinstance(example, BadRecord):
-            return example
-        takes = needs(example, self.spec, 0)
-        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
-
-    def measure_with_images(self, number: int) -> Measured | BadRecord:
-        """What the record takes, if the headers of its images can be read."""
-        measured = self.measure(number)
-        if isinstance(measured, BadRecord):
-            return measured
         try:
             record = self.source.text(number)
-            for one in record.images:
+            example = self.maker.fitting(record, self.spec, self.longest_latents)
+            for one in record.images if headers else ():
                 if one != b"":  # shards and their sizes were checked when they were written
                     image.read_size(one, record.where)
         except BadRecord as bad:
             return bad
-        return measured[0]
+        takes = needs(example, self.spec, 0)
+        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
 
 
 @dataclass(frozen=True)
@@ -708,11 +703,11 @@ def first_records(
         while len(good) < wanted and next_ < records:
             numbers = range(next_, min(records, next_ + wanted - len(good)))
             next_ = numbers.stop
-            for element in pool.map(loader.measure_with_images, numbers):
+            for element in pool.map(functools.partial(loader.measure, headers=True), numbers):
                 if isinstance(element, BadRecord):
                     bad.append(element)
                 else:
-                    good.append(element)
+                    good.append(element[0])
     return good, bad
 
 

@@ -271,6 +271,13 @@ def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
         assert fed.samples == ROWS and len(fed.bad) > 5
 
 
+def test_a_record_beyond_the_data_has_changed():
+    """One that waited when its file was longer."""
+    loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
+    bad = loader.measure(3)
+    assert isinstance(bad, BadRecord) and bad.reason == "changed" and "have 3 records by now" in str(bad)
+
+
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
     loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
