@@ -136,28 +136,7 @@ def look(
                 steps = pipeline.stage_steps(stage, len(source), sizes.samples)
                 optim.check_changes_parameters(stage, steps, shapes)
     with attempt():
-        held_out = validation.open_data(config)
-        if held_out is not None and config.validate_every and tokenizer is not None:
-            input_check.check_same_data("validation_data", held_out.describe())
-            by_sizes: dict[tuple, Validation | NothingUsable] = {}
-            without: dict[str, NothingUsable] = {}
-            for stage in config.stages[inputs.first :]:
-                sizes = tuple(getattr(stage, name) for name in validation.SIZES)
-                if sizes not in by_sizes:
-                    try:
-                        by_sizes[sizes] = validation.measure(config, stage, held_out, tokenizer)
-                    except NothingUsable as error:
-                        by_sizes[sizes] = error
-                measured = by_sizes[sizes]
-                if isinstance(measured, Validation):
-                    inputs.validation[stage.name] = dataclasses.replace(measured, stage=stage, broken={})
-                else:
-                    without[stage.name] = measured
-            # A stage of short rows may go without; where all of them do, something is wrong.
-            if not inputs.validation:
-                raise next(iter(without.values()))
-            for name, why in without.items():
-                log.warning("%s has no validation: %s", name, why)
+        inputs.validation = measure_validation(config, config.stages[inputs.first :], tokenizer)
     # ---- Reports.
     if config.evaluate_every:
         with attempt():
@@ -211,6 +190,42 @@ def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
         return pipeline.stage_is_over(stage, records, position)
     except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it says so
         return False
+
+
+def measure_validation(
+    config: RunConfig, stages: Sequence[StageConfig], tokenizer: Tokenizer | None
+) -> dict[str, Validation]:
+    """The validation of each stage that has one, by name; stages of equal sizes share what is measured. A collective.
+    Without a tokenizer the data are opened, and that is all.
+
+    Raises:
+      UserError: the data cannot be opened, are not the same for all processes, or can be used in no stage.
+    """
+    source = validation.open_data(config)
+    if source is None or not config.validate_every or tokenizer is None:
+        return {}
+    input_check.check_same_data("validation_data", source.describe())
+    by_sizes: dict[tuple, Validation | NothingUsable] = {}
+    usable: dict[str, Validation] = {}
+    without: dict[str, NothingUsable] = {}
+    for stage in stages:
+        sizes = tuple(getattr(stage, name) for name in validation.SIZES)
+        if sizes not in by_sizes:
+            try:
+                by_sizes[sizes] = validation.measure(config, stage, source, tokenizer)
+            except NothingUsable as error:
+                by_sizes[sizes] = error
+        measured = by_sizes[sizes]
+        if isinstance(measured, Validation):
+            usable[stage.name] = dataclasses.replace(measured, stage=stage, broken={})
+        else:
+            without[stage.name] = measured
+    # A stage of short rows may go without; where all of them do, something is wrong.
+    if not usable:
+        raise next(iter(without.values()))
+    for name, why in without.items():
+        log.warning("%s has no validation: %s", name, why)
+    return usable
 
 
 def check_evaluation(config: RunConfig) -> None:
