@@ -169,9 +169,9 @@ REFUSED = {
 def exported():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from fusion_jax.interop.torch import modeling_fusion
+    from fusion_jax.interop.torch import image_fusion
 
-    return modeling_fusion
+    return image_fusion
 
 
 @pytest.mark.parametrize("name", RAMPS)

@@ -502,7 +502,7 @@ def test_unusable_conversations(processing, chat, images, message):
 def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
     """The exported file stands alone, so that it repeats the list and the limits."""
     processor = processing[3]
-    code = sys.modules[type(processor).__module__]
+    code = sys.modules[type(processor).__module__.replace("processing_", "image_")]
     assert code.FORMATS == formats.FORMATS
     assert (code.MAX_PIXELS, code.MAX_SIDE, code.MAX_BYTES) == (image.MAX_PIXELS, image.MAX_SIDE, image.MAX_BYTES)
     shown = picture(0)

@@ -11,7 +11,8 @@ from fusion_jax.data.conversation import Template
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, JsonTokenizer, Tokenizer
 from fusion_jax.models.config import FusionConfig
 
-_CODE = Path(__file__).with_name("modeling_fusion.py")
+# What transformers runs with trust_remote_code; each file imports only the others and installed packages.
+_CODE = ("configuration_fusion", "image_fusion", "processing_fusion", "modeling_fusion")
 _MAX_NEW_TOKENS = 512
 
 
@@ -31,7 +32,8 @@ def write_side_files(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_CODE, folder / _CODE.name)
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
     ids = {}
     if tokenizer is not None and template is not None:
         ids = {"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
@@ -42,11 +44,13 @@ def write_side_files(
         _write(folder / "processor_config.json", processor_config(model_config, tokenizer, template))
         (folder / "chat_template.jinja").write_text(chat_template(model_config, template), encoding="utf-8")
         ids["eos_token_id"] = stops
-    code = _CODE.stem
     config = {
         "model_type": "fusion_jax",
         "architectures": ["FusionForCausalLM"],
-        "auto_map": {"AutoConfig": f"{code}.FusionConfig", "AutoModelForCausalLM": f"{code}.FusionForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "configuration_fusion.FusionConfig",
+            "AutoModelForCausalLM": "modeling_fusion.FusionForCausalLM",
+        },
         "dtype": dtype,
         **dataclasses.asdict(model_config),
         "latent_count": model_config.fixed_latent_count,
@@ -61,7 +65,7 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
     """What the exported processor needs to know of model, tokenizer and template."""
     return {
         "processor_class": "FusionProcessor",
-        "auto_map": {"AutoProcessor": f"{_CODE.stem}.FusionProcessor"},
+        "auto_map": {"AutoProcessor": "processing_fusion.FusionProcessor"},
         "template": _described(template),
         "bos_token_id": next(iter(conversation.first_ids(tokenizer, template)), None),
         "image_size": model_config.vision.image_size,

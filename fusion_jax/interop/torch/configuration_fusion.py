@@ -1,0 +1,123 @@
+"""The configuration of an exported model, and the constants that its model and processor share."""
+
+from transformers import PretrainedConfig
+
+# Values of image_kind. A zero image is 0.0 after normalisation, the mid-grey that stands in where there is no image.
+NO_IMAGE, PIXELS, ZERO_IMAGE = 0, 1, 2
+QUADRANTS = 4
+IGNORE = -100  # in labels: not supervised
+
+# Defaults of a FusionConfig's parts.
+VISION = {"image_size": 384, "patch_size": 16, "width": 1536, "mlp_dim": 6144, "layers": 39, "heads": 16}
+VISION["norm_eps"] = 1e-6
+LLM = {
+    "vocab_size": 32064,
+    "width": 3072,
+    "mlp_dim": 8192,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 0,  # 0: width / heads
+    "norm_eps": 1e-5,
+    "qkv_bias": False,
+    "tied_head": False,
+    "sliding_window": 0,  # 0: none, else how many positions a query sees, itself included
+}
+ROPE = {
+    "kind": "default",  # or llama3, longrope
+    "theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_length": 8192,
+    "max_length": 131072,
+    "short_factors": [],
+    "long_factors": [],
+}
+EXCHANGE = {"start": 0, "stride": 3, "layers": 10, "heads": 16}  # after decoder layers start, start + stride, ...
+
+
+class FusionConfig(PretrainedConfig):
+    """The whole model. `vision`, `llm` (with `rope`) and `exchange` are dicts; what they leave out has these defaults.
+
+    text_guided: the question's tokens enter the encoder. mapping_loss_weight: lambda of the dual-semantic mapping loss.
+    semantic_exchange: latents and exchange layers. latent_counts: the l^2 that training drew from; latent_count: the
+    one to use when nothing is asked. image_tokens: tokens per image, 0 for one per patch. mask, taps, context,
+    latent_init, text_only: `paper` or `released` arithmetic, see where they are used. template: the text around turns.
+    """
+
+    model_type = "fusion_jax"
+
+    def __init__(
+        self,
+        vision=None,
+        llm=None,
+        exchange=None,
+        text_guided=True,
+        mapping_loss_weight=0.1,
+        semantic_exchange=True,
+        latent_counts=(4, 16, 36, 64, 144),
+        image_tokens=0,
+        mask="paper",
+        taps="paper",
+        context="image",
+        latent_init="learned",
+        text_only="none",
+        hide_question_id_zero=False,
+        latent_count=0,
+        template=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.vision = {**VISION, **(vision or {})}
+        self.llm = {**LLM, **(llm or {})}
+        self.llm["rope"] = {**ROPE, **(self.llm.get("rope") or {})}
+        self.llm["head_dim"] = self.llm["head_dim"] or self.llm["width"] // self.llm["heads"]
+        self.exchange = {**EXCHANGE, **(exchange or {})}
+        self.text_guided = text_guided
+        self.mapping_loss_weight = mapping_loss_weight
+        self.semantic_exchange = semantic_exchange
+        self.latent_counts = list(latent_counts)
+        self.image_tokens = image_tokens
+        self.mask = mask
+        self.taps = taps
+        self.context = context
+        self.latent_init = latent_init
+        self.text_only = text_only
+        self.hide_question_id_zero = hide_question_id_zero
+        self.latent_count = latent_count
+        self.template = template
+        # What transformers' generation and cache code asks for. A tied head is no second tensor here: nothing to tie.
+        self.vocab_size = self.llm["vocab_size"]
+        self.hidden_size = self.llm["width"]
+        self.num_hidden_layers = self.llm["layers"]
+        self.num_attention_heads = self.llm["heads"]
+        self.num_key_value_heads = self.llm["kv_heads"]
+        self.head_dim = self.llm["head_dim"]
+        self.max_position_embeddings = self.llm["rope"]["max_length"]
+        self.tie_word_embeddings = False
+
+    @property
+    def patches(self) -> int:
+        # The patch convolution has no padding: 384 / 14 gives 27 a side.
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the tower that run: without its last state as a tap nothing reads what follows state 2h - 1."""
+        layers = self.vision["layers"]
+        return layers if self.taps == "released" else 2 * (layers // 2) - 1
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.image_tokens or self.patches
+
+    @property
+    def uses_quadrants(self) -> bool:
+        return self.context == "quadrants" and self.semantic_exchange
+
+    @property
+    def exchange_after(self) -> list[int]:
+        """Decoder layers that an exchange layer follows."""
+        e = self.exchange
+        return [e["start"] + i * e["stride"] for i in range(e["layers"])] if self.semantic_exchange else []

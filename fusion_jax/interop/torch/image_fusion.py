@@ -1,0 +1,150 @@
+"""Image files to pixels exactly as in training."""
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# What image files may be, as in training. Pillow's other formats are left out: some start programs, or hold any format.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS, MAX_SIDE, MAX_BYTES = 80_000_000, 65_535, 1 << 29
+SLOW_DECODERS = {"jpeg2k": 10_000_000, "bmp_rle": 10_000_000, "ppm": 1_000_000, "ppm_plain": 1_000_000}  # pixels
+
+
+# Values of other than 8 bits, as the 8 that training saw: word for word the functions of training.
+
+
+class UnclearRange(ValueError):
+    """Nothing says which value is white. The message continues "the image ..."."""
+
+
+WHITES = (1, 255, 1023, 4095, 16383, 65535)
+BITS, PHOTOMETRIC, PLANES, KIND, WHITE_IS_ZERO, SIGNED = 258, 262, 284, 339, 0, 2  # tags of TIFF, and two values
+LEAST_TAGS, MOST_TAGS = (280, 340), (281, 341)  # MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8.
+
+    Raises:
+      ValueError: it is a TIFF of planes of 16 bits without compression, which Pillow reads as if they had 8.
+    """
+    tile, tags = getattr(image, "tile", None), getattr(image, "tag_v2", {})  # a file's
+    if not tile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return False
+    if tags.get(PLANES) == 2 and max(np.ravel(tags.get(BITS, 1))) > 8 and tile[0][0] != "libtiff":
+        raise ValueError("its channels are planes of 16 bits, which are not read without compression")
+    return ";16" in str(tile[0][3])
+
+
+def check_deep_colour(image: Image.Image) -> None:
+    """UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
+    if max(most for _, most in image.getextrema()[: 4 if image.mode == "CMYK" else 3]) < 16:
+        raise UnclearRange("has 16 bits a channel of which no value reaches a sixteenth: give it 8, white being 255")
+
+
+def levels_of_grey(image: Image.Image) -> np.ndarray | None:
+    """A decoded image's values in 8 bits, (height, width) uint8; None where it has 8, or colours, as it is.
+
+    Raises:
+      UnclearRange: nothing says which value is white.
+    """
+    tags = getattr(image, "tag_v2", {})
+
+    def tag(*names):
+        return next((np.ravel(tags[name])[0] for name in names if name in tags), None)
+
+    bits, signed = tag(BITS), tag(KIND) == SIGNED
+    if image.mode == "F":
+        values, longest = np.asarray(image), None
+    elif image.mode.startswith("I;16"):
+        values, longest = np.asarray(image), 65535
+    elif image.mode == "I":
+        values, longest = np.asarray(image), 32767 if bits == 16 else 2**31 - 1
+        if bits == 32 and not signed:
+            values, longest = values.view(np.uint32), 2**32 - 1
+    elif image.mode == "L" and signed:
+        values, longest = np.asarray(image).view(np.int8), 127
+    else:
+        return None
+    white = 65535 if image.format == "PPM" else 4095 if bits == 12 else tag(*MOST_TAGS)
+    black = tag(*LEAST_TAGS) or 0
+    if white is None or white <= black or (black, white) == (0, longest):  # what the numbers could hold says nothing
+        black, white = None, longest
+    return to_eight_bits(values, black, white, tag(PHOTOMETRIC) == WHITE_IS_ZERO)
+
+
+def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, inverted: bool) -> np.ndarray:
+    """Values to 0 ... 255.
+
+    Args:
+      values: (height, width). black, white: as the header says; black None: white is what a number could hold, None for
+        fractions. inverted: the header has black and white exchanged.
+
+    Returns:
+      (height, width) uint8.
+
+    Raises:
+      UnclearRange: nothing says which value is white.
+    """
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise UnclearRange("has values that are no finite numbers")
+    if black is None:
+        if least < 0:
+            raise UnclearRange(f"has values below 0, and does not say which is black: the least is {least}")
+        whites = [one for one in WHITES if white is None or one < white] + [white] * (white is not None)
+        black, white = 0, next((one for one in whites if most <= one), 0)
+        if most and not white / 16 <= most <= white:
+            known = "0 to 1, or 8, 10, 12, 14 or 16 bits"
+            raise UnclearRange(f"does not say which value is white: the largest, {most}, fits none of {known}")
+    elif least < black or most > white:
+        raise UnclearRange(f"says that its values go from {black} to {white}, and they go from {least} to {most}")
+    levels = np.empty(values.shape, np.uint8)
+    whole = values.dtype.kind != "f" and black == 0 and int(white) == white and int(white) & int(white) + 1 == 0
+    shift = int(white).bit_length() - 8 if whole and white >= 255 else None
+    rows = max(1, 2**20 // values.shape[1])  # little memory on the way
+    for row in range(0, len(values), rows):
+        part = values[row : row + rows]
+        if shift is None:
+            part = np.rint((part.astype(np.float64) - float(black)) * (255 / (float(white) - float(black))))
+        else:
+            part = part >> shift
+        levels[row : row + rows] = part
+    return 255 - levels if inverted else levels
+
+
+def to_rgb(image: Image.Image, deep_colour: bool = False) -> Image.Image:
+    """A decoded image in 8 bits a channel, as training saw it. UnclearRange where nothing says which value is white."""
+    if deep_colour:
+        check_deep_colour(image)
+    levels = levels_of_grey(image)
+    return (image if levels is None else Image.fromarray(levels)).convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as RGB. ValueError if it is none of FORMATS, damaged, or over a limit; OSError if no file."""
+    Image.init()
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"The image {path} is no file, but a folder, a pipe or a device.")
+        if found.st_size > MAX_BYTES:
+            raise ValueError(f"The image {path} has {found.st_size} bytes; allowed are {MAX_BYTES}.")
+        try:
+            image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
+            size, mode = image.size, image.mode
+            most = SLOW_DECODERS.get(image.tile[0][0] if image.tile else "", MAX_PIXELS)
+            if size[0] * size[1] > most or max(size) > MAX_SIDE:
+                raise ValueError(f"it has {size[0]}x{size[1]} pixels; allowed are {most}, and {MAX_SIDE} along a side")
+            deep_colour = is_deep_colour(image)
+            image.load()
+            if (size, mode) not in ((image.size, image.mode), (image.size[::-1], image.mode)):  # a TIFF may be turned
+                raise ValueError(f"its pixels are not those that its header says, {mode} of {size[0]}x{size[1]}")
+            if (image.size, image.mode) != (image.im.size, image.im.mode):
+                raise ValueError("its pixels are of another size than it says")
+            return to_rgb(image, deep_colour)
+        except Exception as e:  # decoders answer damaged bytes with almost any exception
+            raise ValueError(f"Cannot read the image {path}, one of {', '.join(FORMATS)}: {e}") from e
