@@ -357,6 +357,9 @@ class SentencePieceTokenizer(Tokenizer):
             return b""
         return self._bytes[i] or self._model.id_to_piece(i).encode()
 
+    def is_control(self, i: int) -> bool:
+        return super().is_control(i) or (i not in self._added_names and i < len(self._bytes) and not self._bytes[i])
+
 
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, run by the `tokenizers` library."""

@@ -5,6 +5,7 @@ it as the bytes that it adds to a text, and control tokens are none of them.
 """
 
 import functools
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -81,7 +82,7 @@ class Grammars:
         start = '" " answer' if self._prefix else "answer"
         rule = f"%json {form.schema}"
         if form.regex:
-            rule = f'/{llguidance.regex_to_lark(form.regex, use_ascii="")}/'
+            rule = f"/{llguidance.regex_to_lark(form.regex, use_ascii='')}/"
         grammar = llguidance.LLMatcher.grammar_from_lark(f"start: {start}\nanswer: {rule}")
         if grammar not in self._good:
             self._check(form, grammar)
@@ -152,6 +153,11 @@ def _opens_with_space(prompts: generate.Prompts) -> bool:
 
 
 def _refusal(form: Form, said: str) -> ApiError:
-    lines = [line.strip() for line in said.splitlines() if not line.startswith("<")]
-    detail = " ".join(" ".join(lines).split())[:300].rstrip(".")
-    return ApiError(400, f"{form.key} cannot be used: {detail}.", "invalid_value", form.key)
+    """said: the library's words, of which its own grammar and state are left out."""
+    said = re.split(r"\n\s*\d+ \||\n<", said)[0]
+    said = " ".join(
+        re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |Enable 'coerce_one_of'.*", "", said).split()
+    )
+    said = said.replace("Unimplemented keys:", "not supported are the keywords")
+    said = "nothing satisfies it" if said.startswith("NoExtension") else said[:300].rstrip(". ")
+    return ApiError(400, f"{form.key} cannot be used: {said}.", "invalid_value", form.key)

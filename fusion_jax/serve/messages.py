@@ -1,7 +1,6 @@
 """The messages of a chat request as a conversation's turns, with nothing of them lost and nothing added."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.data.conversation import IMAGE_SLOT
@@ -35,35 +34,13 @@ _IMAGE = Keys(
 )
 
 
-@dataclass
-class _Turns:
-    """Turns under construction: who speaks, and the texts that were said one after the other."""
-
-    system: list[str] = field(default_factory=list)
-    said: list[tuple[str, list[str]]] = field(default_factory=list)
-    waiting: list[str] = field(default_factory=list)  # system texts for the user's turn that follows
-
-    def add(self, who: str, text: str) -> None:
-        last = self.said[-1][0] if self.said else None
-        if who == "system":
-            asked = any(turn == "human" for turn, _ in self.said)
-            (self.said[-1][1] if last == "human" else self.waiting if asked else self.system).append(text)
-            return
-        if who != last:
-            self.said.append((who, []))
-        if who == "human":
-            self.said[-1][1].extend(self.waiting)
-            self.waiting = []
-        self.said[-1][1].append(text)
-
-
 def read_messages(
     messages: Any, text_bytes: int, take_image: Callable[[Any, str], None]
 ) -> tuple[list[dict[str, str]], str | None]:
     """The turns of a conversation, with an IMAGE_SLOT for each image, and its system text.
 
     Messages of one role that follow each other are one turn. System texts before the user's first message are the
-    conversation's own; a later one stands in the user's turn, before or behind his words as it was said.
+    conversation's own; later ones are said as the user's words are.
 
     Args:
       text_bytes: how many bytes all texts may have. take_image: called with each image's address and its place.
@@ -73,7 +50,8 @@ def read_messages(
     """
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message.", "invalid_value", "messages")
-    turns, names, size = _Turns(), {}, 0
+    turns: list[tuple[str, list[str]]] = []
+    system, names, size = [], {}, 0
     for k, message in enumerate(messages):
         where = f"messages[{k}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -88,10 +66,17 @@ def read_messages(
         size += len(text.encode(errors="replace"))
         if size > text_bytes:
             raise text_too_long(text_bytes)
-        turns.add(_ROLES[role], text)
-    if not turns.said or turns.said[-1][0] != "human":
+        who = _ROLES[role]
+        if who == "system" and not any(one == "human" for one, _ in turns):
+            system.append(text)
+            continue
+        who = "human" if who == "system" else who
+        if not turns or turns[-1][0] != who:
+            turns.append((who, []))
+        turns[-1][1].append(text)
+    if not turns or turns[-1][0] != "human":
         raise ApiError(400, "The last message must be the user's.", "invalid_value", "messages")
-    return [{"from": who, "value": _joined(texts)} for who, texts in turns.said], _joined(turns.system) or None
+    return [{"from": who, "value": _joined(texts)} for who, texts in turns], _joined(system) or None
 
 
 def _joined(texts: list[str]) -> str:

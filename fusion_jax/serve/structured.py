@@ -1,6 +1,7 @@
 """What form an answer is to have: `response_format` as the OpenAI API has it, `structured_outputs` and `guided_*` as
 vLLM has them."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,31 @@ MOST_REGEX = 8 << 10
 MOST_CHOICES = 1000
 # Between the parts of JSON. Without a bound a model may go on with line breaks to the end of its tokens.
 _SPACE = "[ \\n\\r\\t]{1,32}"
+
+_NAMED = (
+    "properties",
+    "patternProperties",
+    "$defs",
+    "definitions",
+    "dependentSchemas",
+)  # names that are a caller's own
+_DATA = ("enum", "const", "default", "example", "examples", "required", "discriminator")  # values that are no schemas
+_OLD = ("divisibleBy", "extends", "disallow")
+_KEYWORDS = frozenset(
+    (
+        *_NAMED,
+        *_DATA,
+        *("$schema", "$id", "$ref", "$anchor", "$comment", "$dynamicRef", "$dynamicAnchor", "$vocabulary", "id"),
+        *("type", "title", "description", "deprecated", "readOnly", "writeOnly", "nullable", "format"),
+        *("allOf", "anyOf", "oneOf", "not", "if", "then", "else"),
+        *("items", "prefixItems", "additionalItems", "unevaluatedItems", "contains", "minContains", "maxContains"),
+        *("minItems", "maxItems", "uniqueItems"),
+        *("additionalProperties", "unevaluatedProperties", "propertyNames", "dependentRequired", "dependencies"),
+        *("minProperties", "maxProperties"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("pattern", "minLength", "maxLength", "contentEncoding", "contentMediaType", "contentSchema"),
+    )
+)
 
 _FORMAT = Keys(taken=("type",))
 _SCHEMA_FORMAT = Keys(taken=("type", "json_schema"))
@@ -101,9 +127,26 @@ def _json(key: str, schema: Any) -> Form:
         raise ApiError(400, f"{key} must be a JSON schema, an object.", "invalid_type", key)
     if "x-guidance" in schema:
         raise ApiError(400, f"{key}.x-guidance is not supported.", "unsupported_value", key)
+    _check_words(key, schema)
     written = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})
     _check_size(key, len(written), MOST_BYTES)
     return Form(key, schema=written)
+
+
+def _check_words(key: str, schema: Any) -> None:
+    """ApiError 400 for a keyword that is almost one of JSON Schema: that means nothing there, and would change nothing
+    in silence. Those that mean something and are not supported are refused by llguidance, and other words are notes."""
+    if not isinstance(schema, dict):
+        return
+    for word, value in schema.items():
+        near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8)
+        if (word not in _KEYWORDS and near) or word in _OLD:
+            said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
+            raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
+        inner = list(value.values()) if word in _NAMED and isinstance(value, dict) else [value]
+        for one in (*inner, *(value if isinstance(value, list) else ())):
+            if word not in _DATA:
+                _check_words(key, one)
 
 
 def _regex(key: str, regex: Any) -> Form:

@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 _SECONDS, _BYTES = 2, 1 << 30
 _WALK, _WALK_SECONDS = 200, 1.0  # bytes and seconds of the answer that is tried
-_END = 256
+_END, _QUOTE = 256, 0x22
 
 
 def limits() -> LLParserLimits:
@@ -22,7 +22,7 @@ def limits() -> LLParserLimits:
     return LLParserLimits(
         initial_lexer_fuel=500_000,
         step_lexer_fuel=100_000,
-        step_max_items=20_000,
+        step_max_items=5_000,
         max_lexer_states=20_000,
         max_grammar_size=100_000,
         precompute_large_lexemes=False,
@@ -44,7 +44,7 @@ class _Bytes:
 def problem(grammar: str) -> str:
     """What is wrong with a grammar: it cannot be read, nothing satisfies it, or it becomes too complex on the way."""
     matcher = LLMatcher(LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=limits())
-    begun = time.monotonic()
+    begun, last = time.monotonic(), None
     for _ in range(_WALK):
         if matcher.is_error() or matcher.is_stopped() or time.monotonic() - begun > _WALK_SECONDS:
             break
@@ -52,10 +52,9 @@ def problem(grammar: str) -> str:
         allowed = [byte for byte in range(_END) if bits >> byte & 1]
         if not allowed:
             break
-        matcher.consume_token(allowed[len(allowed) // 2])
-    # The walk goes on wherever a byte is allowed, so it sees a dead end only where nothing is allowed from the start.
-    if matcher.stop_reason() == "NoExtensionBias":
-        return "nothing satisfies it"
+        # Into the keys and texts of JSON, where many ways are open.
+        last = _QUOTE if _QUOTE in allowed and last != _QUOTE else allowed[len(allowed) // 2]
+        matcher.consume_token(last)
     return matcher.get_error() if matcher.is_error() else ""
 
 
