@@ -13,8 +13,9 @@ from fusion_jax.serve.keys import Keys, check_keys, no_op, read
 MOST_BYTES = 64 << 10  # of a schema, or all choices
 MOST_REGEX = 8 << 10
 MOST_CHOICES = 1000
-# Between the parts of JSON. Without a bound a model may go on with line breaks to the end of its tokens.
-_SPACE = "[ \\n\\r\\t]{1,32}"
+# Between the parts of JSON: a space, or a line break and what the next line is indented by. Without a bound a model may
+# go on with line breaks to the end of its tokens.
+_SPACE = " |\\n[ \\t]{0,24}"
 
 _NAMED = (
     "properties",
