@@ -140,7 +140,8 @@ def _check_words(key: str, schema: Any) -> None:
     if not isinstance(schema, dict):
         return
     for word, value in schema.items():
-        near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8 if len(word) > 4 else 1)
+        near = near or [known for known in _KEYWORDS if sorted(known) == sorted(word)]
         if (word not in _KEYWORDS and near) or word in _OLD:
             said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
             raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
