@@ -145,10 +145,11 @@ def _check_words(key: str, schema: Any) -> None:
         if (word not in _KEYWORDS and near) or word in _OLD:
             said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
             raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
-        inner = list(value.values()) if word in _NAMED and isinstance(value, dict) else [value]
+        if word not in _KEYWORDS or word in _DATA:
+            continue
+        inner = value.values() if word in _NAMED and isinstance(value, dict) else [value]
         for one in (*inner, *(value if isinstance(value, list) else ())):
-            if word not in _DATA:
-                _check_words(key, one)
+            _check_words(key, one)
 
 
 def _regex(key: str, regex: Any) -> Form:
