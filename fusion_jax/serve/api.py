@@ -104,8 +104,10 @@ class _Rooms:
     images are apart, and those that build grammars, so that text never waits for a slow host, a large picture or a
     large schema."""
 
-    def __init__(self, core: engine.Engine, options: Options):
+    def __init__(self, core: engine.Engine, options: Options, grammars: Grammars | None):
         self.core, self.options = core, options
+        if grammars is not None:
+            self.grammars = grammars
         self.measured = _Metrics(core)
         self.budget = Budget(options.bodies_bytes)
         self.preparing = Pool("prepare", options.threads)
@@ -115,13 +117,14 @@ class _Rooms:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """Made when the first request wants a form: it reads the whole vocabulary."""
+        """Of the forms that answers have; unless the caller of `make_app` has made them, made when first needed."""
         return Grammars(self.core.prompts, self.core.model.config.llm.vocab_size)
 
 
-def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
-    """The application; the engine must have been started, and is drained when the application ends."""
-    rooms = _Rooms(core, options)
+def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = None) -> fastapi.FastAPI:
+    """The application; the engine must have been started, and is drained when the application ends. grammars: loaded
+    ones; None: they are made when a request first wants a form."""
+    rooms = _Rooms(core, options, grammars)
     measured, created = rooms.measured, int(time.time())
     key = options.api_key.encode(errors="surrogateescape")  # from the environment: possibly bytes that are no UTF-8
 

@@ -4,6 +4,7 @@ The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It wo
 it as the bytes that it adds to a text, and control tokens are none of them.
 """
 
+import contextlib
 import functools
 import re
 import subprocess
@@ -68,6 +69,12 @@ class Grammars:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(TokenizerWrapper(_Words(self._tokenizer, self._vocabulary)), eos_token=[*self._stop_ids])
+
+    def load(self) -> None:
+        """Reads the vocabulary, which takes a second and would hold other threads up later. Without llguidance nothing
+        happens: requests that want a form hear of it."""
+        with contextlib.suppress(ImportError):
+            _ = self._words
 
     def matcher(self, form: Form) -> Matcher:
         """May take seconds. ApiError 400 for a form that cannot be, 501 without the library."""
