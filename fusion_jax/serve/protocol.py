@@ -12,11 +12,11 @@ from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.sampling import Sampling
-from fusion_jax.serve.engine import MOST_LIKELY, Likely
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.json_body import decode_base64, read_json
 from fusion_jax.serve.keys import CHAT, STREAM, check_keys, read
 from fusion_jax.serve.messages import read_messages
+from fusion_jax.serve.requests import MOST_LIKELY, Likely
 from fusion_jax.serve.structured import Form, read_form
 
 

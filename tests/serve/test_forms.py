@@ -96,9 +96,8 @@ CANNOT = [
 
 
 @pytest.mark.parametrize(("form", "why"), CANNOT, ids=[why[:20] for _, why in CANNOT])
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
 def test_a_form_that_cannot_be_is_refused_with_the_reason(grammars, form, why):
-    if grammars._prefix:
-        pytest.skip("the same for both")
     begun = time.monotonic()
     with pytest.raises(ApiError) as caught:
         grammars.matcher(read_form(form))
@@ -109,6 +108,7 @@ def test_a_form_that_cannot_be_is_refused_with_the_reason(grammars, form, why):
     assert "x-guidance" not in error.message and "start:" not in error.message
 
 
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
 def test_a_form_that_was_good_is_not_tried_again(grammars, monkeypatch):
     form = read_form({"guided_regex": "[a-c]+"})
     grammars.matcher(form)
@@ -116,6 +116,7 @@ def test_a_form_that_was_good_is_not_tried_again(grammars, monkeypatch):
     assert grammars.matcher(form) is not grammars.matcher(form)
 
 
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
 def test_a_model_that_cannot_spell_a_choice_says_so(grammars, monkeypatch):
     monkeypatch.setattr(grammars, "_can_say", lambda text: text != "猫")
     with pytest.raises(ApiError, match="cannot spell '猫'"):
