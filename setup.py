@@ -66,7 +66,7 @@ setup(
         "kenlm": ["kenlm>=0.3"],
         # The page needs gradio, which asks for pillow<13: install it apart where the pins matter; its tests' own pins
         # are in requirements-page.txt.
-        "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20"],
+        "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20", "llguidance>=1.9"],
         "page": ["gradio>=6.31"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
@@ -84,6 +84,7 @@ setup(
             "uvicorn==0.54.0",
             "prometheus_client==0.26.0",
             "openai==3.52.0",
+            "llguidance==1.9.1",
             "diffusers==0.42.1",
             # The TPU compiler alone, as jax[tpu] pins it; tests compile for TPUs that are not here.
             "libtpu==0.0.42.1; python_version < '3.12'",

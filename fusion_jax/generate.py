@@ -93,25 +93,57 @@ def begin(logits, positions, cache: llm.Cache, batch: Batch, limit, settings: sa
     return State(logits, positions, cache, jnp.int32(batch.tokens.shape[1]), limit <= 0, none, limit, seen, settings)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Likely:
+    """How likely the model thought tokens to be, before any setting and any mask: natural logarithms, float32.
+
+    Attributes:
+      chosen: (B, steps) of the tokens that were taken. ids: (B, steps, K) int32, the likeliest ones, falling; values:
+      (B, steps, K), theirs.
+    """
+
+    chosen: jax.Array
+    ids: jax.Array
+    values: jax.Array
+
+
 @functools.partial(
-    jax.jit, static_argnames=("model", "steps", "stop_ids", "draw", "keep_logits"), donate_argnames=("state",)
+    jax.jit, static_argnames=("model", "steps", "stop_ids", "draw", "keep_logits", "likely"), donate_argnames=("state",)
 )
 def decode(
-    model: Fusion, params, state: State, steps: int, stop_ids: tuple[int, ...], draw: bool, keep_logits: bool = False
+    model: Fusion,
+    params,
+    state: State,
+    steps: int,
+    stop_ids: tuple[int, ...],
+    draw: bool,
+    keep_logits: bool = False,
+    likely: int = 0,
+    allowed=None,
 ):
     """Up to `steps` tokens a row; stops early once every row is done.
 
     Args:
       draw: whether rows follow their settings; without it all are greedy, and nothing else is computed.
+      likely: K, how many of the likeliest tokens to report at each step; 0: no report. Not with `keep_logits`.
+      allowed: (B, ceil(V / 32)) int32, a bit for each token, the lowest one first: whether a row may take it. At least
+        one of each row; the same at every step. None: all.
 
     Returns:
       tokens (B, steps) int32, filled with the first stop id behind a row's end; float32 logits (B, steps, V) that they
-      were chosen from, or None; the state behind them. The old state's buffers are updated in place.
+      were chosen from, or `Likely`, or None; the state behind them. The old state's buffers are updated in place.
     """
     rows, vocabulary = state.logits.shape
     fill = stop_ids[0] if stop_ids else 0
     tokens = jnp.full((rows, steps), fill, jnp.int32)
     kept = jnp.zeros((rows, steps, vocabulary), jnp.float32) if keep_logits else None
+    if likely:
+        none = jnp.zeros((rows, steps, likely), jnp.float32)
+        kept = Likely(none[..., 0], none.astype(jnp.int32), none)
+    if allowed is not None:
+        words = jnp.arange(vocabulary)
+        allowed = (allowed[:, words // 32] >> (words % 32)) & 1 > 0
     capacity = state.cache.segments.shape[1]
 
     def unfinished(carry):
@@ -125,15 +157,22 @@ def decode(
 
     def body(carry):
         step, tokens, kept, now = carry
-        chosen = jnp.argmax(now.logits, -1).astype(jnp.int32)
+        logits = now.logits if allowed is None else jnp.where(allowed, now.logits, -jnp.inf)
+        chosen = jnp.argmax(logits, -1).astype(jnp.int32)
         seen = now.seen
         if draw:
-            chosen = sampling.choose(now.logits, now.settings, seen, now.made)
+            chosen = sampling.choose(logits, now.settings, seen, now.made)
             seen = seen.at[jnp.arange(rows), chosen].set(True)
         token = jnp.where(now.done, fill, chosen)
         tokens = tokens.at[:, step].set(token)
         if keep_logits:
             kept = kept.at[:, step].set(now.logits)
+        if likely:
+            shares = jax.nn.log_softmax(now.logits, axis=-1)
+            values, ids = jax.lax.top_k(shares, likely)
+            own = jnp.take_along_axis(shares, token[:, None], axis=-1)[:, 0]
+            new = Likely(own, ids, values)
+            kept = jax.tree.map(lambda old, one: old.at[:, step].set(one.astype(old.dtype)), kept, new)
         made = now.made + ~now.done
         done = now.done | (made >= now.limit)
         for stop in stop_ids:

@@ -23,7 +23,7 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.serve.connections import Patience, make_server
-from fusion_jax.serve.engine import Engine
+from fusion_jax.serve.engine import MOST_LIKELY, Engine
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 SAID = "A red circle. "
@@ -31,8 +31,8 @@ BUCKETS = generate.Buckets(lengths=(160,), questions=(64,), rounds=(4,), images=
 
 
 class EchoEngine(Engine):
-    """Says SAID without end. pace: seconds a chunk. breaks: the device fails after so many; None: never. joined: the
-    last prompts."""
+    """Says SAID without end, and the first token that may come where not all may. pace: seconds a chunk. breaks: the
+    device fails after so many; None: never. joined: the last prompts."""
 
     pace, breaks = 0.002, None
 
@@ -52,6 +52,13 @@ class EchoEngine(Engine):
         if self.breaks is not None and self.statistics.chunks >= self.breaks:
             raise RuntimeError("the device\nis on fire")
         return np.tile(self._said, (self.rows, 1))
+
+    def _step_told(self, allowed):
+        tokens = self._step(True)
+        if allowed is not None:  # the first that may come
+            tokens = np.unpackbits(allowed.view(np.uint8), axis=1, bitorder="little").argmax(1)[:, None]
+        none = np.zeros((*tokens.shape, MOST_LIKELY))
+        return tokens, generate.Likely(none[..., 0], none.astype(int), none)
 
     def _leave(self, rows) -> None:
         pass

@@ -90,6 +90,14 @@ class Template:
             return [(before, False), (self.trimmed("system", text), True), (behind, False)]
         return [] if self.default_system is None else [(before + self.default_system + behind, False)]
 
+    @property
+    def greeting(self) -> str:
+        """What stands before an answer that comes before the first question. A template that does not mark where an
+        answer begins by itself (`mistral`) has it answer an empty question."""
+        closed = self.end + self.between
+        mark = self.answer.removeprefix(closed)
+        return self.question + self.answer if mark == self.answer else mark
+
 
 OWN = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 TEMPLATES = {
@@ -242,13 +250,14 @@ def encode_prompt(
 
     Args:
       literal: the turns are somebody's own words. Control tokens in them, and `<image>`, are text; only the template
-        writes roles and ends, and IMAGE_SLOT says where an image goes. Data sets stay as they were published: a token
-        that is written in their texts is that token.
+        writes roles and ends, and IMAGE_SLOT says where an image goes. A leading gpt turn is what the model has greeted
+        with. Data sets stay as they were published: a token that is written in their texts is that token.
     """
     rounds = _rounds(turns, images, finished=False, where=where, tag=IMAGE_SLOT if literal else IMAGE_TAG)
     _check_system(system, template, where)
     latents = latents and (images > 0 or latents_without_image)
-    return _encode(rounds, tokenizer, template, images, latents, system, literal)
+    greeting = turns[0]["value"] if literal and turns[0]["from"] == "gpt" else None
+    return _encode(rounds, tokenizer, template, images, latents, system, literal, greeting)
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
@@ -322,14 +331,20 @@ def _encode(
     latents: bool,
     system: str | None,
     literal: bool = False,
+    greeting: str | None = None,
 ) -> Encoded:
-    """`rounds` as `_rounds` returns them."""
+    """`rounds` as `_rounds` returns them. greeting: said before them."""
     tokenizer.token_id(template.stops[0])  # a template of another model would be spelt out in letters, silently
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     first = first_ids(tokenizer, template)
     row = _Row(tokenizer, first)
     for text, own in template.system_parts(system):
         row.text(text, own and literal)
+    if greeting is not None:
+        row.text(template.greeting)
+        row.cut()
+        row.answer(template.trimmed("answer", greeting), template.end, literal)
+        row.text(template.between)
     for k, (question, answer) in enumerate(rounds):
         question = template.trimmed("question", question)
         row.text((template.between if k else "") + template.question)
@@ -382,8 +397,12 @@ class _Row:
         self._after = None
         self.text(VISION_END)
 
-    def mark_answer_start(self) -> None:
+    def cut(self) -> None:
+        """What follows is tokenized by itself."""
         self._flush()
+
+    def mark_answer_start(self) -> None:
+        self.cut()
         self.labels[-1] = ANSWER_START
 
     def answer(self, text: str, end: str, literal: bool) -> None:

@@ -53,6 +53,12 @@ TOKENIZER_FILES = (
 # A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
 # (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how a vocabulary names a byte by itself
+# How byte-level vocabularies (GPT-2's and those after it) write bytes: as the Latin-1 letter where that can be seen,
+# the others in their order as letters from U+0100 on.
+_SEEN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_LETTERS = {chr(byte): byte for byte in _SEEN}
+_LETTERS |= {chr(0x100 + k): byte for k, byte in enumerate(sorted(set(range(256)) - set(_SEEN)))}
 
 
 class Tokenizer:
@@ -179,8 +185,12 @@ class Tokenizer:
             run.append(text[at:])
         return [*runs, "".join(run)]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are no UTF-8 become U+FFFD.
+    def decode(self, ids: Sequence[int], skip_special: bool = True, inside: bool = False) -> str:
+        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are no UTF-8 become U+FFFD, and
+        the text goes on behind them: more ids change nothing of it but U+FFFD at its end.
+
+        Args:
+          inside: the ids follow others, so that a space in front of their first word belongs to the text.
 
         Raises:
           ValueError: an id outside 0 .. vocab_size - 1 (a placeholder or a padded logit, which is a caller's mistake).
@@ -188,7 +198,15 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if any(not 0 <= i < self.vocab_size for i in ids):
             raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, got {ids}")
-        return self._decode(ids, skip_special)
+        return self._decode(ids, skip_special, inside)
+
+    def token_bytes(self, i: int) -> bytes:
+        """What one id adds to a text behind others, for control tokens their names; empty where it has no text."""
+        raise NotImplementedError
+
+    def is_control(self, i: int) -> bool:
+        """Whether an id is that of a control token, which no text contains."""
+        return i in self._special_ids or i in self._control_ids
 
     def token_id(self, token: str) -> int:
         """The id of one token. UserError when the tokenizer does not have it."""
@@ -239,7 +257,7 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def _decode(self, ids: list[int], skip_special: bool) -> str:
+    def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
         raise NotImplementedError
 
 
@@ -318,21 +336,29 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self._model.encode(part)
         return ids
 
-    def _decode(self, ids: list[int], skip_special: bool) -> str:
-        out, first = bytearray(), True
+    def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
+        out, first = bytearray(), not inside
         for i in ids:
-            known = i < len(self._bytes)  # ids of added tokens may leave a gap behind the model's own
-            if i in self._added_names or not known or not self._bytes[i]:
+            if i in self._added_names or i >= len(self._bytes) or not self._bytes[i]:
                 if skip_special and (i in self._special_ids or i not in self._added_names):
                     continue
-                name = self._added_names.get(i) or (self._model.id_to_piece(i) if known else "")
-                out += name.encode()
+                out += self.token_bytes(i)
             else:
                 # The first word's prefix is no space of the text.
                 strip = first and self._model.id_to_piece(i).startswith(_SPACE)
                 out += self._bytes[i][1:] if strip else self._bytes[i]
             first = False
         return out.decode("utf-8", errors="replace")
+
+    def token_bytes(self, i: int) -> bytes:
+        if i in self._added_names:
+            return self._added_names[i].encode()
+        if i >= len(self._bytes):  # ids of added tokens may leave a gap behind the model's own
+            return b""
+        return self._bytes[i] or self._model.id_to_piece(i).encode()
+
+    def is_control(self, i: int) -> bool:
+        return super().is_control(i) or (i not in self._added_names and i < len(self._bytes) and not self._bytes[i])
 
 
 class JsonTokenizer(Tokenizer):
@@ -378,6 +404,11 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{folder}/tokenizer.json puts {before} tokens in front of a text; one is supported.")
         first = framed[0] if before else None
         super().__init__(folder, added, special, max(vocabulary.values()) + 1, config, names, first)
+        self._decoder = self._model.decoder
+        written = {} if self._decoder is None else {i: _BYTE.fullmatch(name) for name, i in vocabulary.items()}
+        falls_back = any(written.values()) and self._decoder.decode(["a", "<0x62>"]) == "ab"
+        self._bytes = {i: int(found[1], 16) for i, found in written.items() if found} if falls_back else {}
+        self._byte_level = self._decoder is not None and self._decoder.decode(["a", "\u0120"]) == "a "
 
     def _find(self, token: str | None) -> int | None:
         return None if token is None else self._model.token_to_id(token)
@@ -385,8 +416,34 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def _decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._model.decode(ids, skip_special_tokens=skip_special)
+    def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
+        if not inside and self._bytes.keys().isdisjoint(ids):
+            return self._model.decode(ids, skip_special_tokens=skip_special)
+        ids = [i for i in ids if not (skip_special and i in self._special_ids)]
+        # The library gives up all bytes that follow each other, and so what was text before, for one that is wrong.
+        tokens = ["a"] if inside else []
+        for is_byte, run in itertools.groupby(ids, self._bytes.__contains__):
+            if is_byte:
+                text = bytes(self._bytes[i] for i in run).decode("utf-8", errors="replace")
+                tokens += [f"<0x{byte:02X}>" for byte in text.encode()]
+            else:
+                tokens += [name for name in map(self._model.id_to_token, run) if name is not None]
+        return self._joined(tokens)[inside:]
+
+    def _joined(self, tokens: list[str]) -> str:
+        return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
+
+    def token_bytes(self, i: int) -> bytes:
+        name = self._model.id_to_token(i)
+        if name is None:
+            return b""
+        if i in self._added_names:
+            return name.encode()
+        if i in self._bytes:
+            return bytes([self._bytes[i]])
+        if self._byte_level and all(letter in _LETTERS for letter in name):
+            return bytes(_LETTERS[letter] for letter in name)
+        return self._joined(["a", name])[1:].encode()
 
 
 def load_tokenizer(folder: str | Path, own: bool = False) -> Tokenizer:

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
             from fusion_jax.serve import api, protocol
             from fusion_jax.serve.connections import Patience, make_server
             from fusion_jax.serve.engine import Engine
+            from fusion_jax.serve.grammar import Grammars
             from fusion_jax.serve.intake import return_large_buffers
             from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
@@ -98,10 +99,12 @@ def main(argv: list[str]) -> None:
     )
     log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
     engine.start()
+    grammars = Grammars(prompts, config.model.llm.vocab_size)
+    grammars.load()
 
     # ---- Server.
     return_large_buffers()
-    app = api.make_app(engine, options)
+    app = api.make_app(engine, options, grammars)
     if page is not None:
         app = page.mount(app, engine, options, Pictures(engine, config))
     patience = Patience(_CONNECTIONS.value, _HEADER_SECONDS.value, _BODY_SECONDS.value)

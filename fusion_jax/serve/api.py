@@ -23,6 +23,7 @@ from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.fetch import FetchError, fetch
 from fusion_jax.serve import engine, protocol
 from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.grammar import Grammars
 from fusion_jax.serve.intake import Budget, Pool, read_body
 from fusion_jax.serve.origins import check_host, check_json, check_origin, from_browser
 from fusion_jax.serve.protocol import Limits
@@ -43,6 +44,7 @@ class Options:
         timeout: seconds for a request, from the end of its headers. body_seconds: of these, for its body.
         bodies_bytes: of all requests together whose prompts are not ready. threads: that prepare prompts, and as many
         more that decode images; fetching: requests whose images are fetched at once, and as many more that wait for it.
+        building: grammars of answers' forms that are built at once, and eight times as many that wait for it.
         streams: of the page's events, at once.
     """
 
@@ -56,6 +58,7 @@ class Options:
     bodies_bytes: int = 256 << 20
     threads: int = 4
     fetching: int = 8
+    building: int = 2
     streams: int = 256
 
 
@@ -98,20 +101,30 @@ class _Metrics:
 
 class _Rooms:
     """What all requests share: the engine, the metrics, memory for bodies, and threads. Those that fetch and decode
-    images are apart, so that text never waits for a slow host or a large picture."""
+    images are apart, and those that build grammars, so that text never waits for a slow host, a large picture or a
+    large schema."""
 
-    def __init__(self, core: engine.Engine, options: Options):
+    def __init__(self, core: engine.Engine, options: Options, grammars: Grammars | None):
         self.core, self.options = core, options
+        if grammars is not None:
+            self.grammars = grammars
         self.measured = _Metrics(core)
         self.budget = Budget(options.bodies_bytes)
         self.preparing = Pool("prepare", options.threads)
         self.decoding = Pool("decode", options.threads)
         self.fetching = Pool("fetch", options.fetching, queue=options.fetching)
+        self.building = Pool("grammar", options.building, queue=8 * options.building)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Of the forms that answers have; unless the caller of `make_app` has made them, made when first needed."""
+        return Grammars(self.core.prompts, self.core.model.config.llm.vocab_size)
 
 
-def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
-    """The application; the engine must have been started, and is drained when the application ends."""
-    rooms = _Rooms(core, options)
+def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = None) -> fastapi.FastAPI:
+    """The application; the engine must have been started, and is drained when the application ends. grammars: loaded
+    ones; None: they are made when a request first wants a form."""
+    rooms = _Rooms(core, options, grammars)
     measured, created = rooms.measured, int(time.time())
     key = options.api_key.encode(errors="surrogateescape")  # from the environment: possibly bytes that are no UTF-8
 
@@ -119,7 +132,7 @@ def make_app(core: engine.Engine, options: Options) -> fastapi.FastAPI:
     async def lifespan(app) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(core.close)
-        for pool in (rooms.preparing, rooms.decoding, rooms.fetching):
+        for pool in (rooms.preparing, rooms.decoding, rooms.fetching, rooms.building):
             pool.close()
 
     # A redirect would lead to whatever host the caller names.
@@ -241,15 +254,17 @@ class _Running:
             self._check(first)
             pieces = self._stream(first, usage, name, created)
             return _Streamed(self, pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        text, event = "", engine.Event()
+        text, tokens, event = "", [], engine.Event()
         while event.finish is None:
             event = await self._next(request)
             self._check(event)
             text += event.text
+            tokens += event.tokens
+        likely = self._likely(tokens, True)
         counts = protocol.usage(self.asked.prompt_tokens, self.asked.stream.made)
         self.close()
         self.rooms.measured.responses.labels(200).inc()
-        return JSONResponse(protocol.completion(name, options.model, created, text, event.finish, counts))
+        return JSONResponse(protocol.completion(name, options.model, created, text, event.finish, counts, likely))
 
     async def _submit(self, body) -> tuple[bool, bool]:
         """Hands the request to the engine, and keeps nothing of it but whether to stream, and to tell the usage then.
@@ -260,6 +275,9 @@ class _Running:
             fetched = await rooms.fetching.run(_fetch, wanted.addresses, options.limits.image_bytes)
             self._share.grow(sum(map(len, fetched.values())))
             wanted = await rooms.preparing.run(wanted.with_fetched, fetched, options.limits)
+        constraint = None
+        if wanted.form is not None:
+            constraint = await rooms.building.run(lambda: rooms.grammars.matcher(wanted.form))
         with _refusals():
             core.reserve()
             self._placed = True
@@ -267,9 +285,12 @@ class _Running:
             example = await pool.run(core.prepare, wanted.record)
             self._share.free()
             loop = asyncio.get_running_loop()
-            self.asked = core.submit(
-                example, wanted.how, lambda event: loop.call_soon_threadsafe(self.events.put_nowait, event), self.left
-            )
+
+            def emit(event: engine.Event) -> None:
+                loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+            more = {"constraint": constraint, "likely": wanted.likely}
+            self.asked = core.submit(example, wanted.how, emit, self.left, **more)
         return wanted.stream, wanted.usage
 
     async def _next(self, request: Request) -> engine.Event:
@@ -284,7 +305,16 @@ class _Running:
             if await request.is_disconnected():
                 raise ApiError(499, "The caller has left.", "cancelled")
 
+    def _likely(self, tokens, whole: bool = False) -> dict | None:
+        """What the caller hears of tokens: in an answer as a whole something wherever he asked for it, in a piece of
+        one only where there are any."""
+        if self.asked.likely is None or not (tokens or whole):
+            return None
+        return protocol.logprobs(tokens, self.core.prompts.tokenizer)
+
     def _check(self, event: engine.Event) -> None:
+        if event.problem:
+            raise ApiError(400, event.problem, "form_not_possible")
         if event.finish == "timeout":
             raise self._late()
         if event.finish == "error" and self.core.problem:
@@ -303,8 +333,8 @@ class _Running:
         try:
             yield _sse(piece({"role": "assistant", "content": ""}, None))
             while True:
-                if event.text:
-                    yield _sse(piece({"content": event.text}, None))
+                if event.text or event.tokens:
+                    yield _sse(piece({"content": event.text}, None, likely=self._likely(event.tokens)))
                 if event.finish is not None:
                     break
                 try:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from fusion_jax.errors import UserError, check
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.sampling import Sampling
+from fusion_jax.serve.requests import MOST_LIKELY, Closing, Constraint, Event, Failed, Full, Likely, Request, Statistics
 from fusion_jax.streaming import TextStream
 
 log = logging.getLogger("fusion_jax")
@@ -59,61 +60,6 @@ def counted_apart() -> Iterator[None]:
         yield
     finally:
         _apart.now = False
-
-
-class Full(Exception):
-    """No more requests can wait."""
-
-
-class Closing(Exception):
-    """The server is shutting down."""
-
-
-class Failed(Closing):
-    """The engine has stopped for the reason that this says; only a new process answers again."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a request hears: new text (possibly empty), and at the end how it ended: stop, length, timeout, cancelled or
-    error."""
-
-    text: str = ""
-    finish: str | None = None
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way.
-
-    Attributes:
-      example, how: what to answer. emit: called by the engine's thread with each Event. deadline: of time.monotonic.
-      prompt_tokens: places that the prompt takes, visual ones included. stream: the answer so far, once begun.
-    """
-
-    example: Example
-    how: Sampling
-    emit: Callable[[Event], None]
-    deadline: float
-    prompt_tokens: int
-    stream: TextStream
-    begun: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """Gives the row back at the next chunk. May be called at any time, from any thread."""
-        self.cancelled = True
-
-
-@dataclass
-class Statistics:
-    """Counted since the start."""
-
-    finished: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    prefills: int = 0
-    chunks: int = 0
 
 
 class Engine:
@@ -186,14 +132,24 @@ class Engine:
         """Tokenizes and reads the images. BadRecord where the prompt cannot be used."""
         return self.prompts.example(record)
 
-    def submit(self, example: Example, how: Sampling, emit: Callable[[Event], None], timeout: float) -> Request:
+    def submit(
+        self,
+        example: Example,
+        how: Sampling,
+        emit: Callable[[Event], None],
+        timeout: float,
+        constraint: Constraint | None = None,
+        likely: int | None = None,
+    ) -> Request:
         """Queues a prompt. `emit` is called from the engine's thread, last with an Event that has `finish`. Raises
-        Closing, Failed."""
+        Closing, Failed. constraint, likely: see `Request`; at most MOST_LIKELY alternatives."""
         check(how.max_tokens <= self.max_tokens, f"max_tokens={how.max_tokens} is over the limit of {self.max_tokens}.")
-        stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens)
+        check(likely is None or 0 <= likely <= MOST_LIKELY, f"likely={likely} must lie in 0..{MOST_LIKELY}.")
+        prefix = None if constraint is None else constraint.prefix
+        stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens, prefix)
         spec = pipeline.layout_spec(self.prompts.config, 1, 1, 1)
         length = generate.needs(example, spec, self.prompts.latents).length
-        request = Request(example, how, emit, time.monotonic() + timeout, length, stream)
+        request = Request(example, how, emit, time.monotonic() + timeout, length, stream, constraint, likely)
         with self._wake:
             self._check_open()
             if len(self._waiting) > self.rows + self.queue_limit:
@@ -308,7 +264,7 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """Runs every program once: prefills of all shapes, joining, leaving, and both ways of decoding.
+        """Runs every program once: prefills of all shapes, joining, leaving, and all ways of decoding.
 
         A shape that no prompt can have (an image needs more positions than its length) is left out.
         """
@@ -319,6 +275,9 @@ class Engine:
         for how in (Sampling(), Sampling(temperature=1.0)):
             self._join(0, example_of_text(), how)
             self._step(draw=not how.greedy)
+        for allowed in (None, self._all_allowed()):
+            self._join(0, example_of_text(), Sampling())
+            self._step_told(allowed)
         self._leave(range(self.rows))
         jax.block_until_ready(self._state)
 
@@ -358,6 +317,26 @@ class Engine:
             self.model, self.params, self._state, self.chunk, self.prompts.stop_ids, draw
         )
         return np.asarray(tokens)
+
+    def _step_told(self, allowed: np.ndarray | None) -> tuple[np.ndarray, generate.Likely]:
+        """As `_step`, with the tokens' probabilities. allowed: the tokens that may come next, for one token a row; they
+        depend on the one before, so there is no further one in the same step."""
+        steps = self.chunk if allowed is None else 1
+        most = min(MOST_LIKELY, self.model.config.llm.vocab_size)
+        tokens, told, self._state = generate.decode(
+            self.model,
+            self.params,
+            self._state,
+            steps,
+            self.prompts.stop_ids,
+            True,
+            likely=most,
+            allowed=allowed,
+        )
+        return np.asarray(tokens), jax.tree.map(np.asarray, told)
+
+    def _all_allowed(self) -> np.ndarray:
+        return np.full((self.rows, -(-self.model.config.llm.vocab_size // 32)), -1, np.int32)
 
     def _leave(self, rows) -> None:
         gone = np.zeros(self.rows, bool)
@@ -407,25 +386,66 @@ class Engine:
                 self.statistics.prefills += 1
                 self.statistics.prompt_tokens += request.prompt_tokens
                 self._active[row] = request
-        if self.busy:
-            tokens = self._step(draw=not all(r is None or r.how.greedy for r in self._active)).tolist()
-            self.statistics.chunks += 1
-            for row, request in enumerate(self._active):
-                if request is not None:
-                    self._tell(row, request, tokens[row])
+        self._decode()
         return True
 
-    def _tell(self, row: int, request: Request, tokens: list[int]) -> None:
-        before = request.stream.made
-        text = request.stream.add(tokens)
-        self.statistics.answer_tokens += request.stream.made - before
+    def _decode(self) -> None:
+        """A step of all rows. Where one of them follows a constraint it is of one token."""
+        allowed, told = self._allowed(), None
+        if not self.busy:
+            return
+        if allowed is not None or any(r is not None and r.likely is not None for r in self._active):
+            tokens, told = self._step_told(allowed)
+        else:
+            tokens = self._step(draw=not all(r is None or r.how.greedy for r in self._active))
+        self.statistics.chunks += 1
+        for row, request in enumerate(self._active):
+            if request is not None:
+                self._tell(row, request, tokens[row].tolist(), told)
+
+    def _allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, None where no row follows a constraint. Who cannot go on ends here."""
+        allowed = None
+        for row, request in enumerate(self._active):
+            if request is None or request.constraint is None:
+                continue
+            allowed = self._all_allowed() if allowed is None else allowed
+            try:
+                request.constraint.fill(allowed, row)
+            except Exception as error:
+                log.warning("an answer cannot follow its form: %s", " ".join(str(error).split())[:300])
+                allowed[row] = -1
+                self._active[row] = None
+                self._leave([row])
+                self._end(request, "error", problem=f"The answer cannot go on in its form: {error}.")
+        return allowed
+
+    def _tell(self, row: int, request: Request, tokens: list[int], told: generate.Likely | None) -> None:
+        before, constraint = request.stream.made, request.constraint
+        if constraint is not None:
+            constraint.take(tokens[0])
+        text = request.stream.add(tokens, last=constraint is not None and constraint.ended)
+        new = request.stream.made - before
+        self.statistics.answer_tokens += new
+        likely = ()
+        if request.likely is not None and told is not None:
+            likely = tuple(
+                Likely(
+                    token,
+                    float(told.chosen[row, k]),
+                    tuple(zip(told.ids[row, k].tolist(), told.values[row, k].tolist()))[: request.likely],
+                )
+                for k, token in enumerate(tokens[:new])
+                if token not in self.prompts.stop_ids
+            )
         if request.stream.finish is not None:
             self._active[row] = None
-            if request.stream.made % self.chunk or request.how.stop:
-                self._leave([row])  # a stop text: the device does not know that the row is done
-            self._end(request, request.stream.finish, text)
-        elif text:
-            self._emit(request, Event(text))
+            # The device does not know that a row is done by a stop text, or by its form.
+            if request.stream.made % self.chunk or request.how.stop or constraint is not None:
+                self._leave([row])
+            self._end(request, request.stream.finish, text, likely)
+        elif text or likely:
+            self._emit(request, Event(text, tokens=likely))
 
     def _drop_ended(self) -> None:
         """Takes out what is cancelled or too late, waiting or running."""
@@ -443,9 +463,9 @@ class Engine:
         for request in [*(request for _, request in gone), *late]:
             self._end(request, "cancelled" if request.cancelled else "timeout")
 
-    def _end(self, request: Request, finish: str, text: str = "") -> None:
+    def _end(self, request: Request, finish: str, text: str = "", tokens=(), problem: str = "") -> None:
         self.statistics.finished[finish] = self.statistics.finished.get(finish, 0) + 1
-        self._emit(request, Event(text, finish))
+        self._emit(request, Event(text, finish, tokens, problem))
 
     def _emit(self, request: Request, event: Event) -> None:
         try:

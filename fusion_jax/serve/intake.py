@@ -106,7 +106,7 @@ class Pool:
         """The function's result. A caller that is cancelled leaves its thread to the end of what it does. ApiError 429
         where the queue is full."""
         if self._queue is not None and self._free.locked() and self._waiting >= self._queue:
-            raise ApiError(429, "Too many requests wait for images; try again.", "server_busy")
+            raise ApiError(429, "Too many requests wait for what takes long; try again.", "server_busy")
         self._waiting += 1
         try:
             await self._free.acquire()

@@ -1,20 +1,23 @@
 """The requests of the OpenAI API as prompts, and its answers."""
 
 import io
-import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion_jax.data import image
-from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.data.sources import Record
+from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.generate import BETWEEN
 from fusion_jax.sampling import Sampling
 from fusion_jax.serve.error import ApiError
-from fusion_jax.serve.json_body import decode_base64, read_json, text_too_long
+from fusion_jax.serve.json_body import decode_base64, read_json
+from fusion_jax.serve.keys import CHAT, STREAM, check_keys, read
+from fusion_jax.serve.messages import read_messages
+from fusion_jax.serve.requests import MOST_LIKELY, Likely
+from fusion_jax.serve.structured import Form, read_form
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,16 @@ class Limits:
 @dataclass(frozen=True)
 class ChatRequest:
     """record: the conversation with its images' bytes. how: settings. stream, usage: answer in pieces; tell the counts
-    at the end of them. addresses: of images that are still to be fetched, by their number; see `with_fetched`."""
+    at the end of them. addresses: of images that are still to be fetched, by their number; see `with_fetched`. form: of
+    the answer. likely: how many alternatives of each token to tell with their probabilities; None: no probabilities."""
 
     record: Record
     how: Sampling
     stream: bool
     usage: bool
     addresses: dict[int, str]
+    form: Form | None = None
+    likely: int | None = None
 
     def with_fetched(self, fetched: dict[int, bytes], limits: Limits) -> "ChatRequest":
         """The request with these bytes for its addresses. ApiError where one is no image, or too large."""
@@ -53,19 +59,6 @@ class ChatRequest:
             check_image(data, limits, "image_url")
         images = tuple(fetched.get(number, data) for number, data in enumerate(self.record.images))
         return replace(self, record=replace(self.record, images=images), addresses={})
-
-
-# Keys whose other values would change the answer in ways that are not supported: better refused than ignored.
-_FIXED = {
-    "n": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logprobs": False,
-    "logit_bias": {},
-    "tools": [],
-    "functions": [],
-    "response_format": {"type": "text"},
-}
 
 
 def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> ChatRequest:
@@ -78,43 +71,51 @@ def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> C
       ApiError: 400 or 404 with what is wrong.
     """
     data = read_json(io.BytesIO(body) if isinstance(body, bytes) else body, limits.text_bytes)
-    wanted = _get(data, "model", str, model)
+    wanted = read(data, "model", str, model)
     if wanted != model:
         raise ApiError(404, f"The model {wanted[:80]!r} does not exist; served is {model!r}.", "model_not_found")
-    for key, allowed in _FIXED.items():
-        value = data.get(key)
-        same = value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-        if value is not None and not same:
-            raise ApiError(400, f"{key} can only be {json.dumps(allowed)} here.", "unsupported_value", key)
-    options = _get(data, "stream_options", dict, {})
+    check_keys(data, CHAT)
+    options = read(data, "stream_options", dict, {})
+    check_keys(options, STREAM, "stream_options")
     record, addresses = _record(data.get("messages"), limits, urls)
     return ChatRequest(
         record,
         _sampling(data, limits),
-        _get(data, "stream", bool, False),
-        _get(options, "include_usage", bool, False),
+        read(data, "stream", bool, False),
+        read(options, "include_usage", bool, False, "stream_options"),
         addresses,
+        read_form(data),
+        _likely(data),
     )
 
 
-def _get(data: dict, key: str, kind: type | tuple[type, ...], default):
-    value = data.get(key)
-    if value is None:
-        return default
-    numbers = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in numbers):
-        raise ApiError(400, f"{key} has the wrong type: {json.dumps(value)[:80]}.", "invalid_type", key)
-    return value
+def _likely(data: dict) -> int | None:
+    """How many alternatives of each token are to be told; None: not even its own probability."""
+    most = read(data, "top_logprobs", int, 0)
+    if not read(data, "logprobs", bool, False):
+        if most:
+            raise ApiError(400, "top_logprobs needs logprobs to be true.", "invalid_value", "top_logprobs")
+        return None
+    if not 0 <= most <= MOST_LIKELY:
+        raise ApiError(400, f"top_logprobs must lie in 0..{MOST_LIKELY}.", "invalid_value", "top_logprobs")
+    return most
+
+
+def _max_tokens(data: dict, limits: Limits) -> int:
+    """Of the two names of one setting, whichever is given."""
+    given = {key: read(data, key, int, None) for key in ("max_completion_tokens", "max_tokens")}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if not 1 <= value <= limits.max_tokens:
+            asked = str(value) if abs(value) < 10**12 else "a number"
+            raise ApiError(400, f"{key} must lie in 1..{limits.max_tokens}, not {asked}.", "invalid_value", key)
+    if len(set(given.values())) > 1:
+        said = "max_tokens and max_completion_tokens are two names of one setting, and differ"
+        raise ApiError(400, f"{said}.", "invalid_value", "max_completion_tokens")
+    return next(iter(given.values()), limits.max_tokens)
 
 
 def _sampling(data: dict, limits: Limits) -> Sampling:
-    wanted = _get(data, "max_tokens", int, limits.max_tokens)
-    wanted = _get(data, "max_completion_tokens", int, wanted)
-    if not 1 <= wanted <= limits.max_tokens:
-        asked = str(wanted) if abs(wanted) < 10**12 else "a number"
-        raise ApiError(
-            400, f"max_tokens must lie in 1..{limits.max_tokens}, not {asked}.", "invalid_value", "max_tokens"
-        )
     stop = data.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
@@ -122,12 +123,12 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
     number = (int, float)
     try:
         return Sampling(
-            max_tokens=wanted,
-            temperature=float(_get(data, "temperature", number, 0)),
-            top_k=max(_get(data, "top_k", int, 0), 0),  # -1 means all, too
-            top_p=float(_get(data, "top_p", number, 1)),
-            repetition_penalty=float(_get(data, "repetition_penalty", number, 1)),
-            seed=_get(data, "seed", int, time.time_ns() % 2**32),
+            max_tokens=_max_tokens(data, limits),
+            temperature=float(read(data, "temperature", number, 0)),
+            top_k=max(read(data, "top_k", int, 0), 0),  # -1 means all, too
+            top_p=float(read(data, "top_p", number, 1)),
+            repetition_penalty=float(read(data, "repetition_penalty", number, 1)),
+            seed=read(data, "seed", int, time.time_ns() % 2**32),
             stop=tuple(stop),
         )
     except (UserError, OverflowError) as error:
@@ -135,66 +136,21 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
 
 
 def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int, str]]:
-    """The conversation, and the addresses of those images that are not in it. Messages of one role that follow each
-    other are one turn. System messages in front of all turns are the conversation's system text; a later one joins the
-    user's turn behind it, or the one before it where none follows."""
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages must be a list with at least one message.", "invalid_value", "messages")
-    turns: list[tuple[str, list[str]]] = []
+    """The conversation, and the addresses of those images that are not in it."""
     images: list[bytes | str] = []
-    first, system, size = [], [], 0
-    for k, message in enumerate(messages):
-        where = f"messages[{k}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "developer", "user", "assistant"):
-            raise ApiError(400, f"{where}: role must be system, user or assistant.", "invalid_value", where)
-        text = _content(message.get("content"), role, where, images, limits, urls)
-        size += len(text.encode(errors="replace"))
-        if size > limits.text_bytes:
-            raise text_too_long(limits.text_bytes)
-        if role in ("system", "developer"):
-            (system if turns else first).append(text)
-            continue
-        who = "human" if role == "user" else "gpt"
-        if not turns or turns[-1][0] != who:
-            turns.append((who, []))
-        if who == "human":
-            turns[-1][1].extend(system)
-            system = []
-        turns[-1][1].append(text)
-    if not turns or turns[-1][0] != "human":
-        raise ApiError(400, "The last message must be the user's.", "invalid_value", "messages")
-    turns[-1][1].extend(system)
-    said = [{"from": who, "value": BETWEEN.join(texts)} for who, texts in turns]
+
+    def take_image(address: Any, where: str) -> None:
+        if len(images) == limits.images:
+            many = f"{where}: more than {limits.images} image(s) in a conversation."
+            raise ApiError(400, many, "too_many_images", where)
+        images.append(_image(address, where, limits, urls))
+        if isinstance(images[-1], bytes):
+            check_image(images[-1], limits, where)
+
+    turns, system = read_messages(messages, limits.text_bytes, take_image)
     addresses = {number: data for number, data in enumerate(images) if isinstance(data, str)}
     known = tuple(b"" if isinstance(data, str) else data for data in images)
-    text = BETWEEN.join(first) or None
-    return Record("request", None, said, "messages", known, literal=True, system=text), addresses
-
-
-def _content(content: Any, role: str, where: str, images: list[bytes | str], limits: Limits, urls: bool) -> str:
-    """The text of a message with a slot for each image, whose bytes or address is appended to `images`."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where}: content must be a text or a list of parts.", "invalid_value", where)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url" and role == "user":
-            if len(images) == limits.images:
-                many = f"{where}: more than {limits.images} image(s) in a conversation."
-                raise ApiError(400, many, "too_many_images", where)
-            # Taken out of the message: a long text that nobody needs once it is decoded.
-            images.append(_image(part.pop("image_url", None), where, limits, urls))
-            if isinstance(images[-1], bytes):
-                check_image(images[-1], limits, where)
-            texts.append(IMAGE_SLOT + "\n")
-        else:
-            raise ApiError(400, f"{where}: a part must be a text, or a user's image_url.", "invalid_value", where)
-    return "".join(texts)
+    return Record("request", None, turns, "messages", known, literal=True, system=system), addresses
 
 
 def _image(address: Any, where: str, limits: Limits, urls: bool) -> bytes | str:
@@ -235,22 +191,39 @@ def usage(prompt: int, answer: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def completion(name: str, model: str, created: int, text: str, finish: str, counts: dict) -> dict[str, Any]:
-    """The answer in one piece."""
+def logprobs(tokens: Sequence[Likely], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the API tells of tokens: each one's text and bytes, and its logarithmic probability."""
+
+    def named(token: int, value: float) -> dict[str, Any]:
+        word = tokenizer.token_bytes(token)
+        # -9999 as that API has it, for what JSON has no number.
+        value = value if math.isfinite(value) else -9999.0
+        return {"token": word.decode(errors="replace"), "bytes": [*word], "logprob": value}
+
+    content = [{**named(one.token, one.value), "top_logprobs": [named(*pair) for pair in one.top]} for one in tokens]
+    return {"content": content, "refusal": None}
+
+
+def completion(
+    name: str, model: str, created: int, text: str, finish: str, counts: dict, likely: dict | None = None
+) -> dict[str, Any]:
+    """The answer in one piece. likely: see `logprobs`."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
+        "logprobs": likely,
         "finish_reason": finish,
     }
     head = {"id": name, "object": "chat.completion", "created": created, "model": model}
     return {**head, "choices": [choice], "usage": counts}
 
 
-def chunk(name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None) -> dict[str, Any]:
+def chunk(
+    name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None, likely=None
+) -> dict[str, Any]:
     """One piece of a streamed answer; without `delta` the one that carries the counts."""
     choices: Sequence[dict] = ()
     if delta is not None:
-        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        choices = [{"index": 0, "delta": delta, "logprobs": likely, "finish_reason": finish}]
     head = {"id": name, "object": "chat.completion.chunk", "created": created, "model": model}
     return {**head, "choices": list(choices), **({"usage": counts} if counts else {})}

@@ -1,8 +1,11 @@
 """Continuous batching against answers given one by one; places, deadlines, compilations."""
 
 import dataclasses
+import json
 import queue
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,10 +16,13 @@ from fusion_jax import generate
 from fusion_jax.data import pipeline
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import UserError
 from fusion_jax.models.config import RopeConfig, replace
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.sampling import Sampling, settings
 from fusion_jax.serve.engine import Closing, Engine, Full
+from fusion_jax.serve.grammar import GrammarError, Grammars
+from fusion_jax.serve.structured import read_form
 from fusion_jax.streaming import TextStream
 from fusion_jax.synth.tokenizer import train_tokenizer
 
@@ -133,3 +139,160 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest(engine, tokenize
     assert ends[-1] in ("stop", "length")
     with pytest.raises(Closing):
         other.reserve()
+
+
+# Answers of a form, and probabilities.
+
+FORMS = [
+    {"guided_choice": ["A red circle", "a blue star", "猫"]},
+    {"guided_regex": "[0-9]{3}-[a-z]{2} ?"},
+    {"guided_json": {"enum": [7, "seven", None]}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "seen",
+                "strict": True,
+                "schema": {
+                    "type": "object",
+                    "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y z"]}},
+                    "required": ["a", "b"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def grammars(engine):
+    pytest.importorskip("llguidance")
+    return Grammars(engine.prompts, MODEL.llm.vocab_size)
+
+
+def collect_formed(engine, requests):
+    """[(text, finish, tokens)] of (record, sampling, form or None, likely), all at once."""
+    events, done = queue.Queue(), {}
+    told = [["", None, []] for _ in requests]
+    for i, (record, how, constraint, likely) in enumerate(requests):
+        engine.submit(engine.prepare(record), how, lambda event, i=i: events.put((i, event)), 300.0, constraint, likely)
+    while len(done) < len(requests):
+        i, event = events.get(timeout=300)
+        told[i][0] += event.text
+        told[i][2] += event.tokens
+        if event.finish:
+            told[i][1] = done[i] = event.finish
+    return told
+
+
+def follows(form, text):
+    if "guided_choice" in form:
+        return text in form["guided_choice"]
+    if "guided_regex" in form:
+        return re.fullmatch(form["guided_regex"], text) is not None
+    schema = form.get("guided_json") or form["response_format"]["json_schema"]["schema"]
+    said = json.loads(text)
+    return said in schema["enum"] if "enum" in schema else list(said) == ["a", "b"] and said["b"] in ("x", "y z")
+
+
+def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
+    requests, free = [], {}
+    for i in range(24):
+        record, how = mixed(i)
+        if i % 2:
+            free[i] = (record, how)
+            requests.append((record, how, None, 2 if i % 3 == 0 else None))
+        else:
+            how = Sampling(max_tokens=24, temperature=1.5 if i % 4 else 0.0, seed=i)
+            requests.append((record, how, grammars.matcher(read_form(FORMS[i // 2 % 4])), None))
+    before = engine.recompilations  # what the tests themselves have compiled
+    told = collect_formed(engine, requests)
+    assert engine.recompilations == before
+    said = set()
+    for i, (text, finish, _) in enumerate(told):
+        if i in free:
+            assert text == alone(engine, *free[i])
+        elif finish == "stop":
+            assert follows(FORMS[i // 2 % 4], text), text
+            said.add(text)
+        else:
+            assert finish == "length" and i // 2 % 4 == 3, (i, text)  # white space within JSON may be long
+    assert len(said) > 5
+    # The device's rows are free again.
+    assert engine.busy == 0 and np.asarray(engine._state.done).all()
+
+
+def test_a_form_that_is_whole_ends_with_its_last_token(engine, grammars):
+    record, _ = mixed(0)
+    choice = read_form({"guided_choice": ["A red circle"]})
+    count = len(collect_formed(engine, [(record, Sampling(max_tokens=24), grammars.matcher(choice), 0)])[0][2])
+    exact, short = (
+        collect_formed(engine, [(record, Sampling(max_tokens=most), grammars.matcher(choice), 0)])[0]
+        for most in (count, count - 1)
+    )
+    assert exact[:2] == ["A red circle", "stop"]
+    assert short[1] == "length" and "A red circle".startswith(short[0]) and short[0] != "A red circle"
+    stopped = Sampling(max_tokens=24, stop=("red",))
+    assert collect_formed(engine, [(record, stopped, grammars.matcher(choice), None)])[0][:2] == ["A ", "stop"]
+
+
+def test_probabilities_are_the_models_own(engine):
+    """Before temperature and penalty: the logits' of a run that keeps them."""
+    record, _ = mixed(2)
+    how = Sampling(max_tokens=10, temperature=0.7, repetition_penalty=1.3, seed=4)
+    (text, _, tokens), (plain, _, none) = collect_formed(engine, [(record, how, None, 3), (record, how, None, None)])
+    assert text == plain and none == []
+    prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
+    batch = prompts.batch([prompts.example(record)])
+    prefilled = generate.prefill(engine.model, engine.params, batch, batch.tokens.shape[1] + 24, limit)
+    state = generate.begin(*prefilled, batch, limit, settings([how]))
+    ids, logits, _ = generate.decode(engine.model, engine.params, state, 10, prompts.stop_ids, True, True)
+    shares = np.asarray(jax.nn.log_softmax(logits[0]))
+    assert 0 < len(tokens) <= 10
+    for k, one in enumerate(tokens):
+        assert one.token == ids[0, k] and len(one.top) == 3
+        np.testing.assert_allclose(one.value, shares[k, one.token], atol=1e-4)
+        np.testing.assert_allclose([value for _, value in one.top], np.sort(shares[k])[::-1][:3], atol=1e-4)
+    said = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
+    assert said.decode(errors="replace").strip() == text
+    greedy = collect_formed(engine, [(record, Sampling(max_tokens=10), None, 20)])[0]
+    assert all(one.top[0] == (one.token, one.value) and len(one.top) == 20 for one in greedy[2])
+    with pytest.raises(UserError, match=r"0\.\.20"):
+        engine.submit(engine.prepare(record), how, print, 1.0, likely=21)
+
+
+def test_a_form_that_leads_nowhere_ends_its_own_answer_alone(engine):
+    class Nowhere:
+        prefix, ended = "", False
+
+        def __init__(self):
+            self.left = 3
+
+        def fill(self, bits, row):
+            if not self.left:
+                raise GrammarError("no token can come next")
+
+        def take(self, token):
+            self.left -= 1
+
+    events = queue.Queue()
+    example = engine.prepare(mixed(0)[0])
+    engine.submit(example, Sampling(max_tokens=20), events.put, 60.0, Nowhere())
+    texts, _ = collect(engine, [mixed(4)])
+    heard = []
+    while not heard or heard[-1].finish is None:
+        heard.append(events.get(timeout=60))
+    heard = heard[-1:]
+    assert [(event.finish, "no token can come next" in event.problem) for event in heard] == [("error", True)]
+    assert texts == [alone(engine, *mixed(4))] and not engine.problem
+
+
+def test_steps_of_one_token_are_taken_only_beside_a_form(engine, grammars):
+    before = engine.statistics.chunks
+    collect_formed(engine, [(mixed(0)[0], Sampling(max_tokens=16), None, None)])
+    assert engine.statistics.chunks - before <= 2
+    form = grammars.matcher(read_form({"guided_regex": "[a-z]{9}"}))
+    before = engine.statistics.chunks
+    collect_formed(engine, [(mixed(0)[0], Sampling(max_tokens=16), form, None)])
+    assert engine.statistics.chunks - before > 2

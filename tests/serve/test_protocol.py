@@ -74,7 +74,7 @@ def test_a_conversation_becomes_turns_and_images():
         (None, {"temperature": -1}, 400, "invalid_value"),
         (None, {"n": 2}, 400, "unsupported_value"),
         (None, {"n": True}, 400, "unsupported_value"),
-        (None, {"logprobs": 0}, 400, "unsupported_value"),
+        (None, {"logprobs": 0}, 400, "invalid_type"),
         (None, {"tools": {}}, 400, "unsupported_value"),
         (None, {"model": ["fusion"]}, 400, "invalid_type"),
         (None, {"max_tokens": 0}, 400, "invalid_value"),
@@ -142,8 +142,8 @@ def test_messages_of_one_role_become_one_turn():
     roles = ("assistant", "system", "user", "user", "assistant", "assistant", "developer", "user", "system")
     wanted = parse([{"role": role, "content": str(k)} for k, role in enumerate(roles)])
     turns = [(turn["from"], turn["value"]) for turn in wanted.record.turns]
-    assert turns == [("gpt", "0"), ("human", "1\n\n2\n\n3"), ("gpt", "4\n\n5"), ("human", "6\n\n7\n\n8")]
-    assert wanted.record.system is None
+    assert turns == [("gpt", "0"), ("human", "2\n\n3"), ("gpt", "4\n\n5"), ("human", "6\n\n7\n\n8")]
+    assert wanted.record.system == "1"
     wanted = parse([{"role": role, "content": str(k)} for k, role in enumerate(("system", "developer", "user"))])
     assert wanted.record.system == "0\n\n1" and wanted.record.turns == [{"from": "human", "value": "2"}]
     assert parse([{"role": "system", "content": ""}, {"role": "user", "content": "a"}]).record.system is None

@@ -2,9 +2,11 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import pytest
@@ -29,6 +32,7 @@ from fusion_jax.sampling import Sampling
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 pytest.importorskip("uvicorn")
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-the-test"
@@ -127,6 +131,68 @@ def test_the_official_client_asks_and_streams(client, expected):
     )
     assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == expected[1]
     assert pieces[-1].usage == answer.usage
+
+
+class Seen(pydantic.BaseModel):
+    """What the client's own `parse` asks for."""
+
+    kind: Literal["star", "ball"]
+    many: bool
+
+
+def test_the_official_client_gets_answers_of_a_form(client):
+    def ask(**more):
+        return client.chat.completions.create(model="fusion", messages=question(1), max_tokens=48, **more)
+
+    seen = []
+    for seed in range(3):
+        # White space, of which these random weights say much, may cut an answer off: the client raises then.
+        with contextlib.suppress(openai.LengthFinishReasonError):
+            how = {"max_tokens": 48, "seed": seed, "temperature": 1.0, "response_format": Seen}
+            made = client.chat.completions.parse(model="fusion", messages=question(1), **how)
+            seen.append(made.choices[0].message.parsed)
+    assert seen and all(isinstance(one, Seen) for one in seen)
+    choices = ["A red circle", "a blue star"]
+    for wanted in ({"structured_outputs": {"choice": choices}}, {"guided_choice": choices}):
+        answer = ask(extra_body=wanted).choices[0]
+        assert answer.message.content in choices and answer.finish_reason == "stop"
+    pieces = list(ask(extra_body={"guided_regex": "[0-9]{3}, [0-9]{3}"}, stream=True))
+    assert re.fullmatch("[0-9]{3}, [0-9]{3}", "".join(p.choices[0].delta.content or "" for p in pieces))
+    cut = ask(extra_body={"guided_regex": "[a-z]{200}"}).choices[0]
+    assert cut.finish_reason == "length" and re.fullmatch("[a-z]{48,199}", cut.message.content)
+    for wanted in ({"uniqueItems": True}, {"type": "sting"}, {"enum": []}, {"$ref": "https://example.org/schema"}):
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": wanted}}
+        with pytest.raises(openai.BadRequestError, match=r"json_schema\.schema cannot be used"):
+            ask(response_format=form)
+
+
+def test_the_official_client_gets_probabilities_whole_and_in_pieces(client, expected):
+    wanted = {"model": "fusion", "messages": question(1), "max_tokens": 24, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**wanted).choices[0]
+    tokens = whole.logprobs.content
+    assert whole.message.content == expected[1]
+    assert bytes(byte for one in tokens for byte in one.bytes).decode(errors="replace").strip() == expected[1]
+    for one in tokens:
+        assert one.logprob <= 0 and one.top_logprobs[0].token == one.token and len(one.top_logprobs) == 3
+    pieces = list(client.chat.completions.create(**wanted, stream=True))
+    streamed = [one for p in pieces if p.choices[0].logprobs for one in p.choices[0].logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in tokens]
+    alone = client.chat.completions.create(**wanted | {"top_logprobs": None}).choices[0].logprobs.content
+    assert [(one.token, one.top_logprobs) for one in alone] == [(one.token, []) for one in tokens]
+    assert client.chat.completions.create(**wanted | {"logprobs": False, "top_logprobs": 0}).choices[0].logprobs is None
+
+
+def test_every_role_of_the_official_client_is_heard(client):
+    def counted(*messages):
+        messages = [{"role": role, "content": content} for role, content in messages]
+        return client.chat.completions.create(model="fusion", messages=messages, max_tokens=1).usage.prompt_tokens
+
+    asked = counted(("user", "What is in the image?"))
+    for role in ("assistant", "developer"):
+        said = ((role, "A red circle."), (role, "A red circle and a blue star."))
+        one, more = (counted(text, ("user", "What is in the image?")) for text in said)
+        assert asked != one < more
+    assert counted(("user", "What?"), ("assistant", None), ("user", "What?")) > counted(("user", "What?"))
 
 
 def test_errors_come_in_the_form_that_the_client_knows(client, server):

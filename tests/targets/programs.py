@@ -172,6 +172,8 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     yield joined
     yield _compile(engine._release, mesh, joined.results, np.zeros(server.rows, bool))
     yield _compile(generate.decode, mesh, model, params, joined.results, server.chunk, (2,), True)
+    told = (False, engine.MOST_LIKELY, server._all_allowed())
+    yield _compile(generate.decode, mesh, model, params, joined.results, 1, (2,), True, *told)
 
 
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
@@ -232,7 +234,8 @@ TEXT = Group(("step: text alone, remat none",), step, more={"remat": "none", "im
 SPLIT = Group(("step: quadrants, tensor=2, remat attention",), step, QUADRANTS, TENSOR, more={"remat": "attention"})
 VALIDATION = Group(("validation",), validation)
 ANSWERS = Group(("answers: prefill", "answers: begin", "answers: decode"), answers)
-SERVING = Group(tuple(f"server: {x}" for x in ("prefill", "begin", "join", "leave", "decode")), serving, alone=True)
+SERVED = ("prefill", "begin", "join", "leave", "decode", "decode in a form")
+SERVING = Group(tuple(f"server: {x}" for x in SERVED), serving, alone=True)
 PICTURES = Group(("pictures",), pictures, alone=True)
 BEGINNING = Group(("parameters",), beginning)
 PLANTED = Group(("planted: float32", "planted: callback"), planted)
