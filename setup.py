@@ -43,6 +43,7 @@ setup(
         "matplotlib>=3.9",
         "tqdm>=4.66",
         "httpcore2>=2.0",
+        "idna>=3.7",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],

@@ -14,6 +14,7 @@ import fastapi
 import jax
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
+from starlette.routing import Match, Mount
 
 from fusion_jax.serve import gradio_alone  # isort: split
 
@@ -23,6 +24,7 @@ from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.sampling import Sampling
 from fusion_jax.serve import protocol
+from fusion_jax.serve.addresses import page_methods
 from fusion_jax.serve.api import Options
 from fusion_jax.serve.engine import Closing, Engine, Full
 from fusion_jax.serve.gate import Gate
@@ -85,8 +87,15 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
             uploads.close()
 
     app.router.lifespan_context = lifespan
-    app.mount("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page)))
+    app.router.routes.append(_Page("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page))))
     return app
+
+
+class _Page(Mount):
+    """The page's addresses alone: all others are answered as they are without the page."""
+
+    def matches(self, scope) -> tuple[Match, dict]:
+        return super().matches(scope) if page_methods(scope["path"]) else (Match.NONE, {})
 
 
 def _pending(page: gr.Blocks, session: str) -> bool:

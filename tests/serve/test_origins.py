@@ -97,7 +97,7 @@ def test_health_and_metrics_answer_under_every_name(server):
 def test_a_browser_is_not_allowed_to_ask(server):
     asks = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     status, _, names = ask(server, asks, method="OPTIONS")
-    assert status == 405 and not [name for name in names if name.startswith("access-control")]
+    assert status == 403 and not [name for name in names if name.startswith("access-control")]
 
 
 def test_a_key_opens_every_name_and_no_other_site(tmp_path):
