@@ -25,7 +25,7 @@ JOIN, DATA, UPLOAD, CANCEL = (f"/gradio_api/{name}" for name in ("queue/join", "
 class Engine:
     """Answers every prompt with `text`, once `go` is set."""
 
-    rows, queue_limit, problem = 2, 8, ""
+    rows, queue_limit, problem, silent = 2, 8, "", 0.0
 
     def __init__(self):
         self.text, self.records, self.go = "An answer.", [], threading.Event()

@@ -19,9 +19,7 @@ _ESCAPED = 6  # bytes that JSON may write for one byte of text: a backslash, u a
 _MARKS = (b",", b":", b"[", b"{")
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)  # behind its opening quote
 # How a data URL begins, up to its comma; and the rest, in base64 or by percent escapes.
-_BEGINS = re.compile(
-    rb'"(?: |\\[nrt])*+data:((?:[ !#-+\--\[\]-~]|\\/|\\u002b|\\u003d|\\u0027){0,1024}+),', re.IGNORECASE
-)
+_BEGINS = re.compile(rb'"(?: |\\[nrt])*+data:((?:[ !#-+\--\[\]-~]|\\/|\\u00[23][0-9a-f]){0,1024}+),', re.IGNORECASE)
 # Some programs escape slashes, or all that could mean something in a web page; line breaks mean nothing in base64.
 _ESCAPES = [(b"\\/", b"/"), (b"\\n", b""), (b"\\r", b""), (b"\\t", b"")]
 _ESCAPES += [

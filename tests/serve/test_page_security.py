@@ -5,6 +5,7 @@ import time
 import jax
 import pytest
 from page_site import JOIN, file, httpx, listener, page, png
+from test_addresses import ANSWERS, check_answer
 
 from fusion_jax.errors import UserError
 from fusion_jax.serve import gate
@@ -92,6 +93,26 @@ SERVED = """/config /gradio_api/info /gradio_api/openapi.json /gradio_api/token 
 @pytest.mark.parametrize("path", [*SERVED.split(), "/static/" + "x" * 5000, "/assets" + "/x" * 90])
 def test_only_what_the_page_needs_is_served(visitor, path):
     assert visitor.http.get(path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ANSWERS if row[3] != "model_not_found" and (row[2] != 200 or "health" in row[1])]
+)
+def test_every_address_answers_as_it_does_without_the_page(site, row):
+    check_answer(httpx.URL(site[0]).port, *row)
+
+
+def test_the_pages_own_addresses_take_their_methods(site, visitor):
+    for method, path, allowed in (
+        ("POST", "/", "GET, HEAD"),
+        ("GET", JOIN, "POST"),
+        ("PUT", "/theme.css", "GET, HEAD"),
+    ):
+        answer = visitor.http.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+    for path in ("/", "/theme.css"):
+        assert visitor.http.head(path).status_code == 200
 
 
 RUN = """run/predict api/predict run/reply call/reply call/v2/reply component_server process_recording vibe-edit
