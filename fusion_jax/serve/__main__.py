@@ -129,7 +129,11 @@ def _import_page():
     try:
         from fusion_jax.serve import page
     except ImportError as error:
-        log.warning("no web page: the package %s is missing (pip install 'fusion_jax[page]')", error.name)
+        log.warning(
+            "no web page: the package %s is missing (pip install 'fusion_jax[page]'; in a checkout start the server by "
+            "bash launch/serve.sh)",
+            error.name,
+        )
         return None
     return page
 
