@@ -47,6 +47,15 @@ footer {display: none !important}
 _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
 """
+# What Gradio itself says, of an upload that was refused for instance, goes with the next action.
+_CLOSING = """
+() => {
+  const close = (event) => {
+    if (!event.target.closest?.(".toast-body")) document.querySelectorAll(".toast-close").forEach((one) => one.click())
+  }
+  for (const name of ["pointerdown", "keydown", "change"]) document.addEventListener(name, close, true)
+}
+"""
 _SWEPT = 600  # seconds between looks through the uploads
 _SESSIONS = 256  # pages that Gradio keeps the state of
 _READING = 4  # images that are in memory and decoded at once
@@ -61,6 +70,7 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
         page,
         path="/",
         css=_STYLE,
+        js=_CLOSING,
         max_file_size=options.limits.image_bytes,
         footer_links=[],
         # The rest says what Gradio's environment or later defaults could change.

@@ -1,5 +1,6 @@
 """What the page says where something goes wrong, and that nothing of it stays: by its requests, and in a browser."""
 
+import re
 import shutil
 
 import pytest
@@ -114,8 +115,13 @@ def test_a_browser_shows_no_error_that_is_over(tmp_path, monkeypatch):
             page.keyboard.press("Enter")
 
         state.get_by_text("Round 1 of 40; about").wait_for()
+        (tmp_path / "none.png").write_text("no image")
+        page.locator("#image input[type=file]").set_input_files(tmp_path / "none.png")
+        page.locator(".toast-body").get_by_text("This is no image that can be used").wait_for()
         page.locator("#image input[type=file]").set_input_files(name)
+        page.locator(".toast-body").wait_for(state="detached", timeout=5000)  # Gradio itself leaves it for ten seconds
         page.locator("#image img").first.wait_for()
+        state.get_by_text(re.compile(r"words fit\.$")).wait_for()  # no longer "fewer beside an image"
         broken.error = Full()
         ask("First?")
         state.get_by_text("Too many requests are waiting; try again.").wait_for()
