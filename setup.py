@@ -43,6 +43,7 @@ setup(
         "matplotlib>=3.9",
         "tqdm>=4.66",
         "httpcore2>=2.0",
+        "idna>=3.7",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
@@ -64,8 +65,7 @@ setup(
         "diffusers": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.42", "accelerate>=1.0"],
         "ray": ["ray[data]>=2.51"],
         "kenlm": ["kenlm>=0.3"],
-        # The page needs gradio, which asks for pillow<13: install it apart where the pins matter; its tests' own pins
-        # are in requirements-page.txt.
+        # The page needs gradio, which asks for pillow<13: where the pins matter, launch/serve.sh installs it apart.
         "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20", "llguidance>=1.9"],
         "page": ["gradio>=6.31"],
         # For config.wandb_project.

@@ -1,10 +1,13 @@
 """What lies behind an address that a stranger wrote, fetched without reaching into the network that this runs in."""
 
+import contextlib
 import ipaddress
 import re
 import time
 from collections.abc import Collection
 from urllib.parse import quote, urljoin, urlsplit
+
+import idna
 
 from fusion_jax.web import Web, WebError
 
@@ -101,6 +104,8 @@ def fetch(
 
 
 def _next(address: str, location: str) -> str:
+    with contextlib.suppress(UnicodeError):  # headers are read as Latin-1; hosts write UTF-8
+        location = location.encode("latin-1").decode()
     try:
         url = urljoin(address, location) if location and not _unfit(location) else ""
     except ValueError:
@@ -113,8 +118,9 @@ def _next(address: str, location: str) -> str:
 
 
 def _unfit(url: str) -> bool:
-    """Whether there is something in it that `urlsplit` would pass over, or that readers of addresses disagree about."""
-    return any(c <= " " or c in "\\\x7f" or "\ud800" <= c <= "\udfff" for c in url)
+    """Whether there is something in it that `urlsplit` would pass over, or that readers of addresses disagree about. A
+    space inside is neither: it is sent as %20."""
+    return url != url.strip() or any(c < " " or c in "\\\x7f" or "\ud800" <= c <= "\udfff" for c in url)
 
 
 def _parse(url: str) -> tuple[str, Place]:
@@ -145,10 +151,11 @@ def _parse(url: str) -> tuple[str, Place]:
 
 
 def _host(name: str) -> str:
-    """A host in lower case and ASCII. ValueError for what is none, or an IPv4 address in an odd spelling."""
+    """A host in lower case and ASCII, as browsers write it (UTS 46: `straße.de` is not `strasse.de`). ValueError for
+    what is none, or an IPv4 address in an odd spelling."""
     if name.startswith("["):
         return str(ipaddress.IPv6Address(name[1:-1]))
-    name = name.lower() if name.isascii() else name.encode("idna").decode().lower()
+    name = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode()
     name = name.removesuffix(".")
     if len(name) > 253 or not _NAME.fullmatch(name):
         raise ValueError(name)

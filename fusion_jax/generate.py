@@ -325,6 +325,12 @@ class Prompts:
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)
 
+    def takes(self, record: Record) -> tuple[Needs, int]:
+        """What a prompt takes, whether or not that fits a bucket, and its question tokens; of images at most the sizes
+        are read. BadRecord where it cannot be used."""
+        example = self._maker.text(record, prompt=True)
+        return needs(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)
+
     def batch(self, examples: Sequence[Example], rows: int = 0) -> Batch:
         """One example a row, in the smallest bucket that holds them; empty rows fill up to `rows`."""
         spec = fit(examples, self.config, self.latents, self.buckets)

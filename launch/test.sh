@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Lint, formatting and all tests, in the same environment as the quickstart plus the test extras; then the web page's
-# tests, in .venv-page, which adds requirements-page.txt to it.
+# tests, in .venv-page, which adds requirements-page.txt to it; launch/serve.sh serves from there.
 # Two processes share the test files, because most of a test's time is tracing, which uses one core.
 # Arguments go to pytest: bash launch/test.sh -k attention
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source launch/page_env.sh
 export JAX_PLATFORMS=cpu
 none=5 # pytest's exit code where no test was chosen
 
@@ -24,27 +25,13 @@ for argument in "$@"; do
 done
 [ -n "$named" ] || pages=("${own[@]}")
 
-# Makes .venv-page: its own packages first, then all of .venv.
-page_environment() {
-  local stamp
-  stamp=".venv-page/installed-$(cat requirements-page.txt requirements.txt setup.py | cksum | cut -d' ' -f1)"
-  [ ! -e "$stamp" ] || return 0
-  echo "installing requirements-page.txt ..."
-  rm -rf .venv-page
-  python -m venv .venv-page &&
-    python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
-      >"$(.venv-page/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth" &&
-    .venv-page/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-page.txt &&
-    touch "$stamp"
-}
-
 ruff check .
 ruff format --check .
 main=0 page=$none
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15 "$@" || main=$?
 [ "$main" -eq 0 ] || [ "$main" -eq "$none" ] || exit "$main"
 if [ "${#pages[@]}" -gt 0 ]; then
-  if page_environment; then
+  if page_environment playwright==1.65.2; then
     page=0
     .venv-page/bin/python -m pytest --durations=5 "${options[@]}" "${pages[@]}" || page=$?
   else

@@ -13,6 +13,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from fusion_jax import generate
+from fusion_jax.data.layout import Needs
 from fusion_jax.serve import api, protocol
 
 pytest.importorskip("gradio", reason="the page's tests need gradio: launch/test.sh makes an environment with it")
@@ -22,13 +24,30 @@ page = importlib.import_module("fusion_jax.serve.page")
 JOIN, DATA, UPLOAD, CANCEL = (f"/gradio_api/{name}" for name in ("queue/join", "queue/data", "upload", "cancel"))
 
 
+class Prompts:
+    """Tokens are characters, as many as `buckets` say."""
+
+    buckets = generate.Buckets((2000,), (1000,), (40,))
+
+    def __init__(self):
+        self.tokenizer = self
+
+    def encode(self, text):
+        return [*text]
+
+    def takes(self, record):
+        asked = [turn["value"] for turn in record.turns if turn["from"] == "human"]
+        length = sum(len(turn["value"]) for turn in record.turns)
+        return Needs(length, 0, len(asked), len(record.images)), len("".join(asked)) if record.images else 0
+
+
 class Engine:
     """Answers every prompt with `text`, once `go` is set."""
 
-    rows, queue_limit, problem = 2, 8, ""
+    rows, queue_limit, problem, silent = 2, 8, "", 0.0
 
     def __init__(self):
-        self.text, self.records, self.go = "An answer.", [], threading.Event()
+        self.text, self.records, self.go, self.prompts = "An answer.", [], threading.Event(), Prompts()
         self.go.set()
 
     def prepare(self, record):

@@ -49,6 +49,9 @@ _BODIES = flags.DEFINE_integer(
 _PAGE = flags.DEFINE_bool("page", True, "serve the web page at /")
 _UPLOADS = flags.DEFINE_integer("max_upload_bytes", 1 << 30, "of all images that the page keeps; more get status 507")
 _HOST_NAMES = flags.DEFINE_list("host_names", [], "public host names of the server; needed where there is no API key")
+_ORIGINS = flags.DEFINE_list(
+    "cors_origins", [], "sites whose pages may use the API, such as https://app.example.org; * for all"
+)
 _DRAIN = flags.DEFINE_integer("drain_seconds", 60, "after SIGTERM, seconds for requests to finish", lower_bound=0)
 
 
@@ -62,10 +65,12 @@ def main(argv: list[str]) -> None:
             from fusion_jax.serve.engine import Engine
             from fusion_jax.serve.grammar import Grammars
             from fusion_jax.serve.intake import return_large_buffers
+            from fusion_jax.serve.origins import read_host_names, read_origins
             from fusion_jax.serve.pictures import Pictures
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
     check(_UPLOADS.value >= 1, f"--max_upload_bytes={_UPLOADS.value} must be at least 1.")
+    host_names, origins = read_host_names(_HOST_NAMES.value), read_origins(_ORIGINS.value)
     page = _import_page() if _PAGE.value else None
     key = api_key()
     check_open_files(_CONNECTIONS.value)
@@ -94,7 +99,8 @@ def main(argv: list[str]) -> None:
         timeout=_TIMEOUT.value,
         body_seconds=_BODY_SECONDS.value,
         bodies_bytes=max(_BODIES.value, _BYTES.value),
-        host_names=tuple(_HOST_NAMES.value),
+        host_names=host_names,
+        origins=origins,
         streams=max(_CONNECTIONS.value // 2, 1),
     )
     log.info("%s from %s; compiling %s", _NAME.value, loaded.folder, buckets)
@@ -126,7 +132,11 @@ def _import_page():
     try:
         from fusion_jax.serve import page
     except ImportError as error:
-        log.warning("no web page: the package %s is missing (pip install 'fusion_jax[page]')", error.name)
+        log.warning(
+            "no web page: the package %s is missing (pip install 'fusion_jax[page]'; in a checkout start the server by "
+            "bash launch/serve.sh)",
+            error.name,
+        )
         return None
     return page
 

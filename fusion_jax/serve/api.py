@@ -21,11 +21,12 @@ from starlette.exceptions import HTTPException
 
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.fetch import FetchError, fetch
-from fusion_jax.serve import engine, protocol
+from fusion_jax.serve import addresses, engine, protocol
 from fusion_jax.serve.error import ApiError
+from fusion_jax.serve.front import Front
 from fusion_jax.serve.grammar import Grammars
 from fusion_jax.serve.intake import Budget, Pool, read_body
-from fusion_jax.serve.origins import check_host, check_json, check_origin, from_browser
+from fusion_jax.serve.origins import check_host, check_json, check_origin, cors_headers, from_browser
 from fusion_jax.serve.protocol import Limits
 
 FETCH_SECONDS = 10.0  # for all images of a request that are addresses
@@ -52,6 +53,7 @@ class Options:
     limits: Limits
     api_key: str = field(default="", repr=False)
     host_names: Collection[str] = ()
+    origins: tuple[str, ...] = ()
     fetch_urls: bool = False
     timeout: float = 120.0
     body_seconds: float = 60.0
@@ -137,6 +139,7 @@ def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = 
 
     # A redirect would lead to whatever host the caller names.
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(Front, origins=options.origins)
 
     @app.exception_handler(ApiError)
     async def say(request: Request, error: ApiError) -> Response:
@@ -147,15 +150,16 @@ def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = 
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        text = f"{request.method} {request.scope['path'][:200]}: {error.detail}."
-        return JSONResponse(ApiError(error.status_code, text, "not_found").body(), error.status_code)
+        return addresses.refusal(request, error)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse(ApiError(500, "The server failed; its log says why.", "internal_error").body(), 500)
+        said = ApiError(500, "The server failed; its log says why.", "internal_error")
+        # It is made outside of all middleware.
+        return JSONResponse(said.body(), 500, cors_headers(request.headers, options.origins))
 
     def authorize(request: Request) -> None:
-        check_origin(request)
+        check_origin(request, options.origins)
         if not key:
             check_host(request, options.host_names)
         else:
@@ -165,7 +169,7 @@ def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = 
             if scheme.lower() != "bearer" or not right:
                 raise ApiError(401, "Missing or wrong API key.", "invalid_api_key")
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if core.problem:
             return JSONResponse({"status": "failed", "problem": core.problem}, 503)
@@ -173,18 +177,18 @@ def make_app(core: engine.Engine, options: Options, grammars: Grammars | None = 
             return JSONResponse({"status": "stuck", "problem": f"no answer of the device for {core.silent:.0f} s"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(prometheus.generate_latest(measured.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     card = {"id": options.model, "object": "model", "created": created, "owned_by": "fusion_jax"}
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models(request: Request) -> Response:
         authorize(request)
         return JSONResponse({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name:path}", methods=["GET", "HEAD"])
     async def one_model(request: Request, name: str) -> Response:
         authorize(request)
         if name != options.model:

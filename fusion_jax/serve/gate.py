@@ -24,9 +24,10 @@ from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from fusion_jax.errors import BadRecord
+from fusion_jax.serve.addresses import FILE, GRADIO, is_static, page_methods
 from fusion_jax.serve.api import Options
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.intake import check_plain, read_body
@@ -39,7 +40,6 @@ log = logging.getLogger("fusion_jax")
 
 LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model reads
 EVENT_BYTES = 1 << 18
-LONGEST_PATH = 200  # characters; no file of Gradio's has a longer one, and file systems refuse such names
 UPLOADS = 16  # at once
 SLOW = 5.0  # seconds after which an upload that is not here makes room for another where all are taken
 KEPT_AT_ONCE = 2  # uploads that are here in full and in memory
@@ -47,9 +47,7 @@ FORM_BYTES = 1 << 14  # of an upload beside the file
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells what strangers send
 
-_API = "/gradio_api"
 _PIECE = 1 << 18  # bytes of a file that are read at once
-_STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
 _SESSION = re.compile(r"\w{1,40}", re.ASCII)
 _EVENT = re.compile(r"[0-9a-f]{32}")
 _HEARD = {
@@ -103,7 +101,6 @@ class Gate:
         # An event waits for its turn and is answered, each within the time for a request.
         self.listeners = Listeners(options.streams, 2 * options.timeout + 30, pending)
         self._uploading = asyncio.Semaphore(UPLOADS)
-        self._uploading = asyncio.Semaphore(UPLOADS)
         self._arriving: dict[asyncio.Timeout, float] = {}  # uploads that are not here, and since when; the oldest first
         self._keeping = asyncio.Semaphore(KEPT_AT_ONCE)
 
@@ -131,6 +128,11 @@ class Gate:
             check_origin(request)
         if (method, path) == ("POST", "/login") and self.options.api_key:
             return await self.visitors.log_in(request)
+        if (method, path) == ("GET", "/login"):  # reloaded after a wrong key
+            return RedirectResponse("./", 303)
+        allowed = page_methods(path)
+        if method not in allowed.split(", "):
+            raise Refused(405, f"{request.method} {path[:200]}: this address takes {allowed} only.")
         known = self.visitors.known(request)
         if (method, path) == ("GET", "/"):
             if not known:
@@ -138,17 +140,17 @@ class Gate:
             return self._pass(request, set_cookie=self.visitors.welcome(request))
         if not known:
             raise Refused(401, "Log in first: reload the page.")
-        if method == "GET" and len(path) <= LONGEST_PATH and _STATIC.fullmatch(path):
+        if method == "GET" and is_static(path):
             return self._pass(request)
         handlers = {
-            ("POST", f"{_API}/upload"): self._upload,
-            ("POST", f"{_API}/queue/join"): self._join,
-            ("POST", f"{_API}/cancel"): self._cancel,
-            ("POST", f"{_API}/reset"): self._reset,
-            ("GET", f"{_API}/queue/data"): self._listen,
+            ("POST", f"{GRADIO}/upload"): self._upload,
+            ("POST", f"{GRADIO}/queue/join"): self._join,
+            ("POST", f"{GRADIO}/cancel"): self._cancel,
+            ("POST", f"{GRADIO}/reset"): self._reset,
+            ("GET", f"{GRADIO}/queue/data"): self._listen,
         }
         handler = handlers.get((method, path))
-        if method == "GET" and path.startswith(f"{_API}/file="):
+        if method == "GET" and path.startswith(FILE):
             handler = self._file
         if handler is None:
             raise Refused(404, "Not found.")
@@ -272,7 +274,7 @@ class Gate:
         return file
 
     async def _file(self, request: Request, owner: str) -> Response:
-        given = request.scope["path"].removeprefix(f"{_API}/file=")
+        given = request.scope["path"].removeprefix(FILE)
         try:
             size, kind = self.uploads.about(given, owner)
         except BadRecord as error:
@@ -293,21 +295,25 @@ class Gate:
             headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
 
         async def passed(scope, receive, send) -> None:
-            asked = False
+            heard = False
 
             async def hear():
-                nonlocal asked
-                if not asked:
-                    asked = True
+                nonlocal heard
+                if not heard:
+                    heard = True
                     return {"type": "http.request", "body": body, "more_body": False}
                 while (message := await receive())["type"] != "http.disconnect":
                     pass
                 return message
 
-            begun = ended = False
+            begun = ended = missing = False
 
             async def tell(message) -> None:
-                nonlocal begun, ended
+                nonlocal begun, ended, missing
+                if message.get("status", 200) >= 400 and is_static(scope["path"]):
+                    missing = True
+                if missing:
+                    return
                 begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
                 if message["type"] == "http.response.start":
                     kept = MutableHeaders(raw=[*message.get("headers", ())])
@@ -315,7 +321,7 @@ class Gate:
                         if name.startswith("access-control-") or name == "set-cookie":
                             del kept[name]
                     kept.update(_ALWAYS | {"content-security-policy": _POLICY})
-                    if "cache-control" not in kept and not _STATIC.fullmatch(scope["path"]):
+                    if "cache-control" not in kept and not is_static(scope["path"]):
                         kept["cache-control"] = "no-store"
                     if set_cookie:
                         kept.append("set-cookie", set_cookie)
@@ -323,22 +329,28 @@ class Gate:
                 await send(message)
 
             try:
-                await self.inner({**scope, "headers": headers, "query_string": query.encode()}, hear, tell)
+                # The server sends no body to HEAD.
+                asked = {"method": scope["method"].replace("HEAD", "GET"), "query_string": query.encode()}
+                await self.inner({**scope, **asked, "headers": headers}, hear, tell)
             except Exception:
                 if not begun or ended:
                     raise
                 # A stream of no known session, for instance: anybody may ask for one, and the log is not for that.
                 log.debug("the page's answer broke off", exc_info=True)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if missing:
+                await _refusal(request, Refused(404, "Not found."))(scope, receive, send)
 
         return passed
 
 
 def _refusal(request: Request, error: ApiError) -> Response:
-    """In the form that Gradio's page shows."""
-    if request.scope["path"] == f"{_API}/upload":
+    """In the API's form, with what Gradio's page shows beside it."""
+    path = request.scope["path"]
+    headers = {"Allow": page_methods(path).replace("GET", "GET, HEAD")} if error.status == 405 else {}
+    if path == f"{GRADIO}/upload" and error.status != 405:
         return PlainTextResponse(error.message, error.status)
-    return JSONResponse({"detail": error.message}, error.status)
+    return JSONResponse({"detail": error.message, **error.body()}, error.status, headers)
 
 
 async def _json(request: Request, seconds: float) -> dict:

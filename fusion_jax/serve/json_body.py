@@ -2,10 +2,9 @@
 
 A parser makes an object of 60 bytes of every `{}` and may keep a text in four bytes a character. What would do so is
 refused before: a walk over the bytes, from one string to the next, counts values and text. Images are neither, they are
-base64 in data URLs: one byte a character, and decoded piece by piece.
+data URLs in ASCII: one byte a character, and decoded piece by piece.
 """
 
-import binascii
 import io
 import re
 from typing import Any
@@ -19,8 +18,19 @@ _SETTINGS = 64 << 10  # bytes besides the texts: keys, settings, spaces
 _ESCAPED = 6  # bytes that JSON may write for one byte of text: a backslash, u and four digits
 _MARKS = (b",", b":", b"[", b"{")
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)  # behind its opening quote
-_DATA_URL = re.compile(rb'"data:[A-Za-z0-9.+/;=\\-]{0,128};base64,(?:[A-Za-z0-9+/=]++|\\/)*+"')
-_PIECE = 4 << 18  # characters of base64 that are decoded at once; a multiple of 4
+# How a data URL begins, up to its comma; and the rest, in base64 or by percent escapes.
+_BEGINS = re.compile(rb'"(?: |\\[nrt])*+data:((?:[ !#-+\--\[\]-~]|\\/|\\u00[23][0-9a-f]){0,1024}+),', re.IGNORECASE)
+# Some programs escape slashes, or all that could mean something in a web page; line breaks mean nothing in base64.
+_ESCAPES = [(b"\\/", b"/"), (b"\\n", b""), (b"\\r", b""), (b"\\t", b"")]
+_ESCAPES += [
+    (digits.encode(), character.strip().encode())
+    for character in "+/=%-' \t\r\n"
+    for digits in {f"\\u{ord(character):04x}", f"\\u{ord(character):04X}"}
+]
+_BASE64 = re.compile(rb"(?:[A-Za-z0-9+/=_% -]++|" + b"|".join(re.escape(before) for before, _ in _ESCAPES) + rb')*+"')
+_PERCENT = re.compile(rb'[ !#-\[\]-~]*+"')
+_SMALL = 64 << 10  # bytes of a data URL whose escapes the parser may undo
+_PIECE = 1 << 20  # characters that are rewritten at once
 
 
 def read_json(body: io.BytesIO, text_bytes: int) -> dict[str, Any]:
@@ -56,14 +66,20 @@ def text_too_long(text_bytes: int) -> ApiError:
 
 
 def _unescaped(data: bytes, places: list[tuple[int, int]]) -> io.BytesIO:
-    """The data with the backslashes of these places left out: some programs write one before every slash of an image,
-    and the parser would need room for a text with and without them."""
+    """The data with the escapes in these places undone: for a text with escapes the parser needs its room twice."""
     written, done, view = io.BytesIO(), 0, memoryview(data)
     for start, end in places:
         written.write(view[done:start])
-        for at in range(start, end, _PIECE):
-            written.write(data[at : min(at + _PIECE, end)].replace(b"\\", b""))
-        done = end
+        done = start
+        while done < end:
+            stop = min(done + _PIECE, end)
+            cut = data.rfind(b"\\", stop - 5, stop)  # an escape may go on behind the piece
+            stop = cut if done < cut and stop < end else stop
+            piece = data[done:stop]
+            for before, after in _ESCAPES:
+                piece = piece.replace(before, after)
+            written.write(piece)
+            done = stop
     written.write(view[done:])
     return written
 
@@ -79,27 +95,23 @@ def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
         size += outside - at
         at = outside
         if quote >= 0:
-            image = _DATA_URL.match(data, quote)
+            image = _data_url(data, quote)
             string = image or _STRING.match(data, quote + 1, quote + 1 + max(most - size, 0))
             at = string.end() if string else len(data)
             size += 0 if image else at - quote
-            if image and data.find(b"\\", quote, at) >= 0:
+            if image and at - quote > _SMALL and data.find(b"\\", quote, at) >= 0:
                 escaped.append((quote, at))
         if values > MOST_VALUES:
             raise ApiError(400, f"The body has over {MOST_VALUES} JSON values.", "too_many_values")
-        if size > most and quote >= 0 and data.startswith(b'"data:', quote):
-            raise ApiError(400, "A data URL must be base64, without spaces or line breaks.", "invalid_image_url")
+        if size > most and quote >= 0 and _BEGINS.match(data, quote):
+            raise ApiError(400, "A data URL must be base64, or ASCII.", "invalid_image_url", "messages")
         if size > most:
             raise text_too_long(text_bytes)
     return escaped
 
 
-def decode_base64(text: str, start: int) -> bytes:
-    """The bytes that `text[start:]` says. ValueError where it is no base64."""
-    written = io.BytesIO()
-    for at in range(start, len(text), _PIECE):
-        piece = text[at : at + _PIECE]
-        if "=" in piece and at + _PIECE < len(text):
-            raise binascii.Error("padding before the end")
-        written.write(binascii.a2b_base64(piece, strict_mode=True))
-    return written.getvalue()
+def _data_url(data: bytes, quote: int) -> re.Match | None:
+    """The string that begins there up to its end, where it is a data URL."""
+    head = _BEGINS.match(data, quote)
+    rest = _BASE64 if head and b"base64" in head[1].lower() else _PERCENT
+    return rest.match(data, head.end()) if head else None

@@ -8,26 +8,29 @@ import io
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import fastapi
 import jax
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
+from starlette.routing import Match, Mount
 
 from fusion_jax.serve import gradio_alone  # isort: split
 
 import gradio as gr
 
 from fusion_jax.data.sources import Record
-from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.errors import BadRecord, UserError, check
 from fusion_jax.sampling import Sampling
 from fusion_jax.serve import protocol
+from fusion_jax.serve.addresses import page_methods
 from fusion_jax.serve.api import Options
 from fusion_jax.serve.engine import Closing, Engine, Full
 from fusion_jax.serve.gate import Gate
 from fusion_jax.serve.pictures import Busy, Pictures, suggested
-from fusion_jax.serve.talks import Talks, browser
+from fusion_jax.serve.room import room
+from fusion_jax.serve.talks import Talks, browser, drop_unanswered
 from fusion_jax.serve.uploads import NoRoom, Uploads
 
 log = logging.getLogger("fusion_jax")
@@ -36,11 +39,22 @@ _STYLE = """
 footer {display: none !important}
 #image {max-height: 45vh}
 #picture .image-container {padding-top: 36px}  /* its label and buttons lie over nothing */
-:is(#picture, #chat) .wrap:has(.error) {display: none}  /* the message is shown; what stood there stays legible */
+#state p, #missed p {margin: 0 0 4px; color: var(--body-text-color); font-size: var(--text-sm)}
+:is(#state, #missed) p.problem {color: var(--error-text-color)}
+.wrap:has(.error) {display: none}  /* what is refused before it begins is said above; what stood there stays legible */
 @media (max-width: 700px) {#image {max-height: 30vh}}
 """
 _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
+"""
+# What Gradio itself says, of an upload that was refused for instance, goes with the next action.
+_CLOSING = """
+() => {
+  const close = (event) => {
+    if (!event.target.closest?.(".toast-body")) document.querySelectorAll(".toast-close").forEach((one) => one.click())
+  }
+  for (const name of ["pointerdown", "keydown", "change"]) document.addEventListener(name, close, true)
+}
 """
 _SWEPT = 600  # seconds between looks through the uploads
 _SESSIONS = 256  # pages that Gradio keeps the state of
@@ -56,6 +70,7 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
         page,
         path="/",
         css=_STYLE,
+        js=_CLOSING,
         max_file_size=options.limits.image_bytes,
         footer_links=[],
         # The rest says what Gradio's environment or later defaults could change.
@@ -85,8 +100,15 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
             uploads.close()
 
     app.router.lifespan_context = lifespan
-    app.mount("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page)))
+    app.router.routes.append(_Page("/", Gate(site, uploads, events(page), options, functools.partial(_pending, page))))
     return app
+
+
+class _Page(Mount):
+    """The page's addresses alone: all others are answered as they are without the page."""
+
+    def matches(self, scope) -> tuple[Match, dict]:
+        return super().matches(scope) if page_methods(scope["path"]) else (Match.NONE, {})
 
 
 def _pending(page: gr.Blocks, session: str) -> bool:
@@ -114,72 +136,91 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
     talks = Talks()
     reading = threading.Semaphore(_READING)
 
-    def read(image: dict, request: gr.Request) -> bytes:
-        """An upload of the browser that asks, within the limits."""
-        try:
-            data = uploads.read(image["path"], _owner(request))
-            protocol.check_image(data, options.limits, "image")
-        except BadRecord as error:
-            raise _error(f"{error.detail[0].upper()}{error.detail[1:]}.") from error
-        except protocol.ApiError as error:
-            raise _error(error.message) from error
+    def read(image: dict | None, request: gr.Request) -> bytes | None:
+        """An upload of the browser that asks, within the limits; None for none."""
+        if image is None:
+            return None
+        data = uploads.read(image["path"], _owner(request))
+        protocol.check_image(data, options.limits, "image")
         return data
 
-    def reply(question, image, temperature, length, request: gr.Request):
-        """Yields the conversation, the line to write in and words to look for, again while the answer grows."""
-        question = (question or "").strip()
-        if not question:
-            raise _error("Write a question first.")
-        talk = talks.get(request.session_hash)
-        # After an error a question stands without an answer: the next one takes its place.
-        if talk and talk[-1]["role"] == "user":
-            talk.pop()
-        asked, answer = {"role": "user", "content": question}, _said("")
-        talk.append(asked)
-        so_far = [*talk]
-        choices = suggested(question) if image else []
-        yield _shown([*so_far, _said("…")]), "", gr.Radio(choices, value=None, visible=bool(choices))
-        # Again with every piece: a slow browser sees the last of several updates alone.
-        words = {"choices": choices, "visible": bool(choices)}
-        with _errors():
+    def status(image: dict | None, request: gr.Request, problem: str = "") -> str:
+        """The lines below the question: what has gone wrong, and how much more fits."""
+        more, talk = "", [*talks.get(request.session_hash), _asked("?")]
+        try:
             with reading if image else contextlib.nullcontext():
-                example = engine.prepare(_record(so_far, read(image, request) if image else None))
+                more = room(engine.prompts, _record(talk, read(image, request)))
+        except Exception as error:
+            problem = problem or _problem(error)
+        return _lines(problem, more)
+
+    def reply(question, image, temperature, length, request: gr.Request):
+        """Yields the conversation, the line to write in, words to look for, and the messages below the question and
+        below the word; again while the answer grows, because a slow browser sees the last of several updates alone."""
+        talk, question = talks.get(request.session_hash), (question or "").strip()
+        drop_unanswered(talk)
+        asked, answer, problem = _asked(question), _said(""), ""
+        choices = suggested(question) if image else []
+        words, waiting = {"choices": choices, "visible": bool(choices)}, _lines("", "Answering; Stop ends it.")
+        try:
+            check(bool(question), "Write a question first.")
+            talk.append(asked)
+            so_far = [*talk]
+            yield _shown([*so_far, _said("…")]), "", gr.Radio(**words, value=None), waiting, ""
+            with reading if image else contextlib.nullcontext():
+                example = engine.prepare(_record(so_far, read(image, request)))
             how = Sampling(max_tokens=int(length), temperature=temperature)
             for piece in engine.answer(example, how, options.timeout):
                 answer["content"] += piece
                 # Two questions at once in one page: the later one stays, and roles go on to take turns.
-                if talk[-1] is asked:
+                if talk and talk[-1] is asked:
                     talk.append(answer)
-                yield _shown([*so_far, answer]), "", gr.Radio(**words)
-        answer["content"] = answer["content"] or "(no words)"
-        if talk[-1] is asked:
-            talk.append(answer)
-        yield _shown([*so_far, answer]), "", gr.Radio(**words)
+                yield _shown([*so_far, answer]), "", gr.Radio(**words), waiting, ""
+            answer["content"] = answer["content"] or "(no words)"
+            if talk and talk[-1] is asked:
+                talk.append(answer)
+        except Exception as error:
+            problem = _problem(error)
+        # What got no answer is out of the conversation and stands in the line again, to be changed or sent once more.
+        line = drop_unanswered(talk, asked)
+        if line:
+            choices = suggested((talks.asked(request.session_hash) or [""])[-1]) if image else []
+            words = {"choices": choices, "visible": bool(choices)}
+        yield _shown(talk), line, gr.Radio(**words), status(image, request, problem), ""
+
+    def settle(image, request: gr.Request):
+        """After `Stop`: as `reply` leaves it."""
+        line = drop_unanswered(talks.get(request.session_hash))
+        return _shown(talks.get(request.session_hash)), line or gr.skip(), status(image, request), ""
 
     def look(word, image, request: gr.Request):
-        """The picture of a word of the last question."""
-        asked = talks.asked(request.session_hash)
-        for missing, what in ((not image, "Upload an image"), (not asked, "Ask a question")):
-            if missing:
-                raise _error(f"{what} first.")
-        word = (word or "").strip()
-        if not word:
-            raise _error("Write a word of your last question first.")
-        data = read(image, request)
-        with _errors():
-            drawn = pictures.draw(data, asked[-1].strip(), word)
+        """The picture of a word of the last question, and the messages."""
+        problem, shown = "", gr.skip()
+        try:
+            asked, word = talks.asked(request.session_hash), (word or "").strip()
+            check(bool(image), "Upload an image first.")
+            check(bool(asked), "Ask a question first.")
+            check(bool(word), "Write a word of your last question first.")
+            drawn = pictures.draw(read(image, request), asked[-1], word)
             # Among the uploads, so that it is shown to this browser alone and counts with them.
             file = io.BytesIO()
             Image.fromarray(drawn).save(file, "PNG")
-            shown = uploads.path(uploads.add(_owner(request), file.getvalue()), _owner(request))
-        return gr.Image(str(shown), visible=True, alt_text=f"Where the model looks for {word}")
+            path = uploads.path(uploads.add(_owner(request), file.getvalue()), _owner(request))
+            shown = gr.Image(str(path), visible=True, alt_text=f"Where the model looks for {word}")
+        except Exception as error:
+            problem = _problem(error)
+        return shown, status(image, request), _lines(problem)
 
-    def forget(request: gr.Request):
+    def changed(image, request: gr.Request):
+        return gr.Image(None, visible=False), None, status(image, request), ""
+
+    def forget(image, request: gr.Request):
         talks.clear(request.session_hash)
+        return status(image, request), ""
 
     def begin_again(request: gr.Request):
-        forget(request)
-        return [], None, "", "", gr.Radio([], value=None, visible=False)
+        talks.clear(request.session_hash)
+        return [], None, "", gr.Radio([], value=None, visible=False), status(None, request), ""
 
     longest = options.limits.max_tokens
     with gr.Blocks(title=options.model, analytics_enabled=False, fill_width=True) as page:
@@ -210,6 +251,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
                         elem_id="question",
                     )
                     send = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
+                state = gr.HTML(_lines("", room(engine.prompts, _record([_asked("?")], None))), elem_id="state")
                 with gr.Row():
                     stop = gr.Button("Stop", size="sm", min_width=100)
                     clear = gr.Button("New conversation", size="sm", min_width=100)
@@ -222,6 +264,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
                 )
                 words = gr.Radio(show_label=False, container=False, visible=False, elem_id="words")
                 show = gr.Button("Show attention", size="sm", elem_id="show")
+                missed = gr.HTML("", elem_id="missed")
                 picture = gr.Image(
                     label="Where the model looks for the word",
                     format="png",
@@ -236,14 +279,22 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
             [question.submit, send.click],
             reply,
             [question, image, temperature, length],
-            [chat, question, words],
+            [chat, question, words, state, missed],
+            show_progress_on=[chat, question],
             concurrency_limit=engine.rows + engine.queue_limit,
             **private,
         )
-        stop.click(None, cancels=[asked], **private)
-        chat.clear(forget, cancels=[asked], **private)
+        quiet = {"show_progress": "hidden", **private}
+        stop.click(settle, image, [chat, question, state, missed], cancels=[asked], **quiet)
+        chat.clear(forget, image, [state, missed], cancels=[asked], **quiet)
         # Each caller is told at once that another picture is being made: Gradio's queue would have no end.
-        drawing = {"fn": look, "outputs": [picture], "concurrency_limit": None, **private}
+        drawing = {
+            "fn": look,
+            "outputs": [picture, state, missed],
+            "show_progress_on": [picture, missed],
+            "concurrency_limit": None,
+            **private,
+        }
         seen = gr.on([word.submit, show.click], inputs=[word, image], **drawing)
         # Whoever goes through the words by keyboard gets the picture of the one where he stops.
         pressed = words.input(inputs=[words, image], trigger_mode="always_last", **drawing)
@@ -252,13 +303,13 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
             one.success(None, js=_INTO_VIEW, **private)
         # Another word or image: the word that was pressed may be pressed again.
         word.input(None, None, words, js="() => null", **private)
-        image.change(lambda: (gr.Image(None, visible=False), None), None, [picture, words], **private)
+        image.change(changed, image, [picture, words, state, missed], **quiet)
         clear.click(
             begin_again,
             None,
-            [chat, image, question, word, words],
+            [chat, image, word, words, state, missed],
             cancels=[asked, seen, pressed],
-            **private,
+            **quiet,
         )
     # Of those Gradio keeps copies of the components; nothing here reads them.
     page.state_session_capacity = _SESSIONS
@@ -266,28 +317,44 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
     return page.queue(api_open=False, max_size=engine.rows + engine.queue_limit)
 
 
-def _error(text: str) -> gr.Error:
-    return gr.Error(text, print_exception=False)
+def _problem(error: Exception) -> str:
+    """What has gone wrong, in one sentence for the person."""
+    match error:
+        case Full():
+            return "Too many requests are waiting; try again."
+        case Busy():
+            return "Another picture is being drawn; try again in a few seconds."
+        case NoRoom():
+            return "The server has no room for another picture; try again later."
+        case Closing():
+            return f"The engine has failed: {error}" if str(error) else "The server is shutting down."
+        case BadRecord():
+            if error.reason in ("too_long", "question_too_long", "too_many_rounds"):
+                return "The question does not fit into the conversation."  # the line behind it says what does
+            return f"{error.detail[0].upper()}{error.detail[1:].removesuffix('.')}."
+        case UserError():
+            return str(error)
+        case protocol.ApiError():
+            return f"{error.message[0].upper()}{error.message[1:]}"
+        case jax.errors.JaxRuntimeError():
+            log.error("the device failed", exc_info=error)
+            return "The device failed, or has no memory left for this; the server's log says why."
+    log.error("the page failed", exc_info=error)
+    return "The server failed; its log says why."
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the engine refuses, as the page says it."""
-    try:
-        yield
-    except Full as error:
-        raise _error("Too many requests are waiting; try again.") from error
-    except Busy as error:
-        raise _error("Another picture is being drawn; try again in a few seconds.") from error
-    except NoRoom as error:
-        raise _error("The server has no room for another picture; try again later.") from error
-    except Closing as error:
-        raise _error(f"The engine has failed: {error}" if str(error) else "The server is shutting down.") from error
-    except (BadRecord, UserError) as error:
-        raise _error(str(error)) from error
-    except jax.errors.JaxRuntimeError as error:
-        log.exception("the device failed")
-        raise _error("The device failed, or has no memory left for this; the server's log says why.") from error
+def _lines(problem: str, more: str = "") -> str:
+    """Messages as HTML; what is in them is text, to Gradio's templates as well."""
+
+    def plain(text: str) -> str:
+        return html.escape(text).replace("$", "&#36;").replace("{", "&#123;").replace("`", "&#96;")
+
+    wrong = f'<p role="alert" class="problem">{plain(problem)}</p>' if problem else ""
+    return wrong + (f"<p>{plain(more)}</p>" if more else "")
+
+
+def _asked(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def _said(text: str) -> dict[str, str]:

@@ -12,8 +12,9 @@ from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.sampling import Sampling
+from fusion_jax.serve.data_urls import decode, is_data_url
 from fusion_jax.serve.error import ApiError
-from fusion_jax.serve.json_body import decode_base64, read_json
+from fusion_jax.serve.json_body import read_json
 from fusion_jax.serve.keys import CHAT, STREAM, check_keys, read
 from fusion_jax.serve.messages import read_messages
 from fusion_jax.serve.requests import MOST_LIKELY, Likely
@@ -158,20 +159,12 @@ def _image(address: Any, where: str, limits: Limits, urls: bool) -> bytes | str:
     address = address.pop("url", None) if isinstance(address, dict) else address
     if not isinstance(address, str):
         raise ApiError(400, f"{where}: image_url needs a url.", "invalid_image_url", where)
-    if urls and address.startswith(("http://", "https://")):
-        return address
-    if not address.startswith("data:"):
+    if urls and address[:99].lstrip().lower().startswith(("http://", "https://")):
+        return address.strip()
+    if not is_data_url(address):
         allowed = "a data, http or https URL" if urls else "a data URL"
         raise ApiError(400, f"{where}: image_url must be {allowed}.", "invalid_image_url", where)
-    start = address.find(",", 0, 256) + 1
-    if not address[:start].endswith(";base64,"):
-        raise ApiError(400, f"{where}: a data URL must be base64.", "invalid_image_url", where)
-    if (len(address) - start) // 4 * 3 > limits.image_bytes + 3:
-        raise ApiError(400, f"{where}: the image has over {limits.image_bytes} bytes.", "image_too_large", where)
-    try:
-        return decode_base64(address, start)
-    except ValueError as error:
-        raise ApiError(400, f"{where}: the data URL is not valid base64.", "invalid_image_url", where) from error
+    return decode(address, limits.image_bytes, where)
 
 
 def check_image(data: bytes, limits: Limits, where: str) -> None:

@@ -12,6 +12,14 @@ def browser(session: str) -> str:
     return session.partition("-")[0]
 
 
+def drop_unanswered(talk: list[dict[str, str]], asked: dict[str, str] | None = None) -> str:
+    """Takes the last message out of a conversation, where it is a question without an answer (and `asked`, if that is
+    given). Returns its text, "" for none."""
+    if talk and talk[-1]["role"] == "user" and (asked is None or talk[-1] is asked):
+        return talk.pop()["content"]
+    return ""
+
+
 class Talks:
     """The conversations, by the page they are on: what was asked and answered here, not what a browser says it was."""
 

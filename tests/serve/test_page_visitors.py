@@ -104,7 +104,6 @@ def test_without_the_key_nothing_but_the_login_is_served(monkeypatch):
             one.http.post(CANCEL, json={"session_hash": "abc", "fn_index": 0, "event_id": "0" * 32}),
             one.http.get("/gradio_api/file=x"),
             one.http.get("/theme.css"),
-            one.http.get("/config"),
         ):
             assert answer.status_code == 401
         begun = time.monotonic()

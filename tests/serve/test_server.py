@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint of random weights."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+    folder = tmp_path_factory.mktemp("mein Öl")
     tokenizer = load_tokenizer(
         train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer", 600)
     )
@@ -62,10 +62,12 @@ def server(folder):
     arguments = ["--checkpoint", folder, "--port", port, "--rows", 4, "--queue", 40, "--max_tokens", 48]
     arguments += ["--lengths", "80,160", "--question_lengths", 64, "--rounds", 2, "--images", 1]
     log = (folder / "log.txt").open("w")
+    temporary = folder / "für eine Zeit"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "fusion_jax.serve", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "FUSION_API_KEY": KEY},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "FUSION_API_KEY": KEY, "TMPDIR": str(temporary)},
         stdout=log,
         stderr=subprocess.STDOUT,
     )
