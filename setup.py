@@ -56,6 +56,8 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
+        # Language models in GGUF files.
+        "gguf": ["gguf>=0.17"],
         # Benchmarks in Parquet and spreadsheets; the plug-in wants an environment of its own.
         "eval": ["openpyxl>=3.1", "pyarrow>=16"],
         "lmms_eval": ["lmms-eval>=0.7.3"],
@@ -79,6 +81,7 @@ setup(
             "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
+            "gguf==0.19.0",
             "openpyxl==3.1.5",
             "fastapi==0.165.0",
             "uvicorn==0.54.0",

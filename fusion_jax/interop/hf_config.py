@@ -74,7 +74,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / "config.json"
     # `os.path` takes any text for a path, also one that no file can have.
     no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
-    check(not no_folder, f"{shown(folder, 1000)} is no folder; give a Hugging Face folder.")
+    check(not no_folder, f"{shown(folder, 1000)} is no folder and no GGUF file; give a Hugging Face folder.")
     check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
     config = read_object(path)
     text(config, "model_type", str(path), "")
