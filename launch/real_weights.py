@@ -24,7 +24,7 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
     "Tell me a fact about the moon.",
 )
-TOKENS = 32
+TOKENS = 24
 
 
 def smollm2() -> None:
@@ -112,13 +112,14 @@ def summary(run: str, train_seconds: str, seconds: str) -> None:
 
     talks, answers = read("chat"), read("exported")
     before, after = read("before")["held_out"], read("after")["held_out"]
+    same = sum(answer == example["answer"] for answer, example in zip(answers, after["examples"]))
     keys = ("held_out_accuracy", "shuffled_image_accuracy", "majority_accuracy")
     found = {
         "chat": {key: f"{sum(row[key] for row in talks)} of {len(talks)}" for key in ("same_prompt", "same_answer")},
         "questions": after["questions"],
         "before": {key: round(before[key], 3) for key in keys},
         "after": {key: round(after[key], 3) for key in keys},
-        "exported_answers_equal": f"{sum(a == e['answer'] for a, e in zip(answers, after['examples']))} of {len(answers)}",
+        "exported_answers_equal": f"{same} of {len(answers)}",
         "train_seconds": int(train_seconds),
         "total_seconds": int(seconds),
     }
