@@ -21,6 +21,7 @@ import soak_disk
 import soak_gpu_check
 import soak_kills
 import soak_numbers
+import soak_real_weights
 import soak_server
 import soak_targets
 
@@ -95,6 +96,7 @@ SECTIONS = {
     "resizer": _one("Fuzzed resizer", lambda lab, scale: _script("soak_resample.py", "--count", 100_000, scale)),
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
     "gpu_check": _one("GPU check, dry run", lambda lab, _: soak_gpu_check.dry_run(lab.folder / "gpu_check")),
+    "real_weights": _one("A real language model, end to end", soak_real_weights.whole_way),
     "targets": _one("Programs compiled for TPUs and GPUs", lambda lab, _: soak_targets.compile_all()),
 }
 
