@@ -56,8 +56,6 @@ setup(
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
         "torch": ["torch>=2.6", "transformers>=5.0"],
-        # Language models in GGUF files.
-        "gguf": ["gguf>=0.17"],
         # Benchmarks in Parquet and spreadsheets; the plug-in wants an environment of its own.
         "eval": ["openpyxl>=3.1", "pyarrow>=16"],
         "lmms_eval": ["lmms-eval>=0.7.3"],
@@ -70,6 +68,8 @@ setup(
         # are in requirements-page.txt.
         "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20"],
         "page": ["gradio>=6.31"],
+        # Language models in GGUF files.
+        "gguf": ["gguf>=0.17"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -81,13 +81,13 @@ setup(
             "nbformat==5.11.1",
             "torch==2.13.0",
             "transformers==5.23.0",
-            "gguf==0.19.0",
             "openpyxl==3.1.5",
             "fastapi==0.165.0",
             "uvicorn==0.54.0",
             "prometheus_client==0.26.0",
             "openai==3.52.0",
             "diffusers==0.42.1",
+            "gguf==0.19.0",
             # The TPU compiler alone, as jax[tpu] pins it; tests compile for TPUs that are not here.
             "libtpu==0.0.42.1; python_version < '3.12'",
             "libtpu==0.0.48.1; python_version >= '3.12'",

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # The long proofs: runs that are killed at any moment, stopped, starved of disk, data and numbers; a server that is
-# stopped; hostile inputs by the thousand; the memory of the input pipeline; a real language model; programs for GPUs. Each keeps its row of
-# docs/soak.md.
+# stopped; hostile inputs by the thousand; the memory of the input pipeline; a real language model (section real_weights,
+# where docs/real_weights.md's is installed); programs for GPUs. Each keeps its row of docs/soak.md.
 # Arguments scale the number of kills and inputs, and choose sections:
 #   bash launch/soak.sh 0.1 random_kills hostile
 # Sections: disturbed, devices, two_processes, random_kills, full_disk, full_disk_at_start, changed_data,
-# absurd_numbers, server, hostile, resizer, input, gpu_check, real_weights (where its weights are installed, see
-# docs/real_weights.md), targets. A full disk is tried as root only: it takes a
+# absurd_numbers, server, hostile, resizer, input, gpu_check, targets. A full disk is tried as root only: it takes a
 # mount. targets installs 4 GB of CUDA libraries in .venv-gpu and compiles all programs for GPUs, too.
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu

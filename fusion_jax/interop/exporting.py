@@ -32,7 +32,7 @@ from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
-from fusion_jax.interop.tensors import DTYPES, Shape, TensorWriter, assign, check_room, new_folder, size_of
+from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
 
 log = logging.getLogger("fusion_jax")
 
@@ -88,8 +88,8 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       The step folder that was exported.
 
     Raises:
-      UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none) or that
-        its readers cannot open, a target that is not empty, a full disk.
+      UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none), a target
+        that is not empty, a full disk.
     """
     check_choice("format ", format, FORMATS)
     if dtype is not None:
@@ -114,18 +114,18 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         "is exported.",
     )
     described, unused, tower = {}, {}, None
-    shapes = {path: shape for path, (shape, _) in source.parameters.items()}
     if published:
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
         came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
         with hf_config.reading(f"{source.folder}"):
             described = hf_config.published_config(model, config.template, came_from, main)
             check_opens(model, config.template)
-            described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)
+    shapes = {path: shape for path, (shape, _) in source.parameters.items()}
     rows = table.published_rows(model, shapes, hf_config.is_fused(described))
     if published:
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
+        described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)
     tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
     tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
     of_tower = dtype or source.parameters[_POSITIONS][1]
@@ -167,7 +167,11 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
 
 
 def _write_tower(
-    source: Checkpoint, tower: TowerFolder, building: Path, tensors: dict[str, tuple[Shape, str]], progress: bool
+    source: Checkpoint,
+    tower: TowerFolder,
+    building: Path,
+    tensors: dict[str, tuple[tuple[int, ...], str]],
+    progress: bool,
 ) -> None:
     """The tower alone. Its last layer, which the published code drops unread, is zeros: it changes nothing."""
     folder = building / tower.name
