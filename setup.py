@@ -68,6 +68,8 @@ setup(
         # The page needs gradio, which asks for pillow<13: where the pins matter, launch/serve.sh installs it apart.
         "serve": ["fastapi>=0.115.2", "pydantic>=2.7", "uvicorn>=0.30", "prometheus_client>=0.20", "llguidance>=1.9"],
         "page": ["gradio>=6.31"],
+        # Language models in GGUF files.
+        "gguf": ["gguf>=0.17"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -86,6 +88,7 @@ setup(
             "openai==3.52.0",
             "llguidance==1.9.1",
             "diffusers==0.42.1",
+            "gguf==0.19.0",
             # The TPU compiler alone, as jax[tpu] pins it; tests compile for TPUs that are not here.
             "libtpu==0.0.42.1; python_version < '3.12'",
             "libtpu==0.0.48.1; python_version >= '3.12'",

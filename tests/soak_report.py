@@ -21,6 +21,7 @@ import soak_disk
 import soak_gpu_check
 import soak_kills
 import soak_numbers
+import soak_real_weights
 import soak_server
 import soak_targets
 
@@ -92,6 +93,7 @@ SECTIONS = {
     "absurd_numbers": _one("Infinite losses, absurd learning rates", soak_numbers.absurd_numbers),
     "server": _one("SIGTERM with streams open", soak_server.stop_with_streams),
     "hostile": hostile,
+    "real_weights": _one("A real language model, end to end", soak_real_weights.whole_way),
     "resizer": _one("Fuzzed resizer", lambda lab, scale: _script("soak_resample.py", "--count", 100_000, scale)),
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
     "gpu_check": _one("GPU check, dry run", lambda lab, _: soak_gpu_check.dry_run(lab.folder / "gpu_check")),

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from fusion_jax.errors import check
 from fusion_jax.files import shown
 from fusion_jax.interop import table
+from fusion_jax.interop.gguf_file import GgufFile
 from fusion_jax.interop.tensors import DTYPES, TensorFolder, size_of
 from fusion_jax.models.config import LLMConfig, VisionConfig
 
 
-def check_sizes(tensors: TensorFolder, prefix: str, tower: VisionConfig | None, decoder: LLMConfig | None) -> None:
+def check_sizes(
+    tensors: TensorFolder | GgufFile, prefix: str, tower: VisionConfig | None, decoder: LLMConfig | None
+) -> None:
     """Do the largest numbers of a config agree with the headers? Before anything is made in these numbers."""
     expected: dict[str, tuple[int, ...]] = {}
     if tower is not None:
@@ -23,7 +26,7 @@ def check_sizes(tensors: TensorFolder, prefix: str, tower: VisionConfig | None, 
         expected[f"{last}self_attn.o_proj.weight"] = (decoder.width, decoder.per_head * decoder.heads)
         expected[f"{last}mlp.down_proj.weight"] = (decoder.width, decoder.mlp_dim)
     for name, shape in expected.items():
-        check(name in tensors.entries, f"{tensors.folder} lacks {name}, which its config.json speaks of.")
+        check(name in tensors.entries, f"{tensors.folder} lacks {name}, which its config speaks of.")
         found = tensors.entries[name].shape
         check(found == shape, f"{tensors.folder}: {name} has shape {found}; the config asks for {shape}.")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -37,7 +40,7 @@ def check_sizes(tensors: TensorFolder, prefix: str, tower: VisionConfig | None, 
 
 def check_tensors(
     rows: list[table.Row],
-    tensors: TensorFolder,
+    tensors: TensorFolder | GgufFile,
     unused: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
     others: tuple[str, ...] = (),

@@ -6,6 +6,7 @@ tensors whatever the model.
 
 import datetime
 import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +24,21 @@ from fusion_jax import __version__, checkpoint, loading, metrics
 from fusion_jax.about import config_of
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template
+from fusion_jax.data.conversation import find_template, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
 from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
+from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
+
+log = logging.getLogger("fusion_jax")
 
 FORMATS = ("published", "transformers")
 _GROUP_BYTES = 10**9
+_POSITIONS = "vision/position_embedding"
 
 
 @dataclass(frozen=True)
@@ -107,20 +113,24 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         f"{source.folder}: a model of dynamic resolution (tile_grids) has no PyTorch format yet; only fixed resolution "
         "is exported.",
     )
-    described, unused = {}, {}
+    described, unused, tower = {}, {}, None
     if published:
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
         came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
         with hf_config.reading(f"{source.folder}"):
             described = hf_config.published_config(model, config.template, came_from, main)
+            check_opens(model, config.template)
     shapes = {path: shape for path, (shape, _) in source.parameters.items()}
     rows = table.published_rows(model, shapes, hf_config.is_fused(described))
     if published:
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
+        described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)
     tensors = {row.name: (row.shape, dtype or source.parameters[row.paths[0][0]][1]) for row in rows}
     tensors |= {name: (array.shape, dtype or array.dtype.name) for name, array in unused.items()}
-    check_room(target, size_of(tensors.values()))
+    of_tower = dtype or source.parameters[_POSITIONS][1]
+    alone = {name: (shape, of_tower) for name, shape in tower.shapes.items()} if tower else {}
+    check_room(target, size_of([*tensors.values(), *alone.values()]))
     with new_folder(target) as building:
         # What is small and may be refused comes before what takes long.
         with hf_config.reading(f"{source.folder} (its tokenizer)"):
@@ -137,6 +147,9 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
                 write_side_files(building, model, tokenizer, chat_template.find(config.template, tokenizer), main)
         if published:
             (building / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            if tokenizer is not None:
+                stops = list(stop_ids(tokenizer, find_template(config.template)))
+                (building / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
         else:
             needed = table.published_rows(model, parameter_shapes(model), fused=False)
             count = sum(int(np.prod(row.shape)) for row in needed)
@@ -145,7 +158,28 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         for name, array in unused.items():
             assign(writer[name], array, name)
         _copy(source, rows, writer, progress)
+        if tower is not None:
+            _write_tower(source, tower, building, alone, progress)
+    note = name_note(Path(target), config.template) if published else None
+    if note:
+        log.warning("%s: %s", target, note)
     return source.folder
+
+
+def _write_tower(
+    source: Checkpoint,
+    tower: TowerFolder,
+    building: Path,
+    tensors: dict[str, tuple[tuple[int, ...], str]],
+    progress: bool,
+) -> None:
+    """The tower alone. Its last layer, which the published code drops unread, is zeros: it changes nothing."""
+    folder = building / tower.name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tower.config, indent=2) + "\n")
+    writer = TensorWriter(folder, tensors)
+    writer["vision_model.post_layernorm.weight"][...] = 1
+    _copy(source, tower.rows, writer, progress)
 
 
 def _drop_pointers(path: Path) -> None:

@@ -74,7 +74,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / "config.json"
     # `os.path` takes any text for a path, also one that no file can have.
     no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
-    check(not no_folder, f"{shown(folder, 1000)} is no folder; give a Hugging Face folder.")
+    check(not no_folder, f"{shown(folder, 1000)} is no folder and no GGUF file; give a Hugging Face folder.")
     check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
     config = read_object(path)
     text(config, "model_type", str(path), "")
@@ -245,6 +245,24 @@ def find_template(kind: str, tokenizer: Tokenizer | None) -> str:
     return fits[0]
 
 
+def tower_config(tower: VisionConfig) -> dict[str, Any]:
+    """What a SigLIP config.json says of a tower's numbers, the dropped last layer counted."""
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim,
+        "num_hidden_layers": tower.layers + 1,
+        "num_attention_heads": tower.heads,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "layer_norm_eps": tower.norm_eps,
+    }
+
+
+def _beyond(key: str, value: Any, vocabulary: int) -> bool:
+    """Whether the padding token has no row: an embedding with such a padding row cannot be made."""
+    return key == "pad_token_id" and isinstance(value, int) and not 0 <= value < vocabulary
+
+
 def published_config(model: FusionConfig, template: str, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config.json of the published code for a model of ours.
 
@@ -293,17 +311,11 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
             "original_max_position_embeddings": rope.original_length,
             "max_position_embeddings": rope.max_length,
         }
-    described = {
-        "hidden_size": tower.width,
-        "intermediate_size": tower.mlp_dim,
-        "num_hidden_layers": tower.layers + 1,
-        "num_attention_heads": tower.heads,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-    }
-    hub = next((name for name, known in TOWERS.items() if known == described), "")
+    described = tower_config(tower)
+    hub = next((name for name, known in TOWERS.items() if {**known, "layer_norm_eps": 1e-6} == described), "")
     published = {
-        **{key: origin[key] for key in _KEPT if key in origin},
+        "pad_token_id": None,  # else Phi's is 32000, which may lie beyond the vocabulary
+        **{key: origin[key] for key in _KEPT if key in origin and not _beyond(key, origin[key], llm.vocab_size)},
         "model_type": "fusion_phi" if phi else "fusion_llama",
         "vocab_size": llm.vocab_size,
         "hidden_size": llm.width,

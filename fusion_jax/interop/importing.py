@@ -7,6 +7,7 @@ folders --headers--> names, shapes, dtypes --table--> what goes where        (al
 import base64
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice, first_line
 from fusion_jax.files import brief, shown
-from fusion_jax.interop import hf_config, table
+from fusion_jax.interop import gguf_file, hf_config, table
 from fusion_jax.interop.checking import check_sizes, check_tensors
+from fusion_jax.interop.gguf_file import GgufFile
 from fusion_jax.interop.tensors import (
     DTYPES,
     TensorFolder,
@@ -50,7 +52,7 @@ _MOST_UNUSED = 1 << 24  # bytes; they are some vectors, and are kept inside the 
 class Source:
     """One folder to read: its tensors, which row each belongs to, and rows of the vocabulary that are taken."""
 
-    tensors: TensorFolder
+    tensors: TensorFolder | GgufFile
     rows: list[table.Row]
     vocabulary: int = 0
 
@@ -63,6 +65,7 @@ class Plan:
       model: the model config. template: its chat template. tokenizer: or None where the folder has none.
       sources: what is read. dtypes: of each of our parameters by path (keys of `DTYPES`).
       origin: kept with the checkpoint for the way back: config.json, and tensors that no arithmetic uses (base64).
+      kept: what must last as long as the plan: the tokenizer files out of a GGUF file.
     """
 
     model: FusionConfig
@@ -71,6 +74,7 @@ class Plan:
     sources: list[Source]
     dtypes: dict[str, str]
     origin: dict[str, Any] = field(default_factory=dict)
+    kept: tempfile.TemporaryDirectory | None = None
 
 
 @functools.cache
@@ -125,7 +129,8 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
 def plan_backbones(
     vision: str | Path, llm: str | Path, preset: str = "paper", allow_pickle: bool = False, dtype: str | None = None
 ) -> Plan:
-    """A vision tower and a language model; projectors, exchange layers and learned latents start from random values.
+    """A vision tower and a language model, a folder or a GGUF file; the rest starts from random values: projectors,
+    exchange layers and learned latents.
 
     The vocabulary is cut to the tokenizer's, and `<vision_start>`, `<vision_end>` get the mean of its rows.
 
@@ -134,18 +139,20 @@ def plan_backbones(
     """
     check_choice("preset ", preset, PRESETS)
     vision, llm = Path(vision), Path(llm)
-    raw = hf_config.read_config(llm)
+    packed = gguf_file.find(llm)
+    text = None if packed is None else GgufFile(packed)
+    raw = hf_config.read_config(llm) if text is None else text.config
     with hf_config.reading(where := str(vision / "config.json")):
         tower = hf_config.vision_config(hf_config.read_config(vision), where)
-    with hf_config.reading(where := str(llm / "config.json")):
+    with hf_config.reading(where := str(packed or llm / "config.json")):
         decoder = hf_config.llm_config(raw, where)
     # It says where the two added tokens go: behind its own, which are often fewer than the embedding's rows.
-    tokenizer = load_tokenizer(llm)
+    tokenizer, kept = (load_tokenizer(llm), None) if text is None else text.tokenizer(llm)
     known = len_of(tokenizer)
     check(
         known <= decoder.vocab_size,
-        f"{llm}: the tokenizer has {known} tokens, but config.json gives the model a vocabulary of "
-        f"{decoder.vocab_size}.",
+        f"{llm}: the tokenizer has {known} tokens, but {'config.json gives' if packed is None else 'its tensors give'} "
+        f"the model a vocabulary of {decoder.vocab_size}.",
     )
     check(
         known > 0 and tokenizer.vocab_size == known + len(ADDED_TOKENS),
@@ -158,7 +165,7 @@ def plan_backbones(
         **PRESETS[preset],
     )
     # Rows as the folder has them: its own vocabulary, more or less than what we keep.
-    seen, text = TensorFolder(vision, allow_pickle), TensorFolder(llm, allow_pickle)
+    seen, text = TensorFolder(vision, allow_pickle), text or TensorFolder(llm, allow_pickle)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in seen.entries) else ""
     check_sizes(seen, prefix, tower, None)
     check_sizes(text, "", None, decoder)
@@ -182,6 +189,7 @@ def plan_backbones(
         sources=sources,
         dtypes=_dtypes(sources, shapes, dtype),
         origin={"config": raw},
+        kept=kept,
     )
 
 

@@ -22,8 +22,9 @@ from fusion_jax.models.config import VARIANTS, FusionConfig, RopeConfig
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
 CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))
-# The published code always has 16 heads in its exchange layers.
-MODEL = tiny("released", **{"exchange.heads": 16})
+# The published code always has 16 heads in its exchange layers, and its encoders these patches and layers.
+PUBLISHED = {"exchange.heads": 16, "vision.image_size": 384, "vision.patch_size": 16, "vision.layers": 39}
+MODEL = tiny("released", **PUBLISHED)
 
 
 def write_published(folder: Path, model: FusionConfig, weights: dict, template: str = "llama3", shard_bytes=10**9):

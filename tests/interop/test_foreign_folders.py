@@ -24,7 +24,9 @@ from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, check_room, new_folder
 
-MODEL = tiny("released", **{"exchange.heads": 16})
+# Numbers that the published code can open.
+SIZES = {"exchange.heads": 16, "vision.image_size": 384, "vision.patch_size": 16, "vision.layers": 39}
+MODEL = tiny("released", **SIZES)
 WORDS = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "two", "cubes"]
 
 

