@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files
+from fusion_jax.evals import choices, files, hub
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "test_human.json and test_augmented.json with the images in png/, or the test split in Parquet files"
@@ -18,7 +18,7 @@ _TOLERANCE = 0.05
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("chartqa",), "chartqa", DATA)
-    if parquet := folder.find("*test*.parquet"):
+    if parquet := hub.parquet_files(folder, ("default", ("test",))):
         rows = files.read_parquet(parquet, ("type", "question", "answer"))
         return [
             _question(str(n), r.values["type"], r.values["question"], r.values["answer"], r.picture("image"))
@@ -26,7 +26,7 @@ def read(data_dir: Path) -> list[Question]:
         ]
     questions = []
     for kind in ("human", "augmented"):
-        path = folder.need(f"test_{kind}.json")[0]
+        path = folder.one(f"test_{kind}.json")
         for number, line in enumerate(files.read_records(path)):
             row = files.need_keys(line, ("imgname", "query", "label"), f"{path}, record {number}")
             image = picture(path.parent / "png" / row["imgname"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files
+from fusion_jax.evals import choices, files, hub
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent_by, picture
 
 DATA = "test_2d.parquet and test_3d.parquet, or the same as .jsonl with the images in img/"
@@ -19,14 +19,18 @@ _COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
-    if parquet := folder.find("test*.parquet"):
+    wanted = (("default", ("test_2d", "test_3d")), ("2D", ("test",)), ("default", ("test",)))
+    if parquet := hub.parquet_files(folder, *wanted):
         rows = files.read_parquet(parquet, _COLUMNS)
-        return [_question(row.values, row.picture("image")) for row in rows]
-    questions = []
-    for path in folder.need("test_?d.jsonl", "*.jsonl"):
-        for number, line in enumerate(files.read_records(path)):
-            row = files.need_keys(line, (*_COLUMNS, "filename"), f"{path}, line {number + 1}")
-            questions.append(_question(row, picture(path.parent / row["filename"])))
+        questions = [_question(row.values, row.picture("image")) for row in rows]
+    else:
+        questions = []
+        for path in (folder.one("test_2d.jsonl"), folder.one("test_3d.jsonl")):
+            for number, line in enumerate(files.read_records(path)):
+                row = files.need_keys(line, (*_COLUMNS, "filename"), f"{path}, line {number + 1}")
+                questions.append(_question(row, picture(path.parent / row["filename"])))
+    if missing := {"2D", "3D"} - {q.about["type"] for q in questions}:
+        raise folder.wrong(f"there are no {min(missing)} questions, and the figure is the mean of 2D and 3D,")
     return questions
 
 

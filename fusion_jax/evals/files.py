@@ -1,7 +1,8 @@
-"""Benchmark files: finding them in a data folder, and reading TSV, CSV, JSON, JSONL and Parquet.
+"""Benchmark files: finding them in a data folder, and reading JSON, JSONL and Parquet.
 
-A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder and the
-benchmarks' own archives use.
+A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder, the benchmarks'
+own archives and the hub use; the hub's cache is such a folder, too. tables.py reads TSV and CSV, and hub.py says which
+Parquet files of a snapshot are a task's.
 """
 
 import base64
@@ -11,7 +12,7 @@ import functools
 import io
 import json
 import os
-import sys
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.choices import is_blank
+from fusion_jax.evals.sources import note
 from fusion_jax.evals.task import Picture
 from fusion_jax.files import open_file, parse_json, read_text
 
@@ -26,7 +28,9 @@ _SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 # Columns and keys without which there is no question.
 _QUESTIONS = ("question", "query", "text", "prompt", "label", "gt_answer")
 _DEPTH = 4  # folders below the data folder in which files are looked for
-csv.field_size_limit(sys.maxsize)  # a field may be a whole image
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_MANY = 20  # questions without one Chinese character: of fewer nothing is said
+_POINTER = b"version https://git-lfs.github.com/"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Folder:
     path: Path
     task: str
     expects: str
+    own: bool = False  # named after the benchmark, so that all in it is the benchmark's
+
+    def all(self) -> list[Path]:
+        """All data files, a few levels deep, sorted."""
+        return _listing(self.path)
 
     def find(self, *patterns: str) -> list[Path]:
         """Files whose name or path below the folder fits the first pattern that fits any, sorted; case counts not.
@@ -51,6 +60,16 @@ class Folder:
         if not found:
             raise self.wrong(f"there is no file {' or '.join(patterns)}")
         return found
+
+    def one(self, *patterns: str) -> Path:
+        """The file nearest to the top that fits. UserError where there is none, or several lie equally near."""
+        found = self.need(*patterns)
+        depth = min(len(path.parts) for path in found)
+        nearest = [path for path in found if len(path.parts) == depth]
+        if len(nearest) > 1:
+            names = ", ".join(str(path.relative_to(self.path)) for path in nearest)
+            raise self.wrong(f"there are several such files: {names}; keep the one that is meant,")
+        return nearest[0]
 
     def images(self, *names: str) -> Path:
         """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""
@@ -68,14 +87,51 @@ class Folder:
 
 
 def open_folder(data_dir: Path, names: Sequence[str], task: str, expects: str) -> Folder:
-    """The benchmark's own folder below `data_dir` (one of `names`, whatever their case), or `data_dir` itself."""
+    """The benchmark's own folder below `data_dir` (the first of `names` that is there), or `data_dir` itself.
+
+    Case, `-`, `_` and spaces in names do not count, nor what the hub's cache adds (`datasets--ORG--NAME`).
+
+    Raises:
+      UserError: there is no data folder, or there are two folders of one of the names.
+    """
     if not data_dir.is_dir():
         raise UserError(f"{task}: there is no data folder {data_dir}; expected {expects}.")
-    inside = {entry.name.lower(): entry for entry in sorted(data_dir.iterdir()) if entry.is_dir()}
+    inside = [entry for entry in sorted(data_dir.iterdir()) if entry.is_dir()]
     for name in names:
-        if name.lower() in inside:
-            return Folder(inside[name.lower()], task, expects)
-    return Folder(data_dir, task, expects)
+        fit = [entry for entry in inside if _plain(entry.name) == _plain(name)]
+        if len(fit) > 1:
+            both = " and ".join(entry.name for entry in fit)
+            raise UserError(f"{task}: {data_dir} holds {both}; give the one that is meant as --data_dir.")
+        if fit:
+            return _folder(fit[0], task, expects, own=True)
+    return _folder(data_dir, task, expects, own=_plain(data_dir.resolve().name) in map(_plain, names))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.split("--")[-1]).lower()
+
+
+def _folder(path: Path, task: str, expects: str, own: bool) -> Folder:
+    path = _snapshot(path, task)
+    note(path)
+    return Folder(path, task, expects, own)
+
+
+def _snapshot(path: Path, task: str) -> Path:
+    """A folder of the hub's cache as the snapshot inside it; any other as it is. UserError where several are there and
+    none is said to be the newest."""
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir():
+        return path
+    there = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    try:
+        main = read_text(path / "refs" / "main", limit=1000).strip()
+    except (OSError, UnicodeDecodeError):
+        main = ""
+    if main not in there and len(there) != 1:
+        names = ", ".join(there) or "none"
+        raise UserError(f"{task}: {path} holds the snapshots {names}; give the folder of one as --data_dir.")
+    return snapshots / (main if main in there else there[0])
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -84,7 +140,9 @@ def _listing(folder: Path) -> list[Path]:
     for here, folders, names in os.walk(folder, followlinks=True):
         if len(Path(here).relative_to(folder).parts) >= _DEPTH:
             folders.clear()
-        folders.sort()
+        # Hidden ones are a download's own notes, and what macOS adds to an archive.
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        names = [name for name in names if not name.startswith(".")]
         found += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
     return found
 
@@ -93,11 +151,21 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
     return [path for path in paths if Path(str(path).lower()).match(pattern.lower())]
 
 
+def check_language(folder: Folder, language: str, texts: Sequence[str]) -> None:
+    """UserError where the questions are in the other one of `en` and `cn`: files of both may have one name."""
+    chinese = sum(bool(_CHINESE.search(text)) for text in texts)
+    if language == "en" and 2 * chinese > len(texts):
+        raise folder.wrong("the questions are in Chinese, not in English,")
+    if language == "cn" and not chinese and len(texts) >= _MANY:
+        raise folder.wrong("the questions are in English, not in Chinese,")
+
+
 def read_json(path: Path) -> Any:
     """A JSON file, or one object a line, as some benchmarks call JSON too; half a surrogate pair, which no other file
     takes, is `?`. UserError where it is neither."""
     try:
         text = read_text(path, "utf-8-sig")
+        note(files=[path])
     except OSError as e:
         raise UserError(f"Cannot read {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
@@ -124,31 +192,15 @@ def read_records(path: Path) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a TSV or CSV file by column. UserError where a needed column or a row's question is missing, or a row has
-    too many cells; cells that a row lacks are None."""
-    try:
-        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            rows = list(reader)
-    except OSError as e:
-        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"Cannot read {path}: {e}.") from e
-    _need_columns(path, reader.fieldnames or (), needed)
-    for number, row in enumerate(rows):
-        if None in row:
-            raise UserError(f"{path}, row {number} has more cells than the first line has columns.")
-        _check_filled(row, needed, f"{path}, row {number}")
-    return rows
-
-
-def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """UserError naming the first column that is missing, or there twice."""
+    if twice := [name for name in columns if list(columns).count(name) > 1]:
+        raise UserError(f"{path} has two columns {twice[0]!r}.")
     if missing := [name for name in needed if name not in columns]:
         raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.")
 
 
-def _check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
+def check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
     """UserError where there is no question: "None" or "nan" would be asked."""
     for name in needed:
         if name.lower() in _QUESTIONS and is_blank(row.get(name)):
@@ -162,20 +214,16 @@ def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
         raise UserError(f"{where} must be an object with the keys {', '.join(keys)}.")
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{where} has no key {missing[0]!r}; it has {', '.join(map(str, record))}.")
-    _check_filled(record, keys, where)
+    check_filled(record, keys, where)
     return record
 
 
-def decode_base64(text: str, name: str) -> Picture:
-    """A picture that a table holds as base64."""
-
-    def load() -> bytes:
-        try:
-            return base64.b64decode(text, validate=False)
-        except (binascii.Error, ValueError) as e:
-            raise UserError(f"{name}: the image is not valid base64.") from e
-
-    return Picture(name, load)
+def decode_base64(text: str, name: str) -> bytes:
+    """The image that a table holds as base64. UserError where it is none; line breaks in it do not count."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise UserError(f"{name}: the image is not valid base64.") from e
 
 
 @dataclass(frozen=True)
@@ -193,20 +241,27 @@ class ParquetRow:
         columns = _open_parquet(self.path).schema_arrow.names
         return column in columns and _filled(self.path, self.group, column)[self.place]
 
+    @property
+    def where(self) -> str:
+        """Names the row for messages."""
+        return f"{self.path}, row {self.number}"
+
     def picture(self, column: str, item: int | None = None) -> Picture:
         """The image in a column, or the item-th of a list of them."""
 
         def load() -> bytes:
+            need_columns(self.path, _open_parquet(self.path).schema_arrow.names, (column,))
             cell = _cells(self.path, self.group, column)[self.place]
-            cell = cell[item] if item is not None else cell
+            if item is not None:
+                cell = cell[item] if isinstance(cell, list) and item < len(cell) else None
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if isinstance(data, str):
-                return base64.b64decode(data)
+                return decode_base64(data, self.where)
             if not isinstance(data, bytes):
-                raise UserError(f"{self.path}, row {self.number}: the column {column} holds no image.")
+                raise UserError(f"{self.where}: the column {column} holds no image.")
             return data
 
-        return Picture(f"{self.path}, row {self.number}, {column}", load)
+        return Picture(f"{self.where}, {column}", load)
 
 
 def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[str] = ("image",)) -> list[ParquetRow]:
@@ -215,20 +270,21 @@ def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[
     Raises:
       UserError: no such column, a row without a question, no Parquet, or pyarrow is not installed.
     """
+    note(files=paths)
     return [row for path in paths for row in _parquet_rows(path, needed, images)]
 
 
 def _parquet_rows(path: Path, needed: Sequence[str], images: Sequence[str]) -> Iterator[ParquetRow]:
     file = _open_parquet(path)
     columns = file.schema_arrow.names
-    _need_columns(path, columns, needed)
+    need_columns(path, columns, needed)
     plain = [name for name in columns if name not in images]
     number = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         rows = file.read_row_group(group, columns=plain).to_pylist() if plain else [{}] * count
         for place, values in enumerate(rows):
-            _check_filled(values, needed, f"{path}, row {number}")
+            check_filled(values, needed, f"{path}, row {number}")
             yield ParquetRow(path, number, group, place, values)
             number += 1
 
@@ -240,7 +296,10 @@ def _open_parquet(path: Path):
     except ImportError as e:
         raise UserError(f"Reading {path} needs pyarrow: pip install 'fusion_jax[eval]'.") from e
     try:
-        return pyarrow.parquet.ParquetFile(open_file(path))
+        file = open_file(path)
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`.")
+        return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{path} is not a Parquet file: {e}.") from e
 

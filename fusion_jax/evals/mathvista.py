@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files
+from fusion_jax.evals import choices, files, hub
 from fusion_jax.evals.docvqa import edit_distance
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
@@ -43,10 +43,10 @@ Answer:"""
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mathvista",), "mathvista", DATA)
-    if parquet := folder.find("*testmini*.parquet"):
+    if parquet := hub.parquet_files(folder, ("default", ("testmini",))):
         rows = files.read_parquet(parquet, _COLUMNS, ("decoded_image",))
         return [_question(row.values, row.picture("decoded_image")) for row in rows]
-    path = folder.need("testmini.json")[0]
+    path = folder.one("testmini.json")
     questions = []
     for key, line in files.read_json(path).items():
         row = files.need_keys(line, (*_COLUMNS, "image"), f"{path}, {key}")

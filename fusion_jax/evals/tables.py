@@ -1,0 +1,144 @@
+"""TSV and CSV files of benchmarks, read once and checked whole; the images that they hold are read when they are asked
+for, so that a table of 30 GB takes the memory of its words."""
+
+import csv
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals.choices import is_blank
+from fusion_jax.evals.files import check_filled, decode_base64, need_columns
+from fusion_jax.evals.sources import note
+from fusion_jax.evals.task import Picture
+from fusion_jax.files import brief, open_file
+
+csv.field_size_limit(sys.maxsize)  # a field may be a whole image
+_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()  # some programs begin a file with it
+_IMAGE = "image"
+_Place = tuple[int, int, str | None]  # where a row begins and ends in its file, and the index that is its image
+
+
+def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a TSV or CSV file by column; cells that a row lacks are None.
+
+    Raises:
+      UserError: a needed column or a row's question is missing, a row has too many cells, or quotation marks do not
+        match.
+    """
+    return [values for values, _, _ in _rows(path, needed)]
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One row: its values without the image, and the image."""
+
+    where: str  # for messages
+    values: dict[str, str]
+    picture: Picture
+
+
+def read_images(path: Path, needed: Sequence[str]) -> list[ImageRow]:
+    """Rows of a TSV with the columns `index` and `image`, as VLMEvalKit has them: an image is base64, or the index of
+    the row that holds it.
+
+    Raises:
+      UserError: as for `read_table`; an index that is no whole number or there twice; a row without an image, or with
+        the index of a row that is not there or has none of its own.
+    """
+    rows: list[tuple[str, dict[str, str], str]] = []
+    places: dict[str, _Place] = {}
+    numbers: dict[str, int] = {}
+    column = 0
+    for number, (values, start, end) in enumerate(_rows(path, ("index", *needed, _IMAGE))):
+        column = list(values).index(_IMAGE)
+        index, image = _index(values["index"], f"{path}, row {number}"), values.pop(_IMAGE)
+        where = f"{path}, row {number}, index {index}"
+        if index in numbers:
+            raise UserError(f"{path}: the rows {numbers[index]} and {number} have the same index {index}.")
+        if is_blank(image):
+            raise UserError(f"{where}: the image is empty.")
+        named = image.strip() if len(image) <= 20 and re.fullmatch(r"\s*[-+]?\d+(\.\d*)?\s*", image) else None
+        numbers[index], places[index] = number, (start, end, named)
+        rows.append((where, values | {"index": index}, index))
+    return [ImageRow(where, values, _picture(path, column, places, index, where)) for where, values, index in rows]
+
+
+def _index(cell: str | None, where: str) -> str:
+    """The number as other rows name it. UserError for one such as 1.0, which a data frame writes where an index is
+    missing."""
+    if cell is None or not cell.strip().isdecimal():
+        raise UserError(f"{where}: the index {brief(cell)} is no whole number; write it as one, such as 12.")
+    return str(int(cell))
+
+
+def _picture(path: Path, column: int, places: Mapping[str, _Place], index: str, where: str) -> Picture:
+    start, end, named = places[index]
+    if named is not None:
+        own = f"{where}: its image is the index {named}"
+        if not named.isdecimal() or str(int(named)) not in places:
+            raise UserError(f"{own}, and no row has that; an image is base64, or the index of the row that holds it.")
+        if str(int(named)) == index:
+            raise UserError(f"{own}, which is its own; an image is base64, or the index of the row that holds it.")
+        start, end, further = places[str(int(named))]
+        if further is not None:
+            raise UserError(f"{own}, and that row's image is the index {further}; name the row that holds the image.")
+    return Picture(where, lambda: decode_base64(_cell(path, column, start, end), where))
+
+
+def _cell(path: Path, column: int, start: int, end: int) -> str:
+    """A cell of the row between two places in the file."""
+    with open_file(path) as file:
+        file.seek(start)
+        row = file.read(end - start).decode()
+    return next(csv.reader([row], delimiter="\t", strict=True))[column]
+
+
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Rows by column, and where they begin and end in the file."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    number = 0
+    try:
+        with open_file(path) as file:
+            reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+            names = next(reader, [])
+            need_columns(path, names, needed)
+            while True:
+                start = file.tell()
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    break
+                if not cells:
+                    continue  # an empty line
+                where = f"{path}, row {number}"
+                if len(cells) > len(names):
+                    raise UserError(f"{where} has more cells than the first line has columns.")
+                if any("\n" in cell and cell.count(delimiter) >= len(names) - 1 > 0 for cell in cells):
+                    raise UserError(f"{where}: a quotation mark opens a cell and closes it in another row.{_HINT}")
+                values = dict.fromkeys(names) | dict(zip(names, cells))
+                check_filled(values, needed, where)
+                yield values, start, file.tell()
+                number += 1
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"Cannot read {path}: row {number}: {e}.") from e
+    except csv.Error as e:
+        hint = _HINT if "expected after" in str(e) or "end of data" in str(e) else ""
+        raise UserError(f"{path}, row {number} cannot be read: {e}.{hint}") from e
+    note(files=[path])
+
+
+_HINT = ' A cell that begins with a quotation mark ends with one, and doubles those in it: """Stop"", it says".'
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    """The lines of a file, one by one, so that its place is behind the last."""
+    first = file.readline()
+    yield first.removeprefix(_MARK).decode()
+    while line := file.readline():
+        yield line.decode()
