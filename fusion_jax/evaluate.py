@@ -8,7 +8,7 @@ the folder.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax import checkpoint
-from fusion_jax.cli import check_output, explain, run_main
-from fusion_jax.errors import RunAgain, UserError, check, first_line
+from fusion_jax.cli import check_output, run_main
+from fusion_jax.errors import check
 from fusion_jax.evals import judge, predictions, published, report
-from fusion_jax.evals.prepare import Prepared, prepare
+from fusion_jax.evals.prepare import Prepared
 from fusion_jax.evals.registry import TASKS, find_tasks
-from fusion_jax.evals.runner import Output, Result, answer_task
-from fusion_jax.evals.task import Prediction, Task
-from fusion_jax.files import write_whole
+from fusion_jax.evals.runner import Output, Result
+from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
+from fusion_jax.evals.task import Prediction
 from fusion_jax.generate import Answerer
 from fusion_jax.models.fusion import Fusion
 
@@ -60,12 +60,12 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value:
         check_output("output", _OUTPUT.value)
     grader = judge.from_environment()
-    data_dir, failed = Path(_DATA_DIR.value), {}
-    prepared = [one for task in tasks if (one := _attempt(task, failed, prepare, data_dir, _LIMIT.value, True))]
+    failed: Failed = {}
+    prepared = prepare_tasks(tasks, Path(_DATA_DIR.value), failed, _LIMIT.value, progress=True)
     for one in prepared:
         _describe(one, grader is not None)
     if not prepared and not _OUTPUT_DIR.value:
-        raise _failure(failed, len(tasks))
+        raise failure(failed, len(tasks))
     loaded = checkpoint.load_model(_CHECKPOINT.value)  # decides which checkpoint it is
     step_folder = loaded.folder
     header = {"checkpoint": predictions.fingerprint(step_folder), "folder": str(step_folder)}
@@ -80,9 +80,8 @@ def main(argv: list[str]) -> None:
     results: list[Result] = []
     if failed and not index:
         _write(header, output, [], results, failed)
-    for one in prepared:
+    for one, result in answer_tasks(answerer, prepared, failed, output, grader):
         name = one.task.name
-        result = _attempt(one.task, failed, lambda _, one=one: answer_task(answerer, one, output, grader))
         if result is not None:
             results.append(result)
             _show(result.predictions, _SHOW.value)
@@ -99,30 +98,7 @@ def main(argv: list[str]) -> None:
         scores: dict[str, Any] = {result.task.name: result.scores for result in results}
         print(json.dumps({"checkpoint": str(step_folder), **scores} | ({"failed": failed} if failed else {})))
     if failed:
-        raise _failure(failed, len(tasks))
-
-
-def _attempt(task: Task, failed: dict[str, str], work: Callable, *arguments) -> Any:
-    """What `work` gives for a task. None where it fails, which the log says: the other tasks go on."""
-    try:
-        return work(task, *arguments)
-    except (RunAgain, BrokenPipeError):
-        raise
-    except Exception as error:
-        known = explain(error)
-        if known is None:
-            log.exception("%s has failed", task.name)
-        failed[task.name] = known[1] if known else f"{type(error).__name__}: {first_line(error)}"
-        log.error("%s has failed, and the other tasks go on: %s", task.name, failed[task.name])
-        return None
-
-
-def _failure(failed: dict[str, str], count: int) -> UserError:
-    """The error of a run that is not whole."""
-    reasons = [error if error.startswith(name) else f"{name}: {error}" for name, error in failed.items()]
-    if len(failed) == count == 1:
-        return UserError(reasons[0])
-    return UserError(f"{len(failed)} of {count} tasks failed: {' '.join(reasons)}")
+        raise failure(failed, len(tasks))
 
 
 def _describe(one: Prepared, graded: bool) -> None:
@@ -142,14 +118,14 @@ def _figures(result: Result) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in list(numbers.items())[:6]) or "not scored here"
 
 
-def _write(header: dict, output: Output | None, new: list[Result], every: list[Result], failed: dict[str, str]) -> None:
+def _write(header: dict, output: Output | None, new: list[Result], every: list[Result], failed: Failed) -> None:
     """The summary and the report, and the file of all answers, as far as there are some."""
     if output:
         report.write(output.folder, header, new, failed)
     if _OUTPUT.value:
         whole = {r.task.name: {**r.scores, "examples": _examples(r.predictions)} for r in every}
         whole = {"checkpoint": header["folder"], **whole} | ({"failed": failed} if failed else {})
-        write_whole(Path(_OUTPUT.value), json.dumps(whole, indent=2).encode())
+        Path(_OUTPUT.value).write_text(json.dumps(whole, indent=2))
 
 
 def _examples(asked: Sequence[Prediction]) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ _COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
-    wanted = (("default", ("test_2d", "test_3d")), ("2D", ("test",)), ("default", ("test",)))
-    if parquet := hub.parquet_files(folder, *wanted):
+    sides = hub.joined_files(folder, ("2D", "3D"), "test")  # where a README or folders tell them apart
+    wanted = (("default", ("test_2d", "test_3d")), ("default", ("test",)))
+    if parquet := sides or hub.parquet_files(folder, *wanted):
         rows = files.read_parquet(parquet, _COLUMNS)
         questions = [_question(row.values, row.picture("image")) for row in rows]
     else:

@@ -239,7 +239,7 @@ class ParquetRow:
     def has(self, column: str) -> bool:
         """Whether there is an image in a column."""
         columns = _open_parquet(self.path).schema_arrow.names
-        return column in columns and _filled(self.path, self.group, column)[self.place]
+        return column in columns and _filled(self.path, _version(self.path), self.group, column)[self.place]
 
     @property
     def where(self) -> str:
@@ -251,7 +251,7 @@ class ParquetRow:
 
         def load() -> bytes:
             need_columns(self.path, _open_parquet(self.path).schema_arrow.names, (column,))
-            cell = _cells(self.path, self.group, column)[self.place]
+            cell = _cells(self.path, _version(self.path), self.group, column)[self.place]
             if item is not None:
                 cell = cell[item] if isinstance(cell, list) and item < len(cell) else None
             data = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -289,8 +289,21 @@ def _parquet_rows(path: Path, needed: Sequence[str], images: Sequence[str]) -> I
             number += 1
 
 
-@functools.lru_cache(maxsize=8)
 def _open_parquet(path: Path):
+    return _opened(path, _version(path))
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Another one for a file that has been written anew: a training run looks at its benchmarks for days."""
+    try:
+        status = os.stat(path)
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: Path, version: tuple[int, ...]):
     try:
         import pyarrow.parquet
     except ImportError as e:
@@ -305,14 +318,14 @@ def _open_parquet(path: Path):
 
 
 @functools.lru_cache(maxsize=2)
-def _cells(path: Path, group: int, column: str) -> list:
+def _cells(path: Path, version: tuple[int, ...], group: int, column: str) -> list:
     """An image column of one row group. Questions are asked roughly in order, so a group is read about once."""
-    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).to_pylist()
+    return _opened(path, version).read_row_group(group, columns=[column]).column(0).to_pylist()
 
 
 @functools.lru_cache(maxsize=16)
-def _filled(path: Path, group: int, column: str) -> list[bool]:
-    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
+def _filled(path: Path, version: tuple[int, ...], group: int, column: str) -> list[bool]:
+    return _opened(path, version).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Path]:
