@@ -2,6 +2,7 @@
 for, so that a table of 30 GB takes the memory of its words."""
 
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def _cell(path: Path, column: int, start: int, end: int) -> str:
     with open_file(path) as file:
         file.seek(start)
         row = file.read(end - start).decode()
-    return next(csv.reader([row], delimiter="\t", strict=True))[column]
+    return next(_records(iter([row]), "\t"))[column]
 
 
 def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
@@ -103,14 +104,12 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[dict[str, Any], i
     number = 0
     try:
         with open_file(path) as file:
-            reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
-            names = next(reader, [])
+            records = _records(_decoded(file), delimiter)
+            names = next(records, [])
             need_columns(path, names, needed)
             while True:
                 start = file.tell()
-                try:
-                    cells = next(reader)
-                except StopIteration:
+                if (cells := next(records, None)) is None:
                     break
                 if not cells:
                     continue  # an empty line
@@ -134,6 +133,16 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[dict[str, Any], i
 
 
 _HINT = ' A cell that begins with a quotation mark ends with one, and doubles those in it: """Stop"", it says".'
+
+
+def _records(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
+    """The cells of one row after the other; csv, which looks at every character, reads those with quotation marks."""
+    for line in lines:
+        if '"' in line:
+            yield next(csv.reader(itertools.chain([line], lines), delimiter=delimiter, strict=True))
+        else:
+            text = line.rstrip("\r\n")
+            yield text.split(delimiter) if text else []
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
