@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, tables
+from fusion_jax.evals import choices, files, tables
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 from fusion_jax.files import read_text
 
@@ -19,7 +19,7 @@ DATA = "the test split in Parquet files, AI2D_TEST.tsv, or questions/, images/ a
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("ai2d",), "ai2d", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "options", "answer"))
         return [
             _question(str(n), r.values["question"], r.values["options"], int(r.values["answer"]), r.picture("image"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "test_human.json and test_augmented.json with the images in png/, or the test split in Parquet files"
@@ -18,7 +18,7 @@ _TOLERANCE = 0.05
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("chartqa",), "chartqa", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("type", "question", "answer"))
         return [
             _question(str(n), r.values["type"], r.values["question"], r.values["answer"], r.picture("image"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent_by, picture
 
 DATA = "test_2d.parquet and test_3d.parquet, or the same as .jsonl with the images in img/"
@@ -19,9 +19,9 @@ _COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
-    sides = hub.joined_files(folder, ("2D", "3D"), "test")  # where a README or folders tell them apart
+    sides = folder.joined_parquet(("2D", "3D"), "test")  # where a README or folders tell them apart
     wanted = (("default", ("test_2d", "test_3d")), ("default", ("test",)))
-    if parquet := sides or hub.parquet_files(folder, *wanted):
+    if parquet := sides or folder.parquet(*wanted):
         rows = files.read_parquet(parquet, _COLUMNS)
         questions = [_question(row.values, row.picture("image")) for row in rows]
     else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 _THRESHOLD = 0.5
@@ -37,7 +37,7 @@ def read(name: str, split: str, data_dir: Path) -> list[Question]:
     # The hub has both in one snapshot, DocVQA.
     folder = files.open_folder(data_dir, (name, _TITLES[name], "docvqa"), name, _data(name, split))
     parts = {"val": ("validation", "val"), "test": ("test",)}[split]
-    if parquet := hub.parquet_files(folder, *((config, (s,)) for config in (_TITLES[name], "default") for s in parts)):
+    if parquet := folder.parquet(*((config, (s,)) for config in (_TITLES[name], "default") for s in parts)):
         rows = files.read_parquet(parquet, ("questionId", "question"))
         return [_question(row.values, row.picture("image")) for row in rows]
     path = folder.one(*(pattern.format(split) for pattern in _FILES[name]))

@@ -13,12 +13,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
+from fusion_jax.evals import hub
 from fusion_jax.evals.choices import is_blank
 from fusion_jax.evals.sources import note
 from fusion_jax.evals.task import Picture
@@ -70,6 +71,22 @@ class Folder:
             names = ", ".join(str(path.relative_to(self.path)) for path in nearest)
             raise self.wrong(f"there are several such files: {names}; keep the one that is meant,")
         return nearest[0]
+
+    def parquet(self, *wanted: hub.Wanted) -> list[Path]:
+        """The Parquet files of the first of these configs of a hub snapshot; see `hub.choose`."""
+        return self._of_snapshot(lambda: hub.choose(self.path, self.all(), self.own, wanted))
+
+    def joined_parquet(self, configs: Sequence[str], split: str) -> list[Path]:
+        """Those of a split of all these configs; see `hub.join`."""
+        return self._of_snapshot(lambda: hub.join(self.path, self.all(), configs, split))
+
+    def _of_snapshot(self, read: Callable[[], tuple[list[Path], str]]) -> list[Path]:
+        try:
+            paths, config = read()
+        except UserError as error:
+            raise self.wrong(str(error)) from error
+        note(self.path, config, paths)
+        return paths
 
     def images(self, *names: str) -> Path:
         """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""

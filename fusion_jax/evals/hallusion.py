@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files, hub
+from fusion_jax.evals import files
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
@@ -40,7 +40,7 @@ def read(data_dir: Path) -> list[Question]:
     # The archive's image folder has the benchmark's name as well.
     if folder.path != data_dir and (data_dir / "HallusionBench.json").is_file():
         folder = files.Folder(data_dir, folder.task, folder.expects)
-    if parquet := hub.parquet_files(folder, *_SPLITS):
+    if parquet := folder.parquet(*_SPLITS):
         return [
             _question(r.values, (r.picture("image"),) if r.has("image") else ())
             for r in files.read_parquet(parquet, _COLUMNS)

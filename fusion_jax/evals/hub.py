@@ -18,8 +18,7 @@ from typing import Any
 
 import yaml
 
-from fusion_jax.evals.files import Folder
-from fusion_jax.evals.sources import note
+from fusion_jax.errors import UserError
 from fusion_jax.files import read_text
 
 DEFAULT = "default"
@@ -31,20 +30,20 @@ _SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{6,})?")
 _README_BYTES = 1 << 20
 
 
-def parquet_files(folder: Folder, *wanted: Wanted) -> list[Path]:
-    """The Parquet files of the first of these configs that is there with all its splits; none where there are no such
-    files, and where a task may read files of another kind instead.
+def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Wanted]) -> tuple[list[Path], str]:
+    """The Parquet files of the first of these configs that is there with all its splits, and words for which it is; none
+    where there are no such files, and where a task may read files of another kind instead.
 
     Args:
-      wanted: configs in order of preference. `default` is also a folder's only config, whatever its name, where the
-        folder is the benchmark's own.
+      files: all data files in the folder. own: the folder is the benchmark's own.
+      wanted: configs in order of preference. `default` is also the only config of an own folder, whatever its name.
 
     Raises:
       UserError: there are configs, but none of those; one lacks a split; a split lacks shards or has some twice.
     """
-    there = _layout(folder)
+    there = _layout(folder, files)
     for config, splits in wanted:
-        name = _named(there, config, folder, splits)
+        name = _named(there, config, own, splits)
         if name is None:
             continue
         parts = there[name]
@@ -52,36 +51,34 @@ def parquet_files(folder: Folder, *wanted: Wanted) -> list[Path]:
             other = [split for split in parts if split.lower() not in _SPLITS]
             parts = {splits[0]: parts[other[0]]} if len(other) == 1 else parts
         if all(split in parts for split in splits):
-            paths = [path for split in splits for path in _whole(folder, parts[split])]
-            note(folder.path, f"config {name}, split {' and '.join(splits)}", paths)
-            return paths
-    if not there or any(path.suffix.lower() != ".parquet" for path in folder.all()):
-        return []
+            paths = [path for split in splits for path in _whole(parts[split])]
+            return paths, f"config {name}, split {' and '.join(splits)}"
+    if not there or any(path.suffix.lower() != ".parquet" for path in files):
+        return [], ""
     reads = " or ".join(_words(config, splits) for config, splits in wanted)
     has = ", ".join(_words(config, sorted(splits)) for config, splits in sorted(there.items()))
-    example = next((c for c in sorted(there) if (folder.path / c).is_dir()), None)
-    choose = f", such as --data_dir={folder.path / example}" if example else ""
-    raise folder.wrong(
-        f"the Parquet files are of {has}, and this task reads {reads}; to choose one, give its own folder{choose}:"
+    example = next((c for c in sorted(there) if (folder / c).is_dir()), None)
+    how = f", such as --data_dir={folder / example}" if example else ""
+    raise UserError(
+        f"the Parquet files are of {has}, and this task reads {reads}; to choose one, give its own folder{how}:"
     )
 
 
-def joined_files(folder: Folder, configs: Sequence[str], split: str) -> list[Path]:
-    """The Parquet files of a split of all these configs that are there, for a benchmark that its configs divide."""
-    there = _layout(folder)
-    found = [name for name in there if name in configs and split in there[name]]
-    paths = [path for name in sorted(found) for path in _whole(folder, there[name][split])]
-    if found:
-        note(folder.path, f"{len(found)} configs of {len(configs)}, split {split}", paths)
-    return paths
+def join(folder: Path, files: Sequence[Path], configs: Sequence[str], split: str) -> tuple[list[Path], str]:
+    """The Parquet files of a split of all these configs that are there, for a benchmark that its configs divide, and
+    words for how many they are."""
+    there = _layout(folder, files)
+    found = [name for name in sorted(there) if name in configs and split in there[name]]
+    paths = [path for name in found for path in _whole(there[name][split])]
+    return paths, f"{len(found)} configs of {len(configs)}, split {split}" if found else ""
 
 
-def _named(there: Layout, config: str, folder: Folder, splits: Sequence[str]) -> str | None:
+def _named(there: Layout, config: str, own: bool, splits: Sequence[str]) -> str | None:
     """The config as this snapshot spells it."""
     for name in there:
         if name.lower() == config.lower():
             return name
-    if config == DEFAULT and folder.own:
+    if config == DEFAULT and own:
         holds = [name for name, parts in there.items() if any(split in parts for split in splits)]
         return holds[0] if len(holds) == 1 == len(there) else None
     return None
@@ -91,9 +88,9 @@ def _words(config: str, splits: Sequence[str]) -> str:
     return f"the config {config} ({', '.join(splits)})"
 
 
-def _layout(folder: Folder) -> Layout:
-    paths = [path for path in folder.all() if path.suffix.lower() == ".parquet"]
-    return _from_readme(folder.path, paths) or _from_names(folder.path, paths)
+def _layout(folder: Path, files: Sequence[Path]) -> Layout:
+    paths = [path for path in files if path.suffix.lower() == ".parquet"]
+    return _from_readme(folder, paths) or _from_names(folder, paths)
 
 
 def _from_names(folder: Path, paths: Sequence[Path]) -> Layout:
@@ -140,7 +137,7 @@ def _configs(readme: Path) -> list[Mapping[str, Any]]:
     return [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
 
 
-def _whole(folder: Folder, paths: Sequence[Path]) -> list[Path]:
+def _whole(paths: Sequence[Path]) -> list[Path]:
     """The files of one split in order. UserError where shards are missing, or there twice."""
     numbers: dict[int, Path] = {}
     counts = set()
@@ -151,10 +148,10 @@ def _whole(folder: Folder, paths: Sequence[Path]) -> list[Path]:
         number, count = int(shard[2]), int(shard[3])
         counts.add(count)
         if number in numbers or len(counts) > 1:
-            raise folder.wrong(f"{numbers.get(number, paths[0])} and {path} are two versions of one split")
+            raise UserError(f"{numbers.get(number, paths[0])} and {path} are two versions of one split")
         numbers[number] = path
     if counts and (missing := [n for n in range(*counts) if n not in numbers]):
-        raise folder.wrong(
+        raise UserError(
             f"{len(missing)} of the {max(counts)} files of the split {_split(paths[0])} are missing, the first is "
             f"number {missing[0]:05d}; download the snapshot again,"
         )

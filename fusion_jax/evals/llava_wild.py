@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import files, hub
+from fusion_jax.evals import files
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
 
@@ -62,7 +62,7 @@ ensuring that the order in which the responses were presented does not affect yo
 def read(data_dir: Path) -> list[Question]:
     names = ("llava_wild", "llava-bench-in-the-wild", "llava-in-the-wild")
     folder = files.open_folder(data_dir, names, "llava_wild", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("train",)), ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("train",)), ("default", ("test",))):
         needed = ("question_id", "question", "category", "caption", "gpt_answer")
         return [
             _question(r.where, v["question_id"], v["question"], v["category"], v["caption"], v["gpt_answer"], image)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.docvqa import edit_distance
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
@@ -43,7 +43,7 @@ Answer:"""
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mathvista",), "mathvista", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("testmini",))):
+    if parquet := folder.parquet(("default", ("testmini",))):
         rows = files.read_parquet(parquet, _COLUMNS, ("decoded_image",))
         return [_question(row.values, row.picture("decoded_image")) for row in rows]
     path = folder.one("testmini.json")

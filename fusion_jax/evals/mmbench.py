@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, tables
+from fusion_jax.evals import choices, files, tables
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
 
 _PASS = 1_000_000
@@ -44,7 +44,7 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
         if folder.find(*_patterns(language, split, "parquet")):
             paths = [folder.one(*_patterns(language, split, "parquet"))]
         else:
-            paths = hub.parquet_files(folder, (language, (split,)), ("default", (split,)))
+            paths = folder.parquet((language, (split,)), ("default", (split,)))
         paths = paths or folder.need(*_patterns(language, split, "tsv"))
         rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
     values, where = [v for v, _ in rows], functools.partial(_where, paths[0])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 from fusion_jax.files import read_text
 
@@ -34,7 +34,7 @@ PERCEPTION = (
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mme",), "mme", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         seen = defaultdict(int)
         questions = []
         for row in files.read_parquet(parquet, ("question_id", "question", "answer", "category")):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, tables
+from fusion_jax.evals import choices, files, tables
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
 
 _LETTERS = "ABCDE"
@@ -58,7 +58,7 @@ def _data(version: str) -> str:
 def read(version: str, data_dir: Path) -> list[Question]:
     names, tsv, json = _VERSIONS[version]
     folder = files.open_folder(data_dir, names, _name(version), _data(version))
-    if parquet := hub.parquet_files(folder, ("default", ("train",))):
+    if parquet := folder.parquet(("default", ("train",))):
         needed = ("index", "question", "multi-choice options", "answer", "category", "l2-category")
         rows = files.read_parquet(parquet, needed, ("bytes", "image"))
         questions = [_from_parquet(version, row) for row in rows]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, percent_by
 
 SUBJECTS = (
@@ -44,7 +44,7 @@ def _data(split: str) -> str:
 def read(split: str, data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmmu",), f"mmmu ({split})", _data(split))
     columns = ("id", "question", "options", "answer", "question_type")
-    paths = hub.joined_files(folder, SUBJECTS, split) or hub.parquet_files(folder, ("default", (split,)))
+    paths = folder.joined_parquet(SUBJECTS, split) or folder.parquet(("default", (split,)))
     paths = paths or folder.need(f"{split}-*.parquet")
     return [_question(row) for row in files.read_parquet(paths, columns, _IMAGES)]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files, hub
+from fusion_jax.evals import files
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
@@ -50,7 +50,7 @@ characteristics. | 1.0
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mm-vet", "mmvet"), "mmvet", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question_id", "question", "answer", "capability"))
         return [_question(r.values["question_id"], r.values, r.picture("image")) for r in rows]
     path = folder.one("mm-vet.json")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files, hub
+from fusion_jax.evals import files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "OCRBench.json with the images in OCRBench_Images/, or OCRBench's Parquet files"
@@ -21,7 +21,7 @@ _FORMULAS = "HME100k"
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("ocrbench",), "ocrbench", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("dataset", "question_type", "question", "answer"))
         return [
             _question(

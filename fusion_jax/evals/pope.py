@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
 
 DATA = "coco_pope_{random,popular,adversarial}.json with the images in val2014/, or POPE's Parquet files"
@@ -19,7 +19,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("pope",), "pope", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",)), ("Full", SPLITS)):
+    if parquet := folder.parquet(("default", ("test",)), ("Full", SPLITS)):
         rows = files.read_parquet(parquet, ("question", "answer", "category"))
         return [
             _question(

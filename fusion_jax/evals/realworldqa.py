@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, tables
+from fusion_jax.evals import choices, files, tables
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
 
 DATA = "the test split in Parquet files, or RealWorldQA.tsv"
@@ -22,7 +22,7 @@ _OPTION = re.compile(r"\b[A-Z]\.\s+([^\n]*)")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("realworldqa",), "realworldqa", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "answer"))
         return [
             _question(str(n), r.values["question"], r.values["answer"], r.picture("image")) for n, r in enumerate(rows)

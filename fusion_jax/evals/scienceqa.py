@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
@@ -20,7 +20,7 @@ _CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds the 
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("scienceqa",), "scienceqa", DATA)
-    if parquet := hub.parquet_files(folder, *((name, ("test",)) for name in _CONFIGS)):
+    if parquet := folder.parquet(*((name, ("test",)) for name in _CONFIGS)):
         rows = files.read_parquet(parquet, ("question", "choices", "answer", "hint"))
         return [
             _question(str(n), row.values, (row.picture("image"),) if row.has("image") else ())

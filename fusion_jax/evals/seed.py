@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
 
 DATA = "SEED-Bench.json with the images in SEED-Bench-image/, or SEED-Bench's Parquet files"
@@ -19,7 +19,7 @@ _KEYS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("seed_bench", "seed-bench", "seed"), "seed_image", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("test",))):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = [row for row in files.read_parquet(parquet, _KEYS) if row.values["data_type"] == "image"]
         return [_question(row.values, row.picture("image", 0), {}) for row in rows]
     path = folder.one("SEED-Bench.json", "SEED*.json")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, vqa
+from fusion_jax.evals import choices, files, vqa
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, picture
 
 DATA = "TextVQA_0.5.1_val.json with the images in train_images/, or the validation split in Parquet files"
@@ -19,7 +19,7 @@ DATA = "TextVQA_0.5.1_val.json with the images in train_images/, or the validati
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("textvqa",), "textvqa", DATA)
-    if parquet := hub.parquet_files(folder, ("default", ("validation",)), ("default", ("val",))):
+    if parquet := folder.parquet(("default", ("validation",)), ("default", ("val",))):
         rows = files.read_parquet(parquet, ("question_id", "question", "answers"))
         return [_question(row.values, row.picture("image")) for row in rows]
     path = folder.one("TextVQA_*val*.json")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, hub, vqa
+from fusion_jax.evals import choices, files, vqa
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 _HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -25,7 +25,7 @@ def _data(split: str) -> str:
 
 def read(split: str, data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("vizwiz",), f"vizwiz ({split})", _data(split))
-    if parquet := hub.parquet_files(folder, ("default", (split,))):
+    if parquet := folder.parquet(("default", (split,))):
         rows = files.read_parquet(parquet, ("question_id", "question"))
         return [_question(f"{Path(str(r.values['question_id'])).stem}.jpg", r.values, r.picture("image")) for r in rows]
     path = folder.one(f"{split}.json")
