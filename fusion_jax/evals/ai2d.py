@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 from fusion_jax.files import read_text
 
@@ -31,7 +31,7 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def _from_tsv(path: Path) -> list[Question]:
-    rows = tables.read_images(path, ("question", "A", "answer"))
+    rows = files.read_images(path, ("question", "A", "answer"))
     every = choices.read_options([row.values for row in rows], "ABCDE", lambda v: f"{path}, index {v['index']}")
     questions = []
     for row, options in zip(rows, every):

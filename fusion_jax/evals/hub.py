@@ -31,8 +31,8 @@ _README_BYTES = 1 << 20
 
 
 def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Wanted]) -> tuple[list[Path], str]:
-    """The Parquet files of the first of these configs that is there with all its splits, and words for which it is; none
-    where there are no such files, and where a task may read files of another kind instead.
+    """The Parquet files of the first of these configs that is there with all its splits, and words for which it is.
+    None where there are no such files, and where a task may read files of another kind instead.
 
     Args:
       files: all data files in the folder. own: the folder is the benchmark's own.

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
 
 _PASS = 1_000_000
@@ -39,7 +39,7 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, names, name, _data(language, split))
     if folder.find(*_patterns(language, split, "tsv")):
         paths = [folder.one(*_patterns(language, split, "tsv"))]
-        rows = [(row.values, row.picture) for row in tables.read_images(paths[0], _COLUMNS[1:])]
+        rows = [(row.values, row.picture) for row in files.read_images(paths[0], _COLUMNS[1:])]
     else:
         if folder.find(*_patterns(language, split, "parquet")):
             paths = [folder.one(*_patterns(language, split, "parquet"))]

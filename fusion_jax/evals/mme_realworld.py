@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
 
 _LETTERS = "ABCDE"
@@ -64,7 +64,7 @@ def read(version: str, data_dir: Path) -> list[Question]:
         questions = [_from_parquet(version, row) for row in rows]
     elif folder.find(tsv):
         path = folder.one(tsv)
-        table = tables.read_images(path, ("question", "A", "B", "answer", "category", "l2-category"))
+        table = files.read_images(path, ("question", "A", "B", "answer", "category", "l2-category"))
         values = [row.values for row in table]
         every = choices.read_options(values, _LETTERS, lambda v: f"{path}, index {v['index']}")
         questions = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by
 
 DATA = "mmstar.parquet or MMStar.tsv"
@@ -18,7 +18,7 @@ def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmstar",), "mmstar", DATA)
     if parquet := folder.parquet(*((config, ("val",)) for config in ("val", "default"))):
         return [_question(row.values, row.picture("image")) for row in files.read_parquet(parquet, _COLUMNS)]
-    return [_question(row.values, row.picture) for row in tables.read_images(folder.one("*mmstar*.tsv"), _COLUMNS)]
+    return [_question(row.values, row.picture) for row in files.read_images(folder.one("*mmstar*.tsv"), _COLUMNS)]
 
 
 def _question(row: dict[str, Any], image: Picture) -> Question:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, picture
 
 DATA = "Questions.csv with the images in 'MMVP Images/'"
@@ -25,7 +25,7 @@ def read(data_dir: Path) -> list[Question]:
     path = folder.one("Questions.csv")
     images = folder.images("MMVP Images", "MMVP_Images", "images")
     questions = []
-    for row in tables.read_table(path, _COLUMNS):
+    for row in files.read_table(path, _COLUMNS):
         index = row.get("Index") or row.get("lndex") or ""  # the published file spells it with a small L
         if not index.isdigit():
             raise folder.wrong(f"{path.name} has a row without a number in the column Index")

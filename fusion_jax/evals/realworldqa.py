@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import choices, files, tables
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
 
 DATA = "the test split in Parquet files, or RealWorldQA.tsv"
@@ -29,7 +29,7 @@ def read(data_dir: Path) -> list[Question]:
         ]
     questions = []
     path = folder.one("*realworldqa*.tsv")
-    rows = tables.read_images(path, ("question", "answer"))
+    rows = files.read_images(path, ("question", "answer"))
     values = [row.values for row in rows]
     every = choices.read_options(values, "ABCDE", lambda v: f"{path}, index {v['index']}", needed=False)
     for row, options in zip(rows, every):

@@ -1,6 +1,8 @@
 """TSV and CSV files of benchmarks, read once and checked whole; the images that they hold are read when they are asked
 for, so that a table of 30 GB takes the memory of its words."""
 
+import base64
+import binascii
 import csv
 import itertools
 import re
@@ -12,7 +14,6 @@ from typing import Any, BinaryIO
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.choices import is_blank
-from fusion_jax.evals.files import check_filled, decode_base64, need_columns
 from fusion_jax.evals.sources import note
 from fusion_jax.evals.task import Picture
 from fusion_jax.files import brief, open_file
@@ -20,6 +21,8 @@ from fusion_jax.files import brief, open_file
 csv.field_size_limit(sys.maxsize)  # a field may be a whole image
 _MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()  # some programs begin a file with it
 _IMAGE = "image"
+# Columns and keys without which there is no question.
+_QUESTIONS = ("question", "query", "text", "prompt", "label", "gt_answer")
 _Place = tuple[int, int, str | None]  # where a row begins and ends in its file, and the index that is its image
 
 
@@ -151,3 +154,26 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
     yield first.removeprefix(_MARK).decode()
     while line := file.readline():
         yield line.decode()
+
+
+def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """UserError naming the first column that is missing, or there twice."""
+    if twice := [name for name in columns if list(columns).count(name) > 1]:
+        raise UserError(f"{path} has two columns {twice[0]!r}.")
+    if missing := [name for name in needed if name not in columns]:
+        raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.")
+
+
+def check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
+    """UserError where there is no question: "None" or "nan" would be asked."""
+    for name in needed:
+        if name.lower() in _QUESTIONS and is_blank(row.get(name)):
+            raise UserError(f"{where}: {name} is empty.")
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """The image that a table holds as base64. UserError where it is none; line breaks in it do not count."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise UserError(f"{name}: the image is not valid base64.") from e

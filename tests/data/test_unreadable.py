@@ -20,7 +20,6 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files as benchmark_files
 from fusion_jax.evals import predictions
-from fusion_jax.evals import tables as benchmark_tables
 from fusion_jax.input_check import InputCheck
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -106,7 +105,7 @@ def test_pipes_in_tokenizer_folders(tmp_path, name):
 def test_pipes_among_benchmark_files(tmp_path):
     for name, read in (
         ("a.json", benchmark_files.read_json),
-        ("a.tsv", lambda path: benchmark_tables.read_table(path, ["x"])),
+        ("a.tsv", lambda path: benchmark_files.read_table(path, ["x"])),
         ("a.parquet", lambda path: benchmark_files.read_parquet([path], ["x"])),
         ("parts/0.jsonl", lambda path: predictions.check_folder(tmp_path, {"checkpoint": "x"})),
     ):
