@@ -169,9 +169,10 @@ def test_summary_and_report_stand_alone(data, tmp_path):
     assert summary["checkpoint"] == "c0ffee"
     assert summary["tasks"]["pope"]["scores"]["accuracy"] == result.scores["accuracy"]
     table = (output / "summary.md").read_text()
-    fusion = "88.9 | 88.7 | 88.3 | 89.3 | 88.8 | 88.5"
-    row = f"| POPE | f1 | {result.scores['f1']:.1f} | 88.8 | 88.6 | 89.1 | {fusion} | 8 of 9000 or 8910 |"
-    assert row in table.splitlines()
+    row = next(line for line in table.splitlines() if line.startswith("| POPE | f1"))
+    values = [cell.strip() for cell in row.strip("|").split("|")][2:]
+    figures = "88.8 88.6 89.1 88.9 88.7 88.3 89.3 88.8 88.5".split()
+    assert values == [f"{result.scores['f1']:.1f}", *figures, "8 of 9000 or 8910"]
     page = (output / "report.html").read_text()
     wrong = [p for p in result.predictions if p.score == 0]
     assert 0 < len(wrong) < 8
