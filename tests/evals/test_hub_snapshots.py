@@ -183,6 +183,9 @@ def test_another_benchmarks_folder_is_not_read(tmp_path):
     assert len(read("mmstar", tmp_path).questions) == 1
     with pytest.raises(UserError, match=r"realworldqa: .*\(found: mmstar\)"):
         read("realworldqa", tmp_path)
+    write_parquet(tmp_path / "ocrbench" / f"test-{ONE}", [{"question": "?", "answer": "A", "image": cell()}])
+    with pytest.raises(UserError, match=r"of the config mmstar \(mmstar\), the config ocrbench \(test\)"):
+        read("realworldqa", tmp_path)
 
 
 @pytest.mark.parametrize(
