@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value:
         check_output("output", _OUTPUT.value)
     grader = judge.from_environment()
+    checkpoint.find(_CHECKPOINT.value)  # before minutes go into reading benchmarks
     failed: Failed = {}
     prepared = prepare_tasks(tasks, Path(_DATA_DIR.value), failed, _LIMIT.value, progress=True)
     for one in prepared:
