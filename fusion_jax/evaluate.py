@@ -1,7 +1,9 @@
 """Evaluation of a checkpoint: `python -m fusion_jax.evaluate --checkpoint DIR --tasks pope,textvqa --data_dir DIR`.
 
-Prints the scores as one JSON line last. With --output_dir the answers are kept as they come, so that a run can be
-stopped, continued and shared, with a summary and a report at the end; docs/evaluation.md says what is in the folder.
+All tasks are read and checked before the first question. Prints the scores as one JSON line last; a task that fails
+leaves the others theirs, and the exit code says it. With --output_dir the answers are kept as they come, so that a run
+can be stopped, continued and shared, with a summary and a report after every task; docs/evaluation.md says what is in
+the folder.
 """
 
 import json
@@ -16,9 +18,11 @@ from absl import flags
 from fusion_jax import checkpoint
 from fusion_jax.cli import check_output, run_main
 from fusion_jax.errors import check
-from fusion_jax.evals import judge, predictions, report
+from fusion_jax.evals import judge, predictions, published, report
+from fusion_jax.evals.prepare import Prepared
 from fusion_jax.evals.registry import TASKS, find_tasks
-from fusion_jax.evals.runner import Output, run_task
+from fusion_jax.evals.runner import Output, Result
+from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
 from fusion_jax.evals.task import Prediction
 from fusion_jax.generate import Answerer
 from fusion_jax.models.fusion import Fusion
@@ -56,6 +60,13 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value:
         check_output("output", _OUTPUT.value)
     grader = judge.from_environment()
+    checkpoint.find(_CHECKPOINT.value)  # before minutes go into reading benchmarks
+    failed: Failed = {}
+    prepared = prepare_tasks(tasks, Path(_DATA_DIR.value), failed, _LIMIT.value, progress=True)
+    for one in prepared:
+        _describe(one, grader is not None)
+    if not prepared and not _OUTPUT_DIR.value:
+        raise failure(failed, len(tasks))
     loaded = checkpoint.load_model(_CHECKPOINT.value)  # decides which checkpoint it is
     step_folder = loaded.folder
     header = {"checkpoint": predictions.fingerprint(step_folder), "folder": str(step_folder)}
@@ -67,30 +78,55 @@ def main(argv: list[str]) -> None:
 
     model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
     answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=_ROWS.value)
-    results = []
-    for task in tasks:
-        result = run_task(answerer, task, Path(_DATA_DIR.value), output, _LIMIT.value, grader)
-        if result is None:
-            log.info("%s: the share of process %d is answered", task.name, index)
-            continue
-        results.append(result)
-        _show(result.predictions, _SHOW.value)
-        log.info("%s: %d questions in %.0f s", task.name, len(result.predictions), result.seconds)
-        for path in result.files:
-            log.info("%s: for the benchmark's server: %s", task.name, path)
-        if task.judged and grader is None:
-            log.info("%s: the official rule asks a language model; set JUDGE_MODEL and JUDGE_BASE_URL", task.name)
-    if index:
-        return
+    results: list[Result] = []
+    if failed and not index:
+        _write(header, output, [], results, failed)
+    for one, result in answer_tasks(answerer, prepared, failed, output, grader):
+        name = one.task.name
+        if result is not None:
+            results.append(result)
+            _show(result.predictions, _SHOW.value)
+            log.info("%s: %d questions in %.0f s: %s", name, len(result.predictions), result.seconds, _figures(result))
+            for path in result.files:
+                log.info("%s: for the benchmark's server: %s", name, path)
+        elif index and name not in failed:
+            log.info("%s: the share of process %d is answered", name, index)
+        if not index:  # after every task: what is done stays, whatever becomes of the rest
+            _write(header, output, results[-1:] if result else [], results, failed)
+    if not index:
+        if output:
+            log.info("written: %s", output.folder / "summary.md")
+        scores: dict[str, Any] = {result.task.name: result.scores for result in results}
+        print(json.dumps({"checkpoint": str(step_folder), **scores} | ({"failed": failed} if failed else {})))
+    if failed:
+        raise failure(failed, len(tasks))
+
+
+def _describe(one: Prepared, graded: bool) -> None:
+    """Says what will be asked, and what is to be known about it beforehand."""
+    name = one.task.name
+    log.info("%s: %d questions from %s", name, len(one.questions), one.source.words())
+    if part := published.part(name, one.whole):
+        log.warning("%s: these are %s questions: not the published split, or not all of it", name, part)
+    if one.task.judged and not graded:
+        log.info("%s: the official rule asks a language model; set JUDGE_MODEL and JUDGE_BASE_URL", name)
+
+
+def _figures(result: Result) -> str:
+    """The figure that publications quote, and the others that are no parts of it."""
+    numbers = {key: value for key, value in result.scores.items() if isinstance(value, int | float)}
+    numbers = {key: numbers[key] for key in (result.task.headline, *numbers) if key in numbers and key != "questions"}
+    return ", ".join(f"{key} {value:.4g}" for key, value in list(numbers.items())[:6]) or "not scored here"
+
+
+def _write(header: dict, output: Output | None, new: list[Result], every: list[Result], failed: Failed) -> None:
+    """The summary and the report, and the file of all answers, as far as there are some."""
     if output:
-        for path in report.write(output.folder, header, results):
-            log.info("written: %s", path)
-    scores: dict[str, Any] = {result.task.name: result.scores for result in results}
+        report.write(output.folder, header, new, failed)
     if _OUTPUT.value:
-        answers = {result.task.name: {"examples": _examples(result.predictions)} for result in results}
-        everything = {name: scores[name] | answers[name] for name in scores}
-        Path(_OUTPUT.value).write_text(json.dumps({"checkpoint": str(step_folder), **everything}, indent=2))
-    print(json.dumps({"checkpoint": str(step_folder), **scores}))
+        whole = {r.task.name: {**r.scores, "examples": _examples(r.predictions)} for r in every}
+        whole = {"checkpoint": header["folder"], **whole} | ({"failed": failed} if failed else {})
+        Path(_OUTPUT.value).write_text(json.dumps(whole, indent=2))
 
 
 def _examples(asked: Sequence[Prediction]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ the archive         questions/NAME.png.json, images/NAME.png, ai2d_test_ids.csv
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,30 @@ DATA = "the test split in Parquet files, AI2D_TEST.tsv, or questions/, images/ a
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("ai2d",), "ai2d", DATA)
-    if parquet := folder.find("*test*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "options", "answer"))
         return [
             _question(str(n), r.values["question"], r.values["options"], int(r.values["answer"]), r.picture("image"))
             for n, r in enumerate(rows)
         ]
-    if tables := folder.find("*ai2d*test*.tsv"):
-        return _from_tsv(tables[0])
+    if folder.find("ai2d_test.tsv"):
+        return _from_tsv(folder.one("ai2d_test.tsv"))
     return list(_from_archive(folder))
 
 
 def _from_tsv(path: Path) -> list[Question]:
-    def where(row: Mapping[str, Any]) -> str:
-        return f"{path}, index {row['index']}"
-
-    rows = files.read_table(path, ("index", "question", "A", "answer", "image"))
+    rows = files.read_images(path, ("question", "A", "answer"))
+    every = choices.read_options([row.values for row in rows], "ABCDE", lambda v: f"{path}, index {v['index']}")
     questions = []
-    for row, options in zip(rows, choices.read_options(rows, "ABCDE", where)):
-        right = choices.place(row["answer"], len(options), where(row))
-        image = files.decode_base64(row["image"], where(row))
-        questions.append(_question(row["index"], row["question"], list(options.values()), right, image))
+    for row, options in zip(rows, every):
+        v = row.values
+        right = choices.place(v["answer"], len(options), row.where)
+        questions.append(_question(v["index"], v["question"], list(options.values()), right, row.picture))
     return questions
 
 
 def _from_archive(folder: files.Folder) -> Iterator[Question]:
-    path = folder.need("ai2d_test_ids.csv")[0]
+    path = folder.one("ai2d_test_ids.csv")
     tests = {line.strip() for line in read_text(path).splitlines()}
     images, annotations = folder.images("images", "ai2d/images"), folder.images("questions", "ai2d/questions")
     for file in sorted(annotations.glob("*.json"), key=lambda p: (len(p.name), p.name)):

@@ -18,7 +18,7 @@ _TOLERANCE = 0.05
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("chartqa",), "chartqa", DATA)
-    if parquet := folder.find("*test*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("type", "question", "answer"))
         return [
             _question(str(n), r.values["type"], r.values["question"], r.values["answer"], r.picture("image"))
@@ -26,7 +26,7 @@ def read(data_dir: Path) -> list[Question]:
         ]
     questions = []
     for kind in ("human", "augmented"):
-        path = folder.need(f"test_{kind}.json")[0]
+        path = folder.one(f"test_{kind}.json")
         for number, line in enumerate(files.read_records(path)):
             row = files.need_keys(line, ("imgname", "query", "label"), f"{path}, record {number}")
             image = picture(path.parent / "png" / row["imgname"])

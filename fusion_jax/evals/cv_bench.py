@@ -19,14 +19,19 @@ _COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
-    if parquet := folder.find("test*.parquet"):
+    sides = folder.joined_parquet(("2D", "3D"), "test")  # where a README or folders tell them apart
+    wanted = (("default", ("test_2d", "test_3d")), ("default", ("test",)))
+    if parquet := sides or folder.parquet(*wanted):
         rows = files.read_parquet(parquet, _COLUMNS)
-        return [_question(row.values, row.picture("image")) for row in rows]
-    questions = []
-    for path in folder.need("test_?d.jsonl", "*.jsonl"):
-        for number, line in enumerate(files.read_records(path)):
-            row = files.need_keys(line, (*_COLUMNS, "filename"), f"{path}, line {number + 1}")
-            questions.append(_question(row, picture(path.parent / row["filename"])))
+        questions = [_question(row.values, row.picture("image")) for row in rows]
+    else:
+        questions = []
+        for path in (folder.one("test_2d.jsonl"), folder.one("test_3d.jsonl")):
+            for number, line in enumerate(files.read_records(path)):
+                row = files.need_keys(line, (*_COLUMNS, "filename"), f"{path}, line {number + 1}")
+                questions.append(_question(row, picture(path.parent / row["filename"])))
+    if missing := {"2D", "3D"} - {q.about["type"] for q in questions}:
+        raise folder.wrong(f"there are no {min(missing)} questions, and the figure is the mean of 2D and 3D,")
     return questions
 
 

@@ -34,11 +34,13 @@ def _data(name: str, split: str) -> str:
 
 
 def read(name: str, split: str, data_dir: Path) -> list[Question]:
-    folder = files.open_folder(data_dir, (name, f"{_TITLES[name]}"), name, _data(name, split))
-    if parquet := folder.find(f"*{_TITLES[name]}*/{split}*.parquet", f"{split}*.parquet"):
+    # The hub has both in one snapshot, DocVQA.
+    folder = files.open_folder(data_dir, (name, _TITLES[name], "docvqa"), name, _data(name, split))
+    parts = {"val": ("validation", "val"), "test": ("test",)}[split]
+    if parquet := folder.parquet(*((config, (s,)) for config in (_TITLES[name], "default") for s in parts)):
         rows = files.read_parquet(parquet, ("questionId", "question"))
         return [_question(row.values, row.picture("image")) for row in rows]
-    path = folder.need(*(pattern.format(split) for pattern in _FILES[name]))[0]
+    path = folder.one(*(pattern.format(split) for pattern in _FILES[name]))
     images = folder.images(*_IMAGES[name])
     questions = []
     for number, row in enumerate(files.need_keys(files.read_json(path), ("data",), str(path))["data"]):

@@ -1,96 +1,28 @@
-"""Benchmark files: finding them in a data folder, and reading TSV, CSV, JSON, JSONL and Parquet.
+"""Benchmark files: JSON, JSONL and Parquet, and what a benchmark's server takes. folders.py finds them, and tables.py
+reads TSV and CSV."""
 
-A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder and the
-benchmarks' own archives use.
-"""
-
-import base64
-import binascii
 import csv
 import functools
 import io
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals.choices import is_blank
+from fusion_jax.evals.folders import Folder as Folder
+from fusion_jax.evals.folders import check_language as check_language
+from fusion_jax.evals.folders import open_folder as open_folder
+from fusion_jax.evals.sources import note
+from fusion_jax.evals.tables import check_filled, decode_base64, need_columns
+from fusion_jax.evals.tables import read_images as read_images
+from fusion_jax.evals.tables import read_table as read_table
 from fusion_jax.evals.task import Picture
 from fusion_jax.files import open_file, parse_json, read_text
 
-_SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
-# Columns and keys without which there is no question.
-_QUESTIONS = ("question", "query", "text", "prompt", "label", "gt_answer")
-_DEPTH = 4  # folders below the data folder in which files are looked for
-csv.field_size_limit(sys.maxsize)  # a field may be a whole image
-
-
-@dataclass(frozen=True)
-class Folder:
-    """One benchmark's data: the folder, and what should be in it, for errors."""
-
-    path: Path
-    task: str
-    expects: str
-
-    def find(self, *patterns: str) -> list[Path]:
-        """Files whose name or path below the folder fits the first pattern that fits any, sorted; case counts not.
-
-        A pattern such as `val/*.json` must fit the end of a path. Empty where none fits.
-        """
-        paths = _listing(self.path)
-        return next((found for pattern in patterns if (found := _matching(paths, pattern))), [])
-
-    def need(self, *patterns: str) -> list[Path]:
-        """The same, with UserError where no pattern fits."""
-        found = self.find(*patterns)
-        if not found:
-            raise self.wrong(f"there is no file {' or '.join(patterns)}")
-        return found
-
-    def images(self, *names: str) -> Path:
-        """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""
-        for name in names:
-            path = self.path / name
-            if path.is_dir():
-                return path
-        raise self.wrong(f"there is no image folder {' or '.join(repr(name) for name in names)}")
-
-    def wrong(self, what: str) -> UserError:
-        """An error about this folder, with what was expected and what is there."""
-        entries = sorted(os.listdir(self.path))
-        shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
-        return UserError(f"{self.task}: {what} in {self.path} (found: {shown or 'nothing'}); expected {self.expects}.")
-
-
-def open_folder(data_dir: Path, names: Sequence[str], task: str, expects: str) -> Folder:
-    """The benchmark's own folder below `data_dir` (one of `names`, whatever their case), or `data_dir` itself."""
-    if not data_dir.is_dir():
-        raise UserError(f"{task}: there is no data folder {data_dir}; expected {expects}.")
-    inside = {entry.name.lower(): entry for entry in sorted(data_dir.iterdir()) if entry.is_dir()}
-    for name in names:
-        if name.lower() in inside:
-            return Folder(inside[name.lower()], task, expects)
-    return Folder(data_dir, task, expects)
-
-
-def _listing(folder: Path) -> list[Path]:
-    """All data files a few levels deep."""
-    found = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if len(Path(here).relative_to(folder).parts) >= _DEPTH:
-            folders.clear()
-        folders.sort()
-        found += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
-    return found
-
-
-def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
-    return [path for path in paths if Path(str(path).lower()).match(pattern.lower())]
+_POINTER = b"version https://git-lfs.github.com/"
 
 
 def read_json(path: Path) -> Any:
@@ -98,6 +30,7 @@ def read_json(path: Path) -> Any:
     takes, is `?`. UserError where it is neither."""
     try:
         text = read_text(path, "utf-8-sig")
+        note(files=[path])
     except OSError as e:
         raise UserError(f"Cannot read {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
@@ -124,37 +57,6 @@ def read_records(path: Path) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a TSV or CSV file by column. UserError where a needed column or a row's question is missing, or a row has
-    too many cells; cells that a row lacks are None."""
-    try:
-        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            rows = list(reader)
-    except OSError as e:
-        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"Cannot read {path}: {e}.") from e
-    _need_columns(path, reader.fieldnames or (), needed)
-    for number, row in enumerate(rows):
-        if None in row:
-            raise UserError(f"{path}, row {number} has more cells than the first line has columns.")
-        _check_filled(row, needed, f"{path}, row {number}")
-    return rows
-
-
-def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    if missing := [name for name in needed if name not in columns]:
-        raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.")
-
-
-def _check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
-    """UserError where there is no question: "None" or "nan" would be asked."""
-    for name in needed:
-        if name.lower() in _QUESTIONS and is_blank(row.get(name)):
-            raise UserError(f"{where}: {name} is empty.")
-
-
 def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
     """The record, if it is an object with these keys; UserError naming the first that is missing, or the question that
     is empty."""
@@ -162,20 +64,8 @@ def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
         raise UserError(f"{where} must be an object with the keys {', '.join(keys)}.")
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{where} has no key {missing[0]!r}; it has {', '.join(map(str, record))}.")
-    _check_filled(record, keys, where)
+    check_filled(record, keys, where)
     return record
-
-
-def decode_base64(text: str, name: str) -> Picture:
-    """A picture that a table holds as base64."""
-
-    def load() -> bytes:
-        try:
-            return base64.b64decode(text, validate=False)
-        except (binascii.Error, ValueError) as e:
-            raise UserError(f"{name}: the image is not valid base64.") from e
-
-    return Picture(name, load)
 
 
 @dataclass(frozen=True)
@@ -191,22 +81,29 @@ class ParquetRow:
     def has(self, column: str) -> bool:
         """Whether there is an image in a column."""
         columns = _open_parquet(self.path).schema_arrow.names
-        return column in columns and _filled(self.path, self.group, column)[self.place]
+        return column in columns and _filled(self.path, _version(self.path), self.group, column)[self.place]
+
+    @property
+    def where(self) -> str:
+        """Names the row for messages."""
+        return f"{self.path}, row {self.number}"
 
     def picture(self, column: str, item: int | None = None) -> Picture:
         """The image in a column, or the item-th of a list of them."""
 
         def load() -> bytes:
-            cell = _cells(self.path, self.group, column)[self.place]
-            cell = cell[item] if item is not None else cell
+            need_columns(self.path, _open_parquet(self.path).schema_arrow.names, (column,))
+            cell = _cells(self.path, _version(self.path), self.group, column)[self.place]
+            if item is not None:
+                cell = cell[item] if isinstance(cell, list) and item < len(cell) else None
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if isinstance(data, str):
-                return base64.b64decode(data)
+                return decode_base64(data, self.where)
             if not isinstance(data, bytes):
-                raise UserError(f"{self.path}, row {self.number}: the column {column} holds no image.")
+                raise UserError(f"{self.where}: the column {column} holds no image.")
             return data
 
-        return Picture(f"{self.path}, row {self.number}, {column}", load)
+        return Picture(f"{self.where}, {column}", load)
 
 
 def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[str] = ("image",)) -> list[ParquetRow]:
@@ -215,45 +112,62 @@ def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[
     Raises:
       UserError: no such column, a row without a question, no Parquet, or pyarrow is not installed.
     """
+    note(files=paths)
     return [row for path in paths for row in _parquet_rows(path, needed, images)]
 
 
 def _parquet_rows(path: Path, needed: Sequence[str], images: Sequence[str]) -> Iterator[ParquetRow]:
     file = _open_parquet(path)
     columns = file.schema_arrow.names
-    _need_columns(path, columns, needed)
+    need_columns(path, columns, needed)
     plain = [name for name in columns if name not in images]
     number = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         rows = file.read_row_group(group, columns=plain).to_pylist() if plain else [{}] * count
         for place, values in enumerate(rows):
-            _check_filled(values, needed, f"{path}, row {number}")
+            check_filled(values, needed, f"{path}, row {number}")
             yield ParquetRow(path, number, group, place, values)
             number += 1
 
 
-@functools.lru_cache(maxsize=8)
 def _open_parquet(path: Path):
+    return _opened(path, _version(path))
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Another one for a file that has been written anew: a training run looks at its benchmarks for days."""
+    try:
+        status = os.stat(path)
+    except OSError as e:
+        raise UserError(f"Cannot read {path}: {e.strerror}.") from e
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: Path, version: tuple[int, ...]):
     try:
         import pyarrow.parquet
     except ImportError as e:
         raise UserError(f"Reading {path} needs pyarrow: pip install 'fusion_jax[eval]'.") from e
     try:
-        return pyarrow.parquet.ParquetFile(open_file(path))
+        file = open_file(path)
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`.")
+        return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{path} is not a Parquet file: {e}.") from e
 
 
 @functools.lru_cache(maxsize=2)
-def _cells(path: Path, group: int, column: str) -> list:
+def _cells(path: Path, version: tuple[int, ...], group: int, column: str) -> list:
     """An image column of one row group. Questions are asked roughly in order, so a group is read about once."""
-    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).to_pylist()
+    return _opened(path, version).read_row_group(group, columns=[column]).column(0).to_pylist()
 
 
 @functools.lru_cache(maxsize=16)
-def _filled(path: Path, group: int, column: str) -> list[bool]:
-    return _open_parquet(path).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
+def _filled(path: Path, version: tuple[int, ...], group: int, column: str) -> list[bool]:
+    return _opened(path, version).read_row_group(group, columns=[column]).column(0).is_valid().to_pylist()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Path]:

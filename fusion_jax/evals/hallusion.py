@@ -21,6 +21,8 @@ from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "HallusionBench.json with the images in hallusion_bench/, or HallusionBench's Parquet files"
+# With and without the questions that have no picture; or in one file.
+_SPLITS = (("default", ("image", "non_image")), ("default", ("image",)), ("default", ("test",)))
 _PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")
 _COLUMNS = (*_PLACE, "question", "visual_input", "gt_answer", "gt_answer_details")
 # The benchmark's own words (github.com/tianyi-lab/HallusionBench, BSD-3-Clause): others would judge differently.
@@ -38,12 +40,12 @@ def read(data_dir: Path) -> list[Question]:
     # The archive's image folder has the benchmark's name as well.
     if folder.path != data_dir and (data_dir / "HallusionBench.json").is_file():
         folder = files.Folder(data_dir, folder.task, folder.expects)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(*_SPLITS):
         return [
             _question(r.values, (r.picture("image"),) if r.has("image") else ())
             for r in files.read_parquet(parquet, _COLUMNS)
         ]
-    path = folder.need("HallusionBench.json")[0]
+    path = folder.one("HallusionBench.json")
     images = folder.images("hallusion_bench", "images", "")
     questions = []
     for number, line in enumerate(files.read_records(path)):

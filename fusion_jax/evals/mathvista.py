@@ -43,10 +43,10 @@ Answer:"""
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mathvista",), "mathvista", DATA)
-    if parquet := folder.find("*testmini*.parquet"):
+    if parquet := folder.parquet(("default", ("testmini",))):
         rows = files.read_parquet(parquet, _COLUMNS, ("decoded_image",))
         return [_question(row.values, row.picture("decoded_image")) for row in rows]
-    path = folder.need("testmini.json")[0]
+    path = folder.one("testmini.json")
     questions = []
     for key, line in files.read_json(path).items():
         row = files.need_keys(line, (*_COLUMNS, "image"), f"{path}, {key}")

@@ -21,14 +21,12 @@ from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, p
 _PASS = 1_000_000
 _LAST_LINE = {"en": choices.BY_LETTER, "cn": "请直接回答选项字母。"}
 _COLUMNS = ("index", "question", "A", "B")
-_INDEX_LENGTH = 64  # an image column this short names another row
 
 
-def _patterns(language: str, split: str) -> tuple[str, ...]:
-    names = [f"*mmbench*{split}*{language}*"]
-    if language == "en":
-        names.append(f"*mmbench_{split}_2*")  # the first release says no language
-    return (*(f"{name}.{ending}" for name in names for ending in ("tsv", "parquet")), f"{split}-*.parquet")
+def _patterns(language: str, split: str, ending: str) -> tuple[str, ...]:
+    named = f"*mmbench*{split}*{language}*.{ending}"
+    # The first release says no language.
+    return (named, f"*mmbench_{split}_2*.{ending}") if language == "en" else (named,)
 
 
 def _data(language: str, split: str) -> str:
@@ -39,26 +37,22 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
     name = f"mmbench_{language}_{split}"
     names = (f"mmbench_{language}", "mmbench-cn" if language == "cn" else "mmbench_en", "mmbench")
     folder = files.open_folder(data_dir, names, name, _data(language, split))
-    paths = folder.need(*_patterns(language, split))
-    rows: list[tuple[dict, Picture]] = []
-    if paths[0].suffix.lower() == ".parquet":
-        rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
-    elif len(paths) > 1:
-        raise folder.wrong(f"there are several such files: {', '.join(path.name for path in paths)}")
+    if folder.find(*_patterns(language, split, "tsv")):
+        paths = [folder.one(*_patterns(language, split, "tsv"))]
+        rows = [(row.values, row.picture) for row in files.read_images(paths[0], _COLUMNS[1:])]
     else:
-        table = files.read_table(paths[0], (*_COLUMNS, "image"))
-        by_index = {row["index"]: row["image"] for row in table}
-        for row in table:
-            data = row["image"]
-            data = by_index.get(data, data) if len(data) <= _INDEX_LENGTH else data
-            rows.append((row, files.decode_base64(data, _where(paths[0], row))))
-    table = [row for row, _ in rows]
-    options = choices.read_options(table, "ABCD", functools.partial(_where, paths[0]), lambda row: _index(row) % _PASS)
+        if folder.find(*_patterns(language, split, "parquet")):
+            paths = [folder.one(*_patterns(language, split, "parquet"))]
+        else:
+            paths = folder.parquet((language, (split,)), ("default", (split,)))
+        paths = paths or folder.need(*_patterns(language, split, "tsv"))
+        rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
+    values, where = [v for v, _ in rows], functools.partial(_where, paths[0])
+    options = choices.read_options(values, "ABCD", where, lambda row: _index(row) % _PASS)
     questions = [_question(language, row, each, image) for (row, image), each in zip(rows, options)]
+    files.check_language(folder, language, [q.text for q in questions])
     if all(int(q.id) < _PASS for q in questions):
         questions = [turned for q in questions for turned in _rotations(language, q)]
-    if split == "dev" and any(q.reference is None for q in questions):
-        raise folder.wrong(f"{paths[0].name} has questions without an answer, as only the test split has,")
     return questions
 
 

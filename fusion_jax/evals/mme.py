@@ -34,7 +34,7 @@ PERCEPTION = (
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mme",), "mme", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         seen = defaultdict(int)
         questions = []
         for row in files.read_parquet(parquet, ("question_id", "question", "answer", "category")):

@@ -20,6 +20,13 @@ from typing import Any
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, percent_by
 
+SUBJECTS = (
+    *("Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory", "Basic_Medical_Science"),
+    *("Biology", "Chemistry", "Clinical_Medicine", "Computer_Science", "Design"),
+    *("Diagnostics_and_Laboratory_Medicine", "Economics", "Electronics", "Energy_and_Power", "Finance", "Geography"),
+    *("History", "Literature", "Manage", "Marketing", "Materials", "Math", "Mechanical_Engineering", "Music"),
+    *("Pharmacy", "Physics", "Psychology", "Public_Health", "Sociology"),
+)
 _IMAGES = tuple(f"image_{n}" for n in range(1, 8))
 _OPEN = choices.SHORT
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -37,8 +44,9 @@ def _data(split: str) -> str:
 def read(split: str, data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmmu",), f"mmmu ({split})", _data(split))
     columns = ("id", "question", "options", "answer", "question_type")
-    rows = files.read_parquet(folder.need(f"{split}-*.parquet", f"*{split}*.parquet"), columns, _IMAGES)
-    return [_question(row) for row in rows]
+    paths = folder.joined_parquet(SUBJECTS, split) or folder.parquet(("default", (split,)))
+    paths = paths or folder.need(f"{split}-*.parquet")
+    return [_question(row) for row in files.read_parquet(paths, columns, _IMAGES)]
 
 
 def _question(row: files.ParquetRow) -> Question:

@@ -16,11 +16,9 @@ _COLUMNS = ("index", "question", "answer", "category", "l2_category")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmstar",), "mmstar", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(*((config, ("val",)) for config in ("val", "default"))):
         return [_question(row.values, row.picture("image")) for row in files.read_parquet(parquet, _COLUMNS)]
-    path = folder.need("*mmstar*.tsv")[0]
-    rows = files.read_table(path, (*_COLUMNS, "image"))
-    return [_question(row, files.decode_base64(row["image"], f"{path}, index {row['index']}")) for row in rows]
+    return [_question(row.values, row.picture) for row in files.read_images(folder.one("*mmstar*.tsv"), _COLUMNS)]
 
 
 def _question(row: dict[str, Any], image: Picture) -> Question:

@@ -50,10 +50,10 @@ characteristics. | 1.0
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mm-vet", "mmvet"), "mmvet", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question_id", "question", "answer", "capability"))
         return [_question(r.values["question_id"], r.values, r.picture("image")) for r in rows]
-    path = folder.need("mm-vet.json")[0]
+    path = folder.one("mm-vet.json")
     images = folder.images("images", "mm-vet/images")
     questions = []
     for key, row in files.read_json(path).items():

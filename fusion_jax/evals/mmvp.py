@@ -22,7 +22,7 @@ _OPTION = re.compile(r"\(([a-z])\)\s*([^(]*)")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmvp",), "mmvp", DATA)
-    path = folder.need("Questions.csv")[0]
+    path = folder.one("Questions.csv")
     images = folder.images("MMVP Images", "MMVP_Images", "images")
     questions = []
     for row in files.read_table(path, _COLUMNS):

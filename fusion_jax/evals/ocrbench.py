@@ -21,7 +21,7 @@ _FORMULAS = "HME100k"
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("ocrbench",), "ocrbench", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("dataset", "question_type", "question", "answer"))
         return [
             _question(
@@ -29,7 +29,7 @@ def read(data_dir: Path) -> list[Question]:
             )
             for n, r in enumerate(rows)
         ]
-    path = folder.need("OCRBench.json")[0]
+    path = folder.one("OCRBench.json")
     images = folder.images("OCRBench_Images", "images", "")
     questions = []
     for n, line in enumerate(files.read_records(path)):

@@ -19,7 +19,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("pope",), "pope", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",)), ("Full", SPLITS)):
         rows = files.read_parquet(parquet, ("question", "answer", "category"))
         return [
             _question(
@@ -30,7 +30,7 @@ def read(data_dir: Path) -> list[Question]:
     images = None
     questions = []
     for split in SPLITS:
-        path = folder.need(f"coco_pope_{split}.json")[0]
+        path = folder.one(f"coco_pope_{split}.json")
         images = images or folder.images("val2014", "coco/val2014", "images", "../coco/val2014", "")
         for number, line in enumerate(files.read_records(path)):
             row = files.need_keys(line, ("image", "text", "label"), f"{path}, line {number + 1}")

@@ -22,20 +22,21 @@ _OPTION = re.compile(r"\b[A-Z]\.\s+([^\n]*)")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("realworldqa",), "realworldqa", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "answer"))
         return [
             _question(str(n), r.values["question"], r.values["answer"], r.picture("image")) for n, r in enumerate(rows)
         ]
-    path = folder.need("*realworldqa*.tsv")[0]
     questions = []
-    rows = files.read_table(path, ("index", "question", "answer", "image"))
-    every = choices.read_options(rows, "ABCDE", lambda row: f"{path}, index {row['index']}", needed=False)
+    path = folder.one("*realworldqa*.tsv")
+    rows = files.read_images(path, ("question", "answer"))
+    values = [row.values for row in rows]
+    every = choices.read_options(values, "ABCDE", lambda v: f"{path}, index {v['index']}", needed=False)
     for row, options in zip(rows, every):
         lettered = choices.lettered(list(options.values()))
-        words = f"{row['question']}\n{lettered}\n{choices.BY_LETTER}" if options else row["question"]
-        image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
-        questions.append(_question(row["index"], words, row["answer"], image))
+        text = row.values["question"]
+        words = f"{text}\n{lettered}\n{choices.BY_LETTER}" if options else text
+        questions.append(_question(row.values["index"], words, row.values["answer"], row.picture))
     return questions
 
 

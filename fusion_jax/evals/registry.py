@@ -10,9 +10,11 @@ from fusion_jax.evals import (
     docvqa,
     hallusion,
     held_out,
+    llava_wild,
     mathvista,
     mmbench,
     mme,
+    mme_realworld,
     mmmu,
     mmstar,
     mmvet,
@@ -50,6 +52,8 @@ TASKS: dict[str, Task] = {
         *vizwiz.TASKS,
         hallusion.TASK,
         mathvista.TASK,
+        llava_wild.TASK,
+        *mme_realworld.TASKS,
     )
 }
 

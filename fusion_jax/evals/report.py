@@ -1,14 +1,14 @@
-"""What an evaluation leaves in its output folder for people: summary.json, summary.md and report.html.
+"""report.html: all figures beside the published ones, and wrong answers with their images, in one file.
 
-All three cover every task that the folder holds answers of, not only those of the last run. A task's part of the
-report is kept beside its predictions, so that an image is read once.
+Like the summary it covers every task that the folder holds answers of, not only those of the last run. A task's part is
+kept beside its predictions, so that an image is read once.
 """
 
 import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from PIL import Image
 
 from fusion_jax.data.image import load_image
 from fusion_jax.errors import BadRecord
-from fusion_jax.evals import published
-from fusion_jax.evals.registry import TASKS
+from fusion_jax.evals import summary
 from fusion_jax.evals.runner import Result
 from fusion_jax.evals.task import Picture, Prediction
 
@@ -26,69 +25,25 @@ _SIDE = 256  # pixels of a thumbnail's longer side
 _PART = "report_part.html"
 
 
-def write(output: Path, header: dict[str, Any], results: Sequence[Result]) -> list[Path]:
-    """Writes or updates the summary and the report; returns their files."""
-    summary = {**header, "tasks": _earlier(output, header)}
+def write(
+    output: Path, header: dict[str, Any], results: Sequence[Result], failed: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Writes or updates the summary and the report; returns their files.
+
+    Args:
+      failed: what went wrong, by the names of tasks that have no result.
+    """
     for result in results:
-        summary["tasks"][result.task.name] = {
-            "scores": result.scores,
-            "seconds": round(result.seconds, 1),
-            "files": [str(path.relative_to(output)) for path in result.files],
-        }
-        (output / result.task.name / _PART).write_text(_section(result), encoding="utf-8", errors="replace")
-    names = [name for name in TASKS if name in summary["tasks"]]
-    summary["tasks"] = {name: summary["tasks"][name] for name in names}
-    table = markdown({name: summary["tasks"][name]["scores"] for name in names})
-    paths = [output / "summary.json", output / "summary.md", output / "report.html"]
-    paths[0].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
-    paths[1].write_text(f"Checkpoint: {header['folder']}\n\n{table}", encoding="utf-8", errors="replace")
-    parts = [output / name / _PART for name in names]
-    paths[2].write_text(
-        _page(summary, [p.read_text(encoding="utf-8") for p in parts if p.exists()]), encoding="utf-8", errors="replace"
+        part = output / result.task.name / _PART
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(_section(result), encoding="utf-8", errors="replace")
+    there, paths = summary.write(output, header, results, failed or {})
+    parts = [output / name / _PART for name in there["tasks"]]
+    page = output / "report.html"
+    page.write_text(
+        _page(there, [p.read_text(encoding="utf-8") for p in parts if p.exists()]), encoding="utf-8", errors="replace"
     )
-    return paths
-
-
-def _earlier(output: Path, header: dict[str, Any]) -> dict[str, Any]:
-    path = output / "summary.json"
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        return there["tasks"] if there["checkpoint"] == header["checkpoint"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def markdown(scores: dict[str, dict[str, Any]]) -> str:
-    """A table of headline figures beside the published ones, then all other figures."""
-    lines = [
-        f"| benchmark | figure | this checkpoint | {' | '.join(published.MODELS)} | questions |",
-        "|---|---|---|" + "---|" * (len(published.MODELS) + 1),
-    ]
-    for name, figures in scores.items():
-        task = TASKS[name]
-        figures_there = published.FIGURES.get(name, ())
-        beside = " | ".join(f"{x:.1f}" for x in figures_there) or " | ".join(" " * len(published.MODELS))
-        figure = figures.get(task.headline)
-        shown = _shown(figure) if figure is not None else "not scored here"
-        lines.append(f"| {task.title} | {task.headline} | {shown} | {beside} | {figures['questions']} |")
-    lines += ["", "All figures:", ""]
-    for name, figures in scores.items():
-        every = ", ".join(f"{key} {_shown(value)}" for key, value in _flat(figures).items() if key != "questions")
-        lines.append(f"- {TASKS[name].title}: {every or 'no figures without the benchmark’s own server or a judge'}")
-    return "\n".join(lines) + "\n"
-
-
-def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in figures.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+    return [*paths, page]
 
 
 def is_wrong(prediction: Prediction) -> bool:
@@ -157,24 +112,22 @@ dd { white-space: pre-wrap } .id { opacity: .6; font-size: .8rem; margin: .5rem 
 """
 
 
-def _page(summary: dict[str, Any], sections: Sequence[str]) -> str:
-    rows = []
-    for name, entry in summary["tasks"].items():
-        task, figures = TASKS[name], entry["scores"]
-        beside = published.FIGURES.get(name, ("",) * len(published.MODELS))
-        figure = figures.get(task.headline)
-        cells = [task.headline, "" if figure is None else _shown(figure), *beside, figures["questions"]]
-        rows.append(
-            f'<tr><td><a href="#{name}">{html.escape(task.title)}</a></td>'
-            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
-            + "</tr>"
-        )
-    heads = ("benchmark", "figure", "this checkpoint", *published.MODELS, "questions")
+def _page(there: dict[str, Any], sections: Sequence[str]) -> str:
+    heads, rows = summary.table(there)
+    body = []
+    for row in rows:
+        first = html.escape(row.cells[0])
+        cells = [f'<a href="#{row.task}">{first}</a>' if row.task in there["tasks"] else first]
+        cells += [html.escape(cell) for cell in row.cells[1:]]
+        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    failed = "".join(
+        f"<p>{html.escape(title)} failed: {html.escape(error)}</p>" for title, error in summary.failures(there)
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1><p>{html.escape(str(summary['folder']))}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1><p>{html.escape(str(there['folder']))}</p>{failed}"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         f"{''.join(sections)}</body></html>\n"
     )

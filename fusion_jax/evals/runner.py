@@ -19,19 +19,13 @@ from tqdm import tqdm
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import predictions as files
-from fusion_jax.evals.choices import LETTERS, is_blank, place
 from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.prepare import Prepared, key, prepare, words
 from fusion_jax.evals.registry import find_tasks
+from fusion_jax.evals.sources import Source
 from fusion_jax.evals.task import Prediction, Question, Task
-from fusion_jax.files import shown
 
 log = logging.getLogger("fusion_jax")
-
-# What reading and scoring raise where a file lacks what the benchmark's own has, or holds something else there.
-_ODD_FILES = (
-    OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError,
-    MemoryError,
-)  # fmt: skip
 
 _WINDOW = 8  # batches whose questions are sorted by length: little padding, and tables are still read in order
 _JUDGE_THREADS = 8
@@ -66,33 +60,45 @@ class Output:
 
 @dataclass(frozen=True)
 class Result:
-    """A task's predictions in the benchmark's order, its figures, and the seconds it took."""
+    """A task's predictions in the benchmark's order, its figures, the seconds it took, and its questions' origin."""
 
     task: Task
     predictions: list[Prediction]
     scores: dict[str, Any]
     seconds: float
     files: list[Path] = dataclasses.field(default_factory=list)
+    source: Source = dataclasses.field(default_factory=Source)
 
 
 def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0) -> dict[str, float]:
     """Figures of some tasks as one flat dict, `task/figure`, for a training loop's metrics.
 
-    No language model is asked to grade, nothing is written.
+    No language model is asked to grade, nothing is written. Of a task whose data cannot be used the log says so, and
+    the others have their figures.
 
     Args:
       answerer: a `generate.Answerer` of the current parameters.
       tasks: names from `registry.TASKS`.
-      data_dir: as for `run_task`.
+      data_dir: as for `prepare`.
       limit: about so many questions a task, spread evenly; 0 for all.
 
     Raises:
-      UserError: unknown task, data folder of the wrong shape, or an image that cannot be read.
+      UserError: unknown task, an image that cannot be decoded, or no task's data can be used.
     """
-    flat = {}
+    prepared, failed = [], []
     for task in find_tasks(tasks):
-        result = run_task(answerer, task, Path(data_dir), limit=limit, progress=False)
-        flat |= {f"{task.name}/{key}": float(v) for key, v in result.scores.items() if isinstance(v, int | float)}
+        try:
+            prepared.append(prepare(task, Path(data_dir), limit))
+        except UserError as error:
+            failed.append(error)
+    if failed and not prepared:
+        raise failed[0]
+    for error in failed:
+        log.warning("evaluation goes on without a task: %s", error)
+    flat = {}
+    for one in prepared:
+        scores = answer_task(answerer, one, progress=False).scores
+        flat |= {f"{one.task.name}/{name}": float(v) for name, v in scores.items() if isinstance(v, int | float)}
     return flat
 
 
@@ -105,27 +111,34 @@ def run_task(
     judge: Judge | None = None,
     progress: bool = True,
 ) -> Result | None:
+    """`prepare` and `answer_task` in one."""
+    return answer_task(answerer, prepare(task, data_dir, limit, progress), output, judge, progress)
+
+
+def answer_task(
+    answerer: Answers,
+    prepared: Prepared,
+    output: Output | None = None,
+    judge: Judge | None = None,
+    progress: bool = True,
+) -> Result | None:
     """Answers and scores a task's questions; only what the output folder does not hold yet is asked.
 
     Args:
-      data_dir: the benchmark's data, or a folder with one folder for each benchmark.
-      limit: about so many questions, spread evenly over the benchmark; 0 for all.
       judge: grades where the official rule asks a language model to.
 
     Returns:
       The result, or None in a process other than 0, which has then answered its share.
 
     Raises:
-      UserError: see `evaluate_tasks`; the output folder holds another checkpoint's answers.
+      UserError: an image cannot be decoded, the output folder holds another checkpoint's answers, other processes'
+        answers do not come, or the judge does not answer.
     """
     start = time.perf_counter()
-    questions = sample(_read(task, data_dir), limit)
-    if not questions:
-        raise UserError(f"{task.name}: {data_dir} holds no questions; expected {task.data}.")
-    _check(task, questions)
+    task, questions = prepared.task, prepared.questions
     if output is None:
         answers: dict[tuple[str, str], str] = {}
-        _ask(answerer, task, questions, progress, lambda q, a: answers.__setitem__(_key(q), a), lambda: None)
+        _ask(answerer, task, questions, progress, lambda q, a: answers.__setitem__(key(q), a), lambda: None)
     else:
         folder = output.folder / task.name
         # In one piece, so that a table's rows are read by one process.
@@ -133,46 +146,23 @@ def run_task(
         share = questions[begin:end]
         part = files.Part(folder, output.index, output.count, {"task": task.name, **output.header})
         done = files.read_answers(folder)
-        missing = [q for q in share if _key(q) not in done]
+        missing = [q for q in share if key(q) not in done]
         if len(missing) < len(share):
             log.info("%s: %d of %d questions are answered already", task.name, len(share) - len(missing), len(share))
         try:
-            _ask(answerer, task, missing, progress, lambda q, a: part.add(q.id, _words(q), a), part.flush)
+            _ask(answerer, task, missing, progress, lambda q, a: part.add(q.id, words(q), a), part.flush)
         finally:
             part.close()
         if output.index:
             return None
-        answers = files.wait_for(folder, {_key(q) for q in questions}, output.patience)
-    predictions = _score(task, [Prediction(q, answers[_key(q)]) for q in questions], judge, output)
+        answers = files.wait_for(folder, {key(q) for q in questions}, output.patience)
+    predictions = _score(task, [Prediction(q, answers[key(q)]) for q in questions], judge, output)
     scores = {"questions": len(predictions), **task.summarise(predictions)}
     written = []
     if output is not None:
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
         written = task.submit(predictions, output.folder / task.name) if task.submit else []
-    return Result(task, predictions, scores, time.perf_counter() - start, written)
-
-
-def _read(task: Task, data_dir: Path) -> list[Question]:
-    """The task's questions; every error says what was expected."""
-    try:
-        return task.read(data_dir)
-    except UserError as error:
-        if "; expected " in str(error):
-            raise
-        raise UserError(f"{task.name}: {str(error).rstrip('.')}; expected {task.data}.") from error
-    except _ODD_FILES as error:
-        said = f"{type(error).__name__}: {shown(error)}"
-        raise UserError(f"{task.name}: a file in {data_dir} cannot be used ({said}); expected {task.data}.") from error
-
-
-def sample(questions: list[Question], limit: int) -> list[Question]:
-    """About `limit` of the questions, evenly spread and with whole groups; all of them for 0."""
-    if not limit or limit >= len(questions):
-        return questions
-    groups = list(dict.fromkeys(q.group or q.id for q in questions))
-    count = max(1, limit * len(groups) // len(questions))
-    chosen = {groups[i * len(groups) // count] for i in range(count)}
-    return [q for q in questions if (q.group or q.id) in chosen]
+    return Result(task, predictions, scores, time.perf_counter() - start, written, prepared.source)
 
 
 def record(task: Task, question: Question) -> Record:
@@ -183,54 +173,6 @@ def record(task: Task, question: Question) -> Record:
     first = question.pictures[0].name if images else None
     where, system = f"{task.name}, question {question.id}", question.about.get("system")
     return Record(question.id, first and Path(first), turns, where, images, system=system)
-
-
-def _key(question: Question) -> tuple[str, str]:
-    return question.id, files.digest(_words(question))
-
-
-def _words(question: Question) -> str:
-    """All words that an answer depends on."""
-    system = question.about.get("system")
-    return question.prompt if system is None else f"{system}\n\n{question.prompt}"
-
-
-def _check(task: Task, questions: Sequence[Question]) -> None:
-    """Ids must differ, files of pictures must be there, and answers must be such that others can be compared with them:
-    said before an hour is spent on answers."""
-    seen = set()
-    for question in questions:
-        try:
-            _key(question)
-            task.score(question, "")
-        except _ODD_FILES as error:
-            raise UserError(
-                f"{task.name}: no answer to the question {shown(question.id)} can be scored ({type(error).__name__}: "
-                f"{shown(error)}); expected {task.data}."
-            ) from error
-        _check_filled(task, question)
-        if question.id in seen:
-            raise UserError(f"{task.name}: two questions have the id {question.id!r}.")
-        seen.add(question.id)
-    missing = [(p.name, q.id) for q in questions for p in q.pictures if p.stored_in_file and not Path(p.name).is_file()]
-    if missing:
-        raise UserError(
-            f"{task.name}: {len(missing)} of {len(questions)} images are missing, the first is {missing[0][0]} "
-            f"(question {missing[0][1]})."
-        )
-
-
-def _check_filled(task: Task, question: Question) -> None:
-    """UserError for an option or an answer that is empty, or an answer that is none of the options."""
-    where, right = f"{task.name}, question {shown(question.id)}", question.reference
-    options = question.about.get("options") or ()
-    texts = list(options.values() if isinstance(options, dict) else options)
-    if any(map(is_blank, texts)):
-        raise UserError(f"{where}: an option is empty.")
-    if right is not None and is_blank(right):
-        raise UserError(f"{where}: the answer is empty.")
-    if texts and isinstance(right, str) and len(right) == 1 and right in LETTERS and right not in texts:
-        place(right, len(texts), where)
 
 
 def _ask(

@@ -15,17 +15,18 @@ from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
 DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
+_CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds the questions with a picture alone
 
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("scienceqa",), "scienceqa", DATA)
-    if parquet := folder.find("*test*.parquet"):
+    if parquet := folder.parquet(*((name, ("test",)) for name in _CONFIGS)):
         rows = files.read_parquet(parquet, ("question", "choices", "answer", "hint"))
         return [
             _question(str(n), row.values, (row.picture("image"),) if row.has("image") else ())
             for n, row in enumerate(rows)
         ]
-    problems, splits = folder.need("problems.json")[0], folder.need("pid_splits.json")[0]
+    problems, splits = folder.one("problems.json"), folder.one("pid_splits.json")
     data = files.read_json(problems)
     pids = files.need_keys(files.read_json(splits), ("test",), str(splits))["test"]
     images = folder.images("images/test", "test", "images", "")

@@ -19,10 +19,10 @@ _KEYS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("seed_bench", "seed-bench", "seed"), "seed_image", DATA)
-    if parquet := folder.find("*.parquet"):
+    if parquet := folder.parquet(("default", ("test",))):
         rows = [row for row in files.read_parquet(parquet, _KEYS) if row.values["data_type"] == "image"]
         return [_question(row.values, row.picture("image", 0), {}) for row in rows]
-    path = folder.need("SEED-Bench.json", "SEED*.json")[0]
+    path = folder.one("SEED-Bench.json", "SEED*.json")
     data = files.need_keys(files.read_json(path), ("questions",), str(path))
     names = {number: name for name, number in data.get("question_type", {}).items()}
     images = folder.images("SEED-Bench-image", "images", "")

@@ -19,10 +19,10 @@ DATA = "TextVQA_0.5.1_val.json with the images in train_images/, or the validati
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("textvqa",), "textvqa", DATA)
-    if parquet := folder.find("*validation*.parquet", "*val*.parquet"):
+    if parquet := folder.parquet(("default", ("validation",)), ("default", ("val",))):
         rows = files.read_parquet(parquet, ("question_id", "question", "answers"))
         return [_question(row.values, row.picture("image")) for row in rows]
-    path = folder.need("TextVQA_*val*.json")[0]
+    path = folder.one("TextVQA_*val*.json")
     images = folder.images("train_images", "train_val_images/train_images", "images", "")
     data = files.need_keys(files.read_json(path), ("data",), str(path))["data"]
     questions = []

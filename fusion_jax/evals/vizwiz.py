@@ -25,10 +25,10 @@ def _data(split: str) -> str:
 
 def read(split: str, data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("vizwiz",), f"vizwiz ({split})", _data(split))
-    if parquet := folder.find(f"{split}*.parquet"):
+    if parquet := folder.parquet(("default", (split,))):
         rows = files.read_parquet(parquet, ("question_id", "question"))
         return [_question(f"{Path(str(r.values['question_id'])).stem}.jpg", r.values, r.picture("image")) for r in rows]
-    path = folder.need(f"{split}.json")[0]
+    path = folder.one(f"{split}.json")
     images = folder.images(split, "images", "")
     questions = []
     for number, line in enumerate(files.read_records(path)):

@@ -50,7 +50,7 @@ def common(folder, *more):
 
 
 def test_two_processes_and_one_alone_say_the_same(prepared, tmp_path):
-    """Also: the output file, the questions shown, and what is left in the folder."""
+    """Also: the output file, the questions shown, what is left in the folder, and a task without data."""
     shared = ("--tasks=held_out,pope", f"--output_dir={tmp_path / 'two'}", "--process_count=2")
     first = start(*common(prepared, *shared, "--process_index=0", f"--output={tmp_path / 'all.json'}", "--show=2"))
     second = start(*common(prepared, *shared, "--process_index=1"))
@@ -70,9 +70,13 @@ def test_two_processes_and_one_alone_say_the_same(prepared, tmp_path):
     for name in ("summary.json", "summary.md", "report.html"):
         assert (tmp_path / "two" / name).stat().st_size > 100
 
-    code, out, err = finish(start(*common(prepared, "--tasks=held_out,pope", f"--output_dir={tmp_path / 'one'}")))
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["held_out"] == scores["held_out"]
+    # Alone, and with a task that has no data: the others are as before, and the exit code says it.
+    code, out, err = finish(start(*common(prepared, "--tasks=mmvp,held_out,pope", f"--output_dir={tmp_path / 'one'}")))
+    assert code == 2 and err.splitlines()[-1].startswith("error: 1 of 3 tasks failed: mmvp: there is no file"), err
+    alone = json.loads(out.splitlines()[-1])
+    assert alone["held_out"] == scores["held_out"] and list(alone["failed"]) == ["mmvp"]
+    assert out.index("mmvp failed") < out.index("held_out: 12 questions from held_out.json in")
+    assert "Failed" in (tmp_path / "one" / "summary.md").read_text()
     rows = [(tmp_path / way / "held_out" / "predictions.jsonl").read_text() for way in ("one", "two")]
     assert rows[0] == rows[1]
 

@@ -1,0 +1,165 @@
+"""A benchmark's folder, and the files in it.
+
+A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder, the benchmarks'
+own archives and the hub use; the hub's cache is such a folder, too. hub.py says which Parquet files of a snapshot are a
+task's.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion_jax.errors import UserError
+from fusion_jax.evals import hub
+from fusion_jax.evals.sources import note
+from fusion_jax.files import read_text
+
+_SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
+_DEPTH = 4  # folders below the data folder in which files are looked for
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_MANY = 20  # questions without one Chinese character: of fewer nothing is said
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One benchmark's data: the folder, and what should be in it, for errors."""
+
+    path: Path
+    task: str
+    expects: str
+    own: bool = False  # named after the benchmark, so that all in it is the benchmark's
+
+    def all(self) -> list[Path]:
+        """All data files, a few levels deep, sorted."""
+        return _listing(self.path)
+
+    def find(self, *patterns: str) -> list[Path]:
+        """Files whose name or path below the folder fits the first pattern that fits any, sorted; case counts not.
+
+        A pattern such as `val/*.json` must fit the end of a path. Empty where none fits.
+        """
+        paths = _listing(self.path)
+        return next((found for pattern in patterns if (found := _matching(paths, pattern))), [])
+
+    def need(self, *patterns: str) -> list[Path]:
+        """The same, with UserError where no pattern fits."""
+        found = self.find(*patterns)
+        if not found:
+            raise self.wrong(f"there is no file {' or '.join(patterns)}")
+        return found
+
+    def one(self, *patterns: str) -> Path:
+        """The file nearest to the top that fits. UserError where there is none, or several lie equally near."""
+        found = self.need(*patterns)
+        depth = min(len(path.parts) for path in found)
+        nearest = [path for path in found if len(path.parts) == depth]
+        if len(nearest) > 1:
+            names = ", ".join(str(path.relative_to(self.path)) for path in nearest)
+            raise self.wrong(f"there are several such files: {names}; keep the one that is meant,")
+        return nearest[0]
+
+    def parquet(self, *wanted: hub.Wanted) -> list[Path]:
+        """The Parquet files of the first of these configs of a hub snapshot; see `hub.choose`."""
+        return self._of_snapshot(lambda: hub.choose(self.path, self.all(), self.own, wanted))
+
+    def joined_parquet(self, configs: Sequence[str], split: str) -> list[Path]:
+        """Those of a split of all these configs; see `hub.join`."""
+        return self._of_snapshot(lambda: hub.join(self.path, self.all(), configs, split))
+
+    def _of_snapshot(self, read: Callable[[], tuple[list[Path], str]]) -> list[Path]:
+        try:
+            paths, config = read()
+        except UserError as error:
+            raise self.wrong(str(error)) from error
+        note(self.path, config, paths)
+        return paths
+
+    def images(self, *names: str) -> Path:
+        """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""
+        for name in names:
+            path = self.path / name
+            if path.is_dir():
+                return path
+        raise self.wrong(f"there is no image folder {' or '.join(repr(name) for name in names)}")
+
+    def wrong(self, what: str) -> UserError:
+        """An error about this folder, with what was expected and what is there."""
+        entries = sorted(os.listdir(self.path))
+        shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
+        return UserError(f"{self.task}: {what} in {self.path} (found: {shown or 'nothing'}); expected {self.expects}.")
+
+
+def open_folder(data_dir: Path, names: Sequence[str], task: str, expects: str) -> Folder:
+    """The benchmark's own folder below `data_dir` (the first of `names` that is there), or `data_dir` itself.
+
+    Case, `-`, `_` and spaces in names do not count, nor what the hub's cache adds (`datasets--ORG--NAME`).
+
+    Raises:
+      UserError: there is no data folder, or there are two folders of one of the names.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{task}: there is no data folder {data_dir}; expected {expects}.")
+    inside = [entry for entry in sorted(data_dir.iterdir()) if entry.is_dir()]
+    for name in names:
+        fit = [entry for entry in inside if _plain(entry.name) == _plain(name)]
+        if len(fit) > 1:
+            both = " and ".join(entry.name for entry in fit)
+            raise UserError(f"{task}: {data_dir} holds {both}; give the one that is meant as --data_dir.")
+        if fit:
+            return _folder(fit[0], task, expects, own=True)
+    return _folder(data_dir, task, expects, own=_plain(data_dir.resolve().name) in map(_plain, names))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.split("--")[-1]).lower()
+
+
+def _folder(path: Path, task: str, expects: str, own: bool) -> Folder:
+    path = _snapshot(path, task)
+    note(path)
+    return Folder(path, task, expects, own)
+
+
+def _snapshot(path: Path, task: str) -> Path:
+    """A folder of the hub's cache as the snapshot inside it; any other as it is. UserError where several are there and
+    none is said to be the newest."""
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir():
+        return path
+    there = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    try:
+        main = read_text(path / "refs" / "main", limit=1000).strip()
+    except (OSError, UnicodeDecodeError):
+        main = ""
+    if main not in there and len(there) != 1:
+        names = ", ".join(there) or "none"
+        raise UserError(f"{task}: {path} holds the snapshots {names}; give the folder of one as --data_dir.")
+    return snapshots / (main if main in there else there[0])
+
+
+def _listing(folder: Path) -> list[Path]:
+    """All data files a few levels deep."""
+    found = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if len(Path(here).relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
+        # Hidden ones are a download's own notes, and what macOS adds to an archive.
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        names = [name for name in names if not name.startswith(".")]
+        found += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
+    return found
+
+
+def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
+    return [path for path in paths if Path(str(path).lower()).match(pattern.lower())]
+
+
+def check_language(folder: Folder, language: str, texts: Sequence[str]) -> None:
+    """UserError where the questions are in the other one of `en` and `cn`: files of both may have one name."""
+    chinese = sum(bool(_CHINESE.search(text)) for text in texts)
+    if language == "en" and 2 * chinese > len(texts):
+        raise folder.wrong("the questions are in Chinese, not in English,")
+    if language == "cn" and not chinese and len(texts) >= _MANY:
+        raise folder.wrong("the questions are in English, not in Chinese,")

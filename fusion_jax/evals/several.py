@@ -1,0 +1,57 @@
+"""Several tasks in one run: all are read and checked before the first question, and one that fails, whether its data
+cannot be read or its judge does not answer, leaves the others their answers and figures."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.cli import explain
+from fusion_jax.errors import RunAgain, UserError, first_line
+from fusion_jax.evals.judge import Judge
+from fusion_jax.evals.prepare import Prepared, prepare
+from fusion_jax.evals.runner import Answers, Output, Result, answer_task
+from fusion_jax.evals.task import Task
+
+log = logging.getLogger("fusion_jax")
+
+Failed = dict[str, str]  # what went wrong, by the names of tasks
+
+
+def prepare_tasks(
+    tasks: Sequence[Task], data_dir: Path, failed: Failed, limit: int = 0, progress: bool = False
+) -> list[Prepared]:
+    """Those tasks that can be asked; the reasons why others cannot go into `failed`. Arguments as for `prepare`."""
+    every = [_attempt(task.name, failed, lambda task=task: prepare(task, data_dir, limit, progress)) for task in tasks]
+    return [one for one in every if one is not None]
+
+
+def answer_tasks(
+    answerer: Answers, prepared: Sequence[Prepared], failed: Failed, output: Output | None = None,
+    judge: Judge | None = None, progress: bool = True,
+) -> Iterator[tuple[Prepared, Result | None]]:  # fmt: skip
+    """Each task with its result as it comes; None for one that fails, and where `answer_task` gives none."""
+    for one in prepared:
+        yield one, _attempt(one.task.name, failed, lambda one=one: answer_task(answerer, one, output, judge, progress))
+
+
+def _attempt(name: str, failed: Failed, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (RunAgain, BrokenPipeError):  # these end the command
+        raise
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            log.exception("%s stopped with an error that it should not have", name)
+        failed[name] = known[1] if known else f"{type(error).__name__}: {first_line(error)}"
+        log.error("%s failed, and the other tasks go on: %s", name, failed[name])
+        return None
+
+
+def failure(failed: Failed, count: int) -> UserError:
+    """The error of a run of `count` tasks that is not whole."""
+    reasons = [error if error.startswith(name) else f"{name}: {error}" for name, error in failed.items()]
+    if len(failed) == count == 1:
+        return UserError(reasons[0])
+    return UserError(f"{len(failed)} of {count} tasks failed: {' '.join(reasons)}")

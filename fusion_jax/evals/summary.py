@@ -1,0 +1,156 @@
+"""What an evaluation leaves in its output folder to compare: summary.json, summary.md and summary.csv.
+
+All cover every task that the folder holds answers of, not only those of the last run. The table has every published
+figure of the family (published.py), and one's own beside it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.evals import published
+from fusion_jax.evals.registry import TASKS
+from fusion_jax.evals.runner import Result
+from fusion_jax.files import shown, write_whole
+
+_LONGEST = 2000  # characters of an error
+
+
+def write(
+    output: Path, header: dict[str, Any], results: Sequence[Result], failed: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Path]]:
+    """Writes or updates the summary; returns it, and its files.
+
+    Args:
+      failed: what went wrong, by the names of tasks that have no result. Earlier figures of theirs stay.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tasks = _earlier(output, header)
+    for result in results:
+        tasks[result.task.name] = {
+            "scores": result.scores,
+            "seconds": round(result.seconds, 1),
+            "files": [str(path.relative_to(output)) for path in result.files],
+            "data": result.source.row(),
+        }
+    for name, error in failed.items():
+        tasks[name] = {**tasks.get(name, {}), "error": shown(error, _LONGEST)}
+    there = {**header, "tasks": {name: tasks[name] for name in TASKS if name in tasks}}
+    paths = [output / f"summary.{ending}" for ending in ("json", "md", "csv")]
+    texts = (json.dumps(there, indent=1, ensure_ascii=False) + "\n", markdown(there), _csv(there))
+    for path, text in zip(paths, texts):
+        write_whole(path, text.encode(errors="replace"))
+    return there, paths
+
+
+def _earlier(output: Path, header: dict[str, Any]) -> dict[str, Any]:
+    path = output / "summary.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        return there["tasks"] if there["checkpoint"] == header["checkpoint"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: the task, the cells, and how the published figures in it were measured."""
+
+    task: str
+    cells: list[str]
+    measured: str = ""
+
+
+def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
+    """Heads and rows: first all published figures with one's own beside them, then the tasks that have none."""
+    heads = ["benchmark", "figure", "this checkpoint", *published.MODELS, "questions"]
+    scores = _scores(there)
+    lines = [Line("", ["visual tokens", "", "", *map(str, published.TOKENS), ""])]
+    known = set()
+    for row in published.ROWS:
+        value, task, figure = row.own(scores)
+        known.add((task, figure))
+        cells = [row.title, figure, _number(value), *map(_number, row.values), _questions(task, scores)]
+        lines.append(Line(task, cells, row.measured))
+    for name, figures in scores.items():
+        task = TASKS[name]
+        if (name, task.headline) not in known:
+            value = figures.get(task.headline)
+            own = "not scored here" if value is None else _number(value)
+            cells = [task.title, task.headline, own, *[""] * len(published.MODELS), _questions(name, scores)]
+            lines.append(Line(name, cells))
+    return heads, lines
+
+
+def failures(there: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Title and error of each task that failed when it was last run."""
+    return [(TASKS[name].title, entry["error"]) for name, entry in there["tasks"].items() if "error" in entry]
+
+
+def markdown(there: Mapping[str, Any]) -> str:
+    """Failures first, then the table, how its figures were measured, all other figures, and the data."""
+    parts = [f"Checkpoint: {there['folder']}"]
+    if failed := failures(there):
+        parts += ["## Failed", _list((title, error) for title, error in failed)]
+    heads, lines = table(there)
+    rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)], *(line.cells for line in lines)]
+    parts += ["\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]
+    parts += ["## How the published figures were measured"]
+    parts += [_list((line.cells[0], line.measured) for line in lines if line.measured)]
+    scores = _scores(there)
+    parts += ["## All figures", _list((TASKS[name].title, _every(figures)) for name, figures in scores.items())]
+    data = {name: there["tasks"][name].get("data") for name in scores}
+    parts += ["## Data", _list((TASKS[name].title, _from(entry)) for name, entry in data.items() if entry)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _list(items) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in items)
+
+
+def _every(figures: Mapping[str, Any]) -> str:
+    every = ", ".join(f"{key} {_number(value)}" for key, value in flat(figures).items() if key != "questions")
+    return every or "no figures without the benchmark’s own server or a judge"
+
+
+def _from(entry: Mapping[str, Any]) -> str:
+    files = entry["files"]
+    names = ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+    return "; ".join(part for part in (entry["config"], names, f"in {entry['folder']}") if part)
+
+
+def _scores(there: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: entry["scores"] for name, entry in there["tasks"].items() if "scores" in entry}
+
+
+def _questions(task: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+    count = scores.get(task, {}).get("questions")
+    return "" if count is None else published.part(task, count) or str(count)
+
+
+def _csv(there: Mapping[str, Any]) -> str:
+    heads, lines = table(there)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["task", *heads], *([line.task, *line.cells] for line in lines)])
+    return text.getvalue()
+
+
+def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Figures inside of others as `by_category/animals`."""
+    every = {}
+    for key, value in figures.items():
+        every |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return every
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
