@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, percent_by
 
 DATA = "mmstar.parquet or MMStar.tsv"
 _COLUMNS = ("index", "question", "answer", "category", "l2_category")
@@ -32,7 +32,12 @@ def _question(row: dict[str, Any], image: Picture) -> Question:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """MMStar's rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
+    letter = choices.ranked_letter(answer, "ABCD")
+    return letter, float(letter == question.reference.upper())
+
+
+def first_letter_score(question: Question, answer: str) -> Scored:
+    """MMStar's own rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
     said = answer.lower().strip().replace("\n", " ")
     right = question.reference.lower()
     letter = said[:1]
@@ -43,11 +48,25 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`average` over the finer categories, as lmms-eval has it, and `accuracy` over the questions, as MMStar has it."""
+    by_l2_category = percent_by(predictions, "l2_category")
     return {
+        "average": sum(by_l2_category.values()) / len(by_l2_category),
         "accuracy": percent([p.score for p in predictions]),
         "by_category": percent_by(predictions, "category"),
-        "by_l2_category": percent_by(predictions, "l2_category"),
+        "by_l2_category": by_l2_category,
     }
 
 
-TASK = Task("mmstar", "MMStar", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "mmstar",
+    "MMStar",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="average",
+    max_tokens=1024,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.LMMS_EVAL_OLD, first_letter_score),
+)

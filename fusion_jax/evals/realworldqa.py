@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent
 
 DATA = "the test split in Parquet files, or RealWorldQA.tsv"
 _DIGITS = dict(
@@ -30,9 +30,9 @@ def read(data_dir: Path) -> list[Question]:
     path = folder.need("*realworldqa*.tsv")[0]
     questions = []
     rows = files.read_table(path, ("index", "question", "answer", "image"))
-    every = choices.read_options(rows, "ABCDE", lambda row: f"{path}, index {row['index']}", needed=False)
+    every = choices.read_options(rows, lambda row: f"{path}, index {row['index']}", needed=False)
     for row, options in zip(rows, every):
-        lettered = choices.lettered(list(options.values()))
+        lettered = choices.lettered(options)
         words = f"{row['question']}\n{lettered}\n{choices.BY_LETTER}" if options else row["question"]
         image = files.decode_base64(row["image"], f"{path}, index {row['index']}")
         questions.append(_question(row["index"], words, row["answer"], image))
@@ -44,7 +44,7 @@ def _question(key: str, text: str, answer: str, image: Picture) -> Question:
 
 
 def parse(answer: str, question: str) -> str:
-    """lmms-eval's flexible rule: numbers up to ten as digits, no marks, and the letter of the first option whose text
+    """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option whose text
     is in the answer."""
     said = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
     options = [text.strip() for text in _OPTION.findall(question)]
@@ -55,6 +55,16 @@ def parse(answer: str, question: str) -> str:
 
 
 def score(question: Question, answer: str) -> Scored:
+    """By lmms-eval's general rule for letters where the reference is one of the first four; otherwise the whole answer
+    but for case and periods at its end."""
+    if question.reference.upper() in tuple("ABCD"):
+        said = choices.ranked_letter(answer, "ABCD")
+        return said, float(said == question.reference.upper())
+    said = answer.lower().strip().rstrip(".")
+    return said, float(said == question.reference.lower())
+
+
+def flexible_score(question: Question, answer: str) -> Scored:
     def plain(text: str) -> str:
         return text.lower().translate(str.maketrans("", "", string.punctuation))
 
@@ -66,4 +76,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"accuracy": percent([p.score for p in predictions])}
 
 
-TASK = Task("realworldqa", "RealWorldQA", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "realworldqa",
+    "RealWorldQA",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=16,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.LMMS_EVAL_OLD, flexible_score),
+)

@@ -75,7 +75,9 @@ class Result:
     files: list[Path] = dataclasses.field(default_factory=list)
 
 
-def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0) -> dict[str, float]:
+def evaluate_tasks(
+    answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0, rule: str = "official"
+) -> dict[str, float]:
     """Figures of some tasks as one flat dict, `task/figure`, for a training loop's metrics.
 
     No language model is asked to grade, nothing is written.
@@ -85,12 +87,13 @@ def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str
       tasks: names from `registry.TASKS`.
       data_dir: as for `run_task`.
       limit: about so many questions a task, spread evenly; 0 for all.
+      rule: `published` to ask and score as for the published figures.
 
     Raises:
       UserError: unknown task, data folder of the wrong shape, or an image that cannot be read.
     """
     flat = {}
-    for task in find_tasks(tasks):
+    for task in find_tasks(tasks, rule):
         result = run_task(answerer, task, Path(data_dir), limit=limit, progress=False)
         flat |= {f"{task.name}/{key}": float(v) for key, v in result.scores.items() if isinstance(v, int | float)}
     return flat
@@ -144,7 +147,7 @@ def run_task(
             return None
         answers = files.wait_for(folder, {_key(q) for q in questions}, output.patience)
     predictions = _score(task, [Prediction(q, answers[_key(q)]) for q in questions], judge, output)
-    scores = {"questions": len(predictions), **task.summarise(predictions)}
+    scores = {"questions": len(predictions), **task.summarise(predictions), **_by_published_rule(task, predictions)}
     written = []
     if output is not None:
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
@@ -224,13 +227,14 @@ def _check_filled(task: Task, question: Question) -> None:
     """UserError for an option or an answer that is empty, or an answer that is none of the options."""
     where, right = f"{task.name}, question {shown(question.id)}", question.reference
     options = question.about.get("options") or ()
-    texts = list(options.values() if isinstance(options, dict) else options)
+    by_letter = options if isinstance(options, dict) else dict(zip(LETTERS, options))
+    texts = list(by_letter.values())
     if any(map(is_blank, texts)):
         raise UserError(f"{where}: an option is empty.")
     if right is not None and is_blank(right):
         raise UserError(f"{where}: the answer is empty.")
     if texts and isinstance(right, str) and len(right) == 1 and right in LETTERS and right not in texts:
-        place(right, len(texts), where)
+        place(right, list(by_letter), where)
 
 
 def _ask(
@@ -280,6 +284,17 @@ def _score(task: Task, predictions: list[Prediction], judge: Judge | None, outpu
     else:
         scored = _judge(task, predictions, judge, output)
     return [dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in zip(predictions, scored)]
+
+
+def _by_published_rule(task: Task, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The published figure by the rule that it was made with, from the same answers, where that is another rule."""
+    rule = task.published
+    if rule is None or not rule.same_answers or any(p.score is None for p in predictions):
+        return {}
+    scored = [(p, (rule.score or task.score)(p.question, p.answer)) for p in predictions]
+    figures = task.summarise([dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in scored])
+    headline = rule.headline or task.headline
+    return {f"{headline} (rule=published)": figures[headline]} if headline in figures else {}
 
 
 def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Output | None) -> list[tuple]:
