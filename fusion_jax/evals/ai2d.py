@@ -42,7 +42,8 @@ def _from_tsv(path: Path) -> list[Question]:
     questions = []
     for row, options in zip(rows, choices.read_options(rows, where)):
         image = files.decode_base64(row["image"], where(row))
-        questions.append(_question(row["index"], row["question"], options, str(row["answer"]).strip(), image))
+        right = [*options][choices.place(row["answer"], [*options], where(row))]
+        questions.append(_question(row["index"], row["question"], options, right, image))
     return questions
 
 

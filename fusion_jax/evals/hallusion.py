@@ -67,7 +67,7 @@ def _scored(question: Question, verdict: int) -> Scored:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """VLMEvalKit's rule: right or wrong by the one of the words yes and no that is there; unclear with both or neither."""
+    """VLMEvalKit's rule: right or wrong by the one of the words yes and no that is there; unclear with both or none."""
     said = {"yes", "no"} & set(vqa.punctuation(answer.lower(), vqa.ONE_COMMA).split())
     return _scored(question, 2 if len(said) != 1 else int(said == {question.reference}))
 

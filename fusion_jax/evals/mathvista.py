@@ -116,9 +116,10 @@ def read_in_other_words(data_dir: Path) -> list[Question]:
 def _short_query(question: Question) -> str:
     about = question.about
     unit = f" (Unit: {about['unit']})" if about["unit"] else ""
+    places, _ = _PLACES.get(about["precision"], ("", ""))
     last = {
         "integer": "Answer the question using a single integer number.",
-        "float": f"Answer the question using a single floating-point number with {_PLACES.get(about['precision'], ('',))[0]}.",
+        "float": f"Answer the question using a single floating-point number with {places}.",
         "list": "Answer the question using a Python list.",
     }
     last = choices.BY_LETTER if about["question_type"] == "multi_choice" else last[about["answer_type"]]
@@ -180,18 +181,18 @@ def normalise(extraction: str, about: dict[str, Any]) -> str | None:
     return extraction
 
 
-def _scored(question: Question, extraction: str) -> Scored:
+def scored(question: Question, extraction: str) -> Scored:
     said = normalise(extraction, question.about)
-    return said, float(said is not None and said == question.reference)
+    return said, float(said is not None and said.strip() == str(question.reference).strip())
 
 
 def score(question: Question, answer: str) -> Scored:
-    return _scored(question, extract(answer.strip(), question.about))
+    return scored(question, extract(answer.strip(), question.about))
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
     done = ready(answer.strip(), question.about)
-    return _scored(question, judge.ask(_EXTRACTION.format(question.prompt, answer), 64) if done is None else done)
+    return scored(question, judge.ask(_EXTRACTION.format(question.prompt, answer), 64) if done is None else done)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:

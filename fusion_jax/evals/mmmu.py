@@ -5,8 +5,8 @@
     options (a Python list as text), answer, question_type, image_1 ... image_7
 
 Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Reading of answers
-as in lmms-eval; where that draws a choice at random, the question's id decides here. The test split
-has no answers; it becomes a file for the server.
+as in lmms-eval, which has it from the benchmark's eval_utils.py; where that draws a choice at random, the question's id
+decides here. The test split has no answers; it becomes a file for the server.
 """
 
 import ast
@@ -63,6 +63,7 @@ def _question(row: files.ParquetRow) -> Question:
 def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
     """The letter: in brackets, before a space, before a period, or by its text in an answer of over five words; the
     last of several, as a word between spaces where there are no brackets."""
+    answer = answer.strip()
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer = f" {answer} "

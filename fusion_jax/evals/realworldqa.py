@@ -44,8 +44,8 @@ def _question(key: str, text: str, answer: str, image: Picture) -> Question:
 
 
 def parse(answer: str, question: str) -> str:
-    """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option whose text
-    is in the answer."""
+    """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option
+    whose text is in the answer."""
     said = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
     options = [text.strip() for text in _OPTION.findall(question)]
     found = re.search("|".join(map(re.escape, options)), said) if options else None

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from bench_files import Rule, cell, image_bytes, write_image, write_json, write_parquet
 
-from fusion_jax.evals import hallusion, mathvista, mmmu, mmstar, realworldqa
+from fusion_jax.evals import choices, hallusion, mathvista, mmmu, mmstar, realworldqa
 from fusion_jax.evals.registry import TASKS
 from fusion_jax.evals.runner import Output, record, run_task
 from fusion_jax.evals.task import Question
@@ -21,6 +21,7 @@ OPTIONS = ["a cat", "a dog", "a red house"]
     [
         ("B", "B"),
         ("B.", "B"),
+        ("B. dog", "B"),
         ("(B)", "B"),
         ("(A) or rather (C)", "C"),  # the last one counts
         ("first A then B", "B"),
@@ -33,7 +34,7 @@ def test_mmmu_choices(answer, letter):
     assert mmmu.parse_choice(answer, OPTIONS, "id") == letter
 
 
-@pytest.mark.parametrize("answer", ["", "B) dog", "B. dog", "a red house", "b"])
+@pytest.mark.parametrize("answer", ["", "B) dog", "a red house", "b"])
 def test_mmmu_draws_where_the_official_rule_does_and_always_the_same(answer):
     draws = {mmmu.parse_choice(answer, OPTIONS, f"id {n}") for n in range(30)}
     assert draws == {"A", "B", "C"}
@@ -112,8 +113,33 @@ def test_mmmu_test_split_becomes_a_submission(tmp_path):
         *[(said, 0) for said in ("Answer: B", "It is B", "", "(", "A", "The answer is (B)")],
     ],
 )
-def test_mmstar_looks_at_the_start(answer, right):
-    assert mmstar.score(Question("1", "", "B"), answer)[1] == right
+def test_mmstar_looked_at_the_start(answer, right):
+    assert mmstar.first_letter_score(Question("1", "", "B"), answer)[1] == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *[
+            (said, "B")
+            for said in (
+                "B",
+                "(B) dog",
+                "It is B",
+                "The answer is (B)",
+                "a dog, or B",
+                "BOTH",
+                "답은 B",
+                "It is A) or (B)",
+            )
+        ],
+        *[(said, "") for said in ("b", "", "(", "option b")],
+        ("A dog is what I see", "A"),  # at the start counts most, article or not
+        ("answer is D, no, the answer is C here", "C"),  # the last one behind any phrase
+    ],
+)
+def test_the_letter_in_the_most_trusted_form(answer, letter):
+    assert choices.ranked_letter(answer, "ABCD") == letter
 
 
 @pytest.mark.parametrize("form", ["parquet", "tsv"])
@@ -130,6 +156,7 @@ def test_mmstar_files(tmp_path, form):
         lines += ["\t".join([f'"{v}"' for v in row.values()] + [picture]) for row in rows]
         (tmp_path / "MMStar.tsv").write_text("\n".join(lines) + "\n")
     result = run(Rule(lambda _: "A"), mmstar.TASK, tmp_path)
+    assert result.scores["average"] == result.scores["average (rule=published)"] == 100.0
     assert result.scores["accuracy"] == 100.0 and result.scores["by_category"] == {"logic": 100.0, "math": 100.0}
     assert result.predictions[0].question.prompt.endswith(
         "B: y\nAnswer with the option's letter from the given choices directly"
@@ -160,7 +187,9 @@ def test_realworldqa_end_to_end(tmp_path):
         {"question": "How many?", "answer": "2", "image": cell()},
     ]
     write_parquet(tmp_path / "data" / "test-0.parquet", rows)
-    result = run(Rule(lambda w: "c" if "way" in w else "Two"), realworldqa.TASK, tmp_path)
+    result = run(Rule(lambda w: "Right" if "way" in w else "Two"), realworldqa.TASK, tmp_path)
+    assert result.scores["accuracy"] == 0.0 and result.scores["accuracy (rule=published)"] == 100.0
+    result = run(Rule(lambda w: "(C)" if "way" in w else "2."), realworldqa.TASK, tmp_path)
     assert result.scores["accuracy"] == 100.0 and result.predictions[0].question.prompt == CAR
 
 
