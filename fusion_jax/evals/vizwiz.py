@@ -83,7 +83,7 @@ def _task(split: str) -> Task:
         max_tokens=128,
         submit=submit,
         rule="VizWiz's vqaEval.py, 2018",
-        published=Rule(choices.LMMS_EVAL, normalised_score),
+        published=Rule(choices.LMMS_EVAL, normalised_score) if split == "val" else None,
     )
 
 
