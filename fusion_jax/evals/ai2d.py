@@ -40,7 +40,7 @@ def _from_tsv(path: Path) -> list[Question]:
 
     rows = files.read_table(path, ("index", "question", "A", "answer", "image"))
     questions = []
-    for row, options in zip(rows, choices.read_options(rows, where)):
+    for row, options in zip(rows, choices.read_options(rows, choices.LETTERS, where)):
         image = files.decode_base64(row["image"], where(row))
         right = [*options][choices.place(row["answer"], [*options], where(row))]
         questions.append(_question(row["index"], row["question"], options, right, image))

@@ -38,11 +38,12 @@ def is_missing(value: object) -> bool:
 
 def read_options(
     rows: Sequence[Mapping[str, Any]],
+    letters: str,
     where: Callable[[Mapping[str, Any]], str],
     group: Callable[[Mapping[str, Any]], Hashable] = id,
     needed: bool = True,
 ) -> list[dict[str, str]]:
-    """The options of each row of a table by their letters: the columns A, B, C and so on whose cell is not blank.
+    """The options of each row of a table by their letters: those columns among `letters` whose cell is not blank.
 
     Every text is an option, `None` and `nan` too. But no question has the same option twice: where some row of the file
     ends with one of these two words twice, the file writes it for nothing, and no row's last cells that read so are
@@ -51,13 +52,14 @@ def read_options(
 
     Args:
       rows: with the columns of their options, as far as they have them, and `answer`.
+      letters: columns that may hold options.
       where: names a row for messages. group: what the rotations of a question have in common.
       needed: there are at least two options, and a letter as the answer; otherwise a row may have none.
 
     Raises:
       UserError: an answer that is none of the options, or too few options.
     """
-    every = [{x: _text(row[x]) for x in LETTERS if x in row and not is_blank(row[x])} for row in rows]
+    every = [{x: _text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
     nothing = {word for options in every if (word := _written_twice(options))}
     real = set()
     for row, options in zip(rows, every) if nothing else ():

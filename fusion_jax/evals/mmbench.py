@@ -54,7 +54,9 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
             data = by_index.get(data, data) if len(data) <= _INDEX_LENGTH else data
             rows.append((row, files.decode_base64(data, _where(paths[0], row))))
     table = [row for row, _ in rows]
-    options = choices.read_options(table, functools.partial(_where, paths[0]), lambda row: _index(row) % _PASS)
+    options = choices.read_options(
+        table, choices.LETTERS, functools.partial(_where, paths[0]), lambda row: _index(row) % _PASS
+    )
     questions = [_question(language, row, each, image) for (row, image), each in zip(rows, options)]
     if all(int(q.id) < _PASS for q in questions):
         questions = [turned for q in questions for turned in _rotations(language, q)]

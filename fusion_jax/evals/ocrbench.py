@@ -94,5 +94,5 @@ TASK = Task(
     headline="final_score",
     max_tokens=128,
     rule=choices.LMMS_EVAL,
-    published=Rule(choices.LMMS_EVAL_OLD, lower_case_score),
+    published=Rule(choices.LMMS_EVAL_OLD, lower_case_score, headline="accuracy"),
 )

@@ -30,7 +30,7 @@ def read(data_dir: Path) -> list[Question]:
     path = folder.need("*realworldqa*.tsv")[0]
     questions = []
     rows = files.read_table(path, ("index", "question", "answer", "image"))
-    every = choices.read_options(rows, lambda row: f"{path}, index {row['index']}", needed=False)
+    every = choices.read_options(rows, choices.LETTERS, lambda row: f"{path}, index {row['index']}", needed=False)
     for row, options in zip(rows, every):
         lettered = choices.lettered(options)
         words = f"{row['question']}\n{lettered}\n{choices.BY_LETTER}" if options else row["question"]

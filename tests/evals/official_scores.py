@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nasty_answers import answers
 
@@ -90,11 +91,11 @@ def _anls(q: Question, said: str) -> float:
 
 
 def _mmmu(q: Question, said: str) -> float:
-    random.choice = lambda letters: random.Random(q.id).choice(letters)  # as ours draws
     utils, multiple = _utils("mmmu"), q.about["multiple"]
     kind = "multiple-choice" if multiple else "open"
     doc = {"question_type": kind, "options": str(q.about["options"]), "id": "validation_Art_1", "answer": q.reference}
-    parsed = utils.mmmu_process_results(doc, [said.strip()])["mmmu_acc"]["parsed_pred"]
+    with mock.patch.object(random, "choice", random.Random(q.id).choice):  # as ours draws
+        parsed = utils.mmmu_process_results(doc, [said.strip()])["mmmu_acc"]["parsed_pred"]
     judge = utils.eval_multi_choice if multiple else utils.eval_open
     return float(judge(q.reference, parsed[0]))
 
