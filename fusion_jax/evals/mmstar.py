@@ -1,6 +1,7 @@
 """MMStar: 1500 multiple choice questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
 
-mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image
+mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image; where
+the question has no options with it, A, B, C and D
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,12 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(row: dict[str, Any], image: Picture) -> Question:
     words = row["question"].strip()
+    (options,) = choices.read_options([row], choices.LETTERS, lambda row: f"index {row['index']}", needed=False)
+    if options and "Options:" not in words:
+        words += "\nOptions: " + ", ".join(f"{letter}: {text}" for letter, text in options.items())
     # The published prompt has no period at its end here.
     prompt = f"{words}\n{choices.BY_LETTER.rstrip('.')}"
-    about = {"category": row["category"], "l2_category": row["l2_category"]}
+    about = {"category": row["category"], "l2_category": row["l2_category"]} | ({"options": options} if options else {})
     return Question(str(row["index"]), prompt, row["answer"].strip(), (image,), words, about)
 
 

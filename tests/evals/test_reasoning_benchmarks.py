@@ -163,6 +163,14 @@ def test_mmstar_files(tmp_path, form):
     )
 
 
+def test_mmstar_with_options_in_columns_of_their_own(tmp_path):
+    columns = ("index", "question", "A", "B", "C", "D", "answer", "category", "l2_category", "image")
+    row = (1, "Which?", "None", "", "nan", "0", "D", "math", "geometry", base64.b64encode(image_bytes()).decode())
+    (tmp_path / "MMStar.tsv").write_text("\n".join("\t".join(map(str, line)) for line in (columns, row)) + "\n")
+    (question,) = mmstar.read(tmp_path)
+    assert question.prompt.startswith("Which?\nOptions: A: None, C: nan, D: 0\nAnswer") and question.reference == "D"
+
+
 CAR = "Which way?\nA. Left\nB. Turn right\nC. Right\nPlease answer directly with only the letter."
 
 
