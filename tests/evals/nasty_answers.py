@@ -27,6 +27,26 @@ DRESS += [
     "{}\tx",
     "{}；",
 ]
+PHRASES = [
+    "I pick",
+    "i choose",
+    "I select",
+    "my answer is",
+    "my choice is",
+    "choice is",
+    "the correct choice is",
+    "답:",
+]
+PHRASES += [
+    "best option is",
+    "the best option is",
+    "the correct option is",
+    "best answer is",
+    "the answer is",
+    "옵션",
+    "选",
+]
+DRESS += [f"so {phrase} {{}} here, not B now" for phrase in PHRASES] + ["answer is A it says, no, choice is {} though"]
 TEXTS = [
     "a dog",
     "A DOG.",

@@ -7,7 +7,7 @@ import official_scores
 import pytest
 from nasty_answers import answers
 
-from fusion_jax.evals import chartqa, docvqa, mathvista, mmmu, vqa
+from fusion_jax.evals import chartqa, choices, docvqa, mathvista, mmmu, vqa
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fusion_jax[lmms_eval]'")
 
@@ -29,6 +29,11 @@ def test_scores_of_nasty_answers(name):
     for question, ours, theirs in zip(case.questions, case.scores(said, ours=True), case.scores(said, ours=False)):
         different = [(a, mine, right) for a, mine, right in zip(said, ours, theirs) if mine != right]
         assert not different, (question.reference, different[:5])
+
+
+def test_phrases_in_front_of_letters():
+    official = pytest.importorskip("lmms_eval.tasks._task_utils.mcq_extract")
+    assert set(official._ANSWER_PHRASES) == set(choices._PHRASES)
 
 
 def test_vqa_normaliser():

@@ -163,6 +163,25 @@ def test_mmstar_files(tmp_path, form):
     )
 
 
+BEHIND = ["answer is", "the Answer is", "the correct answer is", "best answer is", "my answer is", "correct option is"]
+BEHIND += [
+    "the best option is",
+    "choice is",
+    "the choice is",
+    "correct choice is",
+    "my choice is",
+    "I choose",
+    "I select",
+]
+BEHIND += ["I pick", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
+
+
+@pytest.mark.parametrize("phrase", BEHIND)
+def test_a_letter_behind_a_phrase_is_trusted_more_than_one_in_brackets(phrase):
+    assert choices.ranked_letter(f"so (C)? {phrase} A here", "ABCD") == "A"
+    assert choices.ranked_letter("so (C)? is A here", "ABCD") == "C"
+
+
 def test_mmstar_with_options_in_columns_of_their_own(tmp_path):
     columns = ("index", "question", "A", "B", "C", "D", "answer", "category", "l2_category", "image")
     row = (1, "Which?", "None", "", "nan", "0", "D", "math", "geometry", base64.b64encode(image_bytes()).decode())
