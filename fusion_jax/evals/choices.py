@@ -141,8 +141,8 @@ def scripted_letter(answer: str) -> str:
     """
     if answer in tuple("ABCDEF"):
         return answer
-    found = re.search(r"([A-F])\.|([A-F]),|([A-F])\n|\(([A-F])\)", answer)
-    return found[found.lastindex] if found else ""
+    match = re.search(r"([A-F])\.|([A-F]),|([A-F])\n|\(([A-F])\)", answer)
+    return match[match.lastindex] if match else ""
 
 
 def ranked_letter(answer: str, letters: Sequence[str]) -> str:
@@ -156,22 +156,22 @@ def ranked_letter(answer: str, letters: Sequence[str]) -> str:
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     text = f" {text} "
-    found = []  # rank, place, letter
+    places = []  # rank, place, letter
     for rank, form in enumerate(_FORMS, 1):
-        found += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
+        places += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
     said = text.lower()
     for phrase in _PHRASES:
         behind = said.find(phrase) + len(phrase)
         if phrase in said:
-            found += [(6, text.find(x, behind), x) for x in letters if text.find(x, behind) >= 0]
+            places += [(6, text.find(x, behind), x) for x in letters if text.find(x, behind) >= 0]
     core = text.strip()
     for x in letters:
         if core.endswith(x) and not core[-2:-1].isalpha():
-            found.append((7, len(text), x))
+            places.append((7, len(text), x))
         if core.startswith(x) and not core[1:2].isalpha():
-            found.append((8, 0, x))
-    found = found or [(0, text.rfind(x), x) for x in letters if x in text]
-    return max(found, key=lambda one: one[:2])[2] if found else ""
+            places.append((8, 0, x))
+    places = places or [(0, text.rfind(x), x) for x in letters if x in text]
+    return max(places, key=lambda one: one[:2])[2] if places else ""
 
 
 _FORMS = ("{} ", "{})", "{}:", "{}.", "({})")

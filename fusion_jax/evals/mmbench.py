@@ -144,8 +144,8 @@ def static_letter(answer: str, options: dict[str, str]) -> str:
         named = [x for x in "ABCDE" if f"{before}{x}{behind}" in words]
         if len(named) == 1 and not (before == behind == "" and "A" in words and len(words) > 3):
             return named[0]
-    found = [letter for letter, text in options.items() if text.lower() in said]
-    return found[0] if len(found) == 1 else choices.ranked_letter(answer, list(options))
+    named = [letter for letter, text in options.items() if text.lower() in said]
+    return named[0] if len(named) == 1 else choices.ranked_letter(answer, list(options))
 
 
 _AROUND = [("", behind) for behind in ("", ".", ",", ":", ")", ").")] + [("(", ")"), ("(", ").")]

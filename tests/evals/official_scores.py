@@ -140,10 +140,10 @@ def _process(name: str, figure: str, doc: Callable[[Question], dict[str, Any]], 
     """A task whose process_results says the score, as `figure` or within it."""
 
     def theirs(q: Question, said: str) -> float:
-        found = getattr(_utils(name), f"{'sqa' if name == 'scienceqa' else name}_process_results")(
+        result = getattr(_utils(name), f"{'sqa' if name == 'scienceqa' else name}_process_results")(
             doc(q), [said.strip()]
         )
-        return found[figure][key] if key else found[figure]
+        return result[figure][key] if key else result[figure]
 
     return theirs
 
@@ -289,8 +289,8 @@ def main(source: str) -> None:
     said = answers(COUNT, SEED)
     if stored.get("answers") != said:
         stored = {"answers": said, "scores": {}}
-    found = {name: [packed(s) for s in case.scores(said, ours=False)] for name, case in CASES[source].items()}
-    stored["scores"] = dict(sorted({**stored["scores"], source: found}.items()))
+    result = {name: [packed(s) for s in case.scores(said, ours=False)] for name, case in CASES[source].items()}
+    stored["scores"] = dict(sorted({**stored["scores"], source: result}.items()))
     FILE.write_text(json.dumps(stored, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
 
 

@@ -57,8 +57,8 @@ def test_letters_are_read_as_in_the_scripts_of_the_published_figures(task):
 
 def test_any_answer_is_read_as_by_the_published_expression():
     for answer in nasty_answers.answers(2000, seed=1):
-        found = re.findall(r"([A-F])\.|([A-F]),|([A-F])\n|\(([A-F])\)", answer)
-        letter = answer if answer in [*"ABCDEF"] else "".join(found[0]) if found else ""
+        matches = re.findall(r"([A-F])\.|([A-F]),|([A-F])\n|\(([A-F])\)", answer)
+        letter = answer if answer in [*"ABCDEF"] else "".join(matches[0]) if matches else ""
         assert choices.scripted_letter(answer) == letter, answer
 
 
