@@ -31,6 +31,9 @@ log = logging.getLogger("fusion_jax")
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "step folder, stage folder or workdir")
 _TASKS = flags.DEFINE_list("tasks", ["held_out"], f"which of: {', '.join(TASKS)}")
+_RULE = flags.DEFINE_enum(
+    "rule", "official", ["official", "published"], "ask and score by a task's own rule, or as for the published figures"
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with a task's data, or with one folder for each task")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for scores and all answers")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "folder for predictions, submissions, summary and report")
@@ -51,7 +54,7 @@ _PATIENCE = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     del argv
     check(bool(_CHECKPOINT.value and _DATA_DIR.value), "Give --checkpoint DIR and --data_dir DIR.")
-    tasks = find_tasks(_TASKS.value)
+    tasks = find_tasks(_TASKS.value, _RULE.value)
     index, count = _INDEX.value, _COUNT.value
     check(_LIMIT.value >= 0, f"--limit={_LIMIT.value} must not be negative.")
     check(_ROWS.value >= 1, f"--batch_size={_ROWS.value} must be at least 1.")

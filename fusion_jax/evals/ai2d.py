@@ -6,6 +6,7 @@ the archive         questions/NAME.png.json, images/NAME.png, ai2d_test_ids.csv
 """
 
 import re
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 from fusion_jax.files import read_text
 
+_NO_MARKS = str.maketrans("", "", string.punctuation)
 DATA = "the test split in Parquet files, AI2D_TEST.tsv, or questions/, images/ and ai2d_test_ids.csv"
 
 
@@ -22,7 +24,9 @@ def read(data_dir: Path) -> list[Question]:
     if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "options", "answer"))
         return [
-            _question(str(n), r.values["question"], r.values["options"], int(r.values["answer"]), r.picture("image"))
+            _question(
+                str(n), r.values["question"], *_lettered(r.values["options"], r.values["answer"]), r.picture("image")
+            )
             for n, r in enumerate(rows)
         ]
     if folder.find("ai2d_test.tsv"):
@@ -32,12 +36,12 @@ def read(data_dir: Path) -> list[Question]:
 
 def _from_tsv(path: Path) -> list[Question]:
     rows = files.read_images(path, ("question", "A", "answer"))
-    every = choices.read_options([row.values for row in rows], "ABCDE", lambda v: f"{path}, index {v['index']}")
+    every = choices.read_options([row.values for row in rows], lambda v: f"{path}, index {v['index']}")
     questions = []
     for row, options in zip(rows, every):
         v = row.values
-        right = choices.place(v["answer"], len(options), row.where)
-        questions.append(_question(v["index"], v["question"], list(options.values()), right, row.picture))
+        right = [*options][choices.place(v["answer"], [*options], row.where)]
+        questions.append(_question(v["index"], v["question"], options, right, row.picture))
     return questions
 
 
@@ -51,21 +55,25 @@ def _from_archive(folder: files.Folder) -> Iterator[Question]:
             data = files.need_keys(files.read_json(file), ("questions",), str(file))
             for text, q in data["questions"].items():
                 files.need_keys(q, ("answerTexts", "correctAnswer", "questionId"), f"{file}, {text!r}")
-                right = int(q["correctAnswer"])
-                yield _question(q["questionId"], text, q["answerTexts"], right, picture(images / name))
+                options, right = _lettered(q["answerTexts"], q["correctAnswer"])
+                yield _question(q["questionId"], text, options, right, picture(images / name))
 
 
-def _question(key: str, text: str, options: Sequence[str], right: int, image: Picture) -> Question:
-    options = list(options)
+def _lettered(options: Sequence[str], right: str | int) -> tuple[dict[str, str], str]:
+    """The options by their letters, and the letter of the right one, which the files number from 0."""
+    return dict(zip(choices.LETTERS, options)), choices.LETTERS[int(right)]
+
+
+def _question(key: str, text: str, options: dict[str, str], right: str, image: Picture) -> Question:
     prompt = f"{text}\n{choices.lettered(options)}\n{choices.BY_LETTER}"
-    return Question(key, prompt, choices.LETTERS[right], (image,), text, {"options": options})
+    return Question(key, prompt, right, (image,), text, {"options": options})
 
 
 def parse(answer: str) -> str:
-    """lmms-eval's rule: the capital letter in front of a period at the start, or else the whole answer without marks,
-    in lower case."""
+    """lmms-eval's rule: the capital letter in front of a period at the start, or else the whole answer without ASCII's
+    marks, in lower case."""
     first = re.match(r"\s*([A-Z])\.", answer)
-    return re.sub(r"[^\w\s]", "", first[1] if first else answer).strip().lower()
+    return (first[1] if first else answer.strip()).lower().translate(_NO_MARKS)
 
 
 def score(question: Question, answer: str) -> Scored:
@@ -77,4 +85,4 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"accuracy": percent([p.score for p in predictions])}
 
 
-TASK = Task("ai2d", "AI2D", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task("ai2d", "AI2D", DATA, read, score, summarise, headline="accuracy", max_tokens=16, rule=choices.LMMS_EVAL)

@@ -14,6 +14,7 @@ from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, p
 
 DATA = "test_human.json and test_augmented.json with the images in png/, or the test split in Parquet files"
 _TOLERANCE = 0.05
+_LAST_LINE = "Answer the question with a single word."
 
 
 def read(data_dir: Path) -> list[Question]:
@@ -36,7 +37,7 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(key: str, kind: str, text: str, answer: str, image: Picture) -> Question:
     about = {"kind": "human" if kind.startswith("human") else "augmented"}
-    return Question(key, f"{text}\n{choices.SHORT}", str(answer), (image,), text, about)
+    return Question(key, f"{text}\n{_LAST_LINE}", str(answer), (image,), text, about)
 
 
 def _number(text: str) -> float | None:
@@ -56,7 +57,8 @@ def relaxed(answer: str, reference: str) -> bool:
 
 
 def score(question: Question, answer: str) -> Scored:
-    return answer, float(relaxed(answer, question.reference))
+    said = answer.strip()
+    return said, float(relaxed(said, question.reference))
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -69,4 +71,14 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("chartqa", "ChartQA", DATA, read, score, summarise, headline="relaxed_accuracy", max_tokens=16)
+TASK = Task(
+    "chartqa",
+    "ChartQA",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="relaxed_accuracy",
+    max_tokens=16,
+    rule=choices.LMMS_EVAL,
+)

@@ -1,7 +1,8 @@
 """Multiple choice: how options are written into a prompt, and the published prompts' last lines."""
 
+import itertools
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from fusion_jax.errors import UserError
@@ -13,9 +14,16 @@ BY_LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
 
 
-def lettered(options: Sequence[str]) -> str:
-    """One option a line: `A. cat`."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+# Whose code the tasks follow.
+LMMS_EVAL = "lmms-eval 0.7.3"
+LMMS_EVAL_OLD = "lmms-eval 0.3.0"  # of the time of the published figures
+SCRIPTS = "FUSION-Code's evaluation scripts, April 2025"
+
+
+def lettered(options: Sequence[str] | Mapping[str, str]) -> str:
+    """One option a line: `A. cat`. A mapping has letters of its own."""
+    pairs = options.items() if isinstance(options, Mapping) else zip(LETTERS, options)
+    return "\n".join(f"{letter}. {option}" for letter, option in pairs)
 
 
 def is_blank(value: object) -> bool:
@@ -25,11 +33,7 @@ def is_blank(value: object) -> bool:
 
 def is_missing(value: object) -> bool:
     """Whether a hint or a category is blank, or one of the words that tables write for nothing."""
-    return is_blank(value) or _word(value) in ("nan", "none")
-
-
-def _word(value: object) -> str:
-    return str(value).strip().lower()
+    return is_blank(value) or str(value).strip().lower() in ("nan", "none")
 
 
 def read_options(
@@ -39,44 +43,49 @@ def read_options(
     group: Callable[[Mapping[str, Any]], Hashable] = id,
     needed: bool = True,
 ) -> list[dict[str, str]]:
-    """The options of each row of a table by their letters, without those that the row does not have.
+    """The options of each row of a table by their letters: those columns among `letters` whose cell is not blank.
 
-    Blank cells at a row's end are no options, and neither is `nan` there, which data frames write for nothing. `None`
-    is an option like others, unless some row of the file ends with it twice: then this file writes it for nothing. A
-    word that stands before an option, or is the answer, in one of a question's rotations is an option in all of them.
+    Every text is an option, `None` and `nan` too. But no question has the same option twice: where some row of the file
+    ends with one of these two words twice, the file writes it for nothing, and no row's last cells that read so are
+    options. Even there a word that stands before an option, or is the answer, in one of a question's rotations is an
+    option in all of them.
 
     Args:
-      rows: with the columns `letters`, as far as they have them, and `answer`.
+      rows: with the columns of their options, as far as they have them, and `answer`.
+      letters: columns that may hold options.
       where: names a row for messages. group: what the rotations of a question have in common.
       needed: there are at least two options, and a letter as the answer; otherwise a row may have none.
 
     Raises:
-      UserError: an option that is blank before another one, an answer that is none of the options, or too few options.
+      UserError: an answer that is none of the options, or too few options.
     """
-    table = [[row.get(letter) for letter in letters] for row in rows]
-    nothing, options = {"nan"}, set()
-    for row, cells in zip(rows, table):
-        last = max((i for i, cell in enumerate(cells) if not is_missing(cell)), default=-1)
-        answer = letters.find(str(row.get("answer")).strip() or "?")
-        options |= {(group(row), _word(cell)) for i, cell in enumerate(cells) if i < last or i == answer}
-        if [_word(cell) for cell in cells[last + 1 :] if not is_blank(cell)].count("none") > 1:
-            nothing.add("none")
-    every = []
-    for row, cells in zip(rows, table):
-        empty = [
-            is_blank(cell) or (_word(cell) in nothing and (group(row), _word(cell)) not in options) for cell in cells
-        ]
-        count = max((i + 1 for i, one in enumerate(empty) if not one), default=0)
-        if any(empty[:count]):
-            gap, after = letters[empty.index(True)], letters[count - 1]
-            raise UserError(f"{where(row)}: the option {gap} is empty, and {after} behind it is not.")
-        if count < 2 and (needed or count):
-            raise UserError(f"{where(row)} has {count} options; a question has at least two.")
+    every = [{x: _text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
+    nothing = {word for options in every if (word := _written_twice(options))}
+    real = set()
+    for row, options in zip(rows, every) if nothing else ():
+        tail = _tail(options, nothing)
+        answer = str(row.get("answer")).strip()
+        real |= {(group(row), text) for letter, text in options.items() if letter not in tail or letter == answer}
+    for row, options in zip(rows, every):
+        for letter in _tail(options, {word for word in nothing if (group(row), word) not in real}):
+            del options[letter]
+        if len(options) < 2 and (needed or options):
+            raise UserError(f"{where(row)} has {len(options)} options; a question has at least two.")
         answer = row.get("answer")
-        if count and not is_missing(answer) and (needed or str(answer).strip() in LETTERS):
-            place(answer, count, where(row))
-        every.append({letter: _text(cell) for letter, cell in zip(letters, cells[:count])})
+        if options and not is_missing(answer) and (needed or str(answer).strip() in LETTERS):
+            place(answer, list(options), where(row))
     return every
+
+
+def _written_twice(options: Mapping[str, str]) -> str:
+    """The word for nothing that a row ends with twice; "" where it does not."""
+    *_, before, last = ("", "", *options.values())
+    return last if before == last and is_missing(last) else ""
+
+
+def _tail(options: Mapping[str, str], nothing: Collection[str]) -> list[str]:
+    """The letters of the last options that read so."""
+    return list(itertools.takewhile(lambda letter: options[letter] in nothing, reversed(options)))
 
 
 def _text(cell: object) -> str:
@@ -84,18 +93,19 @@ def _text(cell: object) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def place(answer: object, count: int, where: str) -> int:
+def place(answer: object, letters: Sequence[str], where: str) -> int:
     """The number from 0 of the option that a letter names. UserError where there is no such option."""
     letter = str(answer).strip()
-    if len(letter) != 1 or letter not in LETTERS[:count]:
-        raise UserError(f"{where}: the answer {brief(answer)} is none of its {count} options.")
-    return LETTERS.index(letter)
+    if letter not in list(letters):
+        raise UserError(f"{where}: the answer {brief(answer)} is none of its {len(letters)} options.")
+    return list(letters).index(letter)
 
 
 def find_letter(answer: str, options: dict[str, str]) -> str:
-    """The option that an answer names, by VLMEvalKit's rule, which MMBench's own evaluation uses.
+    """The option that an answer names, by VLMEvalKit's rule of 2026, which MMBench's own evaluation uses.
 
-    1. Some marks become spaces. If exactly one option's letter stands as a word of its own, that is it.
+    1. Some marks become spaces. If exactly one option's letter stands as a word of its own, and first does so among
+       the last four words, that is it.
     2. Otherwise, if exactly one option's text is in the answer, which must not be over twice as long as all options
        together, that is it.
 
@@ -105,20 +115,70 @@ def find_letter(answer: str, options: dict[str, str]) -> str:
         return "Z"
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter in options if letter in words]
-    if len(named) == 1:
+    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
         return named[0]
     if not named and "Z" in words:
         return "Z"
     said = answer.lower()
     if len(said) > 2 * sum(len(text) for text in options.values()):
         return ""
-    told = [letter for letter, text in options.items() if text.lower() in said]
-    return told[0] if len(told) == 1 else ""
+    in_words = [letter for letter, text in options.items() if text.lower() in said]
+    return in_words[0] if len(in_words) == 1 else ""
 
 
+_LAST_WORDS = 4
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
+)
+
+
+def scripted_letter(answer: str) -> str:
+    """The letter by the scripts that came with the published models for CV-Bench, MMVP and ScienceQA: a letter from A
+    to F alone, or else the first one before a period, a comma or a line's end, or in brackets. "" where there is none.
+    """
+    if answer in tuple("ABCDEF"):
+        return answer
+    match = re.search(r"([A-F])\.|([A-F]),|([A-F])\n|\(([A-F])\)", answer)
+    return match[match.lastindex] if match else ""
+
+
+def ranked_letter(answer: str, letters: Sequence[str]) -> str:
+    """The letter by lmms-eval's general rule (its extract_mcq_answer): of all places where one stands in some form, the
+    last one of the form that is trusted most; "" where there is none.
+
+    The forms, from the most trusted: at the start, at the end, somewhere behind a phrase such as `answer is`, and
+    `(A)`, `A.`, `A:`, `A)`, `A `. Only without any of these does a letter inside a word count.
+    """
+    text = answer.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    text = f" {text} "
+    places = []  # rank, place, letter
+    for rank, form in enumerate(_FORMS, 1):
+        places += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
+    said = text.lower()
+    for phrase in _PHRASES:
+        behind = said.find(phrase) + len(phrase)
+        if phrase in said:
+            places += [(6, text.find(x, behind), x) for x in letters if text.find(x, behind) >= 0]
+    core = text.strip()
+    for x in letters:
+        if core.endswith(x) and not core[-2:-1].isalpha():
+            places.append((7, len(text), x))
+        if core.startswith(x) and not core[1:2].isalpha():
+            places.append((8, 0, x))
+    places = places or [(0, text.rfind(x), x) for x in letters if x in text]
+    return max(places, key=lambda one: one[:2])[2] if places else ""
+
+
+_FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
+# Each for itself: the first `the answer is` may stand behind the first `answer is`.
+_PHRASES = (
+    *(f"{which}answer is" for which in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
+    *(f"{which}option is" for which in ("correct ", "the correct ", "best ", "the best ")),
+    *(f"{which}choice is" for which in ("", "the ", "correct ", "the correct ", "my ")),
+    *("i choose", "i select", "i pick", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )

@@ -43,11 +43,7 @@ def _question(row: dict, image) -> Question:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """The first letter of what stands behind the last `answer is` or `answer:`."""
-    said = answer.lower().strip()
-    for phrase in ("answer is", "answer is:", "answer:"):
-        said = said.split(phrase)[-1]
-    said = said.strip().rstrip(".").lstrip("(").rstrip(")")[:1].upper()
+    said = choices.scripted_letter(answer.strip())
     return said, float(said == question.reference)
 
 
@@ -63,4 +59,14 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"accuracy": total, **means, "by_source": sources, "by_task": percent_by(predictions, "task")}
 
 
-TASK = Task("cv_bench", "CV-Bench", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "cv_bench",
+    "CV-Bench",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=1024,
+    rule=choices.SCRIPTS,
+)

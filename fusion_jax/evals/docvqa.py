@@ -101,7 +101,8 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
 
 def score(question: Question, answer: str) -> Scored:
-    return answer, None if question.reference is None else anls(answer, question.reference)
+    said = answer.strip()
+    return said, None if question.reference is None else anls(said, question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def _task(name: str, split: str) -> Task:
         headline="anls" if split == "val" else "",
         max_tokens=32,
         submit=submit,
+        rule=choices.LMMS_EVAL,
     )
 
 

@@ -10,13 +10,12 @@ An answer is right (1), wrong (0) or unclear (2): by a language model in the off
 no without a judge. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files
+from fusion_jax.evals import files, vqa
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
@@ -70,8 +69,8 @@ def _scored(question: Question, verdict: int) -> Scored:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """Right or wrong by the one of the words yes and no that is there; unclear with both or neither."""
-    said = {"yes", "no"} & set(re.findall(r"[a-z]+", answer.lower()))
+    """VLMEvalKit's rule: right or wrong by the one of the words yes and no that is there; unclear with both or none."""
+    said = {"yes", "no"} & set(vqa.punctuation(answer.lower(), vqa.ONE_COMMA).split())
     return _scored(question, 2 if len(said) != 1 else int(said == {question.reference}))
 
 
@@ -103,5 +102,14 @@ def _figures(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 TASK = Task(
-    "hallusion_bench", "HallusionBench", DATA, read, score, summarise, headline="aAcc", max_tokens=128, judged=judged
+    "hallusion_bench",
+    "HallusionBench",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="aAcc",
+    max_tokens=128,
+    judged=judged,
+    rule="HallusionBench's own, 2023; without a judge VLMEvalKit, May 2026",
 )

@@ -170,4 +170,5 @@ TASK = Task(
     max_tokens=1024,
     judged=judged,
     submit=submit,
+    rule="LLaVA's own script, 2023",
 )

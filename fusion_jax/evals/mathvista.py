@@ -8,6 +8,7 @@ An answer is first extracted from what the model says, by a language model in th
 that is done by rules: an answer that is one already, `The answer is "..."`, and then the last number said.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.docvqa import edit_distance
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, percent_by, picture
 
 DATA = "MathVista's testmini split in Parquet files, or testmini.json with images/"
 _COLUMNS = ("pid", "question", "question_type", "answer_type", "answer", "choices")
@@ -98,12 +99,32 @@ def _question(row: dict[str, Any], image: Picture) -> Question:
         "question_type": row["question_type"],
         "answer_type": row["answer_type"],
         "precision": _precision(row),
+        "unit": "" if choices.is_missing(row.get("unit")) else row["unit"],
         "task": metadata.get("task") or "",
         "skills": list(metadata.get("skills") or ()),
     }
     answer = None if choices.is_blank(row["answer"]) else row["answer"]
     prompt = query(row) if choices.is_blank(row.get("query")) else row["query"]
     return Question(str(row["pid"]), prompt, answer, (image,), row["question"], about)
+
+
+def read_in_other_words(data_dir: Path) -> list[Question]:
+    """The questions as lmms-eval's mathvista_testmini_format asks them."""
+    return [dataclasses.replace(q, prompt=_short_query(q)) for q in read(data_dir)]
+
+
+def _short_query(question: Question) -> str:
+    about = question.about
+    unit = f" (Unit: {about['unit']})" if about["unit"] else ""
+    places, _ = _PLACES.get(about["precision"], ("", ""))
+    last = {
+        "integer": "Answer the question using a single integer number.",
+        "float": f"Answer the question using a single floating-point number with {places}.",
+        "list": "Answer the question using a Python list.",
+    }
+    last = choices.BY_LETTER if about["question_type"] == "multi_choice" else last[about["answer_type"]]
+    options = [choices.lettered(about["options"])] if about["options"] else []
+    return "\n".join([f"{question.text}{unit}", *options, last])
 
 
 def ready(answer: str, about: dict[str, Any]) -> str | None:
@@ -160,18 +181,18 @@ def normalise(extraction: str, about: dict[str, Any]) -> str | None:
     return extraction
 
 
-def _scored(question: Question, extraction: str) -> Scored:
+def scored(question: Question, extraction: str) -> Scored:
     said = normalise(extraction, question.about)
-    return said, float(said is not None and said == question.reference)
+    return said, float(said is not None and said.strip() == str(question.reference).strip())
 
 
 def score(question: Question, answer: str) -> Scored:
-    return _scored(question, extract(answer.strip(), question.about))
+    return scored(question, extract(answer.strip(), question.about))
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
     done = ready(answer.strip(), question.about)
-    return _scored(question, judge.ask(_EXTRACTION.format(question.prompt, answer), 64) if done is None else done)
+    return scored(question, judge.ask(_EXTRACTION.format(question.prompt, answer), 64) if done is None else done)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -191,6 +212,8 @@ TASK = Task(
     score,
     summarise,
     headline="accuracy",
-    max_tokens=512,
+    max_tokens=1024,
     judged=judged,
+    rule="MathVista's own code, 2023; without a judge rules of our own for the extraction",
+    published=Rule(f"{choices.LMMS_EVAL_OLD}, mathvista_testmini_format", read=read_in_other_words),
 )

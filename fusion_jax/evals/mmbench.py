@@ -9,6 +9,7 @@ has it. From a file without rotations they are made here. The test splits have n
 benchmark's server.
 """
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent
 
 _PASS = 1_000_000
 _LAST_LINE = {"en": choices.BY_LETTER, "cn": "请直接回答选项字母。"}
@@ -48,7 +49,7 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
         paths = paths or folder.need(*_patterns(language, split, "tsv"))
         rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
     values, where = [v for v, _ in rows], functools.partial(_where, paths[0])
-    options = choices.read_options(values, "ABCD", where, lambda row: _index(row) % _PASS)
+    options = choices.read_options(values, where, lambda row: _index(row) % _PASS)
     questions = [_question(language, row, each, image) for (row, image), each in zip(rows, options)]
     files.check_language(folder, language, [q.text for q in questions])
     if all(int(q.id) < _PASS for q in questions):
@@ -71,6 +72,7 @@ def _question(language: str, row: dict, options: dict[str, str], image: Picture)
     about = {
         "options": options,
         "words": f"{hint}{row['question']}",
+        "hint": hint.strip("\n"),
         "category": "" if choices.is_missing(category) else category,
     }
     answer = None if choices.is_missing(row.get("answer")) else str(row["answer"]).strip()
@@ -86,18 +88,18 @@ def _question(language: str, row: dict, options: dict[str, str], image: Picture)
 
 
 def _prompt(language: str, words: str, options: dict[str, str]) -> str:
-    return f"{words}\n{choices.lettered(list(options.values()))}\n{_LAST_LINE[language]}"
+    return f"{words}\n{choices.lettered(options)}\n{_LAST_LINE[language]}"
 
 
 def _rotations(language: str, question: Question) -> list[Question]:
     """The question with its options moved up by 0, 1, 2, ... places."""
-    options = list(question.about["options"].values())
+    letters, options = list(question.about["options"]), list(question.about["options"].values())
     turned = []
     for shift in range(len(options)):
-        moved = dict(zip(choices.LETTERS, options[shift:] + options[:shift]))
+        moved = dict(zip(letters, options[shift:] + options[:shift]))
         answer = question.reference
         if answer is not None:
-            answer = choices.LETTERS[(choices.LETTERS.index(answer) - shift) % len(options)]
+            answer = letters[(letters.index(answer) - shift) % len(options)]
         about = {**question.about, "options": moved}
         index = str(int(question.id) + shift * _PASS)
         prompt = _prompt(language, about["words"], moved)
@@ -107,6 +109,43 @@ def _rotations(language: str, question: Question) -> list[Question]:
 
 def score(question: Question, answer: str) -> Scored:
     said = choices.find_letter(answer, question.about["options"])
+    return said, None if question.reference is None else float(said == question.reference)
+
+
+def read_in_other_words(language: str, split: str, data_dir: Path) -> list[Question]:
+    """The same questions as lmms-eval asks them."""
+    lines = {"en": choices.BY_LETTER, "cn": "请直接使用所提供的选项字母作为答案回答。"}
+    questions = []
+    for q in read(language, split, data_dir):
+        hint = f"{q.about['hint']} " if q.about["hint"] else ""
+        options = choices.lettered(q.about["options"])
+        prompt = f"{hint}{q.text} There are several options:\n{options}\n\n{lines[language]}"
+        questions.append(dataclasses.replace(q, prompt=prompt))
+    return questions
+
+
+def static_letter(answer: str, options: dict[str, str]) -> str:
+    """lmms-eval's rule where no language model is asked (mmbench_en_dev_static).
+
+    1. If exactly one letter from A to E stands between spaces, that is it, but for an answer of over three words with
+       an A among them. The same with a mark behind or brackets around, in a fixed order.
+    2. If exactly one option's text is in the answer, that is it. 3. `choices.ranked_letter`.
+    """
+    words, said = answer.split(), answer.lower()
+    for before, behind in _AROUND:
+        named = [x for x in "ABCDE" if f"{before}{x}{behind}" in words]
+        if len(named) == 1 and not (before == behind == "" and "A" in words and len(words) > 3):
+            return named[0]
+    named = [letter for letter, text in options.items() if text.lower() in said]
+    return named[0] if len(named) == 1 else choices.ranked_letter(answer, list(options))
+
+
+_AROUND = [("", behind) for behind in ("", ".", ",", ":", ")", ").")] + [("(", ")"), ("(", ").")]
+_AROUND += [(":", behind) for behind in ("", ",", ".", ")", ").")]
+
+
+def static_score(question: Question, answer: str) -> Scored:
+    said = static_letter(answer.strip(), question.about["options"])
     return said, None if question.reference is None else float(said == question.reference)
 
 
@@ -130,11 +169,12 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
     """What the server takes: every row's question, options and prediction."""
+    letters = sorted({*"ABCD"}.union(*(p.question.about["options"] for p in predictions)))
     rows = []
     for p in predictions:
         options = p.question.about["options"]
-        rows.append([int(p.question.id), p.question.text, *(options.get(x, "") for x in "ABCD"), p.answer])
-    return files.write_table(folder / "submission", ("index", "question", *"ABCD", "prediction"), rows)
+        rows.append([int(p.question.id), p.question.text, *(options.get(x, "") for x in letters), p.answer])
+    return files.write_table(folder / "submission", ("index", "question", *letters, "prediction"), rows)
 
 
 def _task(language: str, split: str) -> Task:
@@ -146,8 +186,15 @@ def _task(language: str, split: str) -> Task:
         score,
         summarise,
         headline="circular" if split == "dev" else "",
-        max_tokens=16,
+        max_tokens=1024,
         submit=submit,
+        rule="VLMEvalKit, May 2026, exact matching",
+        published=Rule(
+            f"{choices.LMMS_EVAL}, static",
+            static_score,
+            read=functools.partial(read_in_other_words, language, split),
+            max_tokens={"en": 1024, "cn": 256}[language],
+        ),
     )
 
 

@@ -76,8 +76,9 @@ def _question(key: str, number: int, text: str, answer: str, category: str, imag
 
 
 def score(question: Question, answer: str) -> Scored:
-    """The official rule: `yes` or `no` within the first four characters, in this order."""
-    start = answer.strip().lower()[:4]
+    """`yes` or `no` within the first four characters but for periods, in this order; `y` and `n` alone count, too."""
+    start = answer.lower().strip().replace(".", "")
+    start = {"y": "yes", "n": "no"}.get(start, start[:4])
     said = next((word for word in ("yes", "no") if word in start), "other")
     return said, float(said == question.reference)
 
@@ -100,4 +101,14 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("mme", "MME", DATA, read, score, summarise, headline="perception", max_tokens=16)
+TASK = Task(
+    "mme",
+    "MME",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="perception",
+    max_tokens=16,
+    rule=choices.LMMS_EVAL,
+)

@@ -66,7 +66,7 @@ def read(version: str, data_dir: Path) -> list[Question]:
         path = folder.one(tsv)
         table = files.read_images(path, ("question", "A", "B", "answer", "category", "l2-category"))
         values = [row.values for row in table]
-        every = choices.read_options(values, _LETTERS, lambda v: f"{path}, index {v['index']}")
+        every = choices.read_options(values, lambda v: f"{path}, index {v['index']}")
         questions = [
             _question(version, row.values, [f"({x}) {text}" for x, text in each.items()], row.picture)
             for row, each in zip(table, every)
@@ -148,7 +148,8 @@ def _name(version: str) -> str:
 def _task(version: str) -> Task:
     title = {"en": "MME-RealWorld", "cn": "MME-RealWorld-CN", "lite": "MME-RealWorld (lite)"}[version]
     reader = functools.partial(read, version)
-    return Task(_name(version), title, _data(version), reader, score, summarise, headline="accuracy", max_tokens=16)
+    figure, rule = "accuracy", choices.LMMS_EVAL
+    return Task(_name(version), title, _data(version), reader, score, summarise, figure, max_tokens=16, rule=rule)
 
 
 TASKS = [_task(version) for version in _VERSIONS]

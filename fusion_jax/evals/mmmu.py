@@ -5,8 +5,8 @@
     options (a Python list as text), answer, question_type, image_1 ... image_7
 
 Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Reading of answers
-as in the official eval_utils.py; where that draws a choice at random, the question's id decides here. The test split
-has no answers; it becomes a file for the server.
+as in lmms-eval, which has it from the benchmark's eval_utils.py; where that draws a choice at random, the question's id
+decides here. The test split has no answers; it becomes a file for the server.
 """
 
 import ast
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, percent_by
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, percent_by
 
 SUBJECTS = (
     *("Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory", "Basic_Medical_Science"),
@@ -69,15 +69,16 @@ def _question(row: files.ParquetRow) -> Question:
 
 
 def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
-    """The letter: in brackets, or as a word between spaces, or by its text in an answer of over five words; the last of
-    several."""
+    """The letter: in brackets, before a space, before a period, or by its text in an answer of over five words; the
+    last of several, as a word between spaces where there are no brackets."""
+    answer = answer.strip()
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer = f" {answer} "
     letters = choices.LETTERS[: len(options)]
-    for form in ("({})", " {} "):
+    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         if found := [x for x in letters if form.format(x) in answer]:
-            return max(found, key=lambda x: answer.rfind(form.format(x)))
+            return max(found, key=lambda x: answer.rfind(place.format(x)))
     if len(answer.split()) > 5:
         said = answer.lower()
         if found := [x for x, text in zip(letters, options) if text.lower() in said]:
@@ -158,6 +159,8 @@ def _task(name: str, split: str) -> Task:
         headline="accuracy" if split == "validation" else "",
         max_tokens=128,
         submit=submit,
+        rule=choices.LMMS_EVAL,
+        published=Rule(choices.LMMS_EVAL_OLD, max_tokens=16) if split == "validation" else None,
     )
 
 

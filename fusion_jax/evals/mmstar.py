@@ -1,6 +1,7 @@
 """MMStar: 1500 multiple choice questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
 
-mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image
+mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image; where
+the question has no options with it, A, B, C and D
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, percent_by
 
 DATA = "mmstar.parquet or MMStar.tsv"
 _COLUMNS = ("index", "question", "answer", "category", "l2_category")
@@ -23,14 +24,22 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(row: dict[str, Any], image: Picture) -> Question:
     words = row["question"].strip()
+    (options,) = choices.read_options([row], choices.LETTERS, lambda row: f"index {row['index']}", needed=False)
+    if options and "Options:" not in words:
+        words += "\nOptions: " + ", ".join(f"{letter}: {text}" for letter, text in options.items())
     # The published prompt has no period at its end here.
     prompt = f"{words}\n{choices.BY_LETTER.rstrip('.')}"
-    about = {"category": row["category"], "l2_category": row["l2_category"]}
+    about = {"category": row["category"], "l2_category": row["l2_category"]} | ({"options": options} if options else {})
     return Question(str(row["index"]), prompt, row["answer"].strip(), (image,), words, about)
 
 
 def score(question: Question, answer: str) -> Scored:
-    """MMStar's rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
+    letter = choices.ranked_letter(answer, "ABCD")
+    return letter, float(letter == question.reference.upper())
+
+
+def first_letter_score(question: Question, answer: str) -> Scored:
+    """MMStar's own rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
     said = answer.lower().strip().replace("\n", " ")
     right = question.reference.lower()
     letter = said[:1]
@@ -41,11 +50,25 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`average` over the finer categories, as lmms-eval has it, and `accuracy` over the questions, as MMStar has it."""
+    by_l2_category = percent_by(predictions, "l2_category")
     return {
+        "average": sum(by_l2_category.values()) / len(by_l2_category),
         "accuracy": percent([p.score for p in predictions]),
         "by_category": percent_by(predictions, "category"),
-        "by_l2_category": percent_by(predictions, "l2_category"),
+        "by_l2_category": by_l2_category,
     }
 
 
-TASK = Task("mmstar", "MMStar", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "mmstar",
+    "MMStar",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="average",
+    max_tokens=1024,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.LMMS_EVAL_OLD, first_letter_score),
+)

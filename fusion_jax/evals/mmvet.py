@@ -8,17 +8,21 @@ Without a judge the answers become the file that the benchmark's own evaluator t
 benchmark's, word for word (github.com/yuweihao/MM-Vet, Apache-2.0): another one would give other scores.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "mm-vet.json with the images in images/, or MM-Vet's Parquet files"
 _ATTEMPTS = 5
+_REASON = (
+    "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
+)
 _MEME = (
     "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
     "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland "
@@ -69,6 +73,11 @@ def _question(key: str, row: dict[str, Any], image: Picture) -> Question:
     return Question(str(key), row["question"], row["answer"], (image,), row["question"], about)
 
 
+def read_with_reasoning(data_dir: Path) -> list[Question]:
+    """The questions as lmms-eval asks them."""
+    return [dataclasses.replace(q, prompt=f"{_REASON}{q.prompt}") for q in read(data_dir)]
+
+
 def score(question: Question, answer: str) -> Scored:
     return None, None
 
@@ -113,5 +122,16 @@ def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
 
 
 TASK = Task(
-    "mmvet", "MM-Vet", DATA, read, score, summarise, headline="total", max_tokens=512, judged=judged, submit=submit
+    "mmvet",
+    "MM-Vet",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="total",
+    max_tokens=1024,
+    judged=judged,
+    submit=submit,
+    rule="MM-Vet's own evaluator, 2023",
+    published=Rule(choices.LMMS_EVAL, read=read_with_reasoning),
 )

@@ -3,7 +3,8 @@
     Questions.csv        Index, Question, Options ("(a) Open (b) Closed"), Correct Answer ("(a)")
     MMVP Images/1.jpg    the images, by index; 1 and 2 are a pair, and so on
 
-A pair is right when both its answers are. Prompt and reading of answers as in Cambrian-1's evaluation.
+A pair is right when both its answers are, by the benchmark's own measure. Published figures count single questions.
+The prompt is that of Cambrian-1's evaluation.
 """
 
 import re
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "Questions.csv with the images in 'MMVP Images/'"
 _COLUMNS = ("Question", "Options", "Correct Answer")
-_OPTION = re.compile(r"\(([a-z])\)\s*([^(]*)")
+_OPTION = re.compile(r"\(([a-z])\)")
 
 
 def read(data_dir: Path) -> list[Question]:
@@ -30,7 +31,10 @@ def read(data_dir: Path) -> list[Question]:
         if not index.isdigit():
             raise folder.wrong(f"{path.name} has a row without a number in the column Index")
         index = int(index)
-        options = [text.strip() for _, text in _OPTION.findall(row["Options"])]
+        _, *parts = _OPTION.split(row["Options"])
+        options = {letter.upper(): text.strip() for letter, text in zip(parts[::2], parts[1::2])}
+        if len(options) < 2:
+            raise folder.wrong(f"{path.name}, Index {index} has {len(options)} options such as '(a) Open' in Options")
         prompt = f"{row['Question']} Options:\n{choices.lettered(options)}\n{choices.BY_LETTER}"
         answer = row["Correct Answer"].strip().strip("()").upper()
         image = picture(images / f"{index}.jpg")
@@ -40,13 +44,8 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """The letter, or the option's whole text, behind the last `answer is` or `answer:`."""
-    said = answer.lower().strip()
-    for phrase in ("answer is", "answer is:", "answer:"):
-        said = said.split(phrase)[-1]
-    said = said.strip().rstrip(".:,").lstrip("(").rstrip(")")
-    right = question.about["options"][choices.LETTERS.index(question.reference)].lower()
-    return said, float(said in (question.reference.lower(), right))
+    said = choices.scripted_letter(answer.strip())
+    return said, float(said == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -59,4 +58,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("mmvp", "MMVP", DATA, read, score, summarise, headline="pair_accuracy", max_tokens=16)
+TASK = Task(
+    "mmvp",
+    "MMVP",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="pair_accuracy",
+    max_tokens=1024,
+    rule=choices.SCRIPTS,
+    published=Rule(choices.SCRIPTS, headline="accuracy"),
+)

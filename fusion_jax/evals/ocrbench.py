@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals import choices, files
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "OCRBench.json with the images in OCRBench_Images/, or OCRBench's Parquet files"
 _FORMULAS = "HME100k"
+# Full-width forms of ASCII, and the ideographic space.
+_FULL_WIDTH = {0x3000: " "} | {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 
 
 def read(data_dir: Path) -> list[Question]:
@@ -48,12 +50,25 @@ def _question(number: int, dataset: str, kind: str, answers: Any, row: dict[str,
 
 
 def score(question: Question, answer: str) -> Scored:
-    def plain(text: str) -> str:
-        text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if question.about["dataset"] == _FORMULAS else text.lower()
+    formula = question.about["dataset"] == _FORMULAS
+    answer, *references = (
+        text if formula else text.translate(_FULL_WIDTH).lower() for text in (answer.strip(), *question.reference)
+    )
+    return _contains(answer, references, formula)
 
-    said = plain(answer)
-    return said, float(any(plain(reference) in said for reference in question.reference))
+
+def lower_case_score(question: Question, answer: str) -> Scored:
+    """The same rule before it folded full-width characters; it took a formula's answer in lower case."""
+    formula = question.about["dataset"] == _FORMULAS
+    references = question.reference if formula else [text.lower() for text in question.reference]
+    return _contains(answer.lower(), references, formula)
+
+
+def _contains(answer: str, references: Sequence[str], formula: bool) -> Scored:
+    answer, *references = (text.strip().replace("\n", " ") for text in (answer, *references))
+    if formula:
+        answer, *references = (text.replace(" ", "") for text in (answer, *references))
+    return answer, float(any(reference in answer for reference in references))
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -69,4 +84,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("ocrbench", "OCRBench", DATA, read, score, summarise, headline="final_score", max_tokens=128)
+TASK = Task(
+    "ocrbench",
+    "OCRBench",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="final_score",
+    max_tokens=128,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.LMMS_EVAL_OLD, lower_case_score, headline="accuracy"),
+)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Scored, Task, picture
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "coco_pope_{random,popular,adversarial}.json with the images in val2014/, or POPE's Parquet files"
 SPLITS = ("random", "popular", "adversarial")
@@ -56,18 +56,24 @@ def score(question: Question, answer: str) -> Scored:
     return said, float(said == question.reference)
 
 
+def exact_score(question: Question, answer: str) -> Scored:
+    """lmms-eval's rule: the whole answer is the word, in any case."""
+    said = answer.lower().strip()
+    return said, float(said == question.reference)
+
+
 def measure(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and share of yes, in percent; 0 for what would divide by nothing."""
-    said = [p.parsed == "yes" for p in predictions]
-    true = [p.question.reference == "yes" for p in predictions]
-    hits = sum(s and t for s, t in zip(said, true))
-    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
+    said = [p.parsed for p in predictions]
+    missed = sum(p.question.reference == "yes" and p.parsed == "no" for p in predictions)
+    hits = sum(p.question.reference == p.parsed == "yes" for p in predictions)
+    precision, recall = hits / max(1, said.count("yes")), hits / max(1, hits + missed)
     return {
-        "accuracy": 100 * sum(s == t for s, t in zip(said, true)) / len(said),
+        "accuracy": percent([p.score for p in predictions]),
         "precision": 100 * precision,
         "recall": 100 * recall,
         "f1": 100 * 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_ratio": 100 * sum(said) / len(said),
+        "yes_ratio": 100 * said.count("yes") / len(said),
     }
 
 
@@ -79,4 +85,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return means | {f"{name}_{key}": value for name, m in each.items() for key, value in m.items()}
 
 
-TASK = Task("pope", "POPE", DATA, read, score, summarise, headline="f1", max_tokens=16)
+TASK = Task(
+    "pope",
+    "POPE",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="f1",
+    max_tokens=128,
+    rule="POPE's evaluate.py, 2023",
+    published=Rule(choices.LMMS_EVAL, exact_score),
+)

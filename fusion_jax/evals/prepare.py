@@ -125,7 +125,8 @@ def _check_filled(task: Task, question: Question) -> None:
     """UserError for an option or an answer that is empty, or an answer that is none of the options."""
     where, row, right = f"{task.name}, question {shown(question.id)}", _row(question), question.reference
     options = question.about.get("options") or ()
-    texts = list(options.values() if isinstance(options, dict) else options)
+    by_letter = options if isinstance(options, dict) else dict(zip(LETTERS, options))
+    texts = list(by_letter.values())
     if any(map(is_blank, texts)):
         raise UserError(f"{where}: an option is empty{row}.")
     if right is not None and is_blank(right):
@@ -133,7 +134,7 @@ def _check_filled(task: Task, question: Question) -> None:
     # A small letter is none either: no answer would ever equal it.
     if texts and isinstance(right, str) and len(right) == 1 and right.upper() in LETTERS and right not in texts:
         try:
-            place(right, len(texts), where)
+            place(right, list(by_letter), where)
         except UserError as error:
             raise UserError(f"{str(error).rstrip('.')}{row}.") from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent
 
 DATA = "the test split in Parquet files, or RealWorldQA.tsv"
 _DIGITS = dict(
@@ -31,9 +31,9 @@ def read(data_dir: Path) -> list[Question]:
     path = folder.one("*realworldqa*.tsv")
     rows = files.read_images(path, ("question", "answer"))
     values = [row.values for row in rows]
-    every = choices.read_options(values, "ABCDE", lambda v: f"{path}, index {v['index']}", needed=False)
+    every = choices.read_options(values, lambda v: f"{path}, index {v['index']}", needed=False)
     for row, options in zip(rows, every):
-        lettered = choices.lettered(list(options.values()))
+        lettered = choices.lettered(options)
         text = row.values["question"]
         words = f"{text}\n{lettered}\n{choices.BY_LETTER}" if options else text
         questions.append(_question(row.values["index"], words, row.values["answer"], row.picture))
@@ -45,8 +45,8 @@ def _question(key: str, text: str, answer: str, image: Picture) -> Question:
 
 
 def parse(answer: str, question: str) -> str:
-    """lmms-eval's flexible rule: numbers up to ten as digits, no marks, and the letter of the first option whose text
-    is in the answer."""
+    """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option
+    whose text is in the answer."""
     said = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
     options = [text.strip() for text in _OPTION.findall(question)]
     found = re.search("|".join(map(re.escape, options)), said) if options else None
@@ -56,6 +56,16 @@ def parse(answer: str, question: str) -> str:
 
 
 def score(question: Question, answer: str) -> Scored:
+    """By lmms-eval's general rule for letters where the reference is one of the first four; otherwise the whole answer
+    but for case and periods at its end."""
+    if question.reference.upper() in tuple("ABCD"):
+        said = choices.ranked_letter(answer, "ABCD")
+        return said, float(said == question.reference.upper())
+    said = answer.lower().strip().rstrip(".")
+    return said, float(said == question.reference.lower())
+
+
+def flexible_score(question: Question, answer: str) -> Scored:
     def plain(text: str) -> str:
         return text.lower().translate(str.maketrans("", "", string.punctuation))
 
@@ -67,4 +77,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"accuracy": percent([p.score for p in predictions])}
 
 
-TASK = Task("realworldqa", "RealWorldQA", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "realworldqa",
+    "RealWorldQA",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=16,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.LMMS_EVAL_OLD, flexible_score),
+)

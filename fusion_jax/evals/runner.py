@@ -70,7 +70,9 @@ class Result:
     source: Source = dataclasses.field(default_factory=Source)
 
 
-def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0) -> dict[str, float]:
+def evaluate_tasks(
+    answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0, rule: str = "official"
+) -> dict[str, float]:
     """Figures of some tasks as one flat dict, `task/figure`, for a training loop's metrics.
 
     No language model is asked to grade, nothing is written. Of a task whose data cannot be used the log says so, and
@@ -81,12 +83,13 @@ def evaluate_tasks(answerer: Answers, tasks: Sequence[str], data_dir: Path | str
       tasks: names from `registry.TASKS`.
       data_dir: as for `prepare`.
       limit: about so many questions a task, spread evenly; 0 for all.
+      rule: `published` to ask and score as for the published figures.
 
     Raises:
       UserError: unknown task, an image that cannot be decoded, or no task's data can be used.
     """
     prepared, failed = [], []
-    for task in find_tasks(tasks):
+    for task in find_tasks(tasks, rule):
         try:
             prepared.append(prepare(task, Path(data_dir), limit))
         except UserError as error:
@@ -157,7 +160,7 @@ def answer_task(
             return None
         answers = files.wait_for(folder, {key(q) for q in questions}, output.patience)
     predictions = _score(task, [Prediction(q, answers[key(q)]) for q in questions], judge, output)
-    scores = {"questions": len(predictions), **task.summarise(predictions)}
+    scores = {"questions": len(predictions), **task.summarise(predictions), **_by_published_rule(task, predictions)}
     written = []
     if output is not None:
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
@@ -222,6 +225,17 @@ def _score(task: Task, predictions: list[Prediction], judge: Judge | None, outpu
     else:
         scored = _judge(task, predictions, judge, output)
     return [dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in zip(predictions, scored)]
+
+
+def _by_published_rule(task: Task, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The published figure by the rule that it was made with, from the same answers, where that is another rule."""
+    rule = task.published
+    if rule is None or not rule.same_answers or any(p.score is None for p in predictions):
+        return {}
+    scored = [(p, (rule.score or task.score)(p.question, p.answer)) for p in predictions]
+    figures = task.summarise([dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in scored])
+    headline = rule.headline or task.headline
+    return {f"{headline} (rule=published)": figures[headline]} if headline in figures else {}
 
 
 def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Output | None) -> list[tuple]:

@@ -6,13 +6,12 @@ images/test/4/image.png
 or Parquet with the columns question, choices, answer, hint, image (null without one)
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
 _CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds the questions with a picture alone
@@ -47,20 +46,21 @@ def _question(key: str, row: dict[str, Any], pictures: tuple[Picture, ...]) -> Q
 
 
 def parse(answer: str, options: Sequence[str]) -> str:
-    """LLaVA's rule: a letter alone, `A. ` at the start, or `The answer is A`; FAILED for anything else."""
-    said = answer.replace("\n", ". ")
-    if said.strip() in tuple("ABCDE"):
-        letter = said.strip()
-    elif found := re.match(r"([A-E])\. ", said) or re.search(r"The answer is ([A-E])", said):
-        letter = found[1]
-    else:
-        return "FAILED"
-    return letter if letter in choices.LETTERS[: len(options)] else "FAILED"
+    """By the published scripts' rule; FAILED where no option is named."""
+    letter = choices.scripted_letter(answer.strip())
+    return letter if letter and letter in choices.LETTERS[: len(options)] else "FAILED"
 
 
 def score(question: Question, answer: str) -> Scored:
     said = parse(answer, question.about["options"])
     return said, float(said == question.reference)
+
+
+def strict_score(question: Question, answer: str) -> Scored:
+    """lmms-eval's rule: the letter alone in any case, or a capital in front of a period at the start."""
+    said = answer.strip()
+    letter = said[0] if said[:1].isupper() and said[1:2] == "." else said
+    return letter, float(letter.lower() == question.reference.lower())
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -71,4 +71,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("scienceqa", "ScienceQA", DATA, read, score, summarise, headline="image_accuracy", max_tokens=16)
+TASK = Task(
+    "scienceqa",
+    "ScienceQA",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="image_accuracy",
+    max_tokens=1024,
+    rule=choices.SCRIPTS,
+    published=Rule(choices.LMMS_EVAL, strict_score),
+)

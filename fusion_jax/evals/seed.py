@@ -55,4 +55,14 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-TASK = Task("seed_image", "SEED-Bench (image)", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "seed_image",
+    "SEED-Bench (image)",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=16,
+    rule=choices.LMMS_EVAL,
+)

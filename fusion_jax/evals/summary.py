@@ -75,7 +75,7 @@ def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
         value, task, figure = row.own(scores)
         known.add((task, figure))
         cells = [row.title, figure, _number(value), *map(_number, row.values), _questions(task, scores)]
-        lines.append(Line(task, cells, row.measured))
+        lines.append(Line(task, cells, row.measured + _own_rule(task, figure)))
     for name, figures in scores.items():
         task = TASKS[name]
         if (name, task.headline) not in known:
@@ -84,6 +84,15 @@ def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
             cells = [task.title, task.headline, own, *[""] * len(published.MODELS), _questions(name, scores)]
             lines.append(Line(name, cells))
     return heads, lines
+
+
+def _own_rule(task: str, figure: str) -> str:
+    """By whose rule one's own figure is measured, and how to have the published one where that is another."""
+    one = TASKS[task]
+    if one.published is not None and figure.endswith("(rule=published)"):
+        return f". Here: {one.published.name}"
+    other = "; --rule=published measures as published" if one.published is not None else ""
+    return f". Here: {one.rule}{other}" if one.rule else ""
 
 
 def failures(there: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What a benchmark is to the runner: questions, a rule that scores one answer, and a summary of all of them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,30 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How a benchmark's published figures were measured, where the task itself follows another rule.
+
+    What is left out is as in the task.
+
+    Attributes:
+      name: whose code, and which version.
+      score: of one answer. headline: the figure that was published.
+      read: the questions in that code's words. max_tokens: longest answer.
+    """
+
+    name: str
+    score: Callable[[Question, str], Scored] | None = None
+    headline: str = ""
+    read: Callable[[Path], list[Question]] | None = None
+    max_tokens: int = 0
+
+    @property
+    def same_answers(self) -> bool:
+        """The task's own answers can be scored: the model is asked the same."""
+        return self.read is None and not self.max_tokens
+
+
+@dataclass(frozen=True)
 class Task:
     """A benchmark.
 
@@ -96,6 +121,8 @@ class Task:
       max_tokens: longest answer.
       judged: as `score`, where the official rule asks a language model; used when one is configured.
       submit: writes what the benchmark's server takes into a folder and returns the files.
+      rule: the official code that `score` follows, with its version; "" for figures of our own.
+      published: the rule that the published figures were made with, where that is another.
     """
 
     name: str
@@ -108,6 +135,25 @@ class Task:
     max_tokens: int = 32
     judged: Callable[[Question, str, Judge], Scored] | None = None
     submit: Callable[[Sequence[Prediction], Path], list[Path]] | None = None
+    rule: str = ""
+    published: Rule | None = None
+
+    def as_published(self) -> "Task":
+        """The same benchmark, asked and scored as for the published figures, under a name of its own."""
+        rule = self.published
+        if rule is None:
+            return self
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_published",
+            title=f"{self.title}, rule=published",
+            rule=rule.name,
+            score=rule.score or self.score,
+            headline=rule.headline or self.headline,
+            read=rule.read or self.read,
+            max_tokens=rule.max_tokens or self.max_tokens,
+            published=None,
+        )
 
 
 def percent(scores: Sequence[float]) -> float:

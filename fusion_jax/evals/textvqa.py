@@ -4,17 +4,21 @@
     train_images/            the images, named by image_id
     or Parquet with the columns question_id, question, answers, image
 
-Asked without the OCR tokens that come with the data.
+Asked without OCR tokens. The published figures were measured with those of Rosetta in the prompt (rule=published): the
+Parquet files have them as `ocr_tokens`, and LLaVA's evaluation folder has the whole prompts in
+llava_textvqa_val_v051_ocr.jsonl.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files, vqa
-from fusion_jax.evals.task import Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
 
 DATA = "TextVQA_0.5.1_val.json with the images in train_images/, or the validation split in Parquet files"
+_OCR_PROMPTS = "llava_textvqa_val*_ocr.jsonl"
 
 
 def read(data_dir: Path) -> list[Question]:
@@ -34,7 +38,29 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(row: dict, image) -> Question:
     prompt = f"{row['question'].capitalize()}\n{choices.SHORT}"
-    return Question(str(row["question_id"]), prompt, list(row["answers"]), (image,), row["question"])
+    about = {"image": str(row.get("image_id", "")), "ocr_tokens": list(row.get("ocr_tokens") or ())}
+    return Question(str(row["question_id"]), prompt, list(row["answers"]), (image,), row["question"], about)
+
+
+def read_with_ocr(data_dir: Path) -> list[Question]:
+    """The same questions with the OCR tokens of their images."""
+    folder = files.open_folder(data_dir, ("textvqa",), "textvqa", f"{DATA}, and OCR tokens")
+    prompts = {}
+    for path in folder.find(_OCR_PROMPTS):
+        for number, line in enumerate(files.read_records(path)):
+            row = files.need_keys(line, ("question_id", "text"), f"{path}, line {number + 1}")
+            prompts[str(row["question_id"]), row["text"].partition("\n")[0].lower()] = row["text"]
+    questions = []
+    for q in read(data_dir):
+        words, _, last = q.prompt.rpartition("\n")
+        tokens = ", ".join(q.about["ocr_tokens"])
+        prompt = f"{words}\nReference OCR token: {tokens}\n{last}"
+        if not tokens and (prompt := prompts.get((q.about["image"], q.text.lower()))) is None:
+            raise folder.wrong(
+                f"there are no OCR tokens for the question {q.id}: no column ocr_tokens, no {_OCR_PROMPTS}"
+            )
+        questions.append(dataclasses.replace(q, prompt=prompt))
+    return questions
 
 
 def score(question: Question, answer: str) -> Scored:
@@ -46,4 +72,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"accuracy": percent([p.score for p in predictions])}
 
 
-TASK = Task("textvqa", "TextVQA", DATA, read, score, summarise, headline="accuracy", max_tokens=16)
+TASK = Task(
+    "textvqa",
+    "TextVQA",
+    DATA,
+    read,
+    score,
+    summarise,
+    headline="accuracy",
+    max_tokens=128,
+    rule=choices.LMMS_EVAL,
+    published=Rule(choices.SCRIPTS, read=read_with_ocr),
+)

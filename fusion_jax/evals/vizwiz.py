@@ -4,8 +4,9 @@
     val/, test/           the images
     or Parquet with the columns question_id, question, answers (ten texts), image
 
-The official evaluation normalises the model's answer and compares it with the people's as they wrote them. The test
-split has no answers; it becomes a file for the server.
+The official evaluation normalises the model's answer and compares it with the people's as they wrote them. Its
+normaliser has slips of its own: it writes most contractions with a curly apostrophe. The test split has no answers; it
+becomes a file for the server.
 """
 
 import functools
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files, vqa
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
 
 _HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -45,9 +46,14 @@ def _question(key: str, row: dict[str, Any], image: Picture) -> Question:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = answer.replace("\n", " ").replace("\t", " ").strip()
-    said = vqa.digits_and_articles(vqa.punctuation(said))
+    said = vqa.normalise_for_vizwiz(answer)
     return said, None if question.reference is None else vqa.accuracy(said, question.reference)
+
+
+def normalised_score(question: Question, answer: str) -> Scored:
+    """lmms-eval's rule: both sides are normalised, as for TextVQA."""
+    said, people = vqa.normalise(answer), question.reference
+    return said, None if people is None else vqa.accuracy(said, [vqa.normalise(person) for person in people])
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -66,8 +72,19 @@ def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
 def _task(split: str) -> Task:
     name = "vizwiz" if split == "val" else f"vizwiz_{split}"
     headline = "accuracy" if split == "val" else ""
-    reader = functools.partial(read, split)
-    return Task(name, f"VizWiz ({split})", _data(split), reader, score, summarise, headline, 16, submit=submit)
+    return Task(
+        name,
+        f"VizWiz ({split})",
+        _data(split),
+        functools.partial(read, split),
+        score,
+        summarise,
+        headline,
+        max_tokens=128,
+        submit=submit,
+        rule="VizWiz's vqaEval.py, 2018",
+        published=Rule(choices.LMMS_EVAL, normalised_score) if split == "val" else None,
+    )
 
 
 TASKS = [_task(split) for split in ("val", "test")]

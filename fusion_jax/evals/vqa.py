@@ -5,7 +5,7 @@ comparable with them: at most 32 periods go, and a period in front of a digit st
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(_DIGITS)}}
@@ -13,6 +13,7 @@ _ARTICLES = {"a", "an", "the"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _THOUSANDS = re.compile(r"(?<=\d),+(?=\d)")
+ONE_COMMA = re.compile(r"\d,\d")
 _FORMS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -33,19 +34,28 @@ def _slips(form: str) -> list[str]:
 _CONTRACTIONS = {slip: form for form in _FORMS.split() for slip in _slips(form)} | {"somebody'd": "somebodyd"}
 
 
-def punctuation(text: str) -> str:
+# VizWiz's table has curly apostrophes, but for these forms, which it leaves straight, and these slips.
+_STRAIGHT = ("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've")
+_STRAIGHT_SLIPS = ("couldn'tve", "hadn'tve")
+_CURLY = {
+    slip if slip in _STRAIGHT_SLIPS else slip.replace("'", "’"): form if form in _STRAIGHT else form.replace("'", "’")
+    for slip, form in _CONTRACTIONS.items()
+}
+
+
+def punctuation(text: str, thousands: re.Pattern = _THOUSANDS) -> str:
     """Marks become spaces, or nothing where the text has one beside a space, or digits around a comma."""
-    squeeze = _THOUSANDS.search(text) is not None
+    squeeze = thousands.search(text) is not None
     out = text
     for mark in _MARKS:
         out = out.replace(mark, "" if squeeze or f"{mark} " in text or f" {mark}" in text else " ")
     return _PERIOD.sub("", out, count=32)
 
 
-def digits_and_articles(text: str) -> str:
+def digits_and_articles(text: str, contractions: Mapping[str, str] = _CONTRACTIONS) -> str:
     """Lower case, numbers up to ten as digits, no articles, apostrophes put back."""
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def normalise(text: str) -> str:
@@ -53,6 +63,12 @@ def normalise(text: str) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return digits_and_articles(punctuation(text))
+
+
+def normalise_for_vizwiz(text: str) -> str:
+    """An answer as VizWiz's own evaluation compares it: two commas between digits are marks like others to it."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    return digits_and_articles(punctuation(text, ONE_COMMA), _CURLY)
 
 
 def accuracy(answer: str, people: Sequence[str]) -> float:

@@ -1,13 +1,17 @@
-"""Our rules beside those that lmms-eval ships, on random answers made of what they stumble over."""
+"""Our rules beside those that an installed lmms-eval ships, on other answers than those whose scores are stored."""
 
 import random
+from importlib.metadata import version
 
+import official_scores
 import pytest
+from nasty_answers import answers
 
-from fusion_jax.evals import chartqa, docvqa, mathvista, mmmu, vqa
+from fusion_jax.evals import chartqa, choices, docvqa, mathvista, mmmu, vqa
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fusion_jax[lmms_eval]'")
 
+SOURCE = f"lmms-eval {version('lmms_eval')}"
 WORDS = ["the", "a", "an", "three", "none", "ten", "dont", "it's", "cat", "Red", "so", "is", "answer", "final"]
 WORDS += ["answer is", "could be ", "=", ":", "?", ". ", "\n", "\t", "(A)", "B", "C.", "a-b", "x/y", "a - b", "[b]"]
 WORDS += ["3", "4.50", "1,000", "1,,2", "1e5", ".5", "5.", "-2", "e.g.", "U.S.A.", "$5.00", "24/7", "couldnt've", "5%"]
@@ -17,6 +21,19 @@ def texts(count, seed=0, words=WORDS):
     rng = random.Random(seed)
     for _ in range(count):
         yield rng.choice([" ", "", "  "]).join(rng.choice(words) for _ in range(rng.randint(0, 7)))
+
+
+@pytest.mark.parametrize("name", official_scores.CASES.get(SOURCE, ()))
+def test_scores_of_nasty_answers(name):
+    case, said = official_scores.CASES[SOURCE][name], answers(1000, seed=17)
+    for question, ours, theirs in zip(case.questions, case.scores(said, ours=True), case.scores(said, ours=False)):
+        different = [(a, mine, right) for a, mine, right in zip(said, ours, theirs) if mine != right]
+        assert not different, (question.reference, different[:5])
+
+
+def test_phrases_in_front_of_letters():
+    official = pytest.importorskip("lmms_eval.tasks._task_utils.mcq_extract")
+    assert set(official._ANSWER_PHRASES) == set(choices._PHRASES)
 
 
 def test_vqa_normaliser():

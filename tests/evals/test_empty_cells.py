@@ -39,12 +39,14 @@ def test_ai2d(tmp_path):
         AI2D,
         (1, "Which?", "leaf", "None", "root", "", "C", PICTURE),
         (2, "What?", "a", "b", "nan", "", "B", PICTURE),
+        (3, "Who?", "leaf", "", "root", "none", "D", PICTURE),
     )
-    first, second = ai2d.read(tmp_path)
+    first, second, third = ai2d.read(tmp_path)
     assert first.prompt.startswith("Which?\nA. leaf\nB. None\nC. root\nAnswer") and first.reference == "C"
-    assert second.about["options"] == ["a", "b"]
+    assert second.about["options"] == {"A": "a", "B": "b", "C": "nan"}
+    assert third.prompt.startswith("Who?\nA. leaf\nC. root\nD. none\nAnswer") and third.reference == "D"
     for cells, message in (
-        (("leaf", "", "root", "", "C"), "index 1: the option B is empty"),
+        (("leaf", "", "root", "", "B"), "index 1: the answer 'B' is none of its 2 options"),
         (("leaf", "stem", "", "", ""), "index 1: the answer '' is none of its 2 options"),
         (("leaf", "stem", "", "", "D"), "index 1: the answer 'D' is none of its 2 options"),
     ):

@@ -36,6 +36,8 @@ OPTIONS = {"A": "a red bus", "B": "a dog", "C": "the sky"}
     [
         ("B", "B"),
         ("B.", "B"),
+        ("B is what I see in it", ""),  # not one of the last four words
+        ("In it I see what is B", "B"),
         ("(B) a dog", "B"),
         ("The answer is B: a dog", "B"),
         ("A or B", ""),  # two letters, and no text
@@ -135,7 +137,14 @@ NONE = {  # options of some rows, and those that are asked
     ),
     "in lower case": ([("one", "none", "two", "")], [("one", "none", "two")]),
     "nan before others": ([("naan", "nan", "pita", "")], [("naan", "nan", "pita")]),
-    "nan at the end": ([("a", "b", "c", "nan"), ("a", "b", "NaN", "nan")], [("a", "b", "c"), ("a", "b")]),
+    "nan at the end": ([("a", "b", "c", "nan"), ("a", "b", "NaN", "")], [("a", "b", "c", "nan"), ("a", "b", "NaN")]),
+    "nan for nothing": ([("a", "b", "c", "nan"), ("a", "b", "nan", "nan")], [("a", "b", "c"), ("a", "b")]),
+    "words for nothing": (
+        [("null", "NA", "none", "nan"), ("-", "False", "", "0")],
+        [("null", "NA", "none", "nan"), ("-", "False", "0")],
+    ),
+    "a gap": ([("a", "b", "", "d")], [("a", "b", "d")]),
+    "two": ([("", "yes", "", "no")], [("yes", "no")]),
     "None for nothing": ([("a", "b", "None", "None"), ("a", "b", "c", "None")], [("a", "b"), ("a", "b", "c")]),
     "white space": ([("a", "b", " ", "")], [("a", "b")]),
 }
@@ -152,7 +161,7 @@ def test_options_that_say_none(tmp_path, rows, asked):
 
 def test_a_word_for_nothing_is_an_option_where_a_rotation_shows_it(tmp_path):
     rows = [row(1, "B", ("inf", "0", "nan", "")), row(1_000_001, "A", ("0", "nan", "inf", ""))]
-    rows += [row(2, "C", ("inf", "0", "nan", "")), row(3, "A", ("a", "b", "nan", ""))]
+    rows += [row(2, "C", ("inf", "0", "nan", "")), row(3, "A", ("a", "b", "nan", "nan"))]
     write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
     options = [tuple(q.about["options"].values()) for q in DEV.read(tmp_path)]
     assert options == [("inf", "0", "nan"), ("0", "nan", "inf"), ("inf", "0", "nan"), ("a", "b")]
@@ -170,7 +179,7 @@ def test_empty_cells_of_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"B": "", "C": "c"}, "MMBench_DEV_EN.tsv, index 1: the option B is empty, and C behind it is not"),
+        ({"B": "", "C": "c"}, "MMBench_DEV_EN.tsv, index 1: the answer 'B' is none of its 2 options"),
         ({"A": "", "B": "", "C": ""}, "index 1 has 0 options; a question has at least two"),
         ({"B": "", "C": ""}, "index 1 has 1 options"),
         ({"answer": "D"}, "index 1: the answer 'D' is none of its 3 options"),

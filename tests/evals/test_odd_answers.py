@@ -147,14 +147,21 @@ def test_a_table_for_people_takes_every_text(tmp_path):
     assert openpyxl.load_workbook(xlsx).active["A2"].value == "1.0 ?"
 
 
-@pytest.mark.parametrize(("options", "answer"), [("(a) Open (b) Closed", "(c)"), ("", "(a)")])
-def test_a_question_that_cannot_be_scored_is_named_before_any_is_asked(tmp_path, options, answer):
+@pytest.mark.parametrize(
+    ("options", "answer", "message"),
+    [
+        ("(a) Open (b) Closed", "(c)", "question 1: the answer 'C' is none of its 2 options"),
+        ("", "(a)", "Index 1 has 0 options"),
+        ("(a) Open", "(a)", "Index 1 has 1 options"),
+    ],
+)
+def test_a_question_that_cannot_be_scored_is_named_before_any_is_asked(tmp_path, options, answer, message):
     row = {"Index": "1", "Question": "Open?", "Options": options, "Correct Answer": answer}
     folder: Path = tmp_path / "MMVP"
     write_image(folder / "MMVP Images" / "1.jpg")
     (folder / "Questions.csv").write_text(",".join(row) + "\n" + ",".join(f'"{cell}"' for cell in row.values()) + "\n")
     model = Rule(lambda _: pytest.fail("asked"))
-    with pytest.raises(UserError, match="no answer to the question 1 can be scored"):
+    with pytest.raises(UserError, match=message):
         run_task(model, mmvp.TASK, tmp_path, progress=False)
 
 

@@ -7,7 +7,7 @@ import pytest
 from bench_files import Rule, cell, write_image, write_json, write_parquet
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import chartqa, docvqa, mme, ocrbench, scienceqa
+from fusion_jax.evals import chartqa, docvqa, mme, ocrbench, scienceqa, vqa
 from fusion_jax.evals.registry import TASKS
 from fusion_jax.evals.runner import Output, run_task
 from fusion_jax.evals.task import Question
@@ -20,8 +20,8 @@ SHORT = "Answer the question using a single word or phrase."
 @pytest.mark.parametrize(
     "answer, said",
     [
-        *[(said, "yes") for said in ("Yes", "yes.", "Eyes")],
-        *[(said, "no") for said in ("No, it", "A no", "not")],
+        *[(said, "yes") for said in ("Yes", "yes.", "Eyes", "y", "Y.", "..y.es")],
+        *[(said, "no") for said in ("No, it", "A no", "not", "n")],
         *[(said, "other") for said in ("It is: yes", "")],
     ],
 )
@@ -72,8 +72,8 @@ def test_mme_without_subtasks_says_so(tmp_path):
 @pytest.mark.parametrize(
     "answer, letter",
     [
-        *[(said, "B") for said in ("B", " B ", "B\n", "B. dog", "The answer is B.", "So, The answer is B")],
-        *[(said, "FAILED") for said in ("B.", "B) dog", "C", "b", "the answer is B", "E")],
+        *[(said, "B") for said in ("B", " B ", "B\n", "B. dog", "The answer is B.", "B.", "(B)", "Answer: B.")],
+        *[(said, "FAILED") for said in ("B) dog", "C", "b", "the answer is B", "E", "(C)")],
     ],
 )
 def test_scienceqa_reads_letters(answer, letter):
@@ -91,7 +91,8 @@ def test_scienceqa_with_and_without_pictures(tmp_path):
     write_json(tmp_path / "scienceqa" / "pid_splits.json", {"train": ["6"], "test": ["4", "5"]})
     write_image(tmp_path / "scienceqa" / "images" / "test" / "4" / "image.png")
     result = run(Rule(lambda w: "B" if "Look" in w else "A"), scienceqa.TASK, tmp_path)
-    assert result.scores == {"questions": 2, "accuracy": 50.0, "image_accuracy": 100.0}
+    figures = {"accuracy": 50.0, "image_accuracy": 100.0, "image_accuracy (rule=published)": 100.0}
+    assert result.scores == {"questions": 2, **figures}
     assert result.predictions[0].question.prompt == (
         "Context: Look.\nWhich?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
     )
@@ -129,7 +130,7 @@ def test_chartqa_files(tmp_path):
         write_image(tmp_path / "ChartQA" / "test" / "png" / f"{kind}.png")
     result = run(Rule(lambda w: "9.6" if "human" in w else "Europe"), chartqa.TASK, tmp_path)
     assert result.scores == {"questions": 2, "relaxed_accuracy": 50.0, "human": 100.0, "augmented": 0.0}
-    assert result.predictions[0].question.prompt == f"Which human?\n{SHORT}"
+    assert result.predictions[0].question.prompt == "Which human?\nAnswer the question with a single word."
 
 
 @pytest.mark.parametrize(
@@ -213,11 +214,36 @@ def test_vizwiz_compares_with_what_people_wrote(tmp_path):
         write_image(tmp_path / "vizwiz" / split / f"{split[0]}.jpg")
     result = run(Rule(lambda _: "Two."), TASKS["vizwiz"], tmp_path)
     assert result.scores["accuracy"] == pytest.approx(90.0)
+    assert result.scores["accuracy (rule=published)"] == pytest.approx(100.0)
     assert result.predictions[0].question.prompt == (
         f"How many?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
     )
     result = run(Rule(lambda _: "The Can."), TASKS["vizwiz_test"], tmp_path, Output(tmp_path / "out", HEADER))
     assert json.loads(result.files[0].read_text()) == [{"image": "t.jpg", "answer": "can"}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("Dont", "don’t"),
+        ("couldnt", "couldn't"),  # the official table is straight here
+        ("1,000", "1000"),
+        ("1,,2", "1 2"),
+        ("1,,2 3,4", "12 34"),
+        ("The Can’t", "can’t"),
+        ("it's", "it's"),
+    ],
+)
+def test_vizwiz_normalises_with_its_own_slips(answer, read):
+    assert vqa.normalise_for_vizwiz(answer) == read
+
+
+def test_ocrbench_folds_full_width_characters_but_not_in_formulas():
+    about = {"dataset": "IIIT5K", "category": ""}
+    assert ocrbench.score(Question("1", "", ["ab 1"], about=about), "ＡＢ　１")[1] == 1.0
+    assert ocrbench.lower_case_score(Question("1", "", ["ab 1"], about=about), "ＡＢ　１")[1] == 0.0
+    formula = Question("1", "", ["X + 1"], about=about | {"dataset": "HME100k"})
+    assert (ocrbench.score(formula, "X+1")[1], ocrbench.lower_case_score(formula, "X+1")[1]) == (1.0, 0.0)
 
 
 def test_rows_of_several_groups_keep_their_own_pictures(tmp_path):

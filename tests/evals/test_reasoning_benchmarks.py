@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from bench_files import Rule, cell, image_bytes, write_image, write_json, write_parquet
 
-from fusion_jax.evals import hallusion, mathvista, mmmu, mmstar, realworldqa
+from fusion_jax.evals import choices, hallusion, mathvista, mmmu, mmstar, realworldqa
 from fusion_jax.evals.registry import TASKS
 from fusion_jax.evals.runner import Output, record, run_task
 from fusion_jax.evals.task import Question
@@ -21,6 +21,7 @@ OPTIONS = ["a cat", "a dog", "a red house"]
     [
         ("B", "B"),
         ("B.", "B"),
+        ("B. dog", "B"),
         ("(B)", "B"),
         ("(A) or rather (C)", "C"),  # the last one counts
         ("first A then B", "B"),
@@ -33,7 +34,7 @@ def test_mmmu_choices(answer, letter):
     assert mmmu.parse_choice(answer, OPTIONS, "id") == letter
 
 
-@pytest.mark.parametrize("answer", ["", "B) dog", "B. dog", "a red house", "b"])
+@pytest.mark.parametrize("answer", ["", "B) dog", "a red house", "b"])
 def test_mmmu_draws_where_the_official_rule_does_and_always_the_same(answer):
     draws = {mmmu.parse_choice(answer, OPTIONS, f"id {n}") for n in range(30)}
     assert draws == {"A", "B", "C"}
@@ -112,8 +113,33 @@ def test_mmmu_test_split_becomes_a_submission(tmp_path):
         *[(said, 0) for said in ("Answer: B", "It is B", "", "(", "A", "The answer is (B)")],
     ],
 )
-def test_mmstar_looks_at_the_start(answer, right):
-    assert mmstar.score(Question("1", "", "B"), answer)[1] == right
+def test_mmstar_looked_at_the_start(answer, right):
+    assert mmstar.first_letter_score(Question("1", "", "B"), answer)[1] == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *[
+            (said, "B")
+            for said in (
+                "B",
+                "(B) dog",
+                "It is B",
+                "The answer is (B)",
+                "a dog, or B",
+                "BOTH",
+                "답은 B",
+                "It is A) or (B)",
+            )
+        ],
+        *[(said, "") for said in ("b", "", "(", "option b")],
+        ("A dog is what I see", "A"),  # at the start counts most, article or not
+        ("answer is D, no, the answer is C here", "C"),  # the last one behind any phrase
+    ],
+)
+def test_the_letter_in_the_most_trusted_form(answer, letter):
+    assert choices.ranked_letter(answer, "ABCD") == letter
 
 
 @pytest.mark.parametrize("form", ["parquet", "tsv"])
@@ -130,10 +156,38 @@ def test_mmstar_files(tmp_path, form):
         lines += ["\t".join([f'"{v}"' for v in row.values()] + [picture]) for row in rows]
         (tmp_path / "MMStar.tsv").write_text("\n".join(lines) + "\n")
     result = run(Rule(lambda _: "A"), mmstar.TASK, tmp_path)
+    assert result.scores["average"] == result.scores["average (rule=published)"] == 100.0
     assert result.scores["accuracy"] == 100.0 and result.scores["by_category"] == {"logic": 100.0, "math": 100.0}
     assert result.predictions[0].question.prompt.endswith(
         "B: y\nAnswer with the option's letter from the given choices directly"
     )
+
+
+BEHIND = ["answer is", "the Answer is", "the correct answer is", "best answer is", "my answer is", "correct option is"]
+BEHIND += [
+    "the best option is",
+    "choice is",
+    "the choice is",
+    "correct choice is",
+    "my choice is",
+    "I choose",
+    "I select",
+]
+BEHIND += ["I pick", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
+
+
+@pytest.mark.parametrize("phrase", BEHIND)
+def test_a_letter_behind_a_phrase_is_trusted_more_than_one_in_brackets(phrase):
+    assert choices.ranked_letter(f"so (C)? {phrase} A here", "ABCD") == "A"
+    assert choices.ranked_letter("so (C)? is A here", "ABCD") == "C"
+
+
+def test_mmstar_with_options_in_columns_of_their_own(tmp_path):
+    columns = ("index", "question", "A", "B", "C", "D", "answer", "category", "l2_category", "image")
+    row = (1, "Which?", "None", "", "nan", "0", "D", "math", "geometry", base64.b64encode(image_bytes()).decode())
+    (tmp_path / "MMStar.tsv").write_text("\n".join("\t".join(map(str, line)) for line in (columns, row)) + "\n")
+    (question,) = mmstar.read(tmp_path)
+    assert question.prompt.startswith("Which?\nOptions: A: None, C: nan, D: 0\nAnswer") and question.reference == "D"
 
 
 CAR = "Which way?\nA. Left\nB. Turn right\nC. Right\nPlease answer directly with only the letter."
@@ -160,7 +214,9 @@ def test_realworldqa_end_to_end(tmp_path):
         {"question": "How many?", "answer": "2", "image": cell()},
     ]
     write_parquet(tmp_path / "data" / "test-0.parquet", rows)
-    result = run(Rule(lambda w: "c" if "way" in w else "Two"), realworldqa.TASK, tmp_path)
+    result = run(Rule(lambda w: "Right" if "way" in w else "Two"), realworldqa.TASK, tmp_path)
+    assert result.scores["accuracy"] == 0.0 and result.scores["accuracy (rule=published)"] == 100.0
+    result = run(Rule(lambda w: "(C)" if "way" in w else "2."), realworldqa.TASK, tmp_path)
     assert result.scores["accuracy"] == 100.0 and result.predictions[0].question.prompt == CAR
 
 
