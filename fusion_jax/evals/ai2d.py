@@ -36,7 +36,7 @@ def read(data_dir: Path) -> list[Question]:
 
 def _from_tsv(path: Path) -> list[Question]:
     rows = files.read_images(path, ("question", "A", "answer"))
-    every = choices.read_options([row.values for row in rows], lambda v: f"{path}, index {v['index']}")
+    every = choices.read_options([row.values for row in rows], choices.LETTERS, lambda v: f"{path}, index {v['index']}")
     questions = []
     for row, options in zip(rows, every):
         v = row.values

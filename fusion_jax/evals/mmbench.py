@@ -49,7 +49,7 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
         paths = paths or folder.need(*_patterns(language, split, "tsv"))
         rows = [(row.values, row.picture("image")) for row in files.read_parquet(paths, _COLUMNS)]
     values, where = [v for v, _ in rows], functools.partial(_where, paths[0])
-    options = choices.read_options(values, where, lambda row: _index(row) % _PASS)
+    options = choices.read_options(values, choices.LETTERS, where, lambda row: _index(row) % _PASS)
     questions = [_question(language, row, each, image) for (row, image), each in zip(rows, options)]
     files.check_language(folder, language, [q.text for q in questions])
     if all(int(q.id) < _PASS for q in questions):

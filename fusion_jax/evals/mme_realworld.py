@@ -66,7 +66,7 @@ def read(version: str, data_dir: Path) -> list[Question]:
         path = folder.one(tsv)
         table = files.read_images(path, ("question", "A", "B", "answer", "category", "l2-category"))
         values = [row.values for row in table]
-        every = choices.read_options(values, lambda v: f"{path}, index {v['index']}")
+        every = choices.read_options(values, _LETTERS, lambda v: f"{path}, index {v['index']}")
         questions = [
             _question(version, row.values, [f"({x}) {text}" for x, text in each.items()], row.picture)
             for row, each in zip(table, every)

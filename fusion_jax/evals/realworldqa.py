@@ -31,7 +31,7 @@ def read(data_dir: Path) -> list[Question]:
     path = folder.one("*realworldqa*.tsv")
     rows = files.read_images(path, ("question", "answer"))
     values = [row.values for row in rows]
-    every = choices.read_options(values, lambda v: f"{path}, index {v['index']}", needed=False)
+    every = choices.read_options(values, choices.LETTERS, lambda v: f"{path}, index {v['index']}", needed=False)
     for row, options in zip(rows, every):
         lettered = choices.lettered(options)
         text = row.values["question"]
