@@ -105,9 +105,9 @@ ROWS = (
         "graded by a judge; another judge gives other figures",
     ),
     _row(
-        "MMStar", "mmstar", "accuracy",
+        "MMStar", "mmstar", "average",
         _NOT_THERE, (52.4, 50.9, 44.7, 52.4, 52.7, 49.3),
-        f"{_LMMS}; whether the mean of questions or of the six abilities is not said, here of questions",
+        f"{_LMMS}; its mean over the finer categories",
     ),
     _row(
         "MME-RealWorld", "mme_realworld", "accuracy",
