@@ -80,6 +80,14 @@ def test_large_ones_with_escapes_of_json_are_no_text(change, copies, monkeypatch
     assert wanted.record.images == (data,)
 
 
+@pytest.mark.parametrize("piece", [7, 8, 9, 10, 11])
+def test_no_escape_is_left_between_pieces(piece, monkeypatch):
+    """One would make the parser keep the whole text twice."""
+    monkeypatch.setattr(json_body, "_PIECE", piece)
+    written = b'"data:;base64,' + b"A\\u002B\\/B\\nC\\u003dD" * 9 + b'"'
+    assert json_body._unescaped(written, [(0, len(written))]).getvalue() == b'"data:;base64,' + b"A+/BC=D" * 9 + b'"'
+
+
 def test_words_that_begin_like_one_keep_their_line_breaks():
     limits = Limits(max_tokens=64, text_bytes=1 << 20)
     for text in ("data: one\n", "Data:\n1,2\n3,4\n" * 9000, "data:a;base64,are these\nletters?\n" * 4000):
