@@ -192,9 +192,9 @@ def test_ramps_stay_ramps(name):
 def test_an_exported_processor_sees_the_same(tmp_path, exported, name):
     (tmp_path / "image").write_bytes(RAMPS[name])
     pixels = np.asarray(load_image(RAMPS[name]))
-    np.testing.assert_array_equal(np.asarray(exported.open_image(tmp_path / "image")), pixels)
+    np.testing.assert_array_equal(np.asarray(exported.to_rgb(tmp_path / "image")), pixels)
     with Image.open(tmp_path / "image") as opened:  # as who calls the processor may have done it
-        np.testing.assert_array_equal(np.asarray(exported.to_rgb(opened, exported.is_deep_colour(opened))), pixels)
+        np.testing.assert_array_equal(np.asarray(exported.to_rgb(opened)), pixels)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -212,7 +212,7 @@ def test_an_exported_processor_refuses_the_same(tmp_path, exported, name):
     data, words = REFUSED[name]
     (tmp_path / "image.tif").write_bytes(data)
     with pytest.raises(ValueError, match=f"image.tif.*{words}"):
-        exported.open_image(tmp_path / "image.tif")
+        exported.to_rgb(tmp_path / "image.tif")
 
 
 def test_what_the_header_says_holds_for_dark_pictures():
@@ -237,7 +237,7 @@ def test_planes_of_16_bits_are_not_taken_for_8(exported):
     with pytest.raises(BadRecord, match="planes of 16 bits, which are not read without compression"):
         load_image(data)
     with Image.open(io.BytesIO(data)) as opened, pytest.raises(ValueError, match="planes of 16 bits"):
-        exported.is_deep_colour(opened)
+        exported.to_rgb(opened)
 
 
 @pytest.mark.parametrize(
