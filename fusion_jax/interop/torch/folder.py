@@ -12,7 +12,8 @@ from fusion_jax.data.tokenizer import VISION_END, VISION_START, JsonTokenizer, T
 from fusion_jax.models.config import FusionConfig
 
 # What transformers runs with trust_remote_code; each file imports only the others and installed packages.
-_CODE = ("configuration_fusion", "image_fusion", "processing_fusion", "modeling_fusion")
+_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "processing")
+_CODE = tuple(f"{part}_fusion" for part in _PARTS)
 _MAX_NEW_TOKENS = 512
 
 
@@ -50,6 +51,7 @@ def write_side_files(
         "auto_map": {
             "AutoConfig": "configuration_fusion.FusionConfig",
             "AutoModelForCausalLM": "modeling_fusion.FusionForCausalLM",
+            "AutoModelForImageTextToText": "modeling_fusion.FusionForCausalLM",
         },
         "dtype": dtype,
         **dataclasses.asdict(model_config),
