@@ -29,7 +29,10 @@ _BLANK = r"[\s\x{1c}-\x{1f}]"  # what Python strips, in the words of the library
 
 def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
     """The file's text, or None where no tokenizer.json gives the same ids."""
-    made = _convert(tokenizer)
+    try:
+        made = _convert(tokenizer)
+    except ValueError:  # ids with gaps
+        return None
     for text in _trials(tokenizer):
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             return None
@@ -83,32 +86,12 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
 
 
 def _trials(tokenizer: SentencePieceTokenizer) -> Iterator[str]:
-    """Texts with runs of white space, added tokens beside it, rare characters and learnt pieces; the same every time."""
+    """Texts with runs of white space, added tokens beside it, rare characters and learnt pieces."""
     rng = random.Random(0)
     pieces = [tokenizer.model.id_to_piece(i) for i in range(len(tokenizer.model))]
     odd = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\x1c", "\x85", "\x00", _SPACE]
-    odd += [
-        "é",
-        "e\u0301",
-        "中文",
-        "ﬁ",
-        "Ⅷ",
-        "😀",
-        "👩‍👩‍👧",
-        "\ufeff",
-        "\u202e",
-        "<0x0A>",
-        "<",
-        "|>",
-        "aaa",
-        "...",
-        "1234567",
-    ]
+    odd += ["é", "e\u0301", "中文", "ﬁ", "Ⅷ", "😀", "\ufeff", "\u202e", "<0x0A>", "<", "|>", "aaa", "...", "1234567"]
     for _ in range(TRIALS):
-        sources = (
-            odd,
-            list(tokenizer.added),
-            pieces,
-            [chr(rng.choice((rng.randrange(32, 0x250), rng.randrange(1, 0xD800))))],
-        )
+        character = chr(rng.choice((rng.randrange(32, 0x250), rng.randrange(1, 0xD800))))
+        sources = (odd, list(tokenizer.added), pieces, [character])
         yield "".join(rng.choice(rng.choice(sources)) for _ in range(rng.randrange(1, 12)))

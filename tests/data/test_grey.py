@@ -1,6 +1,5 @@
 """Grey of other than 8 bits: what white is, the same in training and in the exported processor, or a refusal."""
 
-import inspect
 import io
 import struct
 
@@ -265,25 +264,6 @@ def test_images_in_memory(exported):
         assert 126 <= np.asarray(exported.to_rgb(image)).mean() <= 128.5
     with pytest.raises(ValueError, match="below 0"):
         exported.to_rgb(Image.fromarray(ramp(1, "f4", -1)))
-
-
-def test_the_exported_rule_is_this_one(exported):
-    names = ("is_deep_colour", "check_deep_colour", "levels_of_grey", "to_eight_bits")
-    for name in names:
-        assert inspect.getsource(getattr(exported, name)) == inspect.getsource(getattr(grey, name))
-    constants = (
-        "WHITES",
-        "BITS",
-        "PHOTOMETRIC",
-        "PLANES",
-        "KIND",
-        "WHITE_IS_ZERO",
-        "SIGNED",
-        "LEAST_TAGS",
-        "MOST_TAGS",
-    )
-    for name in constants:
-        assert getattr(exported, name) == getattr(grey, name)
 
 
 def test_large_pictures_take_little_memory_on_the_way():

@@ -112,7 +112,7 @@ def _read(image: Any) -> tuple[bytes, str]:
         if callable(getattr(image, "read", None)):
             return image.read(), "the image"
         raise ValueError(
-            f"A {type(image).__name__} is no image, which are PIL images, arrays, tensors, bytes, paths, URLs and base64."
+            f"A {type(image).__name__} is no image: PIL images, arrays, tensors, bytes, paths, URLs and base64 are."
         )
     scheme = image[:8].lower().lstrip()
     if scheme.startswith("data:"):
@@ -160,7 +160,7 @@ def resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8, bicubically: columns first, then rows, each by itself. Pillow 13 begins with the rows
     in most upright images when it is asked for both at once, and rounds to other values on its way."""
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def static_views(image: Any, size: int, quadrants: bool) -> np.ndarray:

@@ -17,12 +17,11 @@ PADDINGS["do_not_pad"] = "none"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a batch needs to know of the model: the id at visual places and behind rows, pixels of a view's side, tokens
-    of the whole view, latents of a round, and as the processor's settings; tiled: dynamic resolution."""
+    """What a batch needs to know of the model: the id at visual places and behind rows, pixels of a view's side,
+    latents of a round, and as the processor's settings; tiled: dynamic resolution."""
 
     pad_id: int
     image_size: int
-    image_tokens: int
     count: int
     quadrants: bool
     text_guided: bool
@@ -36,11 +35,10 @@ class Row:
 
     Attributes:
       views: (V, size, size, 3) uint8, the whole view last; None without an image. tiling: six numbers with dynamic
-        resolution, see `FusionProcessor.views`; else empty. kind: NO_IMAGE, PIXELS or ZERO_IMAGE. closed: it ends with an
-        answer that is complete.
-      ids, labels: of every position. visual: -1 for text; an image's tokens from 0, a round's latents from -2 downwards,
-        until the batch knows how many tokens its largest image has. start, end: of each round the place of its first
-        latent, and of the last token before its answer.
+        resolution, see `FusionProcessor.views`; else empty. kind: NO_IMAGE, PIXELS or ZERO_IMAGE. closed: it ends with
+        an answer that is complete.
+      ids, labels: of every position. visual: -1 for text, else an index into the row's table, see `fill`.
+      start, end: of each round the place of its first latent, and of the last token before its answer.
     """
 
     encoded: Encoded
@@ -61,8 +59,9 @@ class Row:
         rows, _, top, bottom, left, right = self.tiling
         return image_tokens + ((bottom - top) * (right - left + 1) if rows else 0)
 
-    def fill(self, image_tokens: int, count: int, image_first: bool, pad_id: int) -> None:
-        """Lays the encoded text out, `count` latents a round."""
+    def fill(self, image_tokens: int, tile_tokens: int, count: int, image_first: bool, pad_id: int) -> None:
+        """Lays the encoded text out, `count` latents a round. The row's visual table has the image's whole view, room
+        for the most tokens that tiles may take, and the latents of its rounds."""
         # The first visual place of the image's round holds the image, the latents follow: the published order. With
         # `image_first` it is that of the conversation.
         markers = [token for token in self.encoded.ids if token < 0]
@@ -78,9 +77,9 @@ class Row:
                 if markers.pop(0) == IMAGE:
                     places = range(self.image_places(image_tokens))
                 else:
-                    first = -2 - len(self.start) * count
+                    first = image_tokens + tile_tokens + len(self.start) * count
                     self.start.append(len(self.ids))
-                    places = range(first, first - count, -1)
+                    places = range(first, first + count)
                 token = pad_id
             self.visual += places
             self.ids += [token] * len(places)
@@ -98,12 +97,12 @@ class Row:
             length = limit  # an answer alone
         else:
             needed = [end + 2 for end in self.end if end + 2 <= limit]  # a round without any of its answer is none
-            image = max((i + 1 for i, place in enumerate(self.visual) if place >= 0), default=0)
+            image = self.visual.index(0) if 0 in self.visual else 0
             if not self.closed or not needed or needed[-1] <= image:
                 what = "its last question" if not self.closed else "its image and the question behind it"
                 raise ValueError(
-                    f"A conversation has {len(self.ids)} positions with its visual tokens, and cutting it to max_length="
-                    f"{limit} would cut {what}: give a larger max_length, or truncation=False."
+                    f"A conversation has {len(self.ids)} positions with its visual tokens, and cutting it to "
+                    f"max_length={limit} would cut {what}: give a larger max_length, or truncation=False."
                 )
             rounds = len(needed)
             # The next round goes with all that stands between it and the answer before.
@@ -176,10 +175,6 @@ def _lists(values: Tensor, lengths: list[int] | None, side: str) -> list:
 
 def _visual(rows: list[Row], layout: Layout, length: int, padded) -> dict[str, Tensor]:
     size, count = layout.image_size, layout.count
-    # A row's visual table: its image's tokens, padded to the batch's largest, then the latents of its rounds.
-    tokens = max((row.image_places(layout.image_tokens) for row in rows if row.views is not None), default=0)
-    tokens = tokens or layout.image_tokens
-    visual = [[tokens - 2 - place if place < -1 else place for place in row.visual] for row in rows]
     most = max((len(row.views) for row in rows if row.views is not None), default=1 + QUADRANTS * layout.quadrants)
     pixels = torch.zeros((len(rows), 1, most, 3, size, size))
     for views, row in zip(pixels[:, 0], rows):
@@ -187,7 +182,7 @@ def _visual(rows: list[Row], layout: Layout, length: int, padded) -> dict[str, T
             made = torch.from_numpy(row.views).permute(0, 3, 1, 2).float() / 127.5 - 1.0
             views[: len(made) - 1], views[-1] = made[:-1], made[-1]
     data = {
-        "visual_index": padded(visual, -1, length),
+        "visual_index": padded([row.visual for row in rows], -1, length),
         "pixel_values": pixels,
         "image_kind": torch.tensor([[row.kind] for row in rows]),
     }

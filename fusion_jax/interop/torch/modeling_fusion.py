@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .configuration_fusion import NO_IMAGE, PIXELS, QUADRANTS, FusionConfig
 from .decoder_fusion import DecoderLayer, Exchange, FusionRMSNorm, SamplerLayer, decoder_mask, inverse_frequencies
@@ -48,12 +49,21 @@ class FusionOutput(CausalLMOutputWithPast):
 
 class Visual(NamedTuple):
     """What the encoder side gives. table: (B, N I + R L, D) what visual_index points into, I with the room for tiles;
-    question, patches: pairs that the mapping loss compares, None without."""
+    places: (B, S) where it stands; question, patches: pairs that the mapping loss compares, None without."""
 
     table: Tensor
     exchange: Exchange | None
+    places: Tensor
     question: tuple[Tensor, Tensor] | None
     patches: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class FusionModelOutput(ModelOutput):
+    """last_hidden_state: (B, S, D), normed."""
+
+    last_hidden_state: Tensor | None = None
+    visual: Visual | None = None
 
 
 class Learned(nn.Module):
@@ -179,7 +189,7 @@ class FusionModel(nn.Module):
             if question is not None:
                 pairs[0] = (question[mask], question_features[mask])
             pairs[1] = (state, whole)
-        return Visual(table, exchange, *pairs)
+        return Visual(table, exchange, visual_index >= 0, *pairs)
 
     def with_tiles(self, tokens: Tensor, tiles: Tensor, cut: list[list[int]]) -> Tensor:
         """Each image's tokens of its whole view, then those of its tiles row by row, each row closed by the row end.
@@ -285,14 +295,15 @@ class FusionModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache=None,
         reach: Tensor | None = None,
         states: list | None = None,
         **images: Tensor | None,
-    ) -> tuple[Tensor, Visual | None]:
+    ) -> FusionModelOutput:
+        """As FusionForCausalLM.forward, whose other arguments change nothing here."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         x, visual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
@@ -306,10 +317,13 @@ class FusionModel(nn.Module):
                 f"attention_mask has shape {tuple(attention_mask.shape)}; {past} cached and {s} new positions ask for "
                 f"({b}, {past + s})."
             )
-        images = {name: image.to(device) for name, image in images.items() if image is not None}
+        images = {name: image.to(device) for name, image in images.items() if isinstance(image, Tensor)}
         kind, index = images.get("image_kind"), images.get("visual_index")
         if images.get("pixel_values") is None or (kind is not None and not (kind != NO_IMAGE).any()):
             index = None
+        if index is not None:
+            images |= placed(images, attention_mask)
+            index = images["visual_index"]
         if index is not None and past:
             # What the prefill has read needs no second look.
             if (index[:, past:] >= 0).any():
@@ -320,7 +334,6 @@ class FusionModel(nn.Module):
             index = None
         if index is not None:
             visual = self.encode(x.dtype, **images)
-            index = F.pad(index, (0, s - index.shape[1]), value=-1)
             rows = torch.arange(b, device=device)[:, None]
             x = torch.where((index >= 0)[..., None], visual.table[rows, index.clamp(min=0)].to(x.dtype), x)
         if self.training and torch.is_grad_enabled() and torch.distributed.is_available():
@@ -328,7 +341,18 @@ class FusionModel(nn.Module):
             if incomplete and torch.distributed.is_initialized():
                 x = x + self.idle(x)
         exchange = None if visual is None else visual.exchange
-        return self.decode(x, attention_mask, exchange, cache, past, reach, states), visual
+        return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
+
+
+def placed(images: dict[str, Tensor], attention_mask: Tensor) -> dict[str, Tensor]:
+    """`visual_index` (B, S), `round_end` and `latent_start`, which count from each row's first token, as places of the
+    rows: wherever they begin, and whatever follows them."""
+    index, start = images["visual_index"], attention_mask.long().argmax(1, keepdim=True)
+    column = torch.arange(attention_mask.shape[1], device=index.device) - start
+    real = (column >= 0) & (column < index.shape[1])
+    moved = {"visual_index": index.gather(1, column.clamp(0, index.shape[1] - 1)).where(real, -1)}
+    names = [name for name in ("round_end", "latent_start") if name in images]
+    return moved | {name: torch.where(images[name] >= 0, images[name] + start, -1) for name in names}
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -414,9 +438,9 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
           input_ids: (B, S), the pad token at visual places; or inputs_embeds, (B, S, D). attention_mask: (B, past + S),
             0 for padding.
-          visual_index: (B, S) -1 for text, else an index into the row's [N * I image tokens | R * L latents]. With
-            dynamic resolution I is `config.table_tokens`: the tokens of the whole view, then those of the tiles row by
-            row, each row closed by the row end.
+          visual_index: (B, up to S) from each row's first token on, -1 for text, else an index into the row's
+            [N * I image tokens | R * L latents]. With dynamic resolution I is `config.table_tokens`: the tokens of the
+            whole view, then those of the tiles row by row, each row closed by the row end.
           pixel_values: (B, N, V, 3, H, W) in [-1, 1], the whole image last; first, where the model uses them, its four
             quadrants (top left, top right, bottom left, bottom right), or its tiles row by row. Zeros for a zero image.
           image_kind: (B, N) NO_IMAGE, PIXELS or ZERO_IMAGE; by default all are PIXELS.
@@ -424,7 +448,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             kept of their merged grid. Zeros where it has none.
           question_ids, question_mask: (B, N, T) question tokens that guide the image's encoding.
           round_image, round_end, latent_start: (B, R) the round's image, the place of the last token before its answer
-            and of its first latent; -1 where there is none.
+            and of its first latent, from the row's first token on; -1 where there is none.
           labels: (B, S) token ids, not shifted; negative where unsupervised. num_items_in_batch: supervised tokens of
             all batches that are accumulated; the loss is then this batch's share of their mean.
           past_key_values: the cache; `cache` is the same, as transformers calls it from 5.24 on.
@@ -449,7 +473,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             check_positions(positions, attention_mask)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [] if wanted else None
-        hidden, visual = self.model(
+        outputs = self.model(
             input_ids,
             attention_mask,
             inputs_embeds,
@@ -466,6 +490,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             round_end=round_end,
             latent_start=latent_start,
         )
+        hidden, visual = outputs.last_hidden_state, outputs.visual
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         losses = {}
@@ -482,6 +507,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def losses(self, logits: Tensor, labels: Tensor, visual: Visual | None, items=None) -> dict[str, Tensor]:
         """Means over the batch's supervised tokens, question tokens and patches."""
         supervised = labels[:, 1:] >= 0
+        if visual is not None:  # trainers that train on all of input_ids mean the text
+            supervised &= ~visual.places[:, 1:].to(labels.device)
         count = supervised.sum()
         chosen = logits[:, :-1][supervised].float()
         ce = F.cross_entropy(chosen, labels[:, 1:][supervised], reduction="sum") / count.clamp(min=1)

@@ -10,6 +10,8 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
+from fusion_jax.data.tiles import most_tokens
+
 from .configuration_fusion import NO_IMAGE, PIXELS, ZERO_IMAGE
 from .image_fusion import static_views, tiled_views
 from .layout_fusion import Layout, Row, collate
@@ -226,7 +228,6 @@ class FusionProcessor(ProcessorMixin):
         layout = Layout(
             self.tokenizer.pad_token_id,
             self.image_size,
-            self.image_tokens,
             count,
             self.quadrants,
             self.text_guided,
@@ -367,7 +368,13 @@ class FusionProcessor(ProcessorMixin):
         has_image = IMAGE in encoded.ids
         views, tiling = self.views(image) if has_image else (None, [0] * 6 if self.tile_grids else [])
         row = Row(encoded, views, tiling, NO_IMAGE, end == CLOSED)
-        row.fill(self.image_tokens, count, self.image_first, self.tokenizer.pad_token_id)
+        row.fill(
+            self.image_tokens,
+            most_tokens(self.tile_grids, self.tile_tokens),
+            count,
+            self.image_first,
+            self.tokenizer.pad_token_id,
+        )
         if has_image:
             row.kind = PIXELS
         elif self.zero_image_for_text and row.start:
