@@ -39,6 +39,8 @@ def write_side_files(
     here = Path(__file__).parent
     for source in (*(here / f"{name}.py" for name in _CODE), *(here.parents[1] / f"{name}.py" for name in _SHARED)):
         code = re.sub(r"^from fusion_jax\.(?:\w+\.)*(\w+) import", r"from .\1 import", source.read_text(), flags=re.M)
+        if source.stem == "processing_fusion":  # transformers 4.57 copies only the files that this one names itself
+            code += "".join(f"from .{Path(name).name} import __name__ as _  # noqa\n" for name in _SHARED)
         (folder / source.name).write_text(code, encoding="utf-8")
     ids = {}
     if tokenizer is not None and template is not None:
