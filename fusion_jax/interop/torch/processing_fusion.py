@@ -267,6 +267,8 @@ class FusionProcessor(ProcessorMixin):
             names = ("latent_count", "padding_side", "return_tensors", "padding", "truncation", "max_length")
             names += ("pad_to_multiple_of", "return_assistant_tokens_mask", *_GROUPS)
             options = {**{name: kwargs[name] for name in names if name in kwargs}, **(processor_kwargs or {}), **ways}
+            if options.get("return_assistant_tokens_mask"):  # trainers that ask for it look at lists
+                options.setdefault("return_tensors", None)
             inputs = self(conversation, options.pop("images", images), **options)
             return inputs if return_dict else inputs["input_ids"]
         if not own:
