@@ -109,7 +109,8 @@ def _read(image: Any) -> tuple[bytes, str]:
     if isinstance(image, Path):
         return read_file(image, MAX_BYTES)[0], f"the image {image}"
     if not isinstance(image, str):
-        if callable(getattr(image, "read", None)):
+        if callable(getattr(image, "read", None)):  # an open file
+            image.seek(0)
             return image.read(), "the image"
         raise ValueError(
             f"A {type(image).__name__} is no image: PIL images, arrays, tensors, bytes, paths, URLs and base64 are."
