@@ -95,6 +95,7 @@ class FusionModel(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], d)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(c["layers"]))
         self.norm = FusionRMSNorm(d, c["norm_eps"])
+        self.table_tokens = config.table_tokens
         self.frequencies = inverse_frequencies(c["rope"], c["head_dim"])  # numpy: no buffer to convert or to lose
 
     def encode(
@@ -138,7 +139,7 @@ class FusionModel(nn.Module):
         if cut is not None:
             context = self.with_tiles(tokens, resize(whole[len(pixels) :], config.tile_tokens), cut)
 
-        table = F.pad(context, (0, 0, 0, config.table_tokens - context.shape[1]))
+        table = F.pad(context, (0, 0, 0, self.table_tokens - context.shape[1]))
         table = table.new_zeros((b * n, *table.shape[1:])).index_copy(0, present, table)
         table = table.view(b, -1, table.shape[-1])
         exchange = None
@@ -209,7 +210,7 @@ class FusionModel(nn.Module):
         it, whether or not this process has an image in its batch."""
         config, size = self.config, self.config.vision["image_size"]
         count = config.latent_counts[0] if config.semantic_exchange else 0
-        first = config.table_tokens
+        first = self.table_tokens
 
         def one(*shape):
             return torch.zeros((1, *shape), dtype=torch.long, device=x.device)
