@@ -311,15 +311,15 @@ class FusionModel(nn.Module):
         kind, index = images.get("image_kind"), images.get("visual_index")
         if images.get("pixel_values") is None or (kind is not None and not (kind != NO_IMAGE).any()):
             index = None
-        if index is not None and past:
-            # What the prefill has read needs no second look.
-            if (index[:, past:] >= 0).any():
+        if index is not None and (past or s) < index.shape[1]:
+            # What a prefill has read needs no second look; but it must have read all.
+            ends = images["round_end"][images["latent_start"] >= 0] if "latent_start" in images else index[:0]
+            if (index[:, past or s :] >= 0).any() or (ends >= (past or s)).any():
                 raise ValueError(
-                    "Visual positions lie behind the cached ones. Images and latents are read all at once: give the "
-                    "whole conversation without a cache, and no prefill_chunk_size."
+                    "A conversation's images, latents and questions are read all at once: give it whole and without a "
+                    "cache, and leave out prefill_chunk_size."
                 )
-            index = None
-        if index is not None:
+        if index is not None and not past:
             visual = self.encode(x.dtype, **images)
             index = F.pad(index, (0, s - index.shape[1]), value=-1)
             rows = torch.arange(b, device=device)[:, None]
