@@ -1,5 +1,5 @@
-"""The exported model as people use it, with the packages of the test environment; `tests/soak_transformers.py` tries all
-ways under several versions of transformers."""
+"""The exported model as people use it, with the packages of the test environment; `tests/soak_transformers.py` does so
+under several versions of transformers, with accelerate and peft."""
 
 import functools
 import tempfile

@@ -58,11 +58,19 @@ def close(found, expected, atol=1e-5):
 
 
 def inputs_for(config, rows, seed: int = 0) -> dict:
-    """Rows of (padding on the left, whether there is an image), with one round each."""
+    """Rows of (padding on the left, whether there is an image), with one round each; with dynamic resolution the first
+    row's image has tiles."""
     draw = torch.Generator().manual_seed(seed)
-    image, latents = config.table_tokens, config.latent_count
-    length, b = max(padding for padding, _ in rows) + 2 + image + latents + 5, len(rows)
+    table, latents = config.table_tokens, config.latent_count
+    length, b = max(padding for padding, _ in rows) + 2 + table + latents + 5, len(rows)
     side, views = config.vision["image_size"], 5 if config.uses_quadrants else 1
+    tilings, images = torch.zeros(b, 1, 6, dtype=torch.long), [config.tokens_per_image] * b
+    if config.tile_grids:
+        tall, wide = config.tile_grids[0]
+        tile = int((config.tile_tokens or config.patches) ** 0.5)
+        views = 1 + tall * wide
+        tilings[0, 0] = torch.tensor([tall, wide, 0, tall * tile - 1, 1, wide * tile])  # a row and a column are padding
+        images[0] += (tall * tile - 1) * wide * tile
 
     def ids(*shape):
         return torch.randint(3, config.vocab_size, shape, generator=draw)
@@ -72,6 +80,7 @@ def inputs_for(config, rows, seed: int = 0) -> dict:
         "attention_mask": torch.ones(b, length, dtype=torch.long),
         "visual_index": torch.full((b, length), -1),
         "pixel_values": torch.rand((b, 1, views, 3, side, side), generator=draw) * 2 - 1,
+        **({"tilings": tilings} if config.tile_grids else {}),
         "image_kind": torch.tensor([[int(has_image)] for _, has_image in rows]),
         "question_ids": ids(b, 1, 3),
         "question_mask": torch.ones(b, 1, 3, dtype=torch.bool),
@@ -82,9 +91,10 @@ def inputs_for(config, rows, seed: int = 0) -> dict:
     for row, (padding, has_image) in enumerate(rows):
         inputs["attention_mask"][row, :padding] = 0
         if has_image:
-            first = padding + 2
-            inputs["visual_index"][row, first : first + image + latents] = torch.arange(image + latents)
-            inputs["latent_start"][row] = first + image if latents else -1
+            first, behind = padding + 2, padding + 2 + images[row]
+            inputs["visual_index"][row, first:behind] = torch.arange(images[row])
+            inputs["visual_index"][row, behind : behind + latents] = table + torch.arange(latents)
+            inputs["latent_start"][row] = behind if latents else -1
     return inputs
 
 
@@ -468,11 +478,11 @@ def processor(plain):
 GENERATION = (no_cache, static_cache, beams, sampling, prompt_lookup, left_padding, output_dict, own_loop)
 GENERATION += (embeddings_as_inputs, refusals)
 LOADING = (saving, image_text_to_text, more_tokens, half_precision, meta_device, replaced_modules)
-LOADING += (dynamic_quantisation, compiled)
+LOADING += (dynamic_quantisation,)
 TRAINING = (checkpointing,)
 TRAINER = (trainer, two_processes)  # accelerate, which Trainer needs
 ADAPTERS = (offloading, offloading_all, lora_two, lora_seven, lora_all_linear, lora_head, lora_with_whole_modules)
-WAYS = (*GENERATION, *LOADING, *TRAINING, *TRAINER, *ADAPTERS, processor)
+WAYS = (*GENERATION, *LOADING, compiled, *TRAINING, *TRAINER, *ADAPTERS, processor)
 
 
 def main(folder: str, *chosen: str) -> int:
