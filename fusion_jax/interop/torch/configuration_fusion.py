@@ -76,8 +76,8 @@ class FusionConfig(PretrainedConfig):
         template=None,
         **kwargs,
     ):
-        for name in ("vocab_size", "tie_word_embeddings"):  # of `llm`, which a saved config repeats
-            kwargs.pop(name, None)
+        kwargs.pop("vocab_size", None)  # that of `llm`
+        tied = kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)
         self.vision = {**VISION, **(vision or {})}
         self.llm = {**LLM, **(llm or {})}
@@ -106,7 +106,7 @@ class FusionConfig(PretrainedConfig):
         self.num_key_value_heads = self.llm["kv_heads"]
         self.head_dim = self.llm["head_dim"]
         self.max_position_embeddings = self.llm["rope"]["max_length"]
-        self.tie_word_embeddings = self.llm["tied_head"]
+        self.tie_word_embeddings = self.llm["tied_head"] if tied is None else tied
 
     @property
     def vocab_size(self) -> int:

@@ -105,6 +105,7 @@ class FusionModel(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], d)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(c["layers"]))
         self.norm = FusionRMSNorm(d, c["norm_eps"])
+        self.table_tokens = config.table_tokens
         self.frequencies = inverse_frequencies(c["rope"], c["head_dim"])  # numpy: no buffer to convert or to lose
 
     def encode(
@@ -148,7 +149,7 @@ class FusionModel(nn.Module):
         if cut is not None:
             context = self.with_tiles(tokens, resize(whole[len(pixels) :], config.tile_tokens), cut)
 
-        table = F.pad(context, (0, 0, 0, config.table_tokens - context.shape[1]))
+        table = F.pad(context, (0, 0, 0, self.table_tokens - context.shape[1]))
         table = table.new_zeros((b * n, *table.shape[1:])).index_copy(0, present, table)
         table = table.view(b, -1, table.shape[-1])
         exchange = None
@@ -219,7 +220,7 @@ class FusionModel(nn.Module):
         it, whether or not this process has an image in its batch."""
         config, size = self.config, self.config.vision["image_size"]
         count = config.latent_counts[0] if config.semantic_exchange else 0
-        first = config.table_tokens
+        first = self.table_tokens
 
         def one(*shape):
             return torch.zeros((1, *shape), dtype=torch.long, device=x.device)
@@ -322,17 +323,9 @@ class FusionModel(nn.Module):
         if images.get("pixel_values") is None or (kind is not None and not (kind != NO_IMAGE).any()):
             index = None
         if index is not None:
-            images |= placed(images, attention_mask)
+            images |= placed(images, attention_mask, past or s)
             index = images["visual_index"]
-        if index is not None and past:
-            # What the prefill has read needs no second look.
-            if (index[:, past:] >= 0).any():
-                raise ValueError(
-                    "Visual positions lie behind the cached ones. Images and latents are read all at once: give the "
-                    "whole conversation without a cache, and no prefill_chunk_size."
-                )
-            index = None
-        if index is not None:
+        if index is not None and not past:
             visual = self.encode(x.dtype, **images)
             rows = torch.arange(b, device=device)[:, None]
             x = torch.where((index >= 0)[..., None], visual.table[rows, index.clamp(min=0)].to(x.dtype), x)
@@ -344,15 +337,29 @@ class FusionModel(nn.Module):
         return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
 
 
-def placed(images: dict[str, Tensor], attention_mask: Tensor) -> dict[str, Tensor]:
+def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict[str, Tensor]:
     """`visual_index` (B, S), `round_end` and `latent_start`, which count from each row's first token, as places of the
-    rows: wherever they begin, and whatever follows them."""
+    rows: wherever they begin, and whatever follows them.
+
+    Args:
+      read: positions that the first call of a conversation has read, or reads now.
+
+    Raises:
+      ValueError: visual places or questions lie behind those.
+    """
     index, start = images["visual_index"], attention_mask.long().argmax(1, keepdim=True)
+    at = torch.arange(index.shape[1], device=index.device) + start
+    names = [name for name in ("round_end", "latent_start") if name in images]
+    moved = {name: torch.where(images[name] >= 0, images[name] + start, -1) for name in names}
+    ends = moved["round_end"][moved["latent_start"] >= 0] if len(moved) == 2 else at[:0]
+    if ((index >= 0) & (at >= read)).any() or (ends >= read).any():
+        raise ValueError(
+            "A conversation's images, latents and questions are read all at once: give it whole and without a cache, "
+            "and leave out prefill_chunk_size."
+        )
     column = torch.arange(attention_mask.shape[1], device=index.device) - start
     real = (column >= 0) & (column < index.shape[1])
-    moved = {"visual_index": index.gather(1, column.clamp(0, index.shape[1] - 1)).where(real, -1)}
-    names = [name for name in ("round_end", "latent_start") if name in images]
-    return moved | {name: torch.where(images[name] >= 0, images[name] + start, -1) for name in names}
+    return moved | {"visual_index": index.gather(1, column.clamp(0, index.shape[1] - 1)).where(real, -1)}
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ def windows(height: int, width: int, cells: int, device, line: int = 0) -> tuple
     index, real = [], []
     for size in (height, width):
         start, stop = i * size // cells, -(-(i + 1) * size // cells)
-        covered = start[:, None] + torch.arange(int((stop - start).max()), device=device)
+        widest = max(-(-(k + 1) * size // cells) - k * size // cells for k in range(cells))
+        covered = start[:, None] + torch.arange(widest, device=device)
         real.append(covered < stop[:, None])
         index.append(covered.clamp(max=size - 1))
     flat = index[0][:, None, :, None] * (line or width) + index[1][None, :, None, :]
