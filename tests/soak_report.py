@@ -24,6 +24,7 @@ import soak_numbers
 import soak_server
 import soak_targets
 import soak_transformers
+import soak_trl
 
 from fusion_jax import checkpoint
 
@@ -84,6 +85,12 @@ def _transformers(lab: soak.Lab, scale: float) -> str:
     return soak_transformers.all_versions(folder)
 
 
+def _trl(lab: soak.Lab, scale: float) -> str:
+    folder = lab.folder / "trl"
+    folder.mkdir()
+    return soak_trl.train(folder)
+
+
 def _one(name: str, proof: Callable[[soak.Lab, float], str]):
     return lambda lab, scale: [(name, lambda: proof(lab, scale))]
 
@@ -103,6 +110,7 @@ SECTIONS = {
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
     "gpu_check": _one("GPU check, dry run", lambda lab, _: soak_gpu_check.dry_run(lab.folder / "gpu_check")),
     "transformers": _one("Exports under versions of transformers", _transformers),
+    "trl": _one("Exports trained with TRL", _trl),
     "targets": _one("Programs compiled for TPUs and GPUs", lambda lab, _: soak_targets.compile_all()),
 }
 
