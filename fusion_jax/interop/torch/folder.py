@@ -14,7 +14,7 @@ from fusion_jax.models.config import FusionConfig
 
 # What transformers runs with trust_remote_code; each file imports only the others and installed packages. First those
 # written for it, then files of training, so that images are read and cut as there.
-_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "layout", "processing")
+_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "given", "layout", "processing")
 _CODE = tuple(f"{part}_fusion" for part in _PARTS)
 _SHARED = ("data/avif", "data/decoding", "data/formats", "data/grey", "data/jpeg2000", "data/tiles", "files")
 _MAX_NEW_TOKENS = 512

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from fusion_jax.data.tiles import most_tokens
 
 from .configuration_fusion import NO_IMAGE, PIXELS, ZERO_IMAGE
+from .given_fusion import GROUPS, batch, flat, is_image, places_of
 from .image_fusion import static_views, tiled_views
 from .layout_fusion import Layout, Row, collate
 from .text_fusion import (
@@ -48,7 +47,6 @@ SETTINGS = {
 }
 # What other processors take and what changes nothing here: a row begins as in training whatever is said.
 _WITHOUT_EFFECT = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids")
-_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs", "processor_kwargs")
 _OTHERS = ("videos", "audio", "tools")
 
 
@@ -193,7 +191,7 @@ class FusionProcessor(ProcessorMixin):
         Raises:
           ValueError: with what is wrong.
         """
-        options = _flat(options)
+        options = flat(options)
         padding, truncation, max_length, pad_to_multiple_of, padding_side, return_tensors = (
             options.pop(name, value)
             for name, value in (
@@ -214,10 +212,10 @@ class FusionProcessor(ProcessorMixin):
         unknown = sorted(set(options) - set(_WITHOUT_EFFECT))
         if unknown:
             raise TypeError(f"The processor has no argument {', '.join(unknown)}.")
-        if _is_image(conversations) or (conversations is None and text is None):
+        if is_image(conversations) or (conversations is None and text is None):
             conversations, images = (images, conversations) if images is not None else (text, conversations)
         conversations = text if conversations is None else conversations
-        conversations, images = self._batch(conversations, images)
+        conversations, images = batch(conversations, images)
 
         count = self.latent_count if latent_count is None or not self.latent_count else latent_count
         limit = self._limit(max_length) if truncation and truncation != "do_not_truncate" else None
@@ -265,7 +263,7 @@ class FusionProcessor(ProcessorMixin):
             if not own:
                 raise ValueError("The ids follow the model's own template; render another one with tokenize=False.")
             names = ("latent_count", "padding_side", "return_tensors", "padding", "truncation", "max_length")
-            names += ("pad_to_multiple_of", "return_assistant_tokens_mask", *_GROUPS)
+            names += ("pad_to_multiple_of", "return_assistant_tokens_mask", *GROUPS)
             options = {**{name: kwargs[name] for name in names if name in kwargs}, **(processor_kwargs or {}), **ways}
             if options.get("return_assistant_tokens_mask"):  # trainers that ask for it look at lists
                 options.setdefault("return_tensors", None)
@@ -275,7 +273,7 @@ class FusionProcessor(ProcessorMixin):
             return self.tokenizer.apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=False, **ways, **kwargs
             )
-        conversations, images = self._batch(conversation, images, rendered=True)
+        conversations, images = batch(conversation, images)
         prompts = [
             self._encoded(c, i, add_generation_prompt, continue_final_message, rendered=True)[0].prompt
             for c, i in zip(conversations, images)
@@ -286,37 +284,6 @@ class FusionProcessor(ProcessorMixin):
         """Most positions of a row."""
         own = self.tokenizer.model_max_length
         return max_length if max_length is not None else own if own < 1 << 40 else None
-
-    def _batch(self, conversations, images, rendered: bool = False) -> tuple[list, list[list]]:
-        """Conversations or texts as a list, and the images of each that it does not carry itself."""
-        if isinstance(conversations, tuple):
-            conversations = list(conversations)
-        if isinstance(conversations, str) or (conversations and isinstance(conversations[0], dict)):
-            conversations = [conversations]
-        if not conversations:
-            raise ValueError("There is no conversation and no text.")
-        count = len(conversations)
-        if images is None:
-            return conversations, [[] for _ in conversations]
-        images = list(images) if isinstance(images, list | tuple) else [images]
-        if any(isinstance(one, list | tuple) for one in images):  # a list for each
-            images = [list(one) if isinstance(one, list | tuple) else [one] * (one is not None) for one in images]
-        elif count == 1:
-            images = [[one for one in images if one is not None]]
-        elif len(images) == count:  # one for each, or all of them in the order of their places
-            places = [_places(conversation) for conversation in conversations]
-            given = [one for one in images if one is not None]
-            if len(given) == len(images) and sum(places) == len(images):
-                images = [[given.pop(0) for _ in range(n)] for n in places]
-            else:
-                images = [[] if one is None else [one] for one in images]
-        else:
-            places, given = [_places(conversation) for conversation in conversations], list(images)
-            if sum(places) == len(given):
-                images = [[given.pop(0) for _ in range(n)] for n in places]
-        if len(images) != count:
-            raise ValueError(f"{len(images)} images for {count} conversations: give one or None for each.")
-        return conversations, images
 
     def _encoded(
         self, conversation, images: list, prompt: bool, goes_on: bool, rendered: bool = False
@@ -345,7 +312,7 @@ class FusionProcessor(ProcessorMixin):
             else:
                 return self._text.continued(text), None, WAITING
             return self._text.encoded(chat), images[0] if images else None, chat.end
-        if rendered and not images and _places(conversation, empty=True):
+        if rendered and not images and places_of(conversation):
             images = [None]
         chat, image = read_messages(conversation, images, self._text)
         if goes_on:
@@ -384,34 +351,3 @@ class FusionProcessor(ProcessorMixin):
         if limit is not None:
             row.cut(limit)
         return row
-
-
-def _flat(options: dict) -> dict:
-    """Options that are given in groups, as by `text_kwargs={"padding": True}`."""
-    flat = {}
-    for name, value in options.items():
-        flat |= dict(value or {}) if name in _GROUPS else {name: value}
-    return flat
-
-
-def _is_image(value: Any) -> bool:
-    first = value[0] if isinstance(value, list | tuple) and len(value) else value
-    first = first[0] if isinstance(first, list | tuple) and len(first) else first
-    return isinstance(first, Image.Image | np.ndarray | torch.Tensor | bytes | Path)
-
-
-def _places(conversation: Any, empty: bool = True) -> int:
-    """Places of images in a conversation that do not carry their image, or in a text."""
-    if isinstance(conversation, str):
-        return conversation.count(IMAGE_TAG)
-    places = 0
-    for message in conversation:
-        content = message.get("content")
-        if isinstance(content, str):
-            places += content.count(IMAGE_TAG) if message.get("role") == "user" else 0
-        else:
-            for part in content or ():
-                kind, carried = part.get("type"), len([v for v in part.values() if v is not None]) > 1
-                places += kind in ("image", "image_url") and not carried
-                places += part["text"].count(IMAGE_TAG) if kind == "text" and message.get("role") == "user" else 0
-    return places

@@ -226,7 +226,9 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant") and not (role == "system" and k == 0):
             raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
-        written = content if isinstance(content, str) else "".join(_part(part, role, images) for part in content or ())
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"A turn's content is {content!r}; it must be a text or a list of parts.")
+        written = content if isinstance(content, str) else "".join(_part(part, role, images) for part in content)
         if role == "system":
             said = written
         else:
