@@ -391,12 +391,13 @@ def offloading(plain):
     import accelerate  # noqa: F401
 
     total = sum(p.nbytes for p in plain.model.parameters())
-    # Nearly everything on the disk. transformers 4.57 cannot load a model of which all is there, or a tied head that is.
+    # Nearly everything on the disk. transformers 4.57 cannot read a model that is there as a whole, or a tied head.
     parts = [f"model.{name}" for name, _ in plain.model.model.named_children()]
     most = dict.fromkeys([*parts, "lm_head"], "disk") | {"model.norm": "cpu"}
-    if plain.model.config.tie_word_embeddings:
-        most |= {"model.embed_tokens": "cpu", "lm_head": "cpu"}
-    for where in ({"cpu": int(total * 0.9)}, {"cpu": int(total * 0.7)}, most):
+    rooms = [{"cpu": int(total * 0.9)}, {"cpu": int(total * 0.7)}]
+    if plain.model.config.tie_word_embeddings and transformers.__version__ < "5":
+        rooms, most = [], most | {"model.embed_tokens": "cpu", "lm_head": "cpu"}
+    for where in (*rooms, most):
         with tempfile.TemporaryDirectory() as folder:
             options = {"device_map": where} if where is most else {"device_map": "auto", "max_memory": where}
             model = plain.load(**options, offload_folder=folder)
