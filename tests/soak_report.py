@@ -24,6 +24,8 @@ import soak_numbers
 import soak_real_weights
 import soak_server
 import soak_targets
+import soak_transformers
+import soak_trl
 
 from fusion_jax import checkpoint
 
@@ -78,6 +80,18 @@ def _script(name: str, flag: str, count: int, scale: float) -> str:
     return done.stdout.splitlines()[-1]
 
 
+def _transformers(lab: soak.Lab, scale: float) -> str:
+    folder = lab.folder / "transformers"
+    folder.mkdir()
+    return soak_transformers.all_versions(folder)
+
+
+def _trl(lab: soak.Lab, scale: float) -> str:
+    folder = lab.folder / "trl"
+    folder.mkdir()
+    return soak_trl.train(folder)
+
+
 def _one(name: str, proof: Callable[[soak.Lab, float], str]):
     return lambda lab, scale: [(name, lambda: proof(lab, scale))]
 
@@ -97,6 +111,8 @@ SECTIONS = {
     "resizer": _one("Fuzzed resizer", lambda lab, scale: _script("soak_resample.py", "--count", 100_000, scale)),
     "input": _one("Memory of the input", lambda lab, scale: _script("soak_input.py", "--samples", 200_000, scale)),
     "gpu_check": _one("GPU check, dry run", lambda lab, _: soak_gpu_check.dry_run(lab.folder / "gpu_check")),
+    "transformers": _one("Exports under versions of transformers", _transformers),
+    "trl": _one("Exports trained with TRL", _trl),
     "targets": _one("Programs compiled for TPUs and GPUs", lambda lab, _: soak_targets.compile_all()),
 }
 

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_jax.data import jpeg2000
 from fusion_jax.data.avif import coded_pixels
+from fusion_jax.data.jpeg2000 import measure
 from fusion_jax.files import open_file
 
 MAX_SLOW_SAMPLES = 30_000_000  # pixels times channels where each may take a third of a microsecond
@@ -273,7 +273,7 @@ _SIDES = ((_WIDTH, _TILE_WIDTH), (_LENGTH, _TILE_LENGTH))
 
 
 def _jpeg2000(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    size, channels, tiles = jpeg2000.measure(data)
+    size, channels, tiles = measure(data)
     if size[0] * size[1] * channels > MAX_SLOW_SAMPLES:
         values = f"{size[0]}x{size[1]} pixels of {channels} values"
         raise TooLarge(f"has {values}; allowed are {MAX_SLOW_SAMPLES} values in a JPEG 2000")

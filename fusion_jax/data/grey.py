@@ -15,7 +15,7 @@ which none does would be black in 8 bits. What fits no row is refused: -1, infin
 
 Whole numbers of 8 bits and more are cut to their upper 8, as 16-bit colour is; others are rounded.
 
-`interop/torch/image_fusion.py` has these functions once more, word for word: an exported folder stands alone.
+Exported folders carry this file, and stand alone with it.
 """
 
 import numpy as np

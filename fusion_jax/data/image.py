@@ -1,20 +1,7 @@
 """Images from files, and the fixed crops that the encoder reads.
 
-Every image that the package did not make itself is opened here, by `open_image`. What becomes of each kind of file,
-`Image.convert("RGB")` being what the published loader does with all of them:
-
-| file | pixels |
-|---|---|
-| JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, of any mode or palette | `convert("RGB")` |
-| CMYK in a JPEG | taken as inverted, the way Adobe writes it; then `convert("RGB")` |
-| transparency of any kind | left out: the colours that the file holds below it |
-| several pictures (GIF, WebP, PNG, TIFF, MPO, AVIF) | the first |
-| grey of over 8 bits, signed, fractions | 8 bits by the rule of grey.py; `convert("RGB")` makes it black or white |
-| 16 bits a channel | the upper 8; refused as unclear_range where all of these are below 16 |
-| a rotation in the EXIF data | not applied, but for TIFF, which Pillow turns itself |
-| any other format | refused as corrupt_image: among Pillow's many are some that start Ghostscript, or hold any other |
-
-formats.py says what is done about files that are made to be slow.
+decoding.py opens the files and says what becomes of each kind; formats.py says what is done about files that are made
+to be slow.
 """
 
 import contextlib
@@ -26,21 +13,19 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fusion_jax.data import formats, grey
+from fusion_jax.data.decoding import MAX_BYTES, MAX_PIXELS, decode_opened, open_image, size_once_decoded
 from fusion_jax.data.resample import resample
+from fusion_jax.data.tiles import Tiling, on_canvas
 from fusion_jax.errors import BadRecord, check_choice
 from fusion_jax.files import shown
 
-MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host's memory
-MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
-MAX_BYTES = 1 << 29  # of a file
 DECODES = ("exact", "fast")
 _BEGINNING = 1 << 16  # bytes of a file whose size alone is asked for
 _BY_BEGINNING = ("JPEG", "PNG", "GIF", "BMP", "PPM", "JPEG2000")  # formats that need no more in most files
-_ORIENTATION = 274  # a tag of TIFF
 
 
 def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Image:
-    """An image file, or what such a file contains, fully decoded, in RGB; see the top of this file.
+    """An image file, or what such a file contains, fully decoded, in RGB; see the top of decoding.py.
 
     Args:
       image: the path of a file of one of the formats there, or its bytes.
@@ -65,7 +50,7 @@ def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int,
         start, length = _read(image, where, name, _BEGINNING)
         if length > len(start) and formats.format_of(start[:16]) in _BY_BEGINNING:
             with contextlib.suppress(Exception):  # whatever it is, the whole file says it again
-                return _size(open_image(start, length=length))
+                return size_once_decoded(open_image(start, length=length))
         data = start if length <= len(start) else _read(image, where, name)[0]
     return look_at(data, MAX_PIXELS, where, name)[1]
 
@@ -81,57 +66,7 @@ def look_at(data: bytes, max_pixels: int, where: str, name: str) -> tuple[str, t
     """
     with refusals(where, name):
         image = open_image(data, max_pixels)
-        return image.format, _size(image)
-
-
-def open_image(data: bytes, max_pixels: int | None = None, length: int | None = None) -> Image.Image:
-    """What an image file contains, not decoded yet: a small file can unpack to an enormous one, and its header tells.
-
-    Args:
-      data: the file, or its beginning; then `length` is that of the whole.
-      max_pixels: MAX_PIXELS by default.
-
-    Raises:
-      Almost any exception, which `refusals` turns into BadRecord.
-    """
-    length, most = len(data) if length is None else length, MAX_PIXELS if max_pixels is None else max_pixels
-    form = formats.format_of(data[:16])
-    if form is None:
-        raise Image.UnidentifiedImageError
-    if length > MAX_BYTES:
-        raise formats.TooLarge(f"has more than {MAX_BYTES} bytes")
-    data, declared = formats.prepare(form, data)
-    if declared is not None:
-        _check_size(declared, most)
-    reader = formats.Reader(data)
-    try:
-        image = Image.open(reader, formats=(form,))
-    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
-        raise ValueError(f"its header is damaged, or it is a {form} of a kind that Pillow does not read") from e
-    reader.opened()
-    _check_size(image.size, most)
-    if declared not in (None, image.size):
-        raise ValueError(f"its header says {_words(image.size)} pixels, and its pixels {_words(declared)}")
-    formats.check_decoder(image, length)
-    if form == "TIFF":
-        image.is_animated = True  # keeps Pillow from reading the directories behind the first, of any size
-    return image
-
-
-def _size(image: Image.Image) -> tuple[int, int]:
-    """Of an opened image, once it is decoded. Pillow turns a TIFF by its tag, which its size shows, or by its XMP."""
-    if image.format == "TIFF" and _ORIENTATION not in image.tag_v2 and image.getexif().get(_ORIENTATION, 1) > 4:
-        return image.height, image.width
-    return image.size
-
-
-def _words(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels or max(size) > MAX_SIDE:
-        raise formats.TooLarge(f"has {_words(size)} pixels; allowed are {max_pixels}, and {MAX_SIDE} along a side")
+        return image.format, size_once_decoded(image)
 
 
 def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
@@ -183,53 +118,12 @@ def _decode(
         source, _ = _read(source, where, name)
     with refusals(where, name):
         image = open_image(source)
-        covered: tuple[float, float] = _size(image)
+        covered: tuple[float, float] = size_once_decoded(image)
         if at_least is not None and min(image.size) >= at_least and image.format == "JPEG":
             # Sizes are rounded up: half of 5 pixels are 3, of which the file covers 2.5.
             drafted = image.draft(None, (at_least, at_least))
             covered = drafted[1][2:] if drafted else covered
-        return _to_rgb(image), covered
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    expected, deep_colour = _size(image), grey.is_deep_colour(image)
-    if image.tile and image.tile[0][0] == "ppm":
-        image = formats.scaled_ppm(image)
-    else:
-        mode = image.mode
-        image.load()
-        _check_pixels(image, mode, expected)
-    return in_eight_bits(image, deep_colour)
-
-
-def in_eight_bits(image: Image.Image, deep_colour: bool = False) -> Image.Image:
-    """A decoded image, of any mode, as RGB; see the top of this file.
-
-    Args:
-      deep_colour: whether it had 16 bits a channel.
-
-    Raises:
-      grey.UnclearRange: nothing says which value is white.
-    """
-    if deep_colour:
-        grey.check_deep_colour(image)
-    if image.mode == "RGB":
-        return image
-    size = image.size
-    image.info.pop("transparency", None)  # Pillow warns that it is lost
-    levels = grey.levels_of_grey(image)
-    if levels is not None:
-        image = Image.fromarray(levels)
-    image = image.convert("RGB")
-    _check_pixels(image, "RGB", size)
-    return image
-
-
-def _check_pixels(image: Image.Image, mode: str, size: tuple[int, int]) -> None:
-    """What the header said, what Pillow says and what lies in memory must be the same: C code reads it by its size."""
-    if (mode, size) != (image.mode, image.size) or (mode, size) != (image.im.mode, image.im.size):
-        found = f"{image.im.mode} of {_words(image.im.size)}"
-        raise ValueError(f"its header says {mode} of {_words(size)} pixels, and decoding it gave {found}")
+        return decode_opened(image), covered
 
 
 def static_hd_crops(image: Image.Image, size: int, with_quadrants: bool = True) -> UInt8[np.ndarray, "N size size 3"]:
@@ -304,3 +198,17 @@ def read_resized(
     outputs = [np.empty((1, height, width, 3), np.uint8) for width, height in sizes]
     resample(pixels, outputs, covered)
     return [output[0] for output in outputs]
+
+
+def read_tiles(
+    image: str | Path | bytes, tiling: Tiling, tile: int, decode: str = "exact", where: str | None = None
+) -> UInt8[np.ndarray, "N tile tile 3"]:
+    """The crops of an image file, or of a file's bytes: the whole view, its aspect ratio given up, then the tiles row
+    by row. `decode` and errors as for `read_crops`."""
+    crops = np.empty((tiling.crops, tile, tile, 3), np.uint8)
+    if not tiling.rows:
+        [crops[0]] = read_resized(image, [(tile, tile)], decode, where)
+        return crops
+    crops[0], content = read_resized(image, [(tile, tile), (tiling.width, tiling.height)], decode, where)
+    crops[1:] = on_canvas(content, tiling, tile)
+    return crops

@@ -26,6 +26,7 @@ from fusion_jax.data.conversation import ANSWER_START, IMAGE
 from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out_rows, needs
 from fusion_jax.data.plan import Measured, Queue, Sizes, pool
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord
 from fusion_jax.models import connector
@@ -194,7 +195,7 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
     side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
     found = connector.windows(side, cells)[1].sum()
     if tiling.rows:
-        found += tiles.tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
+        found += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
     return int(found)
 
 

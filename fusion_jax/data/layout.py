@@ -45,6 +45,7 @@ import numpy as np
 
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.tile_windows import tile_windows, widest_window
 from fusion_jax.data.tiles import Tiling
 from fusion_jax.errors import BadRecord
 from fusion_jax.models.connector import windows
@@ -153,7 +154,7 @@ class LayoutSpec:
         if self.quadrants:
             return 9
         sides = math.isqrt(self.image_tokens), math.isqrt(self.tile_tokens)
-        return tiles.widest_window(self.grids, *sides, math.isqrt(latent_count))
+        return widest_window(self.grids, *sides, math.isqrt(latent_count))
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int
     index, real = _grid_windows(side, cells)
     found = [np.where(real, slot * side * side + index, -1)]
     if tiling.rows:
-        index, real = tiles.tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)
+        index, real = tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)
         first = spec.crops * spec.image_tokens + (slot + 1) * spec.tile_tokens
         found.append(np.where(real, first + index, -1))
     return np.concatenate(found, axis=1)

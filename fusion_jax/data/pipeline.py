@@ -173,7 +173,7 @@ class ExampleMaker:
         size = self.model.vision.image_size
         if example.tilings:
             crops = [
-                tiles.read_tiles(one, tiling, size, self.decode, record.where)[:, None]
+                image.read_tiles(one, tiling, size, self.decode, record.where)[:, None]
                 for one, tiling in zip(record.images, example.tilings)
             ]
             return dataclasses.replace(example, crops=np.concatenate(crops))

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from fusion_jax.data.image import MAX_BYTES, MAX_SIDE
+from fusion_jax.data.decoding import MAX_BYTES, MAX_SIDE
 from fusion_jax.data.media import kind_of_key
 from fusion_jax.errors import BadRecord, UserError, no_key
 from fusion_jax.files import brief, open_file, parse_json, read_file, shown

@@ -262,7 +262,7 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """The Llama-style use of a SentencePiece model.
+    """The Llama-style use of a SentencePiece model, `model`.
 
     The model adds no word prefix of its own. One "▁" goes before each text, and is dropped where a special token
     opens the text. Added tokens are cut out of the text first, longest match first, and may take the white space at
@@ -274,10 +274,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, model: bytes):
         """Raises RuntimeError or ValueError if `model` is not a SentencePiece model."""
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         config, names = read_config(folder)
-        self._pieces = {self._model.id_to_piece(i): i for i in range(len(self._model))}
-        names.setdefault("unk_token", self._model.id_to_piece(self._model.unk_id()))
+        self._pieces = {self.model.id_to_piece(i): i for i in range(len(self.model))}
+        names.setdefault("unk_token", self.model.id_to_piece(self.model.unk_id()))
         added, special, strips = {}, set(), {}
         for i, token in declared_tokens(folder, config):
             added[token["content"]] = i
@@ -290,7 +290,7 @@ class SentencePieceTokenizer(Tokenizer):
             if token in self._pieces or token in added:
                 added.setdefault(token, self._pieces.get(token))
                 special.add(token)
-        size = max([len(self._model) - 1, *added.values()]) + 1
+        size = max([len(self.model) - 1, *added.values()]) + 1
         for token in (VISION_START, VISION_END):
             if token not in added:
                 added[token] = self._pieces.get(token, size)
@@ -299,15 +299,28 @@ class SentencePieceTokenizer(Tokenizer):
         self._strips = strips
         self._splitter = re.compile("(" + "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) + ")")
         self._guard = names["unk_token"]
-        self._guard_length = len(self._model.encode(self._guard))
-        self._bytes = [_piece_bytes(self._model, i) for i in range(len(self._model))]
+        self._guard_length = len(self.model.encode(self._guard))
+        self._bytes = [_piece_bytes(self.model, i) for i in range(len(self.model))]
         self.longest = max(map(len, [*self._bytes, *(token.encode() for token in added)]))
         # Symbols that its trainer was told to keep whole; learnt pieces have a score, and words are no marks.
-        ids = [i for i in range(len(self._model)) if self._model.get_score(i) == 0 and self._bytes[i]]
-        marks = {self._model.id_to_piece(i): i for i in ids if not self._model.is_byte(i)}
+        ids = [i for i in range(len(self.model)) if self.model.get_score(i) == 0 and self._bytes[i]]
+        marks = {self.model.id_to_piece(i): i for i in ids if not self.model.is_byte(i)}
         marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not _is_words(piece.replace(_SPACE, " "))}
         first = added.get(names.get("bos_token", ""))
         super().__init__(folder, added, special, size, config, names, first, marks)
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Every added token's id."""
+        return dict(self._added)
+
+    def strips(self, token: str) -> tuple[bool, bool]:
+        """Whether an added token takes the white space at its left, and at its right."""
+        return self._strips.get(token, (False, False))
+
+    def is_special(self, token: str) -> bool:
+        """Whether an added token is a special one."""
+        return self._added[token] in self._special_ids
 
     def _find(self, token: str | None) -> int | None:
         return self._added.get(token, self._pieces.get(token))
@@ -318,7 +331,7 @@ class SentencePieceTokenizer(Tokenizer):
         # Odd places hold added tokens, even places the text between them (possibly empty).
         parts = self._splitter.split(_SPACE + text.replace(_SPACE, " "))
         for k in range(1, len(parts), 2):
-            left, right = self._strips.get(parts[k], (False, False))
+            left, right = self.strips(parts[k])
             if left:
                 parts[k - 1] = parts[k - 1].rstrip()
             if right:
@@ -331,9 +344,9 @@ class SentencePieceTokenizer(Tokenizer):
                 ids.append(self._added[part])
             elif part.startswith((_SPACE, " ")):
                 # Some models trim white space in front of what they are given: give them something else in front.
-                ids += self._model.encode(self._guard + part)[self._guard_length :]
+                ids += self.model.encode(self._guard + part)[self._guard_length :]
             elif part:
-                ids += self._model.encode(part)
+                ids += self.model.encode(part)
         return ids
 
     def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
@@ -345,7 +358,7 @@ class SentencePieceTokenizer(Tokenizer):
                 out += self.token_bytes(i)
             else:
                 # The first word's prefix is no space of the text.
-                strip = first and self._model.id_to_piece(i).startswith(_SPACE)
+                strip = first and self.model.id_to_piece(i).startswith(_SPACE)
                 out += self._bytes[i][1:] if strip else self._bytes[i]
             first = False
         return out.decode("utf-8", errors="replace")

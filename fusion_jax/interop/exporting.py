@@ -33,6 +33,7 @@ from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
+from fusion_jax.interop.torch import names
 
 log = logging.getLogger("fusion_jax")
 
@@ -88,8 +89,8 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       The step folder that was exported.
 
     Raises:
-      UserError: an unknown format or dtype, a model that the format cannot hold (dynamic resolution: none), a target
-        that is not empty, a full disk.
+      UserError: an unknown format or dtype, a model that the format cannot hold (published: dynamic resolution), a
+        target that is not empty, a full disk.
     """
     check_choice("format ", format, FORMATS)
     if dtype is not None:
@@ -109,9 +110,8 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
     config, model = source.config, source.config.model
     main = dtype or source.parameters["llm/embedding"][1]
     check(
-        not model.tile_grids,
-        f"{source.folder}: a model of dynamic resolution (tile_grids) has no PyTorch format yet; only fixed resolution "
-        "is exported.",
+        not (published and model.tile_grids),
+        f"{source.folder}: the published code knows no dynamic resolution (tile_grids); --format transformers does.",
     )
     described, unused, tower = {}, {}, None
     if published:
@@ -121,8 +121,9 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
             described = hf_config.published_config(model, config.template, came_from, main)
             check_opens(model, config.template)
     shapes = {path: shape for path, (shape, _) in source.parameters.items()}
-    rows = table.published_rows(model, shapes, hf_config.is_fused(described))
+    rows = names.rows(model, shapes)
     if published:
+        rows = table.published_rows(model, shapes, hf_config.is_fused(described))
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
         described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)
@@ -151,7 +152,7 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
                 stops = list(stop_ids(tokenizer, find_template(config.template)))
                 (building / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
         else:
-            needed = table.published_rows(model, parameter_shapes(model), fused=False)
+            needed = names.rows(model, parameter_shapes(model))
             count = sum(int(np.prod(row.shape)) for row in needed)
             (building / "README.md").write_text(model_card(source, main, count))
         writer = TensorWriter(building, tensors)

@@ -138,7 +138,7 @@ def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
 
 
 def connector_rows(config: FusionConfig, shapes: Shapes) -> list[Row]:
-    """Projectors, exchange layers and learned latents (which the published code does not have)."""
+    """Projectors, exchange layers, learned latents and row end (the published code does not have the last two)."""
     rows = _Rows(config, shapes)
     for name, path, transform in _PROJECTOR:
         rows.add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
@@ -150,6 +150,8 @@ def connector_rows(config: FusionConfig, shapes: Shapes) -> list[Row]:
     if config.semantic_exchange and config.latent_init == "learned":
         for count in config.latent_counts:
             rows.add(f"model.latents.{count}", "", (f"latents_{count}",), "same")
+    if config.tile_grids:
+        rows.add("model.row_end.weight", "", ("row_end",), "same")
     return rows.listed
 
 

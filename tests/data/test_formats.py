@@ -16,8 +16,8 @@ from PIL import Image
 from fusion_jax.data import convert, formats, jpeg2000, resample
 from fusion_jax.data import image as image_module
 from fusion_jax.data.avif import coded_pixels
-from fusion_jax.data.image import load_image, read_crops, read_size
-from fusion_jax.data.tiles import Tiling, read_tiles
+from fusion_jax.data.image import load_image, read_crops, read_size, read_tiles
+from fusion_jax.data.tiles import Tiling
 from fusion_jax.errors import BadRecord
 
 

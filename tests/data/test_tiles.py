@@ -10,6 +10,7 @@ from PIL import Image
 
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.image import read_tiles
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out, lay_out_rows, needs
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling
@@ -70,7 +71,7 @@ def test_crops_are_the_whole_view_and_the_padded_image_in_pieces(size, tmp_path)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8))
     tiling = choose_tiling(size, GRIDS, TILE)
     image.save(tmp_path / "image.png")
-    crops = tiles.read_tiles(tmp_path / "image.png", tiling, TILE)
+    crops = read_tiles(tmp_path / "image.png", tiling, TILE)
     assert crops.shape == (tiling.crops, TILE, TILE, 3)
 
     def resized(width, height):

@@ -29,13 +29,15 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 transformers = pytest.importorskip("transformers", reason="the exported model needs transformers")
 
 from fusion_jax import generate
-from fusion_jax.data import chat_template, conversation, formats, image
+from fusion_jax.data import chat_template, conversation, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
 from fusion_jax.data.image import static_hd_crops
 from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
 from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.render_chat import _Generation as Generation
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import table
+from fusion_jax.interop.torch import names
 from fusion_jax.interop.torch.folder import chat_template as jinja_text
 from fusion_jax.interop.torch.folder import write_side_files
 from fusion_jax.models.config import RopeConfig
@@ -49,7 +51,7 @@ torch.set_num_threads(1)
 def named_tensors(config, params) -> dict[str, np.ndarray]:
     """Our parameters under the names of the exported file."""
     flat = fixtures.flat(params)
-    rows = table.published_rows(config, {path: leaf.shape for path, leaf in flat.items()}, fused=False)
+    rows = names.rows(config, {path: leaf.shape for path, leaf in flat.items()})
     get = lambda path, index: flat[path] if index is None else flat[path][index]  # noqa: E731
     return {row.name: np.ascontiguousarray(table.to_published(row, get, config)) for row in rows}
 
@@ -63,7 +65,7 @@ def export(folder, config, params, tokenizer=None, template=None):
         folder, trust_remote_code=True, output_loading_info=True
     )
     assert not any(info.values()), info
-    assert set(model.state_dict()) == set(tensors)
+    assert set(model.state_dict()) == {*tensors, table.HEAD}  # a tied head is in the model, not in the file
     return model
 
 
@@ -76,20 +78,19 @@ def torch_inputs(batch, side: str = "right", labels: bool = True) -> dict:
     given[:, 1:] = np.where(batch.loss_weights > 0, batch.targets, -100)[:, :-1]
     shift = (length - valid.sum(1)) * (side == "left")
     place = lambda x: np.stack([np.roll(row, s) for row, s in zip(x, shift)])  # noqa: E731
-    moved = lambda x: np.where(x >= 0, x + shift[:, None], -1)  # noqa: E731
     pixels = np.concatenate([batch.quadrants, batch.crops[:, :, None]], 2).transpose(0, 1, 2, 5, 3, 4) / 127.5 - 1
     pixels = np.where((batch.crop_kind == PIXELS)[..., None, None, None, None], pixels, 0).astype(np.float32)
     values = {
         "input_ids": place(batch.tokens),
         "attention_mask": place(valid.astype(np.int64)),
-        "visual_index": place(batch.visual_index),
+        "visual_index": batch.visual_index,  # this and the two below count from the row's first token
         "pixel_values": pixels,
         "image_kind": batch.crop_kind,
         "question_ids": batch.crop_text,
         "question_mask": batch.crop_text_mask,
         "round_image": batch.round_crop,
-        "round_end": moved(batch.round_end),
-        "latent_start": moved(batch.latent_start),
+        "round_end": batch.round_end,
+        "latent_start": batch.latent_start,
         **({"labels": place(given)} if labels else {}),
     }
     values = {key: torch.tensor(value) for key, value in values.items()}
@@ -444,13 +445,14 @@ def test_processor_equals_the_pipeline(processing, side):
     length = max(laid_out_length(e, spec(length=1), count) for e in examples)
     expected = torch_inputs(lay_out(examples, spec(length=length), count), side)
     assert set(inputs) == set(expected)
-    text = expected["attention_mask"].bool() & (expected["visual_index"] < 0)
+    text = expected["attention_mask"].bool()
+    text[text.clone()] = torch.cat([line[:n] < 0 for line, n in zip(expected["visual_index"], text.sum(1))])
     for key in expected:
         where = text if key == "input_ids" else torch.ones_like(expected[key], dtype=torch.bool)
         assert inputs[key].dtype == expected[key].dtype, key
         torch.testing.assert_close(inputs[key][where], expected[key][where], rtol=0, atol=1e-6, msg=key)
     assert (inputs["input_ids"][~text] == tokenizer.pad_id).all()
-    prompts_ = [processor.apply_chat_template(c, images=i) for c, i in zip(chats, given)]
+    prompts_ = [processor.apply_chat_template(c, images=i, add_generation_prompt=True) for c, i in zip(chats, given)]
     assert prompts_ == [prompt for _, prompt in made]
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).loss)
@@ -470,8 +472,10 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
         assert before["input_ids"].shape[0] == 1 and ("pixel_values" in before) == (
             with_image or config.text_only == "zero_image"
         )
-        rendered = processor.tokenizer.apply_chat_template(chat, chat_template=again.chat_template, tokenize=False)
-        assert rendered == processor.apply_chat_template(chat)
+        for header in (False, True):
+            ways = {"tokenize": False, "add_generation_prompt": header}
+            rendered = processor.tokenizer.apply_chat_template(chat, chat_template=again.chat_template, **ways)
+            assert rendered == processor.apply_chat_template(chat, **ways)
     ids = tokenizer.encode("A ball. And where?")
     assert processor.batch_decode([ids], skip_special_tokens=True) == [tokenizer.decode(ids)]
     assert model.generation_config.eos_token_id == list(conversation.stop_ids(tokenizer, TEMPLATES["phi3"]))
@@ -491,7 +495,7 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
         ([{"role": "user", "content": "<image>x"}], None, "no image"),
         ([{"role": "user", "content": "<image><image>x"}], "picture", "one image per conversation"),
         ([{"role": "user", "content": [{"type": "video"}]}], None, "video"),
-        ([[{"role": "user", "content": "x"}]], ["picture", "picture"], "2 images for 1"),
+        ([[{"role": "user", "content": "x"}]], ["picture", "picture"], "2 images; one image"),
     ],
 )
 def test_unusable_conversations(processing, chat, images, message):
@@ -500,26 +504,25 @@ def test_unusable_conversations(processing, chat, images, message):
 
 
 def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
-    """The exported file stands alone, so that it repeats the list and the limits."""
     processor = processing[3]
     code = sys.modules[type(processor).__module__.replace("processing_", "image_")]
-    assert code.FORMATS == formats.FORMATS
-    assert (code.MAX_PIXELS, code.MAX_SIDE, code.MAX_BYTES) == (image.MAX_PIXELS, image.MAX_SIDE, image.MAX_BYTES)
+
+    def crops(image):
+        return processor.views(image)[0]
+
     shown = picture(0)
     for name, form in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.mpo", "MPO"), ("a.ppm", "PPM"), ("a.tif", "TIFF")):
         shown.save(tmp_path / name, form)
-        assert np.array_equal(processor.crops(tmp_path / name), processor.crops(image.load_image(tmp_path / name))), (
-            name
-        )
+        assert np.array_equal(crops(tmp_path / name), crops(image.load_image(tmp_path / name))), name
     Image.fromarray(np.linspace(0, 1, 35 * 40, dtype=np.float32).reshape(35, 40)).save(tmp_path / "grey.tif")
-    grey = processor.crops(tmp_path / "grey.tif")
-    assert np.array_equal(grey, processor.crops(image.load_image(tmp_path / "grey.tif"))) and 120 < grey.mean() < 135
+    grey = crops(tmp_path / "grey.tif")
+    assert np.array_equal(grey, crops(image.load_image(tmp_path / "grey.tif"))) and 120 < grey.mean() < 135
     with Image.open(tmp_path / "grey.tif") as opened:
-        assert np.array_equal(processor.crops(opened), grey)
+        assert np.array_equal(crops(opened), grey)
     turned = Image.Exif()
     turned[0x0112] = 6
     shown.save(tmp_path / "turned.tif", exif=turned)
-    assert code.open_image(tmp_path / "turned.tif").size == image.load_image(tmp_path / "turned.tif").size == (31, 47)
+    assert code.to_rgb(tmp_path / "turned.tif").size == image.load_image(tmp_path / "turned.tif").size == (31, 47)
     shown.resize((16, 16)).save(tmp_path / "a.ico")
     shown.save(tmp_path / "a.eps")
     header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
@@ -530,10 +533,10 @@ def test_processor_opens_the_files_that_training_opens(processing, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("a.ico", "a.eps", "large.png", "text.ppm"):
         with pytest.raises(ValueError, match=f"Cannot read the image .*{name}"):
-            processor.crops(tmp_path / name)
+            crops(tmp_path / name)
     for name in ("pipe.png", "none.png", "."):
         with pytest.raises(OSError):
-            processor.crops(tmp_path / name)
+            crops(tmp_path / name)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -585,14 +588,15 @@ def test_processor_without_bos_and_with_system_texts(preset, tmp_path):
                 )
                 chat = [{"role": ("user", "assistant")[k % 2], "content": v} for k, v in enumerate(said)]
                 chat = [{"role": "system", "content": system}] * (system is not None) + chat
-                got = processor._row_text(chat, picture(0) if with_image else None)[0]
-                assert got["ids"] == expected.input_ids.tolist()
-                assert got["question_ids"] == (expected.instructs.tolist() if with_image else [])
-                assert got["prompt"] == expected.prompt
-                assert got["ids"][:2] == [1, 3] and got["ids"][2] != 1
+                got = processor._encoded(chat, [picture(0)] * with_image, True, False)[0]
+                assert got.ids == expected.input_ids.tolist()
+                assert got.question_ids == (expected.instructs.tolist() if with_image else [])
+                assert got.prompt == expected.prompt
+                assert got.ids[:2] == [1, 3] and got.ids[2] != 1
                 if not with_image or "<image>" in said[-1]:
                     rendered = {"chat_template": processor.chat_template, "tokenize": False}
-                    assert processor.tokenizer.apply_chat_template(chat, **rendered) == got["prompt"]
+                    rendered["add_generation_prompt"] = True
+                    assert processor.tokenizer.apply_chat_template(chat, **rendered) == got.prompt
     # An image alone: no question token at all.
     alone = processor([[{"role": "user", "content": [{"type": "image", "image": picture(0)}]}]])
     assert alone["question_ids"].shape == (1, 1, 1) and not alone["question_mask"].any()
@@ -608,7 +612,7 @@ def test_the_exported_chat_template_leaves_no_message_out(name):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     environment.globals["raise_exception"] = refuse
     template = environment.from_string(jinja_text(fixtures.tiny("paper"), TEMPLATES[name]))
     user = {"role": "user", "content": "Hi"}
@@ -638,14 +642,14 @@ def test_published_conversations(name, tmp_path):
     roles = {"human": "user", "gpt": "assistant"}
     for row in json.loads((TOKENIZERS.parent / f"conversations_{name}.json").read_text())["rows"]:
         chat = [{"role": roles[t["from"]], "content": t["value"]} for t in row["record"]["conversations"]]
-        rounds, has_image, _ = processor._rounds(chat, picture(0) if "image" in row["record"] else None)
-        got = processor._tokenize(rounds, has_image)
+        has_image = "image" in row["record"]
+        got = processor._encoded(chat, [picture(0)] * has_image, True, False)[0]
         labels = np.array(row["labels"])
-        assert got["ids"] == row["input_ids"], row["record"]["id"]
-        assert got["ends"] == np.flatnonzero(labels == ANSWER_START).tolist()
-        assert got["labels"] == np.where(labels == ANSWER_START, -100, labels).tolist()
-        assert got["question_ids"] == (row["instructs"] if has_image else [])
-        assert got["prompt"] == row["prompt"]
+        assert got.ids == row["input_ids"], row["record"]["id"]
+        assert got.ends == np.flatnonzero(labels == ANSWER_START).tolist()
+        assert got.labels == np.where(labels == ANSWER_START, -100, labels).tolist()
+        assert got.question_ids == (row["instructs"] if has_image else [])
+        assert got.prompt == row["prompt"]
     # Corners of white space and added tokens, where other implementations differ.
     rng = np.random.default_rng(0)
     parts = [

@@ -1,5 +1,7 @@
 """The configuration of an exported model, and the constants that its model and processor share."""
 
+import math
+
 from transformers import PretrainedConfig
 
 # Values of image_kind. A zero image is 0.0 after normalisation, the mid-grey that stands in where there is no image.
@@ -42,11 +44,15 @@ class FusionConfig(PretrainedConfig):
 
     text_guided: the question's tokens enter the encoder. mapping_loss_weight: lambda of the dual-semantic mapping loss.
     semantic_exchange: latents and exchange layers. latent_counts: the l^2 that training drew from; latent_count: the
-    one to use when nothing is asked. image_tokens: tokens per image, 0 for one per patch. mask, taps, context,
-    latent_init, text_only: `paper` or `released` arithmetic, see where they are used. template: the text around turns.
+    one to use when nothing is asked. image_tokens: tokens per image, 0 for one per patch. tile_grids: (rows, columns)
+    of tiles that an image may be cut into, empty for fixed resolution; tile_tokens: as image_tokens, of a tile. mask,
+    taps, context, latent_init, text_only: `paper` or `released` arithmetic, see where they are used. template: the text
+    around turns.
     """
 
     model_type = "fusion_jax"
+    # Of a FusionOutput, what is no prediction; the cache under its older and its newer name.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "ce", "v2t", "t2v"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -58,6 +64,8 @@ class FusionConfig(PretrainedConfig):
         semantic_exchange=True,
         latent_counts=(4, 16, 36, 64, 144),
         image_tokens=0,
+        tile_grids=(),
+        tile_tokens=0,
         mask="paper",
         taps="paper",
         context="image",
@@ -68,6 +76,8 @@ class FusionConfig(PretrainedConfig):
         template=None,
         **kwargs,
     ):
+        kwargs.pop("vocab_size", None)  # that of `llm`
+        tied = kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)
         self.vision = {**VISION, **(vision or {})}
         self.llm = {**LLM, **(llm or {})}
@@ -79,6 +89,8 @@ class FusionConfig(PretrainedConfig):
         self.semantic_exchange = semantic_exchange
         self.latent_counts = list(latent_counts)
         self.image_tokens = image_tokens
+        self.tile_grids = [list(grid) for grid in tile_grids]
+        self.tile_tokens = tile_tokens
         self.mask = mask
         self.taps = taps
         self.context = context
@@ -87,15 +99,22 @@ class FusionConfig(PretrainedConfig):
         self.hide_question_id_zero = hide_question_id_zero
         self.latent_count = latent_count
         self.template = template
-        # What transformers' generation and cache code asks for. A tied head is no second tensor here: nothing to tie.
-        self.vocab_size = self.llm["vocab_size"]
+        # What transformers' generation and cache code asks for.
         self.hidden_size = self.llm["width"]
         self.num_hidden_layers = self.llm["layers"]
         self.num_attention_heads = self.llm["heads"]
         self.num_key_value_heads = self.llm["kv_heads"]
         self.head_dim = self.llm["head_dim"]
         self.max_position_embeddings = self.llm["rope"]["max_length"]
-        self.tie_word_embeddings = False
+        self.tie_word_embeddings = self.llm["tied_head"] if tied is None else tied
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm["vocab_size"]
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:  # by `resize_token_embeddings`
+        self.llm["vocab_size"] = value
 
     @property
     def patches(self) -> int:
@@ -111,6 +130,14 @@ class FusionConfig(PretrainedConfig):
     @property
     def tokens_per_image(self) -> int:
         return self.image_tokens or self.patches
+
+    @property
+    def table_tokens(self) -> int:
+        """Places that an image has in the table that `visual_index` points into: those of its whole view and, with
+        dynamic resolution, as many as the tiles of any image can take, a row end behind each row of tokens."""
+        side = math.isqrt(self.tile_tokens or self.patches)
+        grids = [(rows * side, columns * side) for rows, columns in self.tile_grids if rows * columns > 1]
+        return self.tokens_per_image + max((rows * (columns + 1) for rows, columns in grids), default=0)
 
     @property
     def uses_quadrants(self) -> bool:

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.data import conversation
 from fusion_jax.data.conversation import Template
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, JsonTokenizer, Tokenizer
+from fusion_jax.data.tokenizer import VISION_END, VISION_START, SentencePieceTokenizer, Tokenizer
+from fusion_jax.interop.tokenizer_json import tokenizer_json
 from fusion_jax.models.config import FusionConfig
 
-# What transformers runs with trust_remote_code; each file imports only the others and installed packages.
-_CODE = ("configuration_fusion", "image_fusion", "processing_fusion", "modeling_fusion")
+# What transformers runs with trust_remote_code; each file imports only the others and installed packages. First those
+# written for it, then files of training, so that images are read and cut as there.
+_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "given", "layout", "processing")
+_CODE = tuple(f"{part}_fusion" for part in _PARTS)
+_SHARED = ("data/avif", "data/decoding", "data/formats", "data/grey", "data/jpeg2000", "data/tiles", "files")
 _MAX_NEW_TOKENS = 512
 
 
@@ -32,16 +36,25 @@ def write_side_files(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    here = Path(__file__).parent
+    for source in (*(here / f"{name}.py" for name in _CODE), *(here.parents[1] / f"{name}.py" for name in _SHARED)):
+        code = re.sub(r"^from fusion_jax\.(?:\w+\.)*(\w+) import", r"from .\1 import", source.read_text(), flags=re.M)
+        if source.stem == "processing_fusion":  # transformers 4.57 copies only the files that this one names itself
+            code += "".join(f"from .{Path(name).name} import __name__ as _  # noqa\n" for name in _SHARED)
+        (folder / source.name).write_text(code, encoding="utf-8")
     ids = {}
     if tokenizer is not None and template is not None:
         ids = {"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
         ids["pad_token_id"] = tokenizer.pad_id
         stops = list(conversation.stop_ids(tokenizer, template))
         tokenizer.save(folder)
-        _complete_tokenizer(folder, tokenizer)
-        _write(folder / "processor_config.json", processor_config(model_config, tokenizer, template))
+        made = tokenizer_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
+        if made is not None:
+            (folder / "tokenizer.json").write_text(made, encoding="utf-8")
+        _complete_tokenizer(folder, tokenizer, made is not None)
+        needs_sentencepiece = made is None and isinstance(tokenizer, SentencePieceTokenizer)
+        described = processor_config(model_config, tokenizer, template) | {"sentencepiece": needs_sentencepiece}
+        _write(folder / "processor_config.json", described)
         (folder / "chat_template.jinja").write_text(chat_template(model_config, template), encoding="utf-8")
         ids["eos_token_id"] = stops
     config = {
@@ -50,6 +63,7 @@ def write_side_files(
         "auto_map": {
             "AutoConfig": "configuration_fusion.FusionConfig",
             "AutoModelForCausalLM": "modeling_fusion.FusionForCausalLM",
+            "AutoModelForImageTextToText": "modeling_fusion.FusionForCausalLM",
         },
         "dtype": dtype,
         **dataclasses.asdict(model_config),
@@ -76,6 +90,8 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
         "zero_image_for_text": model_config.text_only == "zero_image",
         "hide_question_id_zero": model_config.hide_question_id_zero,
         "image_first": model_config.image_place == "first",
+        "tile_grids": model_config.tile_grids,
+        "tile_tokens": model_config.tokens_per_tile,
     }
 
 
@@ -84,25 +100,36 @@ def _described(template: Template) -> dict[str, Any]:
     return dataclasses.asdict(template) | {"system": "".join(text for text, _ in template.system_parts(None))}
 
 
-def _complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Says in the tokenizer's files what ours knows by itself: the two vision tokens and the padding token."""
+def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> None:
+    """Says in the tokenizer's files what ours knows by itself: the two vision tokens, the padding token, and where
+    tokenizer.json was made from SentencePiece (`converted`) what that says of the added tokens."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     added = config.setdefault("added_tokens_decoder", {})
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for token, i in ((VISION_START, tokenizer.vision_start_id), (VISION_END, tokenizer.vision_end_id)):
         added.setdefault(str(i), {"content": token, **flags, "special": True})
+    if converted:
+        for token, i in tokenizer.added.items():
+            left, right = tokenizer.strips(token)
+            entry = {"content": token, **flags, "lstrip": left, "rstrip": right, "special": tokenizer.is_special(token)}
+            # transformers adds a token anew whose flags are not those of tokenizer.json.
+            added[str(i)] = entry | {"normalized": True}
+        config["clean_up_tokenization_spaces"] = False
+        config |= tokenizer.tokens
     config["pad_token"] = tokenizer.decode([tokenizer.pad_id], skip_special=False)
+    config["padding_side"] = "left"  # as generation needs it
     config["processor_class"] = "FusionProcessor"
     # The generic class runs tokenizer.json as it is; others may rebuild it their own way.
-    generic = "PreTrainedTokenizerFast" if isinstance(tokenizer, JsonTokenizer) else "LlamaTokenizer"
+    generic = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "LlamaTokenizer"
     config["tokenizer_class"] = generic
     for another in ("chat_template", "auto_map"):  # of the model the tokenizer came from; ours lie beside
         config.pop(another, None)
     _write(path, config)
     other = folder / "special_tokens_map.json"
     if other.is_file():
-        _write(other, json.loads(other.read_text(encoding="utf-8")) | {"pad_token": config["pad_token"]})
+        roles = tokenizer.tokens if converted else {}
+        _write(other, json.loads(other.read_text(encoding="utf-8")) | roles | {"pad_token": config["pad_token"]})
 
 
 def chat_template(model_config: FusionConfig, template: Template) -> str:
@@ -127,13 +154,15 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         latents = '""'
     elif model_config.text_only == "none":
         latents = f'({latents} if ns.images else "")'
+    ended = template.end + template.between
+    closing = ended if ended and template.answer.startswith(ended) else template.answer
     lines = [
-        "{%- set ns = namespace(images=false) -%}",
+        "{%- set ns = namespace(images=false, asked=false) -%}",
         "{%- macro said(message) -%}",
         "  {%- if message.content is string -%}{{ message.content }}",
         "  {%- else -%}",
         "    {%- for part in message.content -%}",
-        '      {{- "<image>" if part.type == "image" else part.text if part.type == "text" '
+        '      {{- "<image>" if part.type in ("image", "image_url") else part.text if part.type == "text" '
         'else raise_exception("A part of type " ~ part.type ~ " has no place here.") -}}',
         "    {%- endfor -%}",
         "  {%- endif -%}",
@@ -149,15 +178,16 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         f"{{{{- {system} -}}}}",
         '{%- for m in messages if m.role != "system" -%}',
         '  {%- if m.role == "user" -%}',
-        f'    {{{{- ({text(template.between)} if not loop.first else "") + {text(template.question)} + {latents} -}}}}',
+        f'    {{{{- ({text(template.between)} if ns.asked else "") + {text(template.question)} + {latents} -}}}}',
+        "    {%- set ns.asked = true -%}",
         '    {%- if "<image>" in said(m) -%}',
         f'      {{{{- {text(slot % "<image>")} + "\\n" + (said(m) | replace("<image>", "") | trim) -}}}}',
         "    {%- else -%}",
         f"      {{{{- {said('question')} -}}}}",
         "    {%- endif -%}",
-        f"    {{{{- {text(template.answer)} -}}}}",
-        "  {%- else -%}",
-        f"    {{{{- ({said('answer')}) + {text(template.end)} -}}}}",
+        f"    {{{{- {text(template.answer)} if add_generation_prompt or not loop.last else {text(closing)} -}}}}",
+        "  {%- elif ns.asked -%}",
+        f"    {{%- generation -%}}{{{{- ({said('answer')}) + {text(template.end)} -}}}}{{%- endgeneration -%}}",
         "  {%- endif -%}",
         "{%- endfor -%}",
     ]

@@ -1,150 +1,186 @@
-"""Image files to pixels exactly as in training."""
+"""Images of any kind to the pixels that training saw: files as training reads them, resized as Pillow up to version 12
+did it, whichever version is installed."""
 
-import os
-import stat
+import base64
+import binascii
+import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
+import torch
 from PIL import Image
 
-# What image files may be, as in training. Pillow's other formats are left out: some start programs, or hold any format.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS, MAX_SIDE, MAX_BYTES = 80_000_000, 65_535, 1 << 29
-SLOW_DECODERS = {"jpeg2k": 10_000_000, "bmp_rle": 10_000_000, "ppm": 1_000_000, "ppm_plain": 1_000_000}  # pixels
+from fusion_jax.data.decoding import MAX_BYTES, decode_opened, in_eight_bits, open_image
+from fusion_jax.data.formats import ALLOWED, TooLarge, format_of, read_file
+from fusion_jax.data.grey import UnclearRange, is_deep_colour, to_eight_bits
+from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling, on_canvas
+
+URL_SECONDS = 30
+# Keys of a message's part that may hold its image.
+KEYS = ("image", "image_url", "url", "path", "base64")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
-# Values of other than 8 bits, as the 8 that training saw: word for word the functions of training.
-
-
-class UnclearRange(ValueError):
-    """Nothing says which value is white. The message continues "the image ..."."""
-
-
-WHITES = (1, 255, 1023, 4095, 16383, 65535)
-BITS, PHOTOMETRIC, PLANES, KIND, WHITE_IS_ZERO, SIGNED = 258, 262, 284, 339, 0, 2  # tags of TIFF, and two values
-LEAST_TAGS, MOST_TAGS = (280, 340), (281, 341)  # MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
-
-
-def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8.
-
-    Raises:
-      ValueError: it is a TIFF of planes of 16 bits without compression, which Pillow reads as if they had 8.
-    """
-    tile, tags = getattr(image, "tile", None), getattr(image, "tag_v2", {})  # a file's
-    if not tile or image.mode not in ("RGB", "RGBA", "CMYK"):
-        return False
-    if tags.get(PLANES) == 2 and max(np.ravel(tags.get(BITS, 1))) > 8 and tile[0][0] != "libtiff":
-        raise ValueError("its channels are planes of 16 bits, which are not read without compression")
-    return ";16" in str(tile[0][3])
-
-
-def check_deep_colour(image: Image.Image) -> None:
-    """UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
-    if max(most for _, most in image.getextrema()[: 4 if image.mode == "CMYK" else 3]) < 16:
-        raise UnclearRange("has 16 bits a channel of which no value reaches a sixteenth: give it 8, white being 255")
-
-
-def levels_of_grey(image: Image.Image) -> np.ndarray | None:
-    """A decoded image's values in 8 bits, (height, width) uint8; None where it has 8, or colours, as it is.
-
-    Raises:
-      UnclearRange: nothing says which value is white.
-    """
-    tags = getattr(image, "tag_v2", {})
-
-    def tag(*names):
-        return next((np.ravel(tags[name])[0] for name in names if name in tags), None)
-
-    bits, signed = tag(BITS), tag(KIND) == SIGNED
-    if image.mode == "F":
-        values, longest = np.asarray(image), None
-    elif image.mode.startswith("I;16"):
-        values, longest = np.asarray(image), 65535
-    elif image.mode == "I":
-        values, longest = np.asarray(image), 32767 if bits == 16 else 2**31 - 1
-        if bits == 32 and not signed:
-            values, longest = values.view(np.uint32), 2**32 - 1
-    elif image.mode == "L" and signed:
-        values, longest = np.asarray(image).view(np.int8), 127
-    else:
-        return None
-    white = 65535 if image.format == "PPM" else 4095 if bits == 12 else tag(*MOST_TAGS)
-    black = tag(*LEAST_TAGS) or 0
-    if white is None or white <= black or (black, white) == (0, longest):  # what the numbers could hold says nothing
-        black, white = None, longest
-    return to_eight_bits(values, black, white, tag(PHOTOMETRIC) == WHITE_IS_ZERO)
-
-
-def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, inverted: bool) -> np.ndarray:
-    """Values to 0 ... 255.
+def to_rgb(image: Any) -> Image.Image:
+    """An image of any kind as RGB of 8 bits.
 
     Args:
-      values: (height, width). black, white: as the header says; black None: white is what a number could hold, None for
-        fractions. inverted: the header has black and white exchanged.
-
-    Returns:
-      (height, width) uint8.
+      image: a PIL image of any mode; a numpy array or torch tensor of one image, (height, width), (height, width,
+        channels) or (channels, height, width) with 1, 3 or 4 channels, values of 8 bits, or others by the rule for
+        files without a word about white: 0 to 1, or the least of 8, 10, 12, 14 and 16 bits that holds them; what an
+        image file contains, as bytes or as text in base64; a path; a URL of http, https, file or data.
 
     Raises:
-      UnclearRange: nothing says which value is white.
+      ValueError: it cannot be read, with the reason. OSError: there is no such file, or no answer from the URL.
     """
-    least, most = values.min(), values.max()
-    if not (np.isfinite(least) and np.isfinite(most)):
-        raise UnclearRange("has values that are no finite numbers")
-    if black is None:
-        if least < 0:
-            raise UnclearRange(f"has values below 0, and does not say which is black: the least is {least}")
-        whites = [one for one in WHITES if white is None or one < white] + [white] * (white is not None)
-        black, white = 0, next((one for one in whites if most <= one), 0)
-        if most and not white / 16 <= most <= white:
-            known = "0 to 1, or 8, 10, 12, 14 or 16 bits"
-            raise UnclearRange(f"does not say which value is white: the largest, {most}, fits none of {known}")
-    elif least < black or most > white:
-        raise UnclearRange(f"says that its values go from {black} to {white}, and they go from {least} to {most}")
-    levels = np.empty(values.shape, np.uint8)
-    whole = values.dtype.kind != "f" and black == 0 and int(white) == white and int(white) & int(white) + 1 == 0
-    shift = int(white).bit_length() - 8 if whole and white >= 255 else None
-    rows = max(1, 2**20 // values.shape[1])  # little memory on the way
-    for row in range(0, len(values), rows):
-        part = values[row : row + rows]
-        if shift is None:
-            part = np.rint((part.astype(np.float64) - float(black)) * (255 / (float(white) - float(black))))
-        else:
-            part = part >> shift
-        levels[row : row + rows] = part
-    return 255 - levels if inverted else levels
+    if isinstance(image, Image.Image):
+        return _of_pillow(image)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return _of_array(image)
+    if isinstance(image, dict):  # as datasets keeps images that are not decoded; or a part of a message
+        held = [image[key] for key in ("bytes", *KEYS) if image.get(key) is not None]
+        if held:
+            return to_rgb(held[0])
+    data, name = _read(image)
+    try:
+        return decode_opened(open_image(data))
+    except Image.UnidentifiedImageError as e:
+        raise ValueError(f"Cannot read {name}: it is none of {ALLOWED}.") from e
+    except Exception as e:  # decoders answer damaged bytes with almost any exception
+        raise ValueError(f"Cannot read {name}: {_reason(e)}") from e
 
 
-def to_rgb(image: Image.Image, deep_colour: bool = False) -> Image.Image:
-    """A decoded image in 8 bits a channel, as training saw it. UnclearRange where nothing says which value is white."""
-    if deep_colour:
-        check_deep_colour(image)
-    levels = levels_of_grey(image)
-    return (image if levels is None else Image.fromarray(levels)).convert("RGB")
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An image file as RGB. ValueError if it is none of FORMATS, damaged, or over a limit; OSError if no file."""
-    Image.init()
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"The image {path} is no file, but a folder, a pipe or a device.")
-        if found.st_size > MAX_BYTES:
-            raise ValueError(f"The image {path} has {found.st_size} bytes; allowed are {MAX_BYTES}.")
+def _of_pillow(image: Image.Image) -> Image.Image:
+    """Rotations noted in EXIF data are not applied, as in training."""
+    try:
+        deep_colour, info = is_deep_colour(image), dict(image.info)
+        image.load()
         try:
-            image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
-            size, mode = image.size, image.mode
-            most = SLOW_DECODERS.get(image.tile[0][0] if image.tile else "", MAX_PIXELS)
-            if size[0] * size[1] > most or max(size) > MAX_SIDE:
-                raise ValueError(f"it has {size[0]}x{size[1]} pixels; allowed are {most}, and {MAX_SIDE} along a side")
-            deep_colour = is_deep_colour(image)
-            image.load()
-            if (size, mode) not in ((image.size, image.mode), (image.size[::-1], image.mode)):  # a TIFF may be turned
-                raise ValueError(f"its pixels are not those that its header says, {mode} of {size[0]}x{size[1]}")
-            if (image.size, image.mode) != (image.im.size, image.im.mode):
-                raise ValueError("its pixels are of another size than it says")
-            return to_rgb(image, deep_colour)
-        except Exception as e:  # decoders answer damaged bytes with almost any exception
-            raise ValueError(f"Cannot read the image {path}, one of {', '.join(FORMATS)}: {e}") from e
+            return in_eight_bits(image, deep_colour)
+        finally:
+            image.info = info  # its transparency is left out of the result alone
+    except Exception as e:
+        raise ValueError(f"Cannot use the image of mode {image.mode}: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    return f"it {error}" if isinstance(error, TooLarge | UnclearRange) else str(error)
+
+
+def _of_array(values: np.ndarray | torch.Tensor) -> Image.Image:
+    channels_first = isinstance(values, torch.Tensor)
+    if channels_first:
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        values = values.numpy()
+    shape = values.shape
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    if values.ndim == 2:
+        values = values[..., None]
+    channels = (1, 3, 4)
+    if values.ndim != 3 or not values.size or not (values.shape[0] in channels or values.shape[2] in channels):
+        raise ValueError(
+            f"An array of shape {list(shape)} is no image: give (height, width), (height, width, channels) or "
+            "(channels, height, width) with 1, 3 or 4 channels."
+        )
+    first = values.shape[0] in channels and (channels_first or values.shape[2] not in channels)
+    values = values.transpose(1, 2, 0) if first else values
+    values = values[..., :3]  # transparency is left out
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    if values.dtype != np.uint8:
+        white = None if values.dtype.kind == "f" else np.iinfo(values.dtype).max
+        try:
+            flat = to_eight_bits(values.reshape(len(values), -1), None, white, False)
+        except ValueError as e:
+            raise ValueError(f"An array of {values.dtype} {e}.") from e
+        values = flat.reshape(values.shape)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
+
+
+def _read(image: Any) -> tuple[bytes, str]:
+    """What an image file contains, and what errors call it."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image), "the image"
+    if isinstance(image, Path):
+        return read_file(image, MAX_BYTES)[0], f"the image {image}"
+    if not isinstance(image, str):
+        if callable(getattr(image, "read", None)):  # an open file
+            image.seek(0)
+            return image.read(), "the image"
+        raise ValueError(
+            f"A {type(image).__name__} is no image: PIL images, arrays, tensors, bytes, paths, URLs and base64 are."
+        )
+    scheme = image[:8].lower().lstrip()
+    if scheme.startswith("data:"):
+        return _of_data_url(image), "the image in a data URL"
+    if scheme.startswith(("http://", "https://")):
+        with urlopen(Request(image, headers={"User-Agent": "transformers"}), timeout=URL_SECONDS) as answer:
+            data = answer.read(MAX_BYTES + 1)
+        return data, f"the image {image}"
+    if scheme.startswith("file:"):
+        path = url2pathname(urlsplit(image.strip()).path)
+        return read_file(path, MAX_BYTES)[0], f"the image {path}"
+    if len(image) > 255 or not Path(image).exists():
+        data = _of_base64(image)
+        if data is not None and format_of(data[:16]) is not None:
+            return data, "the image in base64"
+        if len(image) > 4096:
+            raise ValueError(f"A text of {len(image)} characters is no image: neither a path, nor a URL, nor base64.")
+    return read_file(image, MAX_BYTES)[0], f"the image {image}"
+
+
+def _of_data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise ValueError("A data URL has no comma, behind which its image would begin.")
+    if head.strip().lower().endswith("base64"):
+        data = _of_base64(unquote(body))
+        if data is None:
+            raise ValueError("A data URL does not hold base64.")
+        return data
+    return unquote_to_bytes(body)
+
+
+def _of_base64(text: str) -> bytes | None:
+    """Standard or for URLs, with or without padding, white space and line breaks; None for another text."""
+    if not _BASE64.fullmatch(text):
+        return None
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        return None
+
+
+def resized(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8, bicubically: columns first, then rows, each by itself. Pillow 13 begins with the rows
+    in most upright images when it is asked for both at once, and rounds to other values on its way."""
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return np.array(across.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def static_views(image: Any, size: int, quadrants: bool) -> np.ndarray:
+    """(5 or 1, size, size, 3) uint8: the quadrants of the image at twice the size, if wanted, and the whole image last.
+    Both sizes are resized from the original, without keeping the aspect ratio."""
+    image = to_rgb(image)
+    whole = resized(image, size, size)[None]
+    if not quadrants:
+        return whole
+    double = resized(image, 2 * size, 2 * size)
+    cut = double.reshape(2, size, 2, size, 3).transpose(0, 2, 1, 3, 4).reshape(4, size, size, 3)
+    return np.concatenate([cut, whole])
+
+
+def tiled_views(image: Any, size: int, grids: list[tuple[int, int]]) -> tuple[np.ndarray, Tiling]:
+    """Dynamic resolution: (N, size, size, 3) uint8, tiles row by row and the whole image last; how it is cut."""
+    image = to_rgb(image)
+    tiling, whole = choose_tiling(image.size, grids, size), resized(image, size, size)[None]
+    if tiling == WHOLE:
+        return whole, tiling
+    tiles = on_canvas(resized(image, tiling.width, tiling.height), tiling, size)
+    return np.concatenate([tiles, whole]), tiling

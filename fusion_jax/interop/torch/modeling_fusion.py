@@ -20,317 +20,65 @@ latents. Everything is batch-first, and rows may be padded on either side.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .configuration_fusion import NO_IMAGE, PIXELS, QUADRANTS, FusionConfig
+from .decoder_fusion import DecoderLayer, Exchange, FusionRMSNorm, SamplerLayer, decoder_mask, inverse_frequencies
+from .vision_fusion import VisionEncoder, pool, resize, square, stitch, tiled_windows, windows
+
+# What transformers calls the cache: `past_key_values`, from 5.24 on `cache`.
+CACHE = fields(CausalLMOutputWithPast)[2].name
 
 
 @dataclass
-class FusionOutput(ModelOutput):
+class FusionOutput(CausalLMOutputWithPast):
     """loss = ce + mapping_loss_weight (v2t + t2v); the losses only with labels. logits: (B, S, vocabulary)."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
     ce: Tensor | None = None
     v2t: Tensor | None = None
     t2v: Tensor | None = None
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-# ---------------------------------------------------------------------------------------------- vision
-
-
-class VisionLayer(nn.Module):
-    """Pre-norm transformer layer on image tokens alone or on [image | text]."""
-
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        v = config.vision
-        width, hidden = v["width"], v["mlp_dim"]
-        self.config = config
-        self.layer_norm1 = nn.LayerNorm(width, v["norm_eps"])
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
-        self.layer_norm2 = nn.LayerNorm(width, v["norm_eps"])
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-
-    def attend(self, x: Tensor, patches: int, keys: Tensor | None, early: bool) -> Tensor:
-        heads, attn = self.config.vision["heads"], self.self_attn
-        q, k, v = (split_heads(attn[f"{name}_proj"](x), heads) for name in "qkv")
-        if patches == x.shape[1] or not early:
-            return F.scaled_dot_product_attention(q, k, v, keys)
-        q_image, q_text = q[:, :, :patches], q[:, :, patches:]
-        if self.config.mask == "paper":  # image queries do not see the text
-            image = F.scaled_dot_product_attention(q_image, k[:, :, :patches], v[:, :, :patches])
-        else:  # they do, and text queries attend uniformly: a query of zeros scores all keys alike
-            image = F.scaled_dot_product_attention(q_image, k, v, keys)
-            q_text = torch.zeros_like(q_text)
-        return torch.cat([image, F.scaled_dot_product_attention(q_text, k, v, keys)], 2)
-
-    def forward(self, x: Tensor, patches: int, keys: Tensor | None, early: bool) -> Tensor:
-        """x: (M, P or P + T, Dv); keys: (M, 1, 1, P + T) bool, what is no padding, None for all."""
-        x = x + self.self_attn["out_proj"](merge_heads(self.attend(self.layer_norm1(x), patches, keys, early)))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x)), approximate="tanh"))
-
-
-class VisionEncoder(nn.Module):
-    """SigLIP tower led by the question; its output is a concatenation of residual states (taps)."""
-
-    gradient_checkpointing = False
-
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        v = config.vision
-        self.config = config
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": nn.Conv2d(3, v["width"], v["patch_size"], v["patch_size"]),
-                "position_embedding": nn.Embedding(config.patches, v["width"]),
-            }
-        )
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.encoder_layers))}
-        )
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """(M, 3, H, W) to state 0, (M, P, Dv)."""
-        convolution = self.embeddings["patch_embedding"]
-        x = convolution(pixels.to(convolution.weight.dtype)).flatten(2).transpose(1, 2)
-        return x + self.embeddings["position_embedding"].weight
-
-    def forward(self, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """State 0 of the image and the projected question (M, T, Dv) to taps (M, P + T, taps * Dv)."""
-        patches, keys = x.shape[1], None
-        if text is not None:
-            x = torch.cat([x, text.to(x.dtype)], 1)  # text gets no position embedding
-            if not text_mask.all():
-                keys = F.pad(text_mask.bool(), (patches, 0), value=True)[:, None, None]
-        half = self.config.vision["layers"] // 2
-        shallow, deep = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(x, dtype=torch.float32)
-        for i, layer in enumerate(self.encoder["layers"]):
-            if i < half:
-                shallow = shallow + x.float() / half
-            elif i < 2 * half:
-                deep = deep + x.float() / half
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, patches, keys, i < half)
-            else:
-                x = layer(x, patches, keys, i < half)
-        if self.config.taps == "released":
-            return torch.cat([x, shallow.to(x.dtype), deep.to(x.dtype)], -1)
-        return torch.cat([shallow, deep + x.float() / half], -1).to(x.dtype)  # x is state 2h - 1
-
-
-# ---------------------------------------------------------------------------------------------- exchange
-
-
-def windows(size: int, cells: int, device) -> tuple[Tensor, Tensor]:
-    """Adaptive windows of a size x size grid: token indices (cells^2, W) and which of them are real.
-
-    Cell i covers [floor(i size / cells), ceil((i + 1) size / cells)): neighbours overlap where `cells` does not divide
-    `size`.
-    """
-    i = torch.arange(cells, device=device)
-    start, stop = i * size // cells, -(-(i + 1) * size // cells)
-    index = start[:, None] + torch.arange(int((stop - start).max()), device=device)
-    real, index = index < stop[:, None], index.clamp(max=size - 1)
-    flat = index[:, None, :, None] * size + index[None, :, None, :]
-    return flat.reshape(cells**2, -1), (real[:, None, :, None] & real[None, :, None, :]).reshape(cells**2, -1)
-
-
-def pool(grid: Tensor, cells: int) -> Tensor:
-    """(M, h, w, D) to (M, cells^2, D) by the same adaptive cells' maximum."""
-    return F.adaptive_max_pool2d(grid.permute(0, 3, 1, 2), cells).flatten(2).transpose(1, 2)
-
-
-def square(tokens: Tensor) -> Tensor:
-    side = math.isqrt(tokens.shape[1])
-    return tokens.unflatten(1, (side, side))
-
-
-class Exchange(NamedTuple):
-    """What the exchange layers read and where they write.
-
-    context: (M, C, D). image, row, end: (K,) the round's image, its row and the place of its question's last token.
-    places: (K, L) where its latents are. index, real: (L, W) the windows.
-    """
-
-    context: Tensor
-    image: Tensor
-    row: Tensor
-    end: Tensor
-    places: Tensor
-    index: Tensor
-    real: Tensor
-
-
-class ExchangeLayer(nn.Module):
-    """Each latent queries its own window of the image, led by the last hidden state of its round's question."""
-
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        d = config.llm["width"]
-
-        def normed():
-            return nn.Sequential(nn.LayerNorm(d, 1e-5), nn.Linear(d, d, bias=False))
-
-        self.heads = config.exchange["heads"]
-        self.proj_in = nn.Linear(2 * d, d, bias=False)
-        self.proj_context = nn.Linear(d, d, bias=False)
-        self.cross_attn = nn.ModuleDict({f"{name}_proj": normed() for name in "qkv"})
-        self.cross_attn["o_proj"] = nn.Linear(d, d, bias=False)
-        self.norm = nn.LayerNorm(d, 1e-5)
-        self.proj_out = nn.ModuleDict({f"linear_{i}": nn.Linear(d, d, bias=False) for i in (1, 2)})
-
-    def forward(self, x: Tensor, *exchange: Tensor) -> Tensor:
-        e = Exchange(*exchange)
-        rounds, count = e.places.shape
-        rows = e.row[:, None]
-        # All rounds read the state before the layer.
-        latents = x[rows, e.places]
-        question = x[e.row, e.end][:, None].expand_as(latents)
-        p = self.proj_in(torch.cat([question, latents], -1))
-        c = self.proj_context(e.context)
-        q = self.cross_attn["q_proj"](p)
-        # Keys and values once per image; then each latent takes its window's.
-        k, v = (self.cross_attn[name](c)[e.image[:, None, None], e.index] for name in ("k_proj", "v_proj"))
-        q = split_heads(q.reshape(rounds * count, 1, -1), self.heads)
-        k, v = (split_heads(a.flatten(0, 1), self.heads) for a in (k, v))
-        mask = None if e.real.all() else e.real.repeat(rounds, 1)[:, None, None]
-        y = merge_heads(F.scaled_dot_product_attention(q, k, v, mask)).reshape(p.shape)
-        y = self.norm(self.cross_attn["o_proj"](y) + p)
-        update = self.proj_out["linear_2"](F.gelu(self.proj_out["linear_1"](y)))
-        return x.index_put((rows, e.places), latents + update.to(x.dtype))
-
-
-class SamplerLayer(nn.Module):
-    """Only there for the published names, `vision_sampler_layers.0.layers.0`."""
-
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList([ExchangeLayer(config)])
-
-    def forward(self, x: Tensor, *exchange: Tensor) -> Tensor:
-        return self.layers[0](x, *exchange)
-
-
-# ---------------------------------------------------------------------------------------------- decoder
-
-
-class FusionRMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
-
-
-def inverse_frequencies(rope: dict, head_dim: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Inverse frequencies below and beyond the original length, and the factor on cos and sin."""
-    base = rope["theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope["kind"] == "default":
-        return base, base, 1.0
-    length = rope["original_length"]
-    if rope["kind"] == "longrope":
-        ratio = rope["max_length"] / length
-        scale = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 else 1.0
-        return base / np.array(rope["short_factors"]), base / np.array(rope["long_factors"]), scale
-    # Llama-3: low frequencies are divided, high ones kept, a linear blend in between.
-    turns = length * base / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    scaled = (1 - blend) * base / rope["factor"] + blend * base
-    return scaled, scaled, 1.0
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half form in float32. x: (B, H, S, d); cos, sin: (B, 1, S, d / 2)."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: FusionConfig, index: int):
-        super().__init__()
-        c, d, bias = config.llm, config.llm["width"], config.llm["qkv_bias"]
-        self.index, self.heads, self.kv_heads = index, c["heads"], c["kv_heads"]
-        queries, keys = c["heads"] * c["head_dim"], c["kv_heads"] * c["head_dim"]
-        self.input_layernorm = FusionRMSNorm(d, c["norm_eps"])
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(d, queries, bias=bias),
-                "k_proj": nn.Linear(d, keys, bias=bias),
-                "v_proj": nn.Linear(d, keys, bias=bias),
-                "o_proj": nn.Linear(queries, d, bias=False),
-            }
-        )
-        self.post_attention_layernorm = FusionRMSNorm(d, c["norm_eps"])
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(d, c["mlp_dim"], bias=False),
-                "up_proj": nn.Linear(d, c["mlp_dim"], bias=False),
-                "down_proj": nn.Linear(c["mlp_dim"], d, bias=False),
-            }
-        )
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache=None) -> Tensor:
-        y, attn, mlp = self.input_layernorm(x), self.self_attn, self.mlp
-        q = rotate(split_heads(attn["q_proj"](y), self.heads), cos, sin)
-        k = rotate(split_heads(attn["k_proj"](y), self.kv_heads), cos, sin)
-        v = split_heads(attn["v_proj"](y), self.kv_heads)
-        if cache is not None:
-            k, v = cache.update(k, v, self.index)
-        if self.kv_heads < self.heads:
-            k, v = (a.repeat_interleave(self.heads // self.kv_heads, 1) for a in (k, v))
-        x = x + attn["o_proj"](merge_heads(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)))
-        y = self.post_attention_layernorm(x)
-        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
-
-
-def decoder_mask(attention_mask: Tensor, queries: int, window: int) -> tuple[Tensor | None, bool]:
-    """Mask (B, 1, queries, S) for the last `queries` of the S positions, or None and whether to be causal instead."""
-    length = attention_mask.shape[1]
-    if (window == 0 or window >= length) and queries in (1, length) and attention_mask.all():
-        return None, queries > 1
-    key = torch.arange(length, device=attention_mask.device)
-    query = key[-queries:, None]
-    seen = key <= query
-    if window:
-        seen = seen & (key > query - window)
-    # Padding sees itself: attention to nothing would be NaN, and NaN spreads.
-    return (seen & attention_mask.bool()[:, None] | (key == query))[:, None], False
-
-
-# ---------------------------------------------------------------------------------------------- model
-
-
 class Visual(NamedTuple):
-    """What the encoder side gives. table: (B, N I + R L, D) what visual_index points into; question, patches: pairs
-    that the mapping loss compares, None without."""
+    """What the encoder side gives. table: (B, N I + R L, D) what visual_index points into, I with the room for tiles;
+    places: (B, S) where it stands; question, patches: pairs that the mapping loss compares, None without."""
 
     table: Tensor
     exchange: Exchange | None
+    places: Tensor
     question: tuple[Tensor, Tensor] | None
     patches: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class FusionModelOutput(ModelOutput):
+    """last_hidden_state: (B, S, D), normed."""
+
+    last_hidden_state: Tensor | None = None
+    visual: Visual | None = None
+
+
+class Learned(nn.Module):
+    """Parameters that no layer owns, by name; `forward` gives one of them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, name: str) -> Tensor:
+        chosen = getattr(self, name)
+        if self.training:  # distributed training waits for every parameter's gradient
+            chosen = chosen + sum((0.0 * p.sum() for other, p in self.named_parameters() if other != name), 0.0)
+        return chosen
 
 
 class FusionModel(nn.Module):
@@ -350,43 +98,60 @@ class FusionModel(nn.Module):
         if config.text_guided or config.mapping_loss_weight > 0:
             self.aux_projector = nn.Sequential(nn.Linear(d, dv), nn.GELU(), nn.Linear(dv, dv))
         if config.semantic_exchange and config.latent_init == "learned":
-            self.latents = nn.ParameterDict({str(n): nn.Parameter(torch.zeros(n, d)) for n in config.latent_counts})
+            self.latents = Learned({str(n): (n, d) for n in config.latent_counts})
+        if config.tile_grids:
+            self.row_end = Learned({"weight": (d,)})
         self.vision_sampler_layers = nn.ModuleList(SamplerLayer(config) for _ in config.exchange_after)
         self.embed_tokens = nn.Embedding(c["vocab_size"], d)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(c["layers"]))
         self.norm = FusionRMSNorm(d, c["norm_eps"])
+        self.table_tokens = config.table_tokens
         self.frequencies = inverse_frequencies(c["rope"], c["head_dim"])  # numpy: no buffer to convert or to lose
 
     def encode(
-        self, visual_index, pixel_values, image_kind, question_ids, question_mask, round_image, round_end, latent_start
+        self,
+        dtype: torch.dtype,
+        visual_index: Tensor,
+        pixel_values: Tensor,
+        image_kind: Tensor | None = None,
+        tilings: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        round_image: Tensor | None = None,
+        round_end: Tensor | None = None,
+        latent_start: Tensor | None = None,
     ) -> Visual:
-        """Everything before the decoder. Only images that exist are encoded."""
-        config, encoder = self.config, self.vision_tower["vision_tower"]["vision_model"]
+        """Everything before the decoder. Only images that exist are encoded, and only tiles that they have."""
+        config, encoder, device = self.config, self.vision_tower["vision_tower"]["vision_model"], visual_index.device
         b, n = pixel_values.shape[:2]
         if image_kind is None:
-            image_kind = torch.ones((b, n), dtype=torch.long, device=pixel_values.device)
+            image_kind = torch.ones((b, n), dtype=torch.long, device=device)
         present = image_kind.flatten().nonzero()[:, 0]
-        slot = torch.zeros(b * n, dtype=torch.long, device=present.device)
-        slot[present] = torch.arange(len(present), device=present.device)
-        pixels = pixel_values.flatten(0, 1)[present]
+        slot = torch.zeros(b * n, dtype=torch.long, device=device)
+        slot[present] = torch.arange(len(present), device=device)
+        pixels = pixel_values.flatten(0, 1)[present].to(dtype)
 
-        state = encoder.embed(pixels[:, -1])
+        crops, owner, cut = pixels[:, -1], torch.arange(len(pixels), device=device), None
+        if config.tile_grids:
+            cut = [[0] * 6] * len(pixels) if tilings is None else tilings.flatten(0, 1)[present].tolist()
+            counts = [rows * columns for rows, columns, *_ in cut]
+            crops = torch.cat([crops, *(views[:count] for views, count in zip(pixels, counts))])
+            owner = torch.cat([owner, owner.repeat_interleave(torch.tensor(counts, device=device))])
+        state = encoder.embed(crops)
         question = text = mask = None
         if config.text_guided:
-            question = self.embed_tokens(question_ids.flatten(0, 1)[present])
-            mask = question_mask.flatten(0, 1)[present].bool()
-            text = self.aux_projector(question)
-        features = self.mm_projector(encoder(state, text, mask))
+            question = self.embed_tokens(question_ids.flatten(0, 1)[present]).to(device)
+            text = self.aux_projector(question)[owner]
+            question, mask = question[owner], question_mask.flatten(0, 1)[present].bool()[owner]
+        features = self.mm_projector(encoder(state, text, mask)).to(device)
         whole, question_features = features[:, : config.patches], features[:, config.patches :]
-        tokens = whole
-        if config.image_tokens:
-            grid = square(whole).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(math.isqrt(config.image_tokens),) * 2, mode="bilinear")
-            tokens = grid.flatten(2).transpose(1, 2)
+        tokens = context = resize(whole[: len(pixels)], config.image_tokens)
+        if cut is not None:
+            context = self.with_tiles(tokens, resize(whole[len(pixels) :], config.tile_tokens), cut)
 
-        table = (
-            tokens.new_zeros((b * n, *tokens.shape[1:])).index_copy(0, present, tokens).view(b, -1, tokens.shape[-1])
-        )
+        table = F.pad(context, (0, 0, 0, self.table_tokens - context.shape[1]))
+        table = table.new_zeros((b * n, *table.shape[1:])).index_copy(0, present, table)
+        table = table.view(b, -1, table.shape[-1])
         exchange = None
         if config.semantic_exchange and latent_start is not None and (latent_start >= 0).any():
             row, r = (latent_start >= 0).nonzero(as_tuple=True)
@@ -395,25 +160,29 @@ class FusionModel(nn.Module):
             side = math.isqrt(count)
             if side == 0 or side**2 != count:
                 raise ValueError(f"visual_index gives each round {count} latents, which is no square.")
-            context = tokens
+            grid = square(tokens)
             if config.uses_quadrants:
-                plain = self.mm_projector(encoder(encoder.embed(pixels[:, :QUADRANTS].flatten(0, 1))))
-                # Top left, top right, bottom left, bottom right to one grid of twice the side.
-                grid = square(plain).unflatten(0, (-1, 2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-                context = pool(grid, 3 * side)
+                plain = self.mm_projector(encoder(encoder.embed(pixels[:, :QUADRANTS].flatten(0, 1)))).to(device)
+                # Top left, top right, bottom left, bottom right.
+                context = pool(stitch(plain, 2, 2), 3 * side)
+                grid = square(context)
             image = slot[row * n + round_image[row, r].clamp(min=0)]
             if config.latent_init == "learned":
-                if str(count) not in self.latents:
+                if count not in config.latent_counts:
                     raise ValueError(f"There are no latents for l^2 = {count}; allowed are {config.latent_counts}.")
-                latents = self.latents[str(count)].to(table.dtype).expand(len(row), -1, -1)
+                latents = self.latents(str(count)).to(table).expand(len(row), -1, -1)
             else:
                 # Cells of the l x l grid are unions of those of the context's grid: pooling it again is exact.
                 real = (image_kind.flatten()[present] == PIXELS)[:, None, None]
-                latents = torch.where(real, pool(square(context), side), 0.0).to(table.dtype)[image]
+                latents = torch.where(real, pool(grid, side), 0.0).to(table.dtype)[image]
             both = table.new_zeros((*latent_start.shape, count, table.shape[-1])).index_put((row, r), latents)
             table = torch.cat([table, both.flatten(1, 2)], 1)
-            places = latent_start[row, r, None] + torch.arange(count, device=row.device)
-            index, real = windows(math.isqrt(context.shape[1]), side, row.device)
+            places = latent_start[row, r, None] + torch.arange(count, device=device)
+            if cut is None:
+                index, real = (a[None] for a in windows(*grid.shape[1:3], side, device))
+            else:
+                boxes = [box for _, _, *box in cut]
+                index, real = (a[image] for a in tiled_windows(boxes, grid.shape[1], side, device))
             exchange = Exchange(context, image, row, round_end[row, r].clamp(min=0), places, index, real)
 
         pairs = [None, None]
@@ -421,7 +190,60 @@ class FusionModel(nn.Module):
             if question is not None:
                 pairs[0] = (question[mask], question_features[mask])
             pairs[1] = (state, whole)
-        return Visual(table, exchange, *pairs)
+        return Visual(table, exchange, visual_index >= 0, *pairs)
+
+    def with_tiles(self, tokens: Tensor, tiles: Tensor, cut: list[list[int]]) -> Tensor:
+        """Each image's tokens of its whole view, then those of its tiles row by row, each row closed by the row end.
+
+        Args:
+          tokens: (M, I, D). tiles: (tiles of all images, tokens of a tile, D). cut: rows and columns of each image's
+            tiles; top, bottom, left and right of the tokens in their merged grid that are kept.
+
+        Returns:
+          (M, the most tokens of an image, D), zeros behind an image's tokens.
+        """
+        end = self.row_end("weight").to(tokens)
+        if self.training:  # distributed training waits for every parameter's gradient
+            tokens = tokens + 0.0 * end
+        listed = []
+        for own, (rows, columns, top, bottom, left, right) in zip(tokens, cut):
+            if rows:
+                grid = stitch(tiles[: rows * columns], rows, columns)[0, top:bottom, left:right]
+                lines = torch.cat([grid, end.expand(len(grid), 1, -1)], 1)
+                own, tiles = torch.cat([own, lines.flatten(0, 1)]), tiles[rows * columns :]
+            listed.append(own)
+        widest = max(map(len, listed))
+        return torch.stack([F.pad(own, (0, 0, 0, widest - len(own))) for own in listed])
+
+    def idle(self, x: Tensor) -> Tensor:
+        """0, in a way that every parameter that serves images has a (zero) gradient: distributed training waits for
+        it, whether or not this process has an image in its batch."""
+        config, size = self.config, self.config.vision["image_size"]
+        count = config.latent_counts[0] if config.semantic_exchange else 0
+        first = self.table_tokens
+
+        def one(*shape):
+            return torch.zeros((1, *shape), dtype=torch.long, device=x.device)
+
+        visual = self.encode(
+            x.dtype,
+            first + torch.arange(count, device=x.device)[None],
+            torch.zeros((1, 1, QUADRANTS + 1, 3, size, size), device=x.device),
+            question_ids=one(1, 1),
+            question_mask=one(1, 1) + 1,
+            round_image=one(1),
+            round_end=one(1),
+            latent_start=one(1),
+        )
+        y = visual.table[:, first : first + count] if count else visual.table
+        total = visual.table.sum()
+        if visual.exchange is not None:
+            for sampler in self.vision_sampler_layers:
+                y = sampler(y, *visual.exchange).to(y.device)
+            total = total + y.sum()
+        if visual.patches is not None:
+            total = total + self.aux_projector(visual.patches[1]).sum().to(total.device)
+        return 0.0 * total
 
     def rotary(self, attention_mask: Tensor, queries: int, reach: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, queries, d / 2) of the last places of each row, float32."""
@@ -447,18 +269,24 @@ class FusionModel(nn.Module):
         angles = positions[:, None, :, None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
-    def decode(self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache, reach=None) -> Tensor:
+    def decode(
+        self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache, past: int, reach, states: list | None
+    ) -> Tensor:
+        """x: (B, S, D). states: takes the input of every layer, if wanted."""
         queries = x.shape[1]
-        mask, causal = decoder_mask(attention_mask, queries, self.config.llm["sliding_window"])
+        dense = cache is not None and not isinstance(cache, DynamicCache)
+        mask, causal = decoder_mask(attention_mask, queries, self.config.llm["sliding_window"], dense)
         shared = (*self.rotary(attention_mask, queries, reach), mask, causal)
 
         after = self.config.exchange_after
         remat = self.gradient_checkpointing and self.training
         for i, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x)
             if remat:
                 x = self._gradient_checkpointing_func(layer.__call__, x, *shared)
             else:
-                x = layer(x, *shared, cache)
+                x = layer(x, *shared, cache=cache, past=past)
             if exchange is not None and i in after:
                 sampler = self.vision_sampler_layers[after.index(i)]
                 # Tensor by tensor: reentrant checkpointing gives no gradient to what is inside a tuple.
@@ -468,30 +296,74 @@ class FusionModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        visual_index: Tensor | None,
-        cache,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache=None,
         reach: Tensor | None = None,
-        **images,
-    ) -> tuple[Tensor, Visual | None]:
-        b, s = input_ids.shape
-        past = 0 if cache is None else cache.get_seq_length()
+        states: list | None = None,
+        **images: Tensor | None,
+    ) -> FusionModelOutput:
+        """As FusionForCausalLM.forward, whose other arguments change nothing here."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        x, visual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
+        (b, s), device = x.shape[:2], x.device
+        past = 0 if cache is None else int(cache.get_seq_length())
         if attention_mask is None:
-            attention_mask = torch.ones((b, past + s), dtype=torch.long, device=input_ids.device)
-        x, visual = self.embed_tokens(input_ids), None
-        kind, pixels = images.get("image_kind"), images.get("pixel_values")
-        if pixels is not None and pixels.shape[1] and (kind is None or (kind != NO_IMAGE).any()):
-            visual = self.encode(visual_index, **images)
-            index = F.pad(visual_index, (0, s - visual_index.shape[1]), value=-1)
-            rows = torch.arange(b, device=x.device)[:, None]
+            attention_mask = torch.ones((b, past + s), dtype=torch.long, device=device)
+        attention_mask = attention_mask.to(device)
+        if attention_mask.ndim != 2 or attention_mask.shape[1] != past + s:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; {past} cached and {s} new positions ask for "
+                f"({b}, {past + s})."
+            )
+        images = {name: image.to(device) for name, image in images.items() if isinstance(image, Tensor)}
+        kind, index = images.get("image_kind"), images.get("visual_index")
+        if images.get("pixel_values") is None or (kind is not None and not (kind != NO_IMAGE).any()):
+            index = None
+        if index is not None:
+            images |= placed(images, attention_mask, past or s)
+            index = images["visual_index"]
+        if index is not None and not past:
+            visual = self.encode(x.dtype, **images)
+            rows = torch.arange(b, device=device)[:, None]
             x = torch.where((index >= 0)[..., None], visual.table[rows, index.clamp(min=0)].to(x.dtype), x)
-        hidden = self.decode(x, attention_mask, None if visual is None else visual.exchange, cache, reach)
-        return hidden, visual
+        if self.training and torch.is_grad_enabled() and torch.distributed.is_available():
+            incomplete = visual is None or (self.config.exchange_after and visual.exchange is None)
+            if incomplete and torch.distributed.is_initialized():
+                x = x + self.idle(x)
+        exchange = None if visual is None else visual.exchange
+        return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
+
+
+def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict[str, Tensor]:
+    """`visual_index` (B, S), `round_end` and `latent_start`, which count from each row's first token, as places of the
+    rows: wherever they begin, and whatever follows them.
+
+    Args:
+      read: positions that the first call of a conversation has read, or reads now.
+
+    Raises:
+      ValueError: visual places or questions lie behind those.
+    """
+    index, start = images["visual_index"], attention_mask.long().argmax(1, keepdim=True)
+    at = torch.arange(index.shape[1], device=index.device) + start
+    names = [name for name in ("round_end", "latent_start") if name in images]
+    moved = {name: torch.where(images[name] >= 0, images[name] + start, -1) for name in names}
+    ends = moved["round_end"][moved["latent_start"] >= 0] if len(moved) == 2 else at[:0]
+    if ((index >= 0) & (at >= read)).any() or (ends >= read).any():
+        raise ValueError(
+            "A conversation's images, latents and questions are read all at once: give it whole and without a cache, "
+            "and leave out prefill_chunk_size."
+        )
+    column = torch.arange(attention_mask.shape[1], device=index.device) - start
+    real = (column >= 0) & (column < index.shape[1])
+    return moved | {"visual_index": index.gather(1, column.clamp(0, index.shape[1] - 1)).where(real, -1)}
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.float(), b.float()
+    a, b = a.float(), b.float().to(a.device)
     norms = a.square().sum(-1) * b.square().sum(-1)
     # The floor stands under the root: a zero vector then has a finite gradient.
     return 1.0 - (a * b).sum(-1) * torch.rsqrt(norms.clamp(min=1e-16))
@@ -502,10 +374,11 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean over this batch; let the Trainer divide
+    accepts_loss_kwargs = True  # num_items_in_batch
     _no_split_modules = ["VisionLayer", "DecoderLayer", "SamplerLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (if config.tie_word_embeddings)
     _supports_sdpa = True
-    _supports_static_cache = False
     _can_compile_fullgraph = False
     # The tower's layers that the taps leave out: in the files where an imported tower had them.
     _keys_to_ignore_on_load_unexpected = [r"\.vision_model\.encoder\.layers\.\d+\."]  # noqa: RUF012
@@ -513,9 +386,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FusionConfig):
         super().__init__(config)
         self.model = FusionModel(config)
-        self.lm_head = None
-        if not config.llm["tied_head"]:
-            self.lm_head = nn.Linear(config.llm["width"], config.llm["vocab_size"], bias=False)
+        self.lm_head = nn.Linear(config.llm["width"], config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module):
@@ -527,9 +398,9 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.ParameterDict):
-            for latents in module.values():
-                nn.init.normal_(latents, std=0.5)
+        elif isinstance(module, Learned):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.5)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -545,11 +416,12 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         visual_index: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_kind: Tensor | None = None,
+        tilings: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         round_image: Tensor | None = None,
@@ -557,98 +429,152 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         latent_start: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values=None,
+        cache=None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         reach: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ) -> FusionOutput | tuple:
         """One forward pass; `FusionProcessor` makes its inputs. Without images leave out all that concerns them.
 
         Args:
-          input_ids: (B, S), the pad token at visual places. attention_mask: (B, past + S), 0 for padding.
-          visual_index: (B, S) -1 for text, else an index into the row's [N * I image tokens | R * L latents].
-          pixel_values: (B, N, V, 3, H, W) in [-1, 1], the whole image last and, where the model uses them, its four
-            quadrants (top left, top right, bottom left, bottom right) first. Zeros for a zero image.
+          input_ids: (B, S), the pad token at visual places; or inputs_embeds, (B, S, D). attention_mask: (B, past + S),
+            0 for padding.
+          visual_index: (B, up to S) from each row's first token on, -1 for text, else an index into the row's
+            [N * I image tokens | R * L latents]. With dynamic resolution I is `config.table_tokens`: the tokens of the
+            whole view, then those of the tiles row by row, each row closed by the row end.
+          pixel_values: (B, N, V, 3, H, W) in [-1, 1], the whole image last; first, where the model uses them, its four
+            quadrants (top left, top right, bottom left, bottom right), or its tiles row by row. Zeros for a zero image.
           image_kind: (B, N) NO_IMAGE, PIXELS or ZERO_IMAGE; by default all are PIXELS.
+          tilings: (B, N, 6) rows and columns of the image's tiles; top, bottom, left and right of the tokens that are
+            kept of their merged grid. Zeros where it has none.
           question_ids, question_mask: (B, N, T) question tokens that guide the image's encoding.
           round_image, round_end, latent_start: (B, R) the round's image, the place of the last token before its answer
-            and of its first latent; -1 where there is none.
-          labels: (B, S) token ids, not shifted; negative where unsupervised.
-          logits_to_keep: only the last so many positions' logits; 0 for all.
+            and of its first latent, from the row's first token on; -1 where there is none.
+          labels: (B, S) token ids, not shifted; negative where unsupervised. num_items_in_batch: supervised tokens of
+            all batches that are accumulated; the loss is then this batch's share of their mean.
+          past_key_values: the cache; `cache` is the same, as transformers calls it from 5.24 on.
+          logits_to_keep: only the last so many positions' logits, or those at these places; 0 for all.
           reach: (B,) tokens that each row may come to have, which chooses LongRoPE's factors; by default those that it
             has. `generate` gives those of the prompt and of the longest answer, but for the last, which is not read.
+          kwargs: what transformers says besides; nothing here needs it.
         """
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
-            use_cache = past_key_values is not None
+            use_cache = cache is not None
         if use_cache and self.training and self.model.gradient_checkpointing:
             use_cache = False
         if not use_cache:
-            past_key_values = None
-        elif past_key_values is None:
-            past_key_values = DynamicCache()
-        hidden, visual = self.model(
+            cache = None
+        elif cache is None:
+            cache = DynamicCache()
+        if output_attentions:
+            raise ValueError("The attention here gives no weights: leave out output_attentions.")
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            check_positions(positions, attention_mask)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [] if wanted else None
+        outputs = self.model(
             input_ids,
             attention_mask,
-            visual_index,
-            past_key_values,
+            inputs_embeds,
+            cache,
             reach,
+            states,
+            visual_index=visual_index,
             pixel_values=pixel_values,
             image_kind=image_kind,
+            tilings=tilings,
             question_ids=question_ids,
             question_mask=question_mask,
             round_image=round_image,
             round_end=round_end,
             latent_start=latent_start,
         )
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        logits = F.linear(hidden[:, -logits_to_keep:], head.weight)
-        losses = {} if labels is None else self.losses(logits, labels, visual)
-        output = FusionOutput(logits=logits, past_key_values=past_key_values, **losses)
-        return output if return_dict is not False else output.to_tuple()
+        hidden, visual = outputs.last_hidden_state, outputs.visual
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        losses = {}
+        if labels is not None:
+            if logits.shape[1] != hidden.shape[1]:
+                raise ValueError("The loss needs the logits of all positions: leave out logits_to_keep.")
+            losses = self.losses(logits, labels.to(logits.device), visual, num_items_in_batch)
+        output = FusionOutput(logits=logits, **{CACHE: cache}, **losses)
+        if states is not None:
+            output.hidden_states = (*states, hidden)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
-    def losses(self, logits: Tensor, labels: Tensor, visual: Visual | None) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, labels: Tensor, visual: Visual | None, items=None) -> dict[str, Tensor]:
         """Means over the batch's supervised tokens, question tokens and patches."""
         supervised = labels[:, 1:] >= 0
+        if visual is not None:  # trainers that train on all of input_ids mean the text
+            supervised &= ~visual.places[:, 1:].to(labels.device)
+        count = supervised.sum()
         chosen = logits[:, :-1][supervised].float()
-        ce = F.cross_entropy(chosen, labels[:, 1:][supervised], reduction="sum") / supervised.sum().clamp(min=1)
+        ce = F.cross_entropy(chosen, labels[:, 1:][supervised], reduction="sum") / count.clamp(min=1)
         v2t = t2v = ce.new_zeros(())
         if visual is not None and visual.question is not None and len(visual.question[0]):
-            v2t = cosine_distance(*visual.question).mean()
+            v2t = cosine_distance(*visual.question).mean().to(ce.device)
         if visual is not None and visual.patches is not None:
             state, whole = visual.patches
-            t2v = cosine_distance(state, self.model.aux_projector(whole)).mean()
-        return {"loss": ce + self.config.mapping_loss_weight * (v2t + t2v), "ce": ce, "v2t": v2t, "t2v": t2v}
+            t2v = cosine_distance(state, self.model.aux_projector(whole)).mean().to(ce.device)
+        loss = ce + self.config.mapping_loss_weight * (v2t + t2v)
+        if items is not None:
+            loss = loss * count / items
+        return {"loss": loss, "ce": ce, "v2t": v2t, "t2v": t2v}
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As in transformers. With LongRoPE each row's factors are chosen once, by its prompt and its longest answer:
         keys that are cached cannot change theirs."""
-        ids = kwargs.get("input_ids") if inputs is None else inputs
+        ids = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), inputs)
         if self.config.llm["rope"]["kind"] == "longrope" and kwargs.get("reach") is None and ids is not None:
-            config = generation_config or self.generation_config
-            new, length = (kwargs.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
-            if new is None:  # 20 more tokens where nothing is said, which transformers notes as a length of 20
-                new = 20 if length in (None, 20) else length - ids.shape[1]
             mask = kwargs.get("attention_mask")
-            kwargs["reach"] = (torch.ones_like(ids) if mask is None else mask).sum(1) + max(new, 1) - 1
+            mask = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device) if mask is None else mask
+            kwargs["reach"] = mask.sum(1) + self.longest_answer(ids.shape[1], generation_config, kwargs) - 1
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, logits_to_keep=None, **kwargs
-    ):
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past and attention_mask is not None:
-            input_ids = input_ids[:, -(attention_mask.shape[1] - past) :]
-        elif past:
-            input_ids = input_ids[:, past:]
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep or 1,
-            "reach": kwargs.get("reach"),
-        }
-        # Images and latents are in the cache after the prefill.
-        names = ("visual_index", "pixel_values", "image_kind", "question_ids", "question_mask")
-        names += ("round_image", "round_end", "latent_start")
-        return inputs if past else {**inputs, **{name: kwargs.get(name) for name in names}}
+    def longest_answer(self, prompt: int, generation_config, kwargs: dict) -> int:
+        """Most tokens that `generate` may add to prompts of this length."""
+
+        def said(name):
+            places = (kwargs.get(name), getattr(generation_config, name, None))
+            return next((value for value in places if value is not None), None)
+
+        new, length = said("max_new_tokens"), said("max_length")
+        if new is None and length in (None, 20):  # transformers may note that nothing is said as a length of 20
+            new, length = self.generation_config.max_new_tokens, self.generation_config.max_length
+        if new is None:
+            new = 20 if length in (None, 20) else length - prompt
+        return max(new, 1)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        made = inputs.get("attention_mask")
+        if not isinstance(made, Tensor) or made.ndim != 2:  # made for a cache of fixed length; the model makes its own
+            inputs["attention_mask"] = attention_mask
+        return inputs
+
+
+def check_positions(positions: Tensor, attention_mask: Tensor | None) -> None:
+    """ValueError if positions (B, S) are others than those that the model counts itself."""
+    queries = positions.shape[-1]
+    if attention_mask is None:
+        steps = positions.diff(dim=-1)
+        real = torch.ones_like(steps)
+    else:
+        real = attention_mask[:, -queries:].long().to(positions.device)
+        steps, real = positions.diff(dim=-1), real[:, 1:] * real[:, :-1]
+    if ((steps != 1) & real.bool()).any():
+        raise ValueError(
+            "position_ids do not count each row's tokens one by one. Rows that hold several texts are not supported: "
+            "leave out position_ids and packing."
+        )

@@ -1,0 +1,97 @@
+"""tokenizer.json for a folder that has SentencePiece's tokenizer.model alone, so that transformers needs nothing more.
+
+transformers' own conversion gives other ids where white space comes in runs or next to added tokens. Here is what
+`SentencePieceTokenizer` does, in the terms of the library `tokenizers` and in its order:
+
+    the whole text   "▁" counts as a space; white space goes where an added token takes it; "▁" goes in front, unless a
+                     special token opens the text
+    added tokens     are cut out, the longest first; looked for in what the first step gave, so that it sees all
+    what is left     spaces become "▁"; pairs of pieces are merged, the best score first
+
+That fits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Whether it fits
+one is tried: only if thousands of unpleasant texts get the ids of the original is there a tokenizer.json; else the
+folder needs the package sentencepiece.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+
+import tokenizers
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+
+from fusion_jax.data.tokenizer import SentencePieceTokenizer
+
+TRIALS = 3000
+_SPACE = "▁"
+_BLANK = r"[\s\x{1c}-\x{1f}]"  # what Python strips, in the words of the library's regular expressions
+
+
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
+    """The file's text, or None where no tokenizer.json gives the same ids."""
+    try:
+        made = _convert(tokenizer)
+    except ValueError:  # ids with gaps
+        return None
+    for text in _trials(tokenizer):
+        if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            return None
+    return made.to_str(pretty=False)
+
+
+def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
+    model, added = tokenizer.model, tokenizer.added
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merged = [i for i in range(len(model)) if not (model.is_control(i) or model.is_byte(i) or model.is_unknown(i))]
+    merges = []
+    for i in sorted(merged, key=lambda i: (-model.get_score(i), i)):
+        cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
+        merges += sorted((cut for cut in cuts if cut[0] in ids and cut[1] in ids), key=lambda cut: ids[cut[0]])
+    unknown = pieces[model.unk_id()]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+
+    def any_of(tokens) -> str:
+        return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+
+    steps = [normalizers.Replace(_SPACE, " ")]
+    left, right = ([token for token in added if tokenizer.strips(token)[k]] for k in (0, 1))
+    if right:
+        steps.append(normalizers.Replace(tokenizers.Regex(f"(?<={any_of(right)}){_BLANK}+"), ""))
+    if left:
+        steps.append(normalizers.Replace(tokenizers.Regex(f"{_BLANK}+(?={any_of(left)})"), ""))
+    special = [token for token in added if tokenizer.is_special(token)]
+    # The library puts every added token through this too, each as a text of its own: those stay as they are.
+    opening = [any_of(special)] * bool(special) + [f"(?:{any_of(added)})\\z"] * bool(added)
+    steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?!{'|'.join(opening)}|\z)"), _SPACE))
+    made.normalizer = normalizers.Sequence(steps)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for token, i in sorted(added.items(), key=lambda item: item[1]):
+        lstrip, rstrip = tokenizer.strips(token)
+        one = AddedToken(token, lstrip=lstrip, rstrip=rstrip, normalized=True, special=tokenizer.is_special(token))
+        made.add_special_tokens([one]) if one.special else made.add_tokens([one])
+        if made.token_to_id(token) != i:
+            raise ValueError(f"token {token!r} has id {i}, and the library gives it {made.token_to_id(token)}")
+    if tokenizer.adds_bos:
+        name = next(token for token, i in added.items() if i == tokenizer.bos_id)
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{name}:0 $A:0", pair=f"{name}:0 $A:0 {name}:1 $B:1", special_tokens=[(name, tokenizer.bos_id)]
+        )
+    return made
+
+
+def _trials(tokenizer: SentencePieceTokenizer) -> Iterator[str]:
+    """Texts with runs of white space, added tokens beside it, rare characters and learnt pieces."""
+    rng = random.Random(0)
+    pieces = [tokenizer.model.id_to_piece(i) for i in range(len(tokenizer.model))]
+    odd = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\x1c", "\x85", "\x00", _SPACE]
+    odd += ["é", "e\u0301", "中文", "ﬁ", "Ⅷ", "😀", "\ufeff", "\u202e", "<0x0A>", "<", "|>", "aaa", "...", "1234567"]
+    for _ in range(TRIALS):
+        character = chr(rng.choice((rng.randrange(32, 0x250), rng.randrange(1, 0xD800))))
+        sources = (odd, list(tokenizer.added), pieces, [character])
+        yield "".join(rng.choice(rng.choice(sources)) for _ in range(rng.randrange(1, 12)))

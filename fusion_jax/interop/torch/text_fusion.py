@@ -1,0 +1,310 @@
+"""Conversations, and prompts that the chat template wrote, to token ids and labels, as in training."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .configuration_fusion import IGNORE
+
+try:  # only folders without tokenizer.json need it
+    import sentencepiece
+except ImportError:
+    sentencepiece = None
+
+IMAGE_TAG = "<image>"  # how a turn's text says that it carries the image
+LATENTS_TAG = "<latent_image>"
+VISION_START, VISION_END = "<vision_start>", "<vision_end>"  # frame every visual place
+# Stand-ins in a row of ids until the layout fills the places.
+IMAGE, LATENTS = -200, -300
+SPACE = "▁"  # SentencePiece's visible stand-in for a space
+_FRAMED = re.compile(f"{VISION_START}({IMAGE_TAG}|{LATENTS_TAG}){VISION_END}")
+# How a conversation ends: with a question that is still open, or whose answer comes next, or goes on, or is closed.
+ASKING, WAITING, ANSWERING, CLOSED = "asking", "waiting", "answering", "closed"
+
+
+@dataclass
+class Chat:
+    """system: all that stands before the first round. rounds: (question, answer or None); the question that carries the
+    image begins with its tag. end: ASKING, WAITING, ANSWERING or CLOSED."""
+
+    system: str
+    rounds: list[tuple[str, str | None]]
+    end: str
+
+    @property
+    def has_image(self) -> bool:
+        return any(question.startswith(IMAGE_TAG) for question, _ in self.rounds)
+
+
+@dataclass
+class Encoded:
+    """ids: token ids with IMAGE and LATENTS where visual tokens go. labels: ids where supervised, else IGNORE. ends:
+    places of the last token before each answer. question_ids: what guides the encoder. prompt: the readable text."""
+
+    ids: list[int]
+    labels: list[int]
+    ends: list[int]
+    question_ids: list[int]
+    prompt: str
+
+
+class ChatText:
+    """What the model's template makes of conversations, and back.
+
+    Args:
+      template: dict, see `FusionProcessor`. encode: text and the id of the token it follows, or None, to ids.
+      first: ids in front of every conversation. latents: whether rounds have latents; latents_without_image: also those
+        of text alone. text_guided: the question guides the encoder.
+    """
+
+    def __init__(
+        self,
+        template: dict,
+        encode: Callable[[str, int | None], list[int]],
+        first: list[int],
+        latents: bool,
+        latents_without_image: bool,
+        text_guided: bool,
+    ):
+        self.template, self.encode, self.first = template, encode, first
+        self.latents, self.latents_without_image, self.text_guided = latents, latents_without_image, text_guided
+        # A question's own end, and the header of its answer, where the template writes them apart.
+        ended = template["end"] + template["between"]
+        self.closing = ended if ended and template["answer"].startswith(ended) else ""
+        closed = re.escape(template["end"]), re.escape(template["between"] + template["question"])
+        self._answer_end = re.compile(rf"{closed[0]}(?={closed[1]}|\s*\Z)")
+
+    def trimmed(self, part: str, text: str) -> str:
+        return text.strip() if part in self.template.get("trims", ()) else text
+
+    def system(self, said: str) -> str:
+        """What stands before the first round; `said` is the conversation's own system text, or empty."""
+        if not said:
+            return self.template["system"]
+        if not self.template.get("system_frame"):
+            raise ValueError("The model's chat template cannot hold a system message.")
+        before, behind = self.template["system_frame"]
+        return before + self.trimmed("system", said) + behind
+
+    def is_prompt(self, text: str) -> bool:
+        """Whether a text begins as the template's prompts do."""
+        frame = self.template.get("system_frame") or ("",)
+        starts = (self.template["system"], frame[0], self.template["question"])
+        return any(start and text.startswith(start) for start in starts)
+
+    def has_marks(self, text: str) -> bool:
+        """Whether the template's own words are in a text."""
+        marks = (self.template[key].strip() for key in ("question", "answer", "end"))
+        return any(mark and mark in text for mark in marks)
+
+    def read(self, text: str) -> Chat:
+        """The conversation that the template has written.
+
+        Raises:
+          ValueError: the text is no such conversation.
+        """
+        t, rounds, end = self.template, [], CLOSED
+        if not t["answer"]:
+            raise ValueError("The model's template does not mark where an answer begins: give messages, not a text.")
+        start = text.find(t["question"]) if t["question"] else len(t["system"])
+        if start < 0 or not self.is_prompt(text):
+            raise ValueError(
+                f"The text does not begin as this model's prompts do, with {(t['system'] + t['question'])[:80]!r}; "
+                "make it with apply_chat_template, or give the messages themselves."
+            )
+        system, at = text[:start], start + len(t["question"])
+        while True:
+            header = text.find(t["answer"], at)
+            if header < 0:
+                question = text[at:]
+                rounds.append((question.removesuffix(self.closing) if self.closing else question, None))
+                end = ASKING
+                break
+            question, at = text[at:header], header + len(t["answer"])
+            closed = self._answer_end.search(text, at)
+            if closed is None:
+                rounds.append((question, text[at:] or None))
+                end = ANSWERING if text[at:] else WAITING
+                break
+            rounds.append((question, text[at : closed.start()]))
+            at = closed.end()
+            if not text[at:].strip() or text[at:] == t["between"]:
+                break
+            at += len(t["between"] + t["question"])
+        return Chat(system, [(self._placed(question), answer) for question, answer in rounds], end)
+
+    def _placed(self, question: str) -> str:
+        """A written question without the frames of visual places; the image's tag in front of it."""
+        question = _FRAMED.sub(lambda found: IMAGE_TAG if found[1] == IMAGE_TAG else "", question)
+        before, tag, behind = question.partition(IMAGE_TAG)
+        return question if not tag or not before.strip() else f"{IMAGE_TAG}\n{(before + behind).strip()}"
+
+    def encoded(self, chat: Chat) -> Encoded:
+        """Cuts the text at placeholders and at answers and tokenizes each piece by itself."""
+        template, row, has_image = self.template, _Row(self.encode, self.first), chat.has_image
+        row.text(chat.system)
+        for k, (question, answer) in enumerate(chat.rounds):
+            last, question = k == len(chat.rounds) - 1, self.trimmed("question", question)
+            row.text((template["between"] if k else "") + template["question"])
+            if self.latents and (has_image or self.latents_without_image):
+                row.placeholder(LATENTS, LATENTS_TAG)
+            if question.startswith(IMAGE_TAG):
+                row.placeholder(IMAGE, IMAGE_TAG)
+                question = question.removeprefix(IMAGE_TAG)
+            asking = last and chat.end == ASKING and self.closing
+            row.text(question + (self.closing if asking else template["answer"]))
+            row.end_question()
+            if answer is not None:
+                answer = self.trimmed("answer", answer)
+                row.answer(answer if last and chat.end == ANSWERING else answer + template["end"])
+        question_ids = []
+        if has_image and self.text_guided:
+            texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in chat.rounds]
+            question_ids = [*self.first, *self.encode("".join(texts), None)]
+        return Encoded(row.ids, row.labels, row.ends, question_ids, "".join(row.prompt))
+
+    def continued(self, text: str) -> Encoded:
+        """A text that follows a prompt: an answer, as those who train on prompts and completions give it."""
+        if _FRAMED.search(text) or IMAGE_TAG in text:
+            raise ValueError("A text that does not begin as this model's prompts do has no place for an image.")
+        header = self.encode(self.template["answer"], None)
+        ids = self.encode(text, header[-1] if header else None)
+        return Encoded(ids, [IGNORE] * len(ids), [], [], text)
+
+
+class _Row:
+    """A row under construction. Text is gathered and tokenized in one piece when something else comes."""
+
+    def __init__(self, encode, first: list[int]):
+        self.encode = encode
+        self.ids, self.labels, self.ends, self.prompt = [*first], [IGNORE] * len(first), [], []
+        self._pending, self._after = "", None  # text that waits, and the id it follows; None where a piece starts
+
+    def text(self, text: str) -> None:
+        self._pending += text
+        self.prompt.append(text)
+
+    def placeholder(self, marker: int, tag: str) -> None:
+        self.text(VISION_START)
+        self._flush()
+        self.ids.append(marker)
+        self.labels.append(IGNORE)
+        self.prompt.append(tag)
+        self._after = None
+        self.text(VISION_END)
+
+    def end_question(self) -> None:
+        self._flush()
+        self.ends.append(len(self.ids) - 1)
+
+    def answer(self, text: str) -> None:
+        self.prompt.append(text)
+        new = self.encode(text, self._after)
+        self.ids += new
+        self.labels += new
+        self._after = self.ids[-1]
+
+    def _flush(self) -> None:
+        new = self.encode(self._pending, self._after)
+        self.ids += new
+        self.labels += [IGNORE] * len(new)
+        self._pending, self._after = "", self.ids[-1] if self.ids else None
+
+
+def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tuple[Chat, Any]:
+    """A conversation, and its image or None.
+
+    Args:
+      messages: see `FusionProcessor`. images: those that the messages do not carry themselves.
+
+    Raises:
+      ValueError: the messages are no conversation of this model, with the reason.
+    """
+    turns, said, images = [], "", list(images)
+    for k, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant") and not (role == "system" and k == 0):
+            raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"A turn's content is {content!r}; it must be a text or a list of parts.")
+        written = content if isinstance(content, str) else "".join(_part(part, role, images) for part in content)
+        if role == "system":
+            said = written
+        else:
+            turns.append((role, written))
+    turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
+    if not turns or any(role != ("user", "assistant")[k % 2] for k, (role, _) in enumerate(turns)):
+        raise ValueError("A conversation must alternate between user and assistant and hold a user's turn.")
+    questions, answers = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+    tags = [question.count(IMAGE_TAG) for question in questions]
+    check_images(sum(tags), len(images))
+    if images:
+        owner = tags.index(1) if sum(tags) else 0
+        questions[owner] = f"{IMAGE_TAG}\n{questions[owner].replace(IMAGE_TAG, '').strip()}"
+    rounds = [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
+    end = CLOSED if len(turns) % 2 == 0 else WAITING
+    return Chat(text.system(said), rounds, end), images[0] if images else None
+
+
+def check_images(places: int, images: int) -> None:
+    if max(places, images) > 1:
+        raise ValueError(f"{max(places, images)} images; one image per conversation is supported.")
+    if places and not images:
+        raise ValueError("The conversation says where its image goes, but there is no image.")
+
+
+def _part(part: Any, role: str, images: list[Any]) -> str:
+    """What a part of a message says; its image goes to `images`."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text":
+        return part["text"]
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"A part's type is {kind!r}; allowed are text, image and image_url.")
+    if role != "user":
+        raise ValueError(f"A message of role {role} holds an image; images belong to those of the user.")
+    held = [part[key] for key in ("image", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    images += held[:1]
+    return IMAGE_TAG
+
+
+class SentencePieceText:
+    """Text to ids exactly as the model was trained: SentencePiece, added tokens cut out first, longest match first.
+
+    One "▁" goes before each text and is dropped where a special token opens it.
+    """
+
+    def __init__(self, model: bytes, tokenizer):
+        if sentencepiece is None:
+            raise ImportError("This model's tokenizer.model needs the package: pip install sentencepiece")
+        # A protobuf message may be continued: normalizer_spec { add_dummy_prefix: false }; the last value wins.
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        self.added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
+        names = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(names) + ")")
+        self.guard = tokenizer.unk_token or self.model.id_to_piece(self.model.unk_id())
+        self.guard_length = len(self.model.encode(self.guard))
+
+    def __call__(self, text: str) -> list[int]:
+        if not text:
+            return []
+        # Odd places hold added tokens, even places the text between them.
+        parts = self.splitter.split(SPACE + text.replace(SPACE, " "))
+        for k in range(1, len(parts), 2):
+            token = self.added[parts[k]][1]
+            if token.lstrip:
+                parts[k - 1] = parts[k - 1].rstrip()
+            if token.rstrip:
+                parts[k + 1] = parts[k + 1].lstrip()
+        if len(parts) > 1 and parts[0] == SPACE and self.added[parts[1]][1].special:
+            parts[0] = ""
+        ids = []
+        for k, part in enumerate(parts):
+            if k % 2:
+                ids.append(self.added[part][0])
+            elif part.startswith((SPACE, " ")):
+                # Some models trim white space in front of what they are given: give them something else in front.
+                ids += self.model.encode(self.guard + part)[self.guard_length :]
+            elif part:
+                ids += self.model.encode(part)
+        return ids
