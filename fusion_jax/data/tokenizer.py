@@ -368,7 +368,7 @@ class SentencePieceTokenizer(Tokenizer):
             return self._added_names[i].encode()
         if i >= len(self._bytes):  # ids of added tokens may leave a gap behind the model's own
             return b""
-        return self._bytes[i] or self._model.id_to_piece(i).encode()
+        return self._bytes[i] or self.model.id_to_piece(i).encode()
 
     def is_control(self, i: int) -> bool:
         return super().is_control(i) or (i not in self._added_names and i < len(self._bytes) and not self._bytes[i])
