@@ -36,7 +36,7 @@ from absl import flags
 
 from fusion_jax.cli import out_of_ctrl_c, run_main
 from fusion_jax.data import formats, image, records, shards, sources
-from fusion_jax.data.image import MAX_PIXELS
+from fusion_jax.data.decoding import MAX_BYTES, MAX_PIXELS
 from fusion_jax.errors import BadRecord, UserError, check
 from fusion_jax.files import brief, parse_json, read_file, shown, write_whole
 
@@ -467,7 +467,7 @@ def _read_record(
 
 def _read_image(path: Path, where: str) -> bytes:
     try:
-        return formats.read_file(path, image.MAX_BYTES)[0]
+        return formats.read_file(path, MAX_BYTES)[0]
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"the image {shown(path)} {e}") from e
     except OSError as e:

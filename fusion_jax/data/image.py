@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from fusion_jax.data import formats, grey
-from fusion_jax.data.decoding import MAX_BYTES, MAX_PIXELS, decode_opened, open_image, size_once_decoded
+from fusion_jax.data import decoding, formats, grey
+from fusion_jax.data.decoding import decode_opened, open_image, size_once_decoded
 from fusion_jax.data.resample import resample
 from fusion_jax.data.tiles import Tiling, on_canvas
 from fusion_jax.errors import BadRecord, check_choice
@@ -33,7 +33,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
 
     Raises:
       BadRecord: reason missing_image (cannot be opened, or is no file), image_too_large (over MAX_BYTES, MAX_PIXELS,
-        MAX_SIDE or a limit of formats.py), unclear_range (grey.py) or corrupt_image.
+        MAX_SIDE of decoding.py, or a limit of formats.py), unclear_range (grey.py) or corrupt_image.
     """
     return _decode(image, where, None)[0]
 
@@ -52,7 +52,7 @@ def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int,
             with contextlib.suppress(Exception):  # whatever it is, the whole file says it again
                 return size_once_decoded(open_image(start, length=length))
         data = start if length <= len(start) else _read(image, where, name)[0]
-    return look_at(data, MAX_PIXELS, where, name)[1]
+    return look_at(data, decoding.MAX_PIXELS, where, name)[1]
 
 
 def look_at(data: bytes, max_pixels: int, where: str, name: str) -> tuple[str, tuple[int, int]]:
@@ -79,7 +79,7 @@ def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
 def _read(path: str | Path, where: str, name: str, start: int | None = None) -> tuple[bytes, int]:
     """A file, or its beginning, and its length: all of it first, so that a disk that fails does not pass for damage."""
     try:
-        return formats.read_file(path, MAX_BYTES, start)
+        return formats.read_file(path, decoding.MAX_BYTES, start)
     except formats.TooLarge as e:
         raise BadRecord("image_too_large", where, f"{name} {e}") from e
     except OSError as e:
@@ -98,7 +98,7 @@ def refusals(where: str, name: str) -> Iterator[None]:
     except grey.UnclearRange as e:
         raise BadRecord("unclear_range", where, f"{name} {e}") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise BadRecord("image_too_large", where, f"{name} has over {MAX_PIXELS} pixels") from e
+        raise BadRecord("image_too_large", where, f"{name} has over {decoding.MAX_PIXELS} pixels") from e
     except Image.UnidentifiedImageError as e:
         known = f"{name} is no image of a known format, which are {formats.ALLOWED}"
         raise BadRecord("corrupt_image", where, known) from e

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusion_jax.data import decoding, resample
 from fusion_jax.data import image as image_module
-from fusion_jax.data import resample
 from fusion_jax.data.image import load_image, read_crops, read_resized, read_size, static_hd_crops
 from fusion_jax.data.input_benchmark import page, photo
 from fusion_jax.errors import BadRecord, UserError
@@ -169,7 +169,7 @@ def test_size_is_refused_as_the_image_is(tmp_path, monkeypatch):
     assert both(tmp_path / "none.png") == both(tmp_path) == both("a\0b") == "missing_image"
     (tmp_path / "a.png").write_bytes(png(3, 2, 8, 2, b"\0" * 20))
     assert read_size(tmp_path / "a.png") == load_image(tmp_path / "a.png").size == (3, 2)
-    monkeypatch.setattr(image_module, "MAX_BYTES", (tmp_path / "a.png").stat().st_size - 1)
+    monkeypatch.setattr(decoding, "MAX_BYTES", (tmp_path / "a.png").stat().st_size - 1)
     assert both(tmp_path / "a.png") == both((tmp_path / "a.png").read_bytes()) == "image_too_large"
 
 
@@ -246,14 +246,14 @@ def test_sizes_are_refused_before_decoding(monkeypatch):
 
 def test_limits_include_their_value(tmp_path, monkeypatch):
     Image.new("RGB", (50, 40)).save(tmp_path / "c.png")
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 40 * 50 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 50 - 1)
     assert reason(tmp_path / "c.png").reason == "image_too_large"
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 40 * 50)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 50)
     assert load_image(tmp_path / "c.png").size == (50, 40)
     size = (tmp_path / "c.png").stat().st_size
-    monkeypatch.setattr(image_module, "MAX_BYTES", size)
+    monkeypatch.setattr(decoding, "MAX_BYTES", size)
     assert load_image(tmp_path / "c.png").size == (50, 40)
-    monkeypatch.setattr(image_module, "MAX_BYTES", size - 1)
+    monkeypatch.setattr(decoding, "MAX_BYTES", size - 1)
     assert reason(tmp_path / "c.png").reason == "image_too_large"
 
 

@@ -193,8 +193,8 @@ def test_vision_tokens_of_the_folder_are_kept(phi_folder, tmp_path):
 def test_word_prefix_and_stripping(phi_folder):
     t = load_tokenizer(phi_folder)
     prefixed, bare = t.encode("red"), t.encode("<|end|>red")[1:]
-    assert t._model.id_to_piece(prefixed[0]).startswith("▁")
-    assert not t._model.id_to_piece(bare[0]).startswith("▁")
+    assert t.model.id_to_piece(prefixed[0]).startswith("▁")
+    assert not t.model.id_to_piece(bare[0]).startswith("▁")
     # White space behind a token with rstrip goes, behind one without stays; in front of one with lstrip it goes too.
     assert t.encode("<|user|> \n red") == [t.token_id("<|user|>"), *bare]
     assert pieces(t, "<|end|>\nred")[:2] == ["<|end|>", "\n"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_jax.data import image as images
+from fusion_jax.data import decoding
 from fusion_jax.data.image import load_image, read_crops, read_resized, read_size
 from fusion_jax.errors import BadRecord
 
@@ -81,7 +81,7 @@ def _read(given: bytes | Path | str) -> str:
         return "refused"
     assert loaded.mode == "RGB" and loaded.size == size, f"{loaded.mode} of {loaded.size}, and {size} were said"
     assert np.asarray(loaded).shape == (size[1], size[0], 3)
-    assert size[0] * size[1] <= images.MAX_PIXELS and max(size) <= images.MAX_SIDE
+    assert size[0] * size[1] <= decoding.MAX_PIXELS and max(size) <= decoding.MAX_SIDE
     assert crops.shape == (5, 8, 8, 3) and [one.shape for one in resized] == [(5, 9, 3), (30, 3, 3)]
     return "accepted"
 
