@@ -554,6 +554,11 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             new = 20 if length in (None, 20) else length - prompt
         return max(new, 1)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """As in transformers, whose releases before 5 choose the reentrant way: with it, distributed training has no
+        encoder that sees two kinds of views."""
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
