@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_fusion import NO_IMAGE, PIXELS, QUADRANTS, FusionConfig
 from .decoder_fusion import DecoderLayer, Exchange, FusionRMSNorm, SamplerLayer, decoder_mask, inverse_frequencies
-from .vision_fusion import VisionEncoder, pool, resize, square, stitch, tiled_windows, windows
+from .vision_fusion import VisionEncoder, checkpointed, pool, resize, square, stitch, tiled_windows, windows
 
 # What transformers calls the cache: `past_key_values`, from 5.24 on `cache`.
 CACHE = fields(CausalLMOutputWithPast)[2].name
@@ -284,14 +284,13 @@ class FusionModel(nn.Module):
             if states is not None:
                 states.append(x)
             if remat:
-                x = self._gradient_checkpointing_func(layer.__call__, x, *shared)
+                x = checkpointed(self, layer.__call__, x, *shared)
             else:
                 x = layer(x, *shared, cache=cache, past=past)
             if exchange is not None and i in after:
                 sampler = self.vision_sampler_layers[after.index(i)]
                 # Tensor by tensor: reentrant checkpointing gives no gradient to what is inside a tuple.
-                call = self._gradient_checkpointing_func if remat else lambda function, *args: function(*args)
-                x = call(sampler.__call__, x, *exchange)
+                x = checkpointed(self, sampler.__call__, x, *exchange) if remat else sampler(x, *exchange)
         return self.norm(x)
 
     def forward(
@@ -553,11 +552,6 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         if new is None:
             new = 20 if length in (None, 20) else length - prompt
         return max(new, 1)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """As in transformers, whose releases before 5 choose the reentrant way: with it, distributed training has no
-        encoder that sees two kinds of views."""
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(

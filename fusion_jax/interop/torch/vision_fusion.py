@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_fusion import FusionConfig
 
@@ -15,6 +16,15 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
+
+
+def checkpointed(owner: nn.Module, call, *args):
+    """`call(*args)`, run again for its gradient as transformers was asked to. Several processes never do so in the
+    reentrant way, the default before transformers 5: there every layer may run once only, and the encoder's see two
+    kinds of views."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return checkpoint(call, *args, use_reentrant=False)
+    return owner._gradient_checkpointing_func(call, *args)
 
 
 class VisionLayer(nn.Module):
@@ -89,7 +99,7 @@ class VisionEncoder(nn.Module):
             elif i < 2 * half:
                 deep = deep.to(x.device) + x.float() / half
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, patches, keys, i < half)
+                x = checkpointed(self, layer.__call__, x, patches, keys, i < half)
             else:
                 x = layer(x, patches, keys, i < half)
         shallow, deep = shallow.to(x.device), deep.to(x.device)
