@@ -5,9 +5,9 @@
 # Arguments scale the number of kills and inputs, and choose sections:
 #   bash launch/soak.sh 0.1 random_kills hostile
 # Sections: disturbed, devices, two_processes, random_kills, full_disk, full_disk_at_start, changed_data,
-# absurd_numbers, server, hostile, resizer, input, gpu_check, transformers, trl, targets. A full disk is tried as root
-# only: it takes a mount. transformers installs four versions of that package in .venv-transformers-*, trl installs TRL
-# in .venv-trl; targets installs 4 GB of CUDA libraries in .venv-gpu and compiles all programs for GPUs, too.
+# absurd_numbers, server, hostile, resizer, input, gpu_check, transformers, trl, real_weights, targets. A full disk is
+# tried as root only: it takes a mount. transformers installs four versions of that package in .venv-transformers-*, trl
+# installs TRL in .venv-trl; targets installs 4 GB of CUDA libraries in .venv-gpu and compiles all programs for GPUs, too.
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu
 folder="$(mktemp -d)"
