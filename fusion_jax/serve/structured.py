@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.keys import Keys, check_keys, no_op, read
 
@@ -121,16 +123,16 @@ def _structured(wanted: Mapping[str, Any], prefix: str, place: str | None) -> li
 def _json(key: str, schema: Any) -> Form:
     if isinstance(schema, str) and len(schema) <= MOST_BYTES:
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # as the request's body
+        except ValueError as error:
             raise ApiError(400, f"{key} is no JSON: {str(error)[:200]}.", "invalid_value", key) from error
     if not isinstance(schema, dict):
         raise ApiError(400, f"{key} must be a JSON schema, an object.", "invalid_type", key)
     if "x-guidance" in schema:
         raise ApiError(400, f"{key}.x-guidance is not supported.", "unsupported_value", key)
-    _check_words(key, schema)
     written = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})
     _check_size(key, len(written), MOST_BYTES)
+    _check_words(key, schema)
     return Form(key, schema=written)
 
 

@@ -155,6 +155,7 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_choice": [f"{i}" for i in range(1001)]}, "guided_choice", "at most 1000"),
         ({"guided_regex": "a" * 9000}, "guided_regex", "at most 8192"),
         ({"guided_json": "{"}, "guided_json", "no JSON"),
+        ({"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit"),  # as in a body
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
         ({"guided_json": {"properties": {"a": {"tpye": "string"}}}}, "guided_json", "did you mean type?"),
         ({"guided_json": {"divisibleBy": 2}}, "guided_json", "a draft before"),
