@@ -159,6 +159,7 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
         ({"guided_json": {"properties": {"a": {"tpye": "string"}}}}, "guided_json", "did you mean type?"),
         ({"guided_json": {"divisibleBy": 2}}, "guided_json", "a draft before"),
+        ({"guided_json": {f"note {i}": 1 for i in range(101)}}, "guided_json", "over 100 different words"),
         ({"guided_json": {"x-guidance": {"lenient": True}}}, "guided_json", "not supported"),
         ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "one form only"),
     ],
@@ -173,6 +174,7 @@ def test_a_schemas_own_words_are_no_keywords():
     schema = {"properties": {"tpye": {"default": {"tpye": 1}}}, "enum": [{"tpye": 2}], "note": {"tpye": 3}}
     assert json.loads(parse(guided_json=schema).form.schema).items() >= schema.items()
     assert parse(guided_json=json.dumps(schema)).form == parse(guided_json=schema).form
+    parse(guided_json={"properties": {f"{i}": {"x-order": i, "hint": ""} for i in range(500)}})
 
 
 def test_a_form_is_read_from_each_of_its_keys():
