@@ -174,6 +174,8 @@ def _regex(key: str, regex: Any) -> Form:
     if not isinstance(regex, str) or not regex:
         raise ApiError(400, f"{key} must be a regular expression, a text.", "invalid_type", key)
     _check_size(key, len(regex.encode()), MOST_REGEX)
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:  # llguidance would leave it out
+        raise ApiError(400, f"{key} ends with a backslash that escapes nothing.", "invalid_value", key)
     return Form(key, regex=regex)
 
 

@@ -154,6 +154,7 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_choice": ["a", ""]}, "guided_choice", "none of them empty"),
         ({"guided_choice": [f"{i}" for i in range(1001)]}, "guided_choice", "at most 1000"),
         ({"guided_regex": "a" * 9000}, "guided_regex", "at most 8192"),
+        ({"guided_regex": "a\\\\\\"}, "guided_regex", "a backslash that escapes nothing"),
         ({"guided_json": "{"}, "guided_json", "no JSON"),
         ({"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit"),  # as in a body
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
@@ -180,6 +181,7 @@ def test_a_schemas_own_words_are_no_keywords():
 def test_a_form_is_read_from_each_of_its_keys():
     for keys in ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}):
         assert parse(**keys).form.regex == "a+"
+    assert parse(guided_regex="a\\\\").form.regex == "a\\\\"
     schema = {"type": "object"}
     for keys in (
         {"guided_json": schema},
