@@ -40,7 +40,7 @@ class Sampling:
     def __post_init__(self):
         check(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1.")
         check(0 <= self.temperature <= 100, f"temperature={self.temperature:g} must lie in 0..100.")
-        check(0 <= self.top_k < 2**31, f"top_k={self.top_k} must not be negative.")
+        check(0 <= self.top_k < 2**31, f"top_k={self.top_k} must lie in 0..{2**31 - 1}.")
         check(0 < self.top_p <= 1, f"top_p={self.top_p:g} must lie above 0 and not above 1.")
         check(
             0.01 <= self.repetition_penalty <= 100,

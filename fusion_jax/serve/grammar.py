@@ -7,6 +7,7 @@ it as the bytes that it adds to a text, and control tokens are none of them.
 import contextlib
 import functools
 import re
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from fusion_jax.serve.structured import Form
 _TRIAL = Path(__file__).with_name("try_grammar.py")
 _SECONDS = 20
 _KNOWN = 256  # forms that are remembered as good
+_ITEMS = 100_000  # of one step; 200 optional keys take over 5,000 with a vocabulary of 49,000 words
 
 
 class GrammarError(Exception):
@@ -89,11 +91,11 @@ class Grammars:
         start = '" " answer' if self._prefix else "answer"
         rule = f"%json {form.schema}"
         if form.regex:
-            rule = f"/{llguidance.regex_to_lark(form.regex, use_ascii='')}/"
+            rule = f"/{llguidance.regex_to_lark(form.regex, use_ascii='d')}/"
         grammar = llguidance.LLMatcher.grammar_from_lark(f"start: {start}\nanswer: {rule}")
         if grammar not in self._good:
             self._check(form, grammar)
-        matcher = llguidance.LLMatcher(self._words, grammar, log_level=0, limits=limits())
+        matcher = llguidance.LLMatcher(self._words, grammar, log_level=0, limits=limits(_ITEMS))
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         for choice in form.choices:
@@ -111,6 +113,8 @@ class Grammars:
             )
         except subprocess.TimeoutExpired as error:
             raise _refusal(form, "it takes too long to prepare") from error
+        if tried.returncode in (-signal.SIGINT, -signal.SIGTERM):  # sent to all processes of a server that is to end
+            raise ApiError(503, "The server is shutting down.", "shutting_down")
         if tried.returncode:
             raise _refusal(form, "it takes too much time or memory to prepare")
         if tried.stdout:

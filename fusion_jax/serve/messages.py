@@ -118,7 +118,7 @@ def _part(part: Any, role: str, where: str, take_image: Callable[[Any, str], Non
     kind = part.get("type") if isinstance(part, dict) else None
     allowed = {"user": ("text", "image_url"), "assistant": ("text", "refusal")}.get(role, ("text",))
     if kind not in allowed:
-        said = f"a part of a {role} message must have the type {' or '.join(allowed)}"
+        said = f"parts of {role} messages must have the type {' or '.join(allowed)}"
         raise ApiError(400, f"{where}: {said}.", "invalid_value", where)
     check_keys(part, _PARTS[kind], where)
     if kind == "image_url":

@@ -112,7 +112,7 @@ def preflight(headers: Headers, allowed: Collection[str], methods: str) -> dict[
     return {
         "access-control-allow-methods": methods,
         "access-control-max-age": str(_MAX_AGE),
-        "vary": "Origin, Access-Control-Request-Method, Access-Control-Request-Headers",
+        "vary": "Access-Control-Request-Method, Access-Control-Request-Headers",
         **named,
     }
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from fusion_jax.serve.error import ApiError
 from fusion_jax.serve.keys import Keys, check_keys, no_op, read
 
 MOST_BYTES = 64 << 10  # of a schema, or all choices
 MOST_REGEX = 8 << 10
 MOST_CHOICES = 1000
+MOST_NOTES = 100  # different words of a schema that are no keywords; each takes a millisecond to compare
 # Between the parts of JSON: a space, or a line break and what the next line is indented by. Without a bound a model may
 # go on with line breaks to the end of its tokens.
 _SPACE = " |\\n[ \\t]{0,24}"
@@ -121,41 +124,58 @@ def _structured(wanted: Mapping[str, Any], prefix: str, place: str | None) -> li
 def _json(key: str, schema: Any) -> Form:
     if isinstance(schema, str) and len(schema) <= MOST_BYTES:
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # as the request's body
+        except ValueError as error:
             raise ApiError(400, f"{key} is no JSON: {str(error)[:200]}.", "invalid_value", key) from error
     if not isinstance(schema, dict):
         raise ApiError(400, f"{key} must be a JSON schema, an object.", "invalid_type", key)
     if "x-guidance" in schema:
         raise ApiError(400, f"{key}.x-guidance is not supported.", "unsupported_value", key)
-    _check_words(key, schema)
     written = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})
     _check_size(key, len(written), MOST_BYTES)
+    _check_words(key, schema, set())
     return Form(key, schema=written)
 
 
-def _check_words(key: str, schema: Any) -> None:
+def _check_words(key: str, schema: Any, notes: set[str]) -> None:
     """ApiError 400 for a keyword that is almost one of JSON Schema: that means nothing there, and would change nothing
-    in silence. Those that mean something and are not supported are refused by llguidance, and other words are notes."""
+    in silence. Those that mean something and are not supported are refused by llguidance, and other words are notes.
+
+    Args:
+      notes: words that have been seen to be notes; more are added.
+    """
     if not isinstance(schema, dict):
         return
     for word, value in schema.items():
-        near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8 if len(word) > 4 else 1)
-        near = near or [known for known in _KEYWORDS if sorted(known) == sorted(word)]
-        if (word not in _KEYWORDS and near) or word in _OLD:
-            said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
-            raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
+        if word not in _KEYWORDS and word not in notes:
+            near = _nearest(word)
+            if near or word in _OLD:
+                said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
+                raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
+            notes.add(word)
+            if len(notes) > MOST_NOTES:
+                many = f"{key} has over {MOST_NOTES} different words that are no keywords of JSON Schema"
+                raise ApiError(400, f"{many}.", "invalid_value", key)
         if word not in _KEYWORDS or word in _DATA:
             continue
         inner = value.values() if word in _NAMED and isinstance(value, dict) else [value]
         for one in (*inner, *(value if isinstance(value, list) else ())):
-            _check_words(key, one)
+            _check_words(key, one, notes)
+
+
+def _nearest(word: str) -> list[str]:
+    """Keywords that a word may have been meant to be."""
+    letters = sorted(word)
+    near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8 if len(word) > 4 else 1)
+    return near or [known for known in _KEYWORDS if sorted(known) == letters]
 
 
 def _regex(key: str, regex: Any) -> Form:
     if not isinstance(regex, str) or not regex:
         raise ApiError(400, f"{key} must be a regular expression, a text.", "invalid_type", key)
     _check_size(key, len(regex.encode()), MOST_REGEX)
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:  # llguidance would leave it out
+        raise ApiError(400, f"{key} ends with a backslash that escapes nothing.", "invalid_value", key)
     return Form(key, regex=regex)
 
 

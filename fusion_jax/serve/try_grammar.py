@@ -17,12 +17,13 @@ _WALK, _WALK_SECONDS = 200, 1.0  # bytes and seconds of the answer that is tried
 _END, _QUOTE = 256, 0x22
 
 
-def limits() -> LLParserLimits:
-    """Of one grammar: far below the library's, which are for trusted ones."""
+def limits(items: int = 5_000) -> LLParserLimits:
+    """Of one grammar: far below the library's, which are for trusted ones. items: that one step may take, the more the
+    longer the vocabulary: a mask goes through all of its words."""
     return LLParserLimits(
         initial_lexer_fuel=500_000,
         step_lexer_fuel=100_000,
-        step_max_items=5_000,
+        step_max_items=items,
         max_lexer_states=20_000,
         max_grammar_size=100_000,
         precompute_large_lexemes=False,

@@ -3,6 +3,10 @@
 import dataclasses
 import http.client
 import json
+import random
+import signal
+import string
+import subprocess
 import time
 
 import numpy as np
@@ -121,6 +125,49 @@ def test_a_model_that_cannot_spell_a_choice_says_so(grammars, monkeypatch):
     monkeypatch.setattr(grammars, "_can_say", lambda text: text != "猫")
     with pytest.raises(ApiError, match="cannot spell '猫'"):
         grammars.matcher(read_form({"guided_choice": ["a", "猫"]}))
+
+
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
+def test_a_common_form_is_not_too_complex_for_a_large_vocabulary(grammars, monkeypatch):
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    rng = random.Random(0)
+    words = {"".join(rng.choices(f"{string.ascii_lowercase} AB0.", k=2 + k % 5)).encode() for k in range(100_000)}
+
+    class Words:
+        tokens = (*(bytes([byte]) for byte in range(256)), b"<end>", *sorted(words))
+        eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+
+        def __call__(self, text):
+            return [*text]
+
+    monkeypatch.setattr(grammars, "_words", LLTokenizer(TokenizerWrapper(Words())))
+    matcher = grammars.matcher(read_form({"guided_regex": "[a-z]{1,20}"}))
+    bits = np.zeros((1, -(-len(Words.tokens) // 32)), np.int32)
+    matcher.fill(bits, 0)
+    assert np.unpackbits(bits.view(np.uint8)).sum() > 10_000
+
+
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
+def test_digits_are_those_of_ascii_in_both_kinds_of_pattern(grammars):
+    rng = np.random.default_rng(0)
+    texts = {said(grammars, {"guided_regex": r"\d"}, rng) for _ in range(40)}
+    texts |= {
+        said(grammars, {"guided_json": {"type": "string", "pattern": r"^\d$"}}, rng).strip('"') for _ in range(40)
+    }
+    assert len(texts) > 5 and texts <= {*"0123456789"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
+def test_a_form_is_not_blamed_for_a_server_that_is_stopped(grammars, number, monkeypatch):
+    def run(command, **more):
+        return subprocess.CompletedProcess(command, -number, b"", b"KeyboardInterrupt")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ApiError) as caught:
+        grammars.matcher(read_form({"guided_regex": f"stopped by {number:d}"}))
+    assert (caught.value.status, caught.value.code) == (503, "shutting_down")
 
 
 def test_a_bad_form_is_refused_before_a_place_in_the_queue_is_taken(tmp_path):

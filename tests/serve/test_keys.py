@@ -154,10 +154,13 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_choice": ["a", ""]}, "guided_choice", "none of them empty"),
         ({"guided_choice": [f"{i}" for i in range(1001)]}, "guided_choice", "at most 1000"),
         ({"guided_regex": "a" * 9000}, "guided_regex", "at most 8192"),
+        ({"guided_regex": "a\\\\\\"}, "guided_regex", "a backslash that escapes nothing"),
         ({"guided_json": "{"}, "guided_json", "no JSON"),
+        ({"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit"),  # as in a body
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
         ({"guided_json": {"properties": {"a": {"tpye": "string"}}}}, "guided_json", "did you mean type?"),
         ({"guided_json": {"divisibleBy": 2}}, "guided_json", "a draft before"),
+        ({"guided_json": {f"note {i}": 1 for i in range(101)}}, "guided_json", "over 100 different words"),
         ({"guided_json": {"x-guidance": {"lenient": True}}}, "guided_json", "not supported"),
         ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "one form only"),
     ],
@@ -172,11 +175,13 @@ def test_a_schemas_own_words_are_no_keywords():
     schema = {"properties": {"tpye": {"default": {"tpye": 1}}}, "enum": [{"tpye": 2}], "note": {"tpye": 3}}
     assert json.loads(parse(guided_json=schema).form.schema).items() >= schema.items()
     assert parse(guided_json=json.dumps(schema)).form == parse(guided_json=schema).form
+    parse(guided_json={"properties": {f"{i}": {"x-order": i, "hint": ""} for i in range(500)}})
 
 
 def test_a_form_is_read_from_each_of_its_keys():
     for keys in ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}):
         assert parse(**keys).form.regex == "a+"
+    assert parse(guided_regex="a\\\\").form.regex == "a\\\\"
     schema = {"type": "object"}
     for keys in (
         {"guided_json": schema},
