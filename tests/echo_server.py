@@ -53,7 +53,7 @@ class EchoEngine(Engine):
             raise RuntimeError("the device\nis on fire")
         return np.tile(self._said, (self.rows, 1))
 
-    def _step_told(self, allowed):
+    def _step_reporting(self, allowed):
         tokens = self._step(True)
         if allowed is not None:  # the first that may come
             tokens = np.unpackbits(allowed.view(np.uint8), axis=1, bitorder="little").argmax(1)[:, None]

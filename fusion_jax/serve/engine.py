@@ -277,7 +277,7 @@ class Engine:
             self._step(draw=not how.greedy)
         for allowed in (None, self._all_allowed()):
             self._join(0, example_of_text(), Sampling())
-            self._step_told(allowed)
+            self._step_reporting(allowed)
         self._leave(range(self.rows))
         jax.block_until_ready(self._state)
 
@@ -318,12 +318,12 @@ class Engine:
         )
         return np.asarray(tokens)
 
-    def _step_told(self, allowed: np.ndarray | None) -> tuple[np.ndarray, generate.Likely]:
+    def _step_reporting(self, allowed: np.ndarray | None) -> tuple[np.ndarray, generate.Likely]:
         """As `_step`, with the tokens' probabilities. allowed: the tokens that may come next, for one token a row; they
         depend on the one before, so there is no further one in the same step."""
         steps = self.chunk if allowed is None else 1
         most = min(MOST_LIKELY, self.model.config.llm.vocab_size)
-        tokens, told, self._state = generate.decode(
+        tokens, report, self._state = generate.decode(
             self.model,
             self.params,
             self._state,
@@ -333,7 +333,7 @@ class Engine:
             likely=most,
             allowed=allowed,
         )
-        return np.asarray(tokens), jax.tree.map(np.asarray, told)
+        return np.asarray(tokens), jax.tree.map(np.asarray, report)
 
     def _all_allowed(self) -> np.ndarray:
         return np.full((self.rows, -(-self.model.config.llm.vocab_size // 32)), -1, np.int32)
@@ -391,17 +391,17 @@ class Engine:
 
     def _decode(self) -> None:
         """A step of all rows. Where one of them follows a constraint it is of one token."""
-        allowed, told = self._allowed(), None
+        allowed, report = self._allowed(), None
         if not self.busy:
             return
         if allowed is not None or any(r is not None and r.likely is not None for r in self._active):
-            tokens, told = self._step_told(allowed)
+            tokens, report = self._step_reporting(allowed)
         else:
             tokens = self._step(draw=not all(r is None or r.how.greedy for r in self._active))
         self.statistics.chunks += 1
         for row, request in enumerate(self._active):
             if request is not None:
-                self._tell(row, request, tokens[row].tolist(), told)
+                self._tell(row, request, tokens[row].tolist(), report)
 
     def _allowed(self) -> np.ndarray | None:
         """The tokens that may come next, None where no row follows a constraint. Who cannot go on ends here."""
@@ -420,7 +420,7 @@ class Engine:
                 self._end(request, "error", problem=f"The answer cannot go on in its form: {error}.")
         return allowed
 
-    def _tell(self, row: int, request: Request, tokens: list[int], told: generate.Likely | None) -> None:
+    def _tell(self, row: int, request: Request, tokens: list[int], report: generate.Likely | None) -> None:
         before, constraint = request.stream.made, request.constraint
         if constraint is not None:
             constraint.take(tokens[0])
@@ -428,12 +428,12 @@ class Engine:
         new = request.stream.made - before
         self.statistics.answer_tokens += new
         likely = ()
-        if request.likely is not None and told is not None:
+        if request.likely is not None and report is not None:
             likely = tuple(
                 Likely(
                     token,
-                    float(told.chosen[row, k]),
-                    tuple(zip(told.ids[row, k].tolist(), told.values[row, k].tolist()))[: request.likely],
+                    float(report.chosen[row, k]),
+                    tuple(zip(report.ids[row, k].tolist(), report.values[row, k].tolist()))[: request.likely],
                 )
                 for k, token in enumerate(tokens[:new])
                 if token not in self.prompts.stop_ids

@@ -1,6 +1,6 @@
 """Answers of a form: at each token, which ones can still lead to an answer that a grammar allows.
 
-The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It works on bytes, so each token is told to
+The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It works on bytes, so each token is given to
 it as the bytes that it adds to a text, and control tokens are none of them.
 """
 

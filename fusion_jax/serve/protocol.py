@@ -91,7 +91,7 @@ def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> C
 
 
 def _likely(data: dict) -> int | None:
-    """How many alternatives of each token are to be told; None: not even its own probability."""
+    """How many alternatives of each token are to be reported; None: not even its own probability."""
     most = read(data, "top_logprobs", int, 0)
     if not read(data, "logprobs", bool, False):
         if most:

@@ -11,7 +11,7 @@ from fusion_jax.data.layout import Example
 from fusion_jax.sampling import Sampling
 from fusion_jax.streaming import TextStream
 
-MOST_LIKELY = 20  # alternatives of a token that can be told
+MOST_LIKELY = 20  # alternatives of a token that can be reported
 
 
 class Full(Exception):
