@@ -59,9 +59,9 @@ def _from_archive(folder: files.Folder) -> Iterator[Question]:
                 yield _question(q["questionId"], text, options, right, picture(images / name))
 
 
-def _lettered(options: Sequence[str], right: str | int) -> tuple[dict[str, str], str]:
+def _lettered(options: Sequence[str] | str, right: str | int) -> tuple[dict[str, str], str]:
     """The options by their letters, and the letter of the right one, which the files number from 0."""
-    return dict(zip(choices.LETTERS, options)), choices.LETTERS[int(right)]
+    return dict(zip(choices.LETTERS, choices.listed(options, "options"))), choices.LETTERS[int(right)]
 
 
 def _question(key: str, text: str, options: dict[str, str], right: str, image: Picture) -> Question:

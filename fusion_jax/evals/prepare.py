@@ -129,10 +129,11 @@ def _check_filled(task: Task, question: Question) -> None:
     texts = list(by_letter.values())
     if any(map(is_blank, texts)):
         raise UserError(f"{where}: an option is empty{row}.")
-    if right is not None and is_blank(right):
+    if right is not None and (is_blank(right) or right == []):
         raise UserError(f"{where}: the answer is empty{row}.")
-    # A small letter is none either: no answer would ever equal it.
-    if texts and isinstance(right, str) and len(right) == 1 and right.upper() in LETTERS and right not in texts:
+    # A small letter is none either, nor a number or an option's text: no answer would ever equal them. MathVista alone
+    # has texts for answers.
+    if texts and isinstance(right, str) and "answer_type" not in question.about:
         try:
             place(right, list(by_letter), where)
         except UserError as error:
