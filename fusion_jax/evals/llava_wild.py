@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import files
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, picture
 
 DATA = "questions.jsonl, context.jsonl and answers_gpt4.jsonl with the images in images/, or the Parquet files"
 CATEGORIES = ("conv", "detail", "complex")
@@ -171,4 +171,5 @@ TASK = Task(
     judged=judged,
     submit=submit,
     rule="LLaVA's own script, 2023",
+    published=Rule(choices.LMMS_EVAL_OLD, max_tokens=4096),
 )

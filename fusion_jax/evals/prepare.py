@@ -26,7 +26,7 @@ class Prepared:
     """A task with the questions that it will ask.
 
     Attributes:
-      source: the files that they are from. whole: how many questions those hold.
+      source: the files that they are from. whole: how many questions those hold, without those for comparison.
     """
 
     task: Task
@@ -53,7 +53,7 @@ def prepare(task: Task, data_dir: Path, limit: int = 0, progress: bool = False) 
         raise UserError(f"{task.name}: {data_dir} holds no questions; expected {task.data}.")
     _check(task, questions)
     _check_images(task, questions, progress)
-    return Prepared(task, questions, source, len(every))
+    return Prepared(task, questions, source, sum(not q.control for q in every))
 
 
 def sample(questions: list[Question], limit: int) -> list[Question]:
