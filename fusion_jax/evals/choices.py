@@ -123,6 +123,13 @@ def yes_or_no(answer: object, where: str) -> str:
     return word
 
 
+def numbered(answer: object, where: str) -> str:
+    """The letter of the option that a number from 0 names. UserError where it is no such number."""
+    if not re.fullmatch(r"\d\d?(\.0*)?", said := str(answer).strip()) or float(said) >= len(LETTERS):
+        raise UserError(f"{where}: the answer {brief(answer)} is no option's number; the first is 0.")
+    return LETTERS[int(float(said))]
+
+
 def find_letter(answer: str, options: dict[str, str]) -> str:
     """The option that an answer names, by VLMEvalKit's rule of 2026, which MMBench's own evaluation uses.
 

@@ -41,7 +41,7 @@ def _question(key: str, row: dict[str, Any], pictures: tuple[Picture, ...]) -> Q
     options = choices.listed(row["choices"], f"question {key}: choices")
     context = f"Context: {row['hint']}\n" if not choices.is_missing(row["hint"]) else ""
     prompt = f"{context}{row['question']}\n{choices.lettered(options)}\n{choices.BY_LETTER}"
-    answer = choices.LETTERS[int(row["answer"])]
+    answer = choices.numbered(row["answer"], f"question {key}")
     return Question(key, prompt, answer, pictures, row["question"], {"options": options, "image": bool(pictures)})
 
 

@@ -70,6 +70,10 @@ def test_a_list_as_text_is_that_list(tmp_path, task, row, column):
         ("mme", MME, "maybe", "the answer 'maybe' is neither yes nor no"),
         ("chartqa", CHART, None, "the answer is empty"),
         ("ocrbench", OCR, [""], "the answer is empty"),
+        ("scienceqa", CHOICES, "B", "question 0: the answer 'B' is no option's number; the first is 0"),
+        ("scienceqa", CHOICES, 0.5, "question 0: the answer 0.5 is no option's number"),
+        ("scienceqa", CHOICES, -3, "question 0: the answer -3 is no option's number"),
+        ("ai2d", COMMON | {"options": ["a", "b"]}, "B", r"parquet, row 0: the answer 'B' is no option's number"),
     ],
 )
 def test_an_answer_that_none_can_equal(tmp_path, task, row, answer, message):
