@@ -38,6 +38,11 @@ def is_missing(value: object) -> bool:
     return is_blank(value) or str(value).strip().lower() in ("nan", "none")
 
 
+def as_text(cell: object) -> str:
+    """The cell as text, and a whole number as one: a column of such with empty cells in it is one of floats."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
 def listed(cell: object, what: str) -> list[Any]:
     """A cell that holds a list, or a Python list as text, as some tables have it. UserError where it is neither: the
     characters of another text would be taken for its parts."""
@@ -74,7 +79,7 @@ def read_options(
     Raises:
       UserError: an answer that is none of the options, or too few options.
     """
-    every = [{x: _text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
+    every = [{x: as_text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
     nothing = {word for options in every if (word := _written_twice(options))}
     real = set()
     for row, options in zip(rows, every) if nothing else ():
@@ -100,11 +105,6 @@ def _written_twice(options: Mapping[str, str]) -> str:
 def _tail(options: Mapping[str, str], nothing: Collection[str]) -> list[str]:
     """The letters of the last options that read so."""
     return list(itertools.takewhile(lambda letter: options[letter] in nothing, reversed(options)))
-
-
-def _text(cell: object) -> str:
-    """A column of whole numbers with empty cells in it is one of floats."""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def place(answer: object, letters: Sequence[str], where: str) -> int:

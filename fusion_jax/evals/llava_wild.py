@@ -98,6 +98,8 @@ def _question(where: str, key: Any, text: str, category: str, context: Any, refe
     if kind not in CATEGORIES:
         raise UserError(f"{where}: the category {category!r} is none of {', '.join(CATEGORIES)}.")
     context = "\n".join(context) if isinstance(context, list) else context
+    if choices.is_blank(context):
+        raise UserError(f"{where}: the caption is empty, by which the judge knows the picture.")
     return Question(str(key), text, reference, (image,), text, {"category": kind, "context": context})
 
 

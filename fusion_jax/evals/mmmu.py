@@ -56,7 +56,7 @@ def _question(row: files.ParquetRow) -> Question:
     else:
         prompt = f"{v['question']}\n\n{_OPEN}"
     numbers = sorted(set(re.findall(r"<image (\d)>", prompt)))
-    pictures = tuple(row.picture(f"image_{n}") for n in numbers if row.has(f"image_{n}"))
+    pictures = tuple(row.picture(f"image_{n}") for n in numbers)
     answer = v["answer"]
     if isinstance(answer, str) and answer.startswith("[") and not multiple:
         answer = choices.listed(answer, f"{row.where}: answer")  # several right ones

@@ -103,6 +103,8 @@ def _check(task: Task, questions: Sequence[Question]) -> None:
         try:
             key(question)
             task.score(question, "")
+            if task.published and task.published.score:
+                task.published.score(question, "")
         except ODD_FILES as error:
             raise UserError(
                 f"{task.name}: no answer to the question {shown(question.id)} can be scored ({type(error).__name__}: "

@@ -25,7 +25,7 @@ def _data(split: str) -> str:
 
 
 def read(split: str, data_dir: Path) -> list[Question]:
-    folder = files.open_folder(data_dir, ("vizwiz",), f"vizwiz ({split})", _data(split))
+    folder = files.open_folder(data_dir, ("vizwiz", "VizWiz-VQA"), f"vizwiz ({split})", _data(split))
     if parquet := folder.parquet(("default", (split,))):
         rows = files.read_parquet(parquet, ("question_id", "question"))
         return [_question(f"{Path(str(r.values['question_id'])).stem}.jpg", r.values, r.picture("image")) for r in rows]

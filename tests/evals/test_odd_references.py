@@ -92,6 +92,34 @@ def test_the_right_answers_of_hallusion_bench(tmp_path):
         prepare(TASKS["hallusion_bench"], tmp_path / "odd")
 
 
+def test_hallusion_bench_knows_a_question_without_a_figure_by_a_number_too(tmp_path):
+    row = HALLUSION | {"category": "VS", "figure_id": 0.0, "set_id": 1.0, "visual_input": 0.0, "image": None}
+    write(tmp_path, "hallusion_bench", row)
+    result = run_task(Rule(lambda _: "I cannot say."), TASKS["hallusion_bench"], tmp_path, progress=False)
+    assert result.scores["aAcc"] == 100 and result.predictions[0].question.id == "VS_figure_1_0_0"
+
+
+def test_a_picture_that_a_question_of_mmmu_names_must_be_there(tmp_path):
+    row = {"id": "validation_Art_1", "question": "<image 1>?", "options": "['x', 'y']", "answer": "A"}
+    row |= {"question_type": "multiple-choice", "image_1": None, "image_2": cell()}
+    write_parquet(tmp_path / "validation-0.parquet", [row])
+    with pytest.raises(UserError, match=r"question validation_Art_1: .*row 0: the column image_1 holds no image"):
+        prepare(TASKS["mmmu"], tmp_path)
+
+
+def test_a_judge_is_told_what_is_in_the_picture(tmp_path):
+    row = COMMON | {"question_id": 1, "category": "conv", "caption": None, "gpt_answer": "A dog."}
+    write_parquet(tmp_path / "train-0.parquet", [row])
+    with pytest.raises(UserError, match="row 0: the caption is empty"):
+        prepare(TASKS["llava_wild"], tmp_path)
+
+
+def test_the_published_rule_can_score_every_question_too(tmp_path):
+    write(tmp_path, "vizwiz", PEOPLE | {"answers": ["one", None]})
+    with pytest.raises(UserError, match=r"no answer to the question 1\.jpg can be scored"):
+        prepare(TASKS["vizwiz"], tmp_path)
+
+
 def test_an_empty_reference_of_ocrbench_is_in_no_answer(tmp_path):
     write(tmp_path, "ocrbench", OCR | {"answer": ["z", ""]})
     assert run_task(Rule(lambda _: "b"), TASKS["ocrbench"], tmp_path, progress=False).scores["accuracy"] == 0
