@@ -24,10 +24,9 @@ def read(data_dir: Path) -> list[Question]:
     if parquet := folder.parquet(("default", ("test",))):
         rows = files.read_parquet(parquet, ("question", "options", "answer"))
         return [
-            _question(
-                str(n), r.values["question"], *_lettered(r.values["options"], r.values["answer"]), r.picture("image")
-            )
+            _question(str(n), v["question"], *_lettered(v["options"], v["answer"], r.where), r.picture("image"))
             for n, r in enumerate(rows)
+            for v in [r.values]
         ]
     if folder.find("ai2d_test.tsv"):
         return _from_tsv(folder.one("ai2d_test.tsv"))
@@ -55,13 +54,14 @@ def _from_archive(folder: files.Folder) -> Iterator[Question]:
             data = files.need_keys(files.read_json(file), ("questions",), str(file))
             for text, q in data["questions"].items():
                 files.need_keys(q, ("answerTexts", "correctAnswer", "questionId"), f"{file}, {text!r}")
-                options, right = _lettered(q["answerTexts"], q["correctAnswer"])
+                options, right = _lettered(q["answerTexts"], q["correctAnswer"], f"{file}, {text!r}")
                 yield _question(q["questionId"], text, options, right, picture(images / name))
 
 
-def _lettered(options: Sequence[str], right: str | int) -> tuple[dict[str, str], str]:
+def _lettered(options: Sequence[str] | str, right: str | int, where: str) -> tuple[dict[str, str], str]:
     """The options by their letters, and the letter of the right one, which the files number from 0."""
-    return dict(zip(choices.LETTERS, options)), choices.LETTERS[int(right)]
+    texts = choices.listed(options, f"{where}: options")
+    return dict(zip(choices.LETTERS, texts)), choices.numbered(right, where)
 
 
 def _question(key: str, text: str, options: dict[str, str], right: str, image: Picture) -> Question:

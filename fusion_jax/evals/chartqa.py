@@ -37,7 +37,8 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(key: str, kind: str, text: str, answer: str, image: Picture) -> Question:
     about = {"kind": "human" if kind.startswith("human") else "augmented"}
-    return Question(key, f"{text}\n{_LAST_LINE}", str(answer), (image,), text, about)
+    reference = "" if choices.is_blank(answer) else str(answer)
+    return Question(key, f"{text}\n{_LAST_LINE}", reference, (image,), text, about)
 
 
 def _number(text: str) -> float | None:

@@ -1,5 +1,7 @@
 """Multiple choice: how options are written into a prompt, and the published prompts' last lines."""
 
+import ast
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -36,6 +38,23 @@ def is_missing(value: object) -> bool:
     return is_blank(value) or str(value).strip().lower() in ("nan", "none")
 
 
+def as_text(cell: object) -> str:
+    """The cell as text, and a whole number as one: a column of such with empty cells in it is one of floats."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+def listed(cell: object, what: str) -> list[Any]:
+    """A cell that holds a list, or a Python list as text, as some tables have it. UserError where it is neither: the
+    characters of another text would be taken for its parts."""
+    value = cell
+    if isinstance(cell, str):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(cell)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{what}: {brief(cell)} is no list.")
+    return list(value)
+
+
 def read_options(
     rows: Sequence[Mapping[str, Any]],
     letters: str,
@@ -54,12 +73,13 @@ def read_options(
       rows: with the columns of their options, as far as they have them, and `answer`.
       letters: columns that may hold options.
       where: names a row for messages. group: what the rotations of a question have in common.
-      needed: there are at least two options, and a letter as the answer; otherwise a row may have none.
+      needed: there are at least two options, and a letter as the answer; otherwise a row may have none, and its answer
+        is not looked at.
 
     Raises:
       UserError: an answer that is none of the options, or too few options.
     """
-    every = [{x: _text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
+    every = [{x: as_text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
     nothing = {word for options in every if (word := _written_twice(options))}
     real = set()
     for row, options in zip(rows, every) if nothing else ():
@@ -71,9 +91,8 @@ def read_options(
             del options[letter]
         if len(options) < 2 and (needed or options):
             raise UserError(f"{where(row)} has {len(options)} options; a question has at least two.")
-        answer = row.get("answer")
-        if options and not is_missing(answer) and (needed or str(answer).strip() in LETTERS):
-            place(answer, list(options), where(row))
+        if needed and not is_missing(row.get("answer")):
+            place(row["answer"], list(options), where(row))
     return every
 
 
@@ -88,17 +107,27 @@ def _tail(options: Mapping[str, str], nothing: Collection[str]) -> list[str]:
     return list(itertools.takewhile(lambda letter: options[letter] in nothing, reversed(options)))
 
 
-def _text(cell: object) -> str:
-    """A column of whole numbers with empty cells in it is one of floats."""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
-
-
 def place(answer: object, letters: Sequence[str], where: str) -> int:
     """The number from 0 of the option that a letter names. UserError where there is no such option."""
     letter = str(answer).strip()
     if letter not in list(letters):
         raise UserError(f"{where}: the answer {brief(answer)} is none of its {len(letters)} options.")
     return list(letters).index(letter)
+
+
+def yes_or_no(answer: object, where: str) -> str:
+    """A right answer that is one of the two words, in any case and with a period. UserError for any other."""
+    word = str(answer).strip().rstrip(".").lower()
+    if word not in ("yes", "no"):
+        raise UserError(f"{where}: the answer {brief(answer)} is neither yes nor no.")
+    return word
+
+
+def numbered(answer: object, where: str) -> str:
+    """The letter of the option that a number from 0 names. UserError where it is no such number."""
+    if not re.fullmatch(r"\d\d?(\.0*)?", said := str(answer).strip()) or float(said) >= len(LETTERS):
+        raise UserError(f"{where}: the answer {brief(answer)} is no option's number; the first is 0.")
+    return LETTERS[int(float(said))]
 
 
 def find_letter(answer: str, options: dict[str, str]) -> str:

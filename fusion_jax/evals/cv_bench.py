@@ -37,7 +37,8 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(row: dict, image) -> Question:
     prompt = f"{row['prompt']}\n{choices.BY_LETTER}"
-    about = {key: row[key] for key in ("type", "task", "source")} | {"options": list(row["choices"])}
+    options = choices.listed(row["choices"], f"question {row['idx']}: choices")
+    about = {key: row[key] for key in ("type", "task", "source")} | {"options": options}
     answer = row["answer"].strip("()")
     return Question(f"{row['type']}/{row['idx']}", prompt, answer, (image,), row.get("question") or "", about)
 

@@ -55,7 +55,7 @@ def read(name: str, split: str, data_dir: Path) -> list[Question]:
 
 def _question(row: dict[str, Any], image: Picture) -> Question:
     answers = row.get("answers")
-    reference = list(answers) if answers else None
+    reference = choices.listed(answers, f"question {row['questionId']}: answers") if answers else None
     return Question(str(row["questionId"]), f"{row['question']}\n{choices.SHORT}", reference, (image,), row["question"])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.evals import files, vqa
+from fusion_jax.evals import choices, files, vqa
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
 
@@ -24,6 +24,7 @@ DATA = "HallusionBench.json with the images in hallusion_bench/, or HallusionBen
 _SPLITS = (("default", ("image", "non_image")), ("default", ("image",)), ("default", ("test",)))
 _PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")
 _COLUMNS = (*_PLACE, "question", "visual_input", "gt_answer", "gt_answer_details")
+_WORDS = {"1": "yes", "0": "no"}
 # The benchmark's own words (github.com/tianyi-lab/HallusionBench, BSD-3-Clause): others would judge differently.
 _GRADING = (
     "Imagine you are an intelligent teacher. Thoroughly read the question, reference answer and the prediction answer "
@@ -50,16 +51,17 @@ def read(data_dir: Path) -> list[Question]:
     for number, line in enumerate(files.read_records(path)):
         row = files.need_keys(line, _COLUMNS, f"{path}, record {number}")
         name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
-        shown = () if str(row["visual_input"]) == "0" else (picture(images / name),)
+        shown = () if choices.as_text(row["visual_input"]) == "0" else (picture(images / name),)
         questions.append(_question(row, shown))
     return questions
 
 
 def _question(row: dict[str, Any], pictures: tuple[Picture, ...]) -> Question:
-    about = {key: str(row[key]) for key in (*_PLACE, "visual_input")} | {"details": row["gt_answer_details"]}
-    key = "_".join(str(row[name]) for name in _PLACE)
-    reference = "yes" if str(row["gt_answer"]) == "1" else "no"
-    group = "_".join(str(row[name]) for name in _PLACE[:3])
+    row = {**row, **{key: choices.as_text(row[key]) for key in (*_PLACE, "visual_input", "gt_answer")}}
+    about = {key: row[key] for key in (*_PLACE, "visual_input")} | {"details": row["gt_answer_details"]}
+    key = "_".join(row[name] for name in _PLACE)
+    reference = choices.yes_or_no(_WORDS.get(row["gt_answer"], row["gt_answer"]), f"question {key}")
+    group = "_".join(row[name] for name in _PLACE[:3])
     return Question(key, row["question"], reference, pictures, row["question"], about, group)
 
 

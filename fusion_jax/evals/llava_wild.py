@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.evals import files
+from fusion_jax.evals import choices, files
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, picture
 
 DATA = "questions.jsonl, context.jsonl and answers_gpt4.jsonl with the images in images/, or the Parquet files"
 CATEGORIES = ("conv", "detail", "complex")
@@ -98,6 +98,8 @@ def _question(where: str, key: Any, text: str, category: str, context: Any, refe
     if kind not in CATEGORIES:
         raise UserError(f"{where}: the category {category!r} is none of {', '.join(CATEGORIES)}.")
     context = "\n".join(context) if isinstance(context, list) else context
+    if choices.is_blank(context):
+        raise UserError(f"{where}: the caption is empty, by which the judge knows the picture.")
     return Question(str(key), text, reference, (image,), text, {"category": kind, "context": context})
 
 
@@ -171,4 +173,5 @@ TASK = Task(
     judged=judged,
     submit=submit,
     rule="LLaVA's own script, 2023",
+    published=Rule(choices.LMMS_EVAL_OLD, max_tokens=4096),
 )

@@ -57,7 +57,7 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def _choices(row: dict[str, Any]) -> list[str]:
-    return [] if choices.is_blank(row["choices"]) else list(row["choices"])
+    return [] if choices.is_blank(row["choices"]) else choices.listed(row["choices"], f"question {row['pid']}: choices")
 
 
 def _precision(row: dict[str, Any]) -> int:

@@ -58,7 +58,7 @@ def read(language: str, split: str, data_dir: Path) -> list[Question]:
 
 
 def _index(row: Mapping[str, Any]) -> int:
-    return int(row["index"])
+    return int(choices.as_text(row["index"]))
 
 
 def _where(path: Path, row: Mapping[str, Any]) -> str:

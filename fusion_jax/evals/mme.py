@@ -71,7 +71,7 @@ def _from_folders(folder: files.Folder) -> Iterator[Question]:
 def _question(key: str, number: int, text: str, answer: str, category: str, image: Picture) -> Question:
     words = text.strip().replace(" Please answer yes or no.", "")
     prompt = f"{words}\n{choices.SHORT}"
-    label = answer.strip().strip(".").lower()
+    label = choices.yes_or_no(answer, f"question {key}/{number}")
     return Question(f"{key}/{number}", prompt, label, (image,), words, {"category": category}, key)
 
 

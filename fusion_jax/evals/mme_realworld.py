@@ -78,7 +78,8 @@ def read(version: str, data_dir: Path) -> list[Question]:
 
 
 def _from_parquet(version: str, row: files.ParquetRow) -> Question:
-    options = [str(text) for text in row.values["multi-choice options"]]
+    name = "multi-choice options"
+    options = [str(text) for text in choices.listed(row.values[name], f"{row.where}: {name}")]
     return _question(version, row.values, options, row.picture("bytes" if row.has("bytes") else "image"))
 
 
@@ -89,7 +90,8 @@ def _from_json(version: str, folder: files.Folder, name: str):
         v = files.need_keys(line, keys, f"{path}, record {number}")
         row = {"index": v["Question_id"], "question": v["Text"], "answer": v["Ground truth"]}
         row |= {"category": f"{v['Task']}/{v['Subtask']}", "l2-category": v["Category"]}
-        yield _question(version, row, list(v["Answer choices"]), picture(path.parent / v["Image"]))
+        options = choices.listed(v["Answer choices"], f"{path}, record {number}: Answer choices")
+        yield _question(version, row, options, picture(path.parent / v["Image"]))
 
 
 def _question(version: str, row: Mapping[str, Any], options: list[str], image: Picture) -> Question:

@@ -9,7 +9,6 @@ as in lmms-eval, which has it from the benchmark's eval_utils.py; where that dra
 decides here. The test split has no answers; it becomes a file for the server.
 """
 
-import ast
 import functools
 import random
 import re
@@ -51,16 +50,16 @@ def read(split: str, data_dir: Path) -> list[Question]:
 
 def _question(row: files.ParquetRow) -> Question:
     v = row.values
-    options = ast.literal_eval(v["options"]) if isinstance(v["options"], str) else list(v["options"])
+    options = choices.listed(v["options"], f"{row.where}: options")
     if multiple := v["question_type"] == "multiple-choice":
         prompt = f"{v['question']}\n{choices.lettered(options)}\n\n{choices.BY_LETTER}"
     else:
         prompt = f"{v['question']}\n\n{_OPEN}"
     numbers = sorted(set(re.findall(r"<image (\d)>", prompt)))
-    pictures = tuple(row.picture(f"image_{n}") for n in numbers if row.has(f"image_{n}"))
+    pictures = tuple(row.picture(f"image_{n}") for n in numbers)
     answer = v["answer"]
     if isinstance(answer, str) and answer.startswith("[") and not multiple:
-        answer = ast.literal_eval(answer)  # several right answers
+        answer = choices.listed(answer, f"{row.where}: answer")  # several right ones
     subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", v["id"])
     about = {"options": options, "multiple": multiple, "subject": subject}
     return Question(

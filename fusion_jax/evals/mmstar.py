@@ -18,13 +18,16 @@ _COLUMNS = ("index", "question", "answer", "category", "l2_category")
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("mmstar",), "mmstar", DATA)
     if parquet := folder.parquet(*((config, ("val",)) for config in ("val", "default"))):
-        return [_question(row.values, row.picture("image")) for row in files.read_parquet(parquet, _COLUMNS)]
-    return [_question(row.values, row.picture) for row in files.read_images(folder.one("*mmstar*.tsv"), _COLUMNS)]
+        rows = [(row.values, row.picture("image")) for row in files.read_parquet(parquet, _COLUMNS)]
+    else:
+        rows = [(row.values, row.picture) for row in files.read_images(folder.one("*mmstar*.tsv"), _COLUMNS)]
+    values = [v for v, _ in rows]
+    every = choices.read_options(values, choices.LETTERS, lambda v: f"index {v['index']}", needed=False)
+    return [_question(v, options, image) for (v, image), options in zip(rows, every)]
 
 
-def _question(row: dict[str, Any], image: Picture) -> Question:
+def _question(row: dict[str, Any], options: dict[str, str], image: Picture) -> Question:
     words = row["question"].strip()
-    (options,) = choices.read_options([row], choices.LETTERS, lambda row: f"index {row['index']}", needed=False)
     if options and "Options:" not in words:
         words += "\nOptions: " + ", ".join(f"{letter}: {text}" for letter, text in options.items())
     # The published prompt has no period at its end here.

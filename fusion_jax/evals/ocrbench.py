@@ -44,7 +44,8 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def _question(number: int, dataset: str, kind: str, answers: Any, row: dict[str, Any], image: Picture) -> Question:
-    reference = [answers] if isinstance(answers, str) else [str(answer) for answer in answers]
+    answers = [answers] if isinstance(answers, str) else answers
+    reference = [str(answer) for answer in answers if not choices.is_blank(answer)]  # any answer contains an empty one
     words = row["question"].strip()
     return Question(str(number), words, reference, (image,), words, {"category": kind, "dataset": dataset})
 

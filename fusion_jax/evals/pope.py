@@ -41,7 +41,7 @@ def read(data_dir: Path) -> list[Question]:
 
 def _question(split: str, key: str, text: str, label: str, image) -> Question:
     prompt = f"{text.strip()}\n{choices.SHORT}"
-    label = "no" if label.strip().lower() == "no" else "yes"
+    label = choices.yes_or_no(label, f"question {split}/{key}")
     return Question(f"{split}/{key}", prompt, label, (image,), text, {"split": split})
 
 

@@ -26,7 +26,7 @@ class Prepared:
     """A task with the questions that it will ask.
 
     Attributes:
-      source: the files that they are from. whole: how many questions those hold.
+      source: the files that they are from. whole: how many questions those hold, without those for comparison.
     """
 
     task: Task
@@ -53,7 +53,7 @@ def prepare(task: Task, data_dir: Path, limit: int = 0, progress: bool = False) 
         raise UserError(f"{task.name}: {data_dir} holds no questions; expected {task.data}.")
     _check(task, questions)
     _check_images(task, questions, progress)
-    return Prepared(task, questions, source, len(every))
+    return Prepared(task, questions, source, sum(not q.control for q in every))
 
 
 def sample(questions: list[Question], limit: int) -> list[Question]:
@@ -103,6 +103,8 @@ def _check(task: Task, questions: Sequence[Question]) -> None:
         try:
             key(question)
             task.score(question, "")
+            if task.published and task.published.score:
+                task.published.score(question, "")
         except ODD_FILES as error:
             raise UserError(
                 f"{task.name}: no answer to the question {shown(question.id)} can be scored ({type(error).__name__}: "
@@ -129,10 +131,11 @@ def _check_filled(task: Task, question: Question) -> None:
     texts = list(by_letter.values())
     if any(map(is_blank, texts)):
         raise UserError(f"{where}: an option is empty{row}.")
-    if right is not None and is_blank(right):
+    if right is not None and (is_blank(right) or right == []):
         raise UserError(f"{where}: the answer is empty{row}.")
-    # A small letter is none either: no answer would ever equal it.
-    if texts and isinstance(right, str) and len(right) == 1 and right.upper() in LETTERS and right not in texts:
+    # A small letter is none either, nor a number or an option's text: no answer would ever equal them. MathVista alone
+    # has texts for answers.
+    if texts and isinstance(right, str) and "answer_type" not in question.about:
         try:
             place(right, list(by_letter), where)
         except UserError as error:

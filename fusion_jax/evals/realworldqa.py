@@ -36,12 +36,13 @@ def read(data_dir: Path) -> list[Question]:
         lettered = choices.lettered(options)
         text = row.values["question"]
         words = f"{text}\n{lettered}\n{choices.BY_LETTER}" if options else text
-        questions.append(_question(row.values["index"], words, row.values["answer"], row.picture))
+        about = {"options": options} if options else {}
+        questions.append(_question(row.values["index"], words, row.values["answer"], row.picture, about))
     return questions
 
 
-def _question(key: str, text: str, answer: str, image: Picture) -> Question:
-    return Question(key, text.strip(), answer.strip(), (image,))
+def _question(key: str, text: str, answer: str, image: Picture, about: dict[str, Any] | None = None) -> Question:
+    return Question(key, text.strip(), answer.strip(), (image,), about=about or {})
 
 
 def parse(answer: str, question: str) -> str:

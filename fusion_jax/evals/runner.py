@@ -60,7 +60,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Result:
-    """A task's predictions in the benchmark's order, its figures, the seconds it took, and its questions' origin."""
+    """A task's predictions in the benchmark's order, its figures, the seconds it took, and its questions' origin.
+
+    Attributes:
+      whole: how many questions the files hold.
+    """
 
     task: Task
     predictions: list[Prediction]
@@ -68,6 +72,7 @@ class Result:
     seconds: float
     files: list[Path] = dataclasses.field(default_factory=list)
     source: Source = dataclasses.field(default_factory=Source)
+    whole: int = 0
 
 
 def evaluate_tasks(
@@ -165,7 +170,7 @@ def answer_task(
     if output is not None:
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
         written = task.submit(predictions, output.folder / task.name) if task.submit else []
-    return Result(task, predictions, scores, time.perf_counter() - start, written, prepared.source)
+    return Result(task, predictions, scores, time.perf_counter() - start, written, prepared.source, prepared.whole)
 
 
 def record(task: Task, question: Question) -> Record:

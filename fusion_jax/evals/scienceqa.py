@@ -38,10 +38,10 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def _question(key: str, row: dict[str, Any], pictures: tuple[Picture, ...]) -> Question:
-    options = list(row["choices"])
+    options = choices.listed(row["choices"], f"question {key}: choices")
     context = f"Context: {row['hint']}\n" if not choices.is_missing(row["hint"]) else ""
     prompt = f"{context}{row['question']}\n{choices.lettered(options)}\n{choices.BY_LETTER}"
-    answer = choices.LETTERS[int(row["answer"])]
+    answer = choices.numbered(row["answer"], f"question {key}")
     return Question(key, prompt, answer, pictures, row["question"], {"options": options, "image": bool(pictures)})
 
 

@@ -35,7 +35,7 @@ def write(
             "scores": result.scores,
             "seconds": round(result.seconds, 1),
             "files": [str(path.relative_to(output)) for path in result.files],
-            "data": result.source.row(),
+            "data": result.source.row() | {"questions": result.whole},
         }
     for name, error in failed.items():
         tasks[name] = {**tasks.get(name, {}), "error": shown(error, _LONGEST)}
@@ -74,14 +74,14 @@ def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
     for row in published.ROWS:
         value, task, figure = row.own(scores)
         known.add((task, figure))
-        cells = [row.title, figure, _number(value), *map(_number, row.values), _questions(task, scores)]
+        cells = [row.title, figure, _number(value), *map(_number, row.values), _questions(task, there)]
         lines.append(Line(task, cells, row.measured + _own_rule(task, figure)))
     for name, figures in scores.items():
         task = TASKS[name]
         if (name, task.headline) not in known:
             value = figures.get(task.headline)
             own = "not scored here" if value is None else _number(value)
-            cells = [task.title, task.headline, own, *[""] * len(published.MODELS), _questions(name, scores)]
+            cells = [task.title, task.headline, own, *[""] * len(published.MODELS), _questions(name, there)]
             lines.append(Line(name, cells))
     return heads, lines
 
@@ -136,9 +136,13 @@ def _scores(there: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry["scores"] for name, entry in there["tasks"].items() if "scores" in entry}
 
 
-def _questions(task: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-    count = scores.get(task, {}).get("questions")
-    return "" if count is None else published.part(task, count) or str(count)
+def _questions(task: str, there: Mapping[str, Any]) -> str:
+    """How many were asked, and of how many if that is not all: of the published split, or else of the files."""
+    entry = there["tasks"].get(task, {})
+    if (count := entry.get("scores", {}).get("questions")) is None:
+        return ""
+    whole = entry.get("data", {}).get("questions", count)
+    return published.part(task, count) or (f"{count} of {whole}" if count < whole else str(count))
 
 
 def _csv(there: Mapping[str, Any]) -> str:

@@ -172,7 +172,10 @@ def check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> N
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """The image that a table holds as base64. UserError where it is none; line breaks in it do not count."""
+    """The image that a table holds as base64 or a data URL. UserError for neither; white space does not count."""
+    head, comma, rest = text.partition(",")
+    if comma and re.fullmatch(r"\s*data:.*;base64", head, re.IGNORECASE):
+        text = rest
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as e:

@@ -39,7 +39,8 @@ def read(data_dir: Path) -> list[Question]:
 def _question(row: dict, image) -> Question:
     prompt = f"{row['question'].capitalize()}\n{choices.SHORT}"
     about = {"image": str(row.get("image_id", "")), "ocr_tokens": list(row.get("ocr_tokens") or ())}
-    return Question(str(row["question_id"]), prompt, list(row["answers"]), (image,), row["question"], about)
+    answers = choices.listed(row["answers"], f"question {row['question_id']}: answers")
+    return Question(str(row["question_id"]), prompt, answers, (image,), row["question"], about)
 
 
 def read_with_ocr(data_dir: Path) -> list[Question]:

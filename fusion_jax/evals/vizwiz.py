@@ -25,7 +25,7 @@ def _data(split: str) -> str:
 
 
 def read(split: str, data_dir: Path) -> list[Question]:
-    folder = files.open_folder(data_dir, ("vizwiz",), f"vizwiz ({split})", _data(split))
+    folder = files.open_folder(data_dir, ("vizwiz", "VizWiz-VQA"), f"vizwiz ({split})", _data(split))
     if parquet := folder.parquet(("default", (split,))):
         rows = files.read_parquet(parquet, ("question_id", "question"))
         return [_question(f"{Path(str(r.values['question_id'])).stem}.jpg", r.values, r.picture("image")) for r in rows]
@@ -40,7 +40,8 @@ def read(split: str, data_dir: Path) -> list[Question]:
 
 def _question(key: str, row: dict[str, Any], image: Picture) -> Question:
     answers = row.get("answers")
-    people = [a["answer"] if isinstance(a, dict) else a for a in answers] if answers else None
+    every = choices.listed(answers, f"question {key}: answers") if answers else []
+    people = [a["answer"] if isinstance(a, dict) else a for a in every] or None
     prompt = f"{row['question'].capitalize()}\n{_HINT}\n{choices.SHORT}"
     return Question(key, prompt, people, (image,), row["question"])
 

@@ -244,3 +244,24 @@ def test_a_test_split_in_place_of_the_validation_split_is_refused(tmp_path):
     write_parquet(tmp_path / "data" / f"val-{ONE}", rows)
     with pytest.raises(UserError, match=r"vizwiz: there are questions without an answer.*row 0"):
         run_task(Rule(str), TASKS["vizwiz"], tmp_path, progress=False)
+
+
+# By lmms-eval's configs and the benchmarks' own pages.
+REPOSITORIES = {
+    "ai2d": "ai2d", "chartqa": "ChartQA", "cv_bench": "CV-Bench", "docvqa": "DocVQA", "infovqa": "DocVQA", "mme": "MME",
+    "hallusion_bench": "HallusionBench", "llava_wild": "llava-bench-in-the-wild", "mathvista": "MathVista",
+    "mmbench_cn_dev": "MMBench", "mmbench_en_dev": "MMBench", "mme_realworld": "MME-RealWorld-Lmms-eval",
+    "mme_realworld_cn": "MME-RealWorld-CN-Lmms-eval", "mme_realworld_lite": "MME-RealWorld-lite-lmms-eval",
+    "mmmu": "MMMU", "mmstar": "MMStar", "mmvet": "MMVet", "mmvp": "MMVP", "ocrbench": "OCRBench", "pope": "POPE",
+    "realworldqa": "RealWorldQA", "scienceqa": "ScienceQA", "seed_image": "SEED-Bench", "textvqa": "textvqa",
+    "vizwiz": "VizWiz-VQA",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", REPOSITORIES)
+def test_the_names_of_the_hubs_repositories_are_known(tmp_path, task):
+    folder = tmp_path / f"datasets--lmms-lab--{REPOSITORIES[task]}" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=f"in {folder} "):
+        read(task, tmp_path)

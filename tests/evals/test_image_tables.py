@@ -107,6 +107,15 @@ def test_base64_in_lines_and_columns_in_any_order(tmp_path):
     assert first.picture.load() == second.picture.load() == image_bytes("red")
 
 
+def test_an_image_may_be_a_data_url(tmp_path):
+    write(tmp_path, "ai2d", [row(1, f"data:image/png;base64,{BLUE}"), row(2, f" Data:image/png;base64, {RED} ")])
+    first, second = (q.pictures[0].load() for q in prepare(TASKS["ai2d"], tmp_path).questions)
+    assert first == image_bytes("blue") and second == image_bytes("red")
+    write(tmp_path, "ai2d", [row(1, f"{BLUE},{RED}")])
+    with pytest.raises(UserError, match="row 0, index 1: the image is not valid base64"):
+        prepare(TASKS["ai2d"], tmp_path)
+
+
 def test_images_of_a_table_are_not_kept(tmp_path):
     """Rows hold words alone: a table may be larger than memory."""
     big = base64.b64encode(image_bytes("red") + bytes(1 << 20)).decode()

@@ -155,6 +155,27 @@ def test_the_whole_published_table_stands_beside_ones_own():
     assert sum(value is not None for row in published.ROWS for value in row.values) == 23 * 6 + 7 * 3
 
 
+def test_a_part_is_seen_to_be_one_where_no_release_has_a_known_size(tmp_path):
+    """MMBench's releases differ in their rotations, and a held-out question is also asked with another image."""
+    row = {"question": "Which?", "A": "a", "B": "b", "answer": "A", "image": cell()}
+    write_parquet(tmp_path / "data" / "mmbench_en" / "dev-0.parquet", [row | {"index": n} for n in range(3)])
+    records = [
+        {"id": str(n), "image": "a.png", "conversations": [{"from": "human", "value": "<image>\n?"}]} for n in range(4)
+    ]
+    for record in records:
+        record["conversations"].append({"from": "gpt", "value": "b"})
+    write_json(tmp_path / "data" / "held_out" / "held_out.json", records)
+    write_image(tmp_path / "data" / "held_out" / "a.png")
+    output, questions = Output(tmp_path / "out", HEADER), {}
+    for limit in (4, 0):
+        prepared = prepare_tasks(find_tasks(["mmbench_en_dev", "held_out"]), tmp_path / "data", {}, limit)
+        results = [result for _, result in answer_tasks(Rule(lambda _: "A"), prepared, {}, output, progress=False)]
+        there, _ = summary.write(output.folder, HEADER, results, {})
+        questions[limit] = {line.task: line.cells[-1] for line in summary.table(there)[1]}
+    assert [questions[n]["mmbench_en_dev"] for n in (4, 0)] == ["4 of 6", "6"]
+    assert [questions[n]["held_out"] for n in (4, 0)] == ["2 of 4", "4"]
+
+
 def test_a_table_for_spreadsheets(data, tmp_path):
     output = Output(tmp_path / "out", HEADER)
     run(data, output, names=["pope"])

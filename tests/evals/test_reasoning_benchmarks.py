@@ -189,6 +189,14 @@ def test_mmstar_with_options_in_columns_of_their_own(tmp_path):
     (question,) = mmstar.read(tmp_path)
     assert question.prompt.startswith("Which?\nOptions: A: None, C: nan, D: 0\nAnswer") and question.reference == "D"
 
+    # Where another row shows that the file writes `nan` for nothing, it is no last option in this one.
+    rows = [
+        ("1", "Which?", "x", "y", "z", "nan", "A", *row[-3:]),
+        ("2", "Which?", "x", "y", "nan", "nan", "A", *row[-3:]),
+    ]
+    (tmp_path / "MMStar.tsv").write_text("\n".join("\t".join(map(str, line)) for line in (columns, *rows)) + "\n")
+    assert [[*q.about["options"]] for q in mmstar.read(tmp_path)] == [["A", "B", "C"], ["A", "B"]]
+
 
 CAR = "Which way?\nA. Left\nB. Turn right\nC. Right\nPlease answer directly with only the letter."
 
