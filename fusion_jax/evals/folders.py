@@ -41,20 +41,20 @@ class Folder:
         A pattern such as `val/*.json` must fit the end of a path. Empty where none fits.
         """
         paths = _listing(self.path)
-        return next((found for pattern in patterns if (found := _matching(paths, pattern))), [])
+        return next((matches for pattern in patterns if (matches := _matching(paths, pattern))), [])
 
     def need(self, *patterns: str) -> list[Path]:
         """The same, with UserError where no pattern fits."""
-        found = self.find(*patterns)
-        if not found:
+        paths = self.find(*patterns)
+        if not paths:
             raise self.wrong(f"there is no file {' or '.join(patterns)}")
-        return found
+        return paths
 
     def one(self, *patterns: str) -> Path:
         """The file nearest to the top that fits. UserError where there is none, or several lie equally near."""
-        found = self.need(*patterns)
-        depth = min(len(path.parts) for path in found)
-        nearest = [path for path in found if len(path.parts) == depth]
+        paths = self.need(*patterns)
+        depth = min(len(path.parts) for path in paths)
+        nearest = [path for path in paths if len(path.parts) == depth]
         if len(nearest) > 1:
             names = ", ".join(str(path.relative_to(self.path)) for path in nearest)
             raise self.wrong(f"there are several such files: {names}; keep the one that is meant,")
@@ -141,15 +141,15 @@ def _snapshot(path: Path, task: str) -> Path:
 
 def _listing(folder: Path) -> list[Path]:
     """All data files a few levels deep."""
-    found = []
+    paths = []
     for here, folders, names in os.walk(folder, followlinks=True):
         if len(Path(here).relative_to(folder).parts) >= _DEPTH:
             folders.clear()
         # Hidden ones are a download's own notes, and what macOS adds to an archive.
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         names = [name for name in names if not name.startswith(".")]
-        found += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
-    return found
+        paths += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
+    return paths
 
 
 def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:

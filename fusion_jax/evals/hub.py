@@ -68,9 +68,9 @@ def join(folder: Path, files: Sequence[Path], configs: Sequence[str], split: str
     """The Parquet files of a split of all these configs that are there, for a benchmark that its configs divide, and
     words for how many they are."""
     there = _layout(folder, files)
-    found = [name for name in sorted(there) if name in configs and split in there[name]]
-    paths = [path for name in found for path in _whole(there[name][split])]
-    return paths, f"{len(found)} configs of {len(configs)}, split {split}" if found else ""
+    chosen = [name for name in sorted(there) if name in configs and split in there[name]]
+    paths = [path for name in chosen for path in _whole(there[name][split])]
+    return paths, f"{len(chosen)} configs of {len(configs)}, split {split}" if chosen else ""
 
 
 def _named(there: Layout, config: str, own: bool, splits: Sequence[str]) -> str | None:
@@ -121,8 +121,8 @@ def _from_readme(folder: Path, paths: Sequence[Path]) -> Layout:
                 pattern = f"{entry['data_dir']}/{pattern}" if entry.get("data_dir") else pattern
                 for path in paths:
                     if fnmatch.fnmatchcase(path.relative_to(folder).as_posix(), str(pattern)):
-                        found = there[config][str(split or _split(path))]
-                        found += [] if path in found else [path]
+                        chosen = there[config][str(split or _split(path))]
+                        chosen += [] if path in chosen else [path]
     return {config: dict(splits) for config, splits in there.items()}
 
 

@@ -134,10 +134,10 @@ class GgufFile:
             named = gguf.GGMLQuantizationType(place.kind).name if known else place.kind
             raise UserError(f"{where} is packed as {named}, which cannot be unpacked.") from error
         check(place.shape[-1] % block == 0, f"{where} is damaged: rows of {place.shape[-1]} are no whole blocks.")
-        found = math.prod(place.shape) // block * size
+        length = math.prod(place.shape) // block * size
         there = len(self._header.data)
-        check(place.start + found <= there, f"{where} ends behind the file's {there:,} bytes: it is cut short.")
-        return found
+        check(place.start + length <= there, f"{where} ends behind the file's {there:,} bytes: it is cut short.")
+        return length
 
     def _type(self, name: str) -> str:
         kind = self._gguf.GGMLQuantizationType(self._header.places[name].kind).name
@@ -209,20 +209,20 @@ class GgufFile:
                 },
             }
         if _FREQUENCIES in self._sizes:
-            found = self._factors(_FREQUENCIES, config)
+            factors = self._factors(_FREQUENCIES, config)
             scaling = {
                 "rope_type": "llama3",
-                "factor": max(found),
+                "factor": max(factors),
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": whole(values, original, where, *RANGES["original_length"], 8192),
             }
             expected = _llama3_factors(scaling, config)
             check(
-                np.allclose(found, expected, rtol=1e-3),
+                np.allclose(factors, expected, rtol=1e-3),
                 f"{where}: {_FREQUENCIES} holds another scaling than Llama 3's (low and high factor 1 and 4).",
             )
-            return {"rope_scaling": scaling} if max(found) != 1 else {}
+            return {"rope_scaling": scaling} if max(factors) != 1 else {}
         return {} if kind == "none" else {"rope_scaling": {"rope_type": kind}}
 
     def _factors(self, name: str, config: dict[str, Any]) -> list[float]:

@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
         key = reader.text(_MOST_NAME)
         check(key not in values, f"{path} is damaged: it holds the key {shown(key)} twice.")
         values[key] = reader.value(reader.take("<I")[0], key)
-    found: dict[str, Place] = {}
+    offsets: dict[str, Place] = {}
     for _ in range(tensors):
         name = reader.text(_MOST_NAME)
         (axes,) = reader.take("<I")
@@ -80,13 +80,13 @@ def read_header(path: Path) -> Header:
         shape = reader.take(f"<{axes}Q")[::-1]
         kind, offset = reader.take("<IQ")
         check(0 < math.prod(shape) < 1 << 48, f"{path} is damaged: {shown(name)} has the shape {shape}.")
-        check(name not in found, f"{path} is damaged: it holds {shown(name)} twice.")
-        found[name] = Place(shape, kind, offset)
+        check(name not in offsets, f"{path} is damaged: it holds {shown(name)} twice.")
+        offsets[name] = Place(shape, kind, offset)
     step = values.get("general.alignment", 32)
     good = isinstance(step, int) and 0 < step <= 1 << 16 and not step & (step - 1)
     check(good, f"{path} is damaged: general.alignment must be a power of two, got {shown(step)}.")
     first = -(-reader.at // step) * step
-    places = {name: Place(place.shape, place.kind, first + place.start) for name, place in found.items()}
+    places = {name: Place(place.shape, place.kind, first + place.start) for name, place in offsets.items()}
     return Header(path, values, places, data)
 
 

@@ -104,6 +104,6 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
 
 
 def _of(kind: type, values: dict[str, Any], key: str, where: str) -> list:
-    found = sequence(values, key, where)
-    check(all(isinstance(one, kind) for one in found), f"{where}: {key} must hold {kind.__name__} values.")
-    return found
+    items = sequence(values, key, where)
+    check(all(isinstance(one, kind) for one in items), f"{where}: {key} must hold {kind.__name__} values.")
+    return items
