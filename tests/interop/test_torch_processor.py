@@ -6,6 +6,8 @@ import http.server
 import io
 import math
 import threading
+import time
+import urllib.parse
 
 import fixtures
 import numpy as np
@@ -23,6 +25,7 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import tokenizer_json
+from fusion_jax.interop.torch import image_fusion
 from fusion_jax.interop.torch.folder import write_side_files
 from fusion_jax.interop.torch.image_fusion import static_views, to_rgb
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -134,8 +137,13 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 404)
+            name = urllib.parse.unquote(self.path)
+            self.send_response(200 if name in ("/a.png", "/ä b.png", "/slow.png") else 404)
             self.end_headers()
+            if name == "/slow.png":
+                for byte in data.getvalue()[:100]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
             self.wfile.write(data.getvalue())
 
         def log_message(self, *_):
@@ -202,6 +210,43 @@ def test_images_of_every_kind(processors, server, tmp_path):
         processor(chat({"type": "image", "url": url + "x"}))
     with pytest.raises(OSError, match=r"none\.png"):
         processor(chat({"type": "image", "path": "none.png"}))
+
+
+def test_urls_as_people_write_them(server, monkeypatch):
+    url, _ = server
+    for written in (f" {url}\n", url.replace("http", "HTTP"), url.replace("a.png", "ä b.png")):
+        assert to_rgb(written).size == picture(0).size
+    for wrong, said in ((url + "x", "x: HTTP Error 404"), ("http://", "no host"), ("http://127.0.0.1:1/a", "refused")):
+        with pytest.raises(OSError, match=f"Cannot fetch the image .*{said}"):
+            to_rgb(wrong)
+    with pytest.raises(ValueError, match="another machine"):
+        to_rgb("file://elsewhere/a.png")
+    monkeypatch.setattr(image_fusion, "URL_SECONDS", 0.2)
+    with pytest.raises(OSError, match=r"slow\.png: it takes longer"):  # though no byte keeps it waiting for long
+        to_rgb(url.replace("a.png", "slow.png"))
+
+
+def test_parts_with_more_and_with_less_than_they_need(processors):
+    _, processor = processors("paper")
+    image, text = picture(0), {"type": "text", "text": "What is red?", "image": None}
+    expected = processor([chat({"type": "image", "image": image}), messages([("Hi", None)])])
+    for part in (
+        {"type": "image", "index": 0},
+        {"type": "image", "text": None},
+        {"type": "image_url", "detail": "low"},
+    ):
+        chats = [[{"role": "user", "content": [part, text]}], messages([("Hi", None)])]
+        for images in ([image], [[image], []], [[image], [None]], [image, None]):
+            assert_same(processor(chats, images=images), expected)
+    for wrong, said in (
+        ([{"role": "user", "content": [{"type": "text"}]}], "has None as its text"),
+        ([{"role": "user", "content": ["Hi"]}], "type is 'str'"),
+        ([["Hi"]], "A message is 'Hi'"),
+        (chat({"type": "image", "image": Image.new("RGB", (0, 5))}), "0 x 5 pixels|2 images"),
+    ):
+        for images in (None, [image]):
+            with pytest.raises(ValueError, match=said):
+                processor(wrong, images=images)
 
 
 def files(folder):

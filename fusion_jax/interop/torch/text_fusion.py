@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .configuration_fusion import IGNORE
+from .image_fusion import KEYS
 
 try:  # only folders without tokenizer.json need it
     import sentencepiece
@@ -223,6 +224,8 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
     """
     turns, said, images = [], "", list(images)
     for k, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"A message is {message!r}; it must be a dict of role and content.")
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant") and not (role == "system" and k == 0):
             raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
@@ -258,12 +261,14 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
     """What a part of a message says; its image goes to `images`."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"A part of type text has {part.get('text')!r} as its text.")
         return part["text"]
     if kind not in ("image", "image_url"):
         raise ValueError(f"A part's type is {kind!r}; allowed are text, image and image_url.")
     if role != "user":
         raise ValueError(f"A message of role {role} holds an image; images belong to those of the user.")
-    held = [part[key] for key in ("image", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    held = [part[key] for key in KEYS if part.get(key) is not None]
     images += held[:1]
     return IMAGE_TAG
 
