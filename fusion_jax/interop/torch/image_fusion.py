@@ -20,7 +20,7 @@ from fusion_jax.data.formats import ALLOWED, TooLarge, format_of, read_file
 from fusion_jax.data.grey import UnclearRange, is_deep_colour, to_eight_bits
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling, on_canvas
 
-URL_SECONDS = 30  # for all of an answer
+URL_SECONDS = 30  # for the body of an answer, and for each silence before it
 # Keys of a message's part that may hold its image.
 KEYS = ("image", "image_url", "url", "path", "base64")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
@@ -143,7 +143,7 @@ def _fetched(url: str) -> bytes:
     """What is at a URL of http or https, or its beginning where that is too large already.
 
     Raises:
-      OSError: nothing is there, or not within URL_SECONDS.
+      OSError: nothing is there, or it takes longer than URL_SECONDS.
     """
     end, data = time.monotonic() + URL_SECONDS, bytearray()
     escaped = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # people write spaces and letters of every script
