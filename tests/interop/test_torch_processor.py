@@ -4,6 +4,7 @@ import base64
 import functools
 import http.server
 import io
+import json
 import math
 import threading
 import time
@@ -13,6 +14,7 @@ import fixtures
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from interop import test_torch_model as shared
 from interop.test_torch_model import CHATS, messages, picture, torch, transformers
 from PIL import Image
@@ -435,6 +437,26 @@ def test_tokenizer_json_gives_the_ids_of_training(processors, tokenizer):
         assert ids == tokenizer.encode(text), repr(text)
     ids = processor.tokenizer("A ball.")["input_ids"]
     assert ids == [tokenizer.bos_id, *tokenizer.encode("A ball.")]
+
+
+@pytest.mark.parametrize("strips", [{}, {"lstrip": True}, {"rstrip": True}], ids=str)
+def test_tokenizer_json_with_an_added_token_that_is_not_special(tokenizer, tmp_path, strips):
+    """As Phi-3's "</s>"; and with tokens that somebody adds later, in the middle of a text too."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    new = {"content": "<place>", "normalized": False, "special": False, **dict.fromkeys(("lstrip", "rstrip"), False)}
+    config.setdefault("added_tokens_decoder", {})[str(tokenizer.vision_start_id)] = new | strips
+    path.write_text(json.dumps(config))
+    own = load_tokenizer(tmp_path)
+    text = tokenizer_json.tokenizer_json(own)
+    assert text is not None
+    made = tokenizers.Tokenizer.from_str(text)
+    made.add_tokens(["[later]"])
+    for sample in ("A <place> ball.", "<place> ball", "  red", "A ball."):
+        assert made.encode(sample, add_special_tokens=False).ids == own.encode(sample), sample
+    for sample in ("A [later] ball.", "[later]", "ball[later]", "<place>[later] ball."):
+        assert made.encode(sample).ids.count(made.token_to_id("[later]")) == 1, sample
 
 
 def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_path):
