@@ -37,7 +37,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
         return None
     alone = {token for token in tokenizer.added if not tokenizer.is_special(token)}
     for text in _trials(tokenizer):
-        if text.strip() in alone:
+        if text.replace(_SPACE, " ").strip() in alone:
             continue
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             return None

@@ -30,6 +30,7 @@ from fusion_jax.interop import tokenizer_json
 from fusion_jax.interop.torch import image_fusion
 from fusion_jax.interop.torch.folder import write_side_files
 from fusion_jax.interop.torch.image_fusion import static_views, to_rgb
+from fusion_jax.interop.torch.text_fusion import SentencePieceText
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 WAYS = ({"add_generation_prompt": True}, {"add_generation_prompt": False}, {"continue_final_message": True})
@@ -473,6 +474,13 @@ def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_pa
     (tmp_path / "own" / "tokenizer.model").write_bytes(model.getvalue())
     other = load_tokenizer(tmp_path / "own")
     assert tokenizer_json.tokenizer_json(other) is None
+    # What the processor then does, with a token that somebody adds after loading.
+    beside = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
+    beside.add_tokens([word for word, _ in sorted(other.added.items(), key=lambda item: item[1])], special_tokens=True)
+    texts = SentencePieceText(model.getvalue(), beside)
+    assert texts("What is red?") == other.encode("What is red?")
+    beside.add_tokens(["[later]"])
+    assert beside.convert_tokens_to_ids("[later]") in texts("What [later] is red?")
     assert tokenizer_json.tokenizer_json(tokenizer) is not None
 
 

@@ -284,15 +284,22 @@ class SentencePieceText:
             raise ImportError("This model's tokenizer.model needs the package: pip install sentencepiece")
         # A protobuf message may be continued: normalizer_spec { add_dummy_prefix: false }; the last value wins.
         self.model = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        self.added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
-        names = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.splitter = re.compile("(" + "|".join(names) + ")")
+        self.tokenizer = tokenizer
+        self.look_up_added()
         self.guard = tokenizer.unk_token or self.model.id_to_piece(self.model.unk_id())
         self.guard_length = len(self.model.encode(self.guard))
+
+    def look_up_added(self) -> None:
+        self.known = len(self.tokenizer)
+        self.added = {token.content: (i, token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        names = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(names) + ")")
 
     def __call__(self, text: str) -> list[int]:
         if not text:
             return []
+        if self.known != len(self.tokenizer):  # somebody has added more
+            self.look_up_added()
         # Odd places hold added tokens, even places the text between them.
         parts = self.splitter.split(SPACE + text.replace(SPACE, " "))
         for k in range(1, len(parts), 2):
