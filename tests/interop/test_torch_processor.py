@@ -1,11 +1,13 @@
 """The exported processor as people use it: prompts as texts, images of every kind, padding, cutting, pipelines."""
 
 import base64
+import copy
 import functools
 import http.server
 import io
 import json
 import math
+import pickle
 import threading
 import time
 import urllib.parse
@@ -424,6 +426,14 @@ def test_tiles_are_those_of_training(processors, tokenizer, tmp_path):
         assert index[(index >= 0) & (index < room)].tolist() == list(range(spec(length=1).tokens_of(tiling)))
         latents = index[index >= room] - room
         assert latents.tolist() == list(range((1 + k % 2) * config.fixed_latent_count))
+
+
+def test_copies_and_workers_prepare_as_the_processor_does(processors):
+    """Loaders send it to their processes."""
+    _, processor = processors("paper")
+    expected = processor(chat({"type": "image", "image": picture(0)}))
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert_same(other(chat({"type": "image", "image": picture(0)})), expected)
 
 
 # Tokenizers.
