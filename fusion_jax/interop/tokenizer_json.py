@@ -3,14 +3,16 @@
 transformers' own conversion gives other ids where white space comes in runs or next to added tokens. Here is what
 `SentencePieceTokenizer` does, in the terms of the library `tokenizers` and in its order:
 
-    the whole text   "▁" counts as a space; white space goes where an added token takes it; "▁" goes in front, unless a
-                     special token opens the text
+    the whole text   "▁" counts as a space; white space goes where an added token takes it; "▁" goes in front of a text
+                     that begins with a space or an added token that is no special one
     added tokens     are cut out, the longest first; looked for in what the first step gave, so that it sees all
-    what is left     spaces become "▁"; pairs of pieces are merged, the best score first
+    what is left     spaces become "▁"; another "▁" goes in front of what opens the text, unless it has one; pairs of
+                     pieces are merged, the best score first
 
 That fits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Whether it fits
 one is tried: only if thousands of unpleasant texts get the ids of the original is there a tokenizer.json; else the
-folder needs the package sentencepiece.
+folder needs the package sentencepiece. One text is let pass: an added token by itself that is no special one (Phi-3's
+"</s>"), whose "▁" has no place here.
 """
 
 import random
@@ -33,7 +35,10 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
         made = _convert(tokenizer)
     except ValueError:  # ids with gaps
         return None
+    alone = {token for token in tokenizer.added if not tokenizer.is_special(token)}
     for text in _trials(tokenizer):
+        if text.replace(_SPACE, " ").strip() in alone:
+            continue
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             return None
     return made.to_str(pretty=False)
@@ -62,12 +67,14 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         steps.append(normalizers.Replace(tokenizers.Regex(f"(?<={any_of(right)}){_BLANK}+"), ""))
     if left:
         steps.append(normalizers.Replace(tokenizers.Regex(f"{_BLANK}+(?={any_of(left)})"), ""))
-    special = [token for token in added if tokenizer.is_special(token)]
-    # The library puts every added token through this too, each as a text of its own: those stay as they are.
-    opening = [any_of(special)] * bool(special) + [f"(?:{any_of(added)})\\z"] * bool(added)
-    steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?!{'|'.join(opening)}|\z)"), _SPACE))
+    # A text that begins with a space gets another one, and so does one that an added token opens which is no special
+    # one; all others get theirs below. The library puts each added token through this, as a text of its own, and
+    # tokens that others add later, too: those stay as they are.
+    others = [token for token in added if not tokenizer.is_special(token)]
+    opening = [" "] + [f"(?:{any_of(others)})(?!\\z)"] * bool(others)
+    steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?={'|'.join(opening)})"), _SPACE))
     made.normalizer = normalizers.Sequence(steps)
-    made.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
     made.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

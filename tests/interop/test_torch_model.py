@@ -247,6 +247,15 @@ def test_text_only_batch_needs_no_visual_inputs():
     assert float(bare.v2t) == float(bare.t2v) == 0
 
 
+def test_an_image_without_all_that_belongs_to_it_is_refused():
+    """It would answer as if it had seen the image."""
+    inputs = torch_inputs(mixed_batch(MODELS["paper"]), labels=False)
+    needed = {"pixel_values", "visual_index", "question_ids", "question_mask"}
+    for name in sorted(needed | {"round_image", "round_end", "latent_start"}):
+        with pytest.raises(ValueError, match=f"image without {name}: pass on"):
+            tiny_model("paper")(**{key: value for key, value in inputs.items() if key != name})
+
+
 def prompts(config):
     """One round, two rounds (waiting for the second answer), text only: prompts of different lengths."""
 

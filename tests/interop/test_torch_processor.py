@@ -1,16 +1,22 @@
 """The exported processor as people use it: prompts as texts, images of every kind, padding, cutting, pipelines."""
 
 import base64
+import copy
 import functools
 import http.server
 import io
+import json
 import math
+import pickle
 import threading
+import time
+import urllib.parse
 
 import fixtures
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from interop import test_torch_model as shared
 from interop.test_torch_model import CHATS, messages, picture, torch, transformers
 from PIL import Image
@@ -23,8 +29,10 @@ from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import tokenizer_json
+from fusion_jax.interop.torch import image_fusion
 from fusion_jax.interop.torch.folder import write_side_files
 from fusion_jax.interop.torch.image_fusion import static_views, to_rgb
+from fusion_jax.interop.torch.text_fusion import SentencePieceText
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 WAYS = ({"add_generation_prompt": True}, {"add_generation_prompt": False}, {"continue_final_message": True})
@@ -134,8 +142,13 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 404)
+            name = urllib.parse.unquote(self.path)
+            self.send_response(200 if name in ("/a.png", "/ä b.png", "/slow.png") else 404)
             self.end_headers()
+            if name == "/slow.png":
+                for byte in data.getvalue()[:100]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
             self.wfile.write(data.getvalue())
 
         def log_message(self, *_):
@@ -202,6 +215,43 @@ def test_images_of_every_kind(processors, server, tmp_path):
         processor(chat({"type": "image", "url": url + "x"}))
     with pytest.raises(OSError, match=r"none\.png"):
         processor(chat({"type": "image", "path": "none.png"}))
+
+
+def test_urls_as_people_write_them(server, monkeypatch):
+    url, _ = server
+    for written in (f" {url}\n", url.replace("http", "HTTP"), url.replace("a.png", "ä b.png")):
+        assert to_rgb(written).size == picture(0).size
+    for wrong, said in ((url + "x", "x: HTTP Error 404"), ("http://", "no host"), ("http://127.0.0.1:1/a", "refused")):
+        with pytest.raises(OSError, match=f"Cannot fetch the image .*{said}"):
+            to_rgb(wrong)
+    with pytest.raises(ValueError, match="another machine"):
+        to_rgb("file://elsewhere/a.png")
+    monkeypatch.setattr(image_fusion, "URL_SECONDS", 0.2)
+    with pytest.raises(OSError, match=r"slow\.png: it takes longer"):  # though no byte keeps it waiting for long
+        to_rgb(url.replace("a.png", "slow.png"))
+
+
+def test_parts_with_more_and_with_less_than_they_need(processors):
+    _, processor = processors("paper")
+    image, text = picture(0), {"type": "text", "text": "What is red?", "image": None}
+    expected = processor([chat({"type": "image", "image": image}), messages([("Hi", None)])])
+    for part in (
+        {"type": "image", "index": 0},
+        {"type": "image", "text": None},
+        {"type": "image_url", "detail": "low"},
+    ):
+        chats = [[{"role": "user", "content": [part, text]}], messages([("Hi", None)])]
+        for images in ([image], [[image], []], [[image], [None]], [image, None]):
+            assert_same(processor(chats, images=images), expected)
+    for wrong, said in (
+        ([{"role": "user", "content": [{"type": "text"}]}], "has None as its text"),
+        ([{"role": "user", "content": ["Hi"]}], "type is 'str'"),
+        ([["Hi"]], "A message is 'Hi'"),
+        (chat({"type": "image", "image": Image.new("RGB", (0, 5))}), "0 x 5 pixels|2 images"),
+    ):
+        for images in (None, [image]):
+            with pytest.raises(ValueError, match=said):
+                processor(wrong, images=images)
 
 
 def files(folder):
@@ -378,6 +428,14 @@ def test_tiles_are_those_of_training(processors, tokenizer, tmp_path):
         assert latents.tolist() == list(range((1 + k % 2) * config.fixed_latent_count))
 
 
+def test_copies_and_workers_prepare_as_the_processor_does(processors):
+    """Loaders send it to their processes."""
+    _, processor = processors("paper")
+    expected = processor(chat({"type": "image", "image": picture(0)}))
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert_same(other(chat({"type": "image", "image": picture(0)})), expected)
+
+
 # Tokenizers.
 
 
@@ -390,6 +448,26 @@ def test_tokenizer_json_gives_the_ids_of_training(processors, tokenizer):
         assert ids == tokenizer.encode(text), repr(text)
     ids = processor.tokenizer("A ball.")["input_ids"]
     assert ids == [tokenizer.bos_id, *tokenizer.encode("A ball.")]
+
+
+@pytest.mark.parametrize("strips", [{}, {"lstrip": True}, {"rstrip": True}], ids=str)
+def test_tokenizer_json_with_an_added_token_that_is_not_special(tokenizer, tmp_path, strips):
+    """As Phi-3's "</s>"; and with tokens that somebody adds later, in the middle of a text too."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    new = {"content": "<place>", "normalized": False, "special": False, **dict.fromkeys(("lstrip", "rstrip"), False)}
+    config.setdefault("added_tokens_decoder", {})[str(tokenizer.vision_start_id)] = new | strips
+    path.write_text(json.dumps(config))
+    own = load_tokenizer(tmp_path)
+    text = tokenizer_json.tokenizer_json(own)
+    assert text is not None
+    made = tokenizers.Tokenizer.from_str(text)
+    made.add_tokens(["[later]"])
+    for sample in ("A <place> ball.", "<place> ball", "  red", "A ball."):
+        assert made.encode(sample, add_special_tokens=False).ids == own.encode(sample), sample
+    for sample in ("A [later] ball.", "[later]", "ball[later]", "<place>[later] ball."):
+        assert made.encode(sample).ids.count(made.token_to_id("[later]")) == 1, sample
 
 
 def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_path):
@@ -406,6 +484,13 @@ def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_pa
     (tmp_path / "own" / "tokenizer.model").write_bytes(model.getvalue())
     other = load_tokenizer(tmp_path / "own")
     assert tokenizer_json.tokenizer_json(other) is None
+    # What the processor then does, with a token that somebody adds after loading.
+    beside = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
+    beside.add_tokens([word for word, _ in sorted(other.added.items(), key=lambda item: item[1])], special_tokens=True)
+    texts = SentencePieceText(model.getvalue(), beside)
+    assert texts("What is red?") == other.encode("What is red?")
+    beside.add_tokens(["[later]"])
+    assert beside.convert_tokens_to_ids("[later]") in texts("What [later] is red?")
     assert tokenizer_json.tokenizer_json(tokenizer) is not None
 
 

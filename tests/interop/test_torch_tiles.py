@@ -116,6 +116,8 @@ def test_parts_of_a_batch_and_generation_are_as_the_whole():
             torch.testing.assert_close(alone[real], together[row][real], rtol=0, atol=1e-5)
     answers = model.generate(**inputs, **options)[:, length:]
     np.testing.assert_array_equal(model.generate(**inputs, **options, use_cache=False)[:, length:], answers)
+    with pytest.raises(ValueError, match="image without tilings"):
+        model(**{key: value for key, value in inputs.items() if key != "tilings"})
 
 
 def test_every_tensor_of_flare_x_has_a_place():

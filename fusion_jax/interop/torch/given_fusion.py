@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .image_fusion import KEYS
 from .text_fusion import IMAGE_TAG
 
 GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs", "processor_kwargs")
@@ -25,7 +26,8 @@ def batch(conversations, images) -> tuple[list, list[list]]:
         return conversations, [[] for _ in conversations]
     images = list(images) if isinstance(images, list | tuple) else [images]
     if any(isinstance(one, list | tuple) for one in images):  # a list for each
-        images = [list(one) if isinstance(one, list | tuple) else [one] * (one is not None) for one in images]
+        images = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
+        images = [[one for one in own if one is not None] for own in images]
     elif count == 1:
         images = [[one for one in images if one is not None]]
     else:  # all of them in the order of their places, or one for each
@@ -60,12 +62,15 @@ def places_of(conversation: Any) -> int:
         return conversation.count(IMAGE_TAG)
     places = 0
     for message in conversation:
-        content = message.get("content")
+        content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, str):
             places += content.count(IMAGE_TAG) if message.get("role") == "user" else 0
         else:
             for part in content or ():
-                kind, carried = part.get("type"), len([v for v in part.values() if v is not None]) > 1
+                if not isinstance(part, dict):
+                    continue  # `read_messages` says what is wrong with it
+                kind, carried = part.get("type"), any(part.get(key) is not None for key in KEYS)
                 places += kind in ("image", "image_url") and not carried
-                places += part["text"].count(IMAGE_TAG) if kind == "text" and message.get("role") == "user" else 0
+                if kind == "text" and message.get("role") == "user":
+                    places += str(part.get("text")).count(IMAGE_TAG)
     return places

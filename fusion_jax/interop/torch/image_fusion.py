@@ -4,9 +4,11 @@ did it, whichever version is installed."""
 import base64
 import binascii
 import re
+import time
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
@@ -18,7 +20,7 @@ from fusion_jax.data.formats import ALLOWED, TooLarge, format_of, read_file
 from fusion_jax.data.grey import UnclearRange, is_deep_colour, to_eight_bits
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling, on_canvas
 
-URL_SECONDS = 30
+URL_SECONDS = 30  # for the body of an answer, and for each silence before it
 # Keys of a message's part that may hold its image.
 KEYS = ("image", "image_url", "url", "path", "base64")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
@@ -55,6 +57,8 @@ def to_rgb(image: Any) -> Image.Image:
 
 def _of_pillow(image: Image.Image) -> Image.Image:
     """Rotations noted in EXIF data are not applied, as in training."""
+    if not min(image.size):
+        raise ValueError(f"An image of {image.width} x {image.height} pixels has none.")
     try:
         deep_colour, info = is_deep_colour(image), dict(image.info)
         image.load()
@@ -115,15 +119,16 @@ def _read(image: Any) -> tuple[bytes, str]:
         raise ValueError(
             f"A {type(image).__name__} is no image: PIL images, arrays, tensors, bytes, paths, URLs and base64 are."
         )
-    scheme = image[:8].lower().lstrip()
+    scheme = image.lstrip()[:8].lower()
     if scheme.startswith("data:"):
         return _of_data_url(image), "the image in a data URL"
-    if scheme.startswith(("http://", "https://")):
-        with urlopen(Request(image, headers={"User-Agent": "transformers"}), timeout=URL_SECONDS) as answer:
-            data = answer.read(MAX_BYTES + 1)
-        return data, f"the image {image}"
+    if scheme.startswith(("http:", "https:")):
+        return _fetched(image.strip()), f"the image {image.strip()}"
     if scheme.startswith("file:"):
-        path = url2pathname(urlsplit(image.strip()).path)
+        url = urlsplit(image.strip())
+        if url.netloc.lower() not in ("", "localhost"):
+            raise ValueError(f"Cannot read the image {image.strip()}: it lies on another machine, {url.netloc}.")
+        path = url2pathname(url.path)
         return read_file(path, MAX_BYTES)[0], f"the image {path}"
     if len(image) > 255 or not Path(image).exists():
         data = _of_base64(image)
@@ -132,6 +137,25 @@ def _read(image: Any) -> tuple[bytes, str]:
         if len(image) > 4096:
             raise ValueError(f"A text of {len(image)} characters is no image: neither a path, nor a URL, nor base64.")
     return read_file(image, MAX_BYTES)[0], f"the image {image}"
+
+
+def _fetched(url: str) -> bytes:
+    """What is at a URL of http or https, or its beginning where that is too large already.
+
+    Raises:
+      OSError: nothing is there, or it takes longer than URL_SECONDS.
+    """
+    end, data = time.monotonic() + URL_SECONDS, bytearray()
+    escaped = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # people write spaces and letters of every script
+    try:
+        with urlopen(Request(escaped, headers={"User-Agent": "transformers"}), timeout=URL_SECONDS) as answer:
+            while len(data) <= MAX_BYTES and (part := answer.read1(1 << 20)):
+                data += part
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it takes longer than {URL_SECONDS} s")
+    except (OSError, HTTPException) as e:
+        raise OSError(f"Cannot fetch the image {url}: {e}") from e
+    return bytes(data)
 
 
 def _of_data_url(url: str) -> bytes:

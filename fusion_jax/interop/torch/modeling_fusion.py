@@ -319,8 +319,10 @@ class FusionModel(nn.Module):
             )
         images = {name: image.to(device) for name, image in images.items() if isinstance(image, Tensor)}
         kind, index = images.get("image_kind"), images.get("visual_index")
-        if images.get("pixel_values") is None or (kind is not None and not (kind != NO_IMAGE).any()):
+        if kind is not None and not (kind != NO_IMAGE).any():
             index = None
+        elif not past:
+            self.check_whole(images)
         if index is not None:
             images |= placed(images, attention_mask, past or s)
             index = images["visual_index"]
@@ -334,6 +336,19 @@ class FusionModel(nn.Module):
                 x = x + self.idle(x)
         exchange = None if visual is None else visual.exchange
         return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
+
+    def check_whole(self, images: dict[str, Tensor]) -> None:
+        """ValueError if only a part of what an image needs is there: the model would answer as if it saw it."""
+        index = images.get("visual_index")
+        if "pixel_values" not in images and (index is None or not (index >= 0).any()):
+            return
+        config, needed = self.config, ["pixel_values", "visual_index"]
+        needed += ["question_ids", "question_mask"] * config.text_guided
+        needed += ["round_image", "round_end", "latent_start"] * config.semantic_exchange
+        needed += ["tilings"] * bool(config.tile_grids)
+        missing = [name for name in needed if name not in images]
+        if missing:
+            raise ValueError(f"There is an image without {', '.join(missing)}: pass on all that the processor gives.")
 
 
 def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict[str, Tensor]:

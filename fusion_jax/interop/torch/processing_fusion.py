@@ -97,7 +97,7 @@ class FusionProcessor(ProcessorMixin):
         self.tile_grids = [tuple(grid) for grid in tile_grids]
         self.sentencepiece_model: bytes | None = None
         self._added = dict(tokenizer.added_tokens_decoder)
-        self._encode: Any = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._sentencepiece: SentencePieceText | None = None
         self._text = ChatText(
             template,
             self.encode,
@@ -119,7 +119,7 @@ class FusionProcessor(ProcessorMixin):
         return processor
 
     def _use_sentencepiece(self, model: bytes) -> None:
-        self._encode = SentencePieceText(model, self.tokenizer)
+        self._sentencepiece = SentencePieceText(model, self.tokenizer)
         self.sentencepiece_model = model
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -155,8 +155,13 @@ class FusionProcessor(ProcessorMixin):
         """Ids of `text`; behind an added token (id `after`) there is no word prefix, and it may swallow white space."""
         token = self._added.get(after)
         if token is None:
-            return self._encode(text)
-        return self._encode(token.content + text)[len(self._encode(token.content)) :]
+            return self._ids(text)
+        return self._ids(token.content + text)[len(self._ids(token.content)) :]
+
+    def _ids(self, text: str) -> list[int]:
+        if self._sentencepiece is not None:
+            return self._sentencepiece(text)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .configuration_fusion import IGNORE
+from .image_fusion import KEYS
 
 try:  # only folders without tokenizer.json need it
     import sentencepiece
@@ -223,6 +224,8 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
     """
     turns, said, images = [], "", list(images)
     for k, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"A message is {message!r}; it must be a dict of role and content.")
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant") and not (role == "system" and k == 0):
             raise ValueError(f"A turn's role is {role!r}; allowed are user and assistant, and system at the start.")
@@ -258,12 +261,14 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
     """What a part of a message says; its image goes to `images`."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"A part of type text has {part.get('text')!r} as its text.")
         return part["text"]
     if kind not in ("image", "image_url"):
         raise ValueError(f"A part's type is {kind!r}; allowed are text, image and image_url.")
     if role != "user":
         raise ValueError(f"A message of role {role} holds an image; images belong to those of the user.")
-    held = [part[key] for key in ("image", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    held = [part[key] for key in KEYS if part.get(key) is not None]
     images += held[:1]
     return IMAGE_TAG
 
@@ -279,15 +284,22 @@ class SentencePieceText:
             raise ImportError("This model's tokenizer.model needs the package: pip install sentencepiece")
         # A protobuf message may be continued: normalizer_spec { add_dummy_prefix: false }; the last value wins.
         self.model = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        self.added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
-        names = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.splitter = re.compile("(" + "|".join(names) + ")")
+        self.tokenizer = tokenizer
+        self.look_up_added()
         self.guard = tokenizer.unk_token or self.model.id_to_piece(self.model.unk_id())
         self.guard_length = len(self.model.encode(self.guard))
+
+    def look_up_added(self) -> None:
+        self.known = len(self.tokenizer)
+        self.added = {token.content: (i, token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        names = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(names) + ")")
 
     def __call__(self, text: str) -> list[int]:
         if not text:
             return []
+        if self.known != len(self.tokenizer):  # somebody has added more
+            self.look_up_added()
         # Odd places hold added tokens, even places the text between them.
         parts = self.splitter.split(SPACE + text.replace(SPACE, " "))
         for k in range(1, len(parts), 2):
