@@ -4,7 +4,7 @@ python launch/real_weights.py smollm2                        where the package l
 python launch/real_weights.py unpack GGUF FOLDER             a Hugging Face folder with the numbers of a GGUF file
 python launch/real_weights.py tower FOLDER                   a small SigLIP tower, random
 python launch/real_weights.py chat CHECKPOINT LLM OUT.json   ten prompts, token by token, beside transformers
-python launch/real_weights.py summary RUN SECONDS SECONDS    what was found, in one file
+python launch/real_weights.py summary RUN SECONDS SECONDS    all figures, in one file; an error where answers differ
 """
 
 import importlib.util
@@ -114,8 +114,9 @@ def summary(run: str, train_seconds: str, seconds: str) -> None:
     before, after = read("before")["held_out"], read("after")["held_out"]
     same = sum(answer == example["answer"] for answer, example in zip(answers, after["examples"]))
     keys = ("held_out_accuracy", "shuffled_image_accuracy", "majority_accuracy")
-    found = {
-        "chat": {key: f"{sum(row[key] for row in talks)} of {len(talks)}" for key in ("same_prompt", "same_answer")},
+    chats = {key: sum(row[key] for row in talks) for key in ("same_prompt", "same_answer")}
+    figures = {
+        "chat": {key: f"{count} of {len(talks)}" for key, count in chats.items()},
         "questions": after["questions"],
         "before": {key: round(before[key], 3) for key in keys},
         "after": {key: round(after[key], 3) for key in keys},
@@ -123,8 +124,10 @@ def summary(run: str, train_seconds: str, seconds: str) -> None:
         "train_seconds": int(train_seconds),
         "total_seconds": int(seconds),
     }
-    (Path(run) / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    (Path(run) / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    if min(chats.values()) < len(talks) or same < len(answers):
+        sys.exit("error: answers differ; chat.json and exported.json have them, beside after.json.")
 
 
 if __name__ == "__main__":
