@@ -128,9 +128,9 @@ def _from_readme(folder: Path, paths: Sequence[Path]) -> Layout:
 
 def _configs(readme: Path) -> list[Mapping[str, Any]]:
     try:
-        text = read_text(readme, limit=_README_BYTES)
-        front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
-        said = yaml.safe_load(front[1]) if front else None
+        first, *lines = read_text(readme, limit=_README_BYTES).split("\n")
+        ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
+        said = yaml.safe_load("\n".join(lines[: ends[0]])) if first.rstrip() == "---" and ends else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return []  # file names say it as well
     configs = said.get("configs") if isinstance(said, Mapping) else None
