@@ -5,13 +5,11 @@ import dataclasses
 import os
 import re
 import subprocess
-import sys
-import sysconfig
 import tempfile
-import venv
 from pathlib import Path
 
 import fixtures
+import side_environment
 
 _ROOT = Path(__file__).parents[1]
 # The oldest that is supported, the first and a middle one of 5, and the newest; the tests have that, too.
@@ -28,7 +26,9 @@ def all_versions(folder: Path, versions: tuple[str, ...] = VERSIONS) -> str:
     folders = _exports(folder)
     found, wrong = [], []
     for version in versions:
-        python, count = _environment(version), 0
+        # torch is there, and no version of it is asked for anew; all that transformers pins comes with it.
+        packages = [f"transformers=={version}"], ["--no-deps", "accelerate==1.15.0", "peft==0.21.2"]
+        python, count = side_environment.interpreter(f"transformers-{version}", *packages), 0
         for name, export in folders.items():
             environment = os.environ | {"HF_MODULES_CACHE": str(folder / f"modules-{version}")}
             command = [python, _ROOT / "tests" / "interop" / "ways.py", export]
@@ -54,19 +54,3 @@ def _exports(folder: Path) -> dict[str, Path]:
         made[name] = Path(tempfile.mkdtemp(dir=folder))
         export(made[name], config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
     return made
-
-
-def _environment(version: str) -> Path:
-    """An interpreter with this version of transformers and what it needs, and all other packages of this one."""
-    folder = _ROOT / f".venv-transformers-{version}"
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    if not stamp.exists():
-        venv.create(folder, clear=True, with_pip=True)
-        ours, name = sysconfig.get_path("purelib"), f"python{sys.version_info.major}.{sys.version_info.minor}"
-        (folder / "lib" / name / "site-packages" / "all.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-        install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-        # torch is there, and no version of it is asked for anew; all that transformers pins comes with it.
-        subprocess.run([*install, f"transformers=={version}"], check=True)
-        subprocess.run([*install, "--no-deps", "accelerate==1.15.0", "peft==0.21.2"], check=True)
-        stamp.touch()
-    return python

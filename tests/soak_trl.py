@@ -3,12 +3,10 @@
 import os
 import re
 import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import fixtures
+import side_environment
 
 _ROOT = Path(__file__).parents[1]
 PACKAGES = ("transformers==5.24.0", "trl==1.16.0", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0")
@@ -16,7 +14,8 @@ PACKAGES = ("transformers==5.24.0", "trl==1.16.0", "peft==0.21.2", "accelerate==
 
 def train(folder: Path) -> str:
     """First and last losses of every way of `interop/trl_runs.py`."""
-    command = [_environment(), _ROOT / "tests" / "interop" / "trl_runs.py", _export(folder)]
+    python = side_environment.interpreter("trl", PACKAGES)
+    command = [python, _ROOT / "tests" / "interop" / "trl_runs.py", _export(folder)]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -35,17 +34,3 @@ def _export(folder: Path) -> Path:
     made.mkdir()
     export(made, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
     return made
-
-
-def _environment() -> Path:
-    """An interpreter with PACKAGES and all other packages of this one."""
-    folder = _ROOT / ".venv-trl"
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    if not stamp.exists():
-        venv.create(folder, clear=True, with_pip=True)
-        ours, name = sysconfig.get_path("purelib"), f"python{sys.version_info.major}.{sys.version_info.minor}"
-        (folder / "lib" / name / "site-packages" / "all.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-        install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-        subprocess.run([*install, *PACKAGES], check=True)
-        stamp.touch()
-    return python
