@@ -1,13 +1,12 @@
 """Which keys of a record name images, what their values may be, and which hold media that no model here reads."""
 
-import base64
-import binascii
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from fusion_jax.data import formats
+from fusion_jax.data.base64_text import from_base64
 from fusion_jax.errors import BadRecord
 from fusion_jax.files import brief, shown
 
@@ -161,23 +160,20 @@ def _bytes(value: Any, what: str, where: str) -> bytes:
         if isinstance(value, bytes) or (isinstance(value, list) and all(type(one) is int for one in value)):
             return bytes(value)
         if isinstance(value, str):
-            text = "".join(value.partition(",")[2].split() if value[:5] == "data:" else value.split())
-            return base64.b64decode(text.translate(_STANDARD) + "=" * (-len(text) % 4), validate=True)
-    except (ValueError, binascii.Error):
+            return from_base64(value.partition(",")[2] if value[:5] == "data:" else value)
+    except ValueError:
         pass
     raise BadRecord("bad_image", where, f"{what} is no image in base64: {shown(brief(value), 60)}")
 
 
-_STANDARD = str.maketrans("-_", "+/")  # the alphabet for addresses
-
-
 def _begins_an_image(text: str) -> bool:
     """Whether a text is an image in base64: by what it decodes to, as letters and slashes may be a path, too."""
-    if len(text) < 64 or "." in text[:64]:
+    beginning = text[:64]
+    if len("".join(beginning.split())) < 64 or "." in beginning:
         return False
     try:
-        start = base64.b64decode(text[:64].translate(_STANDARD), validate=True)
-    except (ValueError, binascii.Error):
+        start = from_base64(beginning)
+    except ValueError:
         return False
     return formats.format_of(start[:16]) is not None
 

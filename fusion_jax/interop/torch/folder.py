@@ -16,7 +16,16 @@ from fusion_jax.models.config import FusionConfig
 # written for it, then files of training, so that images are read and cut as there.
 _PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "given", "layout", "processing")
 _CODE = tuple(f"{part}_fusion" for part in _PARTS)
-_SHARED = ("data/avif", "data/decoding", "data/formats", "data/grey", "data/jpeg2000", "data/tiles", "files")
+_SHARED = (
+    "data/avif",
+    "data/base64_text",
+    "data/decoding",
+    "data/formats",
+    "data/grey",
+    "data/jpeg2000",
+    "data/tiles",
+    "files",
+)
 _MAX_NEW_TOKENS = 512
 
 

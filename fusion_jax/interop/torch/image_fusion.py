@@ -1,9 +1,6 @@
 """Images of any kind to the pixels that training saw: files as training reads them, resized as Pillow up to version 12
 did it, whichever version is installed."""
 
-import base64
-import binascii
-import re
 import time
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fusion_jax.data.base64_text import from_base64
 from fusion_jax.data.decoding import MAX_BYTES, decode_opened, in_eight_bits, open_image
 from fusion_jax.data.formats import ALLOWED, TooLarge, format_of, read_file
 from fusion_jax.data.grey import UnclearRange, is_deep_colour, to_eight_bits
@@ -23,7 +21,6 @@ from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling, on_canvas
 URL_SECONDS = 30  # for the body of an answer, and for each silence before it
 # Keys of a message's part that may hold its image.
 KEYS = ("image", "image_url", "url", "path", "base64")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
 def to_rgb(image: Any) -> Image.Image:
@@ -171,13 +168,10 @@ def _of_data_url(url: str) -> bytes:
 
 
 def _of_base64(text: str) -> bytes | None:
-    """Standard or for URLs, with or without padding, white space and line breaks; None for another text."""
-    if not _BASE64.fullmatch(text):
-        return None
-    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    """As training reads it; None for another text."""
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except binascii.Error:
+        return from_base64(text) or None
+    except ValueError:
         return None
 
 
