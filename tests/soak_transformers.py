@@ -48,9 +48,9 @@ def _exports(folder: Path) -> dict[str, Path]:
 
     texts = [text for rounds in CHATS.values() for r in rounds for text in r if text]
     tokenizer = load_tokenizer(train_tokenizer(texts * 20, folder / "tokenizer", 300))
-    made = {}
+    folders = {}
     for name, config in MODELS.items():
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=tokenizer.vocab_size))
-        made[name] = Path(tempfile.mkdtemp(dir=folder))
-        export(made[name], config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
-    return made
+        folders[name] = Path(tempfile.mkdtemp(dir=folder))
+        export(folders[name], config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    return folders

@@ -30,7 +30,7 @@ def _export(folder: Path) -> Path:
     texts = ["What colour is it? Please.", "It is red.", "It is blue."] * 20
     tokenizer = load_tokenizer(train_tokenizer(texts, folder / "tokenizer", 300))
     config = fixtures.tiny("paper", **{"llm.vocab_size": tokenizer.vocab_size})
-    made = folder / "export"
-    made.mkdir()
-    export(made, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
-    return made
+    exported = folder / "export"
+    exported.mkdir()
+    export(exported, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    return exported

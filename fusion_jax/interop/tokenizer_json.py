@@ -32,16 +32,16 @@ _BLANK = r"[\s\x{1c}-\x{1f}]"  # what Python strips, in the words of the library
 def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
     """The file's text, or None where no tokenizer.json gives the same ids."""
     try:
-        made = _convert(tokenizer)
+        converted = _convert(tokenizer)
     except ValueError:  # ids with gaps
         return None
     alone = {token for token in tokenizer.added if not tokenizer.is_special(token)}
     for text in _trials(tokenizer):
         if text.replace(_SPACE, " ").strip() in alone:
             continue
-        if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+        if converted.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             return None
-    return made.to_str(pretty=False)
+    return converted.to_str(pretty=False)
 
 
 def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
@@ -54,7 +54,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
         merges += sorted((cut for cut in cuts if cut[0] in ids and cut[1] in ids), key=lambda cut: ids[cut[0]])
     unknown = pieces[model.unk_id()]
-    made = tokenizers.Tokenizer(
+    converted = tokenizers.Tokenizer(
         tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
 
@@ -73,23 +73,23 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     others = [token for token in added if not tokenizer.is_special(token)]
     opening = [" "] + [f"(?:{any_of(others)})(?!\\z)"] * bool(others)
     steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?={'|'.join(opening)})"), _SPACE))
-    made.normalizer = normalizers.Sequence(steps)
-    made.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    made.decoder = decoders.Sequence(
+    converted.normalizer = normalizers.Sequence(steps)
+    converted.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    converted.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     for token, i in sorted(added.items(), key=lambda item: item[1]):
         lstrip, rstrip = tokenizer.strips(token)
         one = AddedToken(token, lstrip=lstrip, rstrip=rstrip, normalized=True, special=tokenizer.is_special(token))
-        made.add_special_tokens([one]) if one.special else made.add_tokens([one])
-        if made.token_to_id(token) != i:
-            raise ValueError(f"token {token!r} has id {i}, and the library gives it {made.token_to_id(token)}")
+        converted.add_special_tokens([one]) if one.special else converted.add_tokens([one])
+        if converted.token_to_id(token) != i:
+            raise ValueError(f"token {token!r} has id {i}, and the library gives it {converted.token_to_id(token)}")
     if tokenizer.adds_bos:
         name = next(token for token, i in added.items() if i == tokenizer.bos_id)
-        made.post_processor = processors.TemplateProcessing(
+        converted.post_processor = processors.TemplateProcessing(
             single=f"{name}:0 $A:0", pair=f"{name}:0 $A:0 {name}:1 $B:1", special_tokens=[(name, tokenizer.bos_id)]
         )
-    return made
+    return converted
 
 
 def _trials(tokenizer: SentencePieceTokenizer) -> Iterator[str]:

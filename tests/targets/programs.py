@@ -172,8 +172,8 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     yield joined
     yield _compile(engine._release, mesh, joined.results, np.zeros(server.rows, bool))
     yield _compile(generate.decode, mesh, model, params, joined.results, server.chunk, (2,), True)
-    told = (False, engine.MOST_LIKELY, server._all_allowed())
-    yield _compile(generate.decode, mesh, model, params, joined.results, 1, (2,), True, *told)
+    reported = (False, engine.MOST_LIKELY, server._all_allowed())
+    yield _compile(generate.decode, mesh, model, params, joined.results, 1, (2,), True, *reported)
 
 
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:

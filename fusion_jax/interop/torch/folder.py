@@ -57,11 +57,12 @@ def write_side_files(
         ids["pad_token_id"] = tokenizer.pad_id
         stops = list(conversation.stop_ids(tokenizer, template))
         tokenizer.save(folder)
-        made = tokenizer_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
-        if made is not None:
-            (folder / "tokenizer.json").write_text(made, encoding="utf-8")
-        _complete_tokenizer(folder, tokenizer, made is not None)
-        needs_sentencepiece = made is None and isinstance(tokenizer, SentencePieceTokenizer)
+        pieces = isinstance(tokenizer, SentencePieceTokenizer)
+        converted = tokenizer_json(tokenizer) if pieces else None
+        if converted is not None:
+            (folder / "tokenizer.json").write_text(converted, encoding="utf-8")
+        _complete_tokenizer(folder, tokenizer, converted is not None)
+        needs_sentencepiece = pieces and converted is None
         described = processor_config(model_config, tokenizer, template) | {"sentencepiece": needs_sentencepiece}
         _write(folder / "processor_config.json", described)
         (folder / "chat_template.jinja").write_text(chat_template(model_config, template), encoding="utf-8")

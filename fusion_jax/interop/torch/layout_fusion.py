@@ -179,8 +179,8 @@ def _visual(rows: list[Row], layout: Layout, length: int, padded) -> dict[str, T
     pixels = torch.zeros((len(rows), 1, most, 3, size, size))
     for views, row in zip(pixels[:, 0], rows):
         if row.views is not None:
-            made = torch.from_numpy(row.views).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            views[: len(made) - 1], views[-1] = made[:-1], made[-1]
+            own = torch.from_numpy(row.views).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            views[: len(own) - 1], views[-1] = own[:-1], own[-1]
     data = {
         "visual_index": padded([row.visual for row in rows], -1, length),
         "pixel_values": pixels,
