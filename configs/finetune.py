@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 
 from configs.common import STAGES, complete
-from fusion_jax import checkpoint
 from fusion_jax.config import from_dict, to_dict
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
+from fusion_jax.training import checkpoint
 
 FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # exchange layers lie among the language model's
 PARTS = ("connectors", "all")

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from fusion_jax.interrupts import ended_early
+from fusion_jax.command_line.interrupts import ended_early
 
 __version__ = "0.1.0"
 

@@ -29,19 +29,22 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from fusion_jax import checkpoint, flops, generate, op_times, optim, sharding, state, train_step, watch
-from fusion_jax.cli import check_config, define_config, run_main
+from fusion_jax.command_line.cli import check_config, define_config, run_main
 from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import Batch, Example, lay_out
 from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.devices import flops, op_times, sharding
 from fusion_jax.errors import UserError, check_choice
+from fusion_jax.inference import generate
+from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.limits import within
 from fusion_jax.planning import typical
-from fusion_jax.sampling import Sampling
+from fusion_jax.training import checkpoint, optim, state, watch
+from fusion_jax.training import step as train_step
 
 _CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py", new_keys=False)
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")

@@ -11,13 +11,15 @@ import sys
 import jax.numpy as jnp
 from absl import flags
 
-from fusion_jax import checkpoint, generate, interrupts
-from fusion_jax.cli import run_main
+from fusion_jax.command_line import interrupts
+from fusion_jax.command_line.cli import run_main
 from fusion_jax.config import DTYPES
 from fusion_jax.errors import UserError
+from fusion_jax.inference import generate
+from fusion_jax.inference.sampling import Sampling
+from fusion_jax.inference.terminal import Chat
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.sampling import Sampling
-from fusion_jax.terminal import Chat
+from fusion_jax.training import checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "step folder, stage folder or workdir")
 _IMAGE = flags.DEFINE_string("image", None, "image to talk about")

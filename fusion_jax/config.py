@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.image import DECODES
 from fusion_jax.data.tiles import most_tokens
-from fusion_jax.dicts import from_dict as from_dict
-from fusion_jax.dicts import to_dict as to_dict
 from fusion_jax.errors import check, check_choice
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.limits import within
 from fusion_jax.models.remat import POLICIES
+from fusion_jax.values.dicts import from_dict as from_dict
+from fusion_jax.values.dicts import to_dict as to_dict
 
 DTYPES = ("float32", "bfloat16")
 

@@ -13,9 +13,9 @@ import time
 
 from absl import flags
 
-from fusion_jax.cli import run_main
+from fusion_jax.command_line.cli import run_main
+from fusion_jax.command_line.interrupts import loading
 from fusion_jax.errors import UserError, check
-from fusion_jax.interrupts import loading
 
 log = logging.getLogger("fusion_jax")
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from absl import flags
 from packaging.requirements import Requirement
 
-from fusion_jax.cli import define_config, run_main
-from fusion_jax.device_check import GIB, ROOT, Fact, Findings, Problem, ask_devices, check_devices
+from fusion_jax.command_line.cli import define_config, run_main
+from fusion_jax.command_line.interrupts import loading
+from fusion_jax.devices.device_check import GIB, ROOT, Fact, Findings, Problem, ask_devices, check_devices
 from fusion_jax.errors import UserError
-from fusion_jax.interrupts import loading
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -260,8 +260,8 @@ def count_parameters(config) -> tuple[int, int]:
     with loading():
         import jax
 
-        from fusion_jax import optim
         from fusion_jax.models import fusion
+        from fusion_jax.training import optim
 
     jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
@@ -310,7 +310,7 @@ def check_config(config, answer: dict | Problem, workdir: str | None, accepted=(
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
-        from fusion_jax import checks
+        from fusion_jax.training import checks
     yield from check_inputs(checks.look, config, workdir, accepted, answer["count"] if known else 0)
     if not known:
         yield from check_disk(workdir)

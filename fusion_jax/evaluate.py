@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from fusion_jax import checkpoint
-from fusion_jax.cli import check_output, run_main
+from fusion_jax.command_line.cli import check_output, run_main
 from fusion_jax.errors import check
 from fusion_jax.evals import judge, predictions, published, report
 from fusion_jax.evals.prepare import Prepared
@@ -24,8 +23,9 @@ from fusion_jax.evals.registry import TASKS, find_tasks
 from fusion_jax.evals.runner import Output, Result
 from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
 from fusion_jax.evals.task import Prediction
-from fusion_jax.generate import Answerer
+from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.training import checkpoint
 
 log = logging.getLogger("fusion_jax")
 

@@ -18,11 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what goes wrong is raised;
 
 from absl import flags
 
-from fusion_jax.cli import define_config, run_main
+from fusion_jax.command_line.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict
+from fusion_jax.devices import chips
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.remat import POLICIES
-from fusion_jax.planning import chips, program, report, search
+from fusion_jax.planning import program, report, search
 
 _CONFIG = define_config("run configuration, one of configs/")
 _TOPOLOGY = flags.DEFINE_string(

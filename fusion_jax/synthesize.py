@@ -12,8 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from fusion_jax.cli import define_config, run_main
-from fusion_jax.dicts import from_dict
+from fusion_jax.command_line.cli import define_config, run_main
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import blocks, engine, filters
 from fusion_jax.synth.config import SynthConfig
@@ -22,6 +21,7 @@ from fusion_jax.synth.journal import Journal
 from fusion_jax.synth.report import costs, write_report
 from fusion_jax.synth.select import select
 from fusion_jax.synth.stages import STAGES
+from fusion_jax.values.dicts import from_dict
 
 log = logging.getLogger("fusion_jax")
 
@@ -105,7 +105,7 @@ def _announce(config: SynthConfig) -> None:
     """Says beforehand what the embedded backend can and cannot make of other people's captions."""
     pools = [pool.path for pool in config.pools if not pool.path.startswith("embedded:")]
     if pools and config.llm.backend == "embedded":
-        from fusion_jax.synth.scene.lexicon import NOUNS, SETTINGS
+        from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, SETTINGS
 
         log.warning(
             "The embedded backend draws %d things in %d settings and invents what a caption leaves open. Of %s it "

@@ -17,31 +17,18 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from fusion_jax import (
-    board,
-    checkpoint,
-    checks,
-    compiled,
-    distributed,
-    ending,
-    lock,
-    metrics,
-    optim,
-    resume,
-    sharding,
-    state,
-    train_step,
-    watch,
-)
-from fusion_jax.cli import define_config, run_main
+from fusion_jax.command_line.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.data import pipeline, plan
+from fusion_jax.devices import board, distributed, sharding
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.files import write_whole
-from fusion_jax.input_check import InputCheck
-from fusion_jax.loop import Loop
 from fusion_jax.models import fusion
-from fusion_jax.reports import Reports
+from fusion_jax.training import checkpoint, checks, compiled, ending, lock, metrics, optim, resume, state, watch
+from fusion_jax.training import step as train_step
+from fusion_jax.training.input_check import InputCheck
+from fusion_jax.training.loop import Loop
+from fusion_jax.training.reports import Reports
 
 log = logging.getLogger("fusion_jax")
 

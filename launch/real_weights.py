@@ -66,11 +66,11 @@ def chat(path: str, llm: str, out: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusion_jax.checkpoint import load_model
     from fusion_jax.data.sources import Record
-    from fusion_jax.generate import Answerer, decode, first_state
+    from fusion_jax.inference.generate import Answerer, decode, first_state
+    from fusion_jax.inference.sampling import Sampling
     from fusion_jax.models.fusion import Fusion
-    from fusion_jax.sampling import Sampling
+    from fusion_jax.training.checkpoint import load_model
 
     loaded = load_model(path)
     model = Fusion(loaded.config.model, jnp.float32)

@@ -12,4 +12,4 @@ EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export JAX_PLATFORMS=cpu
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-PYTHONPATH=. python tests/soak_report.py --folder "$folder" --report docs/soak.md "${1:-1}" "${@:2}"
+PYTHONPATH=.:tests python tests/soak/soak_report.py --folder "$folder" --report docs/soak.md "${1:-1}" "${@:2}"

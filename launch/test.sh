@@ -9,7 +9,7 @@ export JAX_PLATFORMS=cpu
 none=5 # pytest's exit code where no test was chosen
 
 # The arguments without the names of files, and of those the page's own.
-own=(tests/serve/test_page*.py "tests/hostile/test_hostile.py::test_hostile_inputs_are_survived[page]")
+own=(tests/server/test_page*.py "tests/hostile/test_hostile.py::test_hostile_inputs_are_survived[page]")
 options=() pages=() named=
 for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then
@@ -17,7 +17,7 @@ for argument in "$@"; do
     case $argument in
     *serve/test_page*) pages+=("$argument") ;;
     tests/hostile*) pages+=("${own[@]: -1}") ;;
-    tests | tests/ | tests/serve | tests/serve/) pages+=("${own[@]}") ;;
+    tests | tests/ | tests/server | tests/server/) pages+=("${own[@]}") ;;
     esac
   else
     options+=("$argument")

@@ -23,7 +23,7 @@ os.environ["XLA_FLAGS"] = f"{_FAST_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
 # Annotated shapes are checked while testing only.
 install_import_hook("fusion_jax.models", "beartype.beartype")
-install_import_hook("fusion_jax.losses", "beartype.beartype")
+install_import_hook("fusion_jax.training.losses", "beartype.beartype")
 
 jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.dirname(__file__), "..", ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -5,16 +5,16 @@ import functools
 import importlib
 from pathlib import Path
 
-import fixtures
 import numpy as np
 import pytest
-from fixtures import flat
 from flax.traverse_util import unflatten_dict
+from helpers import fixtures
+from helpers.fixtures import flat
 
-from fusion_jax import checkpoint, optim
 from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.errors import UserError
+from fusion_jax.training import checkpoint, optim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NO_STAGES = ("benchmark_cpu", "common", "quickstart_data", "synthesize", "synthesize_endpoint")

@@ -8,15 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_run
-from shapes_data import make_shapes
+from helpers import tiny_run
+from helpers.shapes_data import make_shapes
 
-from fusion_jax import device_check, doctor
+from fusion_jax import doctor
 from fusion_jax.config import RunConfig, from_dict
-from fusion_jax.device_check import Fact, Problem
+from fusion_jax.devices import device_check
+from fusion_jax.devices.device_check import Fact, Problem
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "tests" / "tiny_run.py"
+CONFIG = ROOT / "tests" / "helpers" / "tiny_run.py"
 
 
 @pytest.fixture(scope="module")

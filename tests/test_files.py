@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fusion_jax import metrics
-from fusion_jax.data import convert
+from fusion_jax.data import shard_writing
 from fusion_jax.evals import predictions
 from fusion_jax.files import new_file, write_whole
 from fusion_jax.synth import images
 from fusion_jax.synth.blocks import locked
+from fusion_jax.training import metrics
 
 WRITERS = {
     "whole": (lambda f: write_whole(f / "config.json", "{}"), "config.tmp", "config.json"),
@@ -19,7 +19,7 @@ WRITERS = {
     "plot": (lambda f: metrics.plot_losses({"s": f / "metrics.jsonl"}, f / "l.png"), "l.tmp", "l.png"),
     "image": (lambda f: images.write_once(f / "a.png", b"x"), f".a.png.{os.getpid()}.tmp", "a.png"),
     "plan": (
-        lambda f: convert._write_json(f, f / "partial" / "plan.json", {}),
+        lambda f: shard_writing._write_json(f, f / "partial" / "plan.json", {}),
         f"partial/plan.json.{os.getpid()}.tmp",
         "partial/plan.json",
     ),

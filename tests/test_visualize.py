@@ -12,19 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-import tiny_run
-from fixtures import params, tiny
+from helpers import tiny_run
+from helpers.fixtures import params, tiny
 from PIL import Image
 
-from fusion_jax import checkpoint
-from fusion_jax import levels as levels_module
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.levels import encoder_weights, exchange_weights, levels, llm_weights, word_tokens
+from fusion_jax.inference.attention_maps import encoder_weights, exchange_weights, levels, llm_weights, word_tokens
+from fusion_jax.inference.attention_pictures import (
+    chosen,
+    draw,
+    draw_side_by_side,
+    draw_small,
+    exchange_maps,
+    pixels,
+    save,
+)
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.visualize import chosen, draw, draw_side_by_side, draw_small, exchange_maps, look, pixels, save
+from fusion_jax.training import checkpoint
+from fusion_jax.visualize import look
 
 QUESTION = "Where is the extraordinary white star? A star is white."
 SIZES = {"llm.vocab_size": 640, "llm.layers": 3, "exchange.layers": 2, "exchange.stride": 2}
@@ -265,7 +273,13 @@ def test_bad_input_is_one_sentence(ask, arguments, message):
 
 
 def test_the_command(saved, folder, tmp_path):
-    command = [sys.executable, "-m", "fusion_jax.visualize", f"--checkpoint={saved}", f"--image={folder / 'wide.png'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "fusion_jax.visualize",
+        f"--checkpoint={saved}",
+        f"--image={folder / 'wide.png'}",
+    ]
     command += [f"--question={QUESTION}", f"--out={tmp_path / 'figure'}"]
     root = Path(__file__).parents[1]
     done = subprocess.run([*command, "--word=star", "--compare=C"], capture_output=True, text=True, cwd=root)

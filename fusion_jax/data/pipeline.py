@@ -34,7 +34,6 @@ from dataclasses import dataclass, field
 import grain
 import numpy as np
 
-from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, image, sources, tiles
 from fusion_jax.data.conversation import LATENTS
@@ -42,6 +41,7 @@ from fusion_jax.data.layout import Batch, Example, LayoutSpec, check_fits, lay_o
 from fusion_jax.data.plan import FixedBatch, Measured, Queue, Sizes, a_crop_each, size_batches
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 

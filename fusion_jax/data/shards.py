@@ -1,4 +1,4 @@
-"""Records that carry their images: shards that `python -m fusion_jax.data.convert` writes, and TensorFlow Datasets.
+"""Records that carry their images: shards that `python -m fusion_jax.shards` writes, and TensorFlow Datasets.
 
     SHARDS/manifest.json                         what there is: counts, sizes and hashes of all files, skipped records
     SHARDS/shard-00000-of-00611.array_record     the records
@@ -154,7 +154,7 @@ class Shards:
             data = reader.read([at])[0]
             header, images = unpack(data) if which == 0 else (parse_header(data), None)
         except (RuntimeError, ValueError, IndexError) as e:
-            detail = f"the record is damaged ({shown(e)}); `python -m fusion_jax.data.convert --check` tells more"
+            detail = f"the record is damaged ({shown(e)}); `python -m fusion_jax.shards --check` tells more"
             raise BadRecord("corrupt_record", f"{path}, record {at}", detail) from e
         return header, [b""] * len(header["images"]) if images is None else images, f"{path}, record {at}"
 
@@ -224,7 +224,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             text = read_file(path, _MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
-            f"{folder} is no folder of shards: it has no {MANIFEST}, which fusion_jax.data.convert writes last."
+            f"{folder} is no folder of shards: it has no {MANIFEST}, which fusion_jax.shards writes last."
         ) from e
     except Exception as e:  # remote file systems have errors of their own
         raise UserError(f"Cannot read {path}: {e}.") from e

@@ -3,7 +3,7 @@
     JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...],
             or another form that records.py understands
     JSONL   the same objects, one a line
-    shards  a folder that `python -m fusion_jax.data.convert` wrote, here or at a URL; see shards.py
+    shards  a folder that `python -m fusion_jax.shards` wrote, here or at a URL; see shards.py
     tfds    tfds:name[/config][:version]:split, a data set that TensorFlow Datasets has prepared
     YAML    datasets:
               - json_path: captions.json          # relative to the YAML file, as all paths in it

@@ -36,7 +36,7 @@ from fusion_jax.data.tokenizer_files import (
 )
 from fusion_jax.errors import UserError
 from fusion_jax.files import read_file, shown
-from fusion_jax.foreign import read_bytes
+from fusion_jax.values.foreign import read_bytes
 
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"

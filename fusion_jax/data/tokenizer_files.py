@@ -11,8 +11,8 @@ from typing import Any
 
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief
-from fusion_jax.foreign import flag, mapping, read_bytes, read_object, sequence, text, whole
 from fusion_jax.models.limits import RANGES
+from fusion_jax.values.foreign import flag, mapping, read_bytes, read_object, sequence, text, whole
 
 MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
 MOST_ADDED = 1 << 16

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.web import Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
+from fusion_jax.web.client import Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that may be different the next time
 _LONGEST_WAIT = 60.0

@@ -16,13 +16,13 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from fusion_jax import checkpoint as checkpoints
 from fusion_jax.data import image
 from fusion_jax.data.grey import is_deep_colour
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.generate import Answerer
+from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.training import checkpoint as checkpoints
 
 _LONGEST = 1024  # tokens, where a task says nothing
 

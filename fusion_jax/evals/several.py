@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.cli import explain
+from fusion_jax.command_line.cli import explain
 from fusion_jax.errors import RunAgain, UserError, first_line
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.prepare import Prepared, prepare

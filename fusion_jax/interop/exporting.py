@@ -20,20 +20,21 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax import __version__, checkpoint, loading, metrics
-from fusion_jax.about import config_of
+from fusion_jax import __version__
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template
 from fusion_jax.data.conversation import find_template, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
-from fusion_jax.foreign import mapping, read_object
 from fusion_jax.interop import hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
 from fusion_jax.interop.torch import names
+from fusion_jax.training import checkpoint, loading, metrics
+from fusion_jax.training.about import config_of
+from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
 

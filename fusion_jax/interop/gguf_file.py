@@ -17,12 +17,12 @@ import numpy as np
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
-from fusion_jax.foreign import number, text, whole
 from fusion_jax.interop import table
 from fusion_jax.interop.gguf_header import MAGIC, read_header
 from fusion_jax.interop.gguf_tokenizer import write_tokenizer
 from fusion_jax.interop.tensors import DTYPES, Entry
 from fusion_jax.models.limits import RANGES
+from fusion_jax.values.foreign import number, text, whole
 
 ARCHITECTURES = ("llama", "phi3", "qwen2")
 _WHOLE = {"token_embd.weight": table.EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": table.HEAD}

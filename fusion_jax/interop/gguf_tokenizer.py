@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.files import brief, shown
-from fusion_jax.foreign import flag, sequence, text, whole
+from fusion_jax.values.foreign import flag, sequence, text, whole
 
 _BESIDE = (
     "lay the model's own tokenizer files (tokenizer.json or tokenizer.model, tokenizer_config.json) beside it and "

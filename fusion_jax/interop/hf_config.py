@@ -15,7 +15,6 @@ from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
-from fusion_jax.foreign import flag, mapping, number, read_object, text, whole
 from fusion_jax.interop.rope import rope_config, sliding_window
 from fusion_jax.models.config import (
     RELEASED,
@@ -25,6 +24,7 @@ from fusion_jax.models.config import (
     VisionConfig,
 )
 from fusion_jax.models.limits import RANGES
+from fusion_jax.values.foreign import flag, mapping, number, read_object, text, whole
 
 log = logging.getLogger("fusion_jax")
 

@@ -20,7 +20,6 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice, first_line
@@ -39,6 +38,7 @@ from fusion_jax.interop.tensors import (
 )
 from fusion_jax.models import fusion
 from fusion_jax.models.config import PRESETS, FusionConfig, replace
+from fusion_jax.training import checkpoint
 
 # In the files, but neither applied nor trained by the published code.
 UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "rotary_emb.inv_freq", "embeddings.position_ids")

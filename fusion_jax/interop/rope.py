@@ -6,9 +6,9 @@ from typing import Any
 
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief
-from fusion_jax.foreign import flag, mapping, number, sequence, text, whole
 from fusion_jax.models.config import RopeConfig
 from fusion_jax.models.limits import RANGES
+from fusion_jax.values.foreign import flag, mapping, number, sequence, text, whole
 
 _WINDOWS = ("full_attention", "sliding_attention")
 

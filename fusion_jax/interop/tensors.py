@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.files import brief, shown
-from fusion_jax.foreign import read_object
+from fusion_jax.values.foreign import read_object
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -1,4 +1,4 @@
-"""Logical axis names on activations. Which devices they mean is decided by `fusion_jax.sharding`, under whose mesh a
+"""Logical axis names on activations. `fusion_jax.devices.sharding` says which devices they mean; under its mesh a
 program is traced; without one, as on a single device, nothing here does anything.
 
 Names in use: `batch` (rows of a batch, or anything that lies along them), `heads`, `mlp`, `vocab`, `embed` and `rows`

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fusion_jax import optim, sharding, state, train_step
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig
+from fusion_jax.devices import sharding
+from fusion_jax.devices.chips import Topology
 from fusion_jax.errors import check
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import compiling, typical
-from fusion_jax.planning.chips import Topology
 from fusion_jax.planning.typical import TypicalStep
+from fusion_jax.training import optim, state
+from fusion_jax.training import step as train_step
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax.sharding import Mesh
 
-from fusion_jax import flops, losses, sharding
+from fusion_jax.devices import flops, sharding
+from fusion_jax.devices.chips import Topology
 from fusion_jax.planning import hlo, kernels, typical
-from fusion_jax.planning.chips import Topology
 from fusion_jax.planning.program import Program
+from fusion_jax.training import losses
 
 # Published samples of each stage, in millions.
 STAGE_SAMPLES = {"stage1": 10e6, "stage1_5": 5e6, "stage2": 7e6}

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig
+from fusion_jax.devices.chips import Topology
 from fusion_jax.errors import UserError
 from fusion_jax.planning import program, report
-from fusion_jax.planning.chips import Topology
 from fusion_jax.planning.report import Report
 
 log = logging.getLogger("fusion_jax")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from fusion_jax import flops
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import layout, tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
@@ -20,6 +19,7 @@ from fusion_jax.data.layout import Batch, Example, LayoutSpec
 from fusion_jax.data.packing import Mix
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, pool, size_batches
+from fusion_jax.devices import flops
 from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig
 

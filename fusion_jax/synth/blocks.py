@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from fusion_jax.data import shards
-from fusion_jax.dicts import to_dict
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import captions
 from fusion_jax.synth.backends import factory
@@ -32,6 +31,7 @@ from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid, one_line
 from fusion_jax.synth.stages import STAGES, Sample, make_seed
+from fusion_jax.values.dicts import to_dict
 
 FORMAT, VERSION = "fusion_jax synthesis", 1
 MAX_CAPTION = 2000  # characters

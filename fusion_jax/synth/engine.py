@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tqdm
 
-from fusion_jax.cli import out_of_ctrl_c
+from fusion_jax.command_line.cli import out_of_ctrl_c
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig

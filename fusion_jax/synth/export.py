@@ -2,7 +2,7 @@
 
 OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
 OUT/validation.json                          the validation share of all of them, and what a pool is kept for
-OUT/shards/stage1/ ...                       the same records with their images (data/convert.py)
+OUT/shards/stage1/ ...                       the same records with their images (data/shard_writing.py)
 OUT/stage1.yaml ...                          the mixtures that a stage's `data` names
 OUT/tokenizer/                               a vocabulary of the stages' texts, if wanted
 OUT/lineage.jsonl                            how each record was made, a line each: `origin` is the caption's, `source`
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.data import convert, shards
+from fusion_jax.data import shard_writing, shards
 from fusion_jax.errors import check
 from fusion_jax.files import new_file
 from fusion_jax.synth.backends import factory
@@ -236,4 +236,4 @@ def _shards(out: Path, name: str) -> None:
     if not told.exists() or told.read_text() != digest:
         shutil.rmtree(folder, ignore_errors=True)
         write_once(told, digest.encode())
-    convert.convert(out / f"{name}.json", out, folder, max_bad_records=0.0, progress=False)
+    shard_writing.convert(out / f"{name}.json", out, folder, max_bad_records=0.0, progress=False)

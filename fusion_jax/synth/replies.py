@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import Any
 
-from fusion_jax.web import check_depth
+from fusion_jax.web.client import check_depth
 
 MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
 _STARTS = 1000  # brackets that are tried as the start of JSON

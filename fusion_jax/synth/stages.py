@@ -32,8 +32,8 @@ from fusion_jax.synth.backends.base import BackendError, Refused, Retryable
 from fusion_jax.synth.kinds import KINDS, Ask, Kind
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid
-from fusion_jax.synth.scene.reading import complaint
 from fusion_jax.synth.tools import Tools
+from fusion_jax.synth.worlds.scenes.reading import complaint
 
 Sample = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fusion_jax.data import convert, shards
+from fusion_jax.data import shard_writing, shards
 from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +28,13 @@ def made(tmp_path_factory):
     Image.new("RGB", (4, 4)).save(folder / "images" / "a.png")
     records = [{"id": f"r{k}", "image": "a.png", "conversations": TURNS} for k in range(40)]
     (folder / "a.json").write_text(json.dumps(records))
-    convert.convert(folder / "a.json", folder / "images", folder / "calm", records_per_shard=10, progress=False)
+    shard_writing.convert(folder / "a.json", folder / "images", folder / "calm", records_per_shard=10, progress=False)
     return folder
 
 
 def run(made, out, images="images", **settings):
     settings = {"records_per_shard": 10, "progress": False} | settings
-    return convert.convert(made / "a.json", made / images, out, **settings)
+    return shard_writing.convert(made / "a.json", made / images, out, **settings)
 
 
 def contents(folder):
@@ -47,7 +47,7 @@ def contents(folder):
 
 def interrupt(made, out, monkeypatch, after=2):
     """A conversion whose process is killed after so many shards, as far as its folder is concerned."""
-    write = convert.write_shard
+    write = shard_writing.write_shard
 
     def killed(task, advance):
         if task[1] == after:
@@ -243,13 +243,13 @@ def test_a_stop_before_the_first_shard_leaves_nothing_and_one_after_it_all(made,
 def test_a_full_disk_keeps_what_is_finished(made, tmp_path, monkeypatch):
     """A real limit on what files of the process may take, as every write fails beyond it."""
     code = (
-        "import resource, signal, sys; from fusion_jax.data import convert\n"
+        "import resource, signal, sys; from fusion_jax.data import shard_writing\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from fusion_jax.errors import UserError\n"
         "if __name__ == '__main__':\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)\n"
         "    try:\n"
-        "        convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], records_per_shard=10, progress=False,"
+        "        shard_writing.convert(sys.argv[1], sys.argv[2], sys.argv[3], records_per_shard=10, progress=False,"
         " workers=int(sys.argv[5]))\n"
         "    except UserError as e:\n"
         "        print(e)\n"
@@ -280,7 +280,7 @@ def test_images_missed_in_a_wrong_folder_are_looked_for_again(made, tmp_path, mo
         (tmp_path / name).mkdir(exist_ok=True)
         for k in range(count):
             shutil.copy(made / "images" / "a.png", tmp_path / name / f"{k}.png")
-    interrupted = convert.write_shard
+    interrupted = shard_writing.write_shard
 
     def stopped(task, advance):
         if task[1] == 2:
@@ -290,8 +290,8 @@ def test_images_missed_in_a_wrong_folder_are_looked_for_again(made, tmp_path, mo
     settings = {"records_per_shard": 10, "progress": False}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(convert, "write_shard", stopped)
-        convert.convert(tmp_path / "a.json", tmp_path / "half", tmp_path / "out", **settings)
-    manifest = convert.convert(tmp_path / "a.json", tmp_path / "images", tmp_path / "out", **settings)
+        shard_writing.convert(tmp_path / "a.json", tmp_path / "half", tmp_path / "out", **settings)
+    manifest = shard_writing.convert(tmp_path / "a.json", tmp_path / "images", tmp_path / "out", **settings)
     assert manifest["records"] == 40
 
 
@@ -321,7 +321,7 @@ def test_a_mistake_takes_nothing_from_an_earlier_run(begun, wrong, workers):
         return
     if wrong == {"images": "empty"}:
         wrong["max_bad_records"] = 0.3  # nine records of a shard each are there, none of the last one
-    with pytest.raises(convert.Unusable, match=f"stays in {out}; delete it"):
+    with pytest.raises(shard_writing.Unusable, match=f"stays in {out}; delete it"):
         run(begun, out, workers=workers, **wrong)
     assert {name: data for name, data in contents(out).items() if not name.endswith("lock")} == before
     run(begun, out)
@@ -353,7 +353,7 @@ def test_a_link_that_leads_to_another_image_folder_now_is_another_folder(begun, 
     link.symlink_to("images")
     shutil.rmtree(out)
     interrupt_through = {"records_per_shard": 10, "progress": False}
-    write = convert.write_shard
+    write = shard_writing.write_shard
 
     def stopped(task, advance):
         if task[1] == 3:
@@ -362,7 +362,7 @@ def test_a_link_that_leads_to_another_image_folder_now_is_another_folder(begun, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(convert, "write_shard", stopped)
-        convert.convert(begun / "a.json", link, out, **interrupt_through)
+        shard_writing.convert(begun / "a.json", link, out, **interrupt_through)
     shutil.copytree(begun / "images", begun / "better")
     shutil.copy(begun / "better" / "a.png", begun / "better" / "gone.png")
     link.unlink()
@@ -384,8 +384,8 @@ def test_links_as_folders(made, tmp_path):
 def test_out_in_the_image_folder(made, tmp_path):
     images = shutil.copytree(made / "images", tmp_path / "images")
     with pytest.raises(UserError, match="holds files that are no shards"):
-        convert.convert(made / "a.json", images, images, progress=False)
-    convert.convert(made / "a.json", images, images / "shards", records_per_shard=10, progress=False)
+        shard_writing.convert(made / "a.json", images, images, progress=False)
+    shard_writing.convert(made / "a.json", images, images / "shards", records_per_shard=10, progress=False)
     assert contents(images / "shards") == contents(made / "calm")
     assert (images / "a.png").exists()
 
@@ -398,7 +398,7 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(made, tmp_path, worke
     out = tmp_path / "out"
     arguments = ["--json_path", tmp_path / "b.json", "--image_folder", made / "images", "--out", out]
     arguments += ["--records_per_shard", "500", "--workers", workers]
-    command = [sys.executable, "-m", "fusion_jax.data.convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "fusion_jax.shards", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import convert, shards
+from fusion_jax.data import shard_writing, shards
 from fusion_jax.data.sources import load_source
 from fusion_jax.errors import BadRecord, UserError
 
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(made):
-    convert.convert(made / "a.json", made / "images", made / "shards", shard_count=4, progress=False)
+    shard_writing.convert(made / "a.json", made / "images", made / "shards", shard_count=4, progress=False)
     return made / "shards"
 
 
@@ -70,7 +70,7 @@ def contents(folder):
 
 
 def run(*args, **kwargs):
-    command = [sys.executable, "-m", "fusion_jax.data.convert", *map(str, args)]
+    command = [sys.executable, "-m", "fusion_jax.shards", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
@@ -117,7 +117,9 @@ def test_manifest(made, converted):
 
 
 def test_allow_outside(made, tmp_path):
-    manifest = convert.convert(made / "a.json", made / "images", tmp_path / "s", allow_outside=True, progress=False)
+    manifest = shard_writing.convert(
+        made / "a.json", made / "images", tmp_path / "s", allow_outside=True, progress=False
+    )
     assert manifest["records"] == 56
     assert manifest["skipped"]["reasons"].get("image_outside_folder") is None
 
@@ -136,9 +138,11 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
     records = json.loads((made / "a.json").read_text())[:5] * 800
     (tmp_path / "b.json").write_text(json.dumps(records))
     arguments = ["--json_path", tmp_path / "b.json", "--image_folder", made / "images", "--records_per_shard", 500]
-    convert.convert(tmp_path / "b.json", made / "images", tmp_path / "calm", records_per_shard=500, progress=False)
+    shard_writing.convert(
+        tmp_path / "b.json", made / "images", tmp_path / "calm", records_per_shard=500, progress=False
+    )
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fusion_jax.data.convert", *map(str, arguments), "--workers", "2", "--out", out]
+    command = [sys.executable, "-m", "fusion_jax.shards", *map(str, arguments), "--workers", "2", "--out", out]
     for stop in (1, 3):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list(out.glob("partial/0*.json"))) < stop and process.poll() is None:
@@ -160,7 +164,7 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
     assert all((out / name).stat().st_mtime_ns == finished[name] for name in kept)
     assert contents(out) == contents(tmp_path / "calm")
 
-    assert convert.check_shards(out, progress=False) == []
+    assert shard_writing.check_shards(out, progress=False) == []
     file = out / "text-00003-of-00008.array_record"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -189,28 +193,28 @@ def test_going_on_takes_finished_shards_only(made, converted, tmp_path):
     (out / "shard-00002-of-00004.array_record").unlink()
     (out / "shard-00003-of-00004.array_record").write_bytes(b"half")
     arguments = made / "a.json", made / "images", out
-    convert.convert(*arguments, shard_count=4, workers=2, progress=False)
+    shard_writing.convert(*arguments, shard_count=4, workers=2, progress=False)
     assert contents(out) == contents(converted)
     (out / "partial").mkdir()
-    convert.convert(*arguments, shard_count=4, progress=False)
+    shard_writing.convert(*arguments, shard_count=4, progress=False)
     assert contents(out) == contents(converted)
     assert not (out / "partial").exists()
     for other in ({"shard_count": 5}, {"shard_count": 4, "allow_outside": True}):
         with pytest.raises(UserError, match=r"made otherwise.*another folder"):
-            convert.convert(*arguments, **other, progress=False)
+            shard_writing.convert(*arguments, **other, progress=False)
     with pytest.raises(UserError, match=r"made otherwise \(source"):
-        convert.convert(made / "a.jsonl", made / "images", out, shard_count=4, progress=False)
+        shard_writing.convert(made / "a.jsonl", made / "images", out, shard_count=4, progress=False)
 
 
 def test_jsonl_and_shards_without_any_usable_record(made, converted, tmp_path):
     (tmp_path / "c.jsonl").write_text("".join((made / "a.jsonl").read_text().splitlines(True)[4:10]))
     arguments = tmp_path / "c.jsonl", made / "images", tmp_path / "out"
-    manifest = convert.convert(*arguments, records_per_shard=1, progress=False)
+    manifest = shard_writing.convert(*arguments, records_per_shard=1, progress=False)
     assert len(manifest["shards"]) == manifest["records"] == 5
     assert not (tmp_path / "out" / "shard-00003-of-00006.array_record").exists()
     source, expected = load_source(tmp_path / "out"), load_source(converted)
     assert [source[i].turns for i in range(5)] == [expected[i].turns for i in (4, 5, 6, 7, 8)]
-    assert convert.check_shards(tmp_path / "out", progress=False) == []
+    assert shard_writing.check_shards(tmp_path / "out", progress=False) == []
 
 
 @pytest.mark.parametrize(
@@ -231,13 +235,13 @@ def test_unusable_arguments(made, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(made)
     given = {"json_path": "a.json", "image_folder": "images", "out": tmp_path / "out", "progress": False}
     with pytest.raises(UserError, match=message):
-        convert.convert(**given | arguments)
+        shard_writing.convert(**given | arguments)
     assert not (made / "images" / "partial").exists()
 
 
 def test_one_run_at_a_time(made, tmp_path):
-    with convert._lock(tmp_path / "out"), pytest.raises(UserError, match="Another process"):
-        convert.convert(made / "a.json", made / "images", tmp_path / "out", progress=False)
+    with shard_writing._lock(tmp_path / "out"), pytest.raises(UserError, match="Another process"):
+        shard_writing.convert(made / "a.json", made / "images", tmp_path / "out", progress=False)
 
 
 def test_refused_images(made, tmp_path, monkeypatch):
@@ -246,7 +250,7 @@ def test_refused_images(made, tmp_path, monkeypatch):
         images = ["pipe.jpg", ".", "1.png", "0.jpg"]
         (tmp_path / "c.json").write_text(json.dumps([{"image": i, "conversations": turns(0)} for i in images]))
         monkeypatch.setattr(convert, "MAX_PIXELS", 100)
-        manifest = convert.convert(tmp_path / "c.json", made / "images", tmp_path / "out", max_bad_records=1)
+        manifest = shard_writing.convert(tmp_path / "c.json", made / "images", tmp_path / "out", max_bad_records=1)
     finally:
         (made / "images" / "pipe.jpg").unlink()
     assert manifest["skipped"]["reasons"] == {"image_outside_folder": 1, "image_too_large": 1, "missing_image": 1}
@@ -256,7 +260,7 @@ def test_refused_images(made, tmp_path, monkeypatch):
 def test_none_usable(made, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps([{"image": "gone.jpg", "conversations": turns(0)}] * 3))
     with pytest.raises(UserError, match=r"None of the 3 records.*gone\.jpg"):
-        convert.convert(tmp_path / "c.json", made, tmp_path / "out", max_bad_records=1, progress=False)
+        shard_writing.convert(tmp_path / "c.json", made, tmp_path / "out", max_bad_records=1, progress=False)
 
 
 def edit(folder, change):
@@ -311,7 +315,7 @@ def test_missing_and_changed_shards(copy, tmp_path):
     (copy / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         load_source(copy)
-    assert any("is missing" in problem for problem in convert.check_shards(copy, progress=False))
+    assert any("is missing" in problem for problem in shard_writing.check_shards(copy, progress=False))
     (copy / shards.MANIFEST).unlink()
     with pytest.raises(UserError, match="no folder of shards"):
         load_source(copy)
@@ -338,10 +342,10 @@ def test_a_damaged_record_is_a_bad_record(copy):
             assert e.reason == "corrupt_record"
             assert str(path) in str(e)
     assert len(found) == len(source) - 1
-    problems = convert.check_shards(copy, progress=False)
+    problems = shard_writing.check_shards(copy, progress=False)
     assert any(f"{path} has the hash" in problem for problem in problems)
     (copy / "more.array_record").write_bytes(b"")
-    assert f"{copy / 'more.array_record'} is not in the manifest" in convert.check_shards(copy, progress=False)
+    assert f"{copy / 'more.array_record'} is not in the manifest" in shard_writing.check_shards(copy, progress=False)
 
 
 def test_mixture_with_shards(made, converted):

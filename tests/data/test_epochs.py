@@ -10,15 +10,15 @@ from collections import Counter
 import grain
 import numpy as np
 import pytest
-from board_fake import Store
-from fixtures import tiny
+from helpers.board_fake import Store
+from helpers.fixtures import tiny
 
-from fusion_jax.board import Board
 from fusion_jax.config import StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.layout import LayoutSpec
 from fusion_jax.data.pipeline import layout_spec, stage_is_over, stage_steps
 from fusion_jax.data.plan import PATIENCE, PATIENCE_PACKED, Measured, a_crop_each, size_batches
+from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord
 
 COUNTS, LENGTH = (1, 4), 100

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import convert, formats, jpeg2000, resample
+from fusion_jax.data import formats, jpeg2000, resample, shard_writing
 from fusion_jax.data import image as image_module
 from fusion_jax.data.avif import coded_pixels
 from fusion_jax.data.image import load_image, read_crops, read_size, read_tiles
@@ -89,7 +89,7 @@ def test_pictures_nested_in_others_are_not_opened(picture):
         with pytest.raises(BadRecord, match="no image of a known format"):
             read_size(data)
         with pytest.raises(BadRecord, match="no image of a known format"):
-            convert._look_at(data, "a", 100, "here")
+            shard_writing._look_at(data, "a", 100, "here")
 
 
 def test_an_image_that_changes_its_size_is_refused_by_the_resizer_and_the_loader(monkeypatch, picture):
@@ -403,7 +403,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         read_size,
         lambda one: read_crops(one, 8),
         lambda one: read_tiles(one, Tiling(), 8),
-        lambda one: convert._read_image(one, "here"),
+        lambda one: shard_writing._read_image(one, "here"),
     )
     found = []
 

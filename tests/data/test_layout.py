@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from fixtures import QUESTION_LENGTH, example, tiny
+from helpers.fixtures import QUESTION_LENGTH, example, tiny
 
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import (

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fixtures import tiny
+from helpers.fixtures import tiny
 
 from fusion_jax.data import conversation
 from fusion_jax.data.layout import check_fits

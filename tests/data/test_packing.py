@@ -7,16 +7,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from fixtures import QUESTION_LENGTH, assert_trees_close, params, tiny
+from helpers.fixtures import QUESTION_LENGTH, assert_trees_close, params, tiny
 
-from fusion_jax import losses
 from fusion_jax.data import packing
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.layout import NO_CROP, Example, lay_out, lay_out_rows, needs
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.models.config import QUADRANTS, RopeConfig
 from fusion_jax.models.fusion import Fusion, head_kernel
-from fusion_jax.train_step import losses_of
+from fusion_jax.training import losses
+from fusion_jax.training.step import losses_of
 
 # Which row.
 

@@ -10,11 +10,10 @@ import grain
 import jax
 import numpy as np
 import pytest
-from board_fake import Store
-from fixtures import tiny
+from helpers.board_fake import Store
+from helpers.fixtures import tiny
 from PIL import Image
 
-from fusion_jax.board import Board
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
@@ -22,6 +21,7 @@ from fusion_jax.data.layout import PIXELS, check_fits, lay_out
 from fusion_jax.data.plan import Sizes, plan_all
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.tokenizer import train_tokenizer
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fixtures import tiny
+from helpers.fixtures import tiny
 
 from fusion_jax.config import StageConfig
 from fusion_jax.data import packing

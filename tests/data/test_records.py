@@ -8,17 +8,18 @@ import json
 from collections import Counter
 
 import pytest
-from fixtures import tiny
+from helpers.fixtures import tiny
 from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import convert, inspect_numbers
+from fusion_jax.data import shard_writing
 from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt
 from fusion_jax.data.media import Named
 from fusion_jax.data.pipeline import ExampleMaker, open_source
 from fusion_jax.data.records import understand
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
+from fusion_jax.inspection import numbers as inspect_numbers
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
@@ -369,11 +370,11 @@ def test_training_conversion_and_inspection_read_the_same(folder):
     assert {name: made for name, made in direct.items() if isinstance(made, str)} == expected
     assert len(direct) == len(UNDERSTOOD) - 1 + len(REFUSED)
     assert direct["system"] == direct["system turn"] != direct["no system"] == direct["null beside"]
-    manifest = convert.convert(folder / "all.json", None, folder / "shards", max_bad_records=1.0, progress=False)
+    manifest = shard_writing.convert(folder / "all.json", None, folder / "shards", max_bad_records=1.0, progress=False)
     assert manifest["skipped"]["reasons"] == Counter(expected.values())
     stored = examples(folder, "shards")
     assert stored == {name: made for name, made in direct.items() if not isinstance(made, str)}
-    assert convert.check_shards(folder / "shards", progress=False) == []
+    assert shard_writing.check_shards(folder / "shards", progress=False) == []
     for data, bad in (("all.json", Counter(expected.values())), ("shards", {})):
         config = configured(folder, data)
         opened = inspect_numbers.open_stage(config, config.stages[0], tokenizer_of(folder))

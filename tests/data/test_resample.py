@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import soak_resample
 from PIL import Image
+from soak import soak_resample
 
 from fusion_jax.data import resample as module
 
@@ -214,7 +214,7 @@ def test_what_the_library_refuses_is_an_error(monkeypatch):
 
 @needs_compiler
 def test_random_shapes_under_sanitizers():
-    """The long run is `python tests/soak_resample.py`."""
+    """The long run is `python tests/soak/soak_resample.py`."""
     if not shutil.which("gcc"):
         pytest.skip("no gcc")
     try:

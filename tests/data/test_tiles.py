@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from fixtures import example, forward_fn, grad_fn, lay, params, tiny
+from helpers.fixtures import example, forward_fn, grad_fn, lay, params, tiny
 from PIL import Image
 
 from fusion_jax.data import tiles

@@ -7,12 +7,11 @@ import pickle
 import struct
 
 import pytest
-from fixtures import tiny
+from helpers.fixtures import tiny
 
 from fusion_jax import files
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import shards, sources
-from fusion_jax.data.convert import convert
 from fusion_jax.data.image import load_image, read_size
 from fusion_jax.data.pipeline import Counts, Fed
 from fusion_jax.data.sources import load_records, load_source
@@ -20,7 +19,8 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files as benchmark_files
 from fusion_jax.evals import predictions
-from fusion_jax.input_check import InputCheck
+from fusion_jax.shards import convert
+from fusion_jax.training.input_check import InputCheck
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
 STAGE = StageConfig("s", "a.json", batch_size=4)

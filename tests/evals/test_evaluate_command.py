@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 from bench_files import cell, pope_folder, write_parquet
-from shapes_data import make_shapes
+from helpers.shapes_data import make_shapes
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from bench_files import Rule, write_image, write_json
-from raw_server import answer, says, serving
+from helpers.raw_server import answer, says, serving
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import judge, mmvet

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import fixtures
 import orbax.checkpoint.experimental.v1 as ocp
-import tiny_run
+from helpers import fixtures, tiny_run
 
-from fusion_jax import checkpoint
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.training import checkpoint
 
 
 def save(folder: Path, data: Path, seed: int = 0) -> Path:

@@ -24,7 +24,7 @@ def main() -> None:
     context = arguments()
     config = VARIANTS["flare_l"]["3b"]
     if context.dry_run:
-        import fixtures
+        from helpers import fixtures
 
         config = fixtures.tiny("paper")
     model = fusion.Fusion(config, jnp.bfloat16)

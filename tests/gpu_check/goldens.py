@@ -4,17 +4,17 @@ Two sources of such values: the tests' small model with weights that hide nothin
 float32; and the tensors of the published PyTorch system where they are at hand (FUSION_GOLDENS, see tests/parity).
 """
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from gpu_check.kernels import error
 from gpu_check.parts import arguments, note, say
+from helpers import fixtures
 
 from fusion_jax.models import partition
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.train_step import losses_of
+from fusion_jax.training.step import losses_of
 
 # Largest difference of one value, float32, as in tests/parity; a gradient's norm by its relative error.
 FLOAT32 = {"states": 1e-4, "logits": 2e-4, "losses": 1e-5, "worst_gradient": 1e-3}

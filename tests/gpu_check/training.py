@@ -11,8 +11,8 @@ import numpy as np
 from gpu_check.parts import arguments, note, say
 from PIL import Image
 
-from fusion_jax import metrics
 from fusion_jax.synth.tokenizer import train_tokenizer
+from fusion_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-3  # relative, of the loss at each step
@@ -21,7 +21,8 @@ PLACES = {"top left": (2, 2), "top right": (2, 26), "bottom left": (26, 2), "bot
 
 
 def make_data(folder: Path, count: int = 64) -> None:
-    """Pictures of one square each, questions about its colour and place, a tokenizer: what tests/tiny_run.py reads."""
+    """Pictures of one square each, questions about its colour and place, a tokenizer: what
+    tests/helpers/tiny_run.py reads."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     records = []

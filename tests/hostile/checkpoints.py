@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece
-import tiny_run
+from helpers import tiny_run
 
-from fusion_jax import about, checkpoint, lock, metrics, resume
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.state import TrainState
+from fusion_jax.training import about, checkpoint, lock, metrics, resume
+from fusion_jax.training.state import TrainState
 
 QUICK = 40
 SECONDS = 60  # that one attempt may take

@@ -26,15 +26,20 @@ COMMANDS = {
     "fusion_jax.serve": ["--checkpoint=gone"],
     "fusion_jax.plan": ["--config=good.py", "--topology=v5p:1"],
     "fusion_jax.benchmark": ["checkpoint", "--config=good.py"],
-    "fusion_jax.visualize": ["--checkpoint=gone", "--image=a.png", "--question=What?", "--word=What"],
+    "fusion_jax.visualize": [
+        "--checkpoint=gone",
+        "--image=a.png",
+        "--question=What?",
+        "--word=What",
+    ],
     "fusion_jax.synthesize": ["--config=good.py", "--out=out"],
     "fusion_jax.convert": ["export", "--checkpoint=gone", "--to=to", "--format=transformers"],
-    "fusion_jax.data.convert": ["--json_path=gone.json", "--out=out"],
-    "fusion_jax.data.inspect": ["--config=good.py"],
+    "fusion_jax.shards": ["--json_path=gone.json", "--out=out"],
+    "fusion_jax.inspect": ["--config=good.py"],
 }
 _DICT = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict"
 CONFIGS = {
-    "good.py": None,  # tests/tiny_run.py, whose tokenizer does not exist
+    "good.py": None,  # tests/helpers/tiny_run.py, whose tokenizer does not exist
     "syntax.py": "def get_config(:\n  pass",
     "indent.py": "def get_config():\nreturn 1",
     "empty.py": "",
@@ -88,7 +93,7 @@ ODD = _words("-- --- - --= -x --no --nothing = --config.")
 
 def write_files(folder: Path) -> None:
     for name, text in CONFIGS.items():
-        text = (ROOT / "tests" / "tiny_run.py").read_text() if text is None else text
+        text = (ROOT / "tests" / "helpers" / "tiny_run.py").read_text() if text is None else text
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (folder / "a.png").write_bytes(b"no picture")
     (folder / "folder").mkdir()
@@ -186,13 +191,23 @@ def serve() -> None:
     import jax  # noqa: F401  # everything below is loaded here, once
     import matplotlib.pyplot  # noqa: F401
 
-    from fusion_jax import checkpoint, generate, resume, train_step  # noqa: F401
-    from fusion_jax.data import inspect_numbers, inspect_page, inspect_tables, pipeline  # noqa: F401
+    from fusion_jax.data import pipeline  # noqa: F401
     from fusion_jax.evals import registry, runner  # noqa: F401
+    from fusion_jax.inference import generate  # noqa: F401
+    from fusion_jax.inspection import (
+        numbers,  # noqa: F401
+        page,  # noqa: F401
+        tables,  # noqa: F401
+    )
     from fusion_jax.interop import exporting, importing  # noqa: F401
     from fusion_jax.planning import report, search  # noqa: F401
-    from fusion_jax.serve import api, protocol  # noqa: F401
+    from fusion_jax.server import api, protocol  # noqa: F401
     from fusion_jax.synth import engine  # noqa: F401
+    from fusion_jax.training import (  # noqa: F401
+        checkpoint,
+        resume,
+        step,
+    )
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -18,14 +18,14 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import sentencepiece
 import tokenizers
-from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
+from helpers.fixtures import params, tiny
 
-from fusion_jax import checkpoint
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorWriter
+from fusion_jax.training import checkpoint
 
 QUICK = 150
 _SECONDS, _MEGABYTES = 20, 1500

@@ -5,8 +5,8 @@ import copy
 import http.client
 import json
 
-import echo_server
-from test_generate import picture
+from helpers import echo_server
+from inference.test_generate import picture
 
 QUICK = 500
 _CHECK = 50  # attempts between two looks at the server

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("gradio", reason="the page's area needs gradio: launch/test.sh makes an environment with it")
 
-import page_site
-from page_site import CANCEL, DATA, JOIN, UPLOAD
+from helpers import page_site
+from helpers.page_site import CANCEL, DATA, JOIN, UPLOAD
 
 QUICK = 400
 CANARY, VARIABLE = "canary-of-a-file-4711", "canary-of-the-environment-4712"

@@ -6,9 +6,9 @@ import socket
 import struct
 import time
 
-import echo_server
+from helpers import echo_server
 
-from fusion_jax.serve.connections import Patience
+from fusion_jax.server.connections import Patience
 
 QUICK = 400
 _CHECK = 40  # attempts between two looks at the server

@@ -9,10 +9,10 @@ import shutil
 import time
 from pathlib import Path
 
-from fixtures import tiny
+from helpers.fixtures import tiny
 from PIL import Image
 
-from fusion_jax.data import convert, shards
+from fusion_jax.data import shard_writing, shards
 from fusion_jax.data.pipeline import ExampleMaker
 from fusion_jax.data.sources import load_source
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -340,7 +340,7 @@ def attempts(random, folder):
     )
     maker = ExampleMaker(tiny(), load_tokenizer(folder / "tokenizer"), "phi3")
     (folder / "made.json").write_text(json.dumps([GOOD] * 3))
-    convert.convert(folder / "made.json", folder, folder / "made", shard_count=2, progress=False)
+    shard_writing.convert(folder / "made.json", folder, folder / "made", shard_count=2, progress=False)
     kinds = {
         "JSON": (json_file, 8),
         "mixture": (mixture, 4),
@@ -413,12 +413,12 @@ def _convert(path: Path, images: Path) -> None:
     """The same records as shards, whole, or nothing."""
     out = path.parent / "out"
     try:
-        convert.convert(path, images, out, max_bad_records=1, progress=False)
+        shard_writing.convert(path, images, out, max_bad_records=1, progress=False)
     except UserError as error:
         check_message(error)
         assert not out.exists(), sorted(out.iterdir())
     else:
-        assert convert.check_shards(out, progress=False) == []
+        assert shard_writing.check_shards(out, progress=False) == []
         assert not (out / "partial").exists()
 
 

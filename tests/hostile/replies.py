@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.raw_server import answer, serving
 from PIL import Image
-from raw_server import answer, serving
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.judge import Judge
-from fusion_jax.fetch import FetchError, fetch, is_public
 from fusion_jax.synth.backends.base import BackendError
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
 from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid
+from fusion_jax.web.fetch import FetchError, fetch, is_public
 
 QUICK = 300
 

@@ -14,13 +14,14 @@ import tokenizers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from fusion_jax import checkpoint, generate
 from fusion_jax.data.layout import Example, lay_out
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
+from fusion_jax.inference import generate
 from fusion_jax.interop import exporting, importing, table
 from fusion_jax.models import fusion, vision
 from fusion_jax.models.fusion import Fusion, example_batch
+from fusion_jax.training import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")

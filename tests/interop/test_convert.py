@@ -10,15 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
+from helpers.fixtures import params, tiny
 from safetensors.numpy import load_file, save_file
 
-from fusion_jax import checkpoint, convert, resume
+from fusion_jax import convert
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, new_folder
 from fusion_jax.models.config import VARIANTS, FusionConfig, RopeConfig
+from fusion_jax.training import checkpoint, resume
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
 CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))

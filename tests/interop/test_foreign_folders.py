@@ -15,14 +15,15 @@ from pathlib import Path
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import tokenizers
-from fixtures import params, tiny
 from flax.traverse_util import flatten_dict
+from helpers.fixtures import params, tiny
 
-from fusion_jax import checkpoint, convert
+from fusion_jax import convert
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, check_room, new_folder
+from fusion_jax.training import checkpoint
 
 # Numbers that the published code can open.
 SIZES = {"exchange.heads": 16, "vision.image_size": 384, "vision.patch_size": 16, "vision.layers": 39}

@@ -12,10 +12,10 @@ import tokenizers
 from flax.traverse_util import flatten_dict
 from test_backbones import LLAMA3, LONGROPE, SIZES, cheap_connectors, folders, language_model  # noqa: F401
 
-from fusion_jax import checkpoint
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import gguf_file, gguf_tokenizer, importing
+from fusion_jax.training import checkpoint
 
 gguf = pytest.importorskip("gguf", reason="needs the test extra: pip install 'fusion_jax[test]'")
 

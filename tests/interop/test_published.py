@@ -5,16 +5,16 @@ import json
 import jax
 import numpy as np
 import pytest
-from fixtures import params, tiny
+from helpers.fixtures import params, tiny
 from safetensors.numpy import load_file
 from test_convert import GOLDENS, PUBLISHED, equal_trees
 from test_foreign_folders import write
 
-from fusion_jax import checkpoint
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, published
 from fusion_jax.models.config import GIANT, SO400M, FusionConfig, replace
+from fusion_jax.training import checkpoint
 
 SIGLIP = {"vision.patch_size": 14, "vision.layers": 26}
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_backbones import tower
 
-from fusion_jax import generate
 from fusion_jax.data.sources import Record
+from fusion_jax.inference import generate
 from fusion_jax.interop import importing
 from fusion_jax.interop.gguf_file import GgufFile
 from fusion_jax.models.fusion import Fusion

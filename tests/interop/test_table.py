@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import example as make_example
-from fixtures import flat, forward_fn, image_windows, lay, params, random_array, tiny
+from helpers.fixtures import example as make_example
+from helpers.fixtures import flat, forward_fn, image_windows, lay, params, random_array, tiny
 
 from fusion_jax.interop import table
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange

@@ -11,12 +11,12 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import fixtures
 import jax
 import jinja2
 import numpy as np
 import pytest
 import tokenizers
+from helpers import fixtures
 from parity import test_models as parity
 from PIL import Image
 from safetensors.numpy import save_file
@@ -28,7 +28,6 @@ _modules = tempfile.TemporaryDirectory(prefix="hf_modules")
 os.environ["HF_MODULES_CACHE"] = _modules.name
 transformers = pytest.importorskip("transformers", reason="the exported model needs transformers")
 
-from fusion_jax import generate
 from fusion_jax.data import chat_template, conversation, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
 from fusion_jax.data.image import static_hd_crops
@@ -36,6 +35,7 @@ from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.render_chat import _Generation as Generation
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.inference import generate
 from fusion_jax.interop import table
 from fusion_jax.interop.torch import names
 from fusion_jax.interop.torch.folder import chat_template as jinja_text

@@ -12,11 +12,11 @@ import threading
 import time
 import urllib.parse
 
-import fixtures
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from helpers import fixtures
 from interop import test_torch_model as shared
 from interop.test_torch_model import CHATS, messages, picture, torch, transformers
 from PIL import Image

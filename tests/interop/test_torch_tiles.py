@@ -5,9 +5,9 @@ import functools
 import tempfile
 from pathlib import Path
 
-import fixtures
 import numpy as np
 import pytest
+from helpers import fixtures
 
 exported = pytest.importorskip("interop.test_torch_model", reason="the exported model needs torch and transformers")
 import torch  # noqa: E402

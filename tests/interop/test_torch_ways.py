@@ -1,13 +1,13 @@
-"""The exported model as people use it, with the packages of the test environment; `tests/soak_transformers.py` does so
-under several versions of transformers, with accelerate and peft."""
+"""The exported model as people use it, with the packages of the test environment;
+`tests/soak/soak_transformers.py` does so under several versions of transformers, with accelerate and peft."""
 
 import functools
 import tempfile
 import warnings
 from pathlib import Path
 
-import fixtures
 import pytest
+from helpers import fixtures
 
 exported = pytest.importorskip("interop.test_torch_model", reason="the exported model needs torch and transformers")
 import ways  # noqa: E402

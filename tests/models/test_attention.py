@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import random_array
+from helpers.fixtures import random_array
 
 from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fixtures import tiny
+from helpers.fixtures import tiny
 
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
 from fusion_jax.errors import UserError

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import image_windows, random_array, randomise
+from helpers.fixtures import image_windows, random_array, randomise
 
 from fusion_jax.models import connector
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import example, image_windows, lay, params, random_array, tiny
+from helpers.fixtures import example, image_windows, lay, params, random_array, tiny
 
-from fusion_jax import generate
+from fusion_jax.inference import generate
 from fusion_jax.models import layers, llm
 from fusion_jax.models.config import RopeConfig, Stack, replace
 from fusion_jax.models.exchange import ExchangePlan

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import random_array
+from helpers.fixtures import random_array
 
 from fusion_jax.models import attention, flash, segment_flash
 from fusion_jax.models.attention import reference_attention

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import (
+from flax.traverse_util import flatten_dict
+from helpers.fixtures import (
     assert_trees_close,
     example,
     flat,
@@ -21,7 +22,6 @@ from fixtures import (
     shapes,
     tiny,
 )
-from flax.traverse_util import flatten_dict
 
 from fusion_jax.models import fusion
 from fusion_jax.models.config import VARIANTS

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import flat, params, random_array, tiny
+from helpers.fixtures import flat, params, random_array, tiny
 
 from fusion_jax.models import fusion
 from fusion_jax.models.config import VisionConfig

@@ -8,8 +8,10 @@ import json
 import numpy as np
 from jax.experimental import mesh_utils
 
-from fusion_jax import distributed, generate, train
-from fusion_jax.cli import run_main
+from fusion_jax import train
+from fusion_jax.command_line.cli import run_main
+from fusion_jax.devices import distributed
+from fusion_jax.inference import generate
 
 
 def interleaved(sizes, devices, **_):

@@ -1,11 +1,11 @@
-"""tests/tiny_run.py cut down to one stage of four steps, for runs of several processes."""
+"""tests/helpers/tiny_run.py cut down to one stage of four steps, for runs of several processes."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny_run
+from helpers import tiny_run
 
 
 def get_config(arguments: str = "data"):

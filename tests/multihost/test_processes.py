@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.shapes_data import make_shapes
 from killing import check_the_first_goes_on_later
-from shapes_data import make_shapes
 
-from fusion_jax import checkpoint, distributed, metrics
+from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError
+from fusion_jax.training import checkpoint, metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from fixtures import tiny
+from helpers.fixtures import tiny
 from jax.experimental import multihost_utils
 
-from fusion_jax import board, checkpoint, cli, distributed, ending, errors, input_check, reports, state
+from fusion_jax import errors
+from fusion_jax.command_line import cli
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import pipeline, plan, sources
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.devices import board, distributed
+from fusion_jax.training import checkpoint, ending, input_check, reports, state
 
 STEPS = 6
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fusion_jax import generate
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out
+from fusion_jax.inference import generate
 from fusion_jax.interop import importing, table
 from fusion_jax.models import connector, llm
 from fusion_jax.models.config import QUADRANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.models.layers import example_lengths, rotary
-from fusion_jax.train_step import losses_of
+from fusion_jax.training.step import losses_of
 
 GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
 CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))

@@ -18,8 +18,8 @@ from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.config import FilterConfig
 from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synth.scene import claims, compose, contrast, graph, write
-from fusion_jax.synth.scene.lexicon import COLOURS, NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes import claims, compose, contrast, graph, write
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS, SETTINGS
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 PER_KIND = 25

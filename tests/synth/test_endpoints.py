@@ -13,12 +13,12 @@ import model_server
 import pytest
 import tile_world
 
-from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synthesize import synthesize
+from fusion_jax.values.dicts import from_dict
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-a-very-secret-key"

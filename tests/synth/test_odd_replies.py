@@ -14,8 +14,8 @@ import time
 
 import model_server
 import pytest
+from helpers.raw_server import answer, says, serving
 from PIL import Image
-from raw_server import answer, says, serving
 from test_endpoints import make_config, run
 
 from fusion_jax.errors import UserError

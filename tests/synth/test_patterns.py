@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from slow_patterns import Used, grows, used
+from helpers.slow_patterns import Used, grows, used
 
 import fusion_jax.evals
 import fusion_jax.synth

@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from fusion_jax.synth import questions, scenes
-from fusion_jax.synth.questions import CHOICE_OF, OPTIONS, Target
-from fusion_jax.synth.scenes import CELLS, COLOURS, SHAPES, WORDS, Scene, Thing, Word
+from fusion_jax.synth.worlds.shapes import questions
+from fusion_jax.synth.worlds.shapes import scene as scenes
+from fusion_jax.synth.worlds.shapes.questions import CHOICE_OF, OPTIONS, Target
+from fusion_jax.synth.worlds.shapes.scene import CELLS, COLOURS, SHAPES, WORDS, Scene, Thing, Word
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 PHRASE = re.compile(

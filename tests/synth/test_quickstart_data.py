@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import sentencepiece
 import yaml
+from helpers.shapes_data import make_shapes
 from PIL import Image
-from shapes_data import make_shapes
 
 from configs import quickstart
 from configs.quickstart_data import get_config
-from fusion_jax import checks
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.errors import UserError
-from fusion_jax.synth import questions, scenes
 from fusion_jax.synth.tokenizer import ADDED_TOKENS
+from fusion_jax.synth.worlds.shapes import questions
+from fusion_jax.synth.worlds.shapes import scene as scenes
+from fusion_jax.training import checks
 
 COUNTS = {"stage1": 110, "stage1_5": 90, "stage2": 100, "validation": 20, "held_out": 100}
 

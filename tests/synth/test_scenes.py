@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from fusion_jax.synth import scenes
-from fusion_jax.synth.scenes import Scene, Thing, Word
+from fusion_jax.synth.worlds.shapes import scene as scenes
+from fusion_jax.synth.worlds.shapes.scene import Scene, Thing, Word
 
 
 def many(split: str, count: int = 400) -> list[Scene]:

@@ -13,7 +13,6 @@ import tile_world
 from PIL import Image
 
 from fusion_jax.data.sources import load_source
-from fusion_jax.dicts import from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks, select
 from fusion_jax.synth.backends import factory
@@ -22,6 +21,7 @@ from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.stages import STAGES
 from fusion_jax.synthesize import synthesize
+from fusion_jax.values.dicts import from_dict
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,21 +23,24 @@ import facts
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fixtures import example
+from helpers.fixtures import example
 from jax.sharding import AxisType, Mesh
 
 from configs import flare, fusion
-from fusion_jax import generate, levels, reports, sampling, sharding, state, train_step
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.data.layout import Batch, lay_out
 from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.plan import Sizes
+from fusion_jax.devices import chips, sharding
+from fusion_jax.inference import attention_maps, generate, sampling
 from fusion_jax.models import fusion as fusion_model
 from fusion_jax.models import partition
 from fusion_jax.models.config import replace
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.planning import chips, program, typical
-from fusion_jax.serve import engine
+from fusion_jax.planning import program, typical
+from fusion_jax.server import engine
+from fusion_jax.training import reports, state
+from fusion_jax.training import step as train_step
 
 TINY = {
     "vision.image_size": 96, "vision.patch_size": 8, "vision.mlp_dim": 256, "vision.heads": 2, "vision.layers": 2,
@@ -177,12 +180,12 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 
 
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
-    """What `fusion_jax.visualize` measures, on one device."""
+    """What `fusion_jax.inference.attention_pictures` measures, on one device."""
     model, params = _model(config, mesh)
     one = dataclasses.replace(example(config.model, answer=0), labels=None)
-    batch = levels._lay_out(config.model, one, config.model.fixed_latent_count)
-    words = (levels._indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
-    yield _compile(levels._measure, mesh, model, params, _everywhere(batch, mesh), *words)
+    batch = attention_maps._lay_out(config.model, one, config.model.fixed_latent_count)
+    words = (attention_maps._indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
+    yield _compile(attention_maps._measure, mesh, model, params, _everywhere(batch, mesh), *words)
 
 
 def beginning(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:

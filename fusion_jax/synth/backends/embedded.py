@@ -21,11 +21,12 @@ from typing import Any
 from PIL import Image
 
 from fusion_jax.synth.backends.base import Reply, Unusable
-from fusion_jax.synth.scene import ask, claims, compose, contrast, graph, reading, reason, shapes, write
-from fusion_jax.synth.scene import draw as drawing
-from fusion_jax.synth.scene.falsify import falsify
-from fusion_jax.synth.scene.graph import Scene
-from fusion_jax.synth.scene.parse import Draft, parse
+from fusion_jax.synth.worlds.scenes import ask, claims, compose, contrast, graph, reading, reason, write
+from fusion_jax.synth.worlds.scenes import draw as drawing
+from fusion_jax.synth.worlds.scenes.falsify import falsify
+from fusion_jax.synth.worlds.scenes.graph import Scene
+from fusion_jax.synth.worlds.scenes.parse import Draft, parse
+from fusion_jax.synth.worlds.shapes import world as shapes
 
 VERSION = 2
 SOURCE = "embedded scenes"

@@ -1,0 +1,135 @@
+"""Several processes that train as one: how they find each other, and what only the first of them does.
+
+All run the same program on the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
+compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir. `ending.py` says
+how they end.
+"""
+
+import glob
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fusion_jax.devices import board
+from fusion_jax.errors import UserError, check, first_line
+
+log = logging.getLogger("fusion_jax")
+
+_PIECE = 256  # bytes: texts are gathered in multiples of them, so that few sizes are compiled
+
+
+def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes, before anything touches a device. Alone where there are none.
+
+    Args:
+      address: host:port of process 0. processes: how many there are. process: which this one is, from 0. All three or
+        none: then a Cloud TPU, SLURM or Open MPI says it.
+
+    Raises:
+      UserError: the arguments make no sense, or the others do not answer.
+    """
+    given = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        check(processes >= 1, f"--num_processes={processes} must be at least 1.")
+        check(0 <= process < processes, f"--process_id={process} must be from 0 to {processes - 1}.")
+        _join(address, **given, cluster_detection_method="deactivate")
+    elif len(missing) < len(given):
+        raise UserError(f"Give --{', --'.join(missing)} as well: several processes need all of {', '.join(given)}.")
+    elif _scheduled():
+        _join("the cluster's coordinator", local_device_ids=_slurm_devices())
+    elif _on_tpu():
+        try:
+            jax.distributed.initialize()
+        except ValueError:  # a TPU that tells of no other machines, as in a notebook
+            log.info("no other TPU workers are known; training alone")
+    if not is_first():
+        log.setLevel(logging.WARNING)
+
+
+def _join(where: str, **arguments) -> None:
+    try:
+        jax.distributed.initialize(**arguments)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"Could not join the other processes at {where}: {reason}") from error
+
+
+def _scheduled() -> bool:
+    """Whether SLURM (srun) or Open MPI (mpirun) started several of us."""
+    slurm = "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ
+    return any(
+        int(os.environ.get(name, "1")) > 1
+        for name, present in (("SLURM_NTASKS", slurm), ("OMPI_COMM_WORLD_SIZE", True))
+        if present
+    )
+
+
+def _slurm_devices() -> list[int] | None:
+    """This process's devices where SLURM runs one on each machine; JAX itself assumes one process a device."""
+    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if tasks is not None and tasks == nodes and gpus.isdigit() else None
+
+
+def _on_tpu() -> bool:
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    return (not wanted or "tpu" in wanted) and bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what people read."""
+    return jax.process_index() == 0
+
+
+def own_folder(folder: Path) -> Path:
+    """Where this process writes its metrics and lists: the folder itself for the first, one beside for each other."""
+    return folder if is_first() else folder / "processes" / str(jax.process_index())
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """A global array on the host, in every process, its rows in their own order wherever its parts lie."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+def of_first(value: bool | int) -> int:
+    """The value that process 0 has, in every process: for what all must decide alike."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process has, in the order of the processes; JSON. All call it in the same place: it is a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(-(-int(lengths.max()) // _PIECE) * _PIECE, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def meet(where: str, patience: float) -> bool:
+    """Whether every process comes here within as many seconds as the first of them has patience. `where` is new each
+    time. No collective: nobody waits for ever for one that is inside another.
+
+    Raises:
+      JaxRuntimeError: another process is gone.
+    """
+    if jax.process_count() == 1:
+        return True
+    try:
+        board.client().wait_at_barrier(f"fusion_jax/{where}", round(patience * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return False
+    return True

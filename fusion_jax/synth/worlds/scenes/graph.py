@@ -1,0 +1,197 @@
+"""The scene graph: all that a picture shows and all that may be said about it.
+
+A scene is a setting and up to six things in groups of equals. Each group has a slot of its own, in one of three rows
+of three columns:
+
+    air     | left | center | right |     hangs or flies, in the upper third
+    back    | left | center | right |     stands on the ground, further away
+    front   | left | center | right |     stands on the ground, near; may cover the feet of what is behind it
+
+What is left of, above or in front of what follows from the slots alone, so it holds whatever the drawing's jitter.
+"""
+
+import dataclasses
+import itertools
+import random
+from typing import Any
+
+from fusion_jax.synth.worlds.scenes.lexicon import (
+    COLOURS,
+    COLUMNS,
+    NOUNS,
+    NUMBERS,
+    ROWS,
+    SETTINGS,
+    SIZES,
+    Setting,
+    article,
+)
+
+MAX_THINGS = 6
+MAX_OF_A_KIND = 3
+MAX_TEXT_WORDS = 12
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Equal things side by side: three small red apples, or one sign with its text.
+
+    Attributes:
+      noun: a key of `lexicon.NOUNS`. count: 1 to 3. colour: of `COLOURS`. size: of `SIZES`.
+      row, column: the slot.
+      text: what is written on it (one carrier alone), or "".
+    """
+
+    noun: str
+    count: int
+    colour: str
+    size: str
+    row: str
+    column: str
+    text: str = ""
+
+    @property
+    def slot(self) -> tuple[str, str]:
+        return self.row, self.column
+
+    @property
+    def plural(self) -> bool:
+        return self.count > 1
+
+    @property
+    def words(self) -> str:
+        """The bare noun in its number: "apple" or "apples"."""
+        return NOUNS[self.noun].plural if self.plural else NOUNS[self.noun].name
+
+    @property
+    def full(self) -> str:
+        """ "three small red apples", "a red apple"."""
+        words = " ".join(word for word in (self.size, self.colour, self.words) if word)
+        return f"{NUMBERS[self.count]} {words}" if self.plural else article(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A setting (a key of `lexicon.SETTINGS`) and its groups, row by row from the top, left to right."""
+
+    setting: str
+    groups: tuple[Group, ...]
+
+    @property
+    def place(self) -> Setting:
+        return SETTINGS[self.setting]
+
+    @property
+    def texts(self) -> tuple[Group, ...]:
+        return tuple(group for group in self.groups if group.text)
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """Each colour once, in the order of the groups."""
+        return tuple(dict.fromkeys(group.colour for group in self.groups))
+
+    def count(self, noun: str, colour: str | None = None) -> int:
+        return sum(g.count for g in self.groups if g.noun == noun and colour in (None, g.colour))
+
+
+def scene(setting: str, groups: list[Group] | tuple[Group, ...]) -> Scene:
+    """A scene with its groups in order; raises ValueError where it breaks a rule."""
+    ordered = sorted(groups, key=lambda g: (ROWS.index(g.row), COLUMNS.index(g.column)))
+    made = Scene(setting, tuple(ordered))
+    if problem := fault(made):
+        raise ValueError(problem)
+    return made
+
+
+def fault(made: Scene) -> str:
+    """The first rule that a scene breaks, or ""."""
+    if made.setting not in SETTINGS:
+        return f"no setting {made.setting!r}"
+    if not made.groups:
+        return "a scene shows at least one thing"
+    for g in made.groups:
+        if g.noun not in NOUNS or g.colour not in COLOURS or g.size not in SIZES:
+            return f"no {g.size} {g.colour} {g.noun} is known"
+        if g.row not in ROWS or g.column not in COLUMNS or (g.row == "air") != NOUNS[g.noun].air:
+            return f"{g.noun} cannot be in the {g.row} row"
+        if g.count < 1 or (g.text and (g.count > 1 or not NOUNS[g.noun].carrier)):
+            return f"{g.count} {g.noun} with text {g.text!r}"
+        if len(g.text.split()) > MAX_TEXT_WORDS:
+            return f"a text of {len(g.text.split())} words, more than {MAX_TEXT_WORDS}"
+        if made.count(g.noun) > MAX_OF_A_KIND:
+            return f"{made.count(g.noun)} {NOUNS[g.noun].plural}, more than {MAX_OF_A_KIND}"
+    if sum(g.count for g in made.groups) > MAX_THINGS:
+        return f"more than {MAX_THINGS} things"
+    if len({g.slot for g in made.groups}) < len(made.groups):
+        return "two groups in one slot"
+    if len({(g.noun, g.colour) for g in made.groups}) < len(made.groups):
+        return "two groups of the same noun and colour"
+    return ""
+
+
+def to_json(made: Scene) -> dict[str, Any]:
+    """The scene as JSON objects: travels with the sample as its state."""
+    return {"version": VERSION, "setting": made.setting, "groups": [dataclasses.asdict(g) for g in made.groups]}
+
+
+def from_json(state: Any) -> Scene:
+    """The inverse of `to_json`; raises ValueError for anything else."""
+    try:
+        if state["version"] != VERSION:
+            raise ValueError(f"scene graph of version {state['version']}, this program reads {VERSION}")
+        return scene(state["setting"], [Group(**group) for group in state["groups"]])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a scene graph: {error}") from None
+
+
+# What holds between two groups, by the words that say it. `b` is the one after the words.
+OPPOSITES = {"left of": "right of", "above": "below", "in front of": "behind"}
+OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
+
+
+def holds(relation: str, a: Group, b: Group) -> bool:
+    """Whether a is left of, right of, above, below, in front of or behind b.
+
+    Left and right need different columns. Above and below need the same column, one in the air, one on the ground. In
+    front and behind are for things on the ground.
+    """
+    across = COLUMNS.index(a.column) - COLUMNS.index(b.column)
+    if relation == "left of":
+        return across < 0
+    if relation == "right of":
+        return across > 0
+    if relation == "above":
+        return a.row == "air" and b.row != "air" and across == 0
+    if relation == "in front of":
+        return a.row == "front" and b.row == "back"
+    if relation in ("below", "behind"):
+        return holds(OPPOSITES[relation], b, a)
+    raise ValueError(f"no relation {relation!r}")
+
+
+def relations(made: Scene) -> list[tuple[Group, str, Group]]:
+    """All that holds between groups, each pair in both directions."""
+    pairs = itertools.permutations(made.groups, 2)
+    return [(a, relation, b) for a, b in pairs for relation in OPPOSITES if holds(relation, a, b)]
+
+
+def names(made: Scene, group: Group) -> tuple[str, ...]:
+    """The definite names that fit this group alone: "the apple", "the red apple"; with its number where it is one."""
+    found = []
+    same = [g for g in made.groups if g.noun == group.noun]
+    if len(same) == 1:
+        found.append(f"the {group.words}")
+    found.append(f"the {group.colour} {group.words}")
+    return tuple(found)
+
+
+def absent_nouns(made: Scene) -> list[str]:
+    """Nouns that are nowhere in the picture, the backdrop included, in the lexicon's order."""
+    there = {group.noun for group in made.groups} | set(made.place.shows)
+    return [noun for noun in NOUNS if noun not in there]
+
+
+def generator(*key: object) -> random.Random:
+    """A random generator seeded by its arguments alone: the same in every process, on every machine."""
+    return random.Random("/".join(map(str, key)))

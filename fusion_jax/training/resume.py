@@ -1,0 +1,268 @@
+"""What a run may change when it goes on from a checkpoint, and what it may not."""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from fusion_jax.errors import UserError
+from fusion_jax.files import parse_json, read_file
+from fusion_jax.models.config import FusionConfig, replace
+from fusion_jax.training import checkpoint, integrity, loading, transfer
+from fusion_jax.training.about import always_bos, config_of, conversation_ids
+from fusion_jax.training.input_check import differences
+
+log = logging.getLogger("fusion_jax")
+
+_VISION_SIZES = ("image_size", "patch_size", "width", "mlp_dim", "layers", "heads")
+_LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qkv_bias", "tied_head")
+
+# The rest may change between two starts: learning rates, schedule length, loss weight, dtype, accumulation, reports,
+# places of files, devices. These would make another state, or another order of the data, of what is continued.
+_RUN = ("seed",)
+_STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
+_STAGE += ("learn_rows",)
+_MODEL_FREE = ("mapping_loss_weight",)
+# What may be changed on purpose, and is then to be named in --accept_changed.
+INPUTS = ("data", "tokenizer", "template")
+
+
+def newest_about(folder: Path) -> dict[str, Any] | None:
+    """`about` of the newest checkpoint in a stage's checkpoint folder that can be read; None where none can.
+
+    The log says which are passed over.
+    """
+    for step in reversed(checkpoint.steps_in(folder)):
+        found = integrity.problem(folder / str(step), parts=("about",))
+        try:
+            if found is None:
+                return checkpoint.load_about(folder / str(step))
+            log.warning("checkpoint %s is damaged: %s; its config is not looked at", folder / str(step), found)
+        except UserError as error:
+            log.warning("%s", error)
+    return None
+
+
+def raise_unreadable(folder: Path) -> None:
+    """UserError of a stage's checkpoint folder in which `newest_about` finds nothing; says why of the newest."""
+    step = checkpoint.steps_in(folder)[-1]
+    why = integrity.problem(folder / str(step), parts=("about",))
+    if why is None:
+        try:
+            checkpoint.load_about(folder / str(step))
+        except UserError as error:
+            why = str(error).rstrip(".")
+    raise UserError(
+        f"No checkpoint in {folder} is whole (step {step}: {why}); move that folder away to begin the stage again."
+    )
+
+
+def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
+    """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
+
+    Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
+    With another one the log says so. UserError as `checkpoint.find`, `continue_model` and `load_tokenizer`.
+    """
+    folder = checkpoint.find(source)
+    about = checkpoint.load_about(folder)
+    config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
+    if str(source) == config.init_from:
+        other = [
+            f"{name}={ours!r} ({theirs!r})"
+            for name, ours, theirs in _model_pairs(config.model, config_of(about, folder).model)
+            if ours != theirs
+        ]
+        if other:
+            log.info("the model differs from that of %s: %s", folder, ", ".join(other))
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer, own=True)
+        different = _text_differences(config, tokenizer, about, folder) if str(source) == config.init_from else {}
+        if different:
+            log.warning("%s was trained on other tokens: %s", folder, "; ".join(different.values()))
+    else:
+        template = config_of(about, folder).template
+        if template != config.template:
+            log.info("the template is the checkpoint's, %s, and not %s", template, config.template)
+        config = dataclasses.replace(config, template=template)
+        checkpoint.save_tokenizer(about, Path(scratch))
+        tokenizer = load_tokenizer(scratch)
+    return config, tokenizer, about.get("origin", {})
+
+
+def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
+    """The step folder that `config.init_from` means, and its parameters in shapes, dtypes and shardings of `like`.
+
+    What `config.init_without` names is not taken from there, but begun anew where the model has it. With several
+    processes all use the same. UserError as `loading.use` and `load_params`.
+    """
+
+    def load(folder: Path) -> tuple[Path, dict]:
+        about, params, problem = checkpoint.load_about(folder), None, None
+        if continue_model(config.model, about, str(folder)) != config.model:
+            raise UserError(f"{folder} is of another model than {config.init_from} has by now; give a step folder.")
+        try:
+            saved = config_of(about, folder).model
+            params = transfer.take(folder, saved, config.model, like, config.init_without, config.seed)
+        except loading.Damaged as error:
+            problem = error
+        checkpoint.read_by_all(folder, problem)
+        if not checkpoint.all_agree(params is not None):
+            raise problem or loading.unreadable(folder, "another process says why")
+        assert params is not None
+        return folder, params
+
+    return loading.use(config.init_from, load)
+
+
+def check_initial(config: RunConfig, shapes: dict) -> None:
+    """UserError where the model, whose parameters have these shapes, cannot begin with those of `config.init_from`."""
+
+    def look(folder: Path) -> None:
+        saved = config_of(checkpoint.load_about(folder), folder).model
+        transfer.plan(folder, saved, config.model, flatten_dict(shapes, sep="/"), config.init_without)
+
+    loading.use(config.init_from, look)
+
+
+def check(config: RunConfig, stage: StageConfig, about: dict[str, Any], where: Path) -> None:
+    """Compares a config with that of the checkpoint which its stage goes on from.
+
+    Args:
+      where: the checkpoint, for the message.
+
+    Raises:
+      UserError: values differ that the state depends on; names them all.
+    """
+    saved = config_of(about, where)
+    if config.tokenizer and always_bos(about, where) and not load_tokenizer(config.tokenizer, own=True).adds_bos:
+        raise UserError(
+            f"{where} was trained with a BOS token in front of every conversation, which {config.tokenizer} does not "
+            'ask for; to go on, say "add_bos_token": true in its tokenizer_config.json, with the padding token as '
+            "bos_token if it names none."
+        )
+    pairs = [(f"model.{name}", ours, theirs) for name, ours, theirs in _model_pairs(config.model, saved.model)]
+    pairs += [(name, getattr(config, name), getattr(saved, name)) for name in _RUN]
+    old = next((known for known in saved.stages if known.name == stage.name), None)
+    if old is not None:
+        pairs += [(f"{stage.name}.{name}", getattr(stage, name), getattr(old, name)) for name in _STAGE]
+    different = [f"{name}={ours!r} (checkpoint: {theirs!r})" for name, ours, theirs in pairs if ours != theirs]
+    if different:
+        raise UserError(
+            f"{where} is of another config: {', '.join(different)}; give another --workdir, and with init_from the "
+            "parameters alone are taken over."
+        )
+
+
+def check_inputs(
+    config: RunConfig,
+    stage: StageConfig,
+    data: list[dict[str, Any]] | None,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    where: Path,
+    accepted: Sequence[str] = (),
+) -> None:
+    """Compares what a run reads with what was read for the checkpoint that its stage goes on from.
+
+    Args:
+      data: the stage's, of `RecordSource.describe`; None where nothing of it is trained any more.
+      accepted: those of `INPUTS` that may be others; the log says what is other about them.
+
+    Raises:
+      UserError: something else has changed; names it all.
+    """
+    different = _text_differences(config, tokenizer, about, where)
+    if data is not None:
+        changed = _data_differences(stage, data, about, where)
+        if changed:
+            different["data"] = f"{stage.data} has {', '.join(changed)}"
+    for name in accepted:
+        if name in different:
+            log.warning("%s goes on with a change (--accept_changed): %s", where, different.pop(name))
+    if different:
+        raise UserError(
+            f"{where} was trained on something else: {'; '.join(different.values())}; put back what was there, give "
+            f"another --workdir, or go on with what is there now by --accept_changed={','.join(different)}."
+        )
+
+
+def _data_differences(stage: StageConfig, data: list[dict[str, Any]], about: dict[str, Any], where: Path) -> list[str]:
+    if stage.name in about.get("data", {}):
+        return differences(data, about["data"][stage.name], "checkpoint")
+    log.info("%s is of an earlier version, whose data are known by their number of records alone", where)
+    records = sum(part["drawn"] for part in data)
+    known = about.get("records", {}).get(stage.name, records)
+    return [f"{records:,} records (checkpoint: {known:,})"] if records != known else []
+
+
+def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, Any], where: Path) -> dict[str, str]:
+    """What would make other tokens of the same texts, in words, by the key in `INPUTS`."""
+    different = {}
+    theirs = config_of(about, where).template
+    if config.template != theirs:
+        different["template"] = f"template={config.template!r} (checkpoint: {theirs!r})"
+    names = _other_files(tokenizer, about) if config.tokenizer and about["tokenizer"] else []
+    if names:
+        different["tokenizer"] = f"the tokenizer in {tokenizer.folder} has another {' and '.join(names)}"
+    same = about.get("conversation") in (None, [], conversation_ids(tokenizer, config.template))
+    if not different and not same:
+        different["template"] = f"the template {config.template!r} makes other tokens of the same conversation"
+    return different
+
+
+def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
+    """Names of the tokenizer's files that are not the checkpoint's (as `checkpoint.save_tokenizer` gives those)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint.save_tokenizer(about, Path(scratch))
+        folders = tokenizer.folder, Path(scratch)
+        known = [name for name in TOKENIZER_FILES if about.get("format", 1) >= 2 or not name.endswith(".jinja")]
+        pairs = {name: [read_file(f / name) if (f / name).is_file() else None for f in folders] for name in known}
+        return [name for name, (ours, theirs) in pairs.items() if not _same_content(ours, theirs)]
+
+
+def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
+    """JSON may be written in another way."""
+    if ours is None or theirs is None or ours == theirs:
+        return ours == theirs
+    try:
+        return parse_json(ours) == parse_json(theirs)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, value, value) of all leaves of two equal kinds of dataclasses."""
+    pairs = []
+    for field in dataclasses.fields(ours):
+        a, b, name = getattr(ours, field.name), getattr(theirs, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            pairs += _model_pairs(a, b, f"{name}.")
+        elif name not in _MODEL_FREE:
+            pairs.append((name, a, b))
+    return pairs
+
+
+def continue_model(config: FusionConfig, about: dict[str, Any], where: str) -> FusionConfig:
+    """The model that a run of `config` trains when it starts from a checkpoint: tower and decoder are the checkpoint's.
+
+    A config for a published size need not know the numbers that come with the weights (vocabulary, rotary factors).
+
+    Raises:
+      UserError: their sizes differ; names the values.
+    """
+    saved = config_of(about, where).model
+    different = []
+    for part, names in (("vision", _VISION_SIZES), ("llm", _LLM_SIZES)):
+        ours, theirs = getattr(config, part), getattr(saved, part)
+        for name in names:
+            if getattr(ours, name) != getattr(theirs, name):
+                different.append(f"{part}.{name}={getattr(ours, name)} (checkpoint: {getattr(theirs, name)})")
+    if different:
+        raise UserError(f"config.model does not fit {where}: {', '.join(different)}.")
+    return replace(config, vision=saved.vision, llm=saved.llm)

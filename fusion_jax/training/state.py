@@ -1,0 +1,90 @@
+"""The training state: a pytree of arrays, and its abstract twin of shapes and shardings."""
+
+import functools
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fusion_jax.devices import sharding
+from fusion_jax.models import fusion
+from fusion_jax.models.config import FusionConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32, steps taken, skipped ones included: it names the next batch.
+      params: float32 masters. opt_state: of `optim.optimizer`.
+      skipped: int32, steps skipped so far as loss, gradient or update were not finite; skipped_in_row: without one good
+        step between.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+@functools.cache
+def _boxed_parameters(config: FusionConfig):
+    """Parameter shapes with their logical axes; nothing is computed."""
+    return jax.eval_shape(fusion.Fusion(config).init, jax.random.key(0), fusion.example_batch(config))["params"]
+
+
+def abstract_parameters(config: FusionConfig, mesh: Mesh):
+    """Shape, dtype and sharding of every parameter."""
+    boxed = _boxed_parameters(config)
+    return _with_shardings(nn.unbox(boxed), sharding.of_parameters(boxed, mesh))
+
+
+def shapes(config: FusionConfig):
+    """Shape and dtype of every parameter."""
+    return nn.unbox(_boxed_parameters(config))
+
+
+def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of a state; `params` may be abstract."""
+    shapes = jax.eval_shape(functools.partial(create, tx=tx), params)
+    placed, everywhere = jax.tree.map(lambda p: p.sharding, params), sharding.replicated(mesh)
+    places = TrainState(
+        step=everywhere,
+        params=placed,
+        opt_state=sharding.of_optimizer(tx, shapes.params, placed, mesh),
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )
+    return _with_shardings(shapes, places)
+
+
+def initial_parameters(config: FusionConfig, seed: int, mesh: Mesh):
+    """Random float32 parameters, each device making its own part: the same values on every mesh."""
+    places = sharding.of_parameters(_boxed_parameters(config), mesh)
+    return fusion.init(config, jax.random.key(seed), places)
+
+
+def create(params, tx: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 with a fresh optimizer."""
+    # Three buffers, not one thrice: the step donates them.
+    step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, tx.init(params), skipped, in_row)
+
+
+def begin(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """`create` on a mesh: the parameters stay where they are, the optimizer's state is made in its place.
+
+    `params` become part of the state, whose buffers the step donates.
+    """
+    places = jax.tree.map(lambda x: x.sharding, abstract(params, tx, mesh))
+    return jax.jit(functools.partial(create, tx=tx), out_shardings=places, donate_argnums=0)(params)
+
+
+def _with_shardings(shapes, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,0 +1,115 @@
+"""The validation data of a stage: which of the first records can be used, known before anything is trained."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import pipeline, sources
+from fusion_jax.data.layout import Batch
+from fusion_jax.data.pipeline import Loader
+from fusion_jax.data.plan import FixedBatch, Measured, plan_all
+from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.devices import distributed
+from fusion_jax.errors import BadRecord, UserError
+from fusion_jax.training import metrics
+
+log = logging.getLogger("fusion_jax")
+
+_MARK = "validation"  # in bad_records.jsonl
+# Of a stage; they decide which records can be used, and how many.
+SIZES = ("max_length", "max_question_length", "max_rounds", "max_images", "batch_size")
+
+
+class NothingUsable(UserError):
+    """None of the validation records can be used in a stage."""
+
+
+@dataclass
+class Validation:
+    """The first usable records of the validation data, in the sizes of one stage.
+
+    Attributes:
+      records: measured, in the order of the file; the same in every process. bad: those among them that cannot be
+        used, as far as texts and the headers of images tell, which process 0 alone looks at. broken: those that turned
+        out to be bad in this process's rows, by number.
+    """
+
+    config: RunConfig
+    stage: StageConfig
+    loader: Loader
+    records: list[Measured]
+    bad: list[BadRecord]
+    broken: dict[int, BadRecord] = field(default_factory=dict)
+
+    def plan(self, shards: int) -> list[FixedBatch]:
+        """Batches that hold all records, whole or not."""
+        return plan_all(self.records, self.loader.spec, self.loader.longest_latents, self.stage, shards)
+
+    def batches(self, planned: Sequence[FixedBatch], shards: int, held: Sequence[int]) -> Iterator[Batch]:
+        """This process's rows of them. Records that turn out to be bad are named, each once."""
+        for batch, bad in pipeline.fixed_batches(self.loader, planned, self.config.loader_threads, shards, held):
+            for number, one in bad.items():
+                if number not in self.broken:
+                    log.warning("%s: a validation record is left out (%s): %s", self.stage.name, one.reason, one)
+            self.broken |= bad
+            yield batch
+
+    def list_bad(self, folder: Path, step: int) -> None:
+        """Adds to `bad_records.jsonl` those that it does not list yet."""
+        path = folder / "bad_records.jsonl"
+        rows = metrics.read(path) if path.is_file() else []
+        listed = {(row.get("where"), row.get("reason")) for row in rows if row.get("data") == _MARK}
+        new = [bad for bad in (*self.bad, *self.broken.values()) if (bad.where, bad.reason) not in listed]
+        rows = [{"step": step, "data": _MARK, "reason": b.reason, "where": b.where, "detail": b.detail} for b in new]
+        try:
+            if rows:
+                with path.open("a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            log.warning("bad validation records are not listed: %s", error)
+
+
+def open_data(config: RunConfig) -> RecordSource | None:
+    """The validation records; None where the config names none. UserError as `sources.load_source`."""
+    if not config.validation_data:
+        return None
+    return sources.load_source(config.validation_data, config.validation_image_folder or None)
+
+
+def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Validation:
+    """Looks at the first records for one stage and says how many cannot be used. A collective.
+
+    Raises:
+      NothingUsable: none can be used.
+    """
+    loader = pipeline.fixed_loader(config, stage, source, tokenizer)
+    records: list[Measured] = []
+    bad: list[BadRecord] = []
+    if distributed.is_first():
+        most = config.validation_batches
+        records, bad = pipeline.first_records(loader, stage.batch_size, most, config.loader_threads)
+        # Headers tell little about what is behind them: one image must be decoded now, the others when they are due.
+        while records and isinstance(loaded := loader.load_planned(records[0]), BadRecord):
+            bad.append(loaded)
+            del records[0]
+    first = f"; the first: {bad[0]}" if bad else ""
+    records, reasons, first = distributed.gather((records, Counter(one.reason for one in bad), first))[0]
+    said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    if not records:
+        raise NothingUsable(
+            f"None of the {sum(reasons.values())} records of validation_data {config.validation_data} can be used in "
+            f"stage {stage.name!r} ({said}{first}); repair them, or the stage's lengths, or set "
+            "validation_image_folder."
+        )
+    if bad:
+        log.warning(
+            "%s: %d validation record(s) of the first %d cannot be used (%s%s); bad_records.jsonl in the workdir lists "
+            "them",
+            *(stage.name, sum(reasons.values()), sum(reasons.values()) + len(records), said, first),
+        )
+    return Validation(config, stage, loader, [Measured(*record) for record in records], bad)

@@ -1,0 +1,298 @@
+"""Continuous batching against answers given one by one; places, deadlines, compilations."""
+
+import dataclasses
+import json
+import queue
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_run
+from inference.test_generate import QUESTIONS, config, picture, weights
+
+from fusion_jax.data import pipeline
+from fusion_jax.data.sources import Record
+from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.errors import UserError
+from fusion_jax.inference import generate
+from fusion_jax.inference.sampling import Sampling, settings
+from fusion_jax.inference.streaming import TextStream
+from fusion_jax.models.config import RopeConfig, replace
+from fusion_jax.models.fusion import Fusion
+from fusion_jax.server.engine import Closing, Engine, Full
+from fusion_jax.server.grammar import GrammarError, Grammars
+from fusion_jax.server.structured import read_form
+from fusion_jax.synth.tokenizer import train_tokenizer
+
+# Some prompts pass LongRoPE's original length, some do with their answers, others never: each has its own factors.
+ROPE = RopeConfig("longrope", original_length=70, max_length=512, short_factors=(1.0,) * 4, long_factors=(9.0,) * 4)
+MODEL = replace(tiny_run.MODEL, **{"llm.rope": ROPE})
+BUCKETS = generate.Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), images=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(
+        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    one = Engine(Fusion(MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24, queue_limit=80)
+    one.start()
+    yield one
+    one.close(10)
+
+
+def mixed(i):
+    """The i-th of many requests that differ in images, rounds, lengths and settings."""
+    images, rounds = (i // 2) % 3, 1 + i % 2
+    turns = []
+    for r in range(rounds):
+        turns.append({"from": "human", "value": QUESTIONS[(i + r) % 4] * (1 + i % 3)})
+        turns.append({"from": "gpt", "value": "A red circle."})
+    turns[0]["value"] = "<image>\n" * images + turns[0]["value"]
+    record = Record(str(i), None, turns[:-1], f"prompt {i}", tuple(picture(i + k) for k in range(images)))
+    drawn = {"temperature": 0.8, "top_k": 30, "top_p": 0.95, "seed": i} if i % 4 == 3 else {}
+    return record, Sampling(max_tokens=3 + i % 22, **drawn)
+
+
+def collect(engine, requests, timeout=300.0):
+    events = queue.Queue()
+    texts, ends = [""] * len(requests), {}
+    for i, (record, how) in enumerate(requests):
+        engine.submit(engine.prepare(record), how, lambda event, i=i: events.put((i, event)), timeout)
+    while len(ends) < len(requests):
+        i, event = events.get(timeout=300)
+        texts[i] += event.text
+        if event.finish:
+            ends[i] = event.finish
+    return texts, [ends[i] for i in range(len(requests))]
+
+
+def alone(engine, record, how):
+    """The same by the functions that know nothing of rows and rings."""
+    prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
+    batch = prompts.batch([prompts.example(record)])
+    room = batch.tokens.shape[1] + 24  # one program for all limits
+    prefilled = generate.prefill(engine.model, engine.params, batch, room, limit)
+    state = generate.begin(*prefilled, batch, limit, settings([how]))
+    tokens, _, _ = generate.decode(engine.model, engine.params, state, 24, prompts.stop_ids, not how.greedy)
+    stream = TextStream(prompts.tokenizer, prompts.stop_ids, how.stop, how.max_tokens)
+    return stream.add(tokens[0].tolist())
+
+
+def test_64_mixed_requests_equal_one_by_one_without_compiling(engine):
+    requests = [mixed(i) for i in range(64)]
+    spec = pipeline.layout_spec(MODEL, 1, 1, 1)
+    lengths = [generate.needs(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
+    reach = [length + how.max_tokens - 1 for length, (_, how) in zip(lengths, requests)]
+    kinds = [(length > ROPE.original_length, far > ROPE.original_length) for length, far in zip(lengths, reach)]
+    assert set(kinds) == {(False, False), (False, True), (True, True)}
+    texts, ends = collect(engine, requests)
+    assert engine.recompilations == 0
+    assert set(ends) <= {"stop", "length"} and len(set(texts)) > 16
+    for text, (record, how) in zip(texts, requests):
+        assert alone(engine, record, how) == text
+    assert engine.busy == engine.waiting == 0
+
+
+def test_a_cancelled_request_frees_its_row_and_a_late_one_times_out(engine):
+    record, _ = mixed(1)
+    events = queue.Queue()
+    requests = [engine.submit(engine.prepare(record), Sampling(max_tokens=24), events.put, 60.0) for _ in range(12)]
+    for request in requests:
+        request.cancel()
+    ends = [next(e.finish for e in iter(events.get, None) if e.finish) for _ in requests]
+    assert "cancelled" in ends and engine.busy == engine.waiting == 0
+    assert collect(engine, [mixed(0)] * 6, timeout=-1.0)[1] == ["timeout"] * 6
+
+
+def test_places_are_limited(engine):
+    taken = engine.rows + engine.queue_limit
+    for _ in range(taken):
+        engine.reserve()
+    with pytest.raises(Full):
+        engine.reserve()
+    for _ in range(taken):
+        engine.release()
+    engine.reserve()
+    engine.release()
+
+
+def test_closing_answers_what_was_accepted_and_refuses_the_rest(engine, tokenizer):
+    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    other = Engine(engine.model, engine.params, prompts, rows=4, max_tokens=24)
+    other.start()
+    record, how = mixed(0)
+    assert "".join(other.answer(other.prepare(record), how)) == "".join(engine.answer(engine.prepare(record), how))
+    events = queue.Queue()
+    other.submit(other.prepare(mixed(2)[0]), Sampling(max_tokens=20), events.put, 60.0)
+    other.close(30)
+    ends = []
+    while not events.empty():
+        ends.append(events.get().finish)
+    assert ends[-1] in ("stop", "length")
+    with pytest.raises(Closing):
+        other.reserve()
+
+
+# Answers of a form, and probabilities.
+
+FORMS = [
+    {"guided_choice": ["A red circle", "a blue star", "猫"]},
+    {"guided_regex": "[0-9]{3}-[a-z]{2} ?"},
+    {"guided_json": {"enum": [7, "seven", None]}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "seen",
+                "strict": True,
+                "schema": {
+                    "type": "object",
+                    "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y z"]}},
+                    "required": ["a", "b"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def grammars(engine):
+    pytest.importorskip("llguidance")
+    return Grammars(engine.prompts, MODEL.llm.vocab_size)
+
+
+def collect_formed(engine, requests):
+    """[(text, finish, tokens)] of (record, sampling, form or None, likely), all at once."""
+    events, done = queue.Queue(), {}
+    told = [["", None, []] for _ in requests]
+    for i, (record, how, constraint, likely) in enumerate(requests):
+        engine.submit(engine.prepare(record), how, lambda event, i=i: events.put((i, event)), 300.0, constraint, likely)
+    while len(done) < len(requests):
+        i, event = events.get(timeout=300)
+        told[i][0] += event.text
+        told[i][2] += event.tokens
+        if event.finish:
+            told[i][1] = done[i] = event.finish
+    return told
+
+
+def follows(form, text):
+    if "guided_choice" in form:
+        return text in form["guided_choice"]
+    if "guided_regex" in form:
+        return re.fullmatch(form["guided_regex"], text) is not None
+    schema = form.get("guided_json") or form["response_format"]["json_schema"]["schema"]
+    said = json.loads(text)
+    return said in schema["enum"] if "enum" in schema else list(said) == ["a", "b"] and said["b"] in ("x", "y z")
+
+
+def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
+    requests, free = [], {}
+    for i in range(24):
+        record, how = mixed(i)
+        if i % 2:
+            free[i] = (record, how)
+            requests.append((record, how, None, 2 if i % 3 == 0 else None))
+        else:
+            how = Sampling(max_tokens=24, temperature=1.5 if i % 4 else 0.0, seed=i)
+            requests.append((record, how, grammars.matcher(read_form(FORMS[i // 2 % 4])), None))
+    before = engine.recompilations  # what the tests themselves have compiled
+    told = collect_formed(engine, requests)
+    assert engine.recompilations == before
+    said = set()
+    for i, (text, finish, _) in enumerate(told):
+        if i in free:
+            assert text == alone(engine, *free[i])
+        elif finish == "stop":
+            assert follows(FORMS[i // 2 % 4], text), text
+            said.add(text)
+        else:
+            assert finish == "length" and i // 2 % 4 == 3, (i, text)  # white space within JSON may be long
+    assert len(said) > 5
+    # The device's rows are free again.
+    assert engine.busy == 0 and np.asarray(engine._state.done).all()
+
+
+def test_a_form_that_is_whole_ends_with_its_last_token(engine, grammars):
+    record, _ = mixed(0)
+    choice = read_form({"guided_choice": ["A red circle"]})
+    count = len(collect_formed(engine, [(record, Sampling(max_tokens=24), grammars.matcher(choice), 0)])[0][2])
+    exact, short = (
+        collect_formed(engine, [(record, Sampling(max_tokens=most), grammars.matcher(choice), 0)])[0]
+        for most in (count, count - 1)
+    )
+    assert exact[:2] == ["A red circle", "stop"]
+    assert short[1] == "length" and "A red circle".startswith(short[0]) and short[0] != "A red circle"
+    stopped = Sampling(max_tokens=24, stop=("red",))
+    assert collect_formed(engine, [(record, stopped, grammars.matcher(choice), None)])[0][:2] == ["A ", "stop"]
+
+
+def test_probabilities_are_the_models_own(engine):
+    """Before temperature and penalty: the logits' of a run that keeps them."""
+    record, _ = mixed(2)
+    how = Sampling(max_tokens=10, temperature=0.7, repetition_penalty=1.3, seed=4)
+    (text, _, tokens), (plain, _, none) = collect_formed(engine, [(record, how, None, 3), (record, how, None, None)])
+    assert text == plain and none == []
+    prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
+    batch = prompts.batch([prompts.example(record)])
+    prefilled = generate.prefill(engine.model, engine.params, batch, batch.tokens.shape[1] + 24, limit)
+    state = generate.begin(*prefilled, batch, limit, settings([how]))
+    ids, logits, _ = generate.decode(engine.model, engine.params, state, 10, prompts.stop_ids, True, True)
+    shares = np.asarray(jax.nn.log_softmax(logits[0]))
+    assert 0 < len(tokens) <= 10
+    for k, one in enumerate(tokens):
+        assert one.token == ids[0, k] and len(one.top) == 3
+        np.testing.assert_allclose(one.value, shares[k, one.token], atol=1e-4)
+        np.testing.assert_allclose([value for _, value in one.top], np.sort(shares[k])[::-1][:3], atol=1e-4)
+    said = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
+    assert said.decode(errors="replace").strip() == text
+    greedy = collect_formed(engine, [(record, Sampling(max_tokens=10), None, 20)])[0]
+    assert all(one.top[0] == (one.token, one.value) and len(one.top) == 20 for one in greedy[2])
+    with pytest.raises(UserError, match=r"0\.\.20"):
+        engine.submit(engine.prepare(record), how, print, 1.0, likely=21)
+
+
+def test_a_form_that_leads_nowhere_ends_its_own_answer_alone(engine):
+    class Nowhere:
+        prefix, ended = "", False
+
+        def __init__(self):
+            self.left = 3
+
+        def fill(self, bits, row):
+            if not self.left:
+                raise GrammarError("no token can come next")
+
+        def take(self, token):
+            self.left -= 1
+
+    events = queue.Queue()
+    example = engine.prepare(mixed(0)[0])
+    engine.submit(example, Sampling(max_tokens=20), events.put, 60.0, Nowhere())
+    texts, _ = collect(engine, [mixed(4)])
+    heard = []
+    while not heard or heard[-1].finish is None:
+        heard.append(events.get(timeout=60))
+    heard = heard[-1:]
+    assert [(event.finish, "no token can come next" in event.problem) for event in heard] == [("error", True)]
+    assert texts == [alone(engine, *mixed(4))] and not engine.problem
+
+
+def test_steps_of_one_token_are_taken_only_beside_a_form(engine, grammars):
+    before = engine.statistics.chunks
+    collect_formed(engine, [(mixed(0)[0], Sampling(max_tokens=16), None, None)])
+    assert engine.statistics.chunks - before <= 2
+    form = grammars.matcher(read_form({"guided_regex": "[a-z]{9}"}))
+    before = engine.statistics.chunks
+    collect_formed(engine, [(mixed(0)[0], Sampling(max_tokens=16), form, None)])
+    assert engine.statistics.chunks - before > 2
