@@ -29,12 +29,13 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
+from fusion_jax.batch import Batch
 from fusion_jax.command_line.cli import check_config, define_config, run_main
 from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import Batch, Example, lay_out
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, lay_out
 from fusion_jax.devices import flops, op_times, sharding
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.inference import generate
@@ -61,7 +62,7 @@ KINDS = ("step", "prefill", "decode", "checkpoint", "input")
 def random_batch(model: FusionConfig, rows: int, question: int, answer: int, seed: int = 0) -> Batch:
     """One-round image conversations of exactly this size; `answer` 0 gives prompts."""
     rng = np.random.default_rng(seed)
-    size, latents = model.vision.image_size, model.latent_counts[-1] if model.semantic_exchange else 0
+    size, latents = model.vision.image_size, max(model.drawn_latent_counts, default=0)
     quadrants = QUADRANTS if model.uses_quadrants else 0
 
     def words(count):

@@ -216,7 +216,7 @@ class RunConfig:
             bool(self.init_from) or not self.init_without,
             f"config.init_without={list(self.init_without)} says what is not taken from init_from, which is empty.",
         )
-        longest = max(self.model.latent_counts) if self.model.semantic_exchange else 0
+        longest = max(self.model.drawn_latent_counts, default=0)
         for stage in self.stages:
             image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)
             visual = image + longest

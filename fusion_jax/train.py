@@ -19,7 +19,9 @@ from absl import flags
 
 from fusion_jax.command_line.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import pipeline, plan
+from fusion_jax.data import plan
+from fusion_jax.data.loader import training_batches
+from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.devices import board, distributed, sharding
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.files import write_whole
@@ -128,7 +130,7 @@ class StageRun:
         self.source, self.validation = inputs.sources[stage.name], inputs.validation.get(stage.name)
         self.about = checkpoint.of_stage(about, stage.name, checkpoint.order_in(workdir, stage.name))
         self.sizes = inputs.sizes[stage.name]
-        self.steps = pipeline.stage_steps(stage, len(self.source), self.sizes.samples)
+        self.steps = stage_steps(stage, len(self.source), self.sizes.samples)
 
     def train(self, model: fusion.Fusion, params, stop: watch.Stop, profile: tuple[int, int] | None = None) -> dict:
         """Trains from `params`, which may be abstract where there is a checkpoint, or from the newest of those.
@@ -147,14 +149,14 @@ class StageRun:
         # ---- Input and restore.
         texts = board.open_board(f"fusion_jax/input/{stage.name}")
         shards, held = sharding.batch_shards(mesh), sharding.held_shards(mesh)
-        batches = pipeline.training_batches(config, stage, self.source, self.tokenizer, shards, held, texts, self.sizes)
+        batches = training_batches(config, stage, self.source, self.tokenizer, shards, held, texts, self.sizes)
         records = InputCheck(config, stage, len(self.source), self.reports, held)
         with _says_what_fails(self.folder):
             checkpoints = checkpoint.Checkpoints(
                 self.folder / checkpoint.FOLDER, self.about, config.keep_checkpoints, config.keep_every
             )
             restored = checkpoints.restore(state.abstract(params, tx, mesh), functools.partial(_go_on, batches))
-            over = restored is not None and pipeline.stage_is_over(stage, len(self.source), batches.get_state())
+            over = restored is not None and stage_is_over(stage, len(self.source), batches.get_state())
             if restored is not None:
                 start, current, _ = restored
                 if self.over and not over:  # the last checkpoint was damaged, and data are trained again

@@ -38,64 +38,16 @@ Everything here is numpy on the host; `latent_count` is static, so that each l^2
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 import numpy as np
 
+from fusion_jax.batch import NO_CROP, PIXELS, ZERO_IMAGE, Batch, windows
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.tile_windows import tile_windows, widest_window
 from fusion_jax.data.tiles import Tiling
 from fusion_jax.errors import BadRecord
-from fusion_jax.models.connector import windows
-
-# Values of Batch.crop_kind.
-NO_CROP, PIXELS, ZERO_IMAGE = 0, 1, 2
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Batch:
-    """One batch; B rows in G groups, S positions, K crops a group, Q plain quadrants a crop, T question tokens, R
-    rounds, M tokens in the widest window. B is a multiple of G; group g has the rows from g B/G on.
-
-    Attributes:
-      tokens: (B, S) int32 text ids in [0, vocabulary); a visual place and padding hold 0.
-      targets: (B, S) int32 the token to predict at this position (already shifted by one); 0 where unsupervised.
-      loss_weights: (B, S) float32, 1 where `targets` counts, else 0.
-      segment_ids: (B, S) int32, number of the example in the row from 1; 0 padding.
-      positions: (B, S) int32, from 0 within each example.
-      visual_index: (B, S) int32, -1 text, else an index into the group's visual table
-        [K I whole views | K J tiles | 1 row end | B/G R L latents], the second and third with dynamic resolution only.
-      crops: (G, K, H, W, 3) uint8, whole images and tiles, which the question guides.
-      crop_kind: (G, K) int32, NO_CROP, PIXELS or ZERO_IMAGE (0.0 after normalisation).
-      quadrants: (G, K, Q, H, W, 3) uint8, plain views for the exchange context; Q is 4 or 0.
-      crop_text: (G, K, T) int32 question tokens that the crop's encoding reads; crop_text_mask: (G, K, T) bool.
-      round_crop: (B, R) int32 whole view of the round's image, of the group's K; round_end: (B, R) int32 place of the
-        last token before the answer; latent_start: (B, R) int32 place of the round's first latent. -1 where there is
-        none. Places count from the row's start. A text-only example has a round_end only where the row is its own.
-      windows: (B, R, L, M) int32, which tokens of the group's exchange context each latent's window holds, -1 none. The
-        context is the visual table's first two parts, or with quadrants K grids of 3l x 3l.
-      latent_count: L = l^2, static.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    visual_index: np.ndarray
-    crops: np.ndarray
-    crop_kind: np.ndarray
-    quadrants: np.ndarray
-    crop_text: np.ndarray
-    crop_text_mask: np.ndarray
-    round_crop: np.ndarray
-    round_end: np.ndarray
-    latent_start: np.ndarray
-    windows: np.ndarray
-    latent_count: int = field(metadata={"static": True})
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fusion_jax.batch import adaptive_cells, windows
 from fusion_jax.data.tiles import Tiling, tile_places
-from fusion_jax.models.connector import adaptive_cells, windows
 
 
 def widest_window(grids: Sequence[tuple[int, int]], side: int, tile_side: int, cells: int) -> int:
@@ -23,7 +23,7 @@ def widest_window(grids: Sequence[tuple[int, int]], side: int, tile_side: int, c
 
 @functools.lru_cache(4096)
 def tile_windows(tiling: Tiling, tile: int, side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of the cells x cells latents over the box, like `connector.windows`: places (see `tile_places`), both
+    """Windows of the cells x cells latents over the box, like `batch.windows`: places (see `tile_places`), both
     (cells^2, M), and which of them are real."""
     places = tile_places(tiling, tile, side)
     (row, row_real), (column, column_real) = (adaptive_cells(size, cells) for size in places.shape)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from fusion_jax.data.layout import NO_CROP, Batch
+from fusion_jax.batch import NO_CROP, Batch
 from fusion_jax.models.config import FusionConfig
 
 # Dense bfloat16 peak of one JAX device by its kind, FLOP/s. NVIDIA: each one's datasheet, for B200 and GB200 those of

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig
 from fusion_jax.data import image as images
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import IMAGE_TAG
-from fusion_jax.data.layout import Batch, Example, laid_out_length, lay_out
-from fusion_jax.data.pipeline import ExampleMaker, layout_spec
+from fusion_jax.data.examples import ExampleMaker, layout_spec
+from fusion_jax.data.layout import Example, laid_out_length, lay_out
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError, check

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template, conversation
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
-from fusion_jax.data.pipeline import ExampleMaker, draw_latent_count, layout_spec
+from fusion_jax.data.examples import ExampleMaker, layout_spec
+from fusion_jax.data.layout import Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
+from fusion_jax.data.planner import draw_latent_count
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import distributed, sharding
@@ -296,7 +298,7 @@ class Prompts:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, buckets: Buckets | Steps, latents: int | None = None):
         self.config, self.tokenizer, self.buckets = config.model, tokenizer, buckets
         self.latents = self.config.fixed_latent_count if latents is None else latents
-        allowed = self.config.latent_counts if self.config.semantic_exchange else (0,)
+        allowed = self.config.drawn_latent_counts or (0,)
         check(
             self.latents in allowed,
             f"l^2 = {self.latents} is none of the model's latent counts; allowed: {', '.join(map(str, allowed))}.",
@@ -350,7 +352,7 @@ def _system_in_question(record: Record) -> Record:
 
 def drawn_latents(config: FusionConfig, seed: int) -> int:
     """l^2 drawn from the model's set, as the published code does at inference; a function of the seed."""
-    return draw_latent_count(config.latent_counts if config.semantic_exchange else (), seed, 0)
+    return draw_latent_count(config.drawn_latent_counts, seed, 0)
 
 
 class Answerer:

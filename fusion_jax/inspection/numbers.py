@@ -19,17 +19,27 @@ import grain
 import numpy as np
 import tqdm
 
+from fusion_jax.batch import Batch, windows
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import packing, pipeline, tiles
+from fusion_jax.data import packing, tiles
 from fusion_jax.data.conversation import ANSWER_START, IMAGE
-from fusion_jax.data.layout import Batch, Example, LayoutSpec, lay_out_rows, needs
+from fusion_jax.data.examples import Loader, stage_loader
+from fusion_jax.data.layout import Example, LayoutSpec, lay_out_rows, needs
+from fusion_jax.data.loader import record_order
 from fusion_jax.data.plan import Measured, Queue, Sizes, pool
+from fusion_jax.data.planner import (
+    draw_latent_count,
+    open_source,
+    records_to_read,
+    stage_seed,
+    stage_sizes,
+    stage_steps,
+)
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import flops
 from fusion_jax.errors import BadRecord
-from fusion_jax.models import connector
 
 PER_PART = 50  # records looked at of each data set, if it has as many
 SHOWN_BAD = 3  # bad records named for each reason
@@ -50,28 +60,28 @@ class Opened:
     source: RecordSource
     tokenizer: Tokenizer
     devices: int
-    loader: pipeline.Loader
+    loader: Loader
     sizes: Sizes
 
     @property
     def latent_counts(self) -> tuple[int, ...]:
-        return self.config.model.latent_counts if self.config.model.semantic_exchange else ()
+        return self.config.model.drawn_latent_counts
 
     @property
     def seed(self) -> int:
-        return pipeline.stage_seed(self.config, self.stage)
+        return stage_seed(self.config, self.stage)
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
         """Record numbers as the run reads them, epoch after epoch."""
-        return pipeline.record_order(len(self.source), self.seed)
+        return record_order(len(self.source), self.seed)
 
 
 def open_stage(config: RunConfig, stage: StageConfig, tokenizer: Tokenizer, devices: int = 1) -> Opened:
     """Opens a stage's data and sizes its batches as training would. UserError where that cannot be done."""
-    source = pipeline.open_source(config, stage)
-    loader = pipeline.stage_loader(config, stage, source, tokenizer)
-    sizes = pipeline.stage_sizes(config, stage, loader, devices)
+    source = open_source(config, stage)
+    loader = stage_loader(config, stage, source, tokenizer)
+    sizes = stage_sizes(config, stage, loader, devices)
     return Opened(config, stage, source, tokenizer, devices, loader, sizes)
 
 
@@ -140,7 +150,7 @@ def _mapped(pool: ThreadPoolExecutor, function, numbers: list[int], ahead: int =
         yield from pool.map(function, numbers[start : start + ahead])
 
 
-def _bad_image(loader: pipeline.Loader, number: int) -> BadRecord | None:
+def _bad_image(loader: Loader, number: int) -> BadRecord | None:
     made = loader.load(number)
     return made if isinstance(made, BadRecord) else None
 
@@ -193,7 +203,7 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
     """Tokens that the windows of one round's latents hold together."""
     cells = math.isqrt(latents)
     side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
-    found = connector.windows(side, cells)[1].sum()
+    found = windows(side, cells)[1].sum()
     if tiling.rows:
         found += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
     return int(found)
@@ -225,7 +235,7 @@ def planned_steps(opened: Opened, looked: Looked) -> Iterator[Step]:
     queue, at = Queue.of(opened.loader.spec, opened.sizes), 0
     while not stage.steps or queue.step < stage.steps:
         useless = 0
-        while at < pipeline.records_to_read(stage, records) and not queue.enough():
+        while at < records_to_read(stage, records) and not queue.enough():
             number, at = int(opened.order[at]), at + 1
             if number not in known:
                 measured = opened.loader.measure(number)
@@ -239,7 +249,7 @@ def planned_steps(opened: Opened, looked: Looked) -> Iterator[Step]:
                     return
         if not queue.waiting:
             return
-        step, latents = queue.step, pipeline.draw_latent_count(opened.latent_counts, opened.seed, queue.step)
+        step, latents = queue.step, draw_latent_count(opened.latent_counts, opened.seed, queue.step)
         rows, crops = queue.take(latents)
         yield Step(step, latents if crops else 0, crops, rows)
 
@@ -328,7 +338,7 @@ def summary(opened: Opened, looked: Looked) -> dict[str, Any]:
     in_all |= {**_bad_figures(looked, None), "share_of_flops": 1.0 if sum(costs) else None}
     per_sample = sum(costs) / sum(weights) if sum(weights) else None
     in_all["flops_per_sample"] = per_sample
-    steps = pipeline.stage_steps(stage, len(source), opened.sizes.samples)
+    steps = stage_steps(stage, len(source), opened.sizes.samples)
     planned = step_statistics(opened, looked)
     if planned:
         planned |= {name: planned["samples"] * in_all[name]["mean"] for name in ("text", "supervised")}

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fusion_jax.data.layout import ZERO_IMAGE, Batch, Example, LayoutSpec, needs
+from fusion_jax.batch import ZERO_IMAGE, Batch
+from fusion_jax.data.layout import Example, LayoutSpec, needs
 from fusion_jax.data.tiles import WHOLE, Tiling
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.inspection.numbers import Looked, Opened, Rows, lengths

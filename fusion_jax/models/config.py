@@ -257,6 +257,11 @@ class FusionConfig:
         return self.exchange.layers if self.semantic_exchange else 0
 
     @property
+    def drawn_latent_counts(self) -> tuple[int, ...]:
+        """The l^2 that steps of training are drawn from; empty without latents."""
+        return self.latent_counts if self.semantic_exchange else ()
+
+    @property
     def fixed_latent_count(self) -> int:
         """l^2 for validation and inference, where nothing is drawn: the middle of the set. 0 without latents."""
         return sorted(self.latent_counts)[len(self.latent_counts) // 2] if self.semantic_exchange else 0

@@ -1,20 +1,13 @@
-"""Between the two spaces: grids of visual tokens, adaptive pooling and windows, bilinear resizing.
+"""Between the two spaces: grids of visual tokens, adaptive pooling (`batch.adaptive_cells`), bilinear resizing.
 
-Adaptive cells as everywhere in this model: cell i of `cells` over `size` covers [floor(i size / cells),
-ceil((i + 1) size / cells)), so neighbours overlap where `cells` does not divide `size`. All grids are row-major.
+All grids are row-major.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-
-def adaptive_cells(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (cells, widest) that each cell covers and their validity (cells, widest)."""
-    start = np.arange(cells) * size // cells
-    stop = -(-(np.arange(cells) + 1) * size // cells)
-    index = start[:, None] + np.arange((stop - start).max())[None]
-    return np.minimum(index, size - 1), index < stop[:, None]
+from fusion_jax.batch import adaptive_cells
 
 
 def adaptive_max_pool(grid: Float[Array, "N h w D"], cells: int) -> Float[Array, "N c c D"]:
@@ -31,14 +24,6 @@ def adaptive_max_pool(grid: Float[Array, "N h w D"], cells: int) -> Float[Array,
             valid = valid.reshape((1,) * axis + index.shape + (1,) * (grid.ndim - axis - 1))
             grid = jnp.where(valid, taken, -jnp.inf).max(axis + 1)
     return grid
-
-
-def windows(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """For a size x size grid: flat indices (cells^2, M) of each window's tokens and their validity (cells^2, M)."""
-    index, valid = adaptive_cells(size, cells)
-    flat = index[:, None, :, None] * size + index[None, :, None, :]
-    both = valid[:, None, :, None] & valid[None, :, None, :]
-    return flat.reshape(cells**2, -1), both.reshape(cells**2, -1)
 
 
 def stitch_quadrants(quadrants: Float[Array, "N 4 P D"]) -> Float[Array, "N twice_h twice_w D"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE, Batch
+from fusion_jax.batch import NO_CROP, PIXELS, ZERO_IMAGE, Batch
 from fusion_jax.models import connector, layers, llm, partition
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.exchange import ExchangePlan

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import layout, tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import Batch, Example, LayoutSpec
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, LayoutSpec
 from fusion_jax.data.packing import Mix
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, pool, size_batches
 from fusion_jax.devices import flops
 from fusion_jax.errors import check
@@ -61,7 +62,7 @@ def draw(model: FusionConfig, stage: StageConfig, spec: LayoutSpec, count: int, 
     rng = np.random.default_rng(seed)
     mix = Mix.draw(rng, count)
     shapes = rng.choice(len(IMAGE_SIZES), count, p=[share for _, share in IMAGE_SIZES])
-    longest = max(model.latent_counts) if model.semantic_exchange else 0
+    longest = max(model.drawn_latent_counts, default=0)
     found = []
     for i in range(count):
         pictured = bool(mix.has_image[i])
@@ -148,7 +149,7 @@ def _rows(
     """The layout with its crops, the sizes, the samples of each row, and l^2."""
     model = config.model
     spec = layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
-    counts = model.latent_counts if model.semantic_exchange else ()
+    counts = model.drawn_latent_counts
     latent_count = (max(counts) if counts else 0) if latent_count is None else latent_count
     check(
         not latent_count or latent_count in counts,
@@ -179,7 +180,7 @@ def _rows(
 
 def mean_samples(config: RunConfig, stage: StageConfig, shards: int) -> float:
     """Samples of a step on average over the l^2 that training draws from."""
-    counts = config.model.latent_counts if config.model.semantic_exchange else (0,)
+    counts = config.model.drawn_latent_counts or (0,)
     return float(np.mean([step(config, stage, shards, count).samples for count in counts]))
 
 

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tiles import WHOLE
@@ -157,7 +157,7 @@ class Engine:
         check(likely is None or 0 <= likely <= MOST_LIKELY, f"likely={likely} must lie in 0..{MOST_LIKELY}.")
         prefix = None if constraint is None else constraint.prefix
         stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens, prefix)
-        spec = pipeline.layout_spec(self.prompts.config, 1, 1, 1)
+        spec = layout_spec(self.prompts.config, 1, 1, 1)
         length = generate.needs(example, spec, self.prompts.latents).length
         request = Request(example, how, emit, time.monotonic() + timeout, length, stream, constraint, likely)
         with self._wake:
@@ -298,7 +298,7 @@ class Engine:
             max((known + 1 for known in sizes if known < size), default=min(size, 1))
             for size, sizes in ((question, b.questions), (rounds, b.rounds), (images, b.images))
         )
-        config, spec = self.prompts.config, pipeline.layout_spec(self.prompts.config, 1, 1, 1)
+        config, spec = self.prompts.config, layout_spec(self.prompts.config, 1, 1, 1)
         latents = config.semantic_exchange and (images > 0 or config.text_only == "zero_image")
         marks = [IMAGE] * images + [LATENTS] * (rounds if latents else 0)
         crops = None

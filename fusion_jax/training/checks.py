@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import chat_template, conversation, pipeline
+from fusion_jax.data import chat_template, conversation
 from fusion_jax.data.plan import Sizes
+from fusion_jax.data.planner import open_source, stage_is_over, stage_steps
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.devices import distributed, sharding
@@ -121,7 +122,7 @@ def look(
     # ---- Data.
     for stage in config.stages:
         with attempt():
-            source = pipeline.open_source(config, stage)
+            source = open_source(config, stage)
             inputs.sources[stage.name] = source
             inputs.data[stage.name] = source.describe()
             input_check.check_same_data(f"stage {stage.name!r}", inputs.data[stage.name])
@@ -134,7 +135,7 @@ def look(
                 shards = sharding.batch_shards(inputs.mesh)
                 sizes = input_check.agreed_sizes(config, stage, source, tokenizer, shards)
                 inputs.sizes[stage.name] = sizes
-                steps = pipeline.stage_steps(stage, len(source), sizes.samples)
+                steps = stage_steps(stage, len(source), sizes.samples)
                 optim.check_changes_parameters(stage, steps, shapes)
     with attempt():
         inputs.validation = measure_validation(config, config.stages[inputs.first :], tokenizer)
@@ -188,7 +189,7 @@ def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
     """Whether the newest checkpoint is that behind the stage's last step, so that nothing of its data is read."""
     try:
         position = checkpoint.load_text(folder / str(checkpoint.steps_in(folder)[-1]), "data")
-        return pipeline.stage_is_over(stage, records, position)
+        return stage_is_over(stage, records, position)
     except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it says so
         return False
 

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline
-from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.examples import stage_loader
+from fusion_jax.data.loader import Fed
 from fusion_jax.data.plan import Sizes
+from fusion_jax.data.planner import Counts, stage_sizes
+from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, check
@@ -64,16 +66,16 @@ def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose:
     return said
 
 
-def agreed_sizes(config: RunConfig, stage: StageConfig, source: pipeline.RecordSource, tokenizer, shards: int) -> Sizes:
-    """`pipeline.stage_sizes` as process 0 measures them. A collective.
+def agreed_sizes(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer, shards: int) -> Sizes:
+    """`planner.stage_sizes` as process 0 measures them. A collective.
 
     Args:
       shards: parts that the rows of a microbatch are sharded into.
     """
     sizes = None
     if distributed.is_first():
-        loader = pipeline.stage_loader(config, stage, source, tokenizer)
-        sizes = dataclasses.asdict(pipeline.stage_sizes(config, stage, loader, shards))
+        loader = stage_loader(config, stage, source, tokenizer)
+        sizes = dataclasses.asdict(stage_sizes(config, stage, loader, shards))
     sizes = distributed.gather(sizes)[0]
     return Sizes(**sizes | {"crops": {int(latents): crops for latents, crops in sizes["crops"].items()}})
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline
+from fusion_jax.data.loader import Fed
+from fusion_jax.data.planner import Counts
 from fusion_jax.devices import flops, sharding
 from fusion_jax.models import fusion
 from fusion_jax.training import metrics, optim, state, watch
@@ -31,7 +32,7 @@ class Loop:
         step_fn: Callable,
         phase: watch.Watch,
     ):
-        """Args: steps of the stage (`pipeline.stage_steps`); start: those done before; step_fn: of
+        """Args: steps of the stage (`planner.stage_steps`); start: those done before; step_fn: of
         `train_step.compile_step`."""
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
         self._done = 0.0  # `Fed.done` of the last step
@@ -47,7 +48,7 @@ class Loop:
     def begin_interval(self) -> None:
         self.interval = metrics.Interval()
 
-    def wait_for_input(self, batches) -> tuple[pipeline.Fed, pipeline.Counts]:
+    def wait_for_input(self, batches) -> tuple[Fed, Counts]:
         with self._phase("waiting for input") as waited:
             fed, counts = next(batches)
         # Waiting costs nothing while a step is still computing.
@@ -55,7 +56,7 @@ class Loop:
         self.interval.spend("compute" if computing else "input", waited())
         return fed, counts
 
-    def compute(self, step: int, current: state.TrainState, fed: pipeline.Fed) -> tuple[state.TrainState, dict]:
+    def compute(self, step: int, current: state.TrainState, fed: Fed) -> tuple[state.TrainState, dict]:
         """The next state and the step's values, which may both still be computing."""
         if fed.batch.latent_count not in self._compiled:
             self._compiled.add(fed.batch.latent_count)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fusion_jax.data.layout import NO_CROP, Batch
+from fusion_jax.batch import NO_CROP, Batch
 from fusion_jax.models import partition
 from fusion_jax.models.fusion import Visual
 

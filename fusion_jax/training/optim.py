@@ -69,7 +69,7 @@ def cosine(step: float, steps: int, warmup_ratio: float) -> float:
 
 
 def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.float32]:
-    """Learning rate per label for the step that follows `step` earlier ones (`pipeline.Fed.done`)."""
+    """Learning rate per label for the step that follows `step` earlier ones (`loader.Fed.done`)."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
     if stage.learn_rows:

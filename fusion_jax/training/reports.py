@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation
-from fusion_jax.data.layout import Batch
 from fusion_jax.data.plan import FixedBatch
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import distributed, sharding

@@ -8,8 +8,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
-from fusion_jax.data.layout import Batch
 from fusion_jax.devices import sharding
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses, optim, state

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline, sources
-from fusion_jax.data.layout import Batch
-from fusion_jax.data.pipeline import Loader
+from fusion_jax.data import sources
+from fusion_jax.data.examples import Loader, fixed_loader
 from fusion_jax.data.plan import FixedBatch, Measured, plan_all
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.validation_batches import first_records, fixed_batches
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.training import metrics
@@ -52,7 +53,7 @@ class Validation:
 
     def batches(self, planned: Sequence[FixedBatch], shards: int, held: Sequence[int]) -> Iterator[Batch]:
         """This process's rows of them. Records that turn out to be bad are named, each once."""
-        for batch, bad in pipeline.fixed_batches(self.loader, planned, self.config.loader_threads, shards, held):
+        for batch, bad in fixed_batches(self.loader, planned, self.config.loader_threads, shards, held):
             for number, one in bad.items():
                 if number not in self.broken:
                     log.warning("%s: a validation record is left out (%s): %s", self.stage.name, one.reason, one)
@@ -87,12 +88,12 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
     Raises:
       NothingUsable: none can be used.
     """
-    loader = pipeline.fixed_loader(config, stage, source, tokenizer)
+    loader = fixed_loader(config, stage, source, tokenizer)
     records: list[Measured] = []
     bad: list[BadRecord] = []
     if distributed.is_first():
         most = config.validation_batches
-        records, bad = pipeline.first_records(loader, stage.batch_size, most, config.loader_threads)
+        records, bad = first_records(loader, stage.batch_size, most, config.loader_threads)
         # Headers tell little about what is behind them: one image must be decoded now, the others when they are due.
         while records and isinstance(loaded := loader.load_planned(records[0]), BadRecord):
             bad.append(loaded)

@@ -56,7 +56,7 @@ def interrupt(made, out, monkeypatch, after=2):
         return write(task, advance)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_shard", killed)
+        patch.setattr(shard_writing, "write_shard", killed)
         with pytest.raises(MemoryError):
             run(made, out)
     assert (out / "partial" / "plan.json").exists()
@@ -230,7 +230,7 @@ def test_a_stop_before_the_first_shard_leaves_nothing_and_one_after_it_all(made,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert, "write_shard", stopped)
+        patch.setattr(shard_writing, "write_shard", stopped)
         run(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     interrupt(made, tmp_path / "out", monkeypatch)
@@ -289,7 +289,7 @@ def test_images_missed_in_a_wrong_folder_are_looked_for_again(made, tmp_path, mo
 
     settings = {"records_per_shard": 10, "progress": False}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert, "write_shard", stopped)
+        patch.setattr(shard_writing, "write_shard", stopped)
         shard_writing.convert(tmp_path / "a.json", tmp_path / "half", tmp_path / "out", **settings)
     manifest = shard_writing.convert(tmp_path / "a.json", tmp_path / "images", tmp_path / "out", **settings)
     assert manifest["records"] == 40
@@ -339,7 +339,7 @@ def test_another_path_to_the_image_folder_is_the_same_folder(begun, monkeypatch)
 
     for name in ("link", "empty/../images", "images/."):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(convert, "write_shard", stopped)
+            patch.setattr(shard_writing, "write_shard", stopped)
             run(begun, out, name)
     run(begun, out, "link")
     assert len(kept) == 6 and all((out / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
@@ -361,7 +361,7 @@ def test_a_link_that_leads_to_another_image_folder_now_is_another_folder(begun, 
         return write(task, advance)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert, "write_shard", stopped)
+        patch.setattr(shard_writing, "write_shard", stopped)
         shard_writing.convert(begun / "a.json", link, out, **interrupt_through)
     shutil.copytree(begun / "images", begun / "better")
     shutil.copy(begun / "better" / "a.png", begun / "better" / "gone.png")

@@ -249,7 +249,7 @@ def test_refused_images(made, tmp_path, monkeypatch):
     try:
         images = ["pipe.jpg", ".", "1.png", "0.jpg"]
         (tmp_path / "c.json").write_text(json.dumps([{"image": i, "conversations": turns(0)} for i in images]))
-        monkeypatch.setattr(convert, "MAX_PIXELS", 100)
+        monkeypatch.setattr(shard_writing, "MAX_PIXELS", 100)
         manifest = shard_writing.convert(tmp_path / "c.json", made / "images", tmp_path / "out", max_bad_records=1)
     finally:
         (made / "images" / "pipe.jpg").unlink()

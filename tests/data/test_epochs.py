@@ -14,10 +14,12 @@ from helpers.board_fake import Store
 from helpers.fixtures import tiny
 
 from fusion_jax.config import StageConfig
-from fusion_jax.data import pipeline
+from fusion_jax.data import loader
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import LayoutSpec
-from fusion_jax.data.pipeline import layout_spec, stage_is_over, stage_steps
+from fusion_jax.data.loader import _Batches, _Feeding, record_order
 from fusion_jax.data.plan import PATIENCE, PATIENCE_PACKED, Measured, a_crop_each, size_batches
+from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord
 
@@ -59,11 +61,11 @@ def sizes_of(stage, of, shards, most_crops=1):
 
 def steps_of(stage, of, sizes, monkeypatch, state=None, board=None):
     """Yields for each step (rows, K, Fed, state behind it)."""
-    monkeypatch.setattr(pipeline, "lay_out_rows", lambda rows, spec, latents, groups: (rows, spec.crops))
-    order = pipeline.record_order(len(of.source), 7)
+    monkeypatch.setattr(loader, "lay_out_rows", lambda rows, spec, latents, groups: (rows, spec.crops))
+    order = record_order(len(of.source), 7)
     read = order.map(of.measure).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    feeding = pipeline._Feeding(of, stage, sizes, COUNTS, 7, 1, 0.9, tuple(range(sizes.groups)), board)
-    iterator = iter(pipeline._Batches(read, feeding))
+    feeding = _Feeding(of, stage, sizes, COUNTS, 7, 1, 0.9, tuple(range(sizes.groups)), board)
+    iterator = iter(_Batches(read, feeding))
     if state is not None:
         iterator.set_state(json.loads(json.dumps(state)))
     for fed, _ in iterator:
@@ -137,7 +139,7 @@ def test_the_rarer_kind_waits_for_few_steps(packing, text, most_crops, monkeypat
 def test_bad_records_are_no_steps(packing, monkeypatch):
     """Those at the end of an epoch among them."""
     stage = StageConfig("s", "d", batch_size=4, packing=packing, max_length=LENGTH)
-    order = [int(number) for number in itertools.islice(pipeline.record_order(20, 7), 20)]
+    order = [int(number) for number in itertools.islice(record_order(20, 7), 20)]
     bad = {*order[:2], order[9], *order[16:]}
     of = data(20, bad=bad)
     steps = list(steps_of(stage, of, sizes_of(stage, of, 1), monkeypatch))
@@ -225,7 +227,7 @@ def test_what_waited_is_measured_anew_when_a_run_goes_on(monkeypatch, caplog):
 
 def test_all_processes_take_what_the_first_measures_anew(monkeypatch):
     """Whatever their own files say by then; and it takes more than one message."""
-    monkeypatch.setattr(pipeline, "_MOST_SENT", 5)
+    monkeypatch.setattr(loader, "_MOST_SENT", 5)
     stage = StageConfig("s", "d", batch_size=4, packing=True, max_length=LENGTH)
     of, store = data(40), Store()
     sizes = sizes_of(stage, of, 1, 4)

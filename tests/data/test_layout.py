@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 from helpers.fixtures import QUESTION_LENGTH, example, tiny
 
+from fusion_jax.batch import NO_CROP, PIXELS, ZERO_IMAGE
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import (
-    NO_CROP,
-    PIXELS,
-    ZERO_IMAGE,
-    Example,
-    LayoutSpec,
-    check_fits,
-    laid_out_length,
-    lay_out,
-    lay_out_rows,
-    needs,
-)
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, LayoutSpec, check_fits, laid_out_length, lay_out, lay_out_rows, needs
 from fusion_jax.errors import BadRecord
 
 I, L, A, X = IMAGE, LATENTS, ANSWER_START, IGNORE

@@ -8,8 +8,8 @@ import pytest
 from helpers.fixtures import tiny
 
 from fusion_jax.data import conversation
+from fusion_jax.data.examples import ExampleMaker, layout_spec
 from fusion_jax.data.layout import check_fits
-from fusion_jax.data.pipeline import ExampleMaker, layout_spec
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord

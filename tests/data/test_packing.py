@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers.fixtures import QUESTION_LENGTH, assert_trees_close, params, tiny
 
+from fusion_jax.batch import NO_CROP
 from fusion_jax.data import packing
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import NO_CROP, Example, lay_out, lay_out_rows, needs
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, lay_out, lay_out_rows, needs
 from fusion_jax.models.config import QUADRANTS, RopeConfig
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses

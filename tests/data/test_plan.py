@@ -6,7 +6,7 @@ from helpers.fixtures import tiny
 
 from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.plan import Measured, Plan, Sizes, deal, enough, plan, plan_all, size_batches
 
 SPEC = layout_spec(tiny(), 100, 16, 8)

@@ -8,13 +8,13 @@ import pytest
 from helpers.fixtures import example, forward_fn, grad_fn, lay, params, tiny
 from PIL import Image
 
+from fusion_jax.batch import adaptive_cells
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import read_tiles
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out, lay_out_rows, needs
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling
-from fusion_jax.models import connector
 from fusion_jax.models.config import VARIANTS
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
@@ -165,7 +165,7 @@ def test_latents_see_their_cell_of_the_whole_view_and_of_the_tiles(count):
         r, c = divmod(n, cells)
 
         def cell(size, at):
-            index, real = connector.adaptive_cells(size, cells)
+            index, real = adaptive_cells(size, cells)
             return index[at][real[at]].tolist()
 
         expected = {("whole", first, y, x) for y in cell(3, r) for x in cell(3, c)}

@@ -13,7 +13,8 @@ from fusion_jax import files
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import shards, sources
 from fusion_jax.data.image import load_image, read_size
-from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.loader import Fed
+from fusion_jax.data.planner import Counts
 from fusion_jax.data.sources import load_records, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax.batch import Batch, windows
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
-from fusion_jax.data.layout import Batch, Example, laid_out_length, lay_out
-from fusion_jax.data.pipeline import layout_spec
-from fusion_jax.models import connector, fusion
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.models import fusion
 from fusion_jax.models.config import (
     PRESETS,
     QUADRANTS,
@@ -152,6 +153,6 @@ def assert_trees_close(actual, expected, **tolerance) -> None:
 
 def image_windows(round_image, side, cells):
     """`Batch.windows` where each row has a table of side x side images: (B, R, cells^2, M), -1 for absent rounds."""
-    index, real = connector.windows(side, cells)
+    index, real = windows(side, cells)
     first = np.maximum(round_image, 0)[..., None, None] * side**2
     return np.where(real & (round_image >= 0)[..., None, None], first + index, -1).astype(np.int32)

@@ -13,8 +13,8 @@ import numpy as np
 from helpers.fixtures import example, lay, tiny
 
 from fusion_jax.config import MeshConfig
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.devices import sharding
 from fusion_jax.inference import generate, sampling
 from fusion_jax.models import partition

@@ -14,8 +14,8 @@ import numpy as np
 from helpers.fixtures import QUESTION_LENGTH, example, flat, lay, randomise, tiny
 
 from fusion_jax.config import MeshConfig, StageConfig
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.devices import sharding
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import optim, state

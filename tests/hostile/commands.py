@@ -191,7 +191,7 @@ def serve() -> None:
     import jax  # noqa: F401  # everything below is loaded here, once
     import matplotlib.pyplot  # noqa: F401
 
-    from fusion_jax.data import pipeline  # noqa: F401
+    from fusion_jax.data import loader  # noqa: F401
     from fusion_jax.evals import registry, runner  # noqa: F401
     from fusion_jax.inference import generate  # noqa: F401
     from fusion_jax.inspection import (

@@ -13,7 +13,7 @@ from helpers.fixtures import tiny
 from PIL import Image
 
 from fusion_jax.data import shard_writing, shards
-from fusion_jax.data.pipeline import ExampleMaker
+from fusion_jax.data.examples import ExampleMaker
 from fusion_jax.data.sources import load_source
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, UserError

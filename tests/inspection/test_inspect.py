@@ -16,9 +16,10 @@ from helpers.fixtures import tiny
 from PIL import Image
 
 from fusion_jax import inspect
+from fusion_jax.batch import NO_CROP
 from fusion_jax.config import RunConfig, StageConfig, to_dict
-from fusion_jax.data import pipeline
-from fusion_jax.data.layout import NO_CROP, Example, lay_out
+from fusion_jax.data.layout import Example, lay_out
+from fusion_jax.data.loader import training_batches
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.devices import flops
 from fusion_jax.errors import UserError
@@ -175,7 +176,7 @@ def test_small_data_sets_are_looked_at_too(folder):
 
 def trained(opened, steps):
     """What training gets for its first steps."""
-    batches = pipeline.training_batches(opened.config, opened.stage, opened.source, opened.tokenizer)
+    batches = training_batches(opened.config, opened.stage, opened.source, opened.tokenizer)
     feds = [fed for fed, _ in itertools.islice(batches, steps)]
     batches.close()
     return feds

@@ -14,8 +14,8 @@ import tokenizers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, lay_out
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.errors import UserError
 from fusion_jax.inference import generate
 from fusion_jax.interop import exporting, importing, table

@@ -28,11 +28,12 @@ _modules = tempfile.TemporaryDirectory(prefix="hf_modules")
 os.environ["HF_MODULES_CACHE"] = _modules.name
 transformers = pytest.importorskip("transformers", reason="the exported model needs transformers")
 
+from fusion_jax.batch import PIXELS
 from fusion_jax.data import chat_template, conversation, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import static_hd_crops
-from fusion_jax.data.layout import PIXELS, Example, laid_out_length, lay_out
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.layout import Example, laid_out_length, lay_out
 from fusion_jax.data.render_chat import _Generation as Generation
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.inference import generate

@@ -23,9 +23,9 @@ from PIL import Image
 
 from fusion_jax.data import conversation
 from fusion_jax.data.conversation import TEMPLATES
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import load_image, read_crops, read_tiles, static_hd_crops
 from fusion_jax.data.layout import Example, laid_out_length, lay_out
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import tokenizer_json

@@ -12,8 +12,8 @@ from helpers import fixtures
 exported = pytest.importorskip("interop.test_torch_model", reason="the exported model needs torch and transformers")
 import torch  # noqa: E402
 
+from fusion_jax.batch import PIXELS  # noqa: E402
 from fusion_jax.data import tiles  # noqa: E402
-from fusion_jax.data.layout import PIXELS  # noqa: E402
 from fusion_jax.data.tiles import choose_tiling  # noqa: E402
 from fusion_jax.interop.importing import parameter_shapes  # noqa: E402
 from fusion_jax.interop.torch import names  # noqa: E402

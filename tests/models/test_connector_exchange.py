@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import image_windows, random_array, randomise
 
+from fusion_jax.batch import windows
 from fusion_jax.models import connector
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
 
@@ -40,7 +41,7 @@ def test_adaptive_max_pool_of_negative_values_and_unequal_sides():
 
 @pytest.mark.parametrize(("size", "cells"), GRIDS)
 def test_windows_hold_the_tokens_of_their_cell(size, cells):
-    index, valid = connector.windows(size, cells)
+    index, valid = windows(size, cells)
     assert index.shape == valid.shape and len(index) == cells**2
     numbers = np.arange(size**2).reshape(size, size)
     for w in range(cells**2):
@@ -89,7 +90,7 @@ def test_resize_equals_bilinear_loops(side, out):
 # the mask of the narrow ones matters.
 
 BATCH, IMAGES, ROUNDS, LATENTS, SIDE, WIDTH, HEADS, LENGTH = 2, 2, 3, 9, 5, 16, 4, 36
-WINDOWS = connector.windows(SIDE, 3)
+WINDOWS = windows(SIDE, 3)
 ROUND_IMAGE = np.array([[0, 1, 0], [1, -1, -1]], np.int32)
 LATENT_START = np.array([[2, 13, 24], [5, -1, -1]], np.int32)
 # The second round's question ends on a latent of the first: an update seen too early would show.

@@ -16,7 +16,10 @@ from jax.experimental import multihost_utils
 from fusion_jax import errors
 from fusion_jax.command_line import cli
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline, plan, sources
+from fusion_jax.data import plan, sources
+from fusion_jax.data.examples import Loader
+from fusion_jax.data.loader import training_batches
+from fusion_jax.data.planner import stage_seed
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.devices import board, distributed
 from fusion_jax.training import checkpoint, ending, input_check, reports, state
@@ -34,12 +37,12 @@ def configured(folder: Path, packing: bool) -> tuple[RunConfig, StageConfig]:
 def feed(folder: Path, process: int, packing: bool):
     """The input of a stage: this process's images lie in a folder of its own."""
     config, stage = configured(folder, packing)
-    source = sources.load_source(folder / "data.json", folder / str(process), pipeline.stage_seed(config, stage))
+    source = sources.load_source(folder / "data.json", folder / str(process), stage_seed(config, stage))
     input_check.check_same_data(f"stage {stage.name!r}", source.describe())
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = board.open_board(f"fusion_jax/input/{stage.name}")
     sizes = input_check.agreed_sizes(config, stage, source, tokenizer, 2)
-    batches = pipeline.training_batches(config, stage, source, tokenizer, 2, (process,), texts, sizes)
+    batches = training_batches(config, stage, source, tokenizer, 2, (process,), texts, sizes)
     (folder / f"out{process}").mkdir(exist_ok=True)
     check = input_check.InputCheck(config, stage, len(source), folder / f"out{process}", (process,))
     return batches, check, texts
@@ -51,7 +54,7 @@ def plans(folder: Path, process: int) -> None:
     for packing in (True, False):
         batches, check, texts = feed(folder, process, packing)
         steps, planned, fed_numbers = [], [], []
-        real, load = plan.Queue.take, pipeline.Loader.load
+        real, load = plan.Queue.take, Loader.load
 
         def take(self, latents, real=real, planned=planned):
             rows, crops = real(self, latents)
@@ -63,7 +66,7 @@ def plans(folder: Path, process: int) -> None:
             fed_numbers.append((number, isinstance(example, errors.BadRecord)))
             return example
 
-        plan.Queue.take, pipeline.Loader.load = take, loaded
+        plan.Queue.take, Loader.load = take, loaded
         for step in range(1, STEPS + 1):
             fed, counts = next(batches)
             check.note(step, fed, counts)
@@ -71,7 +74,7 @@ def plans(folder: Path, process: int) -> None:
         state_then = check.position(STEPS, batches.get_state())
         texts.close()
         batches.close()
-        plan.Queue.take, pipeline.Loader.load = real, load
+        plan.Queue.take, Loader.load = real, load
         wrote["packed" if packing else "one_a_row"] = {
             "steps": steps, "planned": planned[:STEPS], "fed": fed_numbers, "state": state_then,
         }  # fmt: skip
@@ -101,7 +104,7 @@ def bad_records(folder: Path, process: int) -> None:
 def other_data(folder: Path, process: int) -> None:
     """One word of process 1's records is another."""
     config, stage = configured(folder, False)
-    source = sources.load_source(folder / str(process) / "data.json", None, pipeline.stage_seed(config, stage))
+    source = sources.load_source(folder / str(process) / "data.json", None, stage_seed(config, stage))
     input_check.check_same_data(f"stage {stage.name!r}", source.describe())
 
 

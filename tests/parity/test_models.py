@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from fusion_jax.batch import windows
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out
 from fusion_jax.inference import generate
 from fusion_jax.interop import importing, table
-from fusion_jax.models import connector, llm
+from fusion_jax.models import llm
 from fusion_jax.models.config import QUADRANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.models.layers import example_lengths, rotary
@@ -217,7 +218,7 @@ def test_greedy_generation(case, file):
 
 
 def test_windows_cover_the_grid_like_adaptive_pooling():
-    index, valid = connector.windows(7, 3)
+    index, valid = windows(7, 3)
     assert index.shape == (9, 9)
     rows = {tuple(sorted({int(i) // 7 for i in index[w][valid[w]]})) for w in (0, 3, 6)}
     assert rows == {(0, 1, 2), (2, 3, 4), (4, 5, 6)}

@@ -19,8 +19,8 @@ import pytest
 
 from configs import flare, fusion
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.devices import flops, gpus
 from fusion_jax.devices.chips import topology
 from fusion_jax.devices.tpus import CHIPS, KNOWN

@@ -16,7 +16,8 @@ from helpers.fixtures import tiny
 from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline
+from fusion_jax.data.loader import training_batches
+from fusion_jax.data.planner import open_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.shards import convert
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -66,8 +67,8 @@ def main() -> int:
             packing=True, steps=1 << 30,
         )  # fmt: skip
         config = RunConfig(model=model, stages=(stage,), tokenizer="", loader_threads=4)
-        source = pipeline.open_source(config, stage)
-        batches = pipeline.training_batches(config, stage, source, load_tokenizer(folder / "tokenizer"))
+        source = open_source(config, stage)
+        batches = training_batches(config, stage, source, load_tokenizer(folder / "tokenizer"))
         seen, measured = 0, []
         while seen < samples:
             fed, _ = next(batches)

@@ -27,9 +27,10 @@ from helpers.fixtures import example
 from jax.sharding import AxisType, Mesh
 
 from configs import flare, fusion
+from fusion_jax.batch import Batch
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
-from fusion_jax.data.layout import Batch, lay_out
-from fusion_jax.data.pipeline import layout_spec
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import lay_out
 from fusion_jax.data.plan import Sizes
 from fusion_jax.devices import chips, sharding
 from fusion_jax.inference import attention_maps, generate, sampling

@@ -7,7 +7,8 @@ import pytest
 from helpers.fixtures import tiny
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.pipeline import Counts, Fed
+from fusion_jax.data.loader import Fed
+from fusion_jax.data.planner import Counts
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.training import input_check

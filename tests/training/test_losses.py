@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import mixed_batch, random_array, tiny
 
-from fusion_jax.data.layout import NO_CROP, PIXELS, ZERO_IMAGE
+from fusion_jax.batch import NO_CROP, PIXELS, ZERO_IMAGE
 from fusion_jax.models.fusion import Visual
 from fusion_jax.training import losses
 

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 from helpers.fixtures import QUESTION_LENGTH, assert_trees_close, example, flat, grad_fn, mixed_batch, params, tiny
 
 from fusion_jax.config import StageConfig
+from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out
-from fusion_jax.data.pipeline import layout_spec
 from fusion_jax.devices import sharding
 from fusion_jax.errors import UserError
 from fusion_jax.models.fusion import Fusion

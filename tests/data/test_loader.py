@@ -14,13 +14,17 @@ from helpers.board_fake import Store
 from helpers.fixtures import tiny
 from PIL import Image
 
+from fusion_jax.batch import PIXELS
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import pipeline
 from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
-from fusion_jax.data.layout import PIXELS, check_fits, lay_out
+from fusion_jax.data.examples import ExampleMaker, Loader, fixed_loader, layout_spec, stage_loader
+from fusion_jax.data.layout import check_fits, lay_out
+from fusion_jax.data.loader import _SENT_AHEAD, _Batches, _Feeding, training_batches
 from fusion_jax.data.plan import Sizes, plan_all
+from fusion_jax.data.planner import Counts, draw_latent_count, open_source, stage_seed, stage_steps
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
+from fusion_jax.data.validation_batches import first_records, fixed_batches
 from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -67,7 +71,7 @@ def open_batches(folder):
             loader_threads=threads,
             max_bad_records=0.9,
         )
-        batches = pipeline.training_batches(config, stage, load_source(stage.data), tokenizer)
+        batches = training_batches(config, stage, load_source(stage.data), tokenizer)
         started.append(batches)
         return batches
 
@@ -148,20 +152,20 @@ def test_state_resumes_at_the_identical_next_batch(open_batches, bad_file, file,
 
 def test_latent_draw_is_a_function_of_seed_and_step_and_covers_the_set():
     counts = (4, 16, 36, 64, 144)
-    draws = [pipeline.draw_latent_count(counts, 7, step) for step in range(400)]
-    assert draws == [pipeline.draw_latent_count(counts, 7, step) for step in range(400)]
-    assert draws[123] == pipeline.draw_latent_count(counts, 7, 123) and isinstance(draws[0], int)
-    assert draws != [pipeline.draw_latent_count(counts, 8, step) for step in range(400)]
+    draws = [draw_latent_count(counts, 7, step) for step in range(400)]
+    assert draws == [draw_latent_count(counts, 7, step) for step in range(400)]
+    assert draws[123] == draw_latent_count(counts, 7, 123) and isinstance(draws[0], int)
+    assert draws != [draw_latent_count(counts, 8, step) for step in range(400)]
     for count in counts:  # 80 expected, standard deviation 8
         assert 48 <= draws.count(count) <= 112
-    assert pipeline.draw_latent_count((), 7, 0) == 0
+    assert draw_latent_count((), 7, 0) == 0
 
 
 def test_batches_draw_by_step(open_batches):
     feds = take(open_batches(), 8)
     config = dataclasses.make_dataclass("Seeded", ["seed"])(1)
-    seed = pipeline.stage_seed(config, StageConfig("one", "x"))
-    assert [fed.batch.latent_count for fed in feds] == [pipeline.draw_latent_count((1, 4), seed, s) for s in range(8)]
+    seed = stage_seed(config, StageConfig("one", "x"))
+    assert [fed.batch.latent_count for fed in feds] == [draw_latent_count((1, 4), seed, s) for s in range(8)]
     assert {fed.batch.latent_count for fed in feds} == {1, 4}
     for fed in feds:
         assert (fed.batch.visual_index.max(-1) == 9 + fed.batch.latent_count - 1).all()
@@ -181,13 +185,13 @@ def test_without_exchange_nothing_is_drawn(open_batches):
     [({"steps": 7}, 7), ({"epochs": 1}, 3), ({"epochs": 2}, 5), ({"epochs": 3}, 8), ({"epochs": 6}, 15)],
 )
 def test_steps_of_a_stage(stage, expected):
-    assert pipeline.stage_steps(StageConfig("s", "d", batch_size=64, **stage), 10, 4) == expected
-    assert pipeline.stage_steps(StageConfig("s", "d", batch_size=64, **stage), 10, 64) == (7 if "steps" in stage else 1)
+    assert stage_steps(StageConfig("s", "d", batch_size=64, **stage), 10, 4) == expected
+    assert stage_steps(StageConfig("s", "d", batch_size=64, **stage), 10, 64) == (7 if "steps" in stage else 1)
 
 
 def test_stage_seeds_differ():
     config = dataclasses.make_dataclass("Seeded", ["seed"])
-    seeds = {pipeline.stage_seed(config(seed), StageConfig(name, "d")) for seed in (1, 2) for name in ("a", "b", "c")}
+    seeds = {stage_seed(config(seed), StageConfig(name, "d")) for seed in (1, 2) for name in ("a", "b", "c")}
     assert len(seeds) == 6 and all(0 <= seed < 2**31 for seed in seeds)
 
 
@@ -242,17 +246,17 @@ def test_bad_records_are_skipped_counted_and_named(open_batches, bad_file):
 
 
 def test_counts_stop_the_run_beyond_the_allowed_share():
-    counts = pipeline.Counts(seen=100, bad={"too_long": 2, "corrupt_image": 1})
+    counts = Counts(seen=100, bad={"too_long": 2, "corrupt_image": 1})
     counts.check(0.03, 10)
     with pytest.raises(UserError) as error:
         counts.check(0.029, 10)
     for word in ("3 of 100", "1 corrupt_image", "2 too_long", "max_bad_records=0.029", "bad_records.jsonl"):
         assert word in str(error.value)
     # Early bad luck is measured against the whole data set.
-    pipeline.Counts(seen=2, bad={"too_long": 1}).check(0.01, 100)
+    Counts(seen=2, bad={"too_long": 1}).check(0.01, 100)
     with pytest.raises(UserError):
-        pipeline.Counts(seen=2, bad={"too_long": 2}).check(0.01, 100)
-    pipeline.Counts().check(0.0, 100)
+        Counts(seen=2, bad={"too_long": 2}).check(0.01, 100)
+    Counts().check(0.0, 100)
 
 
 def test_a_source_without_usable_records_ends_instead_of_hanging():
@@ -273,17 +277,17 @@ def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
 
 def test_a_record_beyond_the_data_has_changed():
     """One that waited when its file was longer."""
-    loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
+    loader = Loader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
     bad = loader.measure(3)
     assert isinstance(bad, BadRecord) and bad.reason == "changed" and "have 3 records by now" in str(bad)
 
 
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
-    loader = pipeline.Loader([None] * 3, None, pipeline.layout_spec(tiny(), 40, 6, 2), 4)
+    loader = Loader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
     stage = StageConfig("s", "d", batch_size=sizes.rows, steps=9)
-    feeding = pipeline._Feeding(loader, stage, sizes, (4,), 0, 1, 0.5, tuple(range(sizes.groups)))
-    return next(iter(pipeline._Batches(endless, feeding)))
+    feeding = _Feeding(loader, stage, sizes, (4,), 0, 1, 0.5, tuple(range(sizes.groups)))
+    return next(iter(_Batches(endless, feeding)))
 
 
 # Several images.
@@ -351,20 +355,20 @@ def test_a_tag_that_appears_only_when_another_is_taken_out_is_text(folder):
 
 def test_several_images_from_files_and_bytes_to_a_row(folder):
     model = tiny("released", **{"llm.vocab_size": 640})
-    maker = pipeline.ExampleMaker(model, load_tokenizer(folder / "tokenizer"), "phi3")
+    maker = ExampleMaker(model, load_tokenizer(folder / "tokenizer"), "phi3")
     paths = [folder / f"{i}.png" for i in range(3)]
     said = turns("<image>\n<image>\nHow many?", "one.", "Is <image> left?", "one.")
     example = maker(Record("a", paths[0], said, "here", (paths[0], paths[1].read_bytes(), paths[2])))
     alone = [maker(Record("a", path, turns("How many?", "one."), "here")) for path in paths]
     assert example.crops.shape == (3, 5, 24, 24, 3)
     np.testing.assert_array_equal(example.crops, np.concatenate([e.crops for e in alone]))
-    spec = pipeline.layout_spec(model, 160, 40, 2, images=3)
+    spec = layout_spec(model, 160, 40, 2, images=3)
     check_fits(example, spec, 4)
     batch = lay_out([example], spec, 4)
     assert (batch.crop_kind == PIXELS).all() and batch.round_crop.tolist() == [[1, 2]]
     assert (batch.crop_text_mask.sum(-1) == len(example.question_ids)).all()
     with pytest.raises(BadRecord, match="max_images is 1"):
-        check_fits(example, pipeline.layout_spec(model, 160, 40, 2), 4)
+        check_fits(example, layout_spec(model, 160, 40, 2), 4)
 
 
 # Packing.
@@ -387,8 +391,8 @@ def open_packed(folder):
         sizes = {"max_length": 250, "max_question_length": 16, "max_rounds": 4, "batch_size": ROWS, "steps": 1000}
         stage = Packed("one", str(folder / file), **sizes | stage)
         config = RunConfig(model, (stage,), tokenizer="", seed=1, loader_threads=threads, max_bad_records=0.9)
-        source = pipeline.open_source(config, stage)
-        batches = pipeline.training_batches(config, stage, source, tokenizer, devices)
+        source = open_source(config, stage)
+        batches = training_batches(config, stage, source, tokenizer, devices)
         started.append(batches)
         return batches
 
@@ -414,8 +418,8 @@ def test_packed_batches_hold_every_record_once_an_epoch(open_packed):
         assert batch.tokens.shape == (2, 250) and batch.crops.shape[:2] == (1, crops)
         assert fed.samples == (batch.crop_kind == PIXELS).sum() == sum(emitted.values()) - before
         before = sum(emitted.values())
-        seed = pipeline.stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
-        assert batch.latent_count == pipeline.draw_latent_count((1, 4), seed, step)
+        seed = stage_seed(dataclasses.make_dataclass("Seeded", ["seed"])(1), StageConfig("one", "x"))
+        assert batch.latent_count == draw_latent_count((1, 4), seed, step)
         # What was read has been handed out or waits, each record as often as epochs began or ended.
         waiting = Counter(number for number, *_ in batches.get_state()["waiting"])
         assert sum(waiting.values()) + before == counts.seen
@@ -490,7 +494,7 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
         packing=packing, max_images=2, steps=100,
     )  # fmt: skip
     config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
-    source = pipeline.open_source(config, stage)
+    source = open_source(config, stage)
 
     stores, opened = [], []
 
@@ -501,7 +505,7 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
         boards = [Board("run", stores[-1], process, count) if count > 1 else None for process in range(count)]
         opened.extend(board for board in boards if board)
         return [
-            (pipeline.training_batches(config, stage, source, tokenizer, 4, held, board), held)
+            (training_batches(config, stage, source, tokenizer, 4, held, board), held)
             for held, board in zip(processes, boards)
         ]
 
@@ -528,7 +532,7 @@ def test_processes_draw_one_plan_and_share_its_rows(folder, packing):
     for _ in range(20):
         assert step(one) == step(four)
     # What all have read is gone: a text, and who has read it, for each of those that may still be needed.
-    assert 1 < len(stores[-1].texts) < 3 * (2 * pipeline._SENT_AHEAD)
+    assert 1 < len(stores[-1].texts) < 3 * (2 * _SENT_AHEAD)
     for board in opened:  # first, as training does: a process may wait for what the first no longer sends
         board.close()
     for batches, _ in (*one, *two, *interleaved, *four):
@@ -572,13 +576,13 @@ def test_whole_last_rounds_go_where_a_row_is_too_short(folder, tmp_path, limits,
     sizes = {"max_length": 300, "max_question_length": 60, "max_rounds": 8, **limits}
     stage = StageConfig("one", str(tmp_path / "long.json"), str(folder), batch_size=1, **sizes)
     config = RunConfig(model=model, stages=(stage,), tokenizer="", loader_threads=1)
-    source = pipeline.open_source(config, stage)
-    loader = pipeline.stage_loader(config, stage, source, load_tokenizer(folder / "tokenizer"))
+    source = open_source(config, stage)
+    loader = stage_loader(config, stage, source, load_tokenizer(folder / "tokenizer"))
     found, expected = loader.load(0), loader.load(1)
     assert (found.dropped_rounds, expected.dropped_rounds) == (5 - kept, 0)
     for name in ("input_ids", "labels", "question_ids", "crops"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    batches = pipeline.training_batches(config, stage, source, loader.maker.tokenizer)
+    batches = training_batches(config, stage, source, loader.maker.tokenizer)
     counts = [counts for _, counts in itertools.islice(batches, 2)][-1]
     batches.close()
     assert (counts.shortened, counts.dropped_rounds) == ((1, 5 - kept) if kept < 5 else (0, 0))
@@ -590,9 +594,7 @@ def test_no_image_is_dropped_with_its_round(folder):
     model = tiny(latent_counts=(4,), **{"llm.vocab_size": 640})
     stage = StageConfig("one", str(folder / "late.json"), batch_size=1, max_length=300, max_rounds=1)
     config = RunConfig(model=model, stages=(stage,), tokenizer="")
-    loader = pipeline.stage_loader(
-        config, stage, pipeline.open_source(config, stage), load_tokenizer(folder / "tokenizer")
-    )
+    loader = stage_loader(config, stage, open_source(config, stage), load_tokenizer(folder / "tokenizer"))
     assert loader.load(0).reason == "too_many_rounds"
 
 
@@ -615,9 +617,9 @@ def test_images_of_any_shape_share_their_crops(folder, packing):
         packing=packing, steps=9,
     )  # fmt: skip
     config = RunConfig(model=model, stages=(stage,), tokenizer="", seed=1, loader_threads=2)
-    source = pipeline.open_source(config, stage)
+    source = open_source(config, stage)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    batches = pipeline.training_batches(config, stage, source, tokenizer)
+    batches = training_batches(config, stage, source, tokenizer)
     crops, samples = Counter(), 0
     for fed in take(batches, 9):
         used = (fed.batch.crop_kind == PIXELS).sum()
@@ -627,7 +629,7 @@ def test_images_of_any_shape_share_their_crops(folder, packing):
         samples += fed.samples
     batches.close()
     assert len(crops) == 1 and samples >= 9 * 4
-    loader = pipeline.stage_loader(config, stage, source, tokenizer)
+    loader = stage_loader(config, stage, source, tokenizer)
     counts = [len(loader.load(number).crops) for number in range(5)]
     assert counts == [5, 4, 3, 4, 1]  # 90 x 40 keeps more on three tiles in a row than on two
 
@@ -639,15 +641,13 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
     model = tiny(latent_counts=(1, 4, 9), **{"llm.vocab_size": 640})
     stage = StageConfig("s", str(bad_file), max_length=120, max_question_length=16, batch_size=5)
     config = RunConfig(model=model, stages=(stage,), tokenizer="")
-    loader = pipeline.fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
-    records, bad = pipeline.first_records(loader, 5, 10)
-    assert (
-        pipeline.first_records(loader, 5, 0, 3)[0] == records and pipeline.first_records(loader, 5, 1)[0] == records[:5]
-    )
-    assert len(records) % 9 and pipeline.first_records(loader, 9, 10)[0] == records  # the last batch need not be whole
+    loader = fixed_loader(config, stage, load_source(bad_file), load_tokenizer(folder / "tokenizer"))
+    records, bad = first_records(loader, 5, 10)
+    assert first_records(loader, 5, 0, 3)[0] == records and first_records(loader, 5, 1)[0] == records[:5]
+    assert len(records) % 9 and first_records(loader, 9, 10)[0] == records  # the last batch need not be whole
     assert len(records) + len(bad) == len(loader.source) and "missing_image" in {one.reason for one in bad}
     planned = plan_all(records, loader.spec, 4, stage, 2)
-    batches, broken = zip(*pipeline.fixed_batches(loader, planned, 2, 2, (0, 1)))
+    batches, broken = zip(*fixed_batches(loader, planned, 2, 2, (0, 1)))
     assert {b.latent_count for b in batches} == {4}
     expected = []
     names = [json.loads(bad_file.read_text())[measured.number]["image"] for measured in records]
@@ -658,7 +658,7 @@ def test_fixed_batches_are_the_first_good_records_in_order(open_batches, bad_fil
         expected.append(np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).tobytes())
     assert sorted(crop.tobytes() for b in batches for crop in b.crops[b.crop_kind == PIXELS]) == sorted(expected)
     # Each process's rows are those of the shards that it holds, in the shapes of all.
-    for whole, *parts in zip(batches, *(pipeline.fixed_batches(loader, planned, 1, 2, (i,)) for i in (0, 1))):
+    for whole, *parts in zip(batches, *(fixed_batches(loader, planned, 1, 2, (i,)) for i in (0, 1))):
         joined = jax.tree.map(lambda *x: np.concatenate(x), *(batch for batch, _ in parts))
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True))
 
@@ -668,7 +668,7 @@ def test_a_file_without_records_is_refused(tmp_path):
     stage = StageConfig("s", str(tmp_path / "empty.json"))
     config = RunConfig(model=tiny(), stages=(stage,), tokenizer="")
     with pytest.raises(UserError) as error:
-        pipeline.open_source(config, stage)
+        open_source(config, stage)
     assert "empty.json" in str(error.value)
 
 

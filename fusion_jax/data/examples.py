@@ -1,0 +1,220 @@
+"""Records to examples: the conversation encoded, its images cut into crops, whole rounds left out where it is too long.
+
+Nothing here loads Grain.
+"""
+
+import bisect
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion_jax.config import RunConfig, StageConfig
+from fusion_jax.data import chat_template, conversation, image, tiles
+from fusion_jax.data.conversation import LATENTS
+from fusion_jax.data.layout import Example, LayoutSpec, check_fits, needs
+from fusion_jax.data.plan import Measured
+from fusion_jax.data.sources import Record, RecordSource
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.errors import BadRecord
+from fusion_jax.models.config import QUADRANTS, FusionConfig
+
+
+def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
+    """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
+    those of a row with one conversation. Questions may be empty, so there is room for one token."""
+    return LayoutSpec(
+        length=length,
+        question_length=max(question_length, 1) if model.text_guided else 0,
+        rounds=rounds if model.semantic_exchange else 0,
+        image_tokens=model.tokens_per_image,
+        image_size=model.vision.image_size,
+        quadrants=QUADRANTS if model.uses_quadrants else 0,
+        zero_image_for_text=model.text_only == "zero_image",
+        hide_question_id_zero=model.hide_question_id_zero,
+        crops=images * model.most_crops,
+        images=images,
+        grids=model.tile_grids,
+        tile_tokens=model.tokens_per_tile,
+        image_first=model.image_place == "first",
+    )
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Records to examples for one model, tokenizer and template; picklable.
+
+    decode: exact or fast, see `data.image`.
+    """
+
+    model: FusionConfig
+    tokenizer: Tokenizer
+    template: str
+    decode: str = "exact"
+
+    def __call__(self, record: Record, prompt: bool = False) -> Example:
+        """Encodes a record and its images; with `prompt` the conversation waits for its last answer.
+
+        Raises:
+          BadRecord: the conversation or an image cannot be used.
+        """
+        return self.with_crops(self.text(record, prompt), record)
+
+    def text(self, record: Record, prompt: bool = False) -> Example:
+        """The same without its crops, of images at most their sizes being read. BadRecord as above."""
+        model = self.model
+        encode, more = conversation.encode_conversation, {}
+        if prompt:
+            encode, more = conversation.encode_prompt, {"literal": record.literal}
+        encoded = encode(
+            record.turns,
+            self.tokenizer,
+            chat_template.find(self.template, self.tokenizer),
+            len(record.images),
+            latents=model.semantic_exchange,
+            latents_without_image=model.text_only == "zero_image",
+            system=record.system,
+            where=record.where,
+            **more,
+        )
+        question = encoded.instructs if record.images and model.text_guided else encoded.instructs[:0]
+        tilings = ()
+        if model.tile_grids:
+            sizes = record.sizes or [image.read_size(one, record.where) for one in record.images]
+            tilings = tuple(tiles.choose_tiling(size, model.tile_grids, model.vision.image_size) for size in sizes)
+        return Example(encoded.input_ids, encoded.labels, question, None, record.where, tilings)
+
+    def fitting(self, record: Record, spec: LayoutSpec, latents: int) -> Example:
+        """`text`, without the last rounds where the conversation is too long for a row: whole rounds go, never an image
+        and never part of an answer.
+
+        Raises:
+          BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
+        """
+        example = self.text(record)
+        try:
+            check_fits(example, spec, latents)
+            return example
+        except BadRecord:
+            dropped = self._rounds_too_many(example, record, spec, latents)
+            if not dropped:
+                raise
+        example = dataclasses.replace(self._without_last(record, dropped), dropped_rounds=dropped)
+        check_fits(example, spec, latents)
+        return example
+
+    def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
+        """How many last rounds must go for the conversation to fit; where it never does, how many may go.
+
+        Rounds are tokenized one behind the other, so what fewer of them take is known from the whole conversation. Only
+        their questions are tokenized as one text, whose tokens are counted anew for a few numbers of rounds.
+
+        Args:
+          example: `text` of the whole record.
+        """
+        ids, answer = example.input_ids, np.append(example.labels >= 0, False)
+        ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
+        # Never a round with an image. A round is a question and its answer; a model's greeting may stand before.
+        turns = record.turns[len(record.turns) - 2 * len(ends) :]
+        shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
+        least = max([1, *shown])
+        rounds = np.cumsum(ids == LATENTS)[ends - 1]
+        lengths = needs(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
+        kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
+
+        def asked(kept: int) -> int:
+            return len(self._without_last(record, len(ends) - kept).question_ids)
+
+        if kept > least and asked(kept) > spec.question_length:
+            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=asked) - 1
+        return len(ends) - max(kept, least)
+
+    def _without_last(self, record: Record, rounds: int) -> Example:
+        """`text` without so many last rounds."""
+        return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
+
+    def with_crops(self, example: Example, record: Record) -> Example:
+        """The example of `text` with the crops of the record's images. BadRecord as above."""
+        if not record.images:
+            return example
+        size = self.model.vision.image_size
+        if example.tilings:
+            crops = [
+                image.read_tiles(one, tiling, size, self.decode, record.where)[:, None]
+                for one, tiling in zip(record.images, example.tilings)
+            ]
+            return dataclasses.replace(example, crops=np.concatenate(crops))
+        quadrants = self.model.uses_quadrants
+        crops = [image.read_crops(one, size, quadrants, self.decode, record.where) for one in record.images]
+        return dataclasses.replace(example, crops=np.stack(crops))
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Records by number, measured or as examples that fit a row even at the largest l^2."""
+
+    source: RecordSource
+    maker: ExampleMaker
+    spec: LayoutSpec
+    longest_latents: int
+
+    def load(self, number: int) -> Example | BadRecord:
+        """The example with its crops."""
+        try:
+            record = self.source[number]
+            return self.maker.with_crops(self.maker.fitting(record, self.spec, self.longest_latents), record)
+        except BadRecord as bad:
+            return bad
+
+    def text(self, number: int) -> Example | BadRecord:
+        """The example without its crops."""
+        try:
+            return self.maker.fitting(self.source.text(number), self.spec, self.longest_latents)
+        except BadRecord as bad:
+            return bad
+
+    def load_planned(self, planned: Measured) -> Example | BadRecord:
+        """The example with its crops, if it takes the room that was planned for it."""
+        example = self.load(planned.number)
+        if isinstance(example, BadRecord):
+            return example
+        takes = needs(example, self.spec, 0)
+        if planned[:4] != (planned.number, takes.length, takes.crops, takes.rounds):
+            detail = "its text or an image has changed since it was measured, or differs from process 0's"
+            return BadRecord("changed", example.where, detail)
+        return example
+
+    def measure(self, number: int, headers: bool = False) -> tuple[Measured, int] | BadRecord:
+        """What the record takes, and how many last rounds it loses.
+
+        headers: a record of whose images the headers cannot be read is bad.
+        """
+        if number >= len(self.source):
+            return BadRecord("changed", f"record {number}", f"the data have {len(self.source)} records by now")
+        try:
+            record = self.source.text(number)
+            example = self.maker.fitting(record, self.spec, self.longest_latents)
+            for one in record.images if headers else ():
+                if one != b"":  # shards and their sizes were checked when they were written
+                    image.read_size(one, record.where)
+        except BadRecord as bad:
+            return bad
+        takes = needs(example, self.spec, 0)
+        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
+
+
+def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The stage's loader: of records that fit at the largest l^2, so that none depends on the draw."""
+    model = config.model
+    maker = ExampleMaker(model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, stage_spec(model, stage), max(model.drawn_latent_counts, default=0))
+
+
+def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
+    """The loader of validation, with the stage's sizes."""
+    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
+    return Loader(source, maker, stage_spec(config.model, stage), config.model.fixed_latent_count)
+
+
+def stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
+    return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
