@@ -15,7 +15,7 @@ for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then
     named=1
     case $argument in
-    *serve/test_page*) pages+=("$argument") ;;
+    *server/test_page*) pages+=("$argument") ;;
     tests/hostile*) pages+=("${own[@]: -1}") ;;
     tests | tests/ | tests/server | tests/server/) pages+=("${own[@]}") ;;
     esac
