@@ -18,9 +18,9 @@ HEAD = """# Commands
 
 <!-- Written by docs/generate_commands.py; do not edit. -->
 
-Every command is `python -m fusion_jax.NAME`. A flag that takes a list takes it with commas. `--config FILE:ARGUMENTS`
-names a Python file with a function `get_config`; any key in it can be set, as in `--config.model.llm.layers=4`. The exit
-codes are in [restart.md](restart.md#exit-codes).
+Every command is `python -m fusion_jax.NAME`. The values of a list are separated by commas. `--config FILE:ARGUMENTS`
+names a Python file with a function `get_config`; any key of what it returns can be set, as in
+`--config.model.llm.layers=4`. The exit codes are in [restart.md](restart.md#exit-codes).
 """
 
 
@@ -39,8 +39,9 @@ def section(name: str) -> str:
     """The description of one command and a table of its flags."""
     before = set(flags.FLAGS)
     module = importlib.import_module(f"fusion_jax.{name}")
-    if hasattr(module, "define_flags"):
-        module.define_flags()
+    for define in ("define_flags", "_define_flags"):
+        if hasattr(module, define):
+            getattr(module, define)()
     own = [flag for flag in sorted(set(flags.FLAGS) - before) if flag == "config" or is_ours(flag)]
     rows = [row(flags.FLAGS[flag]) for flag in own]
     for flag in set(flags.FLAGS) - before:

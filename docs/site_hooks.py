@@ -1,7 +1,7 @@
 """Makes the pages of the API reference: one a package, from the docstrings of its public modules.
 
-MkDocs calls `on_files` (`hooks` in mkdocs.yml). The pages exist only while the site is built, so that a new module is on
-its package's page without being listed anywhere.
+MkDocs calls `on_files` (`hooks` in mkdocs.yml). The pages exist only while the site is built, so that a new module is
+on its package's page without being listed anywhere.
 """
 
 from pathlib import Path
