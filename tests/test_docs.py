@@ -32,7 +32,23 @@ OTHERS = {
 }
 SUFFIXES = "py|sh|c|ipynb|toml|yml"
 # Endings of files that users have and runs write.
-DATA = {"json", "jsonl", "yaml", "md", "html", "csv", "tsv", "png", "svg", "jinja", "model", "gguf", "bin", "lock", "vocab"}
+DATA = {
+    "json",
+    "jsonl",
+    "yaml",
+    "md",
+    "html",
+    "csv",
+    "tsv",
+    "png",
+    "svg",
+    "jinja",
+    "model",
+    "gguf",
+    "bin",
+    "lock",
+    "vocab",
+}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 pages_of_today = pytest.mark.parametrize(
