@@ -11,13 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "design.md"
-BEGIN, END = "<!-- The tree is written by docs/generate_tree.py. -->\n\n", "\n<!-- The end of the tree. -->"
+BEGIN, END = "<!-- The tree is written by docs/generate_tree.py. -->\n", "<!-- The end of the tree. -->\n"
 
 
 def tree() -> str:
     """A block of text with a line for each Python file, folders after the files beside them."""
-    lines = ["```text", "fusion_jax/", *folder(ROOT / "fusion_jax", 1), "```", ""]
-    return "\n".join(lines)
+    lines = ["```text", "fusion_jax/", *folder(ROOT / "fusion_jax", 1), "```"]
+    return "\n" + "\n".join(lines) + "\n\n"
 
 
 def folder(path: Path, depth: int) -> list[str]:
