@@ -166,7 +166,7 @@ def test_keep_asks_again_for_lost_chips_until_training_has_ended(tmp_path, broke
     result = script("tpu_vm", "keep", "kept", *PLACE, "--type", "v6e-8", "--every", 0, *TRAINING, env=path)
     called = [verb for verb in (tmp_path / "called").read_text().split() if verb not in ("describe", "scp", "ssh")]
     if broken:  # not asked for again and again
-        assert result.returncode == 2 and "cannot be made ready" in result.stderr and called == ["create"]
+        assert result.returncode == 2 and "cannot be set up" in result.stderr and called == ["create"]
     else:
         assert result.returncode == 3, result.stderr  # training's exit code
         assert called == ["create", "delete", "create"] and "was lost" in result.stdout
@@ -250,7 +250,7 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["slurm", "--nodes", "0", *TRAINING], "--nodes must be at least 1"),
         (["slurm", "--time", "soon", *TRAINING], "--time must be like"),
         (["slurm", "--mounts", "/data", *TRAINING], "--mounts must be"),
-        (["restart", "python"], "behind --"),
+        (["restart", "python"], "follows --"),
         (["restart"], "no command"),
         (["restart", "--codes", "a", "--", "true"], "--codes must be"),
         (["restart", "--retries", "9" * 20, "--", "true"], "--retries must be below 1000000000"),
