@@ -30,6 +30,7 @@ OTHERS = {
     "configs/x.py",
     "fusion_jax/synth/kinds/riddle.py",
 }
+CONFIGS = sorted(ROOT.glob("fusion_jax/**/config.py"))
 SUFFIXES = "py|sh|c|ipynb|toml|yml"
 # Endings of files that users have and runs write.
 DATA = {
@@ -114,6 +115,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(other), f"{page.name} links to {target}, a heading that does not exist"
 
 
+@pages
+def test_no_page_installs_from_an_index(page):
+    # The name is not on the package index: everything is installed from the checkout.
+    wrong = re.search(r"pip install[^\n`]* '?fusion_jax\b", page.read_text())
+    assert not wrong, f"{page.name}: {wrong[0]}; write pip install -e '.[EXTRA]'"
+
+
 @functools.cache
 def flags_of(name):
     """The flags of a command, by the reference."""
@@ -160,15 +168,15 @@ def test_files_and_symbols_exist(page):
         modules = modules_named(match[1]) if match else []
         if modules and match[2] not in DATA | set(SUFFIXES.split("|")):
             word = re.compile(rf"\b{match[2]}\b")
-            assert any(word.search(module.read_text()) for module in modules), f"{page.name}: {span} does not exist"
+            places = modules + CONFIGS + modules_named(span)  # a symbol, a key of a configuration, or a module
+            assert any(word.search(f"{place.stem} {place.read_text()}") for place in places), f"{page.name}: {span}"
 
 
 @functools.cache
 def modules_named(name):
     """The modules that a dotted name may mean: `losses`, `models.attention`, `fusion_jax.evals.runner`."""
     path = name.removeprefix("fusion_jax.").replace(".", "/")
-    # `config.decode` and `select.keep` are keys of configurations.
-    return [file for file in ROOT.glob(f"fusion_jax/**/{path}.py") if file.stem not in ("config", "select")]
+    return list(ROOT.glob(f"fusion_jax/**/{path}.py"))
 
 
 def test_the_reference_of_commands_is_current():
