@@ -72,7 +72,7 @@ setup(
         "page": ["gradio>=6.31"],
         # Language models in GGUF files.
         "gguf": ["gguf>=0.17"],
-        # `tensorboard --logdir`, which shows what a run writes; the pins of requirements.txt have it.
+        # `tensorboard --logdir`, the viewer of what a run writes; launch/quickstart.sh installs it.
         "tensorboard": ["tensorboard>=2.18"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],

@@ -2,7 +2,7 @@
 # Goes from a fresh clone to a trained model: environment, data, three stages, evaluation. About 15 minutes on 2 cores.
 # Started again, it continues where it stopped.
 start=$SECONDS
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+EXTRAS="tensorboard${EXTRAS:+,$EXTRAS}" source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run=${RUN:-runs/quickstart}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
