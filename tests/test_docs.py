@@ -185,7 +185,8 @@ def test_the_tree_is_current():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    # Not --quiet, which hides warnings from --strict as well.
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(build, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600)
     assert result.returncode == 0, result.stderr
     built = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
