@@ -7,6 +7,7 @@ tests/test_docs.py fails where the page is not what this writes.
 
 import importlib
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def row(flag: flags.Flag) -> str:
     text = " ".join((flag.help or "").split())
     if values:  # absl writes the values of an enum before its help text
         text = text.removeprefix(f"<{'|'.join(values)}>:").strip()
+    text = re.sub(r"^Alias for --(\w+)\.$", r"former name of `--\1`", text)
     default = "" if flag.default in (None, "", []) else f"`{flag.default_as_str.strip(chr(39))}`"
     return f"| {name} | {default} | {escaped(text)} |"
 
