@@ -36,7 +36,7 @@ from fusion_jax.data import image, input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, lay_out
-from fusion_jax.devices import flops, op_times, sharding
+from fusion_jax.devices import flops, op_times, peaks, sharding
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.inference import generate
 from fusion_jax.inference.sampling import Sampling
@@ -168,7 +168,7 @@ def _time_step(
         **{key: value for key, value in watch.memory().items() if key == "hbm_peak_gib"},
         "model_tflop_per_step": cost / 1e12,
         "model_gflop_per_second": cost / seconds / 1e9,
-        "mfu": cost / seconds / flops.peak(model.dtype),
+        "mfu": cost / seconds / peaks.peak(model.dtype),
     }
     if trace:
         print(json.dumps(result), flush=True)  # should the profiler end the process

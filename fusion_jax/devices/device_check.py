@@ -47,7 +47,7 @@ def probe() -> None:
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from fusion_jax.devices import flops
+    from fusion_jax.devices import peaks
 
     local = jax.local_devices()
     accelerator = local[0].platform != "cpu"
@@ -61,7 +61,7 @@ def probe() -> None:
                 "platform": device.platform,
                 "kind": device.device_kind,
                 "memory": (device.memory_stats() or {}).get("bytes_limit", 0) if accelerator else 0,
-                "flops": flops.measured_rate(device, dtype),
+                "flops": peaks.measured_rate(device, dtype),
                 "right": right,
             }
         )
@@ -122,7 +122,7 @@ def check_devices(answer: dict | Problem) -> Findings:
     if isinstance(answer, Problem):
         yield answer
         return
-    from fusion_jax.devices.flops import datasheet_peak  # needs JAX, which answered
+    from fusion_jax.devices.peaks import datasheet_peak  # needs JAX, which answered
 
     for i, device in enumerate(answer["devices"]):
         kind = device["kind"]

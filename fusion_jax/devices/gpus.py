@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusion_jax.devices import peaks
 from fusion_jax.errors import UserError, check
 
 # Share of a card's memory that JAX takes for arrays and temporaries; launch/xla_flags.sh sets it for every GPU run. The
@@ -19,14 +20,13 @@ class Card:
     """Public figures of one GPU.
 
     Attributes:
-      peak: FLOP/s in bfloat16, dense. memory: bytes, as CUDA counts them; hbm_rate: bytes/s. nvlink, network: bytes/s
-      of one GPU in one direction, to its node's others and to other nodes. kind: name that JAX has for it.
+      kind: the name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. memory: bytes, as CUDA counts them;
+      hbm_rate: bytes/s. nvlink, network: bytes/s of one GPU in one direction, to its node's others and to other nodes.
       cores: streaming multiprocessors, of `units` float32 units each; capability: of CUDA, (major, minor).
       clock: GHz. l2, shared, block: bytes of level-2 cache, of a core's shared memory and what a block may have of it.
     """
 
     kind: str
-    peak: float
     memory: int
     hbm_rate: float
     nvlink: float
@@ -40,31 +40,36 @@ class Card:
     block: int
 
     @property
+    def peak(self) -> float:
+        """FLOP/s in bfloat16, dense."""
+        return peaks.datasheet_peak(self.kind)
+
+    @property
     def hbm(self) -> float:
         """Bytes that a program may use."""
         return self.memory * memory_share()
 
 
-# Peak, memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s;
-# B200 1,800 GB/s; bfloat16 without sparsity 312, 989, 989 and, for HGX B200, 2,250 TFLOP/s). The network is that of
-# NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400 Gbit/s in DGX H100, H200 and B200.
+# Memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s; B200
+# 1,800 GB/s). The network is that of NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400
+# Gbit/s in DGX H100, H200 and B200.
 # Cores, caches and the bytes of memory that CUDA reports: XLA's descriptions of these devices
 # (openxla/xla, xla/backends/gpu/target_config/specs).
 CARDS = {
     "a100": Card(
-        "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2039e9, 300e9, 25e9,
+        "NVIDIA A100-SXM4-80GB", 85100068864, 2039e9, 300e9, 25e9,
         (8, 0), 108, 64, 1.41, 41943040, 167936, 166912,
     ),
     "h100": Card(
-        "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3352e9, 450e9, 50e9,
+        "NVIDIA H100 80GB HBM3", 84942979072, 3352e9, 450e9, 50e9,
         (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
     ),
     "h200": Card(
-        "NVIDIA H200", 989e12, 151397597184, 4800e9, 450e9, 50e9,
+        "NVIDIA H200", 151397597184, 4800e9, 450e9, 50e9,
         (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
     ),
     "b200": Card(
-        "NVIDIA B200", 2250e12, 191514411008, 7672e9, 900e9, 50e9,
+        "NVIDIA B200", 191514411008, 7672e9, 900e9, 50e9,
         (10, 0), 148, 128, 1.965, 132644864, 233472, 232448,
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fusion_jax.devices import peaks
 from fusion_jax.errors import UserError
 
 
@@ -14,18 +15,24 @@ class Chip:
     """Public figures of one chip.
 
     Attributes:
-      peak: FLOP/s in bfloat16. hbm: bytes; hbm_rate: bytes/s. link: bytes/s of one link of the torus in one direction,
-      two links along each dimension. dcn: bytes/s of the data centre's network. ring: the ends of a dimension are
-      joined where its length is a multiple of this. shapes: of slices.
+      kind: a name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. hbm: bytes; hbm_rate: bytes/s. link:
+      bytes/s of one link of the torus in one direction, two links along each dimension. dcn: bytes/s of the data
+      centre's network. ring: the ends of a dimension are joined where its length is a multiple of this. shapes: of
+      slices.
     """
 
-    peak: float
+    kind: str
     hbm: float
     hbm_rate: float
     link: float
     dcn: float
     ring: int
     shapes: tuple[str, ...]
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s in bfloat16."""
+        return peaks.datasheet_peak(self.kind)
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -36,9 +43,9 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # for a chip as a whole: v5e 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways
 # over 4. The network between slices: 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s a v5p chip, 100 Gbit/s a v6e chip.
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
-    "v6e": Chip(918e12, 32e9, 1640e9, 100e9, 12.5e9, 16, _FLAT),
+    "v5e": Chip("TPU v5e", 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
+    "v5p": Chip("TPU v5p", 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
+    "v6e": Chip("TPU v6e", 32e9, 1640e9, 100e9, 12.5e9, 16, _FLAT),
 }
 KNOWN = tuple(f"{generation}:{shape}" for generation, chip in CHIPS.items() for shape in chip.shapes)
 
