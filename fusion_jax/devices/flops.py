@@ -4,11 +4,18 @@ Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, act
 counts half; the backward pass is twice the forward; recomputation does not count; padding does not count.
 """
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusion_jax.batch import NO_CROP, Batch
+from fusion_jax.batch import NO_CROP, Batch, windows
+from fusion_jax.data import tiles
+from fusion_jax.data.conversation import ANSWER_START, IMAGE
+from fusion_jax.data.layout import Example, LayoutSpec, needs
+from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.models.config import FusionConfig
 
 
@@ -46,6 +53,48 @@ def shape_of(batch: Batch) -> BatchShape:
         latent_count=batch.latent_count,
         windows=int((np.asarray(batch.windows) >= 0).sum()),
     )
+
+
+def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> BatchShape:
+    """The shape of a batch that would hold these examples; their images need not have been read.
+
+    A text without an image that has latents counts with its zero image, which no question guides.
+    """
+    lengths, crops, supervised, rounds, window_tokens = [], [], 0, 0, 0
+    for example in examples:
+        size = needs(example, spec, latent_count)
+        question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
+        question = question[question != 0] if spec.hide_question_id_zero else question
+        lengths.append(size.length)
+        crops += [len(question) if size.images else 0] * size.crops
+        supervised += int((example.labels[1:] >= 0).sum())
+        rounds += size.rounds
+        if size.rounds and latent_count:
+            tilings = example.tilings or (tiles.WHOLE,) * max(size.images, 1)
+            images = np.flatnonzero(example.input_ids == IMAGE)
+            answers = np.flatnonzero(example.labels == ANSWER_START)[: size.rounds]
+            latest = np.maximum(np.searchsorted(images, answers) - 1, 0)  # the image that each round looks at
+            window_tokens += sum(_window_tokens(tilings[image], spec, latent_count) for image in latest)
+    return BatchShape(
+        lengths=tuple(lengths),
+        crops=tuple(crops),
+        plain=len(crops) * spec.quadrants,
+        supervised=supervised,
+        rounds=rounds,
+        latent_count=latent_count,
+        windows=window_tokens,
+    )
+
+
+@functools.lru_cache(1 << 14)
+def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) -> int:
+    """Tokens that the windows of one round's latents hold together."""
+    cells = math.isqrt(latent_count)
+    side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
+    tokens = windows(side, cells)[1].sum()
+    if tiling.rows:
+        tokens += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
+    return int(tokens)
 
 
 def forward_flops(config: FusionConfig, shape: BatchShape) -> float:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from gpu_check.parts import arguments, note, say
 
-from fusion_jax import benchmark
+from fusion_jax.benchmarking import generation
 from fusion_jax.models import fusion
 from fusion_jax.models.config import VARIANTS
 
@@ -43,7 +43,7 @@ def main() -> None:
     }
     failures = []
     for rows in (1, 2) if context.dry_run else (1, 32):
-        made = benchmark.time_prefill(model, params, rows, QUESTION, ANSWER, 3)
+        made = generation.time_prefill(model, params, rows, QUESTION, ANSWER, 3)
         figures["prefill"].append(
             {
                 "rows": rows,
@@ -53,7 +53,7 @@ def main() -> None:
             }
         )
         say(figures, ["decode was not timed"])
-        made = benchmark.time_decode(model, params, rows, QUESTION, ANSWER, 3)
+        made = generation.time_decode(model, params, rows, QUESTION, ANSWER, 3)
         ms = 1e3 * made["seconds"] / (ANSWER - 1)
         figures["decode"].append(
             {
