@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from fusion_jax.models import flash, segment_flash
-from fusion_jax.planning.hlo import Kernel
+from fusion_jax.planning.work import Kernel
 
 _SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
 _TRITON = (("segment_flash_forward", 2), ("segment_flash_keys", 4), ("segment_flash_queries", 3))

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from fusion_jax.devices import flops, sharding
 from fusion_jax.devices.chips import Topology
-from fusion_jax.planning import hlo, kernels, typical
+from fusion_jax.planning import kernels, typical
 from fusion_jax.planning.program import Program
+from fusion_jax.planning.work import read
 from fusion_jax.training import losses
 
 # Published samples of each stage, in millions.
@@ -70,7 +71,7 @@ def analyse(program: Program, topology: Topology) -> Report:
         return Report(topology, program, samples, model_flops)
     # The only loop whose rounds its data decides is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
-    work = hlo.read(program.text, topology.chips, chunks)
+    work = read(program.text, topology.chips, chunks)
     packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
     by_kind = defaultdict(float)
     for kernel in work.kernels:
