@@ -5,16 +5,17 @@ python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5e:1
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology h100:8x4      # four nodes of eight GPUs
 
 Prints a table and, last, one JSON line; docs/scaling.md says what each figure means and where it comes from. Needs
-`pip install fusion_jax[plan]` (for GPUs `plan_gpu`), a few GB of memory and some minutes; no TPU or GPU and no data.
+`pip install fusion_jax[plan]` (for GPUs `fusion_jax[plan-gpu]`), a few GB of memory and some minutes; no TPU or GPU and no data.
 """
 
 import dataclasses
 import json
 import os
 
-# Before JAX starts: with a compiler installed it would look for a TPU or a GPU, and complain that there is none.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what goes wrong is raised; XLA calls slow compiling an error
+if __name__ == "__main__":
+    # Before JAX starts: with a compiler installed it would look for a TPU or a GPU, and complain that there is none.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised anyway; XLA logs slow compiling as one
 
 from absl import flags
 
