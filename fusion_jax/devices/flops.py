@@ -1,4 +1,4 @@
-"""Analytic model FLOPs: what the arithmetic needs, whatever a program does beyond it.
+"""Analytic FLOPs of the model: what its arithmetic needs, whatever a program computes beyond that.
 
 Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, activations, rotary); causal attention
 counts half; the backward pass is twice the forward; recomputation does not count; padding does not count.
@@ -21,12 +21,12 @@ from fusion_jax.models.config import FusionConfig
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What of a batch decides its FLOPs, padding left out.
+    """The sizes of a batch that decide its FLOPs, without padding.
 
     Attributes:
-      lengths: tokens of each example in the LLM. crops: (question tokens) of each guided crop; plain: plain crops.
-      supervised: positions with a target. rounds: rounds with latents. latent_count: l^2. windows: tokens that all
-      latents' windows hold together.
+      lengths: tokens of each example in the LLM. crops: for each guided crop, the question tokens that guide it.
+      plain: number of plain crops. supervised: positions with a target. rounds: rounds with latents. latent_count:
+      l^2. windows: tokens in the windows of all latents together.
     """
 
     lengths: tuple[int, ...]

@@ -43,9 +43,9 @@ PEAKS = {
 
 
 def datasheet_peak(kind: str) -> float | None:
-    """Of one device of a kind as JAX names it, FLOP/s in bfloat16; None for kinds that the table lacks.
+    """FLOP/s in bfloat16 of one device of a kind, as JAX names it; None for kinds that are not in PEAKS.
 
-    The longest name counts that the kind begins with, up to the end of a word: an L40S is no L4.
+    The longest name with which the kind begins counts, up to the end of a word: an L40S is not an L4.
     """
     if " MIG " in kind:  # a part of a GPU
         return None
@@ -54,9 +54,9 @@ def datasheet_peak(kind: str) -> float | None:
 
 
 def measured_rate(device: jax.Device, dtype: DTypeLike) -> float:
-    """FLOP/s of square matrix products on one device: of the size from which larger ones are no faster.
+    """Measures the FLOP/s of square matrix products on one device, of the size from which larger ones are not faster.
 
-    It takes a second or so at most. The values are random: with zeros or ones hardware needs less power, and is faster.
+    It takes about a second at most. The values are random: with zeros or ones hardware needs less power, and is faster.
     """
     memory = device.memory_stats() or {}
     room = memory["bytes_limit"] - memory.get("bytes_in_use", 0) if "bytes_limit" in memory else math.inf
@@ -71,7 +71,7 @@ def measured_rate(device: jax.Device, dtype: DTypeLike) -> float:
             seconds = min(_seconds(product, a) for _ in range(3))
             rate, before = 2 * size**3 / seconds, best
             best = max(best, rate)
-            # Short ones measure how fast work is begun.
+            # Short products measure how fast work is started.
             if seconds > 1e-3 and rate < 1.05 * before:
                 return best
             size *= 2
@@ -90,9 +90,9 @@ def _seconds(function, argument) -> float:
 
 @functools.cache
 def peak(dtype: DTypeLike = jnp.bfloat16) -> float:
-    """Peak FLOP/s of all devices of all processes: the datasheets', for kinds that have none here (CPUs) measured.
+    """Peak FLOP/s of all devices of all processes: the datasheets', or measured for kinds not in PEAKS (CPUs).
 
-    One device is measured, by the first process, so that all have the same number. All must call.
+    Only one device is measured, by the first process, so that all have the same number. A collective: all must call it.
     """
     one = datasheet_peak(jax.devices()[0].device_kind)
     if one is None:

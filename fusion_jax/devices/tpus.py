@@ -1,4 +1,4 @@
-"""TPU generations: what a chip does, which topologies there are, and their descriptions for the compiler."""
+"""TPUs: figures of a chip, which topologies there are, and their descriptions for the compiler."""
 
 import importlib.util
 import math
@@ -51,13 +51,13 @@ KNOWN = tuple(f"{generation}:{shape}" for generation, chip in CHIPS.items() for 
 
 
 def shapes() -> str:
-    """All slices there are, for people."""
+    """Lists all topologies of all generations, for messages."""
     return "; ".join(f"{generation}: {', '.join(chip.shapes)}" for generation, chip in CHIPS.items())
 
 
 @dataclass(frozen=True)
 class TpuTopology:
-    """A slice of chips, or several joined by the network: name as in v5p:4x4x8."""
+    """A slice of chips, named as in v5p:4x4x8, or several such slices joined by the data centre's network."""
 
     name: str
     slices: int = 1
@@ -85,12 +85,12 @@ class TpuTopology:
 
     @property
     def limit(self) -> None:
-        """The compiler knows what a program may take, and refuses what does not fit."""
+        """None: the compiler knows how much memory a program may take, and refuses one that does not fit."""
         return None
 
     @property
     def options(self) -> dict[str, bool]:
-        """Nothing for the compiler beyond what training gives it."""
+        """Options for the compiler beyond those that training gives it: none."""
         return {}
 
     def devices(self) -> list:
@@ -101,27 +101,27 @@ class TpuTopology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError("Planning compiles with libtpu, which is not installed: pip install fusion_jax[plan].")
-        # There is no TPU to be asked what it is, and none that only one process may hold.
+        # There is no TPU to query, and none that only one process may hold.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        # Without these it complains of a machine that is no TPU's; what they say does not matter to a compiler.
+        # Without these it complains that the machine has no TPU; their values do not matter for compiling.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_WORKER_ID", "0")
         from jax.experimental import topologies
 
         arguments = {"num_slices": self.slices} if self.slices > 1 else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **arguments)
-        return list(found.devices)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **arguments)
+        return list(topology.devices)
 
     def seconds(self, kind: str, sent: float, group: Sequence) -> float:
-        """Least time of a collective in which each of a group of devices sends so many bytes."""
+        """The least time of a collective, in seconds, in which each device of a group sends `sent` bytes."""
         del kind
         links = self.links(group)
         return sent / (links * self.chip.link if links else self.chip.dcn)
 
     def links(self, group: Sequence) -> float:
-        """Links into a chip that a collective among these devices can use at once, 0 where it leaves the slice.
+        """The number of links into a chip that a collective can use at once, 0 where its group leaves the slice.
 
         Two for every dimension of the torus along which they spread, one where its ends are not joined.
         """

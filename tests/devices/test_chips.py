@@ -37,7 +37,7 @@ def test_gpus_have_the_share_of_their_memory_that_jax_takes(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert topology("h100:1").limit == 0.5 * whole
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75")
-    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75 is no share"):
+    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75 is not a share"):
         gpus.memory_share()
 
 

@@ -117,7 +117,7 @@ def test_typical_samples_keep_the_limits_of_their_stage():
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        (MeshConfig(1, 96, 1), "asks for 96 device"),
+        (MeshConfig(1, 96, 1), "needs 96 device"),
         (MeshConfig(1, -1, 3), "3 does not divide the 128"),
     ],
 )

@@ -80,7 +80,7 @@ FAULTS = {
     "wandb": (lambda config, _: dataclasses.replace(config, wandb_project="p"), "needs Weights & Biases"),
     "mesh": (
         lambda config, _: dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2)),
-        "asks for 4 device(s), there are 1",
+        "needs 4 device(s), but there are 1",
     ),
     "freeze": (
         lambda config, _: stage(config, 1, freeze=("^lm/",)),
