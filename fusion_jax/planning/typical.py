@@ -1,4 +1,4 @@
-"""The step to plan: a typical batch of a stage as shapes, and what of it is real."""
+"""The step to plan: the shapes of a typical batch of a stage, and its sizes without padding."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class TypicalStep:
     """A step of a stage at one l^2.
 
     Attributes:
-      batch: shapes and dtypes of the whole global batch. shape: what of it is real, for `flops`. samples: conversations
-      in this step.
+      batch: shapes and dtypes of the whole global batch. shape: its sizes without padding, for `flops`. samples:
+      conversations in this step.
     """
 
     batch: Batch
@@ -25,7 +25,7 @@ class TypicalStep:
 
     @property
     def tokens(self) -> int:
-        """Real positions in the LLM."""
+        """Positions in the LLM that are not padding."""
         return sum(self.shape.lengths)
 
 
