@@ -152,14 +152,14 @@ def test_a_full_disk_is_found_by_writing(tmp_path):
 
 
 def test_packages_missing_or_other_than_tested():
-    found = list(
+    findings = list(
         software_check.check_requirements(
             "jax>=0.1\nno-such-package==1.0  # why\nabsl-py==0.0.1\nx; python_version<'3'\n"
         )
     )
-    assert [problem.stops for problem in found] == [True, False]
-    assert "no-such-package" in found[0].what and "absl-py" not in found[0].what
-    assert "absl-py" in found[1].what and "tested: 0.0.1" in found[1].what
+    assert [problem.stops for problem in findings] == [True, False]
+    assert "no-such-package" in findings[0].what and "absl-py" not in findings[0].what
+    assert "absl-py" in findings[1].what and "tested: 0.0.1" in findings[1].what
 
 
 def test_a_containers_limits_count(monkeypatch):

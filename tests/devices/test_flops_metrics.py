@@ -62,7 +62,7 @@ def everywhere(config, batch):
 
 
 def unneeded(config, shape, batch):
-    """Traced, but not counted: the half of causal attention that lies above the diagonal, and the products by which
+    """Traced, but not counted: the half of causal attention above the diagonal, and the products by which
     exchange fetches keys and values of whole crops."""
     m = config.llm
     context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image
@@ -82,7 +82,7 @@ def unneeded(config, shape, batch):
         ("paper", {"llm.head_dim": 6, "llm.vocab_size": 50, "llm.layers": 3}, {}),
         ("released", {}, {"rounds": 2}),
         ("released", {"latent_counts": (1,), "vision.layers": 5}, {}),
-        ("paper", {"vision.layers": 5}, {}),  # two of them are behind the last tap
+        ("paper", {"vision.layers": 5}, {}),  # two of them are after the last tap
     ],
 )
 def test_forward_flops_are_the_matrix_products_of_the_program(preset, changes, arguments):

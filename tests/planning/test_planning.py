@@ -164,18 +164,18 @@ ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
     metadata={op_name="jit(step)/segment_flash_forward/pallas_call"}
 }
 """
-    found = report.analyse(dataclasses.replace(not_compiled, text=text), topology("h100:1"))
-    assert found.hbm_bytes == 4 * 2 * 2 * 256 * 4 * 64
-    assert 0 < found.kernels["Triton attention"] < 2 * 2.0 * 2 * 4 * 256 * 256 * 64 * 10 / 16
-    assert found.compiled_flops == found.kernels["Triton attention"]
+    analysed = report.analyse(dataclasses.replace(not_compiled, text=text), topology("h100:1"))
+    assert analysed.hbm_bytes == 4 * 2 * 2 * 256 * 4 * 64
+    assert 0 < analysed.kernels["Triton attention"] < 2 * 2.0 * 2 * 4 * 256 * 256 * 64 * 10 / 16
+    assert analysed.compiled_flops == analysed.kernels["Triton attention"]
 
 
 def test_state_that_is_too_much_for_a_gpu_is_not_compiled(not_compiled):
-    found = report.analyse(not_compiled, topology("h100:1"))
-    line = report.line(found, 1e6)
+    analysed = report.analyse(not_compiled, topology("h100:1"))
+    line = report.line(analysed, 1e6)
     assert (line["fits"], line["compile_seconds"], line["mfu_bound"]) == (False, None, None)
     assert line["hbm_gib_per_chip"] == pytest.approx(65, abs=1)
-    table = report.table(found, 1e6)
+    table = report.table(analysed, 1e6)
     assert "not compiled" in table and "of 59.33 (75% of the card's 79.1" in table and "DOES NOT FIT" in table
 
 
@@ -193,17 +193,17 @@ def test_tiny_model_is_planned_for_four_chips():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
     config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
     four = topology("v5e:2x2")
-    found = report.analyse(program.compile_step(config, stage, four), four)
-    line = report.line(found, 1e6)
+    analysed = report.analyse(program.compile_step(config, stage, four), four)
+    line = report.line(analysed, 1e6)
     assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
     assert line["bound_by"] in ("compute", "hbm", "interconnect")
     # Everything twice forward, once more backward as twice, and padding.
     assert 4 / 3 < line["compiled_over_model_flops"] < 6
-    assert {axes for _, axes in found.collectives} == {"fsdp"}
+    assert {axes for _, axes in analysed.collectives} == {"fsdp"}
     # At least every parameter but norms and biases, gathered for forward and backward in bfloat16.
-    assert sum(found.collectives.values()) > 2 * 2 * 0.9 * found.program.parameter_count * 3 / 4
+    assert sum(analysed.collectives.values()) > 2 * 2 * 0.9 * analysed.program.parameter_count * 3 / 4
     assert 0 < line["mfu_bound"] < 0.75
-    assert "fits" in report.table(found, 1e6)
+    assert "fits" in report.table(analysed, 1e6)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install fusion_jax[plan]")
@@ -223,15 +223,15 @@ def test_tiny_model_is_planned_for_two_nodes_of_gpus():
     model = replace(config.model, **TINY | {"vision.image_size": 192})  # long enough for cuDNN
     config = dataclasses.replace(config, model=model, stages=(stage,))
     four = topology("h100:2x2")
-    found = report.analyse(program.compile_step(config, stage, four), four)
-    line = report.line(found, 1e6)
+    analysed = report.analyse(program.compile_step(config, stage, four), four)
+    line = report.line(analysed, 1e6)
     assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
     kinds = {"generated products", "cuDNN attention", "Triton attention"}
     assert kinds <= set(line["flops_by_kernel"]) <= kinds | {"cuBLAS products"}
     assert 1.1 < line["compiled_over_model_flops"] < 6
     assert 0 < line["mfu_bound"] < 0.75
-    assert {axes for _, axes in found.collectives} == {"fsdp"}
-    assert sum(found.collectives.values()) > 2 * 2 * 0.9 * found.program.parameter_count * 3 / 4
-    table = report.table(found, 1e6)
+    assert {axes for _, axes in analysed.collectives} == {"fsdp"}
+    assert sum(analysed.collectives.values()) > 2 * 2 * 0.9 * analysed.program.parameter_count * 3 / 4
+    table = report.table(analysed, 1e6)
     assert "of 72.78 (92% of the card's 79.1, XLA_PYTHON_CLIENT_MEM_FRACTION): fits" in table
     assert "GPU-hours" in table and "chip" not in table

@@ -33,7 +33,7 @@ def texts() -> dict[str, str]:
 
 
 def test_scan_of_gathered_layers_is_counted_by_its_trips(texts):
-    """5 layers of (64, 64) dealt over fsdp, 16 rows over all 8 devices: 2 rows each."""
+    """5 layers of (64, 64) sharded over fsdp, 16 rows over all 8 devices: 2 rows each."""
     counted = work.read(texts["layers"], DEVICES)
     assert counted.flops == 5 * 3 * 2 * 2 * 64 * 64  # forward, by x, by w
     [gather] = [c for c in counted.collectives if c.kind == "all-gather"]
@@ -176,10 +176,10 @@ def test_products_written_as_convolutions_are_counted_and_what_stays_on_the_chip
 def test_splash_kernels_count_seven_products_forward_and_backward():
     shape = hlo.Shape("bf16", (2, 4, 2048, 128))
     parts = ("x/llm/splash_mha_fwd_x", "x/llm/splash_mha_dq_x", "x/llm/splash_mha_dkv_x")
-    found = [work.Kernel(name, (shape,) * 3, (shape,), 1.0, "tpu_custom_call") for name in parts]
+    calls = [work.Kernel(name, (shape,) * 3, (shape,), 1.0, "tpu_custom_call") for name in parts]
     full = 2.0 * 2 * 4 * 2048 * 2048 * 128
-    assert sum(map(kernels.flops, found)) == 9 * full * 5 / 8  # 4 blocks of 512: 10 of 16 are computed
-    assert {kernels.kind(kernel) for kernel in found} == {"splash attention"}
+    assert sum(map(kernels.flops, calls)) == 9 * full * 5 / 8  # 4 blocks of 512: 10 of 16 are computed
+    assert {kernels.kind(kernel) for kernel in calls} == {"splash attention"}
     with pytest.raises(ValueError, match="unknown kernel tpu_custom_call other"):
         kernels.flops(work.Kernel("other", (shape,) * 3, (shape,), 1.0, "tpu_custom_call"))
 
@@ -209,13 +209,13 @@ def test_cudnn_kernels_count_the_products_that_their_mask_leaves():
 def test_triton_kernels_count_nine_products_of_the_blocks_below_the_diagonal():
     shape = hlo.Shape("bf16", (2, 256, 4, 64))
     names = [f"a/segment_flash_{part}/pallas_call" for part in ("forward", "keys", "queries")]
-    found = [work.Kernel(name, (shape,) * 3, (shape,), 1.0, "__gpu$xla.gpu.triton") for name in names]
+    calls = [work.Kernel(name, (shape,) * 3, (shape,), 1.0, "__gpu$xla.gpu.triton") for name in names]
     full = 2.0 * 2 * 4 * 256 * 256 * 64
     # Blocks of 64 x 64: 1 + 2 + 3 + 4 of 16.
-    assert [kernels.flops(kernel) for kernel in found] == [count * full * 10 / 16 for count in (2, 4, 3)]
-    assert kernels.flops(found[0], packed=0.5) == full * 10 / 16
+    assert [kernels.flops(kernel) for kernel in calls] == [count * full * 10 / 16 for count in (2, 4, 3)]
+    assert kernels.flops(calls[0], packed=0.5) == full * 10 / 16
     with pytest.raises(ValueError, match="unknown kernel __gpu"):
-        kernels.flops(dataclasses.replace(found[0], name="something else"))
+        kernels.flops(dataclasses.replace(calls[0], name="something else"))
 
 
 def test_packed_rows_meet_in_their_segments_alone():
