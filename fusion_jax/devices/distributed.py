@@ -83,12 +83,12 @@ def _on_tpu() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what people read."""
+    """Whether this is process 0, which writes what people read."""
     return jax.process_index() == 0
 
 
 def own_folder(folder: Path) -> Path:
-    """Where this process writes its metrics and lists: the folder itself for the first, one beside for each other."""
+    """The folder where this process writes its metrics and lists: the first in `folder`, the others below it."""
     return folder if is_first() else folder / "processes" / str(jax.process_index())
 
 

@@ -32,8 +32,8 @@ def _mask(q_segments, kv_segments, causal: bool, window: int):
         mask = (q_segments[..., :, None] == kv_segments[..., None, :]) & (kv_segments[..., None, :] > 0)
     if causal:
         q_length, k_length = q_segments.shape[-1], kv_segments.shape[-1]
-        behind = jnp.arange(q_length)[:, None] - jnp.arange(k_length)[None, :]
-        lower = (behind >= 0) & (behind < window) if window else behind >= 0
+        distance = jnp.arange(q_length)[:, None] - jnp.arange(k_length)[None, :]
+        lower = (distance >= 0) & (distance < window) if window else distance >= 0
         mask = lower if mask is None else mask & lower
     return mask
 

@@ -15,7 +15,7 @@ from fusion_jax.models import segment_flash
 from fusion_jax.models.remat import ATTENTION
 
 LANES = 128  # of a TPU: its blocks are multiples of it
-NOBODY = -1  # the segment of padded keys, which no query has
+UNSEEN = -1  # the segment of padded keys, which no query has
 
 
 def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
@@ -67,7 +67,7 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
     )
     q = (q.astype(jnp.float32) / math.sqrt(size)).astype(q.dtype)
     q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in ((q, q_padded), (k, k_padded), (v, k_padded)))
-    ids = splash.SegmentIds(_pad(ours, q_padded), _pad(theirs, k_padded, NOBODY))
+    ids = splash.SegmentIds(_pad(ours, q_padded), _pad(theirs, k_padded, UNSEEN))
     out = jax.vmap(kernel)(q, k, v, ids).transpose(0, 2, 1, 3)[:, :q_length]
     if q_segments is None:
         return out.astype(v.dtype)
@@ -97,7 +97,7 @@ def cudnn_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, wi
     # Its backward pass needs even lengths.
     q, k, v = (_pad(x, x.shape[1] + x.shape[1] % 2) for x in (q, k, v))
     if q_segments is not None:
-        ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], NOBODY)
+        ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], UNSEEN)
         sees = (ours[:, :, None] == theirs[:, None, :]) & (theirs > 0)[:, None, :]
         # A query without a key would make its gradient NaN: it sees all keys, and `_zero_blind` undoes that.
         extra["mask"] = (sees | ~sees.any(-1, keepdims=True))[:, None]

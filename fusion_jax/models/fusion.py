@@ -99,7 +99,7 @@ class Fusion(nn.Module):
         resized = [connector.resize_tokens(whole, c.image_tokens) if c.image_tokens else whole]
         if c.tile_grids:
             resized.append(connector.resize_tokens(whole, c.tokens_per_tile))
-        # (G K, I, D) to (G, K I, D): crops of a group lie one after the other, first as whole views, then as tiles.
+        # (G K, I, D) to (G, K I, D): the crops of a group one after the other, first as whole views, then as tiles.
         tokens = [part.reshape(g, -1, part.shape[-1]) for part in resized]
         context = latents = None
         if c.semantic_exchange:
