@@ -105,8 +105,8 @@ class FilterConfig:
     without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
     blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
     `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
-    understood_min: share of a caption's content words that the embedded backend's scene must keep (scene/reading.py);
-    other backends are not measured.
+    understood_min: share of a caption's content words that the embedded backend's scene must keep
+    (worlds/scenes/reading.py); other backends are not measured.
     """
 
     alphanumeric_min: float | None = 0.60

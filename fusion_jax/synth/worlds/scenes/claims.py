@@ -1,7 +1,7 @@
 """Reads an answer and says whether it is true of a scene: the oracle that verifies answers.
 
 Two tests, both must pass:
-1. If the question is one that `ask.py` knows, the answer must hold the words that make it right.
+1. If the question is one that `facts.py` knows, the answer must hold the words that make it right.
 2. Every sentence's claims must hold: what there is, how many, in which colour, where, in what relation, with what text.
 
 A sentence without claims that can be read here is let pass. With two scenes, sentences say which picture they mean:
@@ -11,7 +11,7 @@ A sentence without claims that can be read here is let pass. With two scenes, se
 import re
 from collections.abc import Sequence
 
-from fusion_jax.synth.worlds.scenes import ask, contrast, graph, language
+from fusion_jax.synth.worlds.scenes import contrast, facts, graph, language
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
 from fusion_jax.synth.worlds.scenes.language import COUNT_WORDS, Mention
 from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUNS, NUMBERS
@@ -25,7 +25,7 @@ _IMAGES = re.compile(r"\b(?:(only )?the (left|right) image|(both|neither) (?:of 
 
 def correct(question: str, answer: str, scenes: Sequence[Scene]) -> bool:
     """Whether an answer is right by the scene graph of one picture, or of a left and a right one."""
-    known = ask.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
+    known = facts.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
     fact = known.get(" ".join(question.split("\n")[0].split()).lower())
     if fact is not None:
         said = " ".join(answer.lower().split()).rstrip(".").strip('"')

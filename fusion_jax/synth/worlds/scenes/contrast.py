@@ -3,7 +3,7 @@
 import functools
 import random
 
-from fusion_jax.synth.worlds.scenes.ask import Fact
+from fusion_jax.synth.worlds.scenes.facts import Fact
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
 from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, SETTINGS, article
 from fusion_jax.synth.worlds.scenes.write import be, where
