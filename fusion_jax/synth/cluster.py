@@ -24,8 +24,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.engine import Work, needed, stages_of, threads_for
+from fusion_jax.synth.models import Models
 from fusion_jax.synth.stages import STAGES, run_stages
-from fusion_jax.synth.tools import Tools
 
 log = logging.getLogger("fusion_jax")
 
@@ -61,16 +61,16 @@ class Worker:
     """One worker of a pool: takes a block's samples through some stages."""
 
     def __init__(self, config: SynthConfig, out: str, stages: list[str], share: float):
-        self._tools, self._stages = Tools(config, Path(out), share), stages
+        self._models, self._stages = Models(config, Path(out), share), stages
         self._threads = threads_for(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._tools.journal.refresh()  # another worker may have begun this block and died
+        self._models.journal.refresh()  # another worker may have begun this block and died
         work = json.loads(row["work"])
 
         def through(line: dict[str, Any]) -> dict[str, Any]:
             todo = [stage for stage in self._stages if stage in line["todo"]]
-            return line | {"sample": run_stages(self._tools, line["sample"], todo)}
+            return line | {"sample": run_stages(self._models, line["sample"], todo)}
 
         with ThreadPoolExecutor(self._threads) as pool:
             made = list(pool.map(through, work))
@@ -84,8 +84,8 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         import ray.data
     except ImportError as e:
         raise UserError("engine='ray' needs the package ray: pip install 'fusion_jax[ray]'.") from e
-    tools = Tools(config, out)
-    tools.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
+    models = Models(config, out)
+    models.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
     if not ray.is_initialized():
         ray.init(address=config.ray.address or None, log_to_driver=False, logging_level=logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -21,8 +21,8 @@ from fusion_jax.command_line.cli import out_of_ctrl_c
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.models import Models
 from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
-from fusion_jax.synth.tools import Tools
 
 log = logging.getLogger("fusion_jax")
 
@@ -87,13 +87,13 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
             done = pool.imap_unordered(_work_in_process, work)
             _follow(done, work, progress)
         return
-    tools = Tools(config, out)
-    tools.check(needed(work))
+    models = Models(config, out)
+    models.check(needed(work))
     try:
-        with contextlib.closing(work_through(tools, work)) as done:
+        with contextlib.closing(work_through(models, work)) as done:
             _follow(done, work, progress)
     finally:
-        tools.journal.close()
+        models.journal.close()
 
 
 def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
@@ -107,17 +107,17 @@ def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
             bar.update(sizes[number])
 
 
-_tools: Tools | None = None  # of a worker process
+_models: Models | None = None  # of a worker process
 
 
 def _start_process(config: SynthConfig, out: Path) -> None:
-    global _tools
-    _tools = Tools(config, out, share=1 / config.processes)
+    global _models
+    _models = Models(config, out, share=1 / config.processes)
 
 
 def _work_in_process(work: Work) -> int:
-    assert _tools is not None
-    return next(work_through(_tools, [work]))
+    assert _models is not None
+    return next(work_through(_models, [work]))
 
 
 def threads_for(config: SynthConfig) -> int:
@@ -127,48 +127,48 @@ def threads_for(config: SynthConfig) -> int:
     return 2 * max(remote) if remote else 1
 
 
-def work_through(tools: Tools, work: list[Work]) -> Iterator[int]:
+def work_through(models: Models, work: list[Work]) -> Iterator[int]:
     """Yields the number of each block once it is saved."""
-    threads = threads_for(tools.config)
-    ahead = 1 + -(-2 * threads // tools.config.block)  # blocks under way
+    threads = threads_for(models.config)
+    ahead = 1 + -(-2 * threads // models.config.block)  # blocks under way
     if threads == 1:
         for one in work:
-            done, samples = blocks.read_block(tools.out, one.number)
-            made = [run_stages(tools, sample, stages_of(sample, one, done)) for sample in samples]
-            yield _save(tools, one, done, made)
+            done, samples = blocks.read_block(models.out, one.number)
+            made = [run_stages(models, sample, stages_of(sample, one, done)) for sample in samples]
+            yield _save(models, one, done, made)
         return
     under_way: collections.deque[tuple[Work, list[str], list[Future]]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for one in work:
-                tools.journal.refresh()
-                done, samples = blocks.read_block(tools.out, one.number)
-                futures = [pool.submit(run_stages, tools, s, stages_of(s, one, done)) for s in samples]
+                models.journal.refresh()
+                done, samples = blocks.read_block(models.out, one.number)
+                futures = [pool.submit(run_stages, models, s, stages_of(s, one, done)) for s in samples]
                 under_way.append((one, done, futures))
                 if len(under_way) > ahead:
-                    yield _finish(tools, *under_way[0])
+                    yield _finish(models, *under_way[0])
                     under_way.popleft()
             while under_way:
-                yield _finish(tools, *under_way[0])
+                yield _finish(models, *under_way[0])
                 under_way.popleft()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            tools.stop()
+            models.stop()
             try:
                 running = [one for _, _, futures in under_way for one in futures if one.running()]
                 concurrent.futures.wait(running, _GRACE)
             finally:
-                tools.cut()
+                models.cut()
             raise
 
 
-def _finish(tools: Tools, work: Work, done: list[str], futures: list[Future]) -> int:
-    return _save(tools, work, done, [future.result() for future in futures])
+def _finish(models: Models, work: Work, done: list[str], futures: list[Future]) -> int:
+    return _save(models, work, done, [future.result() for future in futures])
 
 
-def _save(tools: Tools, work: Work, done: list[str], samples: list[Sample]) -> int:
-    with _said(tools.out):
-        blocks.write_block(tools.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
+def _save(models: Models, work: Work, done: list[str], samples: list[Sample]) -> int:
+    with _said(models.out):
+        blocks.write_block(models.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
     return work.number
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 from fusion_jax.errors import UserError
 from fusion_jax.evals.judge import Judge
 from fusion_jax.synth.backends.base import BackendError
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
-from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid

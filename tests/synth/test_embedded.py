@@ -21,7 +21,8 @@ from fusion_jax.synth.config import FilterConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.worlds.scenes import claims, compose, contrast, graph, write
 from fusion_jax.synth.worlds.scenes.forms import CAPTION_KINDS
-from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 from fusion_jax.synth.worlds.scenes.world import scenes_of
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}

@@ -17,7 +17,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synthesize import synthesize
+from fusion_jax.synth.run import synthesize
 from fusion_jax.values.dicts import from_dict
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,11 @@ import pytest
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import kinds
-from fusion_jax.synth.config import ImageConfig, PoolConfig, SelectConfig, SynthConfig
+from fusion_jax.synth.backends.config import ImageConfig
+from fusion_jax.synth.config import PoolConfig, SelectConfig, SynthConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.base import TEXT, listed, obj
-from fusion_jax.synthesize import synthesize
+from fusion_jax.synth.run import synthesize
 
 DOCS = Path(__file__).parents[2] / "docs" / "synthesis.md"
 

@@ -20,8 +20,8 @@ from test_endpoints import make_config, run
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import BackendError, Retryable, Unusable
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
-from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import MAX_TEXT, Invalid

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fusion_jax.errors import UserError
-from fusion_jax.synth.config import ScorerConfig
+from fusion_jax.synth.backends.config import ScorerConfig
 
 
 class ClipScorer:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Refused
-from fusion_jax.synth.config import ImageConfig
+from fusion_jax.synth.backends.config import ImageConfig
 
 _ROOM = 1.15  # what drawing takes beyond the weights, at the least
 _MULTIPLE = 16  # pipelines draw sides of such lengths; others are cut from the next larger one

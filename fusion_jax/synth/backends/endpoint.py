@@ -14,8 +14,8 @@ from PIL import Image
 from fusion_jax.data.image import load_image
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
+from fusion_jax.synth.backends.config import STRUCTURED, ImageConfig, ModelConfig
 from fusion_jax.synth.backends.http import MAX_IMAGE, Client, Rate, Rejected
-from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
 
 log = logging.getLogger("fusion_jax")
 

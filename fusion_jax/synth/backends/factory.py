@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from fusion_jax.synth.backends.base import ImageGenerator, LanguageModel, Scorer, VisionModel
-from fusion_jax.synth.config import ImageConfig, ModelConfig, ScorerConfig
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig, ScorerConfig
 
 
 def embedded() -> ModuleType:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth.backends.base import Refused, Retryable, Unusable
-from fusion_jax.synth.config import ImageConfig, ModelConfig
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.web.client import Answer, Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 from fusion_jax.web.fetch import PORTS, FetchError, fetch
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Reply, Unusable
-from fusion_jax.synth.config import ModelConfig
+from fusion_jax.synth.backends.config import ModelConfig
 
 
 class Gatherer:

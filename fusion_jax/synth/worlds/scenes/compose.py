@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from fusion_jax.synth.worlds.scenes import graph
 from fusion_jax.synth.worlds.scenes.graph import MAX_OF_A_KIND, MAX_TEXT_WORDS, MAX_THINGS, Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLUMNS, NOUNS, ROWS, SETTINGS, SIZES, TEXTS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLUMNS, NOUNS, ROWS, SIZES, TEXTS
 from fusion_jax.synth.worlds.scenes.parse import Draft, DraftGroup
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 # Things that may as well carry no text; a sign without one would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")

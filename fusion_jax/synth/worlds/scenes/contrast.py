@@ -5,7 +5,8 @@ import random
 
 from fusion_jax.synth.worlds.scenes.facts import Fact
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, SETTINGS, article
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, article
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 from fusion_jax.synth.worlds.scenes.write import be, where
 
 SIDES = ("left", "right")

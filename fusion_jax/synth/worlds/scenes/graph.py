@@ -15,17 +15,8 @@ import itertools
 import random
 from typing import Any
 
-from fusion_jax.synth.worlds.scenes.lexicon import (
-    COLOURS,
-    COLUMNS,
-    NOUNS,
-    NUMBERS,
-    ROWS,
-    SETTINGS,
-    SIZES,
-    Setting,
-    article,
-)
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, SIZES, article
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS, Setting
 
 MAX_THINGS = 6
 MAX_OF_A_KIND = 3

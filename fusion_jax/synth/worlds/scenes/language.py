@@ -12,7 +12,8 @@ import functools
 import itertools
 import re
 
-from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUN_WORDS, NUMBERS, SETTINGS, SIZE_WORDS
+from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUN_WORDS, NUMBERS, SIZE_WORDS
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 COUNT_WORDS = {word: i for i, word in enumerate(NUMBERS)} | {str(i): i for i in range(1, 10)}
 COUNT_WORDS |= {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "several": 3, "some": 3, "pair": 2, "couple": 2}

@@ -9,7 +9,8 @@ import re
 
 from fusion_jax.synth.worlds.scenes import language
 from fusion_jax.synth.worlds.scenes.language import Mention
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, SETTING_WORDS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS
+from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 
 
 @dataclasses.dataclass

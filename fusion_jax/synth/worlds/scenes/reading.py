@@ -18,7 +18,8 @@ from typing import Any
 from fusion_jax.synth.worlds.scenes import graph, language
 from fusion_jax.synth.worlds.scenes.graph import Scene
 from fusion_jax.synth.worlds.scenes.language import COUNT_WORDS, Mention
-from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SETTING_WORDS, SIZE_WORDS, article
+from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SIZE_WORDS, article
+from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 from fusion_jax.synth.worlds.scenes.write import ink
 
 KEPT_MIN = 0.6  # captions of which less is kept are dropped, unless config.filters says otherwise

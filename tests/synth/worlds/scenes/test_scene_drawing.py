@@ -16,7 +16,8 @@ from scipy import ndimage
 from fusion_jax.synth.worlds.scenes import backdrop, compose, drawing, graph
 from fusion_jax.synth.worlds.scenes.art import ARTISTS, PANELS, VARIANTS, master
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLOURS, COLUMNS, NOUNS, RGB, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLOURS, COLUMNS, NOUNS, RGB
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 SIZE = (384, 384)
 

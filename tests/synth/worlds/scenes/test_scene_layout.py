@@ -7,8 +7,9 @@ import pytest
 
 from fusion_jax.synth.worlds.scenes import backdrop, compose, drawing, graph, layout
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS
 from fusion_jax.synth.worlds.scenes.parse import parse
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 SIZE = (384, 384)
 FLIES_BY_ITSELF = ("bird", "butterfly", "airplane", "balloon")
