@@ -113,8 +113,21 @@ def check_pairs(most: int, answer_words: tuple[int, int]) -> Callable[[dict, dic
     return check
 
 
-PAIRS_SCHEMA = obj(pairs=listed(obj(question=TEXT, answer=TEXT)))
-PAIRS_FORM = '{"pairs": [{"question": "...", "answer": "..."}, ...]}'
+def questions(instructions: str, most: int, answer_words: tuple[int, int]) -> Ask:
+    """The request for questions and answers about descriptions.
+
+    Args:
+      instructions: the prompt. most: pairs that are kept. answer_words: least and most words of an answer.
+    """
+    return Ask(
+        instructions=instructions,
+        form='{"pairs": [{"question": "...", "answer": "..."}, ...]}',
+        schema=obj(pairs=listed(obj(question=TEXT, answer=TEXT))),
+        check=check_pairs(most, answer_words),
+        prose=only_pairs,
+        shows=("descriptions",),
+    )
+
 
 DESCRIBE = Ask(
     instructions=(

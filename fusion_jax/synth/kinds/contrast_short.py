@@ -5,14 +5,7 @@ import re
 
 from fusion_jax.synth import replies
 from fusion_jax.synth.kinds.base import TEXT, Ask, Kind, obj
-from fusion_jax.synth.kinds.common import (
-    PAIRS_FORM,
-    PAIRS_SCHEMA,
-    check_pairs,
-    limit_words,
-    only_pairs,
-    short_turns,
-)
+from fusion_jax.synth.kinds.common import limit_words, questions, short_turns
 from fusion_jax.synth.replies import Invalid, clean_text
 
 MOST, ANSWER_WORDS = 7, (1, 12)
@@ -67,16 +60,11 @@ KIND = Kind(
     stage="stage1_5",
     describe=SIDES,
     descriptions=lambda answer: [answer["left"], answer["right"]],
-    ask=Ask(
-        instructions=(
-            "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
-            "to 7 questions with short answers, a word or a phrase of at most 12 words. " + GROUNDED
-        ),
-        form=PAIRS_FORM,
-        schema=PAIRS_SCHEMA,
-        check=check_pairs(MOST, ANSWER_WORDS),
-        prose=only_pairs,
-        shows=("descriptions",),
+    ask=questions(
+        "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
+        "to 7 questions with short answers, a word or a phrase of at most 12 words. " + GROUNDED,
+        most=MOST,
+        answer_words=ANSWER_WORDS,
     ),
     turns=short_turns,
     images=2,

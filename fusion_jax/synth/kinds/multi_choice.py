@@ -73,7 +73,6 @@ KIND = Kind(
     name="multi_choice",
     stage="stage1_5",
     describe=DESCRIBE,
-    descriptions=lambda answer: [answer["description"]],
     ask=Ask(
         instructions=(
             "You write multiple choice questions about a picture that you know from its description. Write 4 to 8, "

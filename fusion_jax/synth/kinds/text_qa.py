@@ -4,15 +4,7 @@ import re
 
 from fusion_jax.synth import replies
 from fusion_jax.synth.kinds.base import TEXT, Ask, Kind, listed, obj
-from fusion_jax.synth.kinds.common import (
-    PAIRS_FORM,
-    PAIRS_SCHEMA,
-    check_pairs,
-    limit_words,
-    only_pairs,
-    plain_turns,
-    stands_in,
-)
+from fusion_jax.synth.kinds.common import limit_words, plain_turns, questions, stands_in
 from fusion_jax.synth.replies import Invalid, clean_text, one_line
 
 DESCRIPTION_WORDS = (110, 150)
@@ -61,19 +53,13 @@ KIND = Kind(
         check=check,
         prose=prose,
     ),
-    descriptions=lambda answer: [answer["description"]],
-    ask=Ask(
-        instructions=(
-            "You write questions about the writing in a picture that you know from its description: 2 to 5 of them. "
-            "Ask what is written, on what, where, in which colour or style, and what follows from it. Answers quote "
-            "the writing exactly. The person who answers sees only the picture, never the description: do not mention "
-            "a description. Ask only about what is clearly there, or clearly not there."
-        ),
-        form=PAIRS_FORM,
-        schema=PAIRS_SCHEMA,
-        check=check_pairs(MOST, ANSWER_WORDS),
-        prose=only_pairs,
-        shows=("descriptions",),
+    ask=questions(
+        "You write questions about the writing in a picture that you know from its description: 2 to 5 of them. "
+        "Ask what is written, on what, where, in which colour or style, and what follows from it. Answers quote "
+        "the writing exactly. The person who answers sees only the picture, never the description: do not mention "
+        "a description. Ask only about what is clearly there, or clearly not there.",
+        most=MOST,
+        answer_words=ANSWER_WORDS,
     ),
     turns=plain_turns,
 )
