@@ -12,11 +12,11 @@ import shutil
 import threading
 import time
 
-import model_server
 import pytest
+from helpers import model_server
 from helpers.raw_server import answer, says, serving
+from helpers.synth_run import make_config, run
 from PIL import Image
-from test_endpoints import make_config, run
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import BackendError, Retryable, Unusable

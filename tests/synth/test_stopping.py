@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import model_server
 import pytest
-from test_endpoints import OUTPUT, make_config, run
+from helpers import model_server
+from helpers.synth_run import OUTPUT, make_config, run
 
 from fusion_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tile_world
+from helpers import tile_world
 from PIL import Image
 
 from fusion_jax.data.sources import load_source

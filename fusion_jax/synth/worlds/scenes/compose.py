@@ -197,27 +197,27 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
     """The draft with more groups, up to `groups` of them and `texts` written texts of at most `longest` words, all that
     still fit."""
     phrases = [text for text in TEXTS if len(text.split()) <= longest]
-    made = Draft(
+    extended = Draft(
         draft.setting or choose_setting(draft, rng), [dataclasses.replace(g) for g in draft.groups], draft.relations
     )
-    for group in made.groups:
+    for group in extended.groups:
         group.count = group.count or 1
-        if sum(bool(g.text) for g in made.groups) < texts and NOUNS[group.noun].carrier and group.count == 1:
+        if sum(bool(g.text) for g in extended.groups) < texts and NOUNS[group.noun].carrier and group.count == 1:
             group.text = group.text or rng.choice(phrases)
-    groups = max(groups, len(made.groups) + max(0, texts - sum(bool(g.text) for g in made.groups)))
-    while len(made.groups) < groups:
-        there = {group.noun for group in made.groups}
-        air = sum(NOUNS[group.noun].air for group in made.groups)
-        room = MAX_THINGS - sum(group.count or 1 for group in made.groups)
-        writing = sum(bool(g.text) for g in made.groups) < texts
+    groups = max(groups, len(extended.groups) + max(0, texts - sum(bool(g.text) for g in extended.groups)))
+    while len(extended.groups) < groups:
+        there = {group.noun for group in extended.groups}
+        air = sum(NOUNS[group.noun].air for group in extended.groups)
+        room = MAX_THINGS - sum(group.count or 1 for group in extended.groups)
+        writing = sum(bool(g.text) for g in extended.groups) < texts
         pool = [
             name
             for name, noun in NOUNS.items()
             if name not in there
             and (noun.carrier if writing else not noun.carrier or name in PLAIN_CARRIERS)
-            and _fits(name, made.setting)
+            and _fits(name, extended.setting)
             and _in_proportion(name, there)
-            and (air < AIR_SLOTS if noun.air else len(made.groups) - air < GROUND_SLOTS)
+            and (air < AIR_SLOTS if noun.air else len(extended.groups) - air < GROUND_SLOTS)
         ]
         # Things that hang or fly are few among the nouns: without a weight most pictures would have an empty sky.
         weights = [2.5 if NOUNS[name].air else 1.0 for name in pool]
@@ -227,14 +227,14 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
         # Writing has to be large enough to read: beside it, the fewer.
         most = min(room, _most(noun, groups) if not texts else _most(noun, 3) - (_most(noun, 3) == 2))
         count = 1 if writing else min(most, rng.choices((1, 2, 3), (5, 2, 2))[0])
-        made.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
-    return made
+        extended.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
+    return extended
 
 
-def vary(made: Scene, rng: random.Random) -> Scene:
+def vary(scene: Scene, rng: random.Random) -> Scene:
     """Another scene that differs from this one in up to five ways: colours, counts, things, places, the setting."""
     changes = rng.sample(("colour", "count", "noun", "setting", "swap", "drop", "colour"), rng.randint(3, 5))
-    setting, groups = made.setting, list(made.groups)
+    setting, groups = scene.setting, list(scene.groups)
     for change in changes:
         k = rng.randrange(len(groups))
         group = groups[k]
@@ -252,7 +252,7 @@ def vary(made: Scene, rng: random.Random) -> Scene:
             noun = rng.choice(pool or [group.noun])
             group = dataclasses.replace(group, noun=noun, colour=_colour(noun, setting, groups, rng, None))
         elif change == "setting":
-            places = [n for n, p in SETTINGS.items() if p.indoors == made.place.indoors and n != setting]
+            places = [n for n, p in SETTINGS.items() if p.indoors == scene.place.indoors and n != setting]
             places = [n for n in places if all(g.colour not in SETTINGS[n].clash and _fits(g.noun, n) for g in groups)]
             setting = rng.choice(places or [setting])
         elif change == "swap":
@@ -269,4 +269,4 @@ def vary(made: Scene, rng: random.Random) -> Scene:
         if not graph.fault(Scene(setting, tuple(candidate))):
             groups = candidate
     varied = graph.scene(setting, groups)
-    return varied if varied != made else vary(made, rng)
+    return varied if varied != scene else vary(scene, rng)

@@ -88,7 +88,7 @@ class Mention:
 def sentences(text: str) -> list[str]:
     """Splits at full stops that do not stand in quotation marks."""
     hidden = QUOTE.sub(lambda quote: '"' + re.sub(r"[.!?;]", "\x00", quote[1]) + '"', text)
-    ends = [0, *(found.end() for found in re.finditer(r"[.!?;](?:\s+|$)", hidden)), len(text)]
+    ends = [0, *(stop.end() for stop in re.finditer(r"[.!?;](?:\s+|$)", hidden)), len(text)]
     return [text[a:b].strip() for a, b in itertools.pairwise(ends) if text[a:b].strip()]
 
 
@@ -106,15 +106,15 @@ def setting_phrases(text: str) -> list[str]:
 def mask(sentence: str) -> str:
     """In lower case, with quotations and what is said of the backdrop blanked out at equal length."""
     low = QUOTE.sub(lambda quote: " " * len(quote[0]), sentence.lower())
-    return _backdrop_phrases().sub(lambda found: " " * len(found[0]), low)
+    return _backdrop_phrases().sub(lambda phrase: " " * len(phrase[0]), low)
 
 
 def mentions(sentence: str) -> list[Mention]:
     """The things that a sentence names, in order. The longest run of nouns counts as its last: "apple tree". A noun
     before one that is not known ("bus stop") names nothing."""
     low = mask(sentence)
-    tokens = [(found[0], found.start(), found.end()) for found in _TOKEN.finditer(low)]
-    found = []
+    tokens = [(token[0], token.start(), token.end()) for token in _TOKEN.finditer(low)]
+    mentions_ = []
     for i, (word, _, end) in enumerate(tokens):
         if word not in NOUN_WORDS or (i + 1 < len(tokens) and tokens[i + 1][0] in NOUN_WORDS):
             continue
@@ -138,7 +138,7 @@ def mentions(sentence: str) -> list[Mention]:
             or count == 0
             or bool(re.search(r"\bnor\s+(?:is|are)?", _lead(low, tokens, before, i)))
         )
-        found.append(
+        mentions_.append(
             Mention(
                 noun=noun,
                 start=tokens[before[-1] if before else i][1],
@@ -151,7 +151,7 @@ def mentions(sentence: str) -> list[Mention]:
                 size=next((SIZE_WORDS[w] for w in words if w in SIZE_WORDS), None),
             )
         )
-    return found
+    return mentions_
 
 
 def _is_first_half(between: str, word: str) -> bool:
@@ -189,4 +189,4 @@ def places(text: str) -> tuple[str | None, str | None]:
 
 def quotes(sentence: str) -> list[tuple[str, int]]:
     """The quoted texts and where they begin."""
-    return [(" ".join(found[1].split()), found.start()) for found in QUOTE.finditer(sentence) if found[1].strip()]
+    return [(" ".join(quote[1].split()), quote.start()) for quote in QUOTE.finditer(sentence) if quote[1].strip()]

@@ -52,8 +52,8 @@ def _setting(text: str) -> str | None:
     if phrases := language.setting_phrases(language.QUOTE.sub(" ", text)):
         return phrases[0]
     low = language.QUOTE.sub(" ", text.lower())
-    found = [(m.start(), SETTING_WORDS[m[0]]) for m in re.finditer(r"[a-z]+", low) if m[0] in SETTING_WORDS]
-    names = [name for _, name in sorted(found)]
+    matches = [(m.start(), SETTING_WORDS[m[0]]) for m in re.finditer(r"[a-z]+", low) if m[0] in SETTING_WORDS]
+    names = [name for _, name in sorted(matches)]
     # "A snowy field", "a street at night": the word that says more wins.
     return next((name for name in ("night", "snow") if name in names), names[0] if names else None)
 
