@@ -1,4 +1,4 @@
-"""Samples under way, in blocks: each is a file that appears whole or not at all.
+"""Keeps samples under way in blocks, each a file that appears whole or not at all.
 
     OUT/work/blocks/00012.jsonl    {"block": 12, "done": ["filter", "judge"]}, then a sample a line
 

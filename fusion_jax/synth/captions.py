@@ -1,4 +1,4 @@
-"""The caption pool: captions out of text, JSONL, Parquet and TensorFlow Datasets, never all of them in memory."""
+"""Reads captions from text, JSONL, Parquet and TensorFlow Datasets, never all of them into memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +23,8 @@ def read_pool(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
       UserError: a missing, empty, mis-encoded or otherwise unreadable file.
     """
     count = 0
-    for count, found in enumerate(_open(pool, seed), start=1):
-        yield {"record": count - 1} | found
+    for count, record in enumerate(_open(pool, seed), start=1):
+        yield {"record": count - 1} | record
         if count == pool.limit:
             return
     check(count > 0, f"{pool.path} holds no captions.")
@@ -108,15 +108,15 @@ def _parquet(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
 
 def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
     caption = record.get(pool.text)
-    found: dict[str, Any] = {"caption": caption if isinstance(caption, str) else None}
+    fields: dict[str, Any] = {"caption": caption if isinstance(caption, str) else None}
     image = record.get(pool.image) if pool.image else None
     if isinstance(image, str) and image:
-        found["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
+        fields["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
     for key in ("clip_score", "blip_score"):
         score = record.get(key)
         if isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < _MAX_SCORE:  # and no NaN
-            found[key] = float(score)
-    return found
+            fields[key] = float(score)
+    return fields
 
 
 def _tfds(pool: PoolConfig) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The same stages on a cluster, by Ray Data.
+"""Runs the stages on a cluster, by Ray Data.
 
     first pass    blocks -> [cpu: filter] -> [llm: judge describe refilter] -> [images: draw] -> [scorer: score] ->
     saved second pass   blocks -> [llm: qa] -> [vision: verify] -> saved
@@ -46,15 +46,15 @@ POOLS = {
 
 def passes(stages: list[str]) -> list[list[tuple[str, list[str]]]]:
     """Neighbouring stages of one pool together, and a new pass where a pool would come twice: [[(pool, stages)]]."""
-    found: list[list[tuple[str, list[str]]]] = [[]]
+    result: list[list[tuple[str, list[str]]]] = [[]]
     for stage in stages:
         pool = POOLS[stage]
-        if not found[-1] or found[-1][-1][0] != pool:
-            if pool in dict(found[-1]):
-                found.append([])
-            found[-1].append((pool, []))
-        found[-1][-1][1].append(stage)
-    return found
+        if not result[-1] or result[-1][-1][0] != pool:
+            if pool in dict(result[-1]):
+                result.append([])
+            result[-1].append((pool, []))
+        result[-1][-1][1].append(stage)
+    return result
 
 
 class Worker:
@@ -73,8 +73,8 @@ class Worker:
             return line | {"sample": run_stages(self._models, line["sample"], todo)}
 
         with ThreadPoolExecutor(self._threads) as pool:
-            made = list(pool.map(through, work))
-        return row | {"work": json.dumps(made)}
+            lines = list(pool.map(through, work))
+        return row | {"work": json.dumps(lines)}
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a synthesis run makes and with what: frozen dataclasses, each field a key of configs/synthesize*.py."""
+"""Configs of a synthesis run: frozen dataclasses, each field a key of configs/synthesize*.py."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Runs the stages over all blocks in this process or a few, and knows what is left to do.
+"""Runs the stages over all blocks, in this process or in several, and plans what is left to do.
 
 Samples of several blocks are under way at once, so that no block's last, slow request leaves an endpoint idle; a block
 is saved when its last sample is through.
@@ -134,8 +134,8 @@ def work_through(models: Models, work: list[Work]) -> Iterator[int]:
     if threads == 1:
         for one in work:
             done, samples = blocks.read_block(models.out, one.number)
-            made = [run_stages(models, sample, stages_of(sample, one, done)) for sample in samples]
-            yield _save(models, one, done, made)
+            finished = [run_stages(models, sample, stages_of(sample, one, done)) for sample in samples]
+            yield _save(models, one, done, finished)
         return
     under_way: collections.deque[tuple[Work, list[str], list[Future]]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""From the selection to what training reads.
+"""Writes the selected samples as records, shards and mixtures for training.
 
 OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
 OUT/validation.json                          the validation share of all of them, and what a pool is kept for
@@ -68,9 +68,9 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
             if verdict is None or "reason" in verdict:
                 why = sample.get("dropped") or {"stage": "select", **verdict}
                 dropped[f"{why['stage']}: {why['reason']}"] += 1
-                said = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
+                line = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
                 left_out.line(
-                    said | {key: why[key] for key in ("stage", "reason", "detail")} | sample.get("reading", {})
+                    line | {key: why[key] for key in ("stage", "reason", "detail")} | sample.get("reading", {})
                 )
                 continue
             name = sample["stage"] if verdict["split"] == "train" else verdict["split"]
@@ -144,8 +144,8 @@ def _texts(out: Path, files: Counter[str]) -> Iterator[str]:
     """What the stages' records say."""
     for name in STAGES:
         if files[name]:
-            for made in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
-                yield from (turn["value"].removeprefix("<image>\n") for turn in made["conversations"])
+            for record in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
+                yield from (turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
 
 
 def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
@@ -186,8 +186,8 @@ def rights(config: SynthConfig, sample: Sample) -> dict[str, str]:
 def _lineage(config: SynthConfig, sample: Sample, file: str) -> dict[str, Any]:
     keys = ("id", "kind", "caption", "origin", "descriptions", "answer", "state", "images", "pairs", "wrong")
     keys += ("unverified", "statements", "scores", "lineage")
-    made = {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
-    return made | rights(config, sample) | sample.get("reading", {})
+    line = {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
+    return line | rights(config, sample) | sample.get("reading", {})
 
 
 class _Whole:
@@ -231,9 +231,9 @@ def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
 
 def _shards(out: Path, name: str) -> None:
     """Shards of one file; those of an earlier selection, which the run itself made, go first."""
-    folder, told = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
+    folder, recorded = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
     digest = shards.hash_file(out / f"{name}.json")
-    if not told.exists() or told.read_text() != digest:
+    if not recorded.exists() or recorded.read_text() != digest:
         shutil.rmtree(folder, ignore_errors=True)
-        write_once(told, digest.encode())
+        write_once(recorded, digest.encode())
     shard_writing.convert(out / f"{name}.json", out, folder, max_bad_records=0.0, progress=False)

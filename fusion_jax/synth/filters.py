@@ -1,4 +1,6 @@
-"""The published text filters. Each is a ratio and a threshold; the first that a text fails names the reason.
+"""The published text filters: each compares a ratio of the text with thresholds.
+
+The first filter that a text fails names the reason.
 
     "A red kite over the grey sea."    23 letters or digits of 29 characters: alphanumeric 0.79, special 0.24
 
@@ -52,8 +54,8 @@ def character_repetition(text: str, n: int) -> float:
 
 def word_repetition(text: str, n: int) -> float:
     """Share of n-grams of words that are seen more than once; 0 for texts of fewer words."""
-    said = re.findall(r"\w+", text.lower())
-    counts = Counter(tuple(said[i : i + n]) for i in range(len(said) - n + 1)).values()
+    words = re.findall(r"\w+", text.lower())
+    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values()
     return sum(count for count in counts if count > 1) / max(sum(counts), 1)
 
 
@@ -85,10 +87,10 @@ def flagged_words(path: str) -> frozenset[str]:
     if not path:
         return FLAGGED
     try:
-        said = Path(path).read_text(encoding="utf-8").lower().split("\n")
+        words = Path(path).read_text(encoding="utf-8").lower().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"Cannot read filters.flagged_words_file {path}: {e}.") from e
-    return frozenset(word.strip() for word in said if word.strip())
+    return frozenset(word.strip() for word in words if word.strip())
 
 
 def check_config(config: FilterConfig) -> None:
@@ -101,9 +103,9 @@ def check_config(config: FilterConfig) -> None:
 def failed(text: str, config: FilterConfig) -> tuple[str, str] | None:
     """Reason and detail of the first filter that the text fails; None if it passes all."""
     if config.flagged_words:
-        said = set(re.findall(r"\w+", text.lower()))
-        if found := said & flagged_words(config.flagged_words_file):
-            return "flagged_words", sorted(found)[0]
+        words = set(re.findall(r"\w+", text.lower()))
+        if flagged := words & flagged_words(config.flagged_words_file):
+            return "flagged_words", sorted(flagged)[0]
     measures = (
         ("alphanumeric", alphanumeric_ratio, config.alphanumeric_min, None),
         ("special_characters", special_ratio, config.special_min, config.special_max),

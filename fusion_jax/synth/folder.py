@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, that one process works in it at a time, and that a failed start leaves it empty.
+"""Guards the folder of a run: one config, one process at a time, and empty after a failed start.
 
 OUT/manifest.json           config, prompts, inputs; at the end the counts and costs
 OUT/work/                   captions and samples under way (pool.py, blocks.py)

@@ -1,4 +1,4 @@
-"""Images of the engine: the published quality score, perceptual hashes, and files that appear whole or not at all."""
+"""The quality score and perceptual hash of images, and how image files are written."""
 
 import os
 import struct

@@ -1,11 +1,11 @@
-"""Replies that were paid for, kept so that nothing is ever asked twice.
+"""Keeps the replies that were paid for, so that no request is sent twice.
 
     JOURNAL/<process>.jsonl     KEY {"text": "...", "prompt_tokens": 812, ...}\\n
 
 KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
 to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
 line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
-disk. Only keys and places stay in memory. A damaged line counts as none: its request is asked for again.
+disk. Only keys and places stay in memory. A damaged line counts as none: its request is repeated.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ Place = tuple[Path, int, int]  # file, start and length of a value
 
 def make_key(*parts: Any) -> str:
     """A name for what JSON can say: (32,) hexadecimal digits."""
-    said = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(said.encode()).hexdigest()[:_KEY]
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY]
 
 
 class Journal:
@@ -89,13 +89,13 @@ class Journal:
 
     def put(self, key: str, value: dict) -> None:
         """Keeps a value; UserError where it cannot be written."""
-        said = json.dumps(value, separators=(",", ":")).encode()
+        content = json.dumps(value, separators=(",", ":")).encode()
         with self._lock:
             try:
                 if self._file < 0:
                     self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 start = os.lseek(self._file, 0, os.SEEK_END)
-                line = key.encode() + b" " + said + b"\n"
+                line = key.encode() + b" " + content + b"\n"
                 if os.write(self._file, line) != len(line):
                     os.ftruncate(self._file, start)
                     raise OSError("the disk is full")
@@ -104,7 +104,7 @@ class Journal:
                     self._synced = time.monotonic()
             except OSError as e:
                 raise UserError(f"Cannot write the journal {self._path}: {e}.") from e
-            self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(said))
+            self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(content))
 
     def close(self) -> None:
         with self._lock:
@@ -120,9 +120,9 @@ class Journal:
         with self._lock:
             places = sorted((place, key) for key, place in self._places.items())
         for place, key in places:
-            found = next(filter(None, map(_value, [place, *self._others.get(key, ())])), None)
-            if found is not None:
-                yield found
+            value = next(filter(None, map(_value, [place, *self._others.get(key, ())])), None)
+            if value is not None:
+                yield value
 
 
 def _value(place: Place) -> dict | None:
@@ -131,9 +131,9 @@ def _value(place: Place) -> dict | None:
     try:
         with open(path, "rb") as f:
             f.seek(start)
-            found = json.loads(f.read(length))
+            value = json.loads(f.read(length))
     except OSError as e:
         raise UserError(f"Cannot read the journal {path}: {e.strerror}.") from e
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""From what a model said to clean values: JSON or prose in, text without control characters and markup out.
+"""Cleans the replies of models: JSON or prose in, text without control characters and markup out.
 
 A reply may be anything, a megabyte of opening brackets for instance. So all of this takes time in proportion to the
 text: what is repeated in a pattern has a bound wherever a second repetition or a later mark could take it as well.
@@ -92,15 +92,15 @@ def _without(text: str, opening: re.Pattern, closing: str, instead: str) -> str:
     what is never closed stays. closing: pattern, with the opening's first group for {}."""
     kept, at, start = [], 0, 0
     unclosed: set[str] = set()
-    while found := opening.search(text, start):
-        name, start = found[1].lower(), found.end()
+    while match := opening.search(text, start):
+        name, start = match[1].lower(), match.end()
         if name in unclosed:
             continue
         end = re.compile(closing.format(name), re.IGNORECASE).search(text, start)
         if end is None:
             unclosed.add(name)
             continue
-        kept += [text[at : found.start()], instead]
+        kept += [text[at : match.start()], instead]
         at = start = end.end()
     return "".join(kept) + text[at:]
 
@@ -182,11 +182,11 @@ def pairs_from_prose(text: str) -> list[dict[str, Any]]:
     """Questions and answers out of "Q: ... A: ..." in its usual spellings; options out of lettered lines."""
     lines = (line.strip() for line in _BOLD.sub(r"\2", prose(text)).split("\n"))
     text = "\n".join(_NUMBERED.sub("", line) if _NUMBERED_QUESTION.match(line) else line for line in lines if line)
-    found, at = [], 0
-    while (asked := _QUESTION_LINE.search(text, at)) and (told := _ANSWER_LINE.search(text, asked.end())):
-        following = _QUESTION_LINE.search(text, told.end() + 1)
+    pairs, at = [], 0
+    while (q := _QUESTION_LINE.search(text, at)) and (a := _ANSWER_LINE.search(text, q.end())):
+        following = _QUESTION_LINE.search(text, a.end() + 1)
         at = following.start() if following else len(text)
-        question, answer = text[asked.end() : told.start()].strip(), text[told.end() : at].strip()
+        question, answer = text[q.end() : a.start()].strip(), text[a.end() : at].strip()
         if not (question and answer):
             continue
         options = {letter.upper(): option for letter, option in _OPTION.findall(question)}
@@ -197,5 +197,5 @@ def pairs_from_prose(text: str) -> list[dict[str, Any]]:
             letter = re.match(r"\(?([A-Da-d])(?:[.):]|\s*$)", answer)
             if letter and letter[1].upper() in options:
                 pair["answer"] = options[letter[1].upper()]
-        found.append(pair)
-    return found
+        pairs.append(pair)
+    return pairs

@@ -1,4 +1,4 @@
-"""One run of the data engine from captions to records: begins it or goes on with it, and logs what came of it."""
+"""Runs the data engine from captions to records, or goes on with a run, and logs the result."""
 
 import json
 import logging

@@ -60,19 +60,20 @@ def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where
 
     def call(seed: int, messages: list[dict]):
         if stage == "verify":
-            shown = [models.image(image["file"]) for image in sample["images"]]
-            return models.vision.verify(shown, messages, data["question"], data["answer"], seed, data)
+            pictures = [models.image(image["file"]) for image in sample["images"]]
+            return models.vision.verify(pictures, messages, data["question"], data["answer"], seed, data)
         return models.llm.chat(messages, ask.schema, seed, stage, data)
 
     model = models.vision if stage == "verify" else models.llm
     # Image files are named by what decides them: their names stand for them.
-    shown = [image["file"] for image in sample["images"]] if stage == "verify" else []
+    pictures = [image["file"] for image in sample["images"]] if stage == "verify" else []
     drop, complaint = Drop("no_answer"), ""
     for attempt in range(models.config.attempts):
         seed = make_seed(models.config.seed, sample["key"], stage, where, attempt)
         messages = ask.messages(data, complaint)
         try:
-            reply = models.ask(model, stage, [messages, ask.schema, seed, shown], lambda s=seed, m=messages: call(s, m))
+            request = [messages, ask.schema, seed, pictures]
+            reply = models.ask(model, stage, request, lambda s=seed, m=messages: call(s, m))
             answer = ask.read(reply.text, reply.parsed, data)
         except Refused as e:
             drop = Drop("refused", str(e))
@@ -82,16 +83,16 @@ def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where
             continue
         except BackendError as e:
             raise Drop(e.reason, str(e), again=isinstance(e, Retryable)) from e
-        made = {"model": model.name, "settings": model.settings, "prompt": ask.version, "seed": seed}
-        sample["lineage"][stage] = made | {"attempts": attempt + 1}
+        origin = {"model": model.name, "settings": model.settings, "prompt": ask.version, "seed": seed}
+        sample["lineage"][stage] = origin | {"attempts": attempt + 1}
         return answer, reply
     raise drop
 
 
 def _filter(models: Models, sample: Sample) -> None:
     config = models.config.filters
-    if found := filters.failed(sample["caption"], config):
-        raise Drop(*found)
+    if fault := filters.failed(sample["caption"], config):
+        raise Drop(*fault)
     if "image" in sample and "clip_score" not in sample and config.clip_min is not None and models.scorer is not None:
         try:
             image = images.open_file(sample["image"])
@@ -127,8 +128,8 @@ def _describe(models: Models, sample: Sample) -> None:
 
 def _refilter(models: Models, sample: Sample) -> None:
     for text in sample["descriptions"]:
-        if found := filters.failed(text, models.config.filters):
-            raise Drop(*found)
+        if fault := filters.failed(text, models.config.filters):
+            raise Drop(*fault)
 
 
 def _data(sample: Sample) -> dict[str, Any]:
@@ -154,28 +155,28 @@ def _draw(models: Models, sample: Sample) -> None:
 
 def _score(models: Models, sample: Sample) -> None:
     config = models.config
-    shown = [models.image(image["file"]) for image in sample["images"]]
+    pictures = [models.image(image["file"]) for image in sample["images"]]
     if config.select.image_distance >= 0:
-        sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in shown]
+        sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in pictures]
     sample["lineage"]["score"] = {"model": models.scorer.name if models.scorer else None}
     if config.select.image_score_min is None:
         sample["scores"] = dict.fromkeys(("ssim_a", "clip", "image"))
         return
-    made = [images.ssim_a(image, config.select.ssim_scale) for image in shown]
-    clip = _clip_scores(models, shown, sample["descriptions"], paired=True)
-    values = [(clip[i] if clip else 0.0) + 0.5 * made[i] for i in range(len(shown))]
+    ssim_a = [images.ssim_a(image, config.select.ssim_scale) for image in pictures]
+    clip = _clip_scores(models, pictures, sample["descriptions"], paired=True)
+    values = [(clip[i] if clip else 0.0) + 0.5 * ssim_a[i] for i in range(len(pictures))]
     # Of a pair of images the worse one counts.
-    scores = {"ssim_a": min(made), "clip": min(clip) if clip else None, "image": min(values)}
+    scores = {"ssim_a": min(ssim_a), "clip": min(clip) if clip else None, "image": min(values)}
     sample["scores"] = {key: None if value is None else round(value, 6) for key, value in scores.items()}
     if sample["scores"]["image"] < config.select.image_score_min:
         raise Drop("image_score", f"{sample['scores']['image']:.4g}")
 
 
-def _clip_scores(models: Models, shown: list, texts: list[str], paired: bool) -> list[float] | None:
+def _clip_scores(models: Models, pictures: list, texts: list[str], paired: bool) -> list[float] | None:
     """CLIPScores, weight * max(cosine, 0): of image i with text i, or of each text with its best image."""
     if models.scorer is None:
         return None
-    cosines = np.maximum(models.scorer.similarity(shown, texts), 0) * models.config.scorer.weight
+    cosines = np.maximum(models.scorer.similarity(pictures, texts), 0) * models.config.scorer.weight
     return [float(x) for x in (np.diagonal(cosines) if paired else cosines.max(axis=0))]
 
 
@@ -239,9 +240,9 @@ def _rank(models: Models, sample: Sample) -> None:
     sample["scores"]["statement"] = None
     if models.scorer is None:
         return
-    shown = [models.image(image["file"]) for image in sample["images"]]
-    found = _clip_scores(models, shown, sample["statements"], paired=False)
-    sample["scores"]["statement"] = round(sum(found) / len(found), 6)
+    pictures = [models.image(image["file"]) for image in sample["images"]]
+    scores = _clip_scores(models, pictures, sample["statements"], paired=False)
+    sample["scores"]["statement"] = round(sum(scores) / len(scores), 6)
 
 
 # In order; what each needs beside the CPU decides where a cluster runs it.
@@ -289,8 +290,8 @@ def run_stages(models: Models, sample: Sample, stages: list[str]) -> Sample:
 def conversation(sample: Sample, kind: Kind, seed: int) -> list[dict[str, str]]:
     """The turns of a finished sample as training reads them; image tags stand before the first question."""
     turns = kind.turns(sample["pairs"], make_seed(seed, sample["key"], "turns"))
-    said = []
+    messages = []
     for i, (question, answer) in enumerate(turns):
         tags = "<image>\n" * kind.images if i == 0 else ""
-        said += [{"from": "human", "value": tags + question}, {"from": "gpt", "value": answer}]
-    return said
+        messages += [{"from": "human", "value": tags + question}, {"from": "gpt", "value": answer}]
+    return messages

@@ -123,7 +123,7 @@ def test_config_mistakes_are_named(tmp_path):
         return [get_config("1,1,1,1,1").to_dict()["pools"][0] | changes]
 
     for changes, words in (
-        ({"pools": pools(split="stage1")}, "plain name and no stage"),
+        ({"pools": pools(split="stage1")}, "plain name such as held_out, and not a stage"),
         ({"pools": pools(kinds={})}, "config.kinds is empty"),
         ({"pools": pools(kinds={"conv": 1.0})}, r"pools\[0\].kinds: kind 'conv' is unknown"),
         ({"pools": pools(path="embedded:cubes:3")}, "STYLE one of scenes, shapes/train"),

@@ -1,4 +1,4 @@
-"""What the data engine asks of its models, and how they may fail.
+"""The interface of the models that the data engine calls, and how they may fail.
 
 Every request travels in two forms: as chat messages (a prompt and the caption as data), which endpoints read, and as
 `data`, the structured request that the prompt was made from, which the embedded backend reads. `seed` is all the

@@ -1,4 +1,4 @@
-"""The models of a synthesis run: frozen dataclasses, each field a key under `llm`, `vision`, `images` or `scorer`."""
+"""Configs of the models of a synthesis run, each field a key of `llm`, `vision`, `images` or `scorer`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Images by a `diffusers` pipeline in this process: FLUX.1-dev or any other that draws texts, by name or folder."""
+"""Draws images with a `diffusers` pipeline in this process, such as FLUX.1-dev."""
 
 import inspect
 import json
@@ -62,12 +62,12 @@ class Diffusion:
             # On the CPU: the same noise on every device.
             noise = self._torch.Generator("cpu").manual_seed(seed)
             try:
-                made = self._pipeline(prompt=description, width=width, height=height, generator=noise, **self._options)
+                drawn = self._pipeline(prompt=description, width=width, height=height, generator=noise, **self._options)
             except self._torch.OutOfMemoryError as e:
                 raise self._too_large(self._config) from e
-        if any(getattr(made, "nsfw_content_detected", None) or ()):
+        if any(getattr(drawn, "nsfw_content_detected", None) or ()):
             raise Refused("refused", "the pipeline's safety checker hid the image")
-        return made.images[0].convert("RGB").crop((0, 0, *size))
+        return drawn.images[0].convert("RGB").crop((0, 0, *size))
 
     def _too_large(self, config: ImageConfig) -> UserError:
         return UserError(

@@ -1,4 +1,4 @@
-"""The data engine's default backend: no network, no weights, but worlds that know what they show (`synth/worlds`).
+"""The default backend: no network and no weights, but worlds that know what they show.
 
 A request is answered by the first world that owns it: the plain shapes of the quickstart where its caption or state
 names one of their pictures, drawn scenes for all others.

@@ -1,4 +1,4 @@
-"""OpenAI-compatible endpoints: chat for language and vision models, images for generators.
+"""Calls OpenAI-compatible endpoints: chat for language and vision models, images for generators.
 
 Servers differ in what they know. What one rejects by name (a form of structured output, `seed`, `max_tokens` under that
 name) is left out or replaced from then on, and said once in the log.
@@ -67,8 +67,8 @@ class ChatEndpoint:
             {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images
         ]
         parts.append({"type": "text", "text": messages[-1]["content"]})
-        asked = [*messages[:-1], {"role": "user", "content": parts}]
-        return self.chat(asked, _VERDICT, seed, "verify", {})
+        request = [*messages[:-1], {"role": "user", "content": parts}]
+        return self.chat(request, _VERDICT, seed, "verify", {})
 
     def _body(self, messages: list[dict], schema: dict | None, seed: int, purpose: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -87,32 +87,32 @@ class ChatEndpoint:
 
     def _adapt(self, body: dict[str, Any], complaint: str) -> bool:
         """Whether the request can be made otherwise after such a complaint."""
-        said = complaint.lower()
-        if "max_tokens" in body and "max_completion_tokens" in said:
+        complaint = complaint.lower()
+        if "max_tokens" in body and "max_completion_tokens" in complaint:
             self._length_key = "max_completion_tokens"
             log.info("%s: max_completion_tokens in place of max_tokens", self.client.address)
             return True
         for key in ("seed", "temperature"):
-            if key in body and key in said:
+            if key in body and key in complaint:
                 self._left_out |= {key}
                 log.info("%s does not take %s: left out", self.client.address, key)
                 return True
-        about_format = any(word in said for word in ("response_format", "schema", "json", "structured", "guided"))
+        about_format = any(word in complaint for word in ("response_format", "schema", "json", "structured", "guided"))
         if "response_format" in body and about_format:
-            asked = STRUCTURED.index(body["response_format"]["type"])
-            self._structured = max(self._structured, asked + 1)
+            used = STRUCTURED.index(body["response_format"]["type"])
+            self._structured = max(self._structured, used + 1)
             log.info(
                 "%s does not offer %s: %s instead",
                 self.client.address,
-                STRUCTURED[asked],
+                STRUCTURED[used],
                 STRUCTURED[self._structured],
             )
             return True
         return False
 
-    def _reply(self, found: dict[str, Any]) -> Reply:
+    def _reply(self, body: dict[str, Any]) -> Reply:
         try:
-            choice = found["choices"][0]
+            choice = body["choices"][0]
             message = choice["message"]
             content = message.get("content")
         except (KeyError, IndexError, TypeError, AttributeError) as e:
@@ -125,7 +125,7 @@ class ChatEndpoint:
             raise Unusable("reply_too_long", f"over {_MAX_CONTENT} characters")
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Refused("refused", self.client.scrub(str(message.get("refusal") or "content filter"))[:300])
-        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
         prompt, completion = (_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens"))
         return Reply(self.client.scrub(content), None, prompt, completion)
 
@@ -136,9 +136,9 @@ def _text_of(part: Any) -> str | None:
     return part["text"] if isinstance(part.get("text"), str) else None
 
 
-def _count(said: Any) -> int:
+def _count(value: Any) -> int:
     """A number of tokens; 0 where something else stands in its place."""
-    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said <= _MAX_TOKENS else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS else 0
 
 
 _VERDICT = {
@@ -178,7 +178,7 @@ class ImageEndpoint:
         for _ in range(4):
             try:
                 sent = {key: value for key, value in body.items() if key not in self._left_out}
-                found = self.client.post("/images/generations", sent, MAX_IMAGE)
+                reply = self.client.post("/images/generations", sent, MAX_IMAGE)
                 break
             except Rejected as e:
                 if e.reason == "not_found":
@@ -193,12 +193,12 @@ class ImageEndpoint:
                 log.info("%s does not take %s: left out", self.client.address, unknown[0])
         else:
             raise Unusable("bad_request", "the endpoint rejects every form of the request")
-        image = _decode(self._file(found))
+        image = _decode(self._file(reply))
         return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
-    def _file(self, found: dict[str, Any]) -> bytes:
-        listed = found.get("data")
-        first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], dict) else {}
+    def _file(self, body: dict[str, Any]) -> bytes:
+        entries = body.get("data")
+        first = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
         if isinstance(first.get("b64_json"), str):
             try:
                 return base64.b64decode(first["b64_json"], validate=True)

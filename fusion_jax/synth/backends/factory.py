@@ -1,4 +1,4 @@
-"""Backends by their names in a config. Each is imported only when a run wants it."""
+"""Makes backends by their names in a config; each is imported only when a run uses it."""
 
 import importlib
 from types import ModuleType

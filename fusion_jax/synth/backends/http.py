@@ -1,4 +1,4 @@
-"""One HTTP endpoint: how many requests at once, how many a second, what is tried again and what ends the run.
+"""Sends requests to one HTTP endpoint: how many at once, what is retried and what ends the run.
 
     caller thread -> [rate] -> [one of `concurrency` places] -> request -> reply
                        ^                                          |
@@ -108,9 +108,9 @@ class Client:
             self._sleep(self._rate.turn(self._gap))
             try:
                 with self._places:
-                    found = self._send("POST", f"{self.address}{path}", data, most)
+                    reply = self._send("POST", f"{self.address}{path}", data, most)
                 self._dead = 0
-                return found
+                return reply
             except Retryable as e:
                 if e.reason == "rate_limited":
                     turned_away += 1
@@ -126,7 +126,7 @@ class Client:
         """Asks for the list of models: UserError for no endpoint, a wrong key or a model that is not served."""
         for attempt in range(self._retries + 1):
             try:
-                found = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
+                reply = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
                 break
             except Retryable as e:
                 if attempt == self._retries or (e.reason == "no_connection" and attempt == 2):
@@ -140,7 +140,7 @@ class Client:
                 return  # an endpoint without such a list; the first request will tell
             except (Refused, Unusable):
                 return
-        listed = found.get("data")
+        listed = reply.get("data")
         served = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if served and self.model not in served:
             some = self._clean(", ".join(sorted(map(str, served))[:8]))
@@ -178,34 +178,34 @@ class Client:
     def _judge(self, answer: Answer) -> dict[str, Any]:
         status, body = answer.status, answer.body
         try:
-            found = read_json(body)
+            content = read_json(body)
         except ValueError:
-            found = None
+            content = None
         if 200 <= status < 300:
-            if not isinstance(found, dict):
+            if not isinstance(content, dict):
                 raise Retryable("broken_reply", "the reply is no JSON object, or one that is too deep")
-            return found
-        error = found.get("error", found) if isinstance(found, dict) else None
+            return content
+        error = content.get("error", content) if isinstance(content, dict) else None
         error = error if isinstance(error, dict) else {"message": error or body[:400].decode(errors="replace")}
         message = self._clean(error.get("message") or "")
         code = str(error.get("code") or error.get("type") or "")[:200]
-        said = f"HTTP {status}: {message}"
+        summary = f"HTTP {status}: {message}"
         if status in (401, 403) and "policy" not in code:
             why = (
                 f"refuses the key in {self._key_name}" if self._key else f"wants a key, and {self._key_name} is not set"
             )
-            raise UserError(f"{self.address} {why} ({said}).")
+            raise UserError(f"{self.address} {why} ({summary}).")
         if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached"):
-            raise UserError(f"{self.address} asks for payment ({said}); the same command goes on from here.")
+            raise UserError(f"{self.address} asks for payment ({summary}); the same command goes on from here.")
         if status == 404:
-            raise Rejected("not_found", said)
+            raise Rejected("not_found", summary)
         if "content_policy" in code or "content_filter" in code or "moderation" in code:
-            raise Refused("refused", said)
+            raise Refused("refused", summary)
         if status in (408, 409, 425, 429) or status >= 500:
             reason = {429: "rate_limited", 408: "timeout"}.get(status, "server_error")
-            raise Retryable(reason, said, retry_after(answer.headers, _LONGEST_WAIT))
+            raise Retryable(reason, summary, retry_after(answer.headers, _LONGEST_WAIT))
         # Redirects are not followed: the key and the captions are for this place alone.
-        raise Rejected("redirect" if 300 <= status < 400 else "bad_request", said)
+        raise Rejected("redirect" if 300 <= status < 400 else "bad_request", summary)
 
     def _clean(self, text: Any) -> str:
         """A message of the other side: short, printable, and without our key."""

@@ -1,4 +1,7 @@
-"""The kinds of samples, a file each: prompt, form of the answer, limits. All but caption_long are the papers'."""
+"""The kinds of samples, a file each: prompt, form of the answer, limits.
+
+All but caption_long are the papers'.
+"""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What a kind of sample consists of: the requests to a model, the form of its answers, and the checks of them."""
+"""What a kind of sample consists of: requests to a model, the form of its answers, their checks."""
 
 import functools
 import hashlib

@@ -34,15 +34,15 @@ def check(value: dict, data: dict) -> dict:
 
 def prose(text: str) -> dict | None:
     """What stands before the first word of position, and what stands behind it."""
-    found = only_caption(text)
-    place = _RELATION.search(found["caption"]) if found else None
+    answer = only_caption(text)
+    place = _RELATION.search(answer["caption"]) if answer else None
     if not place:
         return None
     before = re.split(
-        r"\b(?:is|are|sits?|sitting|stands?|standing|lies|lying|placed)\b", found["caption"][: place.start()]
+        r"\b(?:is|are|sits?|sitting|stands?|standing|lies|lying|placed)\b", answer["caption"][: place.start()]
     )
-    after = re.split(r"[,.;]", found["caption"][place.end() :])
-    return found | {"objects": [before[0].strip(" ,"), after[0].strip()], "relation": place[0]}
+    after = re.split(r"[,.;]", answer["caption"][place.end() :])
+    return answer | {"objects": [before[0].strip(" ,"), after[0].strip()], "relation": place[0]}
 
 
 KIND = Kind(

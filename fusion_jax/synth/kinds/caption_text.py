@@ -31,25 +31,25 @@ def check(value: dict, data: dict) -> dict:
 
 def prose(text: str) -> dict | None:
     """A carrier is the noun before the quotation, or the one behind "on"."""
-    found = only_caption(text)
-    if not found:
+    answer = only_caption(text)
+    if not answer:
         return None
     texts = []
-    for match in _WRITTEN.finditer(found["caption"]):
+    for match in _WRITTEN.finditer(answer["caption"]):
         before = re.sub(
             r"\b(?:saying|reading|reads?|says|with|that|the|words?|text|labell?ed|written)\b",
             " ",
-            found["caption"][: match.start()],
+            answer["caption"][: match.start()],
             flags=re.IGNORECASE,
         )
         behind = re.match(
-            r"\s*(?:written |painted |printed )?on (?:an?|the) ([\w-]+(?: [\w-]+)?)", found["caption"][match.end() :]
+            r"\s*(?:written |painted |printed )?on (?:an?|the) ([\w-]+(?: [\w-]+)?)", answer["caption"][match.end() :]
         )
         nouns = words(_WRITTEN.sub(" ", before))
         carrier = behind[1].split()[-1] if behind else nouns[-1] if nouns else None
         if carrier:
             texts.append({"text": match[1], "carrier": carrier})
-    return found | {"texts": texts}
+    return answer | {"texts": texts}
 
 
 KIND = Kind(

@@ -1,4 +1,4 @@
-"""What several kinds share: their limits as checks, the judge's and the verifier's requests, the wording of turns."""
+"""What several kinds share: checks of limits, the requests of judge and verifier, wordings."""
 
 import re
 from collections.abc import Callable
@@ -56,8 +56,8 @@ def only_caption(text: str) -> dict | None:
 
 def only_description(text: str) -> dict | None:
     """Prose in place of a description's JSON."""
-    said = replies.prose(text)
-    return {"description": said} if said else None
+    description = replies.prose(text)
+    return {"description": description} if description else None
 
 
 def only_pairs(text: str) -> dict | None:
@@ -161,8 +161,8 @@ def _check_judge(value: dict, data: dict) -> dict:
 
 def _yes_or_no(key: str) -> Callable[[str], dict | None]:
     def read(text: str) -> dict | None:
-        found = re.match(r"\W*(yes|no|true|false|correct|incorrect|wrong)\b", replies.prose(text), re.IGNORECASE)
-        return {key: found[1].lower() in ("yes", "true", "correct")} if found else None
+        match = re.match(r"\W*(yes|no|true|false|correct|incorrect|wrong)\b", replies.prose(text), re.IGNORECASE)
+        return {key: match[1].lower() in ("yes", "true", "correct")} if match else None
 
     return read
 

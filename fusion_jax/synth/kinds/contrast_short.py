@@ -1,5 +1,7 @@
-"""Two pictures that differ, asked about with short answers: at most seven pairs. Shares its pictures' prompt with
-contrast_long."""
+"""Two pictures that differ: at most seven questions with short answers.
+
+The prompt for the pictures is shared with contrast_long.
+"""
 
 import re
 
@@ -26,13 +28,13 @@ def check_sides(value: dict, data: dict) -> dict:
 
 
 def sides_from_prose(text: str) -> dict | None:
-    said = replies.prose(text)
-    left = _LEFT.search(said)
-    right = _RIGHT.search(said, left.end()) if left else None
+    answer = replies.prose(text)
+    left = _LEFT.search(answer)
+    right = _RIGHT.search(answer, left.end()) if left else None
     if not (left and right):
         return None
     marks = ' *#\n\t"“”-_'
-    return {"left": said[left.end() : right.start()].strip(marks), "right": said[right.end() :].strip(marks)}
+    return {"left": answer[left.end() : right.start()].strip(marks), "right": answer[right.end() :].strip(marks)}
 
 
 SIDES = Ask(

@@ -33,8 +33,8 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    said = replies.prose(text)
-    return {"description": said, "texts": _WRITTEN.findall(said)} if said else None
+    description = replies.prose(text)
+    return {"description": description, "texts": _WRITTEN.findall(description)} if description else None
 
 
 KIND = Kind(

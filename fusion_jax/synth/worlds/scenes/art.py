@@ -1,4 +1,4 @@
-"""What each noun looks like. An artist gets a source of small differences and returns a `Sculpture`.
+"""Draws each noun by an artist: a function that returns a `Sculpture`, varied by a random generator.
 
 Coordinates are those of `Sculpture`: the ground at y = 0, the top at y = 1. Parts without a colour take the thing's
 own; they make up most of every thing, so that its colour is what one sees.

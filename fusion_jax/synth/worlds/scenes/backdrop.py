@@ -1,4 +1,4 @@
-"""Backdrops of scenes: the sky or wall behind the things and the ground below them, one function per setting.
+"""Draws backdrops: the sky or wall behind the things of a scene and the ground, by setting.
 
 A backdrop never looks like a noun that its setting does not name in `Setting.shows`.
 """

@@ -1,4 +1,4 @@
-"""Reads an answer and says whether it is true of a scene: the oracle that verifies answers.
+"""Checks whether an answer is true of a scene: the oracle that verifies answers.
 
 Two tests, both must pass:
 1. If the question is one that `facts.py` knows, the answer must hold the words that make it right.

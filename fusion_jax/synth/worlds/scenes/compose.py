@@ -1,4 +1,4 @@
-"""Makes scenes: out of nothing, out of a draft that leaves things open, and as a variation of another.
+"""Makes scenes: at random, from a draft that leaves things open, and as variations of another.
 
 Everything is drawn from the generator that is passed in, so a seed decides.
 """

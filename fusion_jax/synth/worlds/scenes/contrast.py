@@ -1,4 +1,4 @@
-"""What may be asked about a left and a right picture together."""
+"""The facts that may be asked about a left and a right picture together."""
 
 import functools
 import random

@@ -1,4 +1,4 @@
-"""Draws a scene graph: backdrop, what holds things up, soft shadows, things from back to front, writing.
+"""Draws a scene graph: backdrop, supports, soft shadows, things from back to front, writing.
 
 Where things are and how large is `layout.py`'s. The seed moves, flips and resizes things a little and chooses the
 backdrop's details; it never changes what is true of the scene.

@@ -1,4 +1,4 @@
-"""All that may be asked about one scene, with the one true answer to each question, and a choice of it.
+"""The facts that may be asked about one scene, each with its one true answer.
 
 `facts` lists everything, so that `claims.py` can look up what a question's answer must be; `choose` takes a few facts
 of different topics.

@@ -1,4 +1,4 @@
-"""Which kinds this world answers, and which one of them a kind is like that it does not know by name."""
+"""The kinds that this world answers, and for an unknown kind the known one with the same form."""
 
 from fusion_jax.synth.backends.base import Unusable
 

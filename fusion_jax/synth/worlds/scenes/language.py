@@ -1,4 +1,4 @@
-"""Reads the English of captions, descriptions and answers: which things a sentence names, where, and in what relation.
+"""Reads the English of captions, descriptions and answers: things, places and relations.
 
     "In the foreground on the left stand two small red apples, to the left of the mug."
      place front, left               mention: 2 small red apple    left of   mention: the mug

@@ -1,4 +1,4 @@
-"""Where each thing of a scene is drawn, and how large.
+"""Places the things of a scene in the picture and chooses their sizes.
 
 The three rows are bands of the picture, the columns divide their width:
 

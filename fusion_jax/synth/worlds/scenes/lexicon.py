@@ -1,4 +1,4 @@
-"""The words of the embedded backend: what it can draw, name and read.
+"""The words of drawn scenes: what can be drawn, named and read.
 
 A word that is not here is not drawn: `parse.py` passes over it, and a caption with none of these nouns is refused.
 """

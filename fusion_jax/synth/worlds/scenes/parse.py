@@ -1,4 +1,4 @@
-"""Text to scene: reads a caption or a description into a `Draft`, whatever it leaves open.
+"""Parses a caption or a description into a `Draft` of a scene.
 
 `compose.settle` turns a draft into a scene. Of a description written by `write.py`, the draft is complete, and settling
 it gives the scene it was written from.

@@ -1,4 +1,4 @@
-"""How much of a caption is in the scenes that were made of it, and what they show besides.
+"""Measures how much of a caption its scenes show, and lists what they show besides.
 
     caption              "A man with a red umbrella at the beach"      scene: red umbrella, beach, blue bucket
     content words        man  red  umbrella  beach                     function words and "picture", "shown" are none

@@ -1,4 +1,4 @@
-"""Questions that take several steps, with answers of at least a hundred words: observations, then a conclusion.
+"""Questions that take several steps, with answers of at least a hundred words.
 
 Every sentence rests on the scene graph, so it can be checked one by one (`claims.py`).
 """

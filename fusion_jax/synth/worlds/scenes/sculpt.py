@@ -1,4 +1,4 @@
-"""How a thing is modelled: parts with soft shading and a dark rim, in any colour.
+"""Models a thing from parts with soft shading and a dark rim, in any colour.
 
 An artist (art.py) places parts on a `Sculpture`; each part is a mask that bulges towards the light in the upper left.
 The result, a `Master`, is kept: drawing a thing then is one resize and one multiplication. Colour comes last, since all

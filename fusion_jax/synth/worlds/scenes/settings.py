@@ -1,4 +1,4 @@
-"""The settings of scenes: what each is called, what it shows by itself and which things belong there."""
+"""The settings of scenes: what each is called, what it shows and which things belong there."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Textures of backdrops: grey tiles of grass, bricks, clouds and the like, cut at random and coloured.
+"""Textures of backdrops: grey tiles of grass, bricks, clouds and the like, coloured.
 
 A tile has 512 x 512 pixels, is made once per process and kept (0.25 MB).
 """

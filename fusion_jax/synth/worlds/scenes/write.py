@@ -1,4 +1,4 @@
-"""Scene to text: captions of the published kinds and descriptions of a wanted length.
+"""Writes a scene as text: captions of the published kinds and descriptions of a given length.
 
 What is written is true of the scene, and `parse.py` reads a description back to the very scene it was written from.
 """

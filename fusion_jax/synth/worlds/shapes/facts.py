@@ -1,4 +1,4 @@
-"""What may be asked about a grid of plain shapes, kind by kind, each fact with its one true answer.
+"""The facts that may be asked about a grid of plain shapes, each with its one true answer.
 
 A fact is kept only where the grid leaves one answer: "the star" needs a single star, "the thing on the left" a left
 column with one thing in it.

@@ -1,4 +1,4 @@
-"""Plain shapes on a grid: what a picture shows is known exactly, so every answer about it can be true.
+"""Plain shapes on a grid: the content of a picture, at random, and its drawing.
 
 A grid has nine cells. Each cell holds at most one thing; a written word takes a whole row to itself:
 

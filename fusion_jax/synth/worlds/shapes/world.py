@@ -1,4 +1,4 @@
-"""The world of plain shapes, for models that start from nothing: a caption names its picture (`picture.py`).
+"""The world of plain shapes, for models without pretraining: a caption names its picture.
 
 The functions are those of `synth/worlds`. A picture decides everything, so neither schema nor seed changes an answer.
 """
