@@ -3,7 +3,7 @@
     OUT/work/blocks/00012.jsonl    {"block": 12, "done": ["filter", "judge"]}, then a sample a line
 
 A block's file is replaced when its samples have been through the stages of the run. If the run is killed before, they
-go through them again, and what had been paid for by then comes out of the journal.
+go through them again, and replies that were paid for come out of the journal.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def readable(out: Path, path: Path) -> Iterator[IO[str]]:
             yield f
     except (ValueError, RecursionError, KeyError, TypeError) as e:
         raise UserError(
-            f"{path} is damaged; delete {out / 'work'} and start the same command again: what was paid for is kept "
-            "in the journal."
+            f"{path} is damaged; delete {out / 'work'} and start the same command again: paid replies stay in the "
+            "journal."
         ) from e
 
 

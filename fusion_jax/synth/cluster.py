@@ -7,8 +7,8 @@
 Each bracket is a pool of workers, as many as ray.actors says, with ray.gpus and ray.cpus each; blocks travel through
 them side by side. No pass has two pools of one model, so that no model is loaded twice. The workers run `run_stages` as
 a local run does, so the output is the same. They write images and paid replies into the run's folder, which therefore
-lies on a disk that all machines share; a block whose worker is lost goes to another, which finds in the journal what
-had been paid for. Blocks are saved by this process, after each pass.
+lies on a disk that all machines share; a block whose worker is lost goes to another, which takes from the
+journal what was paid for. Blocks are saved by this process, after each pass.
 """
 
 import dataclasses

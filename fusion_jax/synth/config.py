@@ -246,7 +246,7 @@ class SynthConfig:
         return sorted(set().union(*(pool.kinds or self.kinds for pool in self.pools)))
 
 
-# What may differ between a run and the one that goes on with it: it does not change the result.
+# Fields that may change when a run goes on: they do not change the result.
 OPERATIONAL = {
     "": ("engine", "processes", "ray", "journal"),
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),

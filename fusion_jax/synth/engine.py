@@ -26,16 +26,16 @@ from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
 
 log = logging.getLogger("fusion_jax")
 
-_GRACE = 3.0  # seconds that requests under way are given when a run ends early: what they bring is paid for
+_GRACE = 3.0  # seconds for requests under way when a run ends early: their replies are paid for
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be done with one block.
+    """The work on one block.
 
     Attributes:
-      number: the block's. size: how many samples it has. todo: stages they have yet to go through. again: samples that
-        a failing endpoint dropped go through their stage, and the later ones that are done, once more.
+      number: the block's. size: its samples. todo: stages that they still have to go through.
+      again: samples that a failing endpoint dropped go through that stage, and the later ones that are done, again.
     """
 
     number: int
@@ -67,7 +67,7 @@ def needed(work: list[Work]) -> tuple[str, ...]:
 
 
 def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
-    """The stages one sample goes through; what a failing endpoint had dropped is taken up again."""
+    """The stages one sample goes through; one that a failing endpoint dropped starts again at the failed stage."""
     if not (work.again and _failed(sample)):
         return work.todo
     failed = sample.pop("dropped")["stage"]
@@ -76,7 +76,7 @@ def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
-    """Does the work. UserError for what ends a run; blocks that are finished stay so."""
+    """Does the work, a block at a time; finished blocks stay finished. UserError for what ends a run."""
     if not work:
         return
     if config.processes > 1 and len(work) > 1:
@@ -97,9 +97,9 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
 
 
 def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
-    """Shows how many captions, those that are lost on the way included, have been worked on."""
+    """Shows a progress bar of the captions that have been worked on, dropped ones included."""
     sizes = {one.number: one.size for one in work}
-    # A terminal gets a live bar; a log file a line now and then.
+    # A terminal gets a live bar, a log file a line every ten seconds.
     slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
     total = sum(sizes.values())
     with tqdm.tqdm(total=total, unit="caption", desc="synthesis", disable=not progress, **slow) as bar:
@@ -167,13 +167,13 @@ def _finish(models: Models, work: Work, done: list[str], futures: list[Future]) 
 
 
 def _save(models: Models, work: Work, done: list[str], samples: list[Sample]) -> int:
-    with _said(models.out):
+    with _as_user_error(models.out):
         blocks.write_block(models.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
     return work.number
 
 
 @contextlib.contextmanager
-def _said(out: Path) -> Iterator[None]:
+def _as_user_error(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:

@@ -45,8 +45,11 @@ _MISSED = 20  # words that captions have and the embedded backend cannot draw, t
 
 
 def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
-    """Writes all that stands above and returns the counts: records by file, kind and reason. UserError without any
-    record."""
+    """Writes the files listed above and returns the counts: records by file and kind, dropped captions by reason.
+
+    Raises:
+      UserError: there is no selection.
+    """
     selection = out / "work" / "selection.jsonl"
     check(selection.exists(), f"There is no {selection}; run the stage `select` first.")
     chosen = verdicts(selection)
@@ -100,7 +103,7 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
 
 
 class _Readings:
-    """What the embedded backend made of all captions together."""
+    """Sums what the embedded backend understood of all captions."""
 
     def __init__(self):
         self._shares: list[float] = []
@@ -141,7 +144,7 @@ def _part(config: SynthConfig, name: str, how: str) -> str:
 
 
 def _texts(out: Path, files: Counter[str]) -> Iterator[str]:
-    """What the stages' records say."""
+    """The texts of the stages' records."""
     for name in STAGES:
         if files[name]:
             for record in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
@@ -230,7 +233,7 @@ def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
 
 
 def _shards(out: Path, name: str) -> None:
-    """Shards of one file; those of an earlier selection, which the run itself made, go first."""
+    """Writes the shards of one file; those of an earlier selection of this run are removed."""
     folder, recorded = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
     digest = shards.hash_file(out / f"{name}.json")
     if not recorded.exists() or recorded.read_text() != digest:

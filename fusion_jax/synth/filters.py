@@ -7,8 +7,8 @@ The first filter that a text fails names the reason.
 The thresholds are the papers', the definitions those of the data-cleaning tool whose filters carry these names:
 
 - alphanumeric: share of the characters that are letters or digits;
-- special: share of the characters that are no letters: punctuation, digits, white space, emoji. White space makes up
-  most of it in a sentence; one below 0.165 is hardly made of words;
+- special: share of the characters that are not letters: punctuation, digits, white space, emoji. White space makes up
+  most of it in a sentence; a text below 0.165 hardly consists of words;
 - character repetition: of all n-grams of characters, the share taken by the most frequent ones, as many as the square
   root of the number of different n-grams, leaving out those seen once;
 - word repetition: of all n-grams of words, the share of those seen more than once;
@@ -25,7 +25,7 @@ from pathlib import Path
 from fusion_jax.errors import UserError
 from fusion_jax.synth.config import FilterConfig
 
-# Where a run names no list of its own: words that make a picture unfit whatever stands around them.
+# For runs without a list of their own: words that make a picture unfit in any context.
 FLAGGED = frozenset(
     {"porn", "porno", "pornography", "pornographic", "xxx", "nude", "nudes", "nudity", "naked", "topless", "nsfw"}
     | {"sex", "sexy", "sexual", "hentai", "erotic", "erotica", "fetish", "orgy", "blowjob", "dildo", "masturbation"}
@@ -63,7 +63,7 @@ def word_repetition(text: str, n: int) -> float:
 def load_perplexity_model(path: str):
     """A KenLM model. UserError without the package or the file."""
     if not Path(path).is_file():
-        raise UserError(f"There is no KenLM model {path} (filters.perplexity_model).")
+        raise UserError(f"There is not a KenLM model {path} (filters.perplexity_model).")
     try:
         import kenlm
     except ImportError as e:
@@ -73,11 +73,11 @@ def load_perplexity_model(path: str):
     try:
         return kenlm.Model(path)
     except OSError as e:
-        raise UserError(f"{path} is no KenLM model: {e}.") from e
+        raise UserError(f"{path} is not a KenLM model: {e}.") from e
 
 
 def perplexity(text: str, model_path: str) -> float:
-    """By words, in lower case, as the published models were made."""
+    """Perplexity by words in lower case, as the published models were trained."""
     return load_perplexity_model(model_path).perplexity(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
 
 
@@ -94,7 +94,7 @@ def flagged_words(path: str) -> frozenset[str]:
 
 
 def check_config(config: FilterConfig) -> None:
-    """UserError now for files that are missing, rather than after an hour."""
+    """UserError for missing files, before the run begins."""
     flagged_words(config.flagged_words_file)
     if config.perplexity_model:
         load_perplexity_model(config.perplexity_model)

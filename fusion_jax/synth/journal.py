@@ -29,7 +29,7 @@ Place = tuple[Path, int, int]  # file, start and length of a value
 
 
 def make_key(*parts: Any) -> str:
-    """A name for what JSON can say: (32,) hexadecimal digits."""
+    """The key of a JSON value: 32 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY]
 
@@ -55,13 +55,13 @@ class Journal:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes up what other processes have written since."""
+        """Reads what other processes have written since."""
         with self._lock:
             for path in sorted(self.folder.glob("*.jsonl")):
                 if path != self._path:
-                    self._take_up(path)
+                    self._read_new(path)
 
-    def _take_up(self, path: Path) -> None:
+    def _read_new(self, path: Path) -> None:
         start = self._read.get(path, 0)
         if path.stat().st_size == start:
             return
@@ -81,7 +81,7 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> dict | None:
-        """What was kept under the key, or None."""
+        """The value kept under the key, or None."""
         name = bytes.fromhex(key)
         with self._lock:
             places = [self._places[name], *self._others.get(name, ())] if name in self._places else []
@@ -116,7 +116,7 @@ class Journal:
                 self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def values(self):
-        """Everything kept, once each, in no particular order: for the books."""
+        """All values, once each and in any order, for the sum of costs."""
         with self._lock:
             places = sorted((place, key) for key, place in self._places.items())
         for place, key in places:
@@ -126,7 +126,7 @@ class Journal:
 
 
 def _value(place: Place) -> dict | None:
-    """What stands there; None where it is damaged."""
+    """The value at a place; None where it is damaged."""
     path, start, length = place
     try:
         with open(path, "rb") as f:

@@ -1,8 +1,8 @@
 """Chooses among the finished samples: the best of each kind, none twice, some for validation.
 
 Ranking is by the mean CLIPScore of the statements, as published, or by the image score where there is no scorer. Going
-down that ranking, a sample is left out if a better one says nearly the same or looks nearly the same. The papers have
-no such step; generators repeat themselves.
+down that ranking, a sample is left out if a better one says nearly the same or looks nearly the same. The
+papers do not have this step; generators repeat themselves.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def select(config: SynthConfig, out: Path, blocks: int) -> Path:
 
 
 def verdicts(path: Path) -> Iterator[dict[str, Any]]:
-    """What `select` wrote."""
+    """The lines that `select` wrote."""
     with open(path, encoding="utf-8") as f:
         yield from map(json.loads, f)
 
@@ -80,7 +80,7 @@ def rank_score(sample: Sample) -> float:
 
 
 def whole_text(sample: Sample) -> str:
-    """All that a sample says: two samples about alike pictures may still ask different things."""
+    """All texts of a sample: two samples about similar pictures may still have different questions."""
     return " ".join([*sample["descriptions"], *(f"{pair['question']} {pair['answer']}" for pair in sample["pairs"])])
 
 

@@ -3,9 +3,9 @@
     caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement
     -> rank -> (select.py)
 
-A sample is a dict that JSON can hold. A stage adds its findings to it, or raises `Drop`, which the sample then carries
-as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `again` marks what may succeed another time
-(an endpoint that was down). Keys, by the stage that adds them:
+A sample is a dict that JSON can hold. A stage adds keys to it or raises `Drop`, which the sample then keeps as
+`dropped`: {stage, reason, detail, again}; later stages skip it. `again` marks what may succeed another time (an
+endpoint that was down). Keys, by the stage that adds them:
 
     pool       id, n, key (hash of caption and kind: the root of all its seeds), kind, stage, caption,
                origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
@@ -13,8 +13,8 @@ as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `agai
                kept_share}: what of the caption the scene keeps, and what it shows besides
     draw       images [{file, seed}]
     score      scores {clip, ssim_a, image}; hashes (perceptual, one an image) where alike images go
-    qa         pairs [{question, answer}], with options of multiple choice and, where the backend tells it, the topic;
-               asked (how many pairs there were)
+    qa         pairs [{question, answer}], with options of multiple choice and the topic where the backend knows it;
+               asked (number of pairs before verification)
     verify     pairs (the right ones), wrong, unverified
     statement  statements, where there is a scorer
     rank       scores.statement
@@ -39,7 +39,7 @@ Sample = dict[str, Any]
 
 
 class Drop(Exception):
-    """The sample goes, for this reason."""
+    """Drops the sample for this reason."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False):
         super().__init__(detail or reason)
@@ -47,7 +47,7 @@ class Drop(Exception):
 
 
 def make_seed(*parts: Any) -> int:
-    """31 bits out of whatever names the draw: the same on every machine, in whatever order samples are worked on."""
+    """A seed of 31 bits from the parts that name a draw: the same on every machine and in any order of the samples."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
@@ -55,7 +55,7 @@ def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where
     """The clean answer to a request and the reply it was in. Drop once all attempts are used up.
 
     Args:
-      where: tells requests of one stage apart.
+      where: distinguishes the requests of one stage.
     """
 
     def call(seed: int, messages: list[dict]):
@@ -65,7 +65,7 @@ def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where
         return models.llm.chat(messages, ask.schema, seed, stage, data)
 
     model = models.vision if stage == "verify" else models.llm
-    # Image files are named by what decides them: their names stand for them.
+    # The name of an image file is a hash of what decides the image: in the request it stands for the image.
     pictures = [image["file"] for image in sample["images"]] if stage == "verify" else []
     drop, complaint = Drop("no_answer"), ""
     for attempt in range(models.config.attempts):
@@ -118,7 +118,7 @@ def _describe(models: Models, sample: Sample) -> None:
     sample["answer"], reply = _ask(models, sample, "describe", kind.describe, data)
     sample["descriptions"] = kind.descriptions(sample["answer"])
     sample["state"] = reply.state
-    # Only a backend that draws from a vocabulary of its own tells what it understood. It is no part of the scene.
+    # Only the embedded backend measures what it understood of a caption; the state is kept without it.
     if isinstance(reply.state, dict) and "reading" in reply.state:
         sample["reading"] = reply.state.pop("reading")
         least = models.config.filters.understood_min
@@ -188,7 +188,7 @@ def _qa(models: Models, sample: Sample) -> None:
     else:
         answer, reply = _ask(models, sample, "qa", kind.ask, _data(sample))
         sample["pairs"] = answer["pairs"]
-        # The embedded backend knows what its questions are about. What a model writes is never taken for it.
+        # The embedded backend knows the topics of its questions. The texts of a model are never read as topics.
         topics = reply.state.get("topics") if isinstance(reply.state, dict) else None
         for pair in sample["pairs"]:
             if isinstance(topics, dict) and pair["question"] in topics:

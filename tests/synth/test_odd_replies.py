@@ -248,7 +248,7 @@ def test_the_timeout_holds_for_the_whole_request(head):
 def test_a_redirect_of_the_endpoint_is_not_followed_and_named_before_the_run():
     with serving(says(answer(chat("{}")))) as (other, seen):
         with serving(says(answer(b"", "307 X", f"Location: http://127.0.0.1:{other}/v1"))) as (port, _):
-            with pytest.raises(UserError, match=r"redirects elsewhere; name that place in llm\.base_url"):
+            with pytest.raises(UserError, match=r"redirects to another address; give that one as llm\.base_url"):
                 client(ChatEndpoint, port).check()
             with pytest.raises(Unusable, match="HTTP 307"):
                 client(ChatEndpoint, port).chat([], None, 1, "judge", {})

@@ -13,7 +13,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Refused
 from fusion_jax.synth.backends.config import ImageConfig
 
-_ROOM = 1.15  # what drawing takes beyond the weights, at the least
+_ROOM = 1.15  # memory that drawing takes at least, as a multiple of the weights
 _MULTIPLE = 16  # pipelines draw sides of such lengths; others are cut from the next larger one
 
 
@@ -37,7 +37,7 @@ class Diffusion:
         self._device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise UserError(f"images.dtype={config.dtype!r} is no type; use bfloat16, float16 or float32.")
+            raise UserError(f"images.dtype={config.dtype!r} is not a dtype; use bfloat16, float16 or float32.")
         if Path(config.model).is_dir():
             _check_memory(Path(config.model), dtype.itemsize, self._device, torch)
         try:
@@ -97,7 +97,7 @@ def _elements(file: Path) -> int:
             header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
         return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, struct.error, MemoryError) as e:
-        raise UserError(f"{file} is no safetensors file: {e}.") from e
+        raise UserError(f"{file} is not a safetensors file: {e}.") from e
 
 
 def _host_memory() -> int | None:

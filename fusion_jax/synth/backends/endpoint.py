@@ -1,7 +1,7 @@
 """Calls OpenAI-compatible endpoints: chat for language and vision models, images for generators.
 
 Servers differ in what they know. What one rejects by name (a form of structured output, `seed`, `max_tokens` under that
-name) is left out or replaced from then on, and said once in the log.
+name) is left out or replaced from then on, which is logged once.
 """
 
 import base64
@@ -21,11 +21,11 @@ log = logging.getLogger("fusion_jax")
 
 _JPEG_QUALITY = 92
 _MAX_CONTENT = 1 << 20  # characters of an answer
-_MAX_TOKENS = 1 << 40  # in one reply; more is no count
+_MAX_TOKENS = 1 << 40  # in one reply; a larger number is an error
 
 
 class ChatEndpoint:
-    """A language or a vision model behind /chat/completions."""
+    """A language or vision model served at /chat/completions."""
 
     paid = True
 
@@ -52,7 +52,7 @@ class ChatEndpoint:
                 if e.reason == "not_found":
                     raise UserError(
                         f"{self.client.address}/chat/completions does not serve {self.name!r} ({e}); "
-                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                        f"check {self.client.what}.model and {self.client.what}.base_url."
                     ) from e
                 if not self._adapt(body, str(e)):
                     raise
@@ -86,7 +86,7 @@ class ChatEndpoint:
         return {key: value for key, value in body.items() if key not in self._left_out}
 
     def _adapt(self, body: dict[str, Any], complaint: str) -> bool:
-        """Whether the request can be made otherwise after such a complaint."""
+        """Changes later requests after a complaint of the endpoint; False where there is nothing left to change."""
         complaint = complaint.lower()
         if "max_tokens" in body and "max_completion_tokens" in complaint:
             self._length_key = "max_completion_tokens"
@@ -137,7 +137,7 @@ def _text_of(part: Any) -> str | None:
 
 
 def _count(value: Any) -> int:
-    """A number of tokens; 0 where something else stands in its place."""
+    """A number of tokens; 0 where the field holds something else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS else 0
 
 
@@ -150,7 +150,7 @@ _VERDICT = {
 
 
 class ImageEndpoint:
-    """A generator behind /images/generations."""
+    """An image generator served at /images/generations."""
 
     paid = True
 
@@ -165,7 +165,7 @@ class ImageEndpoint:
         self.client.check()
 
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
-        """See `ImageGenerator.draw`. An image of another size than asked for is resized."""
+        """See `ImageGenerator.draw`. An image of another size is resized."""
         del data
         body = {
             "model": self.name,
@@ -184,7 +184,7 @@ class ImageEndpoint:
                 if e.reason == "not_found":
                     raise UserError(
                         f"{self.client.address}/images/generations does not serve {self.name!r} ({e}); "
-                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                        f"check {self.client.what}.model and {self.client.what}.base_url."
                     ) from e
                 unknown = [key for key in ("seed", "response_format") if key in sent and key in str(e).lower()]
                 if not unknown:
@@ -203,7 +203,7 @@ class ImageEndpoint:
             try:
                 return base64.b64decode(first["b64_json"], validate=True)
             except ValueError as e:  # binascii.Error among them; other letters than ASCII
-                raise Unusable("bad_image", "the image is no base64") from e
+                raise Unusable("bad_image", "the image is not base64") from e
         if isinstance(first.get("url"), str):
             return self.client.fetch(first["url"])
         raise Unusable("bad_image", "the reply holds no image")
@@ -213,7 +213,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         return load_image(data)
     except BadRecord as e:
-        raise Unusable("bad_image", f"what was drawn cannot be used: {e.detail}") from e
+        raise Unusable("bad_image", f"the image cannot be used: {e.detail}") from e
 
 
 def _data_url(image: Image.Image) -> str:

@@ -16,7 +16,7 @@ def embedded() -> ModuleType:
 
 
 class Factory:
-    """Makes the models of one process; those behind one address share its rate."""
+    """Makes the models of one process; those at one address share its rate."""
 
     def __init__(self, share: float = 1.0):
         """Args: share: the part of the configured traffic that this process may make."""

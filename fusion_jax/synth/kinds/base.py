@@ -57,7 +57,7 @@ class Ask:
         return jsonschema.Draft202012Validator(self.schema)
 
     def messages(self, data: dict, complaint: str = "") -> list[dict[str, str]]:
-        """Chat messages; `complaint` says what was wrong with the last answer."""
+        """Chat messages; `complaint` names the fault of the last answer."""
         content = json.dumps({key: data[key] for key in self.shows}, ensure_ascii=False)
         system = self.instructions + _DATA + _FORM + self.form
         if complaint:

@@ -35,7 +35,7 @@ def check(value: dict, data: dict) -> dict:
             raise Invalid("too_many_objects", f"{each['count']} of a kind, the limit is {EACH}")
     if sum(each["count"] for each in objects) > IN_ALL:
         raise Invalid("too_many_objects", f"more than {IN_ALL} objects in all")
-    # "a", "an" and "the" may stand for one; every other number has to be said, and no number but these.
+    # "a", "an" and "the" may stand for one; every other number must be in the caption, and no number but these.
     numbers = _numbers(text)
     counts = [each["count"] for each in objects]
     several, counted = (sorted(n for n in each if n != 1) for each in (numbers, counts))

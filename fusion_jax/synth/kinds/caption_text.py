@@ -25,12 +25,12 @@ def check(value: dict, data: dict) -> dict:
     listed_texts = {tuple(map(str.lower, words(each["text"]))) for each in texts}
     for written in _WRITTEN.findall(text):
         if tuple(map(str.lower, words(written))) not in listed_texts:
-            raise Invalid("no_carrier", f"nothing is said to carry {written!r}")
+            raise Invalid("no_carrier", f"the caption does not say what carries {written!r}")
     return {"caption": text, "texts": texts}
 
 
 def prose(text: str) -> dict | None:
-    """A carrier is the noun before the quotation, or the one behind "on"."""
+    """A carrier is the noun before the quotation, or the one after "on"."""
     answer = only_caption(text)
     if not answer:
         return None

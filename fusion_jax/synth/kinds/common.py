@@ -18,11 +18,11 @@ CAPTION_REQUESTS = (
 )
 
 
-_LETTERS = 40  # of a word with what stands around it, on average and at the most
+_LETTERS = 40  # characters of a word and its punctuation, at most on average
 
 
 def limit_words(text: str, low: int, high: int, what: str) -> str:
-    """The text itself; `Invalid` (too_long, too_short) where it has another number of words."""
+    """Returns the text. `Invalid` (too_long, too_short) where its number of words is not within low .. high."""
     if len(text) > _LETTERS * (high + 5):
         raise Invalid("too_long", f"{what} has {len(text)} characters, the limit is {high} words")
     count = len(words(text))
@@ -39,7 +39,7 @@ def caption(value: dict) -> str:
 
 
 def stands_in(part: str, whole: str) -> bool:
-    """Whether the words of `part` stand in `whole`, next to each other."""
+    """Whether `whole` contains the words of `part`, next to each other."""
     inner, outer = (" ".join(word.lower() for word in words(text)) for text in (part, whole))
     return bool(inner) and f" {inner} " in f" {outer} "
 

@@ -17,7 +17,7 @@ def check(value: dict, data: dict) -> dict:
     del data
     description = limit_words(clean_text(value["description"]), *DESCRIPTION_WORDS, "the description")
     texts = list(dict.fromkeys(one_line(text) for text in value["texts"]))
-    for text in texts:  # before they are looked for in each other, which takes long for long ones
+    for text in texts:  # before the search for each in the others, which is slow for long texts
         limit_words(text, 1, TEXT_WORDS, "a written text")
     quoted = [one_line(text) for text in _WRITTEN.findall(description)]
     texts += [text for text in quoted if not any(stands_in(text, known) for known in texts)]  # what it forgot to list
