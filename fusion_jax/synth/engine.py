@@ -1,4 +1,4 @@
-"""Runs the stages over all blocks, in this process or in several, and plans what is left to do.
+"""Runs the stages over all blocks, in this process or in several, and lists what is left to do.
 
 Samples of several blocks are under way at once, so that no block's last, slow request leaves an endpoint idle; a block
 is saved when its last sample is through.
@@ -44,8 +44,8 @@ class Work:
     again: bool
 
 
-def plan(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
-    """The blocks with something left to do. UserError where a stage before the wanted ones is missing."""
+def remaining(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
+    """The blocks, of `count`, that have not been through all `stages`. UserError where an earlier stage is missing."""
     left = []
     for number in range(count):
         done = blocks.read_done(out, number)

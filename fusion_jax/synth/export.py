@@ -111,6 +111,7 @@ class _Readings:
         self._too_little = self._unknown = self._invented = self._inventions = 0
 
     def add(self, sample: Sample) -> None:
+        """Counts a sample, dropped or not."""
         reason = sample.get("dropped", {}).get("reason")
         self._unknown += reason == "not_drawable"
         if reading := sample.get("reading"):
@@ -194,7 +195,7 @@ def _lineage(config: SynthConfig, sample: Sample, file: str) -> dict[str, Any]:
 
 
 class _Whole:
-    """A file of JSON that appears when it is finished: a list by `item`, or lines by `line`."""
+    """A JSON file that appears once it is complete: a list of `item`s, or `line`s."""
 
     def __init__(self, path: Path):
         self._path, self._part = path, path.with_name(f".{path.name}.tmp")
@@ -205,10 +206,12 @@ class _Whole:
         return self
 
     def item(self, value: Any) -> None:
+        """Adds an item to the list."""
         self._file.write(("[\n" if not self._items else ",\n") + json.dumps(value, ensure_ascii=False))
         self._items += 1
 
     def line(self, value: Any) -> None:
+        """Adds a line."""
         self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def __exit__(self, kind, *_) -> None:
@@ -224,7 +227,7 @@ class _Whole:
 
 
 def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
-    """A stage without records has no files."""
+    """Removes the files of stages without records."""
     for name in every:
         if not files[name]:
             (out / f"{name}.json").unlink()

@@ -87,7 +87,7 @@ def is_new(out: Path) -> bool:
 
 
 def _has_results(out: Path) -> bool:
-    """Whether a sample has been through a stage and is still there."""
+    """Whether any sample has been through a stage and was not dropped."""
     for path in sorted((out / "work" / "blocks").glob("*.jsonl")):
         done, samples = read_block(out, int(path.stem))
         if done and not all("dropped" in sample for sample in samples):
@@ -128,7 +128,7 @@ def _difference(present: Any, wanted: Any, where: str = "") -> str:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
+    """Locks the folder against a second run; the system releases the lock when the process ends, in whatever way."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

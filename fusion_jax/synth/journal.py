@@ -45,9 +45,8 @@ class Journal:
             raise UserError(f"Cannot write the journal {folder}: {e.strerror}.") from e
         self._lock = threading.Lock()
         self._places: dict[bytes, Place] = {}
-        self._others: dict[
-            bytes, list[Place]
-        ] = {}  # of keys that stand there more than once: of two one may be damaged
+        # Of keys that occur more than once: one of the values may be damaged.
+        self._others: dict[bytes, list[Place]] = {}
         self._read: dict[Path, int] = {}  # bytes of each file that are known
         self._file = -1
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
@@ -107,6 +106,7 @@ class Journal:
             self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(content))
 
     def close(self) -> None:
+        """Writes out and closes this process's file; a later `put` begins another one."""
         with self._lock:
             if self._file >= 0:
                 os.fsync(self._file)

@@ -19,7 +19,7 @@ RECENT = 8  # images kept in memory
 
 
 class Models:
-    """The models of one process; for all its threads.
+    """The models of one process, for all its threads.
 
     Attributes:
       config: the run's. out: its folder. share: the part of the configured traffic that this process may make.

@@ -16,9 +16,8 @@ from fusion_jax.web.client import check_depth
 MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
 _STARTS = 1000  # brackets that are tried as the start of JSON
 _TRIED = 2_000_000  # characters that all tries read together: each may go to the end of the text
-_MARKS = (
-    30  # combining marks on one letter, as Unicode's stream-safe form has it: more take quadratic time to put in order
-)
+# Combining marks on one letter, as in Unicode's stream-safe form: more take quadratic time to normalise.
+_MARKS = 30
 
 _THINKING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
 _SCRIPT = re.compile(r"<(script|style)\b", re.IGNORECASE)

@@ -49,7 +49,7 @@ def synthesize(
             check((out / "work" / "pool.json").exists(), f"{out} holds no captions yet; run the stage `pool` first.")
         pool = make_pool(config, out)
         _announce(config)
-        _work_through(config, out, engine.plan(out, pool["blocks"], stages, retry_failed), retry_failed, progress)
+        _work_through(config, out, engine.remaining(out, pool["blocks"], stages, retry_failed), retry_failed, progress)
         if "select" in stages:
             for number in range(pool["blocks"]):
                 missing = [stage for stage in STAGES if stage not in blocks.read_done(out, number)]

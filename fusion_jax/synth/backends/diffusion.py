@@ -77,7 +77,7 @@ class Diffusion:
 
 
 def _check_memory(folder: Path, itemsize: int, device: str, torch) -> None:
-    """UserError before loading where the weights alone are too many: a process out of host memory is simply killed."""
+    """UserError before loading where the weights alone do not fit: a process out of host memory would be killed."""
     need = sum(_elements(file) for file in folder.glob("*/*.safetensors") if ".fp16." not in file.name) * itemsize
     if device.startswith("cuda"):
         free, where = torch.cuda.mem_get_info(torch.device(device))[0], device

@@ -39,6 +39,7 @@ class ChatEndpoint:
         self._left_out: frozenset[str] = frozenset()
 
     def check(self) -> None:
+        """See `Client.check`."""
         self.client.check()
 
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
@@ -162,6 +163,7 @@ class ImageEndpoint:
         self._left_out: frozenset[str] = frozenset()
 
     def check(self) -> None:
+        """See `Client.check`."""
         self.client.check()
 
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:

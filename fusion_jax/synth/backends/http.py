@@ -242,11 +242,11 @@ class Client:
 
 
 class Rejected(Unusable):
-    """HTTP 4xx: this request, as it is, will never be answered."""
+    """HTTP 4xx: no repetition of this request can succeed."""
 
 
 class Stopped(Unusable):
-    """The run ends; nothing came of this request."""
+    """The run ends before this request was answered."""
 
     def __init__(self):
         super().__init__("stopped", "the run was stopped")

@@ -30,7 +30,7 @@ class Gatherer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def __call__(self, item: Any) -> Any:
-        """The item's result; raises what the work raised."""
+        """The item's result. Raises the error of the work."""
         done: Future = Future()
         self._waiting.put((item, done))
         return done.result()
@@ -56,7 +56,7 @@ class Gatherer:
                     done.set_result(result)
 
     def _one_by_one(self, batch: list[tuple[Any, Future]]) -> None:
-        """What failed together: one item alone may be at fault, and the others pay for nothing."""
+        """Repeats a failed batch item by item: one item may have caused the failure, and the others then succeed."""
         for item, done in batch:
             try:
                 done.set_result(self._work([item])[0])

@@ -63,7 +63,7 @@ def _fade(ground: Image.Image, top: float, bottom: float) -> Image.Image:
 
 
 def _pebbles(image: Image.Image, rng: random.Random, shades: Sequence[Colour], count: int) -> None:
-    """Clutter that nobody asks about: pebbles, crumbs, petals."""
+    """Clutter without questions about it: pebbles, crumbs, petals."""
     w, h = image.size
     pen = ImageDraw.Draw(image, "RGBA")
     for _ in range(count):

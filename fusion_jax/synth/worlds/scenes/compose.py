@@ -16,8 +16,8 @@ from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 # Things that may as well carry no text; a sign without one would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")
 AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
-# A scene that nobody prescribes holds no two things one of which is more than so many times as high as the other: a
-# snail beside a house would be a dot. What hangs or flies is drawn by a rule of its own and may differ more.
+# Largest ratio of heights in a scene that no caption prescribes: a snail beside a house would be a dot. What hangs or
+# flies is drawn by a rule of its own, and its height may differ more.
 RATIO, AIR_RATIO = 8.0, 25.0
 
 BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side are tiny
@@ -28,7 +28,7 @@ class Impossible(ValueError):
 
 
 def _fits(noun: str, setting: str) -> bool:
-    """Whether one may come upon a thing there: under a roof or not, and neither lost in it nor too large for it."""
+    """Whether a thing belongs in a setting: indoors or outdoors, and neither too small nor too large for it."""
     place, thing = SETTINGS[setting], NOUNS[noun]
     at_home = thing.home in ("anywhere", "indoors" if place.indoors else "outdoors", "sky" if place.sky else "")
     return at_home and noun not in place.shows and place.metres[0] <= thing.metres <= place.metres[1]
@@ -67,7 +67,7 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
 
     Args:
       draft: as `parse.parse` reads it. rng: decides what is open.
-      exact: refuse what cannot be drawn as it is said (a seventh thing, a mug above an apple), not leave it out.
+      exact: raise for what cannot be drawn as described (a seventh thing, a mug above an apple) instead of omitting it.
       colours: at most so many different ones, as far as the draft leaves them open.
 
     Raises:
@@ -79,7 +79,7 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
     slots = _slots(groups, relations, rng)
     if slots is None:
         if exact:
-            raise Impossible("the positions contradict each other, or a thing cannot be where it is said to be")
+            raise Impossible("the positions contradict each other, or a thing cannot be at its position")
         # One relation after the other, as long as they hold together.
         kept: list[tuple[int, str, int]] = []
         for relation in relations:
@@ -109,7 +109,7 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
         air = NOUNS[group.noun].air
         if group.row is not None and (group.row == "air") != air:
             if exact:
-                raise Impossible(f"a {group.noun} is not drawn there")
+                raise Impossible(f"a {group.noun} cannot be drawn in the {group.row} row")
             group.row = None
         room = min(
             MAX_OF_A_KIND - sum(g.count or 1 for g in kept if g.noun == group.noun),
@@ -127,7 +127,7 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
         moved[i] = len(kept)
         kept.append(group)
     if not kept:
-        raise Impossible("nothing in it is known to this drawer")
+        raise Impossible("it names nothing that can be drawn")
     return kept, moved
 
 
@@ -139,7 +139,7 @@ def _slots(groups: list[DraftGroup], relations, rng: random.Random) -> list[tupl
         rows = ("air",) if NOUNS[group.noun].air else ("back", "front")
         free = [(r, c) for r in rows for c in COLUMNS if group.row in (None, r) and group.column in (None, c)]
         rng.shuffle(free)
-        # What is high stands behind what is low, mostly: near the viewer it would hide the rest or shrink it.
+        # High things mostly stand behind low ones: near the viewer they would hide the rest or shrink it.
         if standing and max(standing) > 2 * min(standing) and rng.random() < 0.85:
             high = NOUNS[group.noun].metres ** 2 > max(standing) * min(standing)
             free.sort(key=lambda slot: (slot[0] == "front") == high)
@@ -178,7 +178,7 @@ def _colour(noun: str, setting: str, others, rng: random.Random, limit: int | No
 
 
 def _without_twins(groups: list[Group]) -> list[Group]:
-    """Without a second group of the same noun and colour, which only chance can have made."""
+    """Drops a second group of the same noun and colour, which only chance can have made."""
     seen: dict[tuple[str, str], Group] = {}
     for group in groups:
         seen.setdefault((group.noun, group.colour), group)

@@ -59,8 +59,8 @@ def _subset(draft: Draft, numbers: list[int]) -> Draft:
 
 
 def _caption(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Scene]]:
-    """A caption of at most twelve words about a scene that holds what the draft names, as far as that can be said in
-    twelve words. `caption_spatial` needs two things, `caption_text` one with a text."""
+    """A caption of at most twelve words about a scene that holds what the draft names, as far as twelve words allow
+    it. `caption_spatial` needs two things, `caption_text` one with a text."""
     order = list(range(len(draft.groups)))
     if kind == "caption_text":  # first what carries a text already
         order.sort(key=lambda i: (not draft.groups[i].text, draft.groups[i].noun not in compose.CARRIERS))

@@ -148,7 +148,7 @@ FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSans.ttf", "DejaV
 
 @functools.lru_cache(maxsize=1)
 def _font_folder() -> pathlib.Path:
-    # Matplotlib brings DejaVu (a free licence); found without importing it, which takes long.
+    # Matplotlib brings DejaVu (a free licence); importing it would be slow.
     (folder,) = importlib.util.find_spec("matplotlib").submodule_search_locations
     return pathlib.Path(folder) / "mpl-data" / "fonts" / "ttf"
 

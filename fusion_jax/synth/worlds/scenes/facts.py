@@ -19,10 +19,10 @@ TOPICS = ("colour", "count", "place", "relation", "exists", "absent", "setting",
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One thing that may be asked.
+    """One fact that can be asked about.
 
     Attributes:
-      topic: of `TOPICS`. questions: ways to ask. about: the noun or setting asked about, so that rounds differ.
+      topic: of `TOPICS`. questions: wordings. about: the noun or setting that they are about, so that rounds differ.
       short: the answer in a word or phrase. sentence: as a whole sentence.
       wrong: answers of the same sort that are false here, short.
       key: the words without which no answer is right.
@@ -37,14 +37,14 @@ class Fact:
     key: str
 
 
-@functools.lru_cache(maxsize=64)  # asked for by every question of a sample
+@functools.lru_cache(maxsize=64)  # needed for every question of a sample
 def by_question(scene: Scene) -> dict[str, Fact]:
-    """The fact behind each question, in lower case."""
+    """{question in lower case: its fact}."""
     return {question.lower(): fact for fact in facts(scene) for question in fact.questions}
 
 
 def facts(scene: Scene) -> list[Fact]:
-    """Everything that may be asked of a scene, in a fixed order."""
+    """All facts about a scene, in a fixed order."""
     facts: list[Fact] = []
     for group in scene.groups:
         facts += _of_group(scene, group)
@@ -222,7 +222,7 @@ def _comparisons(scene: Scene) -> list[Fact]:
     return facts
 
 
-# Answers to "how many" that most pictures have: so often what has another one is asked about first.
+# Answers to "how many" that most pictures have: with this probability a fact with another answer comes first.
 _TOO_OFTEN = {"one": 0.75, "six": 0.8}
 
 
@@ -250,7 +250,7 @@ def choose(scene: Scene, rng: random.Random, most: int, topics: tuple[str, ...] 
     return chosen
 
 
-# What the sentence of a topic says already: its details are of another sort.
+# What the sentence of a topic already states: details add something else.
 _COVERED = {
     "colour": ("colour",),
     "place": ("place",),

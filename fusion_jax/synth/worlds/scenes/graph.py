@@ -98,16 +98,16 @@ def scene(setting: str, groups: list[Group] | tuple[Group, ...]) -> Scene:
 def fault(scene: Scene) -> str:
     """The first rule that a scene breaks, or ""."""
     if scene.setting not in SETTINGS:
-        return f"no setting {scene.setting!r}"
+        return f"{scene.setting!r} is not a setting"
     if not scene.groups:
         return "a scene shows at least one thing"
     for g in scene.groups:
         if g.noun not in NOUNS or g.colour not in COLOURS or g.size not in SIZES:
-            return f"no {g.size} {g.colour} {g.noun} is known"
+            return f"a {g.size} {g.colour} {g.noun} cannot be drawn"
         if g.row not in ROWS or g.column not in COLUMNS or (g.row == "air") != NOUNS[g.noun].air:
             return f"{g.noun} cannot be in the {g.row} row"
         if g.count < 1 or (g.text and (g.count > 1 or not NOUNS[g.noun].carrier)):
-            return f"{g.count} {g.noun} with text {g.text!r}"
+            return f"{g.count} {g.noun} cannot carry the text {g.text!r}"
         if len(g.text.split()) > MAX_TEXT_WORDS:
             return f"a text of {len(g.text.split())} words, more than {MAX_TEXT_WORDS}"
         if scene.count(g.noun) > MAX_OF_A_KIND:
@@ -130,13 +130,13 @@ def from_json(state: Any) -> Scene:
     """The inverse of `to_json`; raises ValueError for anything else."""
     try:
         if state["version"] != VERSION:
-            raise ValueError(f"scene graph of version {state['version']}, this program reads {VERSION}")
+            raise ValueError(f"the scene graph has version {state['version']}, this program reads {VERSION}")
         return scene(state["setting"], [Group(**group) for group in state["groups"]])
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a scene graph: {error}") from None
 
 
-# What holds between two groups, by the words that say it. `b` is the one after the words.
+# Relations between two groups, each by its words, with the opposite one.
 OPPOSITES = {"left of": "right of", "above": "below", "in front of": "behind"}
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 
@@ -158,7 +158,7 @@ def holds(relation: str, a: Group, b: Group) -> bool:
         return a.row == "front" and b.row == "back"
     if relation in ("below", "behind"):
         return holds(OPPOSITES[relation], b, a)
-    raise ValueError(f"no relation {relation!r}")
+    raise ValueError(f"{relation!r} is not a relation")
 
 
 def relations(scene: Scene) -> list[tuple[Group, str, Group]]:
@@ -168,7 +168,7 @@ def relations(scene: Scene) -> list[tuple[Group, str, Group]]:
 
 
 def names(scene: Scene, group: Group) -> tuple[str, ...]:
-    """The definite names that fit this group alone: "the apple", "the red apple"; with its number where it is one."""
+    """The definite names that fit this group alone: "the apple", "the red apples"."""
     fitting = []
     same = [g for g in scene.groups if g.noun == group.noun]
     if len(same) == 1:

@@ -70,8 +70,8 @@ class Mention:
     Attributes:
       noun: key of `NOUNS`. start, end: its place in the sentence. definite: with "the" or the like.
       negated: "no apple", "not ... an apple".
-      count: the number said ("a" says none), or None. plural: the noun's number.
-      colour, size: as said, or None.
+      count: the number in words or digits ("a" is not one), or None. plural: the noun's number.
+      colour, size: where named, or None.
     """
 
     noun: str
@@ -104,7 +104,7 @@ def setting_phrases(text: str) -> list[str]:
 
 
 def mask(sentence: str) -> str:
-    """In lower case, with quotations and what is said of the backdrop blanked out at equal length."""
+    """The sentence in lower case, with quotations and phrases about the backdrop replaced by blanks."""
     low = QUOTE.sub(lambda quote: " " * len(quote[0]), sentence.lower())
     return _backdrop_phrases().sub(lambda phrase: " " * len(phrase[0]), low)
 
@@ -130,7 +130,7 @@ def mentions(sentence: str) -> list[Mention]:
             if earlier in _ARTICLES:
                 break
         words = [tokens[j][0] for j in before[::-1]]
-        # "One" after "the" or in "one of" is no number of things.
+        # "One" after "the" or in "one of" is not a number of things.
         count = next((COUNT_WORDS[w] for w in words if w in COUNT_WORDS), None)
         article = next((w for w in words if w in _ARTICLES), None)
         negated = (

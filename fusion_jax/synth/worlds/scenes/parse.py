@@ -15,7 +15,7 @@ from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 
 @dataclasses.dataclass
 class DraftGroup:
-    """A group as far as a text tells; None is what it leaves open."""
+    """A group as far as a text describes it; None where it leaves a field open."""
 
     noun: str
     count: int | None = None
@@ -28,7 +28,7 @@ class DraftGroup:
 
 @dataclasses.dataclass
 class Draft:
-    """What a text says of a scene.
+    """A scene as far as a text describes it.
 
     Attributes:
       setting: or None. groups: in the text's order. relations: (index of a group, relation, index of another).
@@ -81,7 +81,7 @@ def _read(sentence: str, draft: Draft) -> None:
 
 
 def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
-    """The group that a mention means, and whether it is new. None for what is said not to be there."""
+    """The group that a mention means, and whether it is new. None for a negated mention."""
     if mention.negated:
         return None, False
     for i, group in enumerate(draft.groups):
@@ -98,7 +98,7 @@ def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
 
 
 def _place(sentence: str, mentioned: list[Mention], fresh: list[tuple[Mention, int]], draft: Draft) -> None:
-    """Gives what a sentence brings in the place it names: the whole sentence's for one thing, else its clause's."""
+    """Sets the places of new groups: the place that the sentence names for one thing, else that of its clause."""
     for mention, index in fresh:
         if len(fresh) == 1:
             row, column = language.places(sentence)

@@ -44,7 +44,7 @@ _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What became of a caption.
+    """Which words of a caption its scene keeps.
 
     Attributes:
       understood, missed: its content words, in their order. invented: what the scenes show besides, as phrases.
@@ -66,7 +66,7 @@ class Reading:
 
 
 def read(caption: str, scene: Scene) -> Reading:
-    """Compares a caption with the scene that was made of it."""
+    """Compares a caption with its scene."""
     kept, inside = _kept_spans(caption, scene), _inside(caption)
     understood, missed = [], []
     for quote in language.QUOTE.finditer(caption):
@@ -146,7 +146,7 @@ def _is_name(word: str, mention: Mention) -> bool:
 
 
 def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
-    """What the scene shows and the caption does not say: things, colors of things it names, the surroundings."""
+    """What the scene shows and the caption does not name: things, colors of things it names, the surroundings."""
     named: dict[str, list[Mention]] = {}
     for mention in language.mentions(caption):
         named.setdefault(mention.noun, []).append(mention)
@@ -169,6 +169,6 @@ def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
 
 
 def complaint(reading: dict[str, Any]) -> str:
-    """Why a caption is dropped, of what `Reading.to_json` gives."""
+    """The reason why a caption is dropped, from the mapping of `Reading.to_json`."""
     kept, missed = (", ".join(reading[key]) or "nothing" for key in ("understood", "missed"))
     return f"{reading['kept_share']:.0%} of its words can be drawn ({kept}); not: {missed}"

@@ -132,7 +132,7 @@ def _inside(scene: Scene, rng: random.Random) -> Thought | None:
 def _claimed(scene: Scene, rng: random.Random) -> Thought | None:
     right = rng.random() < 0.5
     noun = rng.choice([g.noun for g in scene.groups] if right else graph.absent_nouns(scene))
-    plan = f"Someone claims to see {article(noun)} in this picture. Is that right, and how would you check?"
+    question = f"Someone claims to see {article(noun)} in this picture. Is that right, and how would you check?"
     steps = ["The way to check is to go through the picture row by row and name all there is."]
     rows = {"air": "in the upper part", "back": "further back", "front": "in the foreground"}
     for row, words in rows.items():
@@ -140,8 +140,8 @@ def _claimed(scene: Scene, rng: random.Random) -> Thought | None:
         if groups:
             steps.append(f"There {be(groups[0])} {write.listed([g.full for g in groups])} {words}, and nothing else.")
     if right:
-        return Thought(plan, tuple(steps), f"There {_amount(scene, noun)} among them, so the claim is right.")
-    return Thought(plan, tuple(steps), f"No {noun} is among them, so the claim is not right: there is no {noun}.")
+        return Thought(question, tuple(steps), f"There {_amount(scene, noun)} among them, so the claim is right.")
+    return Thought(question, tuple(steps), f"No {noun} is among them, so the claim is not right: there is no {noun}.")
 
 
 def _amount(scene: Scene, noun: str) -> str:
@@ -195,7 +195,7 @@ def answers(scene: Scene, rng: random.Random, most: int) -> list[tuple[str, str]
 
 
 def _at_length(scene: Scene, thought: Thought, rng: random.Random) -> str:
-    """Observations, as many as make the answer long enough, then the steps: none says again what another one does."""
+    """Observations, as many as make the answer long enough, then the steps, without repeating a relation."""
     sentences = _observe(scene, rng)
     related = {_pair_of(step) for step in thought.steps} - {None}
     goal = rng.randint(LOW + 5, LOW + 40)

@@ -10,10 +10,10 @@ class Setting:
     Attributes:
       phrase: after "a" or "an": "sandy beach". preposition: "on" or "in".
       indoors: whether it is under a roof. sky: whether the open sky is above it; elsewhere things hang from above.
-      metres: height of the smallest and of the largest thing that one looks for there.
+      metres: height of the smallest and of the largest thing that belongs there.
       ground, behind: what things stand on and what is behind them, as noun phrases.
       words: by which a caption names it.
-      shows: nouns that the backdrop itself may show, so nobody asks whether they are there.
+      shows: nouns that the backdrop itself may show, so that no question asks whether they are there.
       clash: colours that would be lost against it.
       mood: a true sentence about it.
     """

@@ -1,4 +1,4 @@
-"""The world of drawn scenes: a scene graph stands behind every word and every pixel.
+"""The world of drawn scenes: every word and every pixel follows from a scene graph.
 
     caption --parse--> draft --settle--> scene graph --write--> description, caption
                                              |--------draw----> image
@@ -110,8 +110,8 @@ def scenes_of(request: dict[str, Any]) -> list[Scene]:
 
 
 def _read_exactly(description: str) -> Scene:
-    """The scene of a description, what it leaves open decided by its words. Raises `compose.Impossible`, also where
-    the scene keeps too little of it."""
+    """The scene of a description; a hash of its words decides what it leaves open. Raises `compose.Impossible` where it
+    cannot be drawn, or where the scene keeps too little of it."""
     scene = compose.settle(parse(description), graph.generator(description), exact=True)
     result = reading.read(description, scene)
     # A paragraph speaks of light and manner, too, and has its things in a fraction of its words.

@@ -28,10 +28,12 @@ _LYING = ("apple", "pear", "pumpkin", "ball", "hat", "book")
 
 
 def capital(text: str) -> str:
+    """The text with a capital letter at its beginning."""
     return text[:1].upper() + text[1:]
 
 
 def count_words(text: str) -> int:
+    """The number of words, by white space."""
     return len(text.split())
 
 
@@ -39,7 +41,7 @@ def where(group: Group, rng: random.Random | None = None, used: list[str] | None
     """ "in the foreground on the left": the slot in words; without a generator always the same ones.
 
     Args:
-      used: phrases of the text so far, to which these are added: the one used least is taken.
+      used: phrases of the text so far; the least frequent ones are chosen and added.
     """
     row, column = _ROW_PHRASES[group.row], _COLUMN_PHRASES[group.column]
     if group.noun in _FLYING:
@@ -56,11 +58,12 @@ def where(group: Group, rng: random.Random | None = None, used: list[str] | None
 
 
 def be(group: Group) -> str:
+    """ "is" or "are"."""
     return "are" if group.plural else "is"
 
 
 def stands(group: Group, rng: random.Random) -> str:
-    """A verb for how a group is there."""
+    """A verb for how a group stands, lies, sits, flies or hangs."""
     if group.row != "air":
         own = ("sits", "sit") if group.noun in _SITTING else ("lies", "lie") if group.noun in _LYING else None
         one, many = rng.choice((own or ("stands", "stand"), own or ("is placed", "are placed"), ("can be seen",) * 2))
@@ -74,13 +77,13 @@ def stands(group: Group, rng: random.Random) -> str:
 
 
 def ink(group: Group) -> str:
-    """The colour of the letters on a carrier, as draw.py chooses it."""
+    """The colour of the letters on a carrier, as drawing.py chooses it."""
     r, g, b = RGB[group.colour]
     return "black" if 0.3 * r + 0.59 * g + 0.11 * b > 120 else "white"
 
 
 def written(group: Group, rng: random.Random, form: int | None = None) -> str:
-    """The words after a carrier's name that tell its text, or nothing; `form` 0 to 3 chooses them."""
+    """The words after a carrier's name that quote its text, or nothing; `form` 0 to 3 chooses them."""
     if not group.text:
         return ""
     form = rng.randrange(4) if form is None else form
@@ -134,6 +137,7 @@ def _introduction(group: Group, form: int, rng: random.Random, used: list[str]) 
 
 
 def relation_sentence(scene: Scene, a: Group, relation: str, b: Group, rng: random.Random) -> str:
+    """A sentence that says the relation of a to b."""
     words = f"to the {relation}" if relation in ("left of", "right of") else relation
     verb = rng.choice((be(a), stands(a, rng)))
     return f"{capital(called(scene, a, rng))} {verb} {words} {called(scene, b, rng)}."
@@ -176,7 +180,7 @@ def _extras(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def description(scene: Scene, rng: random.Random, low: int = 60, high: int = 180) -> str:
-    """One paragraph of `low` to `high` words that tells the whole scene."""
+    """One paragraph of `low` to `high` words that describes the whole scene."""
     opening = _opening(scene, rng)
     order = list(scene.groups)
     rng.shuffle(order)
@@ -307,7 +311,7 @@ def text_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def pool_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as people write them: names what is there, some colours, a place, perhaps a relation or a text."""
+    """A caption as people write them: things, some colours, a place, perhaps a relation or a text."""
     groups = list(scene.groups)
     rng.shuffle(groups)
     # Each way to tell a text once: the text filters count repetition.

@@ -38,7 +38,7 @@ ROW_PHRASES = ("at the top", "in the middle", "at the bottom")
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that may be asked of a grid.
+    """Something that can be asked about a grid.
 
     Attributes:
       kind: one of `KINDS` but "choice", or "describe" (sentences only).
@@ -169,7 +169,7 @@ def _count_facts(grid: Grid) -> list[Fact]:
 
     facts = [fact("shape", shape, sum(thing.shape == shape for thing in grid.things)) for shape in SHAPES]
     facts += [fact("colour", f"{c} thing", sum(thing.colour == c for thing in grid.things)) for c in COLOURS]
-    # "shapes", not "things": nobody counts the written word among them.
+    # "shapes", not "things": the written word is not counted among them.
     return [*facts, fact("all", "shape", len(grid.things))]
 
 

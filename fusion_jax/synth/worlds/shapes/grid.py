@@ -47,7 +47,7 @@ COLOURS = tuple(RGB)
 # Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first.
 BACKGROUNDS = ((126, 126, 126), (118, 120, 128), (132, 126, 118), (118, 128, 130), (128, 120, 130), (120, 130, 118))
 
-# Outlines and writing; black is not one of the colours asked about, so the writing is never a "black thing".
+# Outlines and writing; no question asks about black, so the writing is never a "black thing".
 # The outline has one colour whatever the thing's own, so that a shape is the same pattern eight times over: without it
 # a small encoder learns colours long before shapes and sizes.
 INK = (16, 16, 18)
@@ -110,7 +110,7 @@ def random_grid(rng: random.Random, split: str = "train") -> Grid:
       split: "train" keeps to the pairs of `SEEN`; "held_out" has at least one thing from `UNSEEN`.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
+        raise ValueError(f"{split!r} is not a split; the splits are {', '.join(SPLITS)}")
     word = Word(rng.choice(WORDS), rng.randrange(3)) if rng.random() < WORD_SHARE else None
     free = [cell for cell in range(9) if word is None or cell // 3 != word.row]
     count = rng.choices((1, 2, 3, 4), COUNT_WEIGHTS)[0]

@@ -34,6 +34,7 @@ class Picture:
     index: int
 
     def rng(self, purpose: str) -> random.Random:
+        """The random generator of one purpose."""
         # Seeded by a string: the same on every machine and every Python, and independent from purpose to purpose.
         return random.Random(f"{self.seed}/{self.split}/{self.index}/{purpose}")
 
@@ -50,7 +51,7 @@ class Picture:
 
     @property
     def fact(self) -> Fact:
-        """The fact that the picture was drawn for, so that it can be asked about."""
+        """The fact that the picture was drawn for, and that its first question is about."""
         return self._content[1]
 
     def draw(self, pixels: int) -> Image.Image:
@@ -66,7 +67,7 @@ class Picture:
         return f"{text} Each of them is plain, with a dark outline, on a soft gray background without anything else."
 
     def ask(self, kind: str) -> list[Round]:
-        """Questions and answers of one of `KINDS`; pictures of the tests are asked about one fact, in short."""
+        """Questions and answers of one of `KINDS`; the short conversations outside "train" have one round."""
         rng = self.rng(kind)
         if kind == "conv_long":
             return questions.sentence_rounds(self.grid, rng)
@@ -96,6 +97,7 @@ class Picture:
         return f"Plain shapes, picture {self.index} of {self.split} {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
+        """The name as a JSON object: the state of a sample."""
         return {"style": STYLE, **dataclasses.asdict(self)}
 
 

@@ -1,6 +1,6 @@
 """Captions, questions and answers about a grid of shapes, true by construction.
 
-    grid --facts.facts--> what may be asked, kind by kind, and the answer
+    grid --facts.facts--> facts of a kind, each with its answer
          --pick---------> one fact, rare answers as often as common ones
          --wording------> "What colour is the star?"   short answer "red"   sentence "The star is red."
 
@@ -64,9 +64,9 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The question a picture is drawn for: grids are drawn until one can be asked with this answer.
+    """The question a picture is drawn for: grids are made until one has this answer.
 
-    For "choice", `about` is the kind of the fact behind it and `answer` that fact's answer.
+    For "choice", `about` is the kind of its fact and `answer` that fact's answer.
     """
 
     kind: str
