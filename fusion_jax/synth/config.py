@@ -168,13 +168,13 @@ class SynthConfig:
     """Seed of every draw."""
     filters: FilterConfig = FilterConfig()
     """Text filters."""
-    llm: ModelConfig = field(default_factory=ModelConfig)
+    llm: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
     """The model that judges captions and writes descriptions, questions and answers."""
-    vision: ModelConfig = field(default_factory=ModelConfig)
+    vision: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
     """The model that verifies answers by the images."""
-    images: ImageConfig = field(default_factory=ImageConfig)
+    images: ImageConfig = ImageConfig()  # noqa: RUF009 (frozen)
     """The image generator."""
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    scorer: ScorerConfig = ScorerConfig()  # noqa: RUF009 (frozen)
     """The model that compares images with texts."""
     select: SelectConfig = SelectConfig()
     """Which finished samples become records."""
