@@ -20,7 +20,6 @@ LOOKED_AT = {
     "data/convert.py": {"shards", "records_per_shard", "workers"},
     "evaluate.py": {"limit", "batch_size"},
     "serve/__main__.py": {"max_upload_bytes"},
-    "synth/scene/benchmark.py": {"samples", "processes", "growth"},  # no command of users
 }
 
 
