@@ -84,7 +84,7 @@ class Reports:
 
     def _has(self, step: int, what: str) -> bool:
         """Whether an earlier start has written it. What the first process has decides: all must do the same."""
-        return bool(distributed.of_first(self.writer.has(step, f"{what}/")))
+        return distributed.gather(self.writer.has(step, f"{what}/"))[0]
 
     @contextlib.contextmanager
     def _survived(self, step: int, what: str) -> Iterator[None]:

@@ -25,7 +25,7 @@ QUESTION = 150  # long rows: short ones take no kernel
 
 
 def abstract(tree, mesh):
-    """Shapes of a batch, or of anything else that lies along its rows."""
+    """Shapes of a batch, or of anything else that is sharded like its rows."""
     rows = sharding.of_rows(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
@@ -33,12 +33,12 @@ def abstract(tree, mesh):
 def main():
     config, mesh = tiny(), sharding.make_mesh(MeshConfig())
     model, params = Fusion(config, jnp.bfloat16), state.abstract_parameters(config, mesh)
-    found = {}
+    kernels = {}
 
     def lower(name, function, *arguments):
         with sharding.use(mesh), partition.compiled_for("tpu"):
             lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
-        found[name] = lowered.as_text().count("tpu_custom_call")
+        kernels[name] = lowered.as_text().count("tpu_custom_call")
         return lowered.out_info
 
     spec = dataclasses.replace(layout_spec(config, 250, 6, 2), crops=2)
@@ -54,7 +54,7 @@ def main():
     begun = lower("begin", generate.begin, logits, positions, cache, batch, limit, settings)
     for name, draw in (("decode", False), ("decode, drawn", True)):
         lower(name, generate.decode, model, params, begun, 8, (2,), draw)
-    json.dump(found, sys.stdout)
+    json.dump(kernels, sys.stdout)
 
 
 if __name__ == "__main__":

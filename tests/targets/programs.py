@@ -80,7 +80,7 @@ class Compiled:
 
     @property
     def results(self):
-        """What the program gives, as shapes that lie where it puts them."""
+        """What the program gives, as shapes with its shardings."""
         return jax.tree.map(_at, self.lowered.out_info, self.compiled.output_shardings)
 
 
@@ -101,7 +101,7 @@ def _compile(function, mesh: Mesh, *arguments) -> Compiled:
 
 
 def _off_mesh(function, mesh: Mesh, *arguments) -> Compiled:
-    """Of a function that the product calls without `sharding.use`: only its arguments and results lie on the mesh."""
+    """Compiles a function that the product calls without `sharding.use`: only arguments and results are on the mesh."""
     platform = mesh.devices.flat[0].platform
     with partition.compiled_for(platform):
         traced = jax.jit(function).trace(*arguments)
@@ -109,15 +109,15 @@ def _off_mesh(function, mesh: Mesh, *arguments) -> Compiled:
 
 
 def _model(config: RunConfig, mesh: Mesh, remat: str = "none"):
-    """The model and its parameters as they lie on a mesh."""
+    """The model, and its parameters sharded over a mesh."""
     return Fusion(config.model, jnp.dtype(config.dtype), remat), state.abstract_parameters(config.model, mesh)
 
 
 def _prompts(config: RunConfig, mesh: Mesh, rows: int, sizes: generate.Buckets | generate.Steps) -> Batch:
     """So many questions about images, laid out as answering does."""
     latents = config.model.fixed_latent_count
-    asked = [dataclasses.replace(example(config.model, i, answer=0), labels=None) for i in range(rows)]
-    batch = lay_out(asked, generate.fit(asked, config.model, latents, sizes), latents)
+    prompts = [dataclasses.replace(example(config.model, i, answer=0), labels=None) for i in range(rows)]
+    batch = lay_out(prompts, generate.fit(prompts, config.model, latents, sizes), latents)
     return jax.tree.map(lambda x: _at(x, sharding.of_rows(mesh)), batch)
 
 
@@ -213,7 +213,7 @@ def planted(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 
 
 def off_mesh(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
-    """What must not work: a prompt of parameters that lie on several chips, outside their mesh."""
+    """What must not work: a prefill whose parameters are on several chips, outside of their mesh."""
     model, params = _model(config, mesh)
     batch = _prompts(config, mesh, sharding.batch_shards(mesh), generate.Steps())
     limit = np.ones(len(batch.tokens), np.int32)
@@ -250,7 +250,7 @@ OFF_MESH = Group(("planted: off the mesh",), off_mesh)
 class Target:
     """Described devices, and the programs that are compiled for them.
 
-    topology: of `planning.chips`. order: of its devices on the mesh; by default as the product lays them.
+    topology: of `devices.chips`. order: of its devices on the mesh; by default that of the product.
     """
 
     topology: str
@@ -288,8 +288,8 @@ def main(name: str, wanted: list[str]) -> None:
             start, line = time.perf_counter(), {"target": name, "name": one}
             try:
                 making = making or group.make(group.config, target.mesh(group), **group.more)
-                made = next(making)
-                line |= dataclasses.asdict(facts.read(made.lowered, made.compiled))
+                built = next(making)
+                line |= dataclasses.asdict(facts.read(built.lowered, built.compiled))
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {error}"[:2000]
             print(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}), flush=True)

@@ -1,4 +1,4 @@
-"""Draws a scene graph: backdrop, what holds things up, soft shadows, things from back to front, writing.
+"""Draws a scene graph: backdrop, supports, soft shadows, things from back to front, writing.
 
 Where things are and how large is `layout.py`'s. The seed moves, flips and resizes things a little and chooses the
 backdrop's details; it never changes what is true of the scene.
@@ -148,7 +148,7 @@ FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSans.ttf", "DejaV
 
 @functools.lru_cache(maxsize=1)
 def _font_folder() -> pathlib.Path:
-    # Matplotlib brings DejaVu (a free licence); found without importing it, which takes long.
+    # Matplotlib brings DejaVu (a free licence); importing it would be slow.
     (folder,) = importlib.util.find_spec("matplotlib").submodule_search_locations
     return pathlib.Path(folder) / "mpl-data" / "fonts" / "ttf"
 

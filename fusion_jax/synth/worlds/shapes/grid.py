@@ -1,6 +1,6 @@
-"""Small scenes of plain shapes: what is in the picture is known exactly, so every answer about it can be true.
+"""Plain shapes on a grid: the content of a picture, at random, and its drawing.
 
-A scene lies on a grid of nine cells. Each cell holds at most one thing; a written word takes a whole row to itself:
+A grid has nine cells. Each cell holds at most one thing; a written word takes a whole row to itself:
 
     +-----------+--------+--------------+
     | top left  | top    | top right    |      (0) (1) (2)
@@ -10,8 +10,8 @@ A scene lies on a grid of nine cells. Each cell holds at most one thing; a writt
     | bottom left | bottom | bottom right |    (6) (7) (8)
     +-------------+--------+--------------+
 
-Each colour is kept from one of the six shapes: those pairs (`HELD_OUT`) never occur in a training scene, and every
-held-out scene has at least one of them. A model that does well there has learned colours and shapes, not a list of
+Each colour is kept from one of the six shapes: those pairs (`HELD_OUT`) never occur in a training grid, and every
+held-out grid has at least one of them. A model that does well there has learned colours and shapes, not a list of
 things it saw.
 """
 
@@ -30,7 +30,7 @@ ROWS = ("top", "middle", "bottom")
 WORDS = ("UP", "CAT", "SUN", "BOX", "FISH", "TREE")
 SPLITS = ("train", "held_out")
 
-# Told apart at 48 pixels on any of the grey backgrounds; so no brown beside orange and no cyan beside blue.
+# Distinct at 48 pixels on any of the grey backgrounds; so no brown beside orange and no cyan beside blue.
 RGB = {
     "red": (214, 24, 30),
     "orange": (255, 138, 0),
@@ -47,7 +47,7 @@ COLOURS = tuple(RGB)
 # Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first.
 BACKGROUNDS = ((126, 126, 126), (118, 120, 128), (132, 126, 118), (118, 128, 130), (128, 120, 130), (120, 130, 118))
 
-# Outlines and writing; black is not one of the colours asked about, so the writing is never a "black thing".
+# Outlines and writing; no question asks about black, so the writing is never a "black thing".
 # The outline has one colour whatever the thing's own, so that a shape is the same pattern eight times over: without it
 # a small encoder learns colours long before shapes and sizes.
 INK = (16, 16, 18)
@@ -60,7 +60,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 UNSEEN = tuple(pair for pair in PAIRS if pair in HELD_OUT)
 
 WORD_SHARE = 0.35
-COUNT_WEIGHTS = (0.60, 0.25, 0.10, 0.05)  # scenes with one, two, three and four things
+COUNT_WEIGHTS = (0.60, 0.25, 0.10, 0.05)  # grids with one, two, three and four things
 
 # Radius of a thing as a share of its cell's side.
 RADIUS = {"small": 0.32, "large": 0.48}
@@ -94,7 +94,7 @@ class Word:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class Grid:
     """What a picture shows: its things in reading order, the written word or None, an index into `BACKGROUNDS`."""
 
     things: tuple[Thing, ...]
@@ -102,15 +102,15 @@ class Scene:
     background: int
 
 
-def random_scene(rng: random.Random, split: str = "train") -> Scene:
-    """Draws a scene of one to four things; repeats of a colour, a shape or both are common, so counts up to four occur.
+def random_grid(rng: random.Random, split: str = "train") -> Grid:
+    """A grid of one to four things; repeats of a colour, a shape or both are common, so counts up to four occur.
 
     Args:
       rng: the source of every choice.
       split: "train" keeps to the pairs of `SEEN`; "held_out" has at least one thing from `UNSEEN`.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
+        raise ValueError(f"{split!r} is not a split; the splits are {', '.join(SPLITS)}")
     word = Word(rng.choice(WORDS), rng.randrange(3)) if rng.random() < WORD_SHARE else None
     free = [cell for cell in range(9) if word is None or cell // 3 != word.row]
     count = rng.choices((1, 2, 3, 4), COUNT_WEIGHTS)[0]
@@ -130,19 +130,19 @@ def random_scene(rng: random.Random, split: str = "train") -> Scene:
     pairs = [first] + [rng.choice(pool) for _ in range(count - 1)]
     rng.shuffle(pairs)
     things = tuple(Thing(shape, colour, rng.choice(SIZES), cell) for (colour, shape), cell in zip(pairs, cells))
-    return Scene(things, word, rng.randrange(len(BACKGROUNDS)))
+    return Grid(things, word, rng.randrange(len(BACKGROUNDS)))
 
 
-def draw(scene: Scene, pixels: int, rng: random.Random) -> Image.Image:
-    """Draws the scene as a square RGB picture; place, size, tilt and shade of each thing vary a little.
+def draw(grid: Grid, pixels: int, rng: random.Random) -> Image.Image:
+    """Draws the grid as a square RGB picture; place, size, tilt and shade of each thing vary a little.
 
     The jitter never moves a thing out of its cell nor brings a small thing near a large one.
     """
     side = pixels * SUPERSAMPLE
     cell = side / 3
-    image = _background(BACKGROUNDS[scene.background], side, rng)
+    image = _background(BACKGROUNDS[grid.background], side, rng)
     pen = ImageDraw.Draw(image)
-    for thing in scene.things:
+    for thing in grid.things:
         radius = cell * RADIUS[thing.size] * rng.uniform(0.92, 1.04)
         slack = min(0.07 * cell, max(0.0, cell / 2 - radius))
         row, column = divmod(thing.cell, 3)
@@ -151,8 +151,8 @@ def draw(scene: Scene, pixels: int, rng: random.Random) -> Image.Image:
         shade = rng.uniform(0.9, 1.08)
         colour = tuple(min(255, round(channel * shade)) for channel in RGB[thing.colour])
         _draw_shape(pen, thing.shape, x, y, radius, rng.uniform(-0.1, 0.1), colour)
-    if scene.word is not None:
-        _draw_word(pen, scene.word, side, rng)
+    if grid.word is not None:
+        _draw_word(pen, grid.word, side, rng)
     return image.reduce(SUPERSAMPLE)
 
 
@@ -209,7 +209,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
 
 @functools.lru_cache(maxsize=32)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; kept, since reading it takes longer than drawing a scene."""
+    """Pillow's own font; kept, since reading it takes longer than drawing a grid."""
     return ImageFont.load_default(size=size)
 
 

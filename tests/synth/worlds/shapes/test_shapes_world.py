@@ -1,4 +1,4 @@
-"""The simple style: replies that keep the engine's limits, an oracle that tells right from wrong, names and states."""
+"""The world of plain shapes: replies keep the engine's limits, the oracle tells right from wrong, names lead back."""
 
 import random
 
@@ -7,12 +7,12 @@ import pytest
 from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synth.worlds.shapes import questions
-from fusion_jax.synth.worlds.shapes import world as shapes
+from fusion_jax.synth.worlds.shapes import facts
+from fusion_jax.synth.worlds.shapes import picture as pictures
 
 
-@pytest.mark.parametrize("kind", shapes.KINDS)
-@pytest.mark.parametrize("split", shapes.SPLITS)
+@pytest.mark.parametrize("kind", pictures.KINDS)
+@pytest.mark.parametrize("split", pictures.SPLITS)
 def test_replies_keep_the_limits_and_the_oracle_tells_right_from_wrong(kind, split):
     model, vision, rng = embedded.LanguageModel(), embedded.VisionModel(), random.Random(0)
     for number, caption in enumerate(embedded.captions(60, 3, f"shapes/{split}")):
@@ -35,20 +35,20 @@ def test_replies_keep_the_limits_and_the_oracle_tells_right_from_wrong(kind, spl
 
 def test_wrong_answers_of_the_right_sort_are_wrong():
     for number in range(40):
-        picture = shapes.Picture(1, "train", number)
+        picture = pictures.Picture(1, "train", number)
         for r in picture.ask("conv_short"):
-            for other in questions.ANSWERS[r.kind]:
-                assert shapes.correct(picture, r.question, other) == (other == r.answer)
+            for other in facts.ANSWERS[r.kind]:
+                assert picture.correct(r.question, other) == (other == r.answer)
 
 
 def test_names_and_states():
-    picture = shapes.Picture(3, "held_out", 12)
-    assert shapes.from_caption(picture.caption) == picture == shapes.from_json(picture.to_json())
-    assert shapes.from_caption("Plain shapes, picture 3 of nowhere 0") is None
-    assert shapes.from_json({"scenes": []}) is None
+    picture = pictures.Picture(3, "held_out", 12)
+    assert pictures.from_caption(picture.caption) == picture == pictures.from_json(picture.to_json())
+    assert pictures.from_caption("Plain shapes, picture 3 of nowhere 0") is None
+    assert pictures.from_json({"scenes": []}) is None
     with pytest.raises(ValueError, match="shapes"):
-        shapes.from_json({"style": "shapes"})
-    with pytest.raises(ValueError, match="style"):
+        pictures.from_json({"style": "shapes"})
+    with pytest.raises(ValueError, match="not a style"):
         next(embedded.captions(1, 0, "cubes"))
     with pytest.raises(Unusable, match="conv_short"):
         embedded.LanguageModel().chat([], None, 0, "describe", {"kind": "reasoning", "caption": picture.caption})

@@ -1,21 +1,54 @@
 """Wrong answers, for tests of verification: false by the scene graph, and otherwise like right ones."""
 
+import dataclasses
+import json
 import random
 import re
 from collections.abc import Sequence
 
-from fusion_jax.synth.worlds.scenes import ask, contrast, graph, language
+from fusion_jax.synth.backends import embedded
+from fusion_jax.synth.backends.base import Reply
+from fusion_jax.synth.worlds.scenes import contrast, facts, graph, language
 from fusion_jax.synth.worlds.scenes.graph import Scene
 from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUNS, NUMBERS
+from fusion_jax.synth.worlds.scenes.world import scenes_of
+
+
+def planted(seed: int, number: int, share: float) -> bool:
+    """Whether the pair of this number in the `qa` reply to this seed is to be made wrong."""
+    return graph.generator(seed, "planted", number).random() < share
+
+
+class Liar(embedded.LanguageModel):
+    """The embedded language model with a share of wrong answers."""
+
+    def __init__(self, wrong_share: float):
+        super().__init__()
+        self.wrong_share = wrong_share
+
+    def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
+        reply = super().chat(messages, schema, seed, purpose, data)
+        if purpose != "qa":
+            return reply
+        scenes = scenes_of(data)
+        for number, pair in enumerate(reply.parsed["pairs"]):
+            if planted(seed, number, self.wrong_share):
+                wrong = falsify(pair["question"], pair["answer"], scenes, graph.generator(seed, "false", number))
+                if wrong is None:
+                    continue
+                if "options" in pair and wrong not in pair["options"]:
+                    wrong = next(option for option in pair["options"] if option != pair["answer"])
+                pair["answer"] = wrong
+        return dataclasses.replace(reply, text=json.dumps(reply.parsed, ensure_ascii=False))
 
 
 def falsify(question: str, answer: str, scenes: Sequence[Scene], rng: random.Random) -> str | None:
     """A wrong answer in the place of a right one, or None where none can be made.
 
-    A question that `ask.py` or `contrast.py` knows gets another answer of the same sort. Of any other answer one claim
-    is turned: a colour, a noun or a number that the scenes do not have.
+    A question that `facts.py` or `contrast.py` knows gets another answer of the same sort. In any other answer one
+    claim is replaced: by a colour, a noun or a number that the scenes do not have.
     """
-    known = ask.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
+    known = facts.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
     fact = known.get(question.split("\n")[0].strip().lower())
     if fact is not None and fact.wrong:
         wrong = rng.choice(fact.wrong)

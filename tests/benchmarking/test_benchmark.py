@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "vision": {"image_size": 56, "patch_size": 14, "width": 32, "mlp_dim": 64, "layers": 2, "heads": 2},
     "llm": {"vocab_size": 500, "width": 64, "mlp_dim": 128, "layers": 2, "heads": 2, "kv_heads": 2},

@@ -1,4 +1,4 @@
-"""Answers are checked by a second reader that knows only the question's text and the things in the scene."""
+"""Answers are checked by a second reader that knows only the question's text and the things in the grid."""
 
 import random
 import re
@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from fusion_jax.synth.worlds.shapes import questions
-from fusion_jax.synth.worlds.shapes import scene as scenes
+from fusion_jax.synth.worlds.shapes import facts, questions
+from fusion_jax.synth.worlds.shapes import grid as grids
+from fusion_jax.synth.worlds.shapes.grid import CELLS, COLOURS, SHAPES, WORDS, Grid, Thing, Word
 from fusion_jax.synth.worlds.shapes.questions import CHOICE_OF, OPTIONS, Target
-from fusion_jax.synth.worlds.shapes.scene import CELLS, COLOURS, SHAPES, WORDS, Scene, Thing, Word
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 PHRASE = re.compile(
@@ -19,12 +19,12 @@ PHRASE = re.compile(
 )
 
 
-def matching(scene: Scene, phrase: str) -> list[Thing]:
+def matching(grid: Grid, phrase: str) -> list[Thing]:
     """The things a noun phrase may mean; a side of the picture ("on the left") takes in its whole row or column."""
     found = PHRASE.fullmatch(phrase)
     assert found, phrase
     sides = {"top": (0, 1, 2), "bottom": (6, 7, 8), "left": (0, 3, 6), "right": (2, 5, 8)}
-    things = list(scene.things)
+    things = list(grid.things)
     if found["size"]:
         things = [t for t in things if t.size == found["size"]]
     if found["colour"]:
@@ -49,24 +49,24 @@ QUESTION_FORMS = (
 )
 
 
-def true_answer(scene: Scene, question: str) -> str:
-    """Answers by looking at the scene; fails where the question fits several answers."""
+def true_answer(grid: Grid, question: str) -> str:
+    """Answers by looking at the grid; fails where the question fits several answers."""
     question = question.split("\n")[0]
     for kind, form in QUESTION_FORMS:
         found = re.fullmatch(form, question)
         if not found:
             continue
         if kind == "word":
-            return scene.word.text
-        things = matching(scene, next(group for group in found.groups() if group))
+            return grid.word.text
+        things = matching(grid, next(group for group in found.groups() if group))
         if kind == "count":
             return list(NUMBERS)[len(things)]
         if kind == "exists":
             return "yes" if things else "no"
         answers = {thing.place if kind == "place" else getattr(thing, kind) for thing in things}
-        assert len(answers) == 1, (question, scene)
+        assert len(answers) == 1, (question, grid)
         plural = " are " in question or re.search(r"of the .*s\.$", question)
-        assert len(things) == 1 or plural, (question, scene)
+        assert len(things) == 1 or plural, (question, grid)
         return answers.pop()
     raise AssertionError(f"unknown question {question}")
 
@@ -75,44 +75,44 @@ def made(count: int = 500, split: str = "train"):
     for index in range(count):
         rng = random.Random(f"{split}/{index}")
         goal = questions.target(index, rng)
-        scene, fact = questions.target_scene(goal, rng, split)
-        yield goal, scene, fact, rng
+        grid, fact = questions.target_grid(goal, rng, split)
+        yield goal, grid, fact, rng
 
 
-@pytest.mark.parametrize("split", scenes.SPLITS)
+@pytest.mark.parametrize("split", grids.SPLITS)
 def test_short_answers_are_true(split):
-    for goal, scene, fact, rng in made(split=split):
-        rounds = questions.short_rounds(scene, fact, rng)
+    for goal, grid, fact, rng in made(split=split):
+        rounds = questions.short_rounds(grid, fact, rng)
         assert 1 <= len(rounds) <= 2
         assert (rounds[0].kind, rounds[0].answer) == (goal.about or goal.kind, goal.answer)
-        assert all(r.answer == true_answer(scene, r.question) for r in rounds)
+        assert all(r.answer == true_answer(grid, r.question) for r in rounds)
 
 
 def test_choices_hold_the_true_answer_once():
-    for goal, scene, fact, rng in made():
-        (asked,) = questions.choice_rounds(scene, fact, rng)
-        assert asked.kind == "choice" and asked.answer == true_answer(scene, asked.question)
+    for goal, grid, fact, rng in made():
+        (asked,) = questions.choice_rounds(grid, fact, rng)
+        assert asked.kind == "choice" and asked.answer == true_answer(grid, asked.question)
         assert fact.kind not in CHOICE_OF or asked.answer == goal.answer
         assert len(set(asked.options)) == OPTIONS and asked.answer in asked.options
 
 
 def test_sentences_say_the_true_answer():
-    for _, scene, _, rng in made():
-        for r in questions.sentence_rounds(scene, rng):
+    for _, grid, _, rng in made():
+        for r in questions.sentence_rounds(grid, rng):
             assert r.answer[0].isupper() and r.answer.endswith(".")
             if r.kind == "describe":
                 size, colour, shape = re.match(r"An? (\w+) (\w+) (\w+) ", r.answer).groups()
-                (thing,) = matching(scene, "the thing " + re.search(r"(at|on|in) the [a-z ]+", r.question)[0])
+                (thing,) = matching(grid, "the thing " + re.search(r"(at|on|in) the [a-z ]+", r.question)[0])
                 assert (thing.size, thing.colour, thing.shape) == (size, colour, shape)
                 continue
-            answer = true_answer(scene, r.question)
+            answer = true_answer(grid, r.question)
             said = r.answer.lower().replace(" no ", " zero ") if r.kind == "count" else r.answer
             assert re.search(rf"\b{answer}(e?s)?\b", said, re.IGNORECASE), (r, answer)
 
 
 def test_rounds_do_not_give_later_answers_away():
-    for _, scene, fact, rng in made(300):
-        rounds = questions.short_rounds(scene, fact, rng)
+    for _, grid, fact, rng in made(300):
+        rounds = questions.short_rounds(grid, fact, rng)
         for i, r in enumerate(rounds[1:], 1):
             if r.kind in ("colour", "shape", "place", "word"):
                 before = " ".join(f"{earlier.question} {earlier.answer}" for earlier in rounds[:i])
@@ -120,38 +120,38 @@ def test_rounds_do_not_give_later_answers_away():
 
 
 def test_captions_mention_everything():
-    for _, scene, _, rng in made(300):
-        caption = questions.caption(scene, rng)
-        for thing in scene.things:
+    for _, grid, _, rng in made(300):
+        caption = questions.caption(grid, rng)
+        for thing in grid.things:
             assert re.search(rf"{thing.size} {thing.colour} {thing.shape}(e?s)?\b", caption)
             assert re.search(rf"(at|on|in) the {thing.place}\b", caption)
-        assert (scene.word is None) == (not any(word in caption.split() for word in WORDS))
-        assert scene.word is None or f" {scene.word.text} " in caption
+        assert (grid.word is None) == (not any(word in caption.split() for word in WORDS))
+        assert grid.word is None or f" {grid.word.text} " in caption
 
 
 def test_a_caption_word_for_word():
     things = (Thing("star", "red", "large", 0), Thing("ring", "orange", "small", 1), Thing("star", "red", "large", 3))
-    scene = Scene(things, Word("CAT", 2), 0)
-    said = {questions.caption(scene, random.Random(seed)) for seed in range(30)}
+    grid = Grid(things, Word("CAT", 2), 0)
+    said = {questions.caption(grid, random.Random(seed)) for seed in range(30)}
     shapes = "Two large red stars at the top left and on the left and a small orange ring at the top"
     assert said == {f"{shapes}. It says CAT at the bottom.", f"{shapes}. The word CAT is written at the bottom."}
 
 
 def test_sides_are_named_only_when_one_thing_lies_there():
     corner, side = Thing("star", "red", "large", 0), Thing("ring", "blue", "small", 3)
-    subjects = {fact.subject for fact in questions.facts(Scene((corner, side), None, 0), "colour")}
+    subjects = {fact.subject for fact in facts.facts(Grid((corner, side), None, 0), "colour")}
     assert "the thing at the top left" in subjects and "the thing on the left" not in subjects
-    subjects = {fact.subject for fact in questions.facts(Scene((side,), None, 0), "colour")}
+    subjects = {fact.subject for fact in facts.facts(Grid((side,), None, 0), "colour")}
     assert "the thing on the left" in subjects
 
 
 def test_training_text_never_names_a_held_out_pair():
-    pairs = re.compile("|".join(f"{colour} {shape}" for colour, shape in scenes.UNSEEN))
-    for _, scene, fact, rng in made():
-        rounds = [*questions.short_rounds(scene, fact, rng), *questions.sentence_rounds(scene, rng)]
-        rounds += questions.choice_rounds(scene, fact, rng)
+    pairs = re.compile("|".join(f"{colour} {shape}" for colour, shape in grids.UNSEEN))
+    for _, grid, fact, rng in made():
+        rounds = [*questions.short_rounds(grid, fact, rng), *questions.sentence_rounds(grid, rng)]
+        rounds += questions.choice_rounds(grid, fact, rng)
         assert not any(pairs.search(" ".join((r.question, r.answer, *r.options))) for r in rounds)
-        assert not pairs.search(questions.caption(scene, rng))
+        assert not pairs.search(questions.caption(grid, rng))
 
 
 def test_kinds_and_answers_take_turns():
@@ -159,7 +159,7 @@ def test_kinds_and_answers_take_turns():
     kinds = Counter(goal.kind for goal in goals)
     two_answers = (kinds["exists"] + kinds["size"]) / len(goals)
     assert 0.14 < two_answers < 0.18
-    for kind, answers in questions.ANSWERS.items():
+    for kind, answers in facts.ANSWERS.items():
         given = Counter(goal.answer for goal in goals if goal.kind == kind)
         assert set(given) == set(answers) and max(given.values()) - min(given.values()) <= 1
         share = questions.SHARES[kind] / sum(questions.SHARES.values())
@@ -167,19 +167,19 @@ def test_kinds_and_answers_take_turns():
 
 
 def test_stage_2_is_balanced_as_a_whole():
-    answers: dict[str, Counter] = {kind: Counter() for kind in questions.ANSWERS}
-    for _, scene, fact, rng in made(1500):
-        for r in questions.short_rounds(scene, fact, rng):
+    answers: dict[str, Counter] = {kind: Counter() for kind in facts.ANSWERS}
+    for _, grid, fact, rng in made(1500):
+        for r in questions.short_rounds(grid, fact, rng):
             answers[r.kind][r.answer] += 1
     total = sum(sum(given.values()) for given in answers.values())
     for kind, given in answers.items():
-        count, fair = sum(given.values()), 1 / len(questions.ANSWERS[kind])
+        count, fair = sum(given.values()), 1 / len(facts.ANSWERS[kind])
         assert max(given.values()) / count < 1.45 * fair, (kind, given)
         share = questions.SHARES[kind] / (sum(questions.SHARES.values()) - questions.SHARES["choice"])
         assert 0.7 * share < count / total < 1.25 * share, kind
 
 
 def test_a_target_is_met():
-    scene, fact = questions.target_scene(Target("choice", "FISH", "word"), random.Random(0))
-    assert scene.word.text == "FISH"
-    assert questions.choice_rounds(scene, fact, random.Random(0))[0].answer == "FISH"
+    grid, fact = questions.target_grid(Target("choice", "FISH", "word"), random.Random(0))
+    assert grid.word.text == "FISH"
+    assert questions.choice_rounds(grid, fact, random.Random(0))[0].answer == "FISH"

@@ -1,12 +1,11 @@
-"""How fast the embedded backend is, and whether its memory stays: one JSON line.
-
-    python -m fusion_jax.synth.worlds.scenes.benchmark --samples 20000 --processes 2
+"""Speed and memory of the embedded backend: `python tests/soak/soak_scenes.py --samples 20000 --processes 2`.
 
 A sample is all that the data engine asks of the backend: description, image or images of 384 x 384 (encoded as JPEG),
-questions, statements and their verification, the kinds in turn. Ends with an error if memory grows by more than
-`--growth` between the first half of a process's work and its end.
+questions, statements and their verification, the kinds in turn. Prints a JSON line; exits with 1 where memory grew by
+more than `--growth` between the first half of a process's work and its end.
 """
 
+import argparse
 import io
 import itertools
 import json
@@ -15,38 +14,30 @@ import resource
 import sys
 import time
 
-from absl import flags
-
-from fusion_jax.command_line.cli import out_of_ctrl_c, run_main
-from fusion_jax.errors import check
 from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.kinds import KINDS
 
-WARM_UP = 200  # samples until most things have been modelled once
+WARM_UP = 200  # samples until most things have been drawn once
 SIZE = (384, 384)
-
-_SAMPLES = flags.DEFINE_integer("samples", 2000, "samples in all")
-_PROCESSES = flags.DEFINE_integer("processes", 2, "processes that share them")
-_GROWTH = flags.DEFINE_float("growth", 0.03, "allowed growth of memory over the second half")
 
 
 def make_sample(number: int, caption: str, kind: str) -> int:
     """All that the engine asks for one caption; returns the number of images."""
     model, painter, vision = embedded.LanguageModel(), embedded.ImageGenerator(), embedded.VisionModel()
-    asked = KINDS[kind]
+    sampled = KINDS[kind]
     data = {"kind": kind, "caption": caption}
     model.chat([], None, number, "judge", data)
     reply = model.chat([], None, number, "describe", data)
-    data |= {"descriptions": asked.descriptions(reply.parsed), "state": reply.state}
+    data |= {"descriptions": sampled.descriptions(reply.parsed), "state": reply.state}
     for index, description in enumerate(data["descriptions"]):
         image = painter.draw(description, SIZE, number, data | {"index": index})
         image.save(io.BytesIO(), "JPEG", quality=92)
-    if asked.ask is not None:
+    if sampled.ask is not None:
         pairs = model.chat([], None, number, "qa", data).parsed["pairs"]
         model.chat([], None, number, "statement", data | {"pairs": pairs})
         for pair in pairs:
             vision.verify([], [], pair["question"], pair["answer"], number, data)
-    return asked.images
+    return sampled.images
 
 
 def _resident() -> int:
@@ -78,28 +69,29 @@ def work(job: tuple[int, int]) -> dict:
     }
 
 
-def main(argv: list[str]) -> None:
-    check(len(argv) == 1, "Give flags only: --samples, --processes, --growth.")
-    check(_SAMPLES.value >= 10 * _PROCESSES.value >= 10, "--samples must be at least ten for each of --processes.")
-    jobs = [(seed, _SAMPLES.value // _PROCESSES.value) for seed in range(_PROCESSES.value)]
-    with out_of_ctrl_c():
-        pool = multiprocessing.get_context("spawn").Pool(len(jobs))
-    with pool:
-        parts = pool.map(work, jobs)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--samples", type=int, default=2000, help="samples of all processes")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--growth", type=float, default=0.03, help="growth of memory allowed over the second half")
+    args = parser.parse_args()
+    if not args.samples >= 10 * args.processes >= 10:
+        parser.error("--samples must be at least ten for each of --processes")
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        parts = pool.map(work, [(seed, args.samples // args.processes) for seed in range(args.processes)])
     growth = max(part["memory_mib"][-1] / part["memory_mib"][5] - 1 for part in parts)
+    images, cpu_seconds = (sum(part[key] for part in parts) for key in ("images", "cpu_seconds"))
     result = {
-        "samples": _SAMPLES.value,
-        "processes": len(jobs),
+        "samples": args.samples,
+        "processes": args.processes,
         "images_per_second": round(sum(part["images"] / part["seconds"] for part in parts), 1),
-        "images_per_cpu_second": round(
-            sum(part["images"] for part in parts) / sum(part["cpu_seconds"] for part in parts), 1
-        ),
+        "images_per_cpu_second": round(images / cpu_seconds, 1),
         "memory_mib": [part["memory_mib"] for part in parts],
         "memory_growth": round(growth, 4),
     }
     print(json.dumps(result))
-    check(growth <= _GROWTH.value, f"Memory grew by {growth:.1%} over the second half; {_GROWTH.value:.1%} is allowed.")
+    return int(growth > args.growth)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for tests, over real HTTP, that fails as real ones do: `python model_server.py --port 0`.
+"""An OpenAI-compatible server for tests, over real HTTP, that fails as real ones do: `python -m helpers.model_server`.
 
 It answers for the tile world (tile_world.py). What fails, and how, follows from the request and how often it came, so a
 run can be repeated. GET /stats tells what it has seen.
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import tile_world
+from helpers import tile_world
 from PIL import Image
 
 MODELS = ["tile-writer", "tile-viewer", "tile-painter"]
@@ -228,8 +228,9 @@ class Server(ThreadingHTTPServer):
 def running(**options):
     """The server in a process of its own; yields its address up to and with /v1."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, str(Path(__file__)), "--port", "0", *words]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "helpers.model_server", "--port", "0", *words]
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
