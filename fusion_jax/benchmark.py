@@ -38,7 +38,7 @@ from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, lay_out
 from fusion_jax.devices import flops, op_times, sharding
 from fusion_jax.errors import UserError, check_choice
-from fusion_jax.inference import generate
+from fusion_jax.inference.decoding import decode, first_state, prefill
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
@@ -239,7 +239,7 @@ def time_prefill(model: fusion.Fusion, params, rows: int, question: int, answer:
     """`rows` prompts with `question` tokens and an image each; the cache has room for `answer` tokens more."""
     batch = jax.tree.map(jnp.asarray, random_batch(model.config, rows, question, 0))
     limit = np.full(rows, answer, np.int32)
-    run = functools.partial(generate.prefill, model, params, batch, batch.tokens.shape[1] + answer, limit)
+    run = functools.partial(prefill, model, params, batch, batch.tokens.shape[1] + answer, limit)
     start = time.perf_counter()
     jax.block_until_ready(run())
     compile_seconds = time.perf_counter() - start
@@ -262,14 +262,14 @@ def benchmark_decode(config) -> dict:
 def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
     """`answer` tokens behind each of `rows` prompts, as those of `time_prefill`."""
     batch = jax.tree.map(jnp.asarray, random_batch(model.config, rows, question, 0))
-    prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
+    prefilled = first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
     medians = []
     for steps in (answer, 1):
 
         def run(steps=steps):
             ready = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled))
             start = time.perf_counter()
-            jax.block_until_ready(generate.decode(model, params, ready, steps, (), False))
+            jax.block_until_ready(decode(model, params, ready, steps, (), False))
             return time.perf_counter() - start
 
         run()

@@ -36,7 +36,14 @@ from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.fusion import Fusion
 
 BUCKET = 32  # lengths are rounded up to this, unless told otherwise: few programs for many questions
-LARGEST_SIDE = 1024  # of the picture that is kept to be drawn
+LARGEST_SIDE = 1024  # pixels of the picture that is kept to be drawn
+# The model as trained, and what `without_part` switches off of it: the titles of the figures.
+PARTS = {
+    "": "as trained",
+    "A": "A off: the encoder does not read the question",
+    "B": "B off: trained without the mapping loss",
+    "C": "C off: no latents, no exchange",
+}
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,27 @@ def levels(
         exchange_after=tuple(c.exchange.start + i * c.exchange.stride for i in range(c.exchange_layers)),
         early=c.vision.early_layers,
     )
+
+
+def without_part(config: FusionConfig, part: str) -> tuple[FusionConfig, bool]:
+    """The model's config with a part of the method switched off on the same parameters, and `exchange` for `levels`.
+
+    Args:
+      part: one of PARTS; "" switches nothing off.
+
+    Raises:
+      UserError: the model was trained without this part, or the part acts in training alone.
+    """
+    check(
+        part != "B",
+        "--compare B: the mapping loss acts in training alone; give a checkpoint that was trained without it.",
+    )
+    if part == "A":
+        check(config.text_guided, "--compare A: this model was trained without text guidance.")
+        return dataclasses.replace(config, text_guided=False), True
+    if part == "C":
+        check(config.exchange_layers > 0, "--compare C: this model was trained without exchange.")
+    return config, part != "C"
 
 
 # The prompt and the word's place in it.

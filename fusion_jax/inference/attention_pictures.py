@@ -17,10 +17,6 @@ from fusion_jax.inference.attention_maps import Levels, Maps
 COLOURS = "viridis"  # perceptually uniform, and readable without colour vision
 HEAT = 0.72  # opacity of the map over the image in grey
 COLUMNS = 5
-PARTS = {
-    "A": "A off: the encoder does not read the question",
-    "C": "C off: no latents, no exchange",
-}
 _SAVED = {"svg.hashsalt": "fusion_jax", "font.size": 9, "axes.titlesize": 9.5, "mathtext.default": "regular"}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Prompts
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.structured import Form
 
@@ -60,7 +60,7 @@ class Grammars:
       vocabulary: V, the logits' width, possibly larger than the tokenizer's.
     """
 
-    def __init__(self, prompts: generate.Prompts, vocabulary: int):
+    def __init__(self, prompts: Prompts, vocabulary: int):
         self._tokenizer, self._vocabulary = prompts.tokenizer, vocabulary
         self._stop_ids = prompts.stop_ids
         self._prefix = " " if _opens_with_space(prompts) else ""
@@ -154,7 +154,7 @@ class _Words:
         return tokenizer.encode_parts([(text, True)], after=tokenizer.vision_end_id)
 
 
-def _opens_with_space(prompts: generate.Prompts) -> bool:
+def _opens_with_space(prompts: Prompts) -> bool:
     """Whether the first word of an answer has a space before it in its tokens, as in training: SentencePiece puts one
     before each text, and so before an answer wherever no control token stands in front of it."""
     tokenizer = prompts.tokenizer

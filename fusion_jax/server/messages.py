@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusion_jax.data.conversation import IMAGE_SLOT
-from fusion_jax.inference.generate import BETWEEN
+from fusion_jax.inference.prompts import BETWEEN
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.json_body import text_too_long
 from fusion_jax.server.keys import Keys, check_keys, no_op

@@ -17,7 +17,7 @@ from fusion_jax.server.error import ApiError
 from fusion_jax.server.json_body import read_json
 from fusion_jax.server.keys import CHAT, STREAM, check_keys, read
 from fusion_jax.server.messages import read_messages
-from fusion_jax.server.requests import MOST_LIKELY, Likely
+from fusion_jax.server.requests import MOST_LOGPROBS, TokenLogprob
 from fusion_jax.server.structured import Form, read_form
 
 
@@ -52,7 +52,7 @@ class ChatRequest:
     usage: bool
     addresses: dict[int, str]
     form: Form | None = None
-    likely: int | None = None
+    top_logprobs: int | None = None
 
     def with_fetched(self, fetched: dict[int, bytes], limits: Limits) -> "ChatRequest":
         """The request with these bytes for its addresses. ApiError where one is no image, or too large."""
@@ -86,19 +86,19 @@ def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> C
         read(options, "include_usage", bool, False, "stream_options"),
         addresses,
         read_form(data),
-        _likely(data),
+        _top_logprobs(data),
     )
 
 
-def _likely(data: dict) -> int | None:
+def _top_logprobs(data: dict) -> int | None:
     """How many alternatives of each token are to be reported; None: not even its own probability."""
     most = read(data, "top_logprobs", int, 0)
     if not read(data, "logprobs", bool, False):
         if most:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "invalid_value", "top_logprobs")
         return None
-    if not 0 <= most <= MOST_LIKELY:
-        raise ApiError(400, f"top_logprobs must lie in 0..{MOST_LIKELY}.", "invalid_value", "top_logprobs")
+    if not 0 <= most <= MOST_LOGPROBS:
+        raise ApiError(400, f"top_logprobs must lie in 0..{MOST_LOGPROBS}.", "invalid_value", "top_logprobs")
     return most
 
 
@@ -184,7 +184,7 @@ def usage(prompt: int, answer: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def logprobs(tokens: Sequence[Likely], tokenizer: Tokenizer) -> dict[str, Any]:
+def logprobs_of(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
     """What the API tells of tokens: each one's text and bytes, and its logarithmic probability."""
 
     def named(token: int, value: float) -> dict[str, Any]:
@@ -198,13 +198,13 @@ def logprobs(tokens: Sequence[Likely], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def completion(
-    name: str, model: str, created: int, text: str, finish: str, counts: dict, likely: dict | None = None
+    name: str, model: str, created: int, text: str, finish: str, counts: dict, logprobs: dict | None = None
 ) -> dict[str, Any]:
-    """The answer in one piece. likely: see `logprobs`."""
+    """The answer in one piece. logprobs: see `logprobs_of`."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": likely,
+        "logprobs": logprobs,
         "finish_reason": finish,
     }
     head = {"id": name, "object": "chat.completion", "created": created, "model": model}
@@ -212,11 +212,11 @@ def completion(
 
 
 def chunk(
-    name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None, likely=None
+    name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None, logprobs=None
 ) -> dict[str, Any]:
     """One piece of a streamed answer; without `delta` the one that carries the counts."""
     choices: Sequence[dict] = ()
     if delta is not None:
-        choices = [{"index": 0, "delta": delta, "logprobs": likely, "finish_reason": finish}]
+        choices = [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
     head = {"id": name, "object": "chat.completion.chunk", "created": created, "model": model}
     return {**head, "choices": list(choices), **({"usage": counts} if counts else {})}

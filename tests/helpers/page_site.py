@@ -14,8 +14,9 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.data.layout import Needs
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Buckets
 from fusion_jax.server import api, protocol
+from fusion_jax.server.options import Options
 
 pytest.importorskip("gradio", reason="the page's tests need gradio: launch/test.sh makes an environment with it")
 httpx = importlib.import_module("httpx")
@@ -27,7 +28,7 @@ JOIN, DATA, UPLOAD, CANCEL = (f"/gradio_api/{name}" for name in ("queue/join", "
 class Prompts:
     """Tokens are characters, as many as `buckets` say."""
 
-    buckets = generate.Buckets((2000,), (1000,), (40,))
+    buckets = Buckets((2000,), (1000,), (40,))
 
     def __init__(self):
         self.tokenizer = self
@@ -35,7 +36,7 @@ class Prompts:
     def encode(self, text):
         return [*text]
 
-    def takes(self, record):
+    def measure(self, record):
         asked = [turn["value"] for turn in record.turns if turn["from"] == "human"]
         length = sum(len(turn["value"]) for turn in record.turns)
         return Needs(length, 0, len(asked), len(record.images)), len("".join(asked)) if record.images else 0
@@ -78,8 +79,8 @@ def png(size=(8, 6), colour="red"):
 def served(key="", names=(), streams=256, **limits):
     """(address, engine) of a server with the page."""
     engine = Engine()
-    options = api.Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20, streams=streams)
-    app = page.mount(api.make_app(engine, options), engine, options, Pictures())
+    options = Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20, streams=streams)
+    app = page.mount(api.make_app(engine, options, None), engine, options, Pictures())
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))

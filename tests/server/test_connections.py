@@ -10,7 +10,7 @@ import pytest
 from helpers.echo_server import serving
 from helpers.raw_client import begin, rest
 
-from fusion_jax.server import api, connections
+from fusion_jax.server import connections, running_request
 from fusion_jax.server.connections import Patience
 
 CHUNK = b"1\r\n \r\n"
@@ -162,7 +162,9 @@ def test_callers_who_send_slowly_do_not_shut_out_others(tmp_path, monkeypatch, l
 
 def test_callers_who_do_not_read_do_not_shut_out_others(tmp_path, monkeypatch):
     monkeypatch.setattr(connections, "HELD_SECONDS", 0.6)
-    monkeypatch.setattr(api, "_sse", lambda data, real=api._sse: real(data) + b": padding\n" * 1_000_000)
+    monkeypatch.setattr(
+        running_request, "_sse", lambda data, real=running_request._sse: real(data) + b": padding\n" * 1_000_000
+    )
     body = b'{"messages": [{"role": "user", "content": "What?"}], "stream": true, "max_tokens": 4}'
     with serving(tmp_path, Patience(connections=10)) as server:
         deaf = []

@@ -4,7 +4,7 @@ import json
 import typing
 
 import pytest
-from test_protocol import LIMITS, parse
+from helpers.requests import LIMITS, parse
 
 from fusion_jax.server import protocol
 from fusion_jax.server.error import ApiError
@@ -102,7 +102,7 @@ def test_what_changes_no_answer_is_taken():
         "top_k": -1,
     }
     wanted = parse(**harmless, seed=1)
-    assert wanted == parse(seed=1) and wanted.form is None and wanted.likely is None
+    assert wanted == parse(seed=1) and wanted.form is None and wanted.top_logprobs is None
 
 
 def test_every_key_of_the_official_client_is_known():
@@ -125,7 +125,7 @@ def test_the_two_names_of_the_longest_answer():
 
 
 def test_probabilities_are_asked_for_in_pairs():
-    assert parse(logprobs=True).likely == 0 and parse(logprobs=True, top_logprobs=20).likely == 20
+    assert parse(logprobs=True).top_logprobs == 0 and parse(logprobs=True, top_logprobs=20).top_logprobs == 20
     for wrong in ({"top_logprobs": 2}, {"logprobs": False, "top_logprobs": 1}):
         assert "needs logprobs" in refused(**wrong).message
     for most in (21, -1):

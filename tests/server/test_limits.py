@@ -12,13 +12,13 @@ import weakref
 
 import pytest
 from helpers.echo_server import serving
+from helpers.generation import picture
 from helpers.raw_client import begin, rest
-from inference.test_generate import picture
-from test_protocol import data_url, shown
+from helpers.requests import data_url, shown
 
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord
-from fusion_jax.server import api
+from fusion_jax.server import running_request
 from fusion_jax.server.connections import Patience
 
 QUESTION = "What is in the picture?"
@@ -133,7 +133,7 @@ def test_idle_connections_make_room_and_busy_ones_do_not(server, monkeypatch):
     for one in idle:
         one.close()
     time.sleep(0.2)
-    monkeypatch.setattr(type(server.engine), "pace", 0.5)
+    monkeypatch.setattr(type(server.engine.batch), "pace", 0.5)
     busy = [begin(server, head(500)) for _ in range(PATIENCE.connections)]
     time.sleep(0.2)
     said = rest(begin(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
@@ -144,7 +144,9 @@ def test_idle_connections_make_room_and_busy_ones_do_not(server, monkeypatch):
 
 
 def test_who_never_reads_loses_his_row(server, monkeypatch):
-    monkeypatch.setattr(api, "_sse", lambda data, real=api._sse: real(data) + b": padding\n" * 200_000)
+    monkeypatch.setattr(
+        running_request, "_sse", lambda data, real=running_request._sse: real(data) + b": padding\n" * 200_000
+    )
     one = socket.socket()
     one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     one.connect(("127.0.0.1", server.port))
@@ -171,13 +173,13 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
         patch.setattr(server.engine, "prepare", lambda record: time.sleep(1.8))  # a thread that nothing stops
         late()
     with monkeypatch.context() as patch:
-        patch.setattr(api.protocol, "parse", lambda *_: time.sleep(1.8))
+        patch.setattr(running_request.protocol, "parse", lambda *_: time.sleep(1.8))
         late()
     with monkeypatch.context() as patch:
-        patch.setattr(api, "fetch", lambda *_, **__: time.sleep(1.8))
+        patch.setattr(running_request, "fetch", lambda *_, **__: time.sleep(1.8))
         late(content=shown("https://example.org/a.png"))
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.engine), "pace", 2.5)  # the device hangs
+        patch.setattr(type(server.engine.batch), "pace", 2.5)  # the device hangs
         late()
         time.sleep(0.2)
         status, answer = get(server, "/health")
@@ -190,7 +192,7 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
         stream.close()
     time.sleep(1.5)
     assert settles(server) and get(server, "/health")[0] == 200
-    monkeypatch.setattr(type(server.engine), "pace", 0.4)
+    monkeypatch.setattr(type(server.engine.batch), "pace", 0.4)
     stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     stream.request("POST", "/v1/chat/completions", json.dumps(asked(stream=True, max_tokens=64)))
     answer = stream.getresponse()
@@ -203,7 +205,7 @@ def test_whatever_is_slow_ends_at_the_deadline(server, monkeypatch):
 @pytest.mark.parametrize("what", ["addresses", "pictures"])
 def test_text_never_waits_for_images(server, monkeypatch, what):
     prepare = server.engine.prepare
-    monkeypatch.setattr(api, "fetch", lambda *_, **__: time.sleep(1.2))
+    monkeypatch.setattr(running_request, "fetch", lambda *_, **__: time.sleep(1.2))
     monkeypatch.setattr(
         server.engine, "prepare", lambda record: time.sleep(1.2 * len(record.images)) or prepare(record)
     )
@@ -224,7 +226,7 @@ def test_text_never_waits_for_images(server, monkeypatch, what):
 def test_slow_hosts_take_no_place_and_what_was_fetched_takes_one(server, monkeypatch):
     """As many as there are places, and more: those over the limit are refused at once, and text is answered."""
     image = base64.b64decode(data_url(picture(1)).partition(",")[2])
-    monkeypatch.setattr(api, "fetch", lambda *_, **__: time.sleep(0.7) or image)
+    monkeypatch.setattr(running_request, "fetch", lambda *_, **__: time.sleep(0.7) or image)
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         waiting = [pool.submit(post, server, asked(shown("https://example.org/a.png"))) for _ in range(20)]
         time.sleep(0.3)
@@ -236,8 +238,8 @@ def test_slow_hosts_take_no_place_and_what_was_fetched_takes_one(server, monkeyp
         answers = sorted(one.result()[0] for one in waiting)
         assert answers[:2] == [200, 200] and set(answers) <= {200, 429, 504}
     assert settles(server)
-    monkeypatch.setattr(type(server.engine), "pace", 0.3)
-    monkeypatch.setattr(api, "fetch", lambda *_, **__: image)
+    monkeypatch.setattr(type(server.engine.batch), "pace", 0.3)
+    monkeypatch.setattr(running_request, "fetch", lambda *_, **__: image)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:  # all places are taken by text
         answered = [pool.submit(post, server, asked(max_tokens=64)) for _ in range(6)]
         time.sleep(0.3)
@@ -273,15 +275,15 @@ def test_many_large_bodies_are_refused_before_memory_is(server):
 
 def test_a_waiting_request_keeps_no_image(server, monkeypatch):
     """Its memory is no longer counted then."""
-    seen, parse = [], api.protocol.parse
+    seen, parse = [], running_request.protocol.parse
 
     def remembered(*arguments):
         wanted = parse(*arguments)
         seen.append(weakref.ref(wanted))
         return wanted
 
-    monkeypatch.setattr(api.protocol, "parse", remembered)
-    monkeypatch.setattr(type(server.engine), "pace", 0.6)
+    monkeypatch.setattr(running_request.protocol, "parse", remembered)
+    monkeypatch.setattr(type(server.engine.batch), "pace", 0.6)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, server, asked(shown(picture(1))))
         time.sleep(0.4)
@@ -324,10 +326,12 @@ def test_what_a_caller_writes_is_text_to_the_model(server):
 
     def marks(content):
         assert post(server, asked(content))[0] == 200
-        return [i for i in engine.joined[-1].input_ids.tolist() if i < 0 or i in tokenizer._control_ids]
+        return [i for i in engine.batch.joined[-1].input_ids.tolist() if i < 0 or i in tokenizer._control_ids]
 
     assert marks(attack) == marks("Hi")
-    said = tokenizer.decode(engine.joined[-2].input_ids[engine.joined[-2].input_ids >= 0], skip_special=False)
+    said = tokenizer.decode(
+        engine.batch.joined[-2].input_ids[engine.batch.joined[-2].input_ids >= 0], skip_special=False
+    )
     assert "".join(attack.split()) in "".join(said.split())
     image = data_url(picture(1))
     assert marks(shown(image, attack)) == marks(shown(image, "Hi"))
@@ -345,7 +349,7 @@ def test_messages_of_one_role_may_follow_each_other(server):
         {"role": "developer", "content": "F"},
     ]
     assert post(server, {"messages": messages, "max_tokens": 4})[0] == 200
-    ids = server.engine.joined[-1].input_ids.tolist()
+    ids = server.engine.batch.joined[-1].input_ids.tolist()
     said = server.engine.prompts.tokenizer.decode([i for i in ids if i >= 0], skip_special=False)
     words = [word for word in said.replace("<", " <").replace(">", "> ").split() if len(word) == 1]
     assert [word for word in words if word in "ABCDEF"] == list("ABCDEF") and "Be" in said and "Hello." in said
@@ -366,7 +370,7 @@ def test_the_scheme_of_the_key_has_no_case(tmp_path, key):
 
 def test_an_engine_that_failed_says_why_at_once(tmp_path):
     with serving(tmp_path, timeout=30.0) as server:
-        server.engine.breaks, server.engine.pace = 3, 0.3
+        server.engine.batch.breaks, server.engine.batch.pace = 3, 0.3
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             open_ones = [pool.submit(post, server, asked(max_tokens=64)) for _ in range(8)]  # running and waiting
             for one in open_ones:

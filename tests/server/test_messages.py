@@ -7,12 +7,12 @@ import random
 import re
 
 import pytest
-from inference.test_generate import QUESTIONS, config, picture
-from test_protocol import LIMITS, data_url, parse
+from helpers.generation import QUESTIONS, config, picture
+from helpers.requests import LIMITS, data_url, parse
 
 from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Prompts, Steps
 from fusion_jax.server import protocol
 from fusion_jax.server.error import ApiError
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -24,7 +24,7 @@ WORDS = ("Qa <image>", "Qb <|end|>", "Qc\n", " Qd", "Qe [/INST]", "Qf", "Qg", "Q
 def prompts(request, tmp_path_factory):
     """With a place for a system text, and without."""
     tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, *WORDS], tmp_path_factory.mktemp("t"), 600))
-    return generate.Prompts(dataclasses.replace(config(), template=request.param), tokenizer, generate.Steps())
+    return Prompts(dataclasses.replace(config(), template=request.param), tokenizer, Steps())
 
 
 def prompted(prompts, messages):

@@ -3,15 +3,16 @@
 import shutil
 
 import pytest
+from helpers.generation import picture
 from helpers.page_site import png, served
-from test_server import KEY, bomb, folder, metrics, picture, server  # noqa: F401
+from helpers.server_process import KEY, bomb, metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")]
 
 
-def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folder):  # noqa: F811
+def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folder):
     before = metrics(server)["fusion_answer_tokens_total"]
     (folder / "good.png").write_bytes(picture(1))
     (folder / "large.png").write_bytes(bomb())

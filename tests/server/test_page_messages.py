@@ -7,7 +7,7 @@ import pytest
 from helpers.page_site import png, served
 
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.server.engine import Full
+from fusion_jax.server.requests import Full
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ASK = ("textbox", "image", "slider", "slider")

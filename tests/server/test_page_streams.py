@@ -7,12 +7,12 @@ import time
 import pytest
 from helpers.page_site import DATA, Browser, served
 
-from fusion_jax.server import gate, listeners
+from fusion_jax.server import event_streams, gradio_proxy
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    monkeypatch.setattr(listeners, "_LOOK", 0.1)
+    monkeypatch.setattr(event_streams, "_POLL", 0.1)
 
 
 def listen(browser, session):
@@ -68,7 +68,7 @@ def test_a_new_stream_of_a_session_ends_the_old_one(site, visitor):
 
 
 def test_a_browser_has_few_streams_and_all_together_have_few(monkeypatch):
-    monkeypatch.setattr(listeners, "OWN", 5)
+    monkeypatch.setattr(event_streams, "STREAMS_PER_BROWSER", 5)
     with served(streams=6) as (address, engine), Browser(address) as many, Browser(address) as one:
         engine.go.clear()
         post(one, "mine")
@@ -87,8 +87,10 @@ def test_a_browser_has_few_streams_and_all_together_have_few(monkeypatch):
 
 
 def test_no_stream_is_endless(monkeypatch):
-    real = listeners.Listeners
-    monkeypatch.setattr(gate, "Listeners", lambda most, seconds, pending: real(most, 1.0, lambda session: True))
+    real = event_streams.EventStreams
+    monkeypatch.setattr(
+        gradio_proxy, "EventStreams", lambda most, seconds, pending: real(most, 1.0, lambda session: True)
+    )
     with served() as (address, engine), Browser(address) as one:
         engine.go.clear()
         post(one, "abc")

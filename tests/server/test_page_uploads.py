@@ -13,8 +13,8 @@ from helpers.page_site import UPLOAD, Browser, png, served
 from PIL import Image
 
 from fusion_jax.errors import BadRecord
-from fusion_jax.server import gate, page, uploads
-from fusion_jax.server.intake import return_large_buffers
+from fusion_jax.server import page, upload_forms, uploads
+from fusion_jax.server.environment import return_large_buffers
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_slow_uploads_make_room_for_others(monkeypatch):
             f"POST {UPLOAD} HTTP/1.1\r\nHost: x\r\nCookie: {cookies}\r\nContent-Length: 9999\r\n"
             "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b"
         ).encode()
-        slow = [socket.create_connection(place, timeout=20) for _ in range(gate.UPLOADS)]
+        slow = [socket.create_connection(place, timeout=20) for _ in range(upload_forms.AT_ONCE)]
         for connection in slow:
             connection.sendall(head)
         time.sleep(1.5)  # in which even a busy server has taken them all in

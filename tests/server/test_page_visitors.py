@@ -12,7 +12,8 @@ import pytest
 from helpers.page_site import CANCEL, DATA, JOIN, UPLOAD, Browser, Engine, httpx, page, served
 from starlette.testclient import TestClient
 
-from fusion_jax.server import api, protocol, talks, visitors
+from fusion_jax.server import api, conversations, protocol, visitors
+from fusion_jax.server.options import Options
 
 KEY = "a-key-for-the-test"
 
@@ -147,8 +148,8 @@ def test_the_environment_opens_nothing(tmp_path):
         "GRADIO_MCP_SERVER": "True",
     }
     script = (
-        "from fusion_jax.server import gradio_alone; import os, stat;"
-        "print(oct(stat.S_IMODE(os.stat(gradio_alone.FOLDER).st_mode)), gradio_alone.FOLDER);"
+        "from fusion_jax.server import gradio_environment; import os, stat;"
+        "print(oct(stat.S_IMODE(os.stat(gradio_environment.FOLDER).st_mode)), gradio_environment.FOLDER);"
         "print(sorted(name for name in os.environ if name.startswith('GRADIO_')))"
     )
     ran = subprocess.run(
@@ -166,23 +167,23 @@ def test_the_environment_opens_nothing(tmp_path):
 
 
 def test_uploads_go_with_the_server():
-    before = set(page.gradio_alone.FOLDER.iterdir())
+    before = set(page.gradio_environment.FOLDER.iterdir())
     with served() as (address, _), Browser(address) as one:
         one.upload()
-        (made,) = set(page.gradio_alone.FOLDER.iterdir()) - before
+        (made,) = set(page.gradio_environment.FOLDER.iterdir()) - before
         assert len(list(made.iterdir())) == 1
     assert not made.exists()
 
 
 def test_without_the_page_nothing_of_it_is_there():
-    app = api.make_app(Engine(), api.Options("fusion", protocol.Limits(64)))  # what --page=false serves
+    app = api.make_app(Engine(), Options("fusion", protocol.Limits(64)), None)  # what --page=false serves
     with TestClient(app) as client:
         for path in ("/", JOIN, UPLOAD, "/theme.css", "/login", "/gradio_api/file=x"):
             assert client.get(path).status_code == client.post(path).status_code == 404
 
 
 def test_conversations_are_bounded():
-    kept = talks.Talks(most=2)
+    kept = conversations.Conversations(most=2)
     first = kept.get("a")
     first.append("x")
     kept.get("b")
@@ -195,19 +196,19 @@ def test_conversations_are_bounded():
 
 
 def test_one_browser_does_not_crowd_out_others_conversations():
-    kept = talks.Talks(most=100)
+    kept = conversations.Conversations(most=100)
     mine = kept.get("me-1")
     for k in range(500):
         kept.get(f"him-{k}")
         kept.get(f"her-{k}")
-        assert not kept.asked(f"nobody-{k}")  # looking is no conversation
-    assert kept.get("me-1") is mine and len(kept._talks) == 100
+        assert not kept.questions(f"nobody-{k}")  # looking is no conversation
+    assert kept.get("me-1") is mine and len(kept._messages) == 100
     mine.append({"role": "user", "content": "What?"})
-    assert kept.asked("me-1") == ["What?"]
-    kept = talks.Talks()
+    assert kept.questions("me-1") == ["What?"]
+    kept = conversations.Conversations()
     for k in range(500):
         kept.get(f"him-{k}")
-    assert len(kept._talks) == talks.OWN and "him-499" in kept._talks
+    assert len(kept._messages) == conversations.PER_BROWSER and "him-499" in kept._messages
 
 
 def test_a_login_arrives_at_once_or_not_at_all(monkeypatch):

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from inference.test_generate import QUESTIONS, config, weights
+from helpers.generation import QUESTIONS, config, weights
 
 from fusion_jax.config import StageConfig
 from fusion_jax.data.tokenizer import load_tokenizer
