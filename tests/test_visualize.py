@@ -19,24 +19,18 @@ from PIL import Image
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.inference import attention_maps
-from fusion_jax.inference.attention_maps import (
-    encoder_weights,
-    exchange_weights,
-    levels,
-    llm_weights,
-    without_part,
-    word_tokens,
-)
+from fusion_jax.inference import attention_maps, attention_weights
+from fusion_jax.inference.attention_averages import chosen, exchange_maps
+from fusion_jax.inference.attention_maps import levels, without_part
 from fusion_jax.inference.attention_pictures import (
-    chosen,
     draw,
     draw_side_by_side,
     draw_small,
-    exchange_maps,
     pixels,
     save,
 )
+from fusion_jax.inference.attention_weights import encoder_weights, exchange_weights, llm_weights
+from fusion_jax.inference.word_tokens import word_tokens
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.synth.tokenizer import train_tokenizer
 from fusion_jax.training import checkpoint
@@ -97,14 +91,14 @@ def saved(folder, config):
 def test_the_weights_reproduce_every_layers_output(name, folder, config):
     c, weights = MODELS[name], params(MODELS[name])
     tokenizer = load_tokenizer(folder / "tokenizer")
-    example = attention_maps._prompt(c, config.template, tokenizer, folder / "wide.png", QUESTION, True)
-    batch = attention_maps._lay_out(c, example, 4)
+    example = attention_maps.make_prompt(c, config.template, tokenizer, folder / "wide.png", QUESTION, True)
+    batch = attention_maps.lay_out_prompt(c, example, 4)
 
     def wanted(module, method):
         return method == "__call__" and module.name in ("query", "key", "value", "out", "norm")
 
     model = Fusion(c)
-    (hidden, _, _), kept = jax.jit(lambda p, b: attention_maps.captured(model, p, b, wanted))(weights, batch)
+    (hidden, _, _), kept = jax.jit(lambda p, b: attention_weights.captured(model, p, b, wanted))(weights, batch)
     plain, _, _ = jax.jit(lambda p, b: model.apply({"params": p}, b))(weights, batch)
     # Looking changes nothing; keeping more results, XLA fuses otherwise, so the last bit may differ.
     np.testing.assert_allclose(hidden, plain, rtol=0, atol=2e-6)
@@ -123,7 +117,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         np.testing.assert_allclose(out[:, real], layer["out"]["__call__"][0][i][:, real], atol=2e-5)
 
     decoder = kept["llm"]
-    q, k, v, outs = (attention_maps.of_layers(c, decoder, part) for part in ("query", "key", "value", "out"))
+    q, k, v, outs = (attention_weights.of_layers(c, decoder, part) for part in ("query", "key", "value", "out"))
     kernels = [
         weights["llm"][f"stack_{i}"][f"layer_{j}"]["out"]["kernel"][block]
         for i, stack in enumerate(c.stacks())
@@ -138,7 +132,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         out = jnp.einsum("bhqk,bkhd->bqhd", w, values).reshape(*v[i].shape[:2], -1) @ kernel
         np.testing.assert_allclose(out[:, here], outs[i][:, here], atol=2e-5)
 
-    q, k, v, outs = (attention_maps.of_exchanges(c, decoder, part) for part in ("query", "key", "value", "out"))
+    q, k, v, outs = (attention_weights.of_exchanges(c, decoder, part) for part in ("query", "key", "value", "out"))
     windows = batch.windows[0, 0]
     stacks = [i for i, stack in enumerate(c.stacks()) if stack.exchange]
     kernels = jnp.concatenate([weights["llm"][f"stack_{i}"]["exchange"]["out"]["kernel"] for i in stacks])

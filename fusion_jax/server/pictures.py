@@ -7,7 +7,8 @@ import numpy as np
 from fusion_jax.config import RunConfig
 from fusion_jax.data.sources import Record
 from fusion_jax.inference import attention_pictures
-from fusion_jax.inference.attention_maps import levels, words
+from fusion_jax.inference.attention_maps import levels
+from fusion_jax.inference.word_tokens import words
 from fusion_jax.server import compilations
 from fusion_jax.server.engine import Engine
 

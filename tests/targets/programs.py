@@ -33,7 +33,7 @@ from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out
 from fusion_jax.data.plan import Sizes
 from fusion_jax.devices import chips, sharding
-from fusion_jax.inference import attention_maps, decoding, sampling
+from fusion_jax.inference import attention_maps, attention_weights, decoding, sampling
 from fusion_jax.inference.decoding import CHUNK
 from fusion_jax.inference.prompts import Buckets, Steps, fit
 from fusion_jax.models import fusion as fusion_model
@@ -187,9 +187,9 @@ def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What `fusion_jax.inference.attention_pictures` measures, on one device."""
     model, params = _model(config, mesh)
     one = dataclasses.replace(example(config.model, answer=0), labels=None)
-    batch = attention_maps._lay_out(config.model, one, config.model.fixed_latent_count)
-    words = (attention_maps._indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
-    yield _compile(attention_maps._measure, mesh, model, params, _everywhere(batch, mesh), *words)
+    batch = attention_maps.lay_out_prompt(config.model, one, config.model.fixed_latent_count)
+    words = (attention_maps.indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
+    yield _compile(attention_weights.measure_word, mesh, model, params, _everywhere(batch, mesh), *words)
 
 
 def beginning(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
