@@ -1,7 +1,8 @@
-"""Serves a checkpoint: `python -m fusion_jax.serve --checkpoint DIR`, the API under /v1 and, with Gradio, a page at /.
+"""Serves a checkpoint: `python -m fusion_jax.serve --checkpoint DIR`.
 
-An API key comes from the environment variable FUSION_API_KEY; it is never logged. Where the device fails the process
-logs why and ends with exit code 75, on which supervisors start it again.
+The API is under /v1 and, where Gradio is installed, a web page at /. An API key comes from the environment
+variable FUSION_API_KEY; it is never logged. Where the device fails, the process logs why and ends with exit code 75, on
+which supervisors start it again.
 """
 
 import contextlib
@@ -43,7 +44,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 8, "requests answered at once", lower_bound=1)
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens", lower_bound=1)
-    flags.DEFINE_list("lengths", [], "prompt lengths to compile, visual tokens included (default: those of training)")
+    flags.DEFINE_list(
+        "lengths", [], "prompt lengths to compile, visual tokens included (default: that of training, and half)"
+    )
     flags.DEFINE_list("question_lengths", [], "question lengths of the encoder to compile (default: that of training)")
     flags.DEFINE_list("rounds", [], "numbers of rounds to compile (default: that of training)")
     flags.DEFINE_integer("images", 0, "most images of a conversation (0: as many as in training)", lower_bound=0)

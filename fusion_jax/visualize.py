@@ -1,4 +1,6 @@
-"""Draws attention pictures: `python -m fusion_jax.visualize --checkpoint DIR --image FILE --question TEXT --word WORD`.
+"""Draws where a model looks for a word of a question.
+
+    python -m fusion_jax.visualize --checkpoint DIR --image FILE --question TEXT --word WORD
 
 Writes OUT.png and OUT.svg: where the model looks for that word, level by level (see `inference/attention_maps.py`
 and docs/pictures.md). With --compare the model as trained stands above itself with a part switched off, or above

@@ -1,4 +1,4 @@
-"""Answers prompts in batches: `Answerer` gives texts, whole or in pieces; `greedy` gives tokens and logits."""
+"""Answers prompts in batches: `Answerer` gives texts, `greedy` gives tokens and logits."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Turns records into batches of prompts: padded to buckets or rounded up, with images read and text tokenized."""
+"""Turns records into batches of prompts, padded to one of few shapes."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""Chooses the next token: greedily, or drawn after repetition penalty, temperature, top-k and top-p, row by row.
+"""Chooses the next token of each row: greedily, or drawn by the row's own settings.
 
-Settings are arrays on the device, one value a row, so that one compiled program serves requests that differ.
+The settings are repetition penalty, temperature, top-k and top-p, applied in this order. They are arrays on
+the device, one value a row, so that one compiled program serves requests that differ.
 """
 
 from collections.abc import Sequence

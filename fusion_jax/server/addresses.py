@@ -50,5 +50,5 @@ def refusal(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(ApiError(405, text, "method_not_allowed").body(), 405, {"Allow": allowed})
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
     served = [f"{min(route.methods)} {route.path.replace(':path}', '}')}" for route in routes]
-    text = f"{request_line} is not served here; there are {', '.join(served)}."
+    text = f"{request_line} is not an address of this server; its addresses are {', '.join(served)}."
     return JSONResponse(ApiError(404, text, "not_found").body(), 404)

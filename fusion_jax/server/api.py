@@ -95,7 +95,7 @@ def make_app(engine: Engine, options: Options, grammars: Grammars) -> fastapi.Fa
         authorize(request)
         if name != options.model:
             raise ApiError(
-                404, f"The model {name[:80]!r} does not exist; served is {options.model!r}.", "model_not_found"
+                404, f"The model {name[:80]!r} does not exist; this server has {options.model!r}.", "model_not_found"
             )
         return JSONResponse(card)
 

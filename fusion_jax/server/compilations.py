@@ -1,4 +1,4 @@
-"""Counts the programs that this process compiles, apart from those of threads that ask not to be counted."""
+"""Counts the programs that this process compiles, except in threads that ask not to be counted."""
 
 import contextlib
 import threading

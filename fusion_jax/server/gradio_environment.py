@@ -1,4 +1,4 @@
-"""Hides the user's GRADIO_* variables from Gradio, which reads them when imported; import this module first.
+"""Hides GRADIO_* variables from Gradio, which reads them when imported; import this module first.
 
 Those variables could open folders, share the page through a tunnel or serve other routes. Gradio's files go to a folder
 of this process alone, not to /tmp/gradio, which all users of a machine share.

@@ -1,6 +1,7 @@
-"""A proxy before Gradio: passes on the few requests that the page makes, checked and rewritten, and refuses all others.
+"""A proxy before Gradio, which passes on the few requests of the page and refuses all others.
 
 Gradio serves some eighty routes and accepts anything in an event: paths, addresses, other visitors' sessions. Here
+requests are checked and rewritten:
 
     a browser is identified by a cookie of its own, and by the key where there is one
     an event is the number of a known function and as many values as it has inputs, each of its input's kind

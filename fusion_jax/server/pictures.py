@@ -1,4 +1,4 @@
-"""Draws attention pictures of the served model beside its answers: one at a time, in the caller's thread."""
+"""Draws attention pictures of the served model beside its answers, one at a time."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Reads the bodies of requests within limits of bytes and seconds, and counts the bytes of all of them together.
+"""Reads the bodies of requests, with limits on their bytes, their seconds and the memory of all.
 
 A caller who sends slowly holds a connection and the bytes that have arrived, but no place in the queue. The bytes of
 all requests whose prompts are not ready yet are counted together, so that many large bodies cannot exhaust the memory.

@@ -1,4 +1,4 @@
-"""Runs R rows of prompts and answers in one cache on the device: requests join and leave it between steps.
+"""The running batch on the device: R rows of prompts and answers, which requests join and leave.
 
 The cache has R rows of P + A slots. A new prompt is prefilled alone and copied into slots [0, P) of a free row; all
 rows write their next token into the same slot of the ring [P, P + A). A row lives A steps at most, so the tokens that

@@ -1,4 +1,4 @@
-"""Threads for the slow work of requests, which never blocks the event loop and never queues without bound."""
+"""Threads for the slow work of requests, with a bounded queue."""
 
 import asyncio
 from collections.abc import Callable

@@ -59,7 +59,7 @@ def test_another_image_begins_again_and_a_wrong_one_changes_nothing(chat, tmp_pa
 
 def test_a_conversation_is_saved_as_a_record(chat, tmp_path):
     chat.say("/save")
-    assert "Say where" in chat.written()
+    assert "Name the file" in chat.written()
     chat.say("What?")
     chat.say(f"/save {tmp_path / 'saved.json'}")
     [record] = json.loads((tmp_path / "saved.json").read_text())

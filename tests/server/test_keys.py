@@ -82,7 +82,7 @@ def test_what_is_not_supported_is_refused_by_name_and_its_default_is_not(key, va
 def test_misspelt_keys_are_refused_with_what_may_be_meant(key, meant):
     for value in (1, None):
         error = refused(**{key: value})
-        assert error.code == "unknown_parameter" and f"{key} is no key of a request;" in error.message
+        assert error.code == "unknown_parameter" and f"{key} is not a key of a request;" in error.message
         assert meant is None or f"did you mean {meant}" in error.message
 
 
@@ -108,9 +108,9 @@ def test_what_changes_no_answer_is_taken():
 def test_every_key_of_the_official_client_is_known():
     params = pytest.importorskip("openai.types.chat.completion_create_params")
     keys = {*typing.get_type_hints(params.CompletionCreateParamsBase), "stream"}
-    assert len(keys) > 30 and keys <= {*CHAT.taken, *CHAT.ignored, *CHAT.fixed}
+    assert len(keys) > 30 and keys <= {*CHAT.read, *CHAT.ignored, *CHAT.fixed}
     options = pytest.importorskip("openai.types.chat").ChatCompletionStreamOptionsParam
-    assert {*typing.get_type_hints(options)} <= {*STREAM.taken, *STREAM.ignored, *STREAM.fixed}
+    assert {*typing.get_type_hints(options)} <= {*STREAM.read, *STREAM.ignored, *STREAM.fixed}
 
 
 def test_the_two_names_of_the_longest_answer():
@@ -155,14 +155,14 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_choice": [f"{i}" for i in range(1001)]}, "guided_choice", "at most 1000"),
         ({"guided_regex": "a" * 9000}, "guided_regex", "at most 8192"),
         ({"guided_regex": "a\\\\\\"}, "guided_regex", "a backslash that escapes nothing"),
-        ({"guided_json": "{"}, "guided_json", "no JSON"),
+        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
         ({"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit"),  # as in a body
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
         ({"guided_json": {"properties": {"a": {"tpye": "string"}}}}, "guided_json", "did you mean type?"),
-        ({"guided_json": {"divisibleBy": 2}}, "guided_json", "a draft before"),
+        ({"guided_json": {"divisibleBy": 2}}, "guided_json", "before JSON Schema's fourth draft"),
         ({"guided_json": {f"note {i}": 1 for i in range(101)}}, "guided_json", "over 100 different words"),
         ({"guided_json": {"x-guidance": {"lenient": True}}}, "guided_json", "not supported"),
-        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "one form only"),
+        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "only one form"),
     ],
 )
 def test_what_lies_within_a_key_is_looked_at_as_well(keys, param, said):

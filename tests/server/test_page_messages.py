@@ -117,7 +117,7 @@ def test_a_browser_shows_no_error_that_is_over(tmp_path, monkeypatch):
         state.get_by_text("Round 1 of 40; about").wait_for()
         (tmp_path / "none.png").write_text("no image")
         page.locator("#image input[type=file]").set_input_files(tmp_path / "none.png")
-        page.locator(".toast-body").get_by_text("This is no image that can be used").wait_for()
+        page.locator(".toast-body").get_by_text("This image cannot be used").wait_for()
         page.locator("#image input[type=file]").set_input_files(name)
         page.locator(".toast-body").wait_for(state="detached", timeout=5000)  # Gradio itself leaves it for ten seconds
         page.locator("#image img").first.wait_for()

@@ -90,7 +90,7 @@ def test_an_upload_of_another_form_is_not_even_read(visitor, caplog):
     begun = time.monotonic()
     for kind in ("application/x-www-form-urlencoded", "application/json", "text/plain", "", "multipart/mixed"):
         answer = visitor.http.post(UPLOAD, content=b"&" * (30 << 20), headers={"Content-Type": kind})
-        assert answer.status_code == 415 and answer.text == "An upload is a form with one file."
+        assert answer.status_code == 415 and answer.text == "An upload must be a form with one file."
     assert time.monotonic() - begun < 5
     assert visitor.upload(headers={"Content-Encoding": "gzip"}).status_code == 415
     for body in (b"junk", b"--b\r\nbad header\r\n\r\n", b"--bxx"):
@@ -146,7 +146,7 @@ def test_a_share_is_of_bytes_too(tmp_path):
 
 
 def test_slow_uploads_make_room_for_others(monkeypatch):
-    monkeypatch.setattr(gate, "SLOW", 4.0)
+    monkeypatch.setattr(upload_forms, "SLOW", 4.0)
     with served() as (address, _), Browser(address) as one:
         place = (one.http.base_url.host, one.http.base_url.port)
         cookies = "; ".join(f"{name}={value}" for name, value in one.http.cookies.items())
