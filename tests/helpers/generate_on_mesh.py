@@ -1,4 +1,4 @@
-"""Answers from parameters dealt over fsdp 2 x tensor 2 x data 2: run by test_generate.py in a process of its own."""
+"""Answers from parameters sharded over fsdp 2 x tensor 2 x data 2; test_generate.py runs it as a process."""
 
 import sys
 

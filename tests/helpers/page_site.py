@@ -1,4 +1,4 @@
-"""The page on a real server, over an engine without a model; a browser's requests; a listener that counts callers."""
+"""The page on a real server over an engine without a model, a browser's requests, and a listener."""
 
 import contextlib
 import importlib
@@ -37,9 +37,9 @@ class Prompts:
         return [*text]
 
     def measure(self, record):
-        asked = [turn["value"] for turn in record.turns if turn["from"] == "human"]
+        questions = [turn["value"] for turn in record.turns if turn["from"] == "human"]
         length = sum(len(turn["value"]) for turn in record.turns)
-        return Needs(length, 0, len(asked), len(record.images)), len("".join(asked)) if record.images else 0
+        return Needs(length, 0, len(questions), len(record.images)), len("".join(questions)) if record.images else 0
 
 
 class Engine:
@@ -140,12 +140,12 @@ class Browser:
 
     def events(self, session=None):
         """All messages of the session until its stream ends."""
-        found = []
+        messages = []
         with self.http.stream("GET", DATA, params={"session_hash": session or self.session}) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
-                    found.append(json.loads(line[6:]))
-        return found
+                    messages.append(json.loads(line[6:]))
+        return messages
 
     def run(self, number, values):
         """The last values of an event, or its error."""
@@ -168,7 +168,7 @@ def file(path, **more):
 
 @contextlib.contextmanager
 def listener():
-    """(address, list of the connections that came): nobody may connect."""
+    """(address, list of the connections to it), to check that nothing connects."""
     hits = []
     with socket.create_server(("127.0.0.1", 0)) as place:
 

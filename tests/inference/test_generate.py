@@ -155,6 +155,12 @@ def test_bfloat16_answers(tokenizer):
     assert all(isinstance(answer, str) for answer in answers) and any(answers)
 
 
+def test_importing_generation_loads_neither_grain_nor_orbax():
+    script = "import sys, fusion_jax.inference.generate; print({'grain', 'orbax'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 # Choosing a token.
 
 

@@ -166,6 +166,20 @@ def test_the_environment_opens_nothing(tmp_path):
     assert not list(tmp_path.iterdir())  # gone with the process
 
 
+def test_gradio_is_imported_without_the_environment():
+    script = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'gradio': print('GRADIO_SHARE' in os.environ)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import fusion_jax.server.page"
+    )
+    environment = os.environ | {"GRADIO_SHARE": "True"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]
+
+
 def test_uploads_go_with_the_server():
     before = set(page.gradio_environment.FOLDER.iterdir())
     with served() as (address, _), Browser(address) as one:
