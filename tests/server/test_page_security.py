@@ -9,6 +9,7 @@ from helpers.page_site import JOIN, file, httpx, listener, page, png
 
 from fusion_jax.errors import UserError
 from fusion_jax.server import gradio_proxy
+from fusion_jax.server.page_text import problem_text
 from fusion_jax.server.pictures import Busy
 from fusion_jax.server.requests import Closing, Full
 
@@ -254,4 +255,4 @@ def test_answers_are_shown_as_plain_text(visitor):
     ],
 )
 def test_the_page_says_why(refusal, text):
-    assert text in page._problem(refusal)
+    assert text in problem_text(refusal)

@@ -13,7 +13,7 @@ from helpers.page_site import UPLOAD, Browser, png, served
 from PIL import Image
 
 from fusion_jax.errors import BadRecord
-from fusion_jax.server import page, upload_forms, uploads
+from fusion_jax.server import page_events, upload_forms, uploads
 from fusion_jax.server.environment import return_large_buffers
 
 
@@ -31,7 +31,7 @@ from fusion_jax.server.environment import return_large_buffers
 def test_only_images_are_kept(visitor, data):
     for name in ("a.png", "a.html", "a.svg"):
         answer = visitor.upload(data, name)
-        assert answer.status_code == 415 and answer.text.startswith("This is no image")
+        assert answer.status_code == 415 and answer.text.startswith("This image cannot be used")
     assert visitor.http.get("/gradio_api/file=a.html").status_code == 404
 
 
@@ -275,4 +275,4 @@ def test_few_images_of_questions_are_in_memory_at_once(monkeypatch):
             one.join(number, ["What?", image, 0, 16], session_hash=f"page{k}")
         for k in range(10):
             assert one.events(f"page{k}")[-1]["msg"] == "close_stream"
-        assert most == page._READING
+        assert most == page_events._READING
