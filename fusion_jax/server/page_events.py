@@ -4,8 +4,13 @@ import contextlib
 import io
 import threading
 
-import gradio as gr
 from PIL import Image
+
+from fusion_jax.server import gradio_environment  # noqa: F401
+
+# isort: split
+
+import gradio as gr
 
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import check
