@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
             interrupts.answered()
             write("\n")
             continue
-        if not chat.say(line):
+        if not chat.handle(line):
             break
 
 

@@ -17,15 +17,15 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
-    """A conversation about an image. `say` takes a line and returns False at the end."""
+    """A conversation about an image. `handle` takes a line and returns False at the end."""
 
     def __init__(self, answerer: generate.Answerer, how: Sampling, picture: str | None, write: Callable[[str], None]):
         self.answerer, self.how, self.write = answerer, how, write
         self.picture: Path | None = None
         self.turns: list[dict[str, str]] = []
-        self.show(picture)
+        self.begin(picture)
 
-    def show(self, picture: str | None) -> None:
+    def begin(self, picture: str | None) -> None:
         """Begins a new conversation about an image, or about none. Raises UserError where it cannot be read."""
         path = Path(picture).expanduser() if picture else None
         if path is not None:
@@ -35,14 +35,14 @@ class Chat:
                 raise UserError(f"{error}.") from error
         self.picture, self.turns = path, []
 
-    def say(self, line: str) -> bool:
+    def handle(self, line: str) -> bool:
         line = line.strip()
         command, _, rest = line.partition(" ")
         try:
             if command in ("/quit", "/exit"):
                 return False
             if command == "/image":
-                self.show(rest.strip() or None)
+                self.begin(rest.strip() or None)
                 self.write(f"[{self.picture or 'no image'}; new conversation]\n")
             elif command == "/reset":
                 self.turns = []
@@ -52,12 +52,12 @@ class Chat:
             elif command.startswith("/"):
                 self.write("Commands: /image FILE, /reset, /save FILE, /quit.\n")
             elif line:
-                self.ask(line)
+                self.answer(line)
         except (UserError, BadRecord) as error:
             self.write(f"error: {error}\n")
         return True
 
-    def ask(self, question: str) -> None:
+    def answer(self, question: str) -> None:
         """Writes the answer while it is generated. One that Ctrl-C stops stays in the conversation as it is."""
         turns = [*self.turns, {"from": "human", "value": question}]
         record = Record("chat", self.picture, turns, "the conversation", literal=True)

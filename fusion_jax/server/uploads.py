@@ -1,4 +1,4 @@
-"""Keeps visitors' images in one private folder, each with its owner, within limits of bytes, number and time."""
+"""Keeps visitors' images in one private folder, within limits of bytes, number and time for each owner."""
 
 import os
 import secrets
