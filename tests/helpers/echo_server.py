@@ -110,17 +110,17 @@ def serving(folder: Path, patience=None, rows=4, queue=12, model="fusion", limit
     server = make_server(app, "127.0.0.1", 0, patience or Patience(), 5)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    heard, logs = _Errors(logging.ERROR), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    handler, logs = _Errors(logging.ERROR), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
         for log in logs:
-            log.addHandler(heard)
-        yield Served(server.servers[0].sockets[0].getsockname()[1], engine, app, heard.errors)
+            log.addHandler(handler)
+        yield Served(server.servers[0].sockets[0].getsockname()[1], engine, app, handler.errors)
     finally:
         for log in logs:
-            log.removeHandler(heard)
+            log.removeHandler(handler)
         server.should_exit = True
         thread.join(30)
 

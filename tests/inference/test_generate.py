@@ -133,21 +133,23 @@ def test_a_callers_system_text_has_the_templates_place_or_joins_the_first_questi
     monkeypatch.setitem(TEMPLATES, "phi3", template)
     prompts = Prompts(config(), tokenizer, Steps())
     turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Describe it."}]
-    asked = Record("0", None, turns, "prompt", literal=True, system="A blue <image>")
-    ids = prompts.example(asked).input_ids
-    said = tokenizer.decode(ids[ids >= 0], skip_special=False)
-    assert ("S: A blue <image>.\n" in said) == place
-    assert ("A blue <image>\n\nDescribe it." in said) != place
-    assert (template.default_system in said) != place
+    system_record = Record("0", None, turns, "prompt", literal=True, system="A blue <image>")
+    ids = prompts.example(system_record).input_ids
+    decoded = tokenizer.decode(ids[ids >= 0], skip_special=False)
+    assert ("S: A blue <image>.\n" in decoded) == place
+    assert ("A blue <image>\n\nDescribe it." in decoded) != place
+    assert (template.default_system in decoded) != place
     with pytest.raises(BadRecord, match="no place for a system text") if not place else contextlib.nullcontext():
-        prompts.example(dataclasses.replace(asked, literal=False))  # a data set's is no part of a question
+        prompts.example(dataclasses.replace(system_record, literal=False))  # a data set's is no part of a question
 
 
 def test_a_callers_system_text_counts_among_the_texts(tokenizer):
     buckets = Buckets(lengths=(64,), questions=(48,))
-    asked = Record("0", None, [{"from": "human", "value": "Hi"}], "prompt", literal=True, system="far too long " * 9999)
+    system_record = Record(
+        "0", None, [{"from": "human", "value": "Hi"}], "prompt", literal=True, system="far too long " * 9999
+    )
     with pytest.raises(BadRecord, match="the texts have 129989 bytes, and no prompt has over"):
-        Prompts(config(), tokenizer, buckets).example(asked)
+        Prompts(config(), tokenizer, buckets).example(system_record)
 
 
 def test_bfloat16_answers(tokenizer):

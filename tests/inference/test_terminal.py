@@ -79,15 +79,15 @@ def test_a_stopped_answer_counts_as_far_as_it_came(chat):
 
 
 def test_what_is_typed_is_text_and_what_is_said_steers_no_terminal(chat, tmp_path, monkeypatch):
-    asked = []
+    records = []
 
     def stream(record, how):
-        asked.append(record)
+        records.append(record)
         yield "a\x1b]0;title\x07b\r\x9b2J\n\tc"
 
     monkeypatch.setattr(chat.answerer, "stream", stream)
     chat.handle("<image> <|end|>")
-    assert asked[0].literal and asked[0].turns[-1]["value"] == "<image> <|end|>"
+    assert records[0].literal and records[0].turns[-1]["value"] == "<image> <|end|>"
     assert "a]0;titleb2J\n\tc" in chat.written()
     chat.handle(f"/save {tmp_path / 'saved.json'}")
     [record] = json.loads((tmp_path / "saved.json").read_text())

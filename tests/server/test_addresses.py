@@ -51,9 +51,9 @@ def preflight(port, origin, path="/v1/chat/completions", method="POST", names="a
     ],
 )
 def test_a_site_that_is_named_may_read_all_answers(server, method, path, headers, status):
-    told, names = preflight(server.port, APP, path, method)
+    status_code, names = preflight(server.port, APP, path, method)
     allowed = names["access-control-allow-methods"].split(", ")
-    assert told == 204 and (method in allowed or status == 405)
+    assert status_code == 204 and (method in allowed or status == 405)
     assert names["access-control-allow-headers"] == "authorization, content-type"
     with exchange(server.port, method, path, {"Origin": APP} | headers) as (answer, _):
         assert answer.status == status
@@ -70,9 +70,9 @@ def test_a_site_that_is_named_may_read_all_answers(server, method, path, headers
     ],
 )
 def test_other_sites_may_not_and_hear_it_at_once(server, origin):
-    told, names = preflight(server.port, origin)
+    status_code, names = preflight(server.port, origin)
     with exchange(server.port, "POST", "/v1/chat/completions", JSON | {"Origin": origin}) as (answer, text):
-        assert (told, answer.status, json.loads(text)["error"]["code"]) == (403, 403, "foreign_origin")
+        assert (status_code, answer.status, json.loads(text)["error"]["code"]) == (403, 403, "foreign_origin")
     for one in (names, answer.headers):
         assert "access-control-allow-origin" not in one and one["vary"] == "Origin"
     with exchange(server.port, "GET", "/v1/models", {"Sec-Fetch-Site": "cross-site"}) as (answer, _):
@@ -82,8 +82,8 @@ def test_other_sites_may_not_and_hear_it_at_once(server, origin):
 def test_all_sites_may_where_a_star_says_so(tmp_path):
     with serving(tmp_path, api_key=KEY, origins=read_origins(["*"])) as server:
         for origin in ("https://any.example", "null"):
-            told, names = preflight(server.port, origin)
-            assert told == 204 and names["access-control-allow-origin"] == "*"
+            status_code, names = preflight(server.port, origin)
+            assert status_code == 204 and names["access-control-allow-origin"] == "*"
             assert "access-control-allow-credentials" not in names
             with exchange(server.port, "POST", "/v1/chat/completions", JSON | {"Origin": origin}) as (answer, _):
                 assert answer.status == 401 and answer.headers["access-control-allow-origin"] == "*"

@@ -113,12 +113,12 @@ def test_a_cancelled_request_frees_its_row_and_a_late_one_times_out(engine):
 
 
 def test_places_are_limited(engine):
-    taken = engine.rows + engine.queue_limit
-    for _ in range(taken):
+    available = engine.rows + engine.queue_limit
+    for _ in range(available):
         engine.reserve()
     with pytest.raises(Full):
         engine.reserve()
-    for _ in range(taken):
+    for _ in range(available):
         engine.release()
     engine.reserve()
     engine.release()
@@ -174,16 +174,16 @@ def grammars(engine):
 def collect_formed(engine, requests):
     """[(text, finish, tokens)] of (record, sampling, form or None, likely), all at once."""
     events, done = queue.Queue(), {}
-    told = [["", None, []] for _ in requests]
+    results = [["", None, []] for _ in requests]
     for i, (record, how, constraint, likely) in enumerate(requests):
         engine.submit(engine.prepare(record), how, lambda event, i=i: events.put((i, event)), 300.0, constraint, likely)
     while len(done) < len(requests):
         i, event = events.get(timeout=300)
-        told[i][0] += event.text
-        told[i][2] += event.tokens
+        results[i][0] += event.text
+        results[i][2] += event.tokens
         if event.finish:
-            told[i][1] = done[i] = event.finish
-    return told
+            results[i][1] = done[i] = event.finish
+    return results
 
 
 def follows(form, text):
@@ -192,8 +192,8 @@ def follows(form, text):
     if "guided_regex" in form:
         return re.fullmatch(form["guided_regex"], text) is not None
     schema = form.get("guided_json") or form["response_format"]["json_schema"]["schema"]
-    said = json.loads(text)
-    return said in schema["enum"] if "enum" in schema else list(said) == ["a", "b"] and said["b"] in ("x", "y z")
+    spoken = json.loads(text)
+    return spoken in schema["enum"] if "enum" in schema else list(spoken) == ["a", "b"] and spoken["b"] in ("x", "y z")
 
 
 def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
@@ -207,18 +207,18 @@ def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
             how = Sampling(max_tokens=24, temperature=1.5 if i % 4 else 0.0, seed=i)
             requests.append((record, how, grammars.matcher(read_form(FORMS[i // 2 % 4])), None))
     before = engine.recompilations  # what the tests themselves have compiled
-    told = collect_formed(engine, requests)
+    results = collect_formed(engine, requests)
     assert engine.recompilations == before
-    said = set()
-    for i, (text, finish, _) in enumerate(told):
+    spoken = set()
+    for i, (text, finish, _) in enumerate(results):
         if i in free:
             assert text == alone(engine, *free[i])
         elif finish == "stop":
             assert follows(FORMS[i // 2 % 4], text), text
-            said.add(text)
+            spoken.add(text)
         else:
             assert finish == "length" and i // 2 % 4 == 3, (i, text)  # white space within JSON may be long
-    assert len(said) > 5
+    assert len(spoken) > 5
     # The device's rows are free again.
     assert engine.busy == 0 and np.asarray(engine.batch.state.done).all()
 
@@ -254,8 +254,8 @@ def test_probabilities_are_the_models_own(engine):
         assert one.token == ids[0, k] and len(one.top) == 3
         np.testing.assert_allclose(one.value, shares[k, one.token], atol=1e-4)
         np.testing.assert_allclose([value for _, value in one.top], np.sort(shares[k])[::-1][:3], atol=1e-4)
-    said = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
-    assert said.decode(errors="replace").strip() == text
+    spoken = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
+    assert spoken.decode(errors="replace").strip() == text
     greedy = collect_formed(engine, [(record, Sampling(max_tokens=10), None, 20)])[0]
     assert all(one.top[0] == (one.token, one.value) and len(one.top) == 20 for one in greedy[2])
     with pytest.raises(UserError, match=r"0\.\.20"):
@@ -280,11 +280,11 @@ def test_a_form_that_leads_nowhere_ends_its_own_answer_alone(engine):
     example = engine.prepare(mixed(0)[0])
     engine.submit(example, Sampling(max_tokens=20), events.put, 60.0, Nowhere())
     texts, _ = collect(engine, [mixed(4)])
-    heard = []
-    while not heard or heard[-1].finish is None:
-        heard.append(events.get(timeout=60))
-    heard = heard[-1:]
-    assert [(event.finish, "no token can come next" in event.problem) for event in heard] == [("error", True)]
+    received = []
+    while not received or received[-1].finish is None:
+        received.append(events.get(timeout=60))
+    received = received[-1:]
+    assert [(event.finish, "no token can come next" in event.problem) for event in received] == [("error", True)]
     assert texts == [alone(engine, *mixed(4))] and not engine.problem
 
 

@@ -53,19 +53,19 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "said"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
-def test_after_an_error_the_question_is_in_the_line_again_and_nowhere_else(site, visitor, broken, error, said):
+@pytest.mark.parametrize(("error", "written"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+def test_after_an_error_the_question_is_in_the_line_again_and_nowhere_else(site, visitor, broken, error, written):
     visitor.ask("First?")
     broken.error = error
     chat, line, _, state, _ = visitor.ask("Second?")
     assert texts(chat) == ["First?", "A red circle."] and line == "Second?"
-    assert state.startswith(f"{ALERT}{said}</p><p>Round 2 of 40; about") and "secret" not in state
+    assert state.startswith(f"{ALERT}{written}</p><p>Round 2 of 40; about") and "secret" not in state
     broken.error = None
     chat, line, _, state, _ = visitor.ask("Third?")
     assert texts(chat) == ["First?", "A red circle.", "Third?", "A red circle."] and not line
     assert ALERT not in state and "Round 3 of 40" in state
-    said = [turn["value"] for turn in site[1].records[-1].turns]
-    assert said == ["First?", "A red circle.", "Third?"]
+    written = [turn["value"] for turn in site[1].records[-1].turns]
+    assert written == ["First?", "A red circle.", "Third?"]
 
 
 def test_an_answer_that_breaks_off_stays_as_far_as_it_came(site, visitor, broken):

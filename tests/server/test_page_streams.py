@@ -26,15 +26,15 @@ def listen(browser, session):
 
 def ends(one, seconds=3.0):
     """What has come until the answer ended; None where it goes on."""
-    said, end = b"", time.monotonic() + seconds
+    reply, end = b"", time.monotonic() + seconds
     with contextlib.suppress(TimeoutError):
-        while not said.endswith(b"0\r\n\r\n") and b'{"detail"' not in said:
+        while not reply.endswith(b"0\r\n\r\n") and b'{"detail"' not in reply:
             one.settimeout(max(end - time.monotonic(), 0.01))
             piece = one.recv(1 << 16)
             if not piece:
                 break
-            said += piece
-        return said
+            reply += piece
+        return reply
     return None
 
 
@@ -47,9 +47,9 @@ def test_one_event_does_not_open_many_streams(site, visitor):
     """530 of them once held all connections for ever."""
     post(visitor, "abc")
     streams = [listen(visitor, "abc") for _ in range(20)]
-    said = [ends(one) for one in streams]
-    assert None not in said
-    assert sum(b"HTTP/1.1 200" in one for one in said) >= 1
+    reply = [ends(one) for one in streams]
+    assert None not in reply
+    assert sum(b"HTTP/1.1 200" in one for one in reply) >= 1
     assert b"HTTP/1.1 404" in ends(listen(visitor, "abc"))  # nothing is on its way any more
     assert b"HTTP/1.1 404" in ends(listen(visitor, "never"))
     for one in streams:

@@ -61,9 +61,9 @@ def test_a_name_of_a_file_says_nothing(visitor, name):
 
 
 def test_pages_in_the_shape_of_images_are_shown_as_images(visitor):
-    made = io.BytesIO()
-    Image.new("P", (1, 1)).save(made, "GIF")
-    (kept,) = visitor.upload(made.getvalue() + b"<script>alert(1)</script>", "a.html").json()
+    image_file = io.BytesIO()
+    Image.new("P", (1, 1)).save(image_file, "GIF")
+    (kept,) = visitor.upload(image_file.getvalue() + b"<script>alert(1)</script>", "a.html").json()
     shown = visitor.http.get(f"/gradio_api/file={kept}")
     assert shown.headers["content-type"] == "image/gif" and shown.headers["x-content-type-options"] == "nosniff"
 
@@ -107,8 +107,8 @@ def test_uploads_are_bounded_in_all():
         assert one.upload(png() + bytes(10_000_000)).status_code == 413
         others = [Browser(address) for _ in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            found = sorted(answer.status_code for answer in pool.map(lambda other: other.upload(noise), others))
-        assert found == [200] * 3 + [507] * 5
+            statuses = sorted(answer.status_code for answer in pool.map(lambda other: other.upload(noise), others))
+        assert statuses == [200] * 3 + [507] * 5
         assert one.upload(noise).text == "The server has no room for another image; try again later."
         for other in others:
             other.http.close()

@@ -28,8 +28,8 @@ def test_another_browser_neither_hears_nor_cancels(site, visitor):
         time.sleep(0.01)
     with Browser(site[0], session=visitor.session) as other:
         other.http.post(CANCEL, json={"session_hash": visitor.session, "fn_index": 0, "event_id": "0" * 32})
-        heard = other.http.get(DATA, params={"session_hash": visitor.session}).text
-        assert "Mine" not in heard and "answer" not in heard.lower()
+        messages = other.http.get(DATA, params={"session_hash": visitor.session}).text
+        assert "Mine" not in messages and "answer" not in messages.lower()
         owner = httpx.get(site[0] + DATA, params={"session_hash": visitor.session})
         assert owner.status_code == 403  # nor without a cookie
     engine.go.set()
@@ -184,9 +184,9 @@ def test_uploads_go_with_the_server():
     before = set(page.gradio_environment.FOLDER.iterdir())
     with served() as (address, _), Browser(address) as one:
         one.upload()
-        (made,) = set(page.gradio_environment.FOLDER.iterdir()) - before
-        assert len(list(made.iterdir())) == 1
-    assert not made.exists()
+        (uploads_folder,) = set(page.gradio_environment.FOLDER.iterdir()) - before
+        assert len(list(uploads_folder.iterdir())) == 1
+    assert not uploads_folder.exists()
 
 
 def test_without_the_page_nothing_of_it_is_there():

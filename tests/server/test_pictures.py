@@ -57,13 +57,13 @@ def compiled():
     """Names of the programs that are compiled meanwhile."""
     names = []
 
-    def heard(event, duration, **more):
+    def listen(event, duration, **more):
         if event.endswith("backend_compile_duration"):
             names.append(more.get("fun_name"))
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
-    jax.monitoring.unregister_event_duration_listener(heard)
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def ask(i):

@@ -90,8 +90,8 @@ def test_the_official_client_gets_answers_of_a_form(client):
         # White space, of which these random weights say much, may cut an answer off: the client raises then.
         with contextlib.suppress(openai.LengthFinishReasonError):
             how = {"max_tokens": 48, "seed": seed, "temperature": 1.0, "response_format": Seen}
-            made = client.chat.completions.parse(model="fusion", messages=question(1), **how)
-            seen.append(made.choices[0].message.parsed)
+            completion = client.chat.completions.parse(model="fusion", messages=question(1), **how)
+            seen.append(completion.choices[0].message.parsed)
     assert seen and all(isinstance(one, Seen) for one in seen)
     choices = ["A red circle", "a blue star"]
     for wanted in ({"structured_outputs": {"choice": choices}}, {"guided_choice": choices}):
@@ -128,11 +128,11 @@ def test_every_role_of_the_official_client_is_heard(client):
         messages = [{"role": role, "content": content} for role, content in messages]
         return client.chat.completions.create(model="fusion", messages=messages, max_tokens=1).usage.prompt_tokens
 
-    asked = counted(("user", "What is in the image?"))
+    base = counted(("user", "What is in the image?"))
     for role in ("assistant", "developer"):
-        said = ((role, "A red circle."), (role, "A red circle and a blue star."))
-        one, more = (counted(text, ("user", "What is in the image?")) for text in said)
-        assert asked != one < more
+        both = ((role, "A red circle."), (role, "A red circle and a blue star."))
+        one, more = (counted(text, ("user", "What is in the image?")) for text in both)
+        assert base != one < more
     assert counted(("user", "What?"), ("assistant", None), ("user", "What?")) > counted(("user", "What?"))
 
 
@@ -179,24 +179,24 @@ def test_200_requests_of_16_callers_a_tenth_of_them_broken(client, server, expec
         if i % 10 == 9:
             body, status = broken[i // 10 % 5]
             return post(server, body, read=body is not leaves) == status
-        made = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model="fusion", messages=question(i % 8), max_tokens=24, stream=bool(i % 3 == 0)
         )
         if i % 3 == 0:
-            return "".join(p.choices[0].delta.content or "" for p in made) == expected[i % 8]
-        return made.choices[0].message.content == expected[i % 8]
+            return "".join(p.choices[0].delta.content or "" for p in completion) == expected[i % 8]
+        return completion.choices[0].message.content == expected[i % 8]
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         right = list(pool.map(ask, range(200)))
     assert all(right), [i for i, good in enumerate(right) if not good]
     for _ in range(100):
-        told = metrics(server)
-        if not told["fusion_requests_open"]:
+        counts = metrics(server)
+        if not counts["fusion_requests_open"]:
             break
         time.sleep(0.1)
-    assert told["fusion_requests_open"] == told["fusion_rows_busy"] == told["fusion_requests_waiting"] == 0
-    assert told["fusion_recompilations"] == 0
-    assert told["fusion_decode_chunks_total"] < told["fusion_answer_tokens_total"] / 8  # rows shared their chunks
+    assert counts["fusion_requests_open"] == counts["fusion_rows_busy"] == counts["fusion_requests_waiting"] == 0
+    assert counts["fusion_recompilations"] == 0
+    assert counts["fusion_decode_chunks_total"] < counts["fusion_answer_tokens_total"] / 8  # rows shared their chunks
 
 
 def test_the_key_is_not_in_the_log(server, folder):

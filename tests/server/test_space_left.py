@@ -37,7 +37,7 @@ def record(questions, image=True):
 
 
 @pytest.mark.parametrize(
-    ("length", "question", "rounds", "asked", "image", "said"),
+    ("length", "question", "rounds", "rounds_used", "image", "sentence"),
     [
         (400, 500, 3, 1, True, r"Round 1 of 3; about \d+ words fit\."),
         (400, 500, 3, 2, True, r"Round 2 of 3; about \d+ more words fit\."),
@@ -51,11 +51,11 @@ def record(questions, image=True):
         (400, 8, 3, 1, False, r".*bout \d\d+ words fit, fewer beside an image\."),
     ],
 )
-def test_the_room_is_said_in_words(make, length, question, rounds, asked, image, said):
+def test_the_space_left_is_given_in_words(make, length, question, rounds, rounds_used, image, sentence):
     text = space_left(
-        make(length, question, rounds), record(["Which colour is the star?"] * (asked - 1) + ["?"], image)
+        make(length, question, rounds), record(["Which colour is the star?"] * (rounds_used - 1) + ["?"], image)
     )
-    assert re.fullmatch(said, text), text
+    assert re.fullmatch(sentence, text), text
 
 
 @pytest.mark.parametrize("before", [[], ["Which colour is the star?"]])
@@ -66,9 +66,9 @@ def test_so_many_words_do_fit_and_not_many_more(make, before):
     )
     like = QUESTION.split()
     for count, fits in ((words - 2, True), (2 * words, False)):
-        asked = record([*before, " ".join((like * count)[:count])])
+        longer = record([*before, " ".join((like * count)[:count])])
         if fits:
-            prompts.example(asked)
+            prompts.example(longer)
         else:
             with pytest.raises(BadRecord):
-                prompts.example(asked)
+                prompts.example(longer)
