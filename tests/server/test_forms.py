@@ -122,7 +122,7 @@ def test_a_form_that_was_good_is_not_tried_again(grammars, monkeypatch):
 
 @pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
 def test_a_model_that_cannot_spell_a_choice_says_so(grammars, monkeypatch):
-    monkeypatch.setattr(grammars, "_can_say", lambda text: text != "猫")
+    monkeypatch.setattr(grammars, "_can_spell", lambda text: text != "猫")
     with pytest.raises(ApiError, match="cannot spell '猫'"):
         grammars.matcher(read_form({"guided_choice": ["a", "猫"]}))
 
