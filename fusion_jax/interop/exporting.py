@@ -27,7 +27,7 @@ from fusion_jax.data.conversation import find_template, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
-from fusion_jax.interop import hf_config, table
+from fusion_jax.interop import FORMATS, hf_config, table
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
@@ -38,7 +38,6 @@ from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
 
-FORMATS = ("published", "transformers")
 _GROUP_BYTES = 10**9
 _POSITIONS = "vision/position_embedding"
 

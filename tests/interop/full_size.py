@@ -86,8 +86,8 @@ def main() -> None:
     try:
         source, middle, back = (arguments.dir / name for name in ("published", "checkpoint", "back"))
         result = {"size": arguments.size, "parameters": write_random(source, arguments.size)}
-        result["import"] = measured("import", "--from", source, "--to", middle)
-        result["export"] = measured("export", "--checkpoint", middle, "--format", "published", "--to", back)
+        result["import"] = measured("import", "--from", source, "--out", middle)
+        result["export"] = measured("export", "--checkpoint", middle, "--format", "published", "--out", back)
         result["equal"] = same(source, back)
         print(json.dumps(result))
     finally:

@@ -418,13 +418,13 @@ def test_command_line(published, tmp_path):
         command = [sys.executable, "-m", "fusion_jax.convert", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1])
 
-    done = run("import", "--from", published, "--to", tmp_path / "checkpoint")
+    done = run("import", "--from", published, "--out", tmp_path / "checkpoint")
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
-    done = run("export", "--checkpoint", tmp_path / "checkpoint", "--format", "published", "--to", tmp_path / "out")
+    done = run("export", "--checkpoint", tmp_path / "checkpoint", "--format", "published", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert load_file(tmp_path / "out/model.safetensors").keys() >= load_file(published / "model.safetensors").keys()
-    done = run("import", "--from", published, "--vision", published, "--to", tmp_path / "x")
+    done = run("import", "--from", published, "--vision", published, "--out", tmp_path / "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Give --from DIR for a whole model, or both --vision DIR and --llm DIR" in done.stderr
     done = run("transmogrify")

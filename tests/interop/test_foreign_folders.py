@@ -493,7 +493,7 @@ def test_paths_of_other_kinds_than_folders(made, tmp_path):
         refused(lambda name=name: importing.plan_published(tmp_path / name), "has no config.json")
         refused(lambda name=name: load_tokenizer(tmp_path / name), "no tokenizer folder")
     # And the command ends as commands do.
-    command = [sys.executable, "-m", "fusion_jax.convert", "import", "--from", tmp_path / "pipe", "--to", target]
+    command = [sys.executable, "-m", "fusion_jax.convert", "import", "--from", tmp_path / "pipe", "--out", target]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1], timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert not target.exists()
