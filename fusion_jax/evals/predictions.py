@@ -51,11 +51,11 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
     except OSError as e:
         raise UserError(f"Cannot read {path}: {e.strerror}.") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not a file of answers; give another --output_dir.") from e
+        raise UserError(f"{path} is not a file of answers; give another --out.") from e
     if there != header["checkpoint"]:
         raise UserError(
             f"{path} holds answers of another checkpoint ({shown(said.get('folder'))}); give another "
-            "--output_dir, or delete that folder."
+            "--out, or delete that folder."
         )
 
 
@@ -68,7 +68,7 @@ class Part:
         self._file = open(self.path, "a+b")  # noqa: SIM115
         if not _lock(self._file):
             self._file.close()
-            raise UserError(f"{self.path} is being written by another process; give each its own --process_index.")
+            raise UserError(f"{self.path} is being written by another process; give each its own --process_id.")
         _check_header(self.path, header)
         data = self.path.read_bytes()
         kept = data.rfind(b"\n") + 1  # a process that was killed may have left half a line
@@ -146,7 +146,7 @@ def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: 
         if time.monotonic() - since > patience:
             raise UserError(
                 f"{folder}: {missing} of {len(wanted)} answers are missing and none came for {patience:.0f} seconds; "
-                "start the other processes again, or this one alone with --process_count=1."
+                "start the other processes again, or this one alone with --num_processes=1."
             )
         time.sleep(poll)
 

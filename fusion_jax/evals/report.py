@@ -46,6 +46,15 @@ def write(
     return [*paths, page]
 
 
+def write_scores(path: Path, header: dict[str, Any], results: Sequence[Result], failed: Mapping[str, str]) -> None:
+    """Writes one JSON file of all scores and of all answers but those for comparison (`Question.control`)."""
+    scores: dict[str, Any] = {"checkpoint": header["folder"]}
+    for result in results:
+        examples = [p.row() for p in result.predictions if not p.question.control]
+        scores[result.task.name] = {**result.scores, "examples": examples}
+    path.write_text(json.dumps(scores | ({"failed": dict(failed)} if failed else {}), indent=2))
+
+
 def is_wrong(prediction: Prediction) -> bool:
     """Scored, and not with full marks, where those were expected."""
     return prediction.score is not None and prediction.score < 1 and not prediction.question.control

@@ -2,7 +2,7 @@
 result files. Reading notes them here."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +28,12 @@ class Source:
             for path in self.files
         ]
 
-    def words(self) -> str:
-        """One line for people: `config en, split dev: dev-00000-of-00001.parquet in /data/mmbench`."""
-        names = self.names()
-        shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more files" if len(names) > 2 else "")
-        config = f"{self.config}: " if self.config else ""
-        return f"{config}{shown or 'files'} in {self.folder}"
+    def one_line(self) -> str:
+        """One line for people, see `one_line`."""
+        return one_line(self.row())
 
     def row(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """The source as JSON: folder, config and files."""
         return {"folder": str(self.folder), "config": self.config, "files": self.names()}
 
 
@@ -62,3 +59,11 @@ def note(folder: Path | None = None, config: str = "", files: Sequence[Path] = (
     source.folder = folder or source.folder
     source.config = config or source.config
     source.files += [path for path in files if path not in source.files]
+
+
+def one_line(row: Mapping[str, Any]) -> str:
+    """A source's `row` for people: `config en, split dev: dev-00000-of-00001.parquet in /data/mmbench`."""
+    names = row["files"]
+    files = ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    config = f"{row['config']}: " if row["config"] else ""
+    return f"{config}{files or 'files'} in {row['folder']}"

@@ -15,6 +15,7 @@ from typing import Any
 from fusion_jax.evals import published
 from fusion_jax.evals.registry import TASKS
 from fusion_jax.evals.runner import Result
+from fusion_jax.evals.sources import one_line
 from fusion_jax.files import shown, write_whole
 
 _LONGEST = 2000  # characters of an error
@@ -113,7 +114,7 @@ def markdown(there: Mapping[str, Any]) -> str:
     scores = _scores(there)
     parts += ["## All figures", _list((TASKS[name].title, _every(figures)) for name, figures in scores.items())]
     data = {name: there["tasks"][name].get("data") for name in scores}
-    parts += ["## Data", _list((TASKS[name].title, _from(entry)) for name, entry in data.items() if entry)]
+    parts += ["## Data", _list((TASKS[name].title, one_line(entry)) for name, entry in data.items() if entry)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -124,12 +125,6 @@ def _list(items) -> str:
 def _every(figures: Mapping[str, Any]) -> str:
     every = ", ".join(f"{key} {_number(value)}" for key, value in flat(figures).items() if key != "questions")
     return every or "no figures without the benchmark’s own server or a judge"
-
-
-def _from(entry: Mapping[str, Any]) -> str:
-    files = entry["files"]
-    names = ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
-    return "; ".join(part for part in (entry["config"], names, f"in {entry['folder']}") if part)
 
 
 def _scores(there: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -102,7 +102,7 @@ def test_processes_share_the_work_and_process_0_joins_it(data, tmp_path):
 
 
 def test_process_0_says_when_the_others_are_gone_and_can_finish_alone(data, tmp_path):
-    with pytest.raises(UserError, match=r"4 of 8 answers are missing .* --process_count=1"):
+    with pytest.raises(UserError, match=r"4 of 8 answers are missing .* --num_processes=1"):
         run_task(Rule(sometimes), POPE, data, Output(tmp_path / "out", HEADER, 0, 2, patience=0), progress=False)
     alone = Rule(sometimes)
     result = run_task(alone, POPE, data, Output(tmp_path / "out", HEADER), progress=False)
@@ -141,7 +141,7 @@ def test_answers_of_another_checkpoint_are_refused(data, tmp_path):
     run_task(Rule(sometimes), POPE, data, Output(output, HEADER), progress=False)
     predictions.check_folder(output, HEADER)
     other = {"checkpoint": "beef", "folder": "runs/b/7"}
-    with pytest.raises(UserError, match=r"answers of another checkpoint \(runs/a/100\).*another --output_dir") as error:
+    with pytest.raises(UserError, match=r"answers of another checkpoint \(runs/a/100\).*another --out") as error:
         predictions.check_folder(output, other)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="another checkpoint"):

@@ -73,7 +73,7 @@ def test_the_others_have_their_figures_after_each_task(data, tmp_path, endpoint)
     assert there["scienceqa"]["data"]["files"] == ["ScienceQA-IMG/test-0.parquet"]
     text = (output.folder / "summary.md").read_text()
     assert text.index("## Failed") < text.index("| POPE") and "- MM-Vet: The judge grader at" in text
-    assert "- ScienceQA: config ScienceQA-IMG, split test; ScienceQA-IMG/test-0.parquet; in " in text
+    assert "- ScienceQA: config ScienceQA-IMG, split test: ScienceQA-IMG/test-0.parquet in " in text
     page = (output.folder / "report.html").read_text()
     assert "RealWorldQA failed: realworldqa: " in page and '<a href="#pope">' in page
 
