@@ -28,8 +28,10 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import FORMATS, hf_config, table
+from fusion_jax.interop.families import family_of
 from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
+from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
 from fusion_jax.interop.torch import names
 from fusion_jax.training import checkpoint, loading, metrics
@@ -118,12 +120,12 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
         came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
         with hf_config.reading(f"{source.folder}"):
-            described = hf_config.published_config(model, config.template, came_from, main)
+            described = published_config(model, config.template, came_from, main)
             check_opens(model, config.template)
     shapes = {path: shape for path, (shape, _) in source.parameters.items()}
     rows = names.rows(model, shapes)
     if published:
-        rows = table.published_rows(model, shapes, hf_config.is_fused(described))
+        rows = table.published_rows(model, shapes, family_of(described["model_type"]).fused)
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
         described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)

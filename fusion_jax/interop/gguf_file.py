@@ -18,13 +18,13 @@ from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import table
+from fusion_jax.interop.families import FAMILIES, GGUF, Family
 from fusion_jax.interop.gguf_header import MAGIC, read_header
 from fusion_jax.interop.gguf_tokenizer import write_tokenizer
 from fusion_jax.interop.tensors import DTYPES, Entry
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import number, text, whole
 
-ARCHITECTURES = ("llama", "phi3", "qwen2")
 _WHOLE = {"token_embd.weight": table.EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": table.HEAD}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -39,7 +39,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _FREQUENCIES, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-# Keys that change the arithmetic unless they are 0, and that no model of the three architectures here needs.
+# Keys that change the arithmetic unless they are 0, and that no model of these architectures needs.
 _OTHER = (
     "expert_count",
     "attention.max_alibi_bias",
@@ -95,6 +95,7 @@ class GgufFile:
         self._header = read_header(path)
         self._values = self._header.values
         self._check_kind()
+        self._family: Family = FAMILIES[GGUF[self._values["general.architecture"]]]
         self._sizes = {name: self._size(name) for name in self._header.places}
         self.config = self._config()
         self._names = {self._theirs(name): name for name in self._header.places}
@@ -111,8 +112,8 @@ class GgufFile:
         where = str(self.folder)
         arch = text(self._values, "general.architecture", where)
         check(
-            arch in ARCHITECTURES,
-            f"{where}: the architecture {brief(arch)} is not supported; supported: {', '.join(ARCHITECTURES)}.",
+            arch in GGUF,
+            f"{where}: the architecture {brief(arch)} is not supported; supported: {', '.join(GGUF)}.",
         )
         parts = whole(self._values, "split.count", where, 0, 1 << 16, 0)
         check(parts <= 1, f"{where} is one of {parts} parts; join them first (llama-gguf-split --merge).")
@@ -148,7 +149,7 @@ class GgufFile:
         if match is None or match[2] not in _LAYER:
             return _WHOLE.get(name, name)
         part = _LAYER[match[2]]
-        if self.config["model_type"] == "phi3" and part == "mlp.up_proj":
+        if self._family.fused and part == "mlp.up_proj":
             part = "mlp.gate_up_proj"
         return f"model.layers.{int(match[1])}.{part}.{match[3]}"
 
@@ -169,7 +170,7 @@ class GgufFile:
             other = size(key, "head_dim", head)
             check(other == head, f"{where}: {arch}.{key}={other} is not supported; heads have {head} numbers.")
         config = {
-            "model_type": arch,
+            "model_type": GGUF[arch],
             "vocab_size": self._header.places["token_embd.weight"].shape[0],
             "hidden_size": width,
             "intermediate_size": size("feed_forward_length", "mlp_dim"),
@@ -194,7 +195,7 @@ class GgufFile:
 
     def _scaling(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json's keys for the rotary scaling, which lies in tensors of its own."""
-        values, where, arch = self._values, str(self.folder), config["model_type"]
+        values, where, arch = self._values, str(self.folder), self._family.gguf
         kind = text(values, f"{arch}.rope.scaling.type", where, "none")
         original = f"{arch}.rope.scaling.original_context_length"
         if _LONG in self._sizes and _SHORT in self._sizes:
@@ -248,7 +249,7 @@ class GgufFile:
         array = self._unpacked(self._names[name])
         heads = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
         key = heads.get(name.rpartition("self_attn.")[2])
-        if key is not None and self.config["model_type"] == "llama":
+        if key is not None and self._family.gguf_interleaved:
             array = _apart(array, self.config[key])
         return array.astype(DTYPES[self.entries[name].dtype], copy=False)
 

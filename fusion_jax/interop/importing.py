@@ -26,7 +26,9 @@ from fusion_jax.errors import UserError, check, check_choice, first_line
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import gguf_file, hf_config, table
 from fusion_jax.interop.checking import check_sizes, check_tensors
+from fusion_jax.interop.families import choose_template, family_of
 from fusion_jax.interop.gguf_file import GgufFile
+from fusion_jax.interop.published_config import is_published, published_model
 from fusion_jax.interop.tensors import (
     DTYPES,
     TensorFolder,
@@ -99,16 +101,16 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
     raw = hf_config.read_config(folder)
     where = str(folder / "config.json")
     check(
-        hf_config.is_published(raw),
+        is_published(raw),
         f"{where}: model_type {raw.get('model_type')!r} is no published FUSION model (fusion_llama, fusion_phi); "
         "import backbones with --vision and --llm.",
     )
     with hf_config.reading(where):
-        model = hf_config.published_model(raw, where)
+        model = published_model(raw, where)
     tensors = TensorFolder(folder, allow_pickle)
     check_sizes(tensors, table.VISION, model.vision, model.llm)
     shapes = kept_shapes(model)
-    rows = table.published_rows(model, shapes, hf_config.is_fused(raw))
+    rows = table.published_rows(model, shapes, family_of(raw["model_type"]).fused)
     check_tensors(rows, tensors, UNUSED, {})
     unused = [name for name, e in sorted(tensors.entries.items()) if name.endswith(UNUSED) and e.dtype in DTYPES]
     kept = size_of((tensors.entries[name].shape, tensors.entries[name].dtype) for name in unused)
@@ -118,7 +120,7 @@ def plan_published(folder: str | Path, allow_pickle: bool = False, dtype: str | 
     _check_vocabulary(tokenizer, model.llm.vocab_size, folder)
     return Plan(
         model=model,
-        template=hf_config.find_template(raw["model_type"], tokenizer),
+        template=choose_template(raw["model_type"], tokenizer),
         tokenizer=tokenizer,
         sources=[source],
         dtypes=_dtypes([source], shapes, dtype),
@@ -177,14 +179,14 @@ def plan_backbones(
         f"{vision} lacks {dropped[:-1]}, the last of the {tower.layers + 1} layers that its config.json speaks of.",
     )
     check_tensors(vision_rows, seen, UNUSED, {}, (*_NOT_VISION, f"{prefix}head.", dropped))
-    llm_rows = table.llm_rows(model, shapes, hf_config.is_fused(raw))
+    llm_rows = table.llm_rows(model, shapes, family_of(raw["model_type"]).fused)
     vocabulary = (decoder.vocab_size, decoder.width)
     tied = (table.HEAD,) if decoder.tied_head else ()
     check_tensors(llm_rows, text, UNUSED, {table.EMBEDDING: vocabulary, table.HEAD: vocabulary}, tied)
     sources = [Source(seen, vision_rows), Source(text, llm_rows, known)]
     return Plan(
         model=model,
-        template=hf_config.find_template(raw["model_type"], tokenizer),
+        template=choose_template(raw["model_type"], tokenizer),
         tokenizer=tokenizer,
         sources=sources,
         dtypes=_dtypes(sources, shapes, dtype),

@@ -18,13 +18,14 @@ from typing import Any
 from fusion_jax.errors import check
 from fusion_jax.files import shown
 from fusion_jax.interop import hf_config, table
+from fusion_jax.interop.families import FAMILIES, PUBLISHED
 from fusion_jax.interop.tensors import Shape
 from fusion_jax.models.config import FusionConfig, VisionConfig
 
 _SIDE = 384
 _PREFIX = "vision_model."
-# Its conversation templates that ours are: its others belong to models without text-guided encoding.
-_TEMPLATES = ("phi3", "llama3")
+# The conversation templates that it shares with us; its others belong to models without text-guided encoding.
+_TEMPLATES = tuple(FAMILIES[name].template for name in PUBLISHED.values())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rotary settings and attention windows of a Hugging Face config.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusion_jax.errors import UserError, check
@@ -76,22 +76,42 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
     raise UserError(f"{where}: rope scaling of type {brief(kind)} is unknown; allowed: default, llama3, longrope.")
 
 
-def sliding_window(config: Mapping[str, Any], where: str) -> int:
-    """Positions that a query sees, itself included; 0 for all of them."""
+def listed_windows(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
+    """Kinds of attention, of `_WINDOWS`, that `layer_types` of a config.json lists; empty where it lists none.
+
+    This and `windows_from_a_layer_on` are how families say which layers have a window; None means that none has.
+    """
+    kinds = sequence(config, "layer_types", where)
+    for kind in kinds:
+        check(kind in _WINDOWS, f"{where}: layer_types names {brief(kind)}; allowed: {', '.join(_WINDOWS)}.")
+    return set(kinds)
+
+
+def windows_from_a_layer_on(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
+    """Kinds of attention by `use_sliding_window` and `max_window_layers`: layers below that number see everything."""
+    listed_windows(config, layers, where)
+    if not flag(config, "use_sliding_window", where):
+        return None
+    full = min(whole(config, "max_window_layers", where, 0, RANGES["layers"][1], 28), layers)
+    return {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+
+
+def sliding_window(config: Mapping[str, Any], where: str, windows: Callable = listed_windows) -> int:
+    """Positions that a query sees, itself included; 0 for all of them.
+
+    Args:
+      windows: how the family's config.json says which layers have the window.
+
+    Raises:
+      UserError: some layers have a window and some have none.
+    """
     if config.get("sliding_window") is False:  # some configs say so instead of null
         config = {**config, "sliding_window": None}
     window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
     layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
-    kinds = sequence(config, "layer_types", where)
-    for kind in kinds:
-        check(kind in _WINDOWS, f"{where}: layer_types names {brief(kind)}; allowed: {', '.join(_WINDOWS)}.")
-    kinds = set(kinds)
-    if config["model_type"] == "qwen2":
-        if not flag(config, "use_sliding_window", where):
-            return 0
-        full = min(whole(config, "max_window_layers", where, 0, RANGES["layers"][1], 28), layers)
-        # The layers below that number see everything.
-        kinds = {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+    kinds = windows(config, layers, where)
+    if kinds is None:
+        return 0
     check(len(kinds) <= 1, f"{where}: layers with and without sliding window in one model are not supported.")
     longest = config.get("max_position_embeddings")
     longest = math.inf if longest is None else whole(config, "max_position_embeddings", where, *RANGES["max_length"])

@@ -23,7 +23,8 @@ from helpers.fixtures import params, tiny
 
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.interop import exporting, hf_config, importing, table
+from fusion_jax.interop import exporting, importing, table
+from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.tensors import TensorWriter
 from fusion_jax.training import checkpoint
 
@@ -112,7 +113,7 @@ def _listing(root: Path) -> dict[str, tuple[int, int]]:
 def _bases(folder: Path) -> Path:
     weights = flatten_dict(params(_MODEL), sep="/")
     shapes = importing.parameter_shapes(_MODEL)
-    described = hf_config.published_config(_MODEL, "llama3", {}, "float32") | {"auto_map": {"AutoModel": "x--y.Z"}}
+    described = published_config(_MODEL, "llama3", {}, "float32") | {"auto_map": {"AutoModel": "x--y.Z"}}
 
     def write(into: Path, config: dict, rows: list[table.Row], shard_bytes: int = 10**9) -> None:
         into.mkdir(parents=True)

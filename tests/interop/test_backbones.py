@@ -406,3 +406,19 @@ def test_exports_load_with_their_processor(folders, tmp_path):
         latents_without_image=False,
     )
     assert ids == expected.input_ids.tolist()
+
+
+def test_every_family_is_one_row(monkeypatch):
+    """A further family like Llama is known everywhere by its row: its config.json, template and attention windows."""
+    from fusion_jax.interop import families, hf_config
+
+    config = {"model_type": "new", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "sliding_window": 3}
+    with pytest.raises(UserError, match="model_type 'new' is unknown"):
+        hf_config.llm_config(config)
+    row = families.Family("chatml", implies={"qkv_bias": True}, windows=families.FAMILIES["qwen2"].windows)
+    monkeypatch.setitem(families.FAMILIES, "new", row)
+    assert families.choose_template("new", None) == "chatml"
+    assert hf_config.llm_config(config).qkv_bias and hf_config.llm_config(config).sliding_window == 0
+    windowed = config | {"use_sliding_window": True, "max_window_layers": 0}
+    assert hf_config.llm_config(windowed).sliding_window == 3

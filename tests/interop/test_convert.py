@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from fusion_jax import convert
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
+from fusion_jax.interop.families import family_of
+from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, new_folder
 from fusion_jax.models.config import VARIANTS, FusionConfig, RopeConfig
 from fusion_jax.training import checkpoint, resume
@@ -31,10 +33,10 @@ MODEL = tiny("released", **PUBLISHED)
 def write_published(folder: Path, model: FusionConfig, weights: dict, template: str = "llama3", shard_bytes=10**9):
     """A folder in the published format, by the table alone."""
     folder.mkdir(parents=True)
-    described = hf_config.published_config(model, template, {}, "float32")
+    described = published_config(model, template, {}, "float32")
     (folder / "config.json").write_text(json.dumps(described))
     flat = flatten_dict(weights, sep="/")
-    rows = table.published_rows(model, importing.parameter_shapes(model), hf_config.is_fused(described))
+    rows = table.published_rows(model, importing.parameter_shapes(model), family_of(described["model_type"]).fused)
     writer = TensorWriter(folder, {row.name: (row.shape, "float32") for row in rows}, shard_bytes)
     for row in rows:
         writer[row.name][...] = table.to_published(
@@ -379,7 +381,7 @@ def test_models_that_the_published_code_cannot_hold(published, tmp_path):
     source = exporting.open_checkpoint(tmp_path / "checkpoint")
     for changes in ({"taps": "paper"}, {"latent_init": "learned"}, {"text_guided": False}, {"image_tokens": 4}):
         with pytest.raises(UserError, match=next(iter(changes))):
-            hf_config.published_config(dataclasses.replace(source.config.model, **changes), "llama3", {}, "float32")
+            published_config(dataclasses.replace(source.config.model, **changes), "llama3", {}, "float32")
     with pytest.raises(UserError, match="format 'gguf' is unknown; allowed: published, transformers"):
         exporting.export(tmp_path / "checkpoint", tmp_path / "out", "gguf")
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
@@ -390,16 +392,14 @@ def test_models_that_the_published_code_cannot_hold(published, tmp_path):
 
 def test_where_an_image_stands_is_no_matter_of_the_published_format():
     """Older checkpoints keep a late image in its turn; they are exported all the same, with their folder's words."""
-    origin = hf_config.published_config(MODEL, "llama3", {}, "float32") | {
+    origin = published_config(MODEL, "llama3", {}, "float32") | {
         "extra": "word",
         "max_position_embeddings": 99,
     }
     before = dataclasses.replace(MODEL, image_place="turn")
-    assert hf_config.published_config(before, "llama3", {}, "float32") == hf_config.published_config(
-        MODEL, "llama3", {}, "float32"
-    )
-    exported = hf_config.published_config(before, "llama3", origin, "float32")
-    assert exported == hf_config.published_config(MODEL, "llama3", origin, "float32")
+    assert published_config(before, "llama3", {}, "float32") == published_config(MODEL, "llama3", {}, "float32")
+    exported = published_config(before, "llama3", origin, "float32")
+    assert exported == published_config(MODEL, "llama3", origin, "float32")
     assert exported["extra"] == "word"
 
 

@@ -21,7 +21,8 @@ from helpers.fixtures import params, tiny
 from fusion_jax import convert
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.interop import exporting, hf_config, importing, table
+from fusion_jax.interop import exporting, importing, table
+from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.tensors import TensorFolder, TensorWriter, check_room, new_folder
 from fusion_jax.training import checkpoint
 
@@ -34,7 +35,7 @@ WORDS = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_hea
 def write(folder: Path, shard_bytes: int = 10**9) -> Path:
     folder.mkdir(parents=True)
     weights = flatten_dict(params(MODEL), sep="/")
-    config = hf_config.published_config(MODEL, "llama3", {}, "float32")
+    config = published_config(MODEL, "llama3", {}, "float32")
     (folder / "config.json").write_text(json.dumps(config))
     rows = table.published_rows(MODEL, importing.parameter_shapes(MODEL), fused=False)
     writer = TensorWriter(folder, {row.name: (row.shape, "float32") for row in rows}, shard_bytes)

@@ -13,6 +13,7 @@ from test_foreign_folders import write
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, published
+from fusion_jax.interop.published_config import published_config
 from fusion_jax.models.config import GIANT, SO400M, FusionConfig, replace
 from fusion_jax.training import checkpoint
 
@@ -97,7 +98,7 @@ def test_transformers_opens_the_folders_of_the_tower_and_of_the_model(folder, tm
         ({"vision.layers": 26}, "llama3", "384 pixels, patches of 16 and 27 layers"),
         ({"vision.layers": 40}, "llama3", "384 pixels, patches of 16 and 41 layers"),
         ({"vision.patch_size": 14}, "llama3", "384 pixels, patches of 14 and 40 layers"),
-        ({}, "chatml", "writes conversations as phi3 or llama3, and this model's template is chatml"),
+        ({}, "chatml", "writes conversations as llama3 or phi3, and this model's template is chatml"),
         ({}, "own", "this model's template is own"),
     ],
 )
@@ -115,7 +116,7 @@ def test_a_refusal_writes_nothing(folder, tmp_path):
 
 
 def described(model: FusionConfig, **origin):
-    return hf_config.published_config(model, "llama3", origin, "float32")
+    return published_config(model, "llama3", origin, "float32")
 
 
 def test_towers_known_by_hub_id_need_no_folder(tmp_path):
