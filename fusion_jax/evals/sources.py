@@ -1,5 +1,7 @@
-"""Where a task's questions come from: the folder, the config of a hub snapshot, and the files, for the log and for the
-result files. Reading notes them here."""
+"""Records where a task's questions come from: the folder, the config of a hub snapshot, and the files.
+
+Functions that read files call `note`; the log and the result files show the `Source`.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +13,11 @@ from typing import Any
 
 @dataclass
 class Source:
-    """Attributes:
-    folder: that the files lie in. config: of a hub snapshot, with its splits, for people; "" for other layouts.
-    files: all that were read, in order.
+    """Where questions come from.
+
+    Attributes:
+      folder: of the files. config: of a hub snapshot, with its splits, for people; "" for other layouts.
+      files: all that were read, in order.
     """
 
     folder: Path | None = None
@@ -21,7 +25,7 @@ class Source:
     files: list[Path] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """The files, below the folder where they are."""
+        """The files, relative to the folder where they are below it."""
         inside = self.folder is not None
         return [
             str(path.relative_to(self.folder) if inside and path.is_relative_to(self.folder) else path)
@@ -42,7 +46,7 @@ _noted: ContextVar[Source | None] = ContextVar("noted", default=None)
 
 @contextlib.contextmanager
 def noted() -> Iterator[Source]:
-    """Gives a `Source` that what is read inside is noted in."""
+    """Yields a `Source` that collects all files read inside."""
     source = Source()
     token = _noted.set(source)
     try:
@@ -52,7 +56,7 @@ def noted() -> Iterator[Source]:
 
 
 def note(folder: Path | None = None, config: str = "", files: Sequence[Path] = ()) -> None:
-    """Adds to what is noted; nothing outside of `noted`."""
+    """Adds to the `Source` of the surrounding `noted`; does nothing outside of one."""
     source = _noted.get()
     if source is None:
         return

@@ -1,4 +1,4 @@
-"""What an evaluation prints while it runs: the questions before they are asked, and results with examples."""
+"""Prints the progress of an evaluation: the tasks before they are asked, and results with examples."""
 
 import logging
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from bench_files import Rule, pope_folder, write_image
+from helpers.bench_files import Rule, held_out_folder, pope_folder, write_image
 
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import predictions, published, report, runner
@@ -190,13 +190,11 @@ def test_report_escapes_what_a_model_says(data, tmp_path):
 
 
 def test_a_later_run_of_another_task_keeps_the_first_in_summary_and_report(data, tmp_path):
-    from test_held_out import write
-
     output = tmp_path / "out"
     for name, folder in (("pope", data), ("held_out", tmp_path / "held")):
         if name == "held_out":
             folder.mkdir()
-            write(folder, ["red", "blue"], ["colour", "colour"])
+            held_out_folder(folder, ["red", "blue"], ["colour", "colour"])
         result = run_task(Rule(sometimes), TASKS[name], folder, Output(output, HEADER), progress=False)
         report.write(output, HEADER, [result])
     summary = json.loads((output / "summary.json").read_text())

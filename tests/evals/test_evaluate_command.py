@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint
-from bench_files import cell, pope_folder, write_parquet
+from helpers import tiny_checkpoint
+from helpers.bench_files import cell, pope_folder, write_parquet
 from helpers.shapes_data import make_shapes
 
 ROOT = Path(__file__).parents[2]
