@@ -1,4 +1,4 @@
-"""Converts weights: Hugging Face folders and GGUF files to checkpoints, and checkpoints to folders for PyTorch.
+"""Converts weights from Hugging Face folders and GGUF files, and back to folders for PyTorch.
 
     python -m fusion_jax.convert import --from DIR --out CKPT                 a model in the published format
     python -m fusion_jax.convert import --vision DIR --llm DIR --out CKPT     backbones to start training from
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
 def _import() -> None:
     with loading():
         from fusion_jax.interop import importing
+        from fusion_jax.interop.opening import open_backbones, open_published
 
     whole, vision, llm = FLAGS["from"].value, FLAGS.vision, FLAGS.llm
     backbones = vision is not None and llm is not None
@@ -69,13 +70,13 @@ def _import() -> None:
     )
     check(backbones or FLAGS.preset is None, "--preset is for backbones; a whole model is always released.")
     if backbones:
-        plan = importing.plan_backbones(vision, llm, FLAGS.preset or "paper", FLAGS.allow_pickle, FLAGS.dtype)
+        opened = open_backbones(vision, llm, FLAGS.preset or "paper", FLAGS.allow_pickle, FLAGS.dtype)
     else:
-        plan = importing.plan_published(whole, FLAGS.allow_pickle, FLAGS.dtype)
-    log.info("%s", importing.summary(plan))
-    if plan.tokenizer is None:
+        opened = open_published(whole, FLAGS.allow_pickle, FLAGS.dtype)
+    log.info("%s", importing.summary(opened))
+    if opened.tokenizer is None:
         log.warning("the folder has no tokenizer: training and generation from this checkpoint will need one")
-    importing.write_checkpoint(plan, FLAGS.out)
+    importing.write_checkpoint(opened, FLAGS.out)
 
 
 def _export() -> None:

@@ -34,12 +34,12 @@ POINTERS = ("auto_map", "custom_pipelines")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder. UserError where it is missing or no JSON object."""
+    """Reads the config.json of a folder. UserError where it is missing or not a JSON object."""
     folder = Path(folder)
     path = folder / "config.json"
     # `os.path` takes any text for a path, also one that no file can have.
     no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
-    check(not no_folder, f"{shown(folder, 1000)} is no folder and no GGUF file; give a Hugging Face folder.")
+    check(not no_folder, f"{shown(folder, 1000)} is neither a folder nor a GGUF file; give a Hugging Face folder.")
     check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
     config = read_object(path)
     text(config, "model_type", str(path), "")
@@ -48,28 +48,28 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Values of a wrong kind inside a config become one sentence that names the file."""
+    """Turns errors over values of a wrong kind in a config into one that names the file."""
     try:
         yield
     except UserError as error:
-        says = str(error)
-        if says.startswith(where):
+        message = str(error)
+        if message.startswith(where):
             raise
-        raise UserError(f"{where}: {shown(says, 1000)}") from error
+        raise UserError(f"{where}: {shown(message, 1000)}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
         raise UserError(f"{where} has a value of the wrong kind: {shown(error)}.") from error
 
 
 def _size(config: Mapping[str, Any], key: str, field: str, where: str, default: int | None = None) -> int:
-    """A whole number in the range of our field of that name."""
+    """A whole number within the limits of our field."""
     return whole(config, key, where, *RANGES[field], default)
 
 
 def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConfig:
-    """Decoder settings of a Llama-family config.json.
+    """Reads the decoder settings of a config.json of one of `FAMILIES`.
 
     Raises:
-      UserError: another architecture, or an option of these that our decoder does not have.
+      UserError: the architecture is another one, or has an option that our decoder lacks.
     """
     kind = config.get("model_type")
     check(kind not in PUBLISHED, f"{where} is a whole model in the published format: import it with --from.")
@@ -103,10 +103,12 @@ def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConf
 
 
 def vision_config(config: Mapping[str, Any], where: str = "config.json") -> VisionConfig:
-    """A fixed-resolution SigLIP or SigLIP2 tower, its last layer dropped as published. Whole models have it inside.
+    """Reads a SigLIP or SigLIP2 tower of fixed resolution, without its last layer, which the published code drops.
+
+    In a whole SigLIP model the tower's keys are in `vision_config`.
 
     Raises:
-      UserError: another architecture.
+      UserError: the architecture is another one.
     """
     tower = mapping(config, "vision_config", where) or config
     kind = tower.get("model_type", config.get("model_type"))
@@ -137,14 +139,14 @@ def tower_from(tower: Mapping[str, Any], where: str) -> VisionConfig:
 
 
 def default_exchange(llm: LLMConfig) -> ExchangeConfig:
-    """The published places (after layers 0, 3, ..., ten of them) as far as the decoder has the layers."""
+    """Exchange layers after decoder layers 0, 3, ..., ten of them as published, or as many as the decoder allows."""
     published = ExchangeConfig()
     layers = min(published.layers, -(-llm.layers // published.stride))
     return dataclasses.replace(published, layers=layers, heads=math.gcd(published.heads, llm.width))
 
 
 def tower_config(tower: VisionConfig) -> dict[str, Any]:
-    """What a SigLIP config.json says of a tower's numbers, the dropped last layer counted."""
+    """A tower's sizes as in a SigLIP config.json, which counts the dropped last layer."""
     return {
         "hidden_size": tower.width,
         "intermediate_size": tower.mlp_dim,

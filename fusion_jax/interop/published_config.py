@@ -1,4 +1,4 @@
-"""config.json of models in the published format, read and written."""
+"""Reads and writes config.json of models in the published format."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ TOWERS = {
         "patch_size": 16,
     },
 }
-# Of the config.json a model came from, what the parameters do not tell.
+# Keys of the config.json that a model came from which do not follow from the parameters.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -67,35 +67,35 @@ def published_model(config: Mapping[str, Any], where: str = "config.json") -> Fu
 
 
 def _latent_counts(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """`query_len`: "16", "4,16,36" or 16."""
-    given = config.get("query_len")
-    check(given is not None, f"{where} lacks 'query_len'.")
+    """Latent counts of `query_len`, which is "16", "4,16,36" or 16."""
+    value = config.get("query_len")
+    check(value is not None, f"{where} lacks 'query_len'.")
     check(
-        isinstance(given, int | str) and re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", str(given)) is not None,
+        isinstance(value, int | str) and re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", str(value)) is not None,
         f"{where} has a value of the wrong kind: query_len must be numbers with commas between them, got "
-        f"{brief(given)}.",
+        f"{brief(value)}.",
     )
-    return tuple(map(int, str(given).split(",")))
+    return tuple(map(int, str(value).split(",")))
 
 
 def _beyond(key: str, value: Any, vocabulary: int) -> bool:
-    """Whether the padding token has no row: an embedding with such a padding row cannot be made."""
+    """Whether the padding token lies beyond the vocabulary, for which PyTorch cannot make an embedding."""
     return key == "pad_token_id" and isinstance(value, int) and not 0 <= value < vocabulary
 
 
 def published_config(model: FusionConfig, template: str, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config.json of the published code for a model of ours.
+    """Writes the config.json of the published code for a model of ours.
 
     Args:
-      model: any model whose arithmetic the published code has.
+      model: one with the published code's arithmetic.
       template: its chat template; "phi3" makes it a fusion_phi, any other a fusion_llama.
-      origin: the config.json the parameters once came from, or empty; its further keys are kept.
+      origin: the config.json that the parameters once came from, or empty; its other keys are kept.
       dtype: of the tensors.
 
     Raises:
-      UserError: the published code has no such model.
+      UserError: the published code does not have this model.
     """
-    # Where the image stands is a matter of its data, not of its arithmetic.
+    # The place of the image is a matter of the data, not of the arithmetic.
     wrong = [key for key, value in RELEASED.items() if key != "image_place" and getattr(model, key) != value]
     if not (model.text_guided and model.semantic_exchange and model.needs_back_projection):
         wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
@@ -103,13 +103,13 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     wrong += ["image_tokens"] * bool(model.image_tokens)
     family = FAMILIES["phi3" if template == "phi3" else "llama"]
     phi, llm, tower, rope = family is FAMILIES["phi3"], model.llm, model.vision, model.llm.rope
-    # Its Llama knows neither windows nor LongRoPE, its Phi no Llama-3 scaling and no head size of its own.
+    # Its Llama has neither windows nor LongRoPE; its Phi has neither Llama-3 scaling nor a head size of its own.
     wrong += ["llm.sliding_window"] * (llm.sliding_window > 0 and not phi)
     wrong += ["llm.rope.kind"] * (rope.kind == ("llama3" if phi else "longrope"))
     wrong += ["llm.head_dim"] * (phi and llm.per_head * llm.heads != llm.width)
     check(
         not wrong,
-        f"The published code knows the released preset only; this model differs in {', '.join(wrong)}. "
+        f"The published code has the released preset only; this model differs in {', '.join(wrong)}. "
         "Use --format transformers.",
     )
     scaling: dict[str, Any] | None = None
@@ -175,6 +175,6 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
         **({} if hub else {"vision_config": described}),
     }
     if is_published(origin) and dataclasses.replace(published_model(origin), image_place=model.image_place) == model:
-        # Nothing that decides the arithmetic has changed: the folder's own words stay, but no pointer to code.
+        # The arithmetic has not changed: the folder's own keys stay, except for pointers to code.
         published |= {key: value for key, value in origin.items() if key not in POINTERS}
     return published | {"torch_dtype": dtype}

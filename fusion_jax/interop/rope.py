@@ -1,4 +1,4 @@
-"""Rotary settings and attention windows of a Hugging Face config.json."""
+"""Reads rotary settings and attention windows of a Hugging Face config.json."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ _WINDOWS = ("full_attention", "sliding_attention")
 
 
 def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
-    """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
+    """Reads rotary settings in the older form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).
 
     Raises:
-      UserError: a scaling that is not implemented, or one that lacks its values.
+      UserError: a scaling is not implemented, or lacks its values.
     """
     scaling = mapping(config, "rope_parameters", where) or mapping(config, "rope_scaling", where)
     both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
@@ -35,7 +35,7 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
         check(len(values) <= RANGES["head_dim"][1], f"{where}: {key} has {len(values)} values.")
         return tuple(number({key: one}, key, where, *RANGES[field]) for one in values)
 
-    # The config's own word goes first where both give it.
+    # The config's own value takes precedence.
     theta = value("rope_theta", "theta", 10000.0)
     if config.get("rope_theta") is not None:
         theta = number(config, "rope_theta", where, *RANGES["theta"])
@@ -67,10 +67,10 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
         )
         ratio = rope.max_length / rope.original_length
         usual = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
-        given = value("attention_factor", "factor", usual)
+        factor = value("attention_factor", "factor", usual)
         check(
-            math.isclose(given, usual, rel_tol=1e-4),
-            f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
+            math.isclose(factor, usual, rel_tol=1e-4),
+            f"{where}: attention_factor={factor} is not supported; {usual:.6f} follows from the lengths.",
         )
         return rope
     raise UserError(f"{where}: rope scaling of type {brief(kind)} is unknown; allowed: default, llama3, longrope.")
@@ -105,7 +105,7 @@ def sliding_window(config: Mapping[str, Any], where: str, windows: Callable = li
     Raises:
       UserError: some layers have a window and some have none.
     """
-    if config.get("sliding_window") is False:  # some configs say so instead of null
+    if config.get("sliding_window") is False:  # some configs write it instead of null
         config = {**config, "sliding_window": None}
     window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
     layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])

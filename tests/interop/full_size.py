@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_jax.interop import importing, table
+from fusion_jax.interop import table
 from fusion_jax.interop.families import family_of
 from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, TensorFolder, TensorWriter
 from fusion_jax.models.config import VARIANTS
 
@@ -31,7 +32,7 @@ def write_random(folder: Path, size: str) -> int:
     template = {"3b": "phi3", "8b": "llama3"}[size]
     described = published_config(model, template, {}, "bfloat16")
     (folder / "config.json").write_text(json.dumps(described))
-    rows = table.published_rows(model, importing.parameter_shapes(model), family_of(described["model_type"]).fused)
+    rows = table.published_rows(model, parameter_shapes(model), family_of(described["model_type"]).fused)
     writer = TensorWriter(folder, {row.name: (row.shape, "bfloat16") for row in rows})
     noise = np.random.default_rng(0).standard_normal(2**24 + 1, np.float32).astype(DTYPES["bfloat16"])
     for i, row in enumerate(rows):

@@ -17,8 +17,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from helpers import fixtures
-from interop import test_torch_model as shared
-from interop.test_torch_model import CHATS, messages, picture, torch, transformers
+from helpers.exported_model import CHATS, export, messages, picture, torch, transformers
 from PIL import Image
 
 from fusion_jax.data import conversation
@@ -499,7 +498,7 @@ def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_pa
 
 def test_the_pipeline_answers_as_generate_does(tokenizer, tmp_path):
     config = fixtures.tiny("paper", **{"llm.vocab_size": tokenizer.vocab_size})
-    model = shared.export(tmp_path, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    model = export(tmp_path, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
     pipe = transformers.pipeline("image-text-to-text", str(tmp_path), trust_remote_code=True)
     image = picture(0)
     image.save(tmp_path / "a.png")

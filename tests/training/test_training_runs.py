@@ -135,7 +135,7 @@ def test_exported_run_answers_the_same_in_torch(data, finished, tmp_path):
     workdir, _ = finished
     result = run("convert", "export", "--checkpoint", workdir, "--format", "published", "--out", tmp_path / "published")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "knows the released preset only; this model differs in mask, taps" in result.stderr
+    assert "has the released preset only; this model differs in mask, taps" in result.stderr
     assert list(tmp_path.iterdir()) == []
     folder = tmp_path / "transformers"
     result = run("convert", "export", "--checkpoint", workdir, "--format", "transformers", "--out", folder)
