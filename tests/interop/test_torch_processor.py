@@ -127,7 +127,7 @@ def test_what_a_text_may_be(processors, tokenizer):
             processor(text=wrong, images=given)
     with pytest.raises(TypeError, match="no argument paddding"):
         processor(text=text, images=image, paddding=True)
-    with pytest.raises(ValueError, match="no place for tools"):
+    with pytest.raises(ValueError, match="does not support tools"):
         processor.apply_chat_template(prompt, tools=[{"name": "f"}])
 
 
@@ -205,7 +205,7 @@ def test_images_of_every_kind(processors, server, tmp_path):
         (np.full((5, 7, 3), -1.0), "below 0"),
         (np.full((5, 7, 3), 70000), "which value is white"),
         (b"GIF87", "Cannot read the image"),
-        (3.5, "A float is no image"),
+        (3.5, "A float is not an image"),
         ("data:image/png;base64,%%%", "does not hold base64"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -363,7 +363,7 @@ def test_cutting_never_goes_through_an_image_or_a_question(processors):
         some = cut(both, max_length=limit)
         assert torch.equal(some["input_ids"], once["input_ids"]) and some["latent_start"].shape == (1, 1)
         assert torch.equal(some["labels"], once["labels"])
-    with pytest.raises(ValueError, match="cut its image and the question behind it"):
+    with pytest.raises(ValueError, match="cut its image and the question after it"):
         cut(both, max_length=int(full["round_end"][0, 0]))
     with pytest.raises(ValueError, match="cut its last question"):
         cut(chat(image), max_length=30)
