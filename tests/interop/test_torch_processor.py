@@ -7,7 +7,11 @@ import http.server
 import io
 import json
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -516,3 +520,37 @@ def test_the_pipeline_answers_as_generate_does(tokenizer, tmp_path):
     assert len(pipe(text=[own, own], **given)) == 2
     begun = pipe(text=[*own, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}], generate_kwargs=ways)
     assert begun[0]["generated_text"][-1]["content"][0]["text"].startswith("A")
+
+
+ALONE = """
+import sys
+
+for name in ("jax", "jaxlib", "flax", "grain", "orbax", "fusion_jax"):
+    sys.modules[name] = None  # importing it fails
+
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+part = {"type": "image", "path": sys.argv[2]}
+inputs = processor([{"role": "user", "content": [part, {"type": "text", "text": "What is red?"}]}])
+print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
+"""
+
+
+def test_an_exported_folder_opens_where_this_package_cannot_be_imported(tokenizer, tmp_path):
+    config = fixtures.tiny("paper", **{"llm.vocab_size": tokenizer.vocab_size})
+    folder, image = tmp_path / "exported", tmp_path / "a.png"
+    folder.mkdir()
+    model = export(folder, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    for file in folder.glob("*.py"):
+        imports = [line for line in file.read_text().splitlines() if re.match(r"\s*(from|import) fusion_jax\b", line)]
+        assert not imports, (file.name, imports)
+    picture(0).save(image)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE, str(folder), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(chat({"type": "image", "path": str(image)}))
+    assert json.loads(done.stdout.splitlines()[-1]) == model.generate(**inputs, max_new_tokens=4)[0].tolist()

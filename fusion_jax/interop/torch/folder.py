@@ -23,6 +23,8 @@ _SHARED = (
     "data/formats",
     "data/grey",
     "data/jpeg2000",
+    "data/pieces",
+    "data/row_text",
     "data/tiles",
     "files",
 )

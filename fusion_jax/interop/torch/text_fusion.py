@@ -1,11 +1,13 @@
 """Turns conversations and written prompts into token ids and labels, as in training."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .configuration_fusion import IGNORE
+from fusion_jax.data.pieces import NO_DUMMY_PREFIX, Added, Pieces
+from fusion_jax.data.row_text import IGNORE, RowText
+
 from .image_fusion import KEYS
 
 try:  # only folders without tokenizer.json need it
@@ -18,7 +20,6 @@ LATENTS_TAG = "<latent_image>"
 VISION_START, VISION_END = "<vision_start>", "<vision_end>"  # around all visual positions
 # Stand-ins in a row of ids until the layout fills the positions.
 IMAGE, LATENTS = -200, -300
-SPACE = "▁"  # SentencePiece's visible stand-in for a space
 _FRAMED = re.compile(f"{VISION_START}({IMAGE_TAG}|{LATENTS_TAG}){VISION_END}")
 # How a conversation ends: with an open question, before an answer, within an answer, or after one.
 ASKING, WAITING, ANSWERING, CLOSED = "asking", "waiting", "answering", "closed"
@@ -153,7 +154,8 @@ class ChatText:
 
     def encoded(self, chat: Chat) -> Encoded:
         """Tokenizes a conversation piece by piece; pieces end at placeholders and at answers."""
-        template, row, has_image = self.template, _Row(self.encode, self.first), chat.has_image
+        template, has_image = self.template, chat.has_image
+        row = RowText(self.encode_parts, self.first, (VISION_START, VISION_END))
         row.text(chat.system)
         for k, (question, answer) in enumerate(chat.rounds):
             last, question = k == len(chat.rounds) - 1, self.trimmed("question", question)
@@ -168,12 +170,16 @@ class ChatText:
             row.end_question()
             if answer is not None:
                 answer = self.trimmed("answer", answer)
-                row.answer(answer if last and chat.end == ANSWERING else answer + template["end"])
+                row.answer(answer, "" if last and chat.end == ANSWERING else template["end"])
         question_ids = []
         if has_image and self.text_guided:
             texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in chat.rounds]
             question_ids = [*self.first, *self.encode("".join(texts), None)]
         return Encoded(row.ids, row.labels, row.ends, question_ids, "".join(row.prompt))
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None) -> list[int]:
+        """Ids of texts that follow each other; here none of them is literal."""
+        return self.encode("".join(text for text, _ in parts), after)
 
     def continued(self, text: str) -> Encoded:
         """A text that follows a prompt: an answer, as trainers on prompts and completions pass it."""
@@ -182,45 +188,6 @@ class ChatText:
         header = self.encode(self.template["answer"], None)
         ids = self.encode(text, header[-1] if header else None)
         return Encoded(ids, [IGNORE] * len(ids), [], [], text)
-
-
-class _Row:
-    """A row under construction. Text is collected, and tokenized in one piece once something else follows."""
-
-    def __init__(self, encode, first: list[int]):
-        self.encode = encode
-        self.ids, self.labels, self.ends, self.prompt = [*first], [IGNORE] * len(first), [], []
-        self._pending, self._after = "", None  # text to tokenize, and the id before it; None at the start of a piece
-
-    def text(self, text: str) -> None:
-        self._pending += text
-        self.prompt.append(text)
-
-    def placeholder(self, marker: int, tag: str) -> None:
-        self.text(VISION_START)
-        self._flush()
-        self.ids.append(marker)
-        self.labels.append(IGNORE)
-        self.prompt.append(tag)
-        self._after = None
-        self.text(VISION_END)
-
-    def end_question(self) -> None:
-        self._flush()
-        self.ends.append(len(self.ids) - 1)
-
-    def answer(self, text: str) -> None:
-        self.prompt.append(text)
-        new = self.encode(text, self._after)
-        self.ids += new
-        self.labels += new
-        self._after = self.ids[-1]
-
-    def _flush(self) -> None:
-        new = self.encode(self._pending, self._after)
-        self.ids += new
-        self.labels += [IGNORE] * len(new)
-        self._pending, self._after = "", self.ids[-1] if self.ids else None
 
 
 def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tuple[Chat, Any]:
@@ -284,49 +251,23 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
 
 
 class SentencePieceText:
-    """Turns text into ids exactly as in training: SentencePiece, after added tokens are cut out, the longest first.
-
-    Each text gets one "▁" before it, which is dropped where a special token opens it.
-    """
+    """Turns text into ids exactly as in training, by the SentencePiece model and the tokenizer's added tokens."""
 
     def __init__(self, model: bytes, tokenizer):
         if sentencepiece is None:
             raise ImportError("This model's tokenizer.model needs the package: pip install sentencepiece")
-        # A protobuf message may be continued: normalizer_spec { add_dummy_prefix: false }; the last value wins.
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self.tokenizer = tokenizer
-        self.look_up_added()
         self.guard = tokenizer.unk_token or self.model.id_to_piece(self.model.unk_id())
-        self.guard_length = len(self.model.encode(self.guard))
+        self.look_up_added()
 
     def look_up_added(self) -> None:
         self.known = len(self.tokenizer)
-        self.added = {token.content: (i, token) for i, token in self.tokenizer.added_tokens_decoder.items()}
-        names = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.splitter = re.compile("(" + "|".join(names) + ")")
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        added = {token.content: Added(i, token.special, token.lstrip, token.rstrip) for i, token in tokens}
+        self.pieces = Pieces(self.model, added, self.guard)
 
     def __call__(self, text: str) -> list[int]:
-        if not text:
-            return []
         if self.known != len(self.tokenizer):  # more tokens were added
             self.look_up_added()
-        # Odd items are added tokens, even items the text between them.
-        parts = self.splitter.split(SPACE + text.replace(SPACE, " "))
-        for k in range(1, len(parts), 2):
-            token = self.added[parts[k]][1]
-            if token.lstrip:
-                parts[k - 1] = parts[k - 1].rstrip()
-            if token.rstrip:
-                parts[k + 1] = parts[k + 1].lstrip()
-        if len(parts) > 1 and parts[0] == SPACE and self.added[parts[1]][1].special:
-            parts[0] = ""
-        ids = []
-        for k, part in enumerate(parts):
-            if k % 2:
-                ids.append(self.added[part][0])
-            elif part.startswith((SPACE, " ")):
-                # Some models trim white space at the start of a text: put something else before it.
-                ids += self.model.encode(self.guard + part)[self.guard_length :]
-            elif part:
-                ids += self.model.encode(part)
-        return ids
+        return self.pieces.encode(text)
