@@ -1,4 +1,4 @@
-"""MMVP: one question for each of 150 pairs of pictures that are alike to CLIP (Tong et al., CVPR 2024).
+"""MMVP: one question for each of 150 pairs of pictures that CLIP confuses (Tong et al., CVPR 2024).
 
     Questions.csv        Index, Question, Options ("(a) Open (b) Closed"), Correct Answer ("(a)")
     MMVP Images/1.jpg    the images, by index; 1 and 2 are a pair, and so on

@@ -1,4 +1,4 @@
-"""Reads a benchmark and checks its rows, references and image headers before an hour goes into answers."""
+"""Reads a benchmark and checks rows, references and image headers before any question is asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

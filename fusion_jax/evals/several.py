@@ -1,4 +1,4 @@
-"""Runs several tasks: all are checked before the first question, and one that fails does not stop the others.
+"""Runs several tasks: all are checked first, and one that fails does not stop the others.
 
 A task fails where its data cannot be read, for example, or its judge does not answer.
 """

@@ -56,7 +56,7 @@ def describe(
     """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
 
     Args:
-      origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Opened`).
+      origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
       data: of each stage, what its files are (`RecordSource.describe`).
     """
     files = {}
