@@ -44,8 +44,8 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS:
-        given = " ".join(argv[1:]) or "nothing"
-        raise UserError(f"Expected one of {', '.join(COMMANDS)}, got {given}; see --help.")
+        words = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"Expected one of {', '.join(COMMANDS)}, got {words}; see --help.")
     check(FLAGS.out is not None, "Give the folder to write: --out DIR.")
     # Conversion runs on the CPU: it needs no accelerator, and must not occupy one.
     os.environ["JAX_PLATFORMS"] = "cpu"

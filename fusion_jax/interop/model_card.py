@@ -22,7 +22,7 @@ def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> 
     """
     model = config.model
     vision, step = model.vision, checkpoint.step_of(folder)
-    made = f"Trained to step {step} with" if step else "Converted with"
+    origin = f"Trained to step {step} with" if step else "Converted with"
     stages = [stage for stage in config.stages if stage.data]
     lines = [
         "---",
@@ -32,7 +32,7 @@ def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> 
         "",
         "# A vision-language model whose vision encoder reads the question",
         "",
-        f"{parameters:,} parameters in {dtype} (FLARE, ICLR 2026; FUSION, arXiv 2504.09925). {made} "
+        f"{parameters:,} parameters in {dtype} (FLARE, ICLR 2026; FUSION, arXiv 2504.09925). {origin} "
         f"fusion_jax {__version__}; exported {datetime.date.today()}.",
         "",
         "```python",

@@ -42,7 +42,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(room, ignore_errors=True)
         if not target.exists():
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            with contextlib.suppress(OSError):  # another process may have put something there
                 for parent in above:
                     parent.rmdir()
 

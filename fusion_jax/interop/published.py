@@ -91,14 +91,14 @@ def place_tower(
     Raises:
       UserError: the path of the target would choose the other encoder.
     """
-    tower, given = model.vision, described["mm_vision_tower"]
+    tower, tower_name = model.vision, described["mm_vision_tower"]
     word = next(encoder.word for encoder in _ENCODERS if encoder.runs(tower))
-    own = _chosen(given) == word and not Path(given).is_absolute()
-    if own and re.fullmatch(r"[\w.-]{1,200}", given, re.ASCII) is None:
-        return given, None
+    own = _chosen(tower_name) == word and not Path(tower_name).is_absolute()
+    if own and re.fullmatch(r"[\w.-]{1,200}", tower_name, re.ASCII) is None:
+        return tower_name, None
     # A plain name is looked up in the current folder of the published code; an absolute path always works.
-    name = given if own else f"vision_{word}"
-    full = given if own else str(target.resolve() / name)
+    name = tower_name if own else f"vision_{word}"
+    full = tower_name if own else str(target.resolve() / name)
     check(
         _chosen(full) == word,
         f"The published code takes the encoder of its SigLIP2 for a tower whose path has siglip2 in it, and this tower "

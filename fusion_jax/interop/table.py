@@ -223,20 +223,22 @@ def to_published(row: Row, get, config: FusionConfig) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
 
 
-def check_complete(rows: list[Row], found: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str) -> None:
+def check_complete(
+    rows: list[Row], actual: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str
+) -> None:
     """UserError that names the first tensor that is missing, left over or of another shape.
 
     Args:
-      rows: expected. found: shapes by name. ignored: ends of names that may be left over. where: for messages.
+      rows: expected. actual: shapes by name. ignored: ends of names that may be left over. where: for messages.
     """
     expected = {row.name: row.shape for row in rows}
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not name.endswith(ignored)]
+    missing = [name for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected and not name.endswith(ignored)]
     for problem, names in (("lacks", missing), ("has the unknown tensor", extra)):
         if names:
             raise UserError(
                 f"{where} {problem} {shown(names[0])}" + (f" and {len(names) - 1} more." if names[1:] else ".")
             )
     for name, shape in expected.items():
-        if tuple(found[name]) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(found[name])}; the config asks for {shape}.")
+        if tuple(actual[name]) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(actual[name])}; the config asks for {shape}.")

@@ -70,7 +70,9 @@ class TensorFolder:
         check(self.folder.is_dir(), f"There is no folder {self.folder}.")
         for name in ("model.safetensors", "model.safetensors.index.json"):
             path = self.folder / name
-            check(path.is_file() or not os.path.lexists(path), f"{path} is no regular file, or a link to nothing.")
+            check(
+                path.is_file() or not os.path.lexists(path), f"{path} is not a regular file, or is a link to nothing."
+            )
         single, pickled = self.folder / "model.safetensors", self.folder / "pytorch_model.bin"
         index = self.folder / "model.safetensors.index.json"
         if single.is_file():
@@ -92,7 +94,7 @@ class TensorFolder:
 
     def _add(self, file: Path) -> None:
         check(os.path.lexists(file), f"{file} is missing, though the index of its folder names it.")
-        check(file.is_file(), f"{file} is no regular file, or a link to nothing.")
+        check(file.is_file(), f"{file} is not a regular file, or is a link to nothing.")
         try:
             with file.open("rb") as opened:
                 header = int.from_bytes(opened.read(8), "little")
@@ -123,7 +125,7 @@ class TensorFolder:
         files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index, ".bin")]
         for path in files:
             check(os.path.lexists(path), f"{path} is missing, though {index} names it.")
-            check(path.is_file(), f"{path} is no regular file, or a link to nothing.")
+            check(path.is_file(), f"{path} is not a regular file, or is a link to nothing.")
             _check_stored(path)
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -375,7 +375,7 @@ def test_pickles_that_lie_or_run_code(folder):
     path.unlink()
     os.mkfifo(path)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": path.name}}))
-    tried("no regular file")
+    tried("not a regular file")
 
 
 # ---- Checkpoints.
