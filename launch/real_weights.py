@@ -37,7 +37,8 @@ def smollm2() -> None:
 
 def unpack(source: str, target: str) -> None:
     from fusion_jax.interop.gguf_file import GgufFile, find
-    from fusion_jax.interop.tensors import TensorWriter, new_folder
+    from fusion_jax.interop.new_folder import new_folder
+    from fusion_jax.interop.tensors import TensorWriter
 
     path = Path(source)
     file = GgufFile(find(path) or path)
