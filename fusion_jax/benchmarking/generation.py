@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fusion_jax.benchmarking.common import RUN_REPEATS, build_model, equal_batch, times
-from fusion_jax.inference import generate
+from fusion_jax.inference import decoding
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models import fusion
 
@@ -33,7 +33,7 @@ def time_prefill(model: fusion.Fusion, params, rows: int, question: int, answer:
     """Times `rows` prompts with `question` tokens and an image each; the cache has room for `answer` tokens more."""
     batch = jax.tree.map(jnp.asarray, equal_batch(model.config, rows, question, 0))
     limit = np.full(rows, answer, np.int32)
-    run = functools.partial(generate.prefill, model, params, batch, batch.tokens.shape[1] + answer, limit)
+    run = functools.partial(decoding.prefill, model, params, batch, batch.tokens.shape[1] + answer, limit)
     start = time.perf_counter()
     jax.block_until_ready(run())
     compile_seconds = time.perf_counter() - start
@@ -61,14 +61,14 @@ def measure_decode(config: ConfigDict, rows: int) -> dict:
 def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
     """Times `answer` tokens after each of `rows` prompts, which are those of `time_prefill`."""
     batch = jax.tree.map(jnp.asarray, equal_batch(model.config, rows, question, 0))
-    prefilled = generate.first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
+    prefilled = decoding.first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
     medians = []
     for steps in (answer, 1):
 
         def run(steps=steps):
             ready = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled))
             start = time.perf_counter()
-            jax.block_until_ready(generate.decode(model, params, ready, steps, (), False))
+            jax.block_until_ready(decoding.decode(model, params, ready, steps, (), False))
             return time.perf_counter() - start
 
         run()

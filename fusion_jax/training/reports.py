@@ -22,6 +22,7 @@ from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.files import printable
 from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import first_question
 from fusion_jax.models import fusion
 from fusion_jax.training import ending, losses, metrics, state, watch
 from fusion_jax.training import step as train_step
@@ -155,7 +156,7 @@ class Reports:
             usable = False
             with contextlib.suppress(BadRecord):
                 record = source[measured.number]
-                prompt = generate.first_question(record)
+                prompt = first_question(record)
                 maker(prompt, prompt=True)
                 usable = True
             if not all(distributed.gather(usable)):

@@ -16,7 +16,8 @@ from fusion_jax.config import MeshConfig
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.devices import sharding
-from fusion_jax.inference import generate, sampling
+from fusion_jax.inference import sampling
+from fusion_jax.inference.decoding import begin, decode, prefill
 from fusion_jax.models import partition
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import reports, state
@@ -50,10 +51,10 @@ def main():
     prompts = lay(config, [example(config, seed, answer=0, question=QUESTION) for seed in range(2)])
     batch = abstract(prompts, mesh)
     limit, settings = np.array([8, 0], np.int32), sampling.settings([sampling.Sampling()] * 2)
-    logits, positions, cache = lower("prefill", generate.prefill, model, params, batch, 300, limit)
-    begun = lower("begin", generate.begin, logits, positions, cache, batch, limit, settings)
+    logits, positions, cache = lower("prefill", prefill, model, params, batch, 300, limit)
+    begun = lower("begin", begin, logits, positions, cache, batch, limit, settings)
     for name, draw in (("decode", False), ("decode, drawn", True)):
-        lower(name, generate.decode, model, params, begun, 8, (2,), draw)
+        lower(name, decode, model, params, begun, 8, (2,), draw)
     json.dump(kernels, sys.stdout)
 
 

@@ -27,7 +27,7 @@ PERMITTED = {
     # JAX's splash kernel: the sum of each row of the gradient, weighed by the output.
     "step": {"hsd,hsd->hs"},
     # Sums over the places of a word, of attention weights and embeddings that were computed in bfloat16.
-    "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(_measure)"},
+    "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(measure_word)"},
 }
 
 

@@ -57,6 +57,17 @@ def pope_folder(folder: Path, answers: dict[str, Sequence[str]]) -> Path:
     return folder
 
 
+def held_out_folder(folder: Path, answers: Sequence[str], topics: Sequence[str]) -> None:
+    """held_out.json with one question on each answer, and images that are named by the answers."""
+    records = []
+    for i, (answer, topic) in enumerate(zip(answers, topics)):
+        write_image(folder / f"{answer}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        extra = {"topics": [topic]} if topic else {}
+        records.append({"id": str(i), "image": f"{answer}.png", "conversations": turns, **extra})
+    (folder / "held_out.json").write_text(json.dumps(records))
+
+
 class Rule:
     """Answers each prompt as a function says, and keeps what it was asked."""
 

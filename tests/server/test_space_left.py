@@ -5,13 +5,13 @@ import re
 
 import pytest
 from helpers import tiny_run
-from inference.test_generate import QUESTIONS, config, picture
+from helpers.generation import QUESTIONS, config, picture
 
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
-from fusion_jax.inference import generate
-from fusion_jax.server.room import room
+from fusion_jax.inference.prompts import Buckets, Prompts
+from fusion_jax.server.space_left import space_left
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 QUESTION = "Which of the two people in this picture is closer to the camera, and what is she holding in her hand?"
@@ -24,7 +24,7 @@ def make(tmp_path_factory):
 
     def make(length, question=64, rounds=3, **model):
         run = dataclasses.replace(config(), model=dataclasses.replace(tiny_run.MODEL, **model))
-        return generate.Prompts(run, tokenizer, generate.Buckets((length,), (question,), (rounds,), (0, 1)))
+        return Prompts(run, tokenizer, Buckets((length,), (question,), (rounds,), (0, 1)))
 
     return make
 
@@ -37,7 +37,7 @@ def record(questions, image=True):
 
 
 @pytest.mark.parametrize(
-    ("length", "question", "rounds", "asked", "image", "said"),
+    ("length", "question", "rounds", "rounds_used", "image", "sentence"),
     [
         (400, 500, 3, 1, True, r"Round 1 of 3; about \d+ words fit\."),
         (400, 500, 3, 2, True, r"Round 2 of 3; about \d+ more words fit\."),
@@ -51,22 +51,24 @@ def record(questions, image=True):
         (400, 8, 3, 1, False, r".*bout \d\d+ words fit, fewer beside an image\."),
     ],
 )
-def test_the_room_is_said_in_words(make, length, question, rounds, asked, image, said):
-    text = room(make(length, question, rounds), record(["Which colour is the star?"] * (asked - 1) + ["?"], image))
-    assert re.fullmatch(said, text), text
+def test_the_space_left_is_given_in_words(make, length, question, rounds, rounds_used, image, sentence):
+    text = space_left(
+        make(length, question, rounds), record(["Which colour is the star?"] * (rounds_used - 1) + ["?"], image)
+    )
+    assert re.fullmatch(sentence, text), text
 
 
 @pytest.mark.parametrize("before", [[], ["Which colour is the star?"]])
 def test_so_many_words_do_fit_and_not_many_more(make, before):
     prompts = make(300, 500)
     words = int(
-        next(word for word in room(prompts, record([*before, "?"])).split() if word.isdigit() and int(word) > 5)
+        next(word for word in space_left(prompts, record([*before, "?"])).split() if word.isdigit() and int(word) > 5)
     )
     like = QUESTION.split()
     for count, fits in ((words - 2, True), (2 * words, False)):
-        asked = record([*before, " ".join((like * count)[:count])])
+        longer = record([*before, " ".join((like * count)[:count])])
         if fits:
-            prompts.example(asked)
+            prompts.example(longer)
         else:
             with pytest.raises(BadRecord):
-                prompts.example(asked)
+                prompts.example(longer)

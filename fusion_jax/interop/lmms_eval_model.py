@@ -1,10 +1,10 @@
-"""lmms-eval's tasks on a checkpoint: a model class of its own.
+"""The model class through which lmms-eval runs its tasks on a checkpoint.
 
     pip install 'fusion_jax[lmms_eval]'
     python -m lmms_eval --model fusion_jax --model_args checkpoint=runs/a --tasks mme
 
-lmms-eval finds it through lmms_eval_plugin.py. Answers are greedy; `until` cuts them, and
-`max_new_tokens` bounds them. Perplexities and several rounds are not offered.
+lmms-eval finds the class through lmms_eval_plugin.py. Answers are greedy, end at the first `until` text and have
+at most `max_new_tokens` tokens. Perplexities and conversations of several rounds are not offered.
 """
 
 import io
@@ -24,7 +24,7 @@ from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import checkpoint as checkpoints
 
-_LONGEST = 1024  # tokens, where a task says nothing
+_LONGEST = 1024  # tokens of an answer, where a task sets no limit
 
 
 class FusionModel(lmms):
@@ -33,11 +33,11 @@ class FusionModel(lmms):
     def __init__(self, checkpoint: str = "", batch_size: int | str = 16, device: str | None = None, **unknown):
         """Args:
           checkpoint: step folder, stage folder or workdir.
-          batch_size: questions answered at a time.
-          device: accepted because lmms-eval passes it; JAX chooses its own.
+          batch_size: questions answered at a time; 16 where it is not a number.
+          device: ignored; lmms-eval passes it, and JAX chooses its own.
 
         Raises:
-          UserError: no checkpoint, or an argument that does not exist.
+          UserError: there is no checkpoint, or an argument is unknown.
         """
         super().__init__()
         unknown.pop("max_batch_size", None)
@@ -51,7 +51,10 @@ class FusionModel(lmms):
         self._answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=rows)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers in the order of the requests; batches hold requests of one answer length, the longest words first."""
+        """Returns the answers in the order of the requests.
+
+        Each batch holds requests with the same longest answer; the longest prompts come first.
+        """
         order = sorted(range(len(requests)), key=lambda i: (_longest(requests[i]), -len(requests[i].args[0])))
         answers: dict[int, str] = {}
         with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
@@ -61,10 +64,10 @@ class FusionModel(lmms):
                 order = order[len(batch) :]
                 self._answerer.max_tokens = length
                 try:
-                    said = self._answerer.answer([self._record(requests[i]) for i in batch])
+                    texts = self._answerer.answer([self._record(requests[i]) for i in batch])
                 except BadRecord as bad:
                     raise UserError(f"{bad.where}: {bad.detail}.") from bad
-                for i, answer in zip(batch, said):
+                for i, answer in zip(batch, texts):
                     answers[i] = _cut(answer, requests[i].args[1].get("until", []))
                     self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update(len(batch))
@@ -92,16 +95,16 @@ def _longest(request: Instance) -> int:
 
 
 def _cut(answer: str, until: str | Sequence[str]) -> str:
-    """The answer up to the first of the stop texts."""
+    """Returns the answer up to the first stop text."""
     for stop in [until] if isinstance(until, str) else until:
         answer = answer.split(stop)[0] if stop else answer
     return answer.strip()
 
 
 def _bytes(visual: object, where: str) -> bytes:
-    """An image as the bytes of a PNG, which says the same pixels."""
+    """Encodes an image as PNG, which keeps its pixels exactly."""
     if not isinstance(visual, Image.Image):
-        raise UserError(f"{where}: fusion_jax sees pictures, not {type(visual).__name__}.")
+        raise UserError(f"{where}: fusion_jax reads images only, not {type(visual).__name__}.")
     data = io.BytesIO()
     with image.refusals(where, "the picture"):
         image.in_eight_bits(visual, is_deep_colour(visual)).save(data, "PNG", compress_level=1)

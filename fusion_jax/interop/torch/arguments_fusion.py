@@ -1,4 +1,4 @@
-"""What the processor is given, sorted: which images belong to which conversation."""
+"""Sorts the arguments of the processor: which images belong to which conversation."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs", "processor_kwargs")
 
 
 def batch(conversations, images) -> tuple[list, list[list]]:
-    """Conversations or texts as a list, and the images of each that it does not carry itself."""
+    """Conversations or texts as a list, and for each the images that it does not carry itself."""
     if isinstance(conversations, tuple):
         conversations = list(conversations)
     if isinstance(conversations, str) or (conversations and isinstance(conversations[0], dict)):
@@ -30,7 +30,7 @@ def batch(conversations, images) -> tuple[list, list[list]]:
         images = [[one for one in own if one is not None] for own in images]
     elif count == 1:
         images = [[one for one in images if one is not None]]
-    else:  # all of them in the order of their places, or one for each
+    else:  # all of them in the order of their positions, or one for each
         places = [places_of(conversation) for conversation in conversations]
         if not any(one is None for one in images) and sum(places) == len(images):
             waiting = iter(images)
@@ -43,7 +43,7 @@ def batch(conversations, images) -> tuple[list, list[list]]:
 
 
 def flat(options: dict) -> dict:
-    """Options that are given in groups, as by `text_kwargs={"padding": True}`."""
+    """Options without their groups, such as `text_kwargs={"padding": True}`."""
     flat = {}
     for name, value in options.items():
         flat |= dict(value or {}) if name in GROUPS else {name: value}
@@ -57,7 +57,7 @@ def is_image(value: Any) -> bool:
 
 
 def places_of(conversation: Any) -> int:
-    """Places of images in a conversation that do not carry their image, or in a text."""
+    """Number of positions for images in a text, or in a conversation for images that it does not carry."""
     if isinstance(conversation, str):
         return conversation.count(IMAGE_TAG)
     places = 0
@@ -68,7 +68,7 @@ def places_of(conversation: Any) -> int:
         else:
             for part in content or ():
                 if not isinstance(part, dict):
-                    continue  # `read_messages` says what is wrong with it
+                    continue  # `read_messages` raises the error
                 kind, carried = part.get("type"), any(part.get(key) is not None for key in KEYS)
                 places += kind in ("image", "image_url") and not carried
                 if kind == "text" and message.get("role") == "user":

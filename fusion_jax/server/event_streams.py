@@ -1,7 +1,7 @@
-"""Event streams of the page: by itself Gradio keeps each open for ever, and any number of them.
+"""Limits the event streams of the page, which Gradio alone keeps open for ever and in any number.
 
-A session has one, a browser and all browsers together have few, and a stream ends when nothing is on its way to it. A
-new one takes the place of an old one where there are too many.
+A session has one stream, a browser and all browsers together have few, and a stream ends when no message is pending for
+it. Where there are too many, a new stream takes the place of an old one.
 """
 
 import asyncio
@@ -13,39 +13,42 @@ from collections.abc import Callable
 
 log = logging.getLogger("fusion_jax")
 
-OWN = 8  # of one browser
-_LOOK = 2.0  # seconds between two looks at whether anything is on its way
+STREAMS_PER_BROWSER = 8
+_POLL = 2.0  # seconds between two looks for pending messages
 
 
-class Listeners:
-    """Those that are open.
+class EventStreams:
+    """The open event streams, by session.
 
     Args:
-      most: of all browsers. seconds: that one may be open after the last event of its session. pending: whether
-        anything is on its way to a session.
+      most: streams of all browsers. seconds: for which a stream may stay open after its session's last event.
+      pending: whether a session has a message or an unfinished event.
     """
 
     def __init__(self, most: int, seconds: float, pending: Callable[[str], bool]):
         self.most, self.seconds, self.pending = most, seconds, pending
-        self._open: dict[str, _Listener] = {}  # by session, the oldest first
+        self._open: dict[str, _Stream] = {}  # by session, the oldest first
 
     def extend(self, session: str) -> None:
-        """Another event was posted."""
+        """Keeps a session's stream open for longer, because the session has posted an event."""
         if session in self._open:
             self._open[session].end = time.monotonic() + self.seconds
 
     async def run(self, stream, owner: str, session: str, scope, receive, send) -> bool:
-        """Runs an application that streams to a session until either ends. Returns whether an answer was begun."""
+        """Runs an application that streams to a session, until it ends or its place is taken.
+
+        Returns whether an answer was begun.
+        """
         begun = ended = False
 
-        async def tell(message) -> None:
+        async def send_noting(message) -> None:
             nonlocal begun, ended
             begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         one = self._place(owner, session)
         over = asyncio.create_task(self._watch(session, one))
-        streaming = asyncio.create_task(stream(scope, receive, tell))
+        streaming = asyncio.create_task(stream(scope, receive, send_noting))
         try:
             await asyncio.wait({streaming, over}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -60,32 +63,34 @@ class Listeners:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         return begun
 
-    def _place(self, owner: str, session: str) -> "_Listener":
-        """A place, taken from others where there are too many."""
+    def _place(self, owner: str, session: str) -> "_Stream":
+        """A place for a stream, taken from another stream where there are too many."""
         self._end(session)
-        owns = [name for name, one in self._open.items() if one.owner == owner]
-        if len(owns) >= OWN:
-            self._end(owns[0])
+        own = [name for name, one in self._open.items() if one.owner == owner]
+        if len(own) >= STREAMS_PER_BROWSER:
+            self._end(own[0])
         if len(self._open) >= self.most:
             ((fullest, _),) = Counter(one.owner for one in self._open.values()).most_common(1)
             self._end(next(name for name, one in self._open.items() if one.owner == fullest))
-        one = self._open[session] = _Listener(owner, time.monotonic() + self.seconds)
+        one = self._open[session] = _Stream(owner, time.monotonic() + self.seconds)
         return one
 
     def _end(self, session: str) -> None:
         if session in self._open:
             self._open.pop(session).ended.set()
 
-    async def _watch(self, session: str, one: "_Listener") -> None:
+    async def _watch(self, session: str, one: "_Stream") -> None:
         silent = 0
-        while silent < 2 and time.monotonic() < one.end:  # once is not enough: the last message may be on its way
+        while (
+            silent < 2 and time.monotonic() < one.end
+        ):  # not at the first look: the last message may still be on its way
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
+                async with asyncio.timeout(_POLL):
                     await one.ended.wait()
                 return
             silent = 0 if self.pending(session) else silent + 1
 
 
-class _Listener:
+class _Stream:
     def __init__(self, owner: str, end: float):
         self.owner, self.end, self.ended = owner, end, asyncio.Event()
