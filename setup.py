@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# The site of docs/, built by the tests as well.
+DOCS = ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusion_jax" / "__init__.py").read_text()).group(1)
 
 setup(
@@ -70,9 +72,13 @@ setup(
         "page": ["gradio>=6.31"],
         # Language models in GGUF files.
         "gguf": ["gguf>=0.17"],
+        # `tensorboard --logdir`, the viewer of what a run writes; launch/quickstart.sh installs it.
+        "tensorboard": ["tensorboard>=2.18"],
         # For config.wandb_project.
         "wandb": ["wandb>=0.19"],
+        "docs": DOCS,
         "test": [
+            *DOCS,
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "beartype==0.23.1",

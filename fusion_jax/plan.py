@@ -5,7 +5,7 @@ python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5e:1
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology h100:8x4      # four nodes of eight GPUs
 
 Prints a table and, last, one JSON line; docs/scaling.md says what each figure means and where it comes from. It needs
-`pip install fusion_jax[plan]` (for GPUs `fusion_jax[plan-gpu]`), a few GB of memory and some minutes, but no TPU, no
+`pip install -e '.[plan]'` (for GPUs `.[plan_gpu]`), a few GB of memory and some minutes, but no TPU, no
 GPU and no data.
 """
 

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             from fusion_jax.server.pictures import Pictures
             from fusion_jax.server.running_batch import RunningBatch
     except ImportError as error:
-        raise UserError(f"Serving needs the package {error.name}: pip install 'fusion_jax[serve]'.") from error
+        raise UserError(f"Serving needs the package {error.name}: pip install -e '.[serve]'.") from error
     check(f.max_upload_bytes >= 1, f"--max_upload_bytes={f.max_upload_bytes} must be at least 1.")
     host_names, origins = read_host_names(f.host_names), read_origins(f.cors_origins)
     page = _import_page() if f.page else None
@@ -147,7 +147,7 @@ def _import_page():
         from fusion_jax.server import page
     except ImportError as error:
         log.warning(
-            "no web page: the package %s is missing (pip install 'fusion_jax[page]'; in a checkout start the server by "
+            "no web page: the package %s is missing (pip install -e '.[page]'; in a checkout start the server by "
             "bash launch/serve.sh)",
             error.name,
         )

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 find_python() {
   local candidate
   for candidate in ${PYTHON:-} python3.12 python3.11 python3 python; do
-    # A name on the PATH may be a stub that does not run, so ask it for its version.
+    # A name on the PATH may be a stub that does not run, so this asks for its version.
     if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
       command -v "$candidate"
       return

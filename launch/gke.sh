@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# TPU slices in Google Kubernetes Engine, by XPK (pip install xpk; tested against 1.16).
+# Trains on TPU slices in Google Kubernetes Engine, by XPK (pip install xpk; tested against 1.16).
 usage() {
   cat <<'TEXT'
 bash launch/gke.sh COMMAND [options] [--dry_run]
 
   image            builds and pushes launch/Dockerfile: --image us-docker.pkg.dev/PROJECT/REPOSITORY/fusion_jax:TAG
   cluster NAME     makes a cluster: --type v5p-256 --zone ZONE [--slices N] [--spot | --reservation R | --on_demand]
-  storage NAME     a bucket as the folder /mnt/NAME of workloads: --cluster NAME --bucket BUCKET
+  storage NAME     makes a bucket the folder /mnt/NAME of workloads: --cluster NAME --bucket BUCKET
   run WORKLOAD     starts training: --cluster NAME --type v5p-256 --image IMAGE --storage NAME [--slices N] [--max_restarts 100]
-                   [--priority medium] [--flags v5p, default: by the type] -- --config FILE --workdir /mnt/NAME/run
-  list             the workloads of --cluster
+                   [--priority medium] [--flags v5p; default: by the type] -- --config FILE --workdir /mnt/NAME/run
+  list             lists the workloads of --cluster
   logs WORKLOAD    follows worker 0's log (kubectl)
   stop WORKLOAD    ends it and gives the slices back: pods get SIGTERM and two minutes to save
   delete NAME      deletes the cluster
 
-Everywhere: --zone ZONE [--project PROJECT]. The JobSet starts all pods of a workload again when training asks for it
-(exit code 75) or when a pod was lost; pods keep nothing, so --workdir and the data lie in mounted storage.
+All commands take --zone ZONE [--project PROJECT]. The JobSet starts all pods of a workload again when training ends with
+exit code 75 or a pod is lost. Pods keep no files, so --workdir and the data must be in mounted storage.
 TEXT
 }
 set -uo pipefail
@@ -67,7 +67,7 @@ train() {
     esac
   done
   [ -n "$storage" ] && [[ $workdir == /mnt/$storage/* ]] ||
-    die "--workdir='$workdir' would be lost with its pod; give --storage NAME and, behind --, --workdir /mnt/NAME/..."
+    die "--workdir='$workdir' would be lost with its pod; give --storage NAME and, after --, --workdir /mnt/NAME/..."
   case ${flags:-$type} in
   v5litepod-*) flags=v5e ;;
   *-*) flags=${type%%-*} ;;
@@ -86,7 +86,7 @@ image)
   ;;
 cluster) capacity ;;
 storage)
-  # --size is asked for, and means nothing for a bucket.
+  # xpk requires --size, which means nothing for a bucket.
   run xpk storage attach "$name" --cluster "$cluster" "${place[@]}" --type gcsfuse --bucket "$bucket" --mount-point "/mnt/$name" \
     --size 1000 --auto-mount false --readonly false --mount-options implicit-dirs,rename-dir-limit=100000
   ;;

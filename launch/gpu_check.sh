@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Whether this checkout computes rightly and fast on this machine's GPU, in one command and a few minutes.
+# Checks in a few minutes whether this checkout computes correctly on this machine's GPU, and how fast.
 usage() {
   cat <<'TEXT'
 bash launch/gpu_check.sh [--minutes 9] [--out DIR] [--parts LIST] [--dry_run]
 
-  --minutes N     time for everything; each part has its own limit within it (default: 9)
-  --out DIR       report.md, report.json and the parts' logs (default: runs/gpu_check)
-  --parts LIST    only these, with commas between: kernels, step_large, goldens, training, generation, step_small
-  --dry_run       on the CPU, at tiny shapes: whether the check itself runs through
+  --minutes N     time for the whole check; each part has its own limit within it (default: 9)
+  --out DIR       folder for report.md, report.json and the parts' logs (default: runs/gpu_check)
+  --parts LIST    run only these parts, separated by commas: kernels, step_large, goldens, training, generation, step_small
+  --dry_run       run at tiny shapes on the CPU, to see whether the check itself works
 
-Needs one NVIDIA GPU and a Python (PYTHON, else .venv, else python3) with what requirements.txt and jax[cuda13] install;
-what is missing is named first. The report is written after each part and survives a cut. Exit code: 0 all parts
-passed, 1 not all, 2 the check could not begin.
+It needs one NVIDIA GPU and a Python (PYTHON, else .venv, else python3) with the packages of requirements.txt and
+jax[cuda13]; missing ones are named first. The report is written after each part, so an interrupted check keeps its
+finished parts. Exit code: 0 all parts passed, 1 not all passed, 2 the check could not start.
 TEXT
 }
 set -euo pipefail
@@ -27,7 +27,7 @@ python=${PYTHON:-}
 [ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python; } || python=python3
 kind=gpu
 [ -z "${DRY_RUN:-}" ] || kind=none
-# Alone on the card, a run may take more of it than beside whatever else a training node has.
+# Nothing else uses the card, so the check may take more of its memory than training on a node does.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.94}
 exports=$(bash launch/xla_flags.sh "$kind")
 eval "$exports"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Training in the background of this machine, which outlives the session that started it. launch/tpu_vm.sh calls it on
-# every host; on a machine of your own it is called by hand.
+# Trains in the background of this machine and outlives the session that started it. launch/tpu_vm.sh calls it on every
+# host; on your own machine you call it by hand.
 usage() {
   cat <<'TEXT'
 bash launch/host.sh COMMAND [options]
 
-  install [--extras tpu]     Python 3.11 or 3.12 where there is none (by uv), and the environment of launch/env.sh
+  install [--extras tpu]     installs Python 3.11 or 3.12 by uv where it is missing, and makes launch/env.sh's environment
   doctor [--extras tpu] [-- --config FILE --workdir DIR]
-                             python -m fusion_jax.doctor with the compiler flags that training will get
+                             runs python -m fusion_jax.doctor with the compiler flags that training will get
   mount --bucket NAME [--at DIR]
-                             a Cloud Storage bucket as a folder (default: /mnt/NAME), by gcsfuse; installs it on Debian and Ubuntu
+                             mounts a Cloud Storage bucket as a folder (default: /mnt/NAME) by gcsfuse, which it installs on Debian and Ubuntu
   start [--flags KIND] [--codes LIST] -- --config FILE --workdir DIR ...
-                             launch/train.sh in the background
-  state                      running, never started, cut off, or: ended with exit code N
-  log [--lines N] [--follow] its output
-  stop [--wait SECONDS]      SIGTERM, which saves and ends, and waits for that (default: 300)
+                             runs launch/train.sh in the background
+  state                      prints: running, never started, cut off, or ended with exit code N
+  log [--lines N] [--follow] prints its output
+  stop [--wait SECONDS]      sends SIGTERM, on which training saves and ends, and waits for that (default: 300)
 
 The log is runs/train.log of the checkout.
 TEXT
@@ -30,7 +30,8 @@ options "--extras --flags --codes --lines --wait --bucket --at" "--follow" "$@"
 number --lines lines
 number --wait wait
 export EXTRAS=$extras
-# The restart loop, which takes SIGTERM; what lives around it, from before the environment is there to after its end.
+# The process id of the restart loop, which takes SIGTERM, and that of the process around it, which starts before the
+# environment is made and ends after the loop.
 pid_file=runs/train.pid whole=runs/host.pid log=runs/train.log
 
 alive() { [ -e "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
@@ -43,7 +44,7 @@ state() {
   elif tail -n 1 "$log" | grep -q '^ended with exit code'; then
     tail -n 1 "$log"
   else
-    echo "cut off, by a restart of the machine perhaps"
+    echo "cut off, perhaps by a restart of the machine"
   fi
 }
 

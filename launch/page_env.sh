@@ -1,6 +1,6 @@
-# Sourced behind env.sh by the scripts that need the web page: page_environment makes .venv-page, its own packages
-# first, then all of .venv. Gradio asks for an older Pillow than requirements.txt pins.
-# Arguments: pinned packages that are wanted beside requirements-page.txt. Fails where something cannot be installed.
+# Sourced after env.sh by the scripts that need the web page. page_environment makes .venv-page, which has its own
+# packages in front of all of .venv, because Gradio needs an older Pillow than requirements.txt pins.
+# Arguments: pinned packages to install beside requirements-page.txt. It fails if something cannot be installed.
 page_environment() {
   local stamp package
   stamp=".venv-page/installed-$(cat requirements-page.txt requirements.txt setup.py | cksum | cut -d' ' -f1)"

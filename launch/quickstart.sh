@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: environment, data, three stages, evaluation. About 15 minutes on 2 cores.
-# Started again, it goes on where it stopped.
+# Goes from a fresh clone to a trained model: environment, data, three stages, evaluation. About 15 minutes on 2 cores.
+# Started again, it continues where it stopped.
 start=$SECONDS
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+EXTRAS="tensorboard${EXTRAS:+,$EXTRAS}" source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run=${RUN:-runs/quickstart}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
@@ -25,4 +25,5 @@ summary = {**scores, "train_seconds": train_seconds, "total_seconds": total_seco
 (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 print(json.dumps(summary, indent=2))
 PY
-echo "written: $run/summary.json, $run/losses.png; TensorBoard: tensorboard --logdir $run"
+echo "written: $run/summary.json, $run/losses.png"
+echo "next:    source .venv/bin/activate; tensorboard --logdir $run"

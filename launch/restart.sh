@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as it asks for it. Needs nothing but bash; works inside containers.
+# Runs a command again as often as its exit code requests it. It needs only bash, and works inside containers.
 usage() {
   cat <<'TEXT'
 bash launch/restart.sh [options] -- COMMAND ...
 
-Runs COMMAND; when it ends with an exit code that means "run me again" it is started once more. Training ends with 75 after
-it has saved on SIGTERM or on a notice of preemption. A failure (exit code 1, or above 128: killed by a signal, as for
-memory) is tried again a few times. In every other case (2 is a mistake that somebody has to correct) this script ends with
-COMMAND's exit code.
+Runs COMMAND, and starts it again when it ends with an exit code that means "run me again". Training ends with 75 after it
+has saved on SIGTERM or on a preemption notice. After a failure (exit code 1, or above 128: killed by a signal, for example
+for lack of memory) COMMAND is started again a few times. In every other case (2 is a mistake that somebody has to correct)
+this script ends with COMMAND's exit code.
 
   --codes LIST        exit codes that mean "run me again" (default: 75)
   --fast SECONDS      a run shorter than this did no work (default: 60)
-  --max_fast N        so many fast runs in a row end it, with exit code 1 (default: 3)
-  --pause SECONDS     wait before a new run (default: 5); twice, four times, ... as long after failures in a row
-  --retries N         so many failures in a row are tried again (default: 3)
-  --long SECONDS      a run of at least this length got on: failures before it no longer count (default: 3600)
-  --pid_file FILE     the process id of this script, removed at its end
+  --max_fast N        after N fast runs in a row this script ends with exit code 1 (default: 3)
+  --pause SECONDS     wait before a new run (default: 5); two, four, ... times as long after failures in a row
+  --retries N         start again after up to N failures in a row (default: 3)
+  --long SECONDS      a run of at least this length made progress: failures before it no longer count (default: 3600)
+  --pid_file FILE     file for the process id of this script, removed when it ends
   --dry_run           print what would be run
 
-SIGTERM, SIGHUP or Ctrl-C goes to COMMAND as SIGTERM; COMMAND's exit code is then passed on and it is not started again, so that
-whatever started this script (SLURM, Kubernetes) decides. A second Ctrl-C kills COMMAND.
+SIGTERM, SIGHUP or Ctrl-C reaches COMMAND as SIGTERM. Its exit code is then passed on and it is not started again, so that
+SLURM, Kubernetes or whatever else started this script decides. A second Ctrl-C kills COMMAND.
 TEXT
 }
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 codes=75 fast=60 max_fast=3 pause=5 retries=3 long=3600 pid_file=
 options "--codes --fast --max_fast --pause --retries --long --pid_file" "" "$@"
-[ ${#REST[@]} -eq 0 ] || die "unexpected argument '${REST[0]}'; the command stands behind --."
-[ ${#AFTER[@]} -gt 0 ] || die "no command; give it behind --, for example: restart.sh -- python -m fusion_jax.train ..."
+[ ${#REST[@]} -eq 0 ] || die "unexpected argument '${REST[0]}'; the command follows --."
+[ ${#AFTER[@]} -gt 0 ] || die "no command; give it after --, for example: restart.sh -- python -m fusion_jax.train ..."
 [[ $codes =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--codes must be exit codes with commas between, got '$codes'."
 for name in fast max_fast pause retries long; do number "--$name" "$name"; done
 
@@ -54,7 +54,7 @@ if [ -n "$pid_file" ]; then
   trap 'rm -f "$pid_file"' EXIT
 fi
 
-# Whether an exit code is a failure that another run may not have. 130 is Ctrl-C, which somebody meant.
+# Whether an exit code is a failure that may not happen again. 130 is Ctrl-C, which somebody pressed on purpose.
 failed() { (($1 == 1 || ($1 > 128 && $1 != 130))); }
 
 fast_runs=0 failures=0
@@ -63,7 +63,7 @@ while :; do
   "${AFTER[@]}" &
   child=$!
   [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null # the signal came before there was a child to pass it to
-  while :; do # a signal ends `wait` early: only a wait without one tells the child's exit code
+  while :; do # a signal ends `wait` early: only a wait without one returns the child's exit code
     interrupted=
     wait "$child"
     code=$?
@@ -90,7 +90,7 @@ while :; do
     exit "$code"
   fi
   echo "restart: exit code $code after $took s; again in $wait_for s" >&2
-  # A second at a time: bash sees to a signal only once the command that runs has ended.
+  # One second at a time, because bash handles a signal only after the running command has ended.
   for ((waited = 0; waited < wait_for; waited++)); do
     [ -z "$stopped" ] || exit "$code"
     sleep 1

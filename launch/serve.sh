@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The server with its web page from a checkout, in one command: makes .venv with the pinned requirements, and
-# .venv-page with what the page needs beside them. Arguments are those of python -m fusion_jax.serve:
+# Starts the server and its web page from a checkout in one command. It makes .venv with the pinned requirements, and
+# .venv-page with the further packages of the page. The arguments are those of python -m fusion_jax.serve:
 #   FUSION_API_KEY=... bash launch/serve.sh --checkpoint runs/quickstart
 # EXTRAS adds extras of setup.py, such as gpu. With --page=false nothing is installed for the page.
 here=$PWD

@@ -6,7 +6,7 @@ image=$1 mounts=$2
 shift 2
 echo "job $SLURM_JOB_ID, run $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date '+%Y-%m-%d %H:%M:%S')"
 
-# All tasks end when one does: the others would wait for it in a collective.
+# All tasks end when one does, since the others would wait for it in a collective.
 step=(srun --kill-on-bad-exit=1 --label)
 if [ -n "$image" ]; then
   # The image's environment, this checkout's code.
@@ -17,9 +17,9 @@ else
   PATH=$PWD/.venv/bin:$PATH # srun hands the environment on
 fi
 
-# SIGTERM comes to this script alone (--signal=B:). srun itself would kill its tasks on it, so they are told through SLURM.
+# SIGTERM reaches only this script (--signal=B:). srun itself would kill its tasks on it, so SLURM sends it to them.
 stopped=
-trap 'stopped=1; echo "told to stop: saving"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'stopped=1; echo "asked to stop: saving"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 started=$SECONDS
 # shellcheck disable=SC2016  # expanded in the tasks
 "${step[@]}" bash -c 'eval "$(bash launch/xla_flags.sh gpu)" && exec python -m fusion_jax.train "$@"' train "$@" &
@@ -32,10 +32,10 @@ done
 
 took=$((SECONDS - started))
 echo "training ended with exit code $code after $took s"
-failures=runs/slurm/failures-$SLURM_JOB_ID # in a row: a file, because every run of the job is a new process
+failures=runs/slurm/failures-$SLURM_JOB_ID # failures in a row, in a file because every run of the job is a new process
 if [ "$code" -eq 75 ]; then
   if ((took < 60)); then
-    echo "error: it asked to be run again within a minute of its start, so it did no work; not put back into the queue." >&2
+    echo "error: it ended with exit code 75 within a minute of its start, so it did no work; not put back into the queue." >&2
     exit 1
   fi
   rm -f "$failures"
@@ -43,10 +43,10 @@ elif ((code == 1 || (code > 128 && code != 130))); then # as launch/restart.sh d
   count=0
   if ((took < 3600)) && [ -e "$failures" ]; then count=$(cat "$failures"); fi
   if ((count >= 3)); then
-    echo "error: it failed, as it did the last $count times; not put back into the queue." >&2
+    echo "error: it failed, as in the last $count runs; not put back into the queue." >&2
     exit "$code"
   fi
-  mkdir -p runs/slurm && echo $((count + 1)) >"$failures" || exit "$code" # uncounted, it might go on for ever
+  mkdir -p runs/slurm && echo $((count + 1)) >"$failures" || exit "$code" # without a count it might be repeated for ever
 else
   exit "$code"
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lint, formatting and all tests, in the same environment as the quickstart plus the test extras; then the web page's
-# tests, in .venv-page, which adds requirements-page.txt to it; launch/serve.sh serves from there.
-# Two processes share the test files, because most of a test's time is tracing, which uses one core.
-# Arguments go to pytest: bash launch/test.sh -k attention
+# Runs lint, formatting and all tests (tests/test_docs.py builds the documentation) in the environment of the quickstart
+# plus the test extras, then the web page's tests in .venv-page, which adds requirements-page.txt and which
+# launch/serve.sh uses as well. Two processes share the test files, because most of a test's time is tracing, which uses
+# one core. Arguments go to pytest: bash launch/test.sh -k attention
 EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source launch/page_env.sh
 export JAX_PLATFORMS=cpu
@@ -15,7 +15,7 @@ for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then
     named=1
     case $argument in
-    *serve/test_page*) pages+=("$argument") ;;
+    *server/test_page*) pages+=("$argument") ;;
     tests/hostile*) pages+=("${own[@]: -1}") ;;
     tests | tests/ | tests/server | tests/server/) pages+=("${own[@]}") ;;
     esac

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# A TPU VM, or a pod of them, from request to deletion, by queued resources.
+# Manages a TPU VM, or a pod of them, from request to deletion, by queued resources.
 usage() {
   cat <<'TEXT'
 bash launch/tpu_vm.sh COMMAND NAME --zone ZONE [options] [--dry_run]
 
 In this order:
-  create    asks for the chips: --type v5litepod-16, v5p-256, v6e-8, ... (the name counts cores on v4 and v5p: v5p-256
+  create    requests the chips: --type v5litepod-16, v5p-256, v6e-8, ... (the name counts cores on v4 and v5p: v5p-256
             is 128 chips); [--slices N] [--spot] [--reserved] [--runtime IMAGE] [--valid_until 6h]
-  wait      until they are there [--every 60]; says so when the request failed
-  install   this checkout onto all hosts (committed files), with its environment
-  mount     a bucket as the folder /mnt/BUCKET of all hosts: --bucket BUCKET
+  wait      waits until they are ready [--every 60]; reports if the request failed
+  install   copies this checkout (its committed files) to all hosts and makes its environment
+  mount     mounts a bucket as the folder /mnt/BUCKET of all hosts: --bucket BUCKET
   push      copies a file or folder to all hosts: push NAME --from weights/start --to weights  (relative to the checkout)
-  doctor    python -m fusion_jax.doctor on all hosts: doctor NAME [-- --config FILE --workdir DIR]
-  run       starts training on all hosts, behind the session, under launch/train.sh's restarts:
-            run NAME -- --config FILE --workdir DIR ...   [--flags v5p, default: the machine's]
-  logs      the log so far of one host [--host 0]; --follow goes on with it
-  stop      SIGTERM to the restart loops: saves and ends
+  doctor    runs python -m fusion_jax.doctor on all hosts: doctor NAME [-- --config FILE --workdir DIR]
+  run       starts training on all hosts in the background, with launch/train.sh's restarts:
+            run NAME -- --config FILE --workdir DIR ...   [--flags v5p; default: by the machine]
+  logs      prints the log of one host so far [--host 0]; --follow continues with it
+  stop      sends SIGTERM to the restart loops: training saves and ends
   fetch     copies a folder from host 0: fetch NAME --from runs/x --to runs
-  delete    gives the chips back; disks and all on them are gone
-  keep      create, wait, install, mount, run; and all of it again whenever the chips were taken away (--spot), until training
-            has ended: keep NAME --type ... --bucket BUCKET -- --config FILE --workdir /mnt/BUCKET/run
+  delete    gives the chips back; the disks and everything on them are lost
+  keep      does create, wait, install, mount and run, and repeats them whenever the chips are taken away (--spot), until
+            training has ended: keep NAME --type ... --bucket BUCKET -- --config FILE --workdir /mnt/BUCKET/run
 and any time:
-  status    state of the request
+  status    prints the state of the request
 
-Everywhere: [--project PROJECT]. On a pod --workdir and the data must lie where all hosts see them: in a mounted bucket
+All commands take [--project PROJECT]. On a pod, --workdir and the data must be visible to all hosts: in a mounted bucket
 (/mnt/BUCKET/...) or another share (/...).
 TEXT
 }
@@ -51,7 +51,7 @@ resource=(gcloud compute tpus queued-resources)
 place=(--zone "$zone" ${project:+--project "$project"})
 training=("${AFTER[@]}")
 
-# What the commands on the hosts share: the checkout lies in ~/fusion_jax, everything of a run in ~/fusion_jax/runs.
+# On the hosts the checkout is in ~/fusion_jax, and all files of a run are in ~/fusion_jax/runs.
 everywhere() { # COMMAND: on all hosts of all slices at once
   run "${resource[@]}" ssh "$name" "${place[@]}" --node all --worker all --command "$1"
 }
@@ -85,7 +85,7 @@ check_training() {
     --config) config=${training[i + 1]:-} ;;
     esac
   done
-  [ -n "$config" ] && [ -n "$workdir" ] || die "give training's flags behind --, with --config FILE and --workdir DIR."
+  [ -n "$config" ] && [ -n "$workdir" ] || die "give training's flags after --, with --config FILE and --workdir DIR."
   [[ $workdir != *://* ]] || die "--workdir=$workdir must be a folder; mount the bucket (--bucket) and give /mnt/BUCKET/..."
   if [ -n "$type" ] && { ((${type##*-} > 8)) || ((slices > 1)); } && [[ $workdir != /* ]]; then
     die "--workdir=$workdir would be another folder on every host of $type; give one in a mounted bucket or share (/...)."
@@ -124,7 +124,7 @@ wait_for() {
 
 install() {
   local archive=/tmp/fusion_jax-$name.tar.gz
-  [ -z "$(git -C "$root" status --porcelain)" ] || echo "note: changes that are not committed stay here" >&2
+  [ -z "$(git -C "$root" status --porcelain)" ] || echo "note: uncommitted changes are not copied" >&2
   run git -C "$root" archive --format tar.gz --prefix fusion_jax/ --output "$archive" HEAD &&
     run "${resource[@]}" scp "$archive" "$name:fusion_jax.tar.gz" "${place[@]}" --node all --worker all &&
     everywhere "tar xzf fusion_jax.tar.gz && bash fusion_jax/launch/host.sh install --extras tpu"
@@ -133,7 +133,7 @@ install() {
 mount_bucket() { everywhere "bash fusion_jax/launch/host.sh mount --bucket $bucket"; }
 
 start() {
-  # When one host of a pod is lost, the others end by JAX's abort (134) and it by a signal (137, 139): all start again.
+  # When one host of a pod is lost, it ends by a signal (137, 139) and the others by JAX's abort (134): all start again.
   everywhere "$(shown bash fusion_jax/launch/host.sh start --extras tpu --flags "$flags" --codes 75,134,137,139 -- "${training[@]}")"
 }
 
@@ -169,10 +169,10 @@ keep() {
         code=$?
         [ "$code" -eq 100 ] || return "$code"
       elif [ "$(state)" = ACTIVE ]; then
-        die "the hosts are there but cannot be made ready (see above); repair and run this again, or delete $name."
+        die "the hosts are ready but cannot be set up (see above); repair that and run this again, or delete $name."
       fi
     fi
-    echo "$(date +%H:%M:%S)  $name was lost; asking for it again"
+    echo "$(date +%H:%M:%S)  $name was lost; requesting it again"
     "${resource[@]}" delete "$name" "${place[@]}" --force --quiet
     sleep "$every"
   done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The compiler's flags for each kind of chip, in this file alone.
+# Prints the compiler's flags for each kind of chip; no other file has any.
 usage() {
   cat <<'TEXT'
 eval "$(bash launch/xla_flags.sh KIND)"      # KIND: v4, v5e, v5p, v6e, gpu, none, or auto to look at the machine
 
-Prints `export` lines. What the user has set already is kept and stands last, which is what counts.
+Prints `export` lines. Flags that the user has already set are kept and come last, so that they win.
 TEXT
 }
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -32,7 +32,7 @@ detect() {
 tpu=() xla=() variables=()
 case $kind in
 v4 | v5e | v5p)
-  # Nothing. libtpu's defaults already run a layer's gathers behind the matrix products of the one before. The list of
+  # Nothing: libtpu's defaults already overlap a layer's gathers with the matrix products of the one before. The list of
   # "async collective fusion" flags that is often copied is refused by libtpu 0.0.51 on v5p and v6e ("might lead to incorrect
   # results, hang") and gives the same program, byte for byte, on v5e; so do the data-parallel ones on a single slice.
   ;;
@@ -42,10 +42,10 @@ v6e)
   tpu+=(--xla_tpu_scoped_vmem_limit_kib=98304)
   ;;
 gpu)
-  # Starts a collective as early and awaits it as late as the graph allows, which hides FSDP's gathers behind compute.
+  # Starts a collective as early and awaits it as late as the graph allows, which overlaps FSDP's gathers with compute.
   xla+=(--xla_gpu_enable_latency_hiding_scheduler=true)
-  # JAX takes three quarters of the memory by default; the rest is of no use to anybody else on a training node. What is
-  # left is for CUDA, cuDNN and NCCL.
+  # JAX takes three quarters of the memory by default, and nothing else on a training node would use the rest. The
+  # remainder is for CUDA, cuDNN and NCCL.
   variables+=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
   ;;
 none) ;;

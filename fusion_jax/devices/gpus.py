@@ -172,7 +172,7 @@ class GpuTopology:
         if all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)):
             raise UserError(
                 "Planning for GPUs compiles with JAX's CUDA plug-in, which is not installed: "
-                "pip install fusion_jax[plan-gpu]."
+                "pip install -e '.[plan_gpu]'."
             )
         # Else the plug-in would ask for the driver's version and give up.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -100,7 +100,7 @@ class TpuTopology:
           UserError: the compiler is not installed.
         """
         if importlib.util.find_spec("libtpu") is None:
-            raise UserError("Planning compiles with libtpu, which is not installed: pip install fusion_jax[plan].")
+            raise UserError("Planning compiles with libtpu, which is not installed: pip install -e '.[plan]'.")
         # There is no TPU to query, and none that only one process may hold.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -159,7 +159,7 @@ def _opened(path: Path, version: tuple[int, ...]):
     try:
         import pyarrow.parquet
     except ImportError as e:
-        raise UserError(f"Reading {path} needs pyarrow: pip install 'fusion_jax[eval]'.") from e
+        raise UserError(f"Reading {path} needs pyarrow: pip install -e '.[eval]'.") from e
     try:
         file = open_file(path)
         if file.read(len(_POINTER)) == _POINTER:

@@ -90,7 +90,7 @@ class GgufFile:
         try:
             import gguf
         except ImportError as error:
-            raise UserError(f"{path}: reading GGUF needs a package: pip install 'fusion_jax[gguf]'.") from error
+            raise UserError(f"{path}: reading GGUF needs a package: pip install -e '.[gguf]'.") from error
         self._gguf, self.folder = gguf, path
         self._header = read_header(path)
         self._values = self._header.values

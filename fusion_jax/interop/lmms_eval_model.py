@@ -1,6 +1,6 @@
 """The model class through which lmms-eval runs its tasks on a checkpoint.
 
-    pip install 'fusion_jax[lmms_eval]'
+    pip install -e '.[lmms_eval]'
     python -m lmms_eval --model fusion_jax --model_args checkpoint=runs/a --tasks mme
 
 lmms-eval finds the class through lmms_eval_plugin.py. Answers are greedy, end at the first `until` text and have

@@ -120,7 +120,7 @@ class TensorFolder:
         try:
             import torch
         except ImportError as error:
-            raise UserError("Reading pickled weights needs PyTorch: pip install 'fusion_jax[torch]'.") from error
+            raise UserError("Reading pickled weights needs PyTorch: pip install -e '.[torch]'.") from error
         index = Path(f"{file}.index.json")
         files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index, ".bin")]
         for path in files:

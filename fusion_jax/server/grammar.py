@@ -94,7 +94,7 @@ class Grammars:
 
             from fusion_jax.server.try_grammar import limits
         except ImportError as error:
-            missing = f"{form.key} needs the package llguidance on the server: pip install 'fusion_jax[serve]'."
+            missing = f"{form.key} needs the package llguidance on the server: pip install -e '.[serve]'."
             raise ApiError(501, missing, "unsupported_value", form.key) from error
         start = '" " answer' if self._prefix else "answer"
         rule = f"%json {form.schema}"

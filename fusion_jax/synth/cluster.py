@@ -83,7 +83,7 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         import ray
         import ray.data
     except ImportError as e:
-        raise UserError("engine='ray' needs the package ray: pip install 'fusion_jax[ray]'.") from e
+        raise UserError("engine='ray' needs the package ray: pip install -e '.[ray]'.") from e
     models = Models(config, out)
     models.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
     if not ray.is_initialized():

@@ -64,7 +64,7 @@ def test_nodes_are_written_into_the_topology():
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install fusion_jax\[plan\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
         topology("v5e:2x2").devices()
-    with pytest.raises(UserError, match=r"pip install fusion_jax\[plan-gpu\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[plan_gpu\]'"):
         topology("h100:8").devices()

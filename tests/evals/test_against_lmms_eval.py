@@ -9,7 +9,7 @@ from nasty_answers import answers
 
 from fusion_jax.evals import chartqa, choices, docvqa, mathvista, mmmu, vqa
 
-pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fusion_jax[lmms_eval]'")
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install -e '.[lmms_eval]'")
 
 SOURCE = f"lmms-eval {version('lmms_eval')}"
 WORDS = ["the", "a", "an", "three", "none", "ten", "dont", "it's", "cat", "Red", "so", "is", "answer", "final"]

@@ -113,7 +113,7 @@ def test_other_weights_have_another_fingerprint(prepared, tmp_path):
 
 def test_lmms_eval_runs_a_local_task_on_a_checkpoint(prepared, tmp_path):
     """A task of one YAML file with data on disk, through lmms-eval's own command."""
-    pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fusion_jax[lmms_eval]'")
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install -e '.[lmms_eval]'")
     rows = [{"question": f"What is {n}?", "answer": "red", "image": cell()} for n in range(5)]
     write_parquet(tmp_path / "rows.parquet", rows)
     (tmp_path / "tiny").mkdir()

@@ -100,7 +100,7 @@ def test_limit_keeps_all_passes_of_a_question(tmp_path):
 def test_test_split_becomes_a_submission(tmp_path):
     from fusion_jax.evals.runner import Output
 
-    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install 'fusion_jax[eval]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install -e '.[eval]'")
     rows = [row(5, "", options=("=1+1", "dog", "", "")), row(1_000_005, "", options=("dog", "=1+1", "", ""))]
     write_tsv(tmp_path / "data" / "MMBench_TEST_EN_legacy.tsv", rows)
     result = run_task(

@@ -142,7 +142,7 @@ def test_every_file_takes_every_text(tmp_path):
 
 
 def test_a_table_for_people_takes_every_text(tmp_path):
-    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install 'fusion_jax[eval]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install -e '.[eval]'")
     _, xlsx = files.write_table(tmp_path / "t", ["a"], [[ODD], ["x" * 100_000]])
     assert openpyxl.load_workbook(xlsx).active["A2"].value == "1.0 ?"
 

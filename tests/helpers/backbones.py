@@ -9,8 +9,8 @@ import tokenizers
 
 from fusion_jax.interop import importing
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[torch]'")
 
 SIZES = {
     "vocab_size": 90,

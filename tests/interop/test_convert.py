@@ -68,8 +68,8 @@ def test_sharded_folders_of_both_families(template, tmp_path):
 
 def expected_tensors(model: FusionConfig, phi: bool) -> dict[str, tuple[int, ...]]:
     """Published names and shapes, from transformers' own modules and the published connectors."""
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
-    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[torch]'")
     c, v = model.llm, model.vision
     sizes = {
         "vocab_size": c.vocab_size,
@@ -268,7 +268,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_pickled_weights_need_a_flag(published, tmp_path):
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
     tensors = load_file(published / "model.safetensors")
     (published / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, published / "pytorch_model.bin")

@@ -346,7 +346,7 @@ def pickled(folder: Path) -> Path:
 
 
 def test_pickles_that_lie_or_run_code(folder):
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
     path = pickled(folder)
 
     def tried(*words):

@@ -18,7 +18,7 @@ from fusion_jax.interop import gguf_file, gguf_tokenizer, importing
 from fusion_jax.interop.opening import open_backbones
 from fusion_jax.training import checkpoint
 
-gguf = pytest.importorskip("gguf", reason="needs the test extra: pip install 'fusion_jax[test]'")
+gguf = pytest.importorskip("gguf", reason="needs the test extra: pip install -e '.[test]'")
 
 HEADS = {"q_proj": SIZES["num_attention_heads"], "k_proj": SIZES["num_key_value_heads"]}
 HEAD = SIZES["hidden_size"] // SIZES["num_attention_heads"]
@@ -297,7 +297,7 @@ def test_folders_with_none_one_and_several_files(tmp_path):
 def test_without_the_package_a_sentence_says_how_to_install_it(whole, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "x.gguf").write_bytes(whole)
-    with pytest.raises(UserError, match=r"x.gguf: reading GGUF needs a package: pip install 'fusion_jax\[gguf\]'"):
+    with pytest.raises(UserError, match=r"x.gguf: reading GGUF needs a package: pip install -e '.\[gguf\]'"):
         open_backbones(tmp_path, tmp_path / "x.gguf")
 
 

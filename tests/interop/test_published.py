@@ -69,8 +69,8 @@ def test_another_tower_gets_a_folder_under_a_name_that_is_taken(folder, tmp_path
 
 
 def test_transformers_opens_the_folders_of_the_tower_and_of_the_model(folder, tmp_path):
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
-    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[torch]'")
     model = tiny("released", **PUBLISHED)
     saved(folder, tmp_path / "checkpoint", model, "llama3")
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)

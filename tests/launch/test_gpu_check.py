@@ -1,4 +1,4 @@
-"""The check of a GPU machine: the form of its report, what a cut leaves, and that whatever fails is told."""
+"""Tests the check of a GPU machine: the form of its report, its report after an interruption, its failures."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def command(out, *arguments):
 
 
 def read(out):
-    """The report as JSON, after a look at the form of both files."""
+    """Returns the report as JSON after checking the form of both files."""
     values = json.loads((out / "report.json").read_text())
     text = (out / "report.md").read_text()
     assert text.startswith("# GPU check") and all(
@@ -44,7 +44,7 @@ def test_device_alone(tmp_path):
 
 
 def cut(out, part, number):
-    """The check, cut while that part runs: exit code and report."""
+    """Runs the check and interrupts it in that part; returns exit code and report."""
     process = subprocess.Popen(command(out, "--parts", part), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -70,7 +70,7 @@ def test_sigkill_leaves_a_whole_report(tmp_path):
 
 
 def run(tmp_path, *groups, seconds=60.0):
-    """Parts that are any Python programs, run as the check's are."""
+    """Runs any Python programs as the parts of the check are run."""
     groups = [
         [
             Part(name, name.upper(), lambda _, code=code: ["timeit", "-n1", "-r1", code], limit, "x.log")
@@ -136,7 +136,7 @@ def test_wrong_arguments():
 
 
 def kernel_check(monkeypatch, capsys, kernel):
-    """What the kernels' part says of one small case with this kernel."""
+    """Returns the result of the kernels' part for one small case with this kernel."""
     case = kernels.Case(8, 8, 2, 2, 8, 1, "packed", "packed", True)
     monkeypatch.setattr(kernels, "CASES", {"small": case})
     monkeypatch.setattr(kernels, "arguments", lambda: Context(False))

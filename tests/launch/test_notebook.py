@@ -1,4 +1,4 @@
-"""The Colab notebook: valid, every Python line compiles, every command, flag and file it names exists."""
+"""Tests that the Colab notebook is valid, that its Python compiles, and that the names in its commands exist."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""The launch scripts: shell check, dry runs, wrong arguments, and what runs without a cloud: as real processes."""
+"""Tests the launch scripts: shellcheck, dry runs, wrong arguments, and as real processes all that needs no cloud."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def script(name, *arguments, env=None, cwd=ROOT, folder=LAUNCH, timeout=60):
 
 
 def dry(name, *arguments, env=None):
-    """The commands of a dry run, each as its words; what is only said stands in lines beginning with #."""
+    """Returns the commands of a dry run, each as its words. Lines that begin with # are explanations."""
     result = script(name, "--dry_run", *arguments, env=env)
     assert result.returncode == 0, result.stderr
     lines, open_line = [], ""
@@ -165,8 +165,8 @@ def test_keep_asks_again_for_lost_chips_until_training_has_ended(tmp_path, broke
     path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     result = script("tpu_vm", "keep", "kept", *PLACE, "--type", "v6e-8", "--every", 0, *TRAINING, env=path)
     called = [verb for verb in (tmp_path / "called").read_text().split() if verb not in ("describe", "scp", "ssh")]
-    if broken:  # not asked for again and again
-        assert result.returncode == 2 and "cannot be made ready" in result.stderr and called == ["create"]
+    if broken:  # not requested again and again
+        assert result.returncode == 2 and "cannot be set up" in result.stderr and called == ["create"]
     else:
         assert result.returncode == 3, result.stderr  # training's exit code
         assert called == ["create", "delete", "create"] and "was lost" in result.stdout
@@ -250,7 +250,7 @@ def test_slurm_submits_one_task_per_gpu_and_asks_for_a_signal_before_the_limit()
         (["slurm", "--nodes", "0", *TRAINING], "--nodes must be at least 1"),
         (["slurm", "--time", "soon", *TRAINING], "--time must be like"),
         (["slurm", "--mounts", "/data", *TRAINING], "--mounts must be"),
-        (["restart", "python"], "behind --"),
+        (["restart", "python"], "follows --"),
         (["restart"], "no command"),
         (["restart", "--codes", "a", "--", "true"], "--codes must be"),
         (["restart", "--retries", "9" * 20, "--", "true"], "--retries must be below 1000000000"),
@@ -278,7 +278,7 @@ def test_image_recipe_copies_files_that_exist():
 
 
 def counting(folder, codes):
-    """A command that ends with the first code, then the second, ... and notes each of its runs."""
+    """Makes a command that ends with the first code, then the second, ... and records each of its runs."""
     program = folder / "program.py"
     program.write_text(
         "import sys\nfrom pathlib import Path\n"
@@ -298,11 +298,11 @@ def runs(folder):
         ((0,), 0),
         ((75, 75, 0), 0),
         ((75, 3), 3),
-        ((2,), 2),  # a mistake is never tried again
+        ((2,), 2),  # a mistake is never retried
         ((1, 2), 2),
         ((137, 137, 75, 0), 0),
         ((1, 137, 139, 0), 0),
-        ((1, 134, 143, 1), 1),  # three retries, then it is shown
+        ((1, 134, 143, 1), 1),  # three retries, then the code is passed on
         ((137, 137, 137, 137), 137),
         ((130,), 130),  # Ctrl-C
         ((126,), 126),
@@ -317,7 +317,7 @@ def test_restart_runs_again_on_75_and_after_failures(tmp_path, codes, ended):
 
 @pytest.mark.parametrize("number, tried", [("KILL", 3), ("SEGV", 3), ("ABRT", 3), ("TERM", 3), ("INT", 1)])
 def test_restart_after_a_signal_that_kills(tmp_path, number, tried):
-    """A real death, as by the kernel when memory is short; Ctrl-C alone is meant by somebody."""
+    """The process really dies, as if the kernel killed it for lack of memory; only Ctrl-C is intended by a person."""
     command = ["bash", "-c", f"echo x >> {tmp_path}/n; trap - INT; kill -{number} $$; sleep 9"]
     if number == "INT":  # bash children of scripts ignore it
         command = [sys.executable, "-c", f"open('{tmp_path}/n', 'a').write('x\\n'); raise SystemExit(130)"]
@@ -335,7 +335,7 @@ def test_restart_forgets_failures_after_a_long_run_and_waits_longer_after_each(t
 
 
 def test_restart_reads_numbers_as_they_are_meant(tmp_path):
-    """08 is no octal number, and 010 is ten."""
+    """08 is not an invalid octal number, and 010 is ten."""
     for option, value in (("--retries", "08"), ("--long", "08"), ("--pause", "09"), ("--fast", "010")):
         lines = script("restart", option, value, "--dry_run", "--", "false").stdout
         assert f" {int(value)} " in lines or option == "--long", lines
@@ -369,7 +369,7 @@ def save(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 Path(sys.argv[1], "ready").write_text("x")
-for _ in range(600):  # a signal that comes just before one long sleep begins would not be seen until its end
+for _ in range(600):  # a signal just before one long sleep would be handled only after it
     time.sleep(0.1)
 """
 
@@ -384,7 +384,7 @@ def wait_until(condition, seconds=30):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_restart_passes_signals_on_and_does_not_run_again(tmp_path, number):
     command = ["--pid_file", tmp_path / "pid", "--", sys.executable, "-c", SAVING, tmp_path]
-    # A shell's background job, which these tests may be, has SIGINT ignored, and so would have what it starts.
+    # These tests may be a shell's background job, which ignores SIGINT, and so would the processes that it starts.
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "restart.sh"), *map(str, command)],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -392,7 +392,7 @@ def test_restart_passes_signals_on_and_does_not_run_again(tmp_path, number):
     wait_until((tmp_path / "ready").exists)
     assert int((tmp_path / "pid").read_text()) == process.pid
     process.send_signal(number)
-    assert process.wait(20) == 75  # the program's own code, for whatever started the wrapper
+    assert process.wait(20) == 75  # the program's own code, for the process that started the wrapper
     assert (tmp_path / "saved").exists() and not (tmp_path / "pid").exists()
 
 
@@ -409,7 +409,7 @@ def test_restart_stops_in_its_pause(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the scripts whose environment is a folder of stand-ins; `python` there saves on SIGTERM."""
+    """Copies the scripts, with a folder of stand-ins as their environment; `python` there saves on SIGTERM."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
     (tmp_path / "bin").mkdir()
     (tmp_path / "launch" / "env.sh").write_text(f'cd {tmp_path}\nexport PATH="{tmp_path}/bin:$PATH"\n')
@@ -426,7 +426,7 @@ def stand_in(folder, name, body):
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-# Makes environments, notes what it is asked to install and to serve, and from where.
+# Makes environments, and records what it should install and serve, and from where.
 PAGE_PYTHON = """
 case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -506,7 +506,7 @@ def slurm_job(checkout, env=(), **options):
 
 @pytest.fixture
 def slurm(checkout):
-    """Stand-ins for SLURM's commands that note how they were called; scancel signals the step as SLURM would."""
+    """Makes stand-ins for SLURM's commands that record their calls; scancel signals the step as SLURM would."""
     for name in ("srun", "scancel", "scontrol"):
         stand_in(checkout, name, f'printf "%s\\n" "$@" > {checkout}/{name}.called')
     return checkout
@@ -522,7 +522,7 @@ def test_slurm_job_passes_the_signal_to_its_step_through_slurm(slurm):
     output = process.communicate(timeout=30)[0]
     assert (slurm / "scancel.called").read_text().split() == ["--signal=TERM", "7"] and (slurm / "saved").exists()
     assert "ended with exit code 75" in output
-    # So short a run did no work, so that it must not go round and round.
+    # Such a short run did no work, so it must not be repeated for ever.
     assert process.returncode == 1 and not (slurm / "scontrol.called").exists()
     words = (slurm / "srun.called").read_text().splitlines()
     assert after(words, "--container-image") == "i.sqsh" and "--kill-on-bad-exit=1" in words
@@ -531,7 +531,7 @@ def test_slurm_job_passes_the_signal_to_its_step_through_slurm(slurm):
 
 
 def run_slurm_job(slurm, code, took):
-    """One run of the job; whether it went back into the queue."""
+    """Runs the job once; returns whether it went back into the queue."""
     # bash's clock is set forward instead of waiting.
     job = slurm / "launch" / "slurm_job.sh"
     job.write_text(re.sub(r"^started=.*$", f"started=$((SECONDS - {took}))", job.read_text(), flags=re.M))
@@ -557,7 +557,7 @@ def test_slurm_job_is_tried_again_a_few_times_after_failures(slurm):
     for code in (1, 137, 143):
         assert run_slurm_job(slurm, code, 5) == (True, 0)
     assert run_slurm_job(slurm, 137, 5) == (False, 137)
-    assert run_slurm_job(slurm, 1, 4000) == (True, 0)  # it got on for an hour: what was before counts no more
+    assert run_slurm_job(slurm, 1, 4000) == (True, 0)  # it ran for an hour: earlier failures no longer count
     assert run_slurm_job(slurm, 1, 5) == (True, 0)
     assert run_slurm_job(slurm, 75, 100) == (True, 0)
     for _ in range(3):

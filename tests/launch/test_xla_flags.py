@@ -1,4 +1,4 @@
-"""The compiler flags: printed so that a shell can take them, and known to the compilers they are for."""
+"""Tests that a shell can evaluate the compiler flags, and that their compilers know them."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 def exported(kind, **already):
-    """The variables after `eval "$(bash launch/xla_flags.sh KIND)"` in a shell that has `already`."""
+    """Returns the variables after `eval "$(bash launch/xla_flags.sh KIND)"` in a shell that has `already`."""
     names = ("LIBTPU_INIT_ARGS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "TPU_ACCELERATOR_TYPE")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     lines = "; ".join(f'echo "{name}=${{{name}:-}}"' for name in names[:3])
@@ -43,7 +43,7 @@ def test_gpu_flags_are_known_to_this_jaxlib():
 
     result = run(exported("gpu")["XLA_FLAGS"])
     assert result.returncode == 0, result.stderr[-500:]
-    assert "Unknown flag" in run("--xla_gpu_no_such_flag=true").stderr  # jaxlib still looks at them
+    assert "Unknown flag" in run("--xla_gpu_no_such_flag=true").stderr  # jaxlib still checks them
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")

@@ -188,7 +188,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install fusion_jax[plan]")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
 def test_tiny_model_is_planned_for_four_chips():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
     config = dataclasses.replace(config, model=replace(config.model, **TINY), stages=(stage,))
@@ -206,7 +206,7 @@ def test_tiny_model_is_planned_for_four_chips():
     assert "fits" in report.table(analysed, 1e6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install fusion_jax[plan]")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
 def test_compiler_for_tpus_complains_of_nothing():
     code = "from fusion_jax.devices.chips import topology; print(len(topology('v5e:2x2').devices()))"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
@@ -217,7 +217,7 @@ def test_compiler_for_tpus_complains_of_nothing():
 NO_CUDA = all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13))
 
 
-@pytest.mark.skipif(NO_CUDA, reason="needs pip install fusion_jax[plan-gpu]")
+@pytest.mark.skipif(NO_CUDA, reason="needs pip install -e '.[plan_gpu]'")
 def test_tiny_model_is_planned_for_two_nodes_of_gpus():
     config, stage = run_config(flare, "l_8b,stage1", batch_size=8, packing=True, max_length=256, max_question_length=64)
     model = replace(config.model, **TINY | {"vision.image_size": 192})  # long enough for cuDNN

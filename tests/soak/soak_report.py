@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 import tally
 
 HOSTILE = 3000  # inputs of each area
-HEAD = f"""# Soak
+HEAD = f"""# Survival
 
 Written by `bash launch/soak.sh`, each row on the day and at the commit that it names. What each proof does is in
-`tests/soak*.py`: real processes on CPUs, of a tiny model in {len(soak.STAGES)} stages that saves every 3 steps. The
+`tests/soak/`: real processes on CPUs, of a tiny model in {len(soak.STAGES)} stages that saves every 3 steps. The
 first four rows disturb one and the same run. "As undisturbed" means bit for bit. Hostile inputs are made by
-`tests/hostile`, one area a row: each is refused with the error that is promised, or accepted and harmless; any other
-outcome fails.
+`tests/hostile`, one area a row: each must be refused with the promised error, or be accepted and harmless.
 
 | proof | result | took | made |
 |---|---|---|---|

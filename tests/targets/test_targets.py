@@ -1,8 +1,8 @@
 """Every program of the product compiles for TPUs and GPUs, with the kernels, dtypes and independence of the host that
 it is meant to have. Nothing runs: the compilers need no device (`programs.py`).
 
-The part for TPUs needs libtpu (`pip install fusion_jax[plan]`), that for GPUs 4 GB of CUDA libraries
-(`pip install fusion_jax[plan-gpu]`).
+The part for TPUs needs libtpu (`pip install -e '.[plan]'`), that for GPUs 4 GB of CUDA libraries
+(`pip install -e '.[plan_gpu]'`).
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def platform(target: str) -> str:
 
 def needed(target: str):
     extra = {"tpu": "plan", "gpu": "plan-gpu"}[platform(target)]
-    return pytest.mark.skipif(not INSTALLED[platform(target)], reason=f"needs pip install fusion_jax[{extra}]")
+    return pytest.mark.skipif(not INSTALLED[platform(target)], reason=f"needs pip install -e '.[{extra}]'")
 
 
 def cases(planted: bool) -> list:

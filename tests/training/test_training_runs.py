@@ -130,8 +130,8 @@ def test_evaluation_reads_the_checkpoint_alone(data, finished, tmp_path):
 
 def test_exported_run_answers_the_same_in_torch(data, finished, tmp_path):
     """Both formats out of a trained run; the transformers folder answers in a process that has no JAX."""
-    pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+    pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[torch]'")
     workdir, _ = finished
     result = run("convert", "export", "--checkpoint", workdir, "--format", "published", "--out", tmp_path / "published")
     assert result.returncode == 2 and result.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ class ClipScorer:
             import torch
             from transformers import AutoModel, AutoProcessor
         except ImportError as e:
-            raise UserError("scorer.path needs torch and transformers: pip install 'fusion_jax[torch]'.") from e
+            raise UserError("scorer.path needs torch and transformers: pip install -e '.[torch]'.") from e
         self._torch, self._lock = torch, threading.Lock()
         self._device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:

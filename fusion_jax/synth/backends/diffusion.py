@@ -29,7 +29,7 @@ class Diffusion:
             from diffusers import DiffusionPipeline
         except ImportError as e:
             raise UserError(
-                "images.backend='diffusers' needs torch and diffusers: pip install 'fusion_jax[diffusers]'."
+                "images.backend='diffusers' needs torch and diffusers: pip install -e '.[diffusers]'."
             ) from e
         self.name = config.model if not Path(config.model).is_dir() else Path(config.model).resolve().name
         self.settings = {"steps": config.steps, "guidance": config.guidance, "dtype": config.dtype}
