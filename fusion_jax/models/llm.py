@@ -1,8 +1,8 @@
 """The decoder, a Llama with semantic exchange layers between its layers, and its key/value cache.
 
-Families of LLMs differ in fields of `LLMConfig` (biases of q, k and v, a tied head, a sliding window, kinds of rotary
-embedding), not in code. One whose layer differs otherwise gets a field there and its case in `DecoderLayer`;
-`interop/families.py` has a row for each, which says how its files become these fields.
+Families of LLMs differ in fields of `LLMConfig` (biases of q, k and v, a tied head, a sliding window, the kind of
+rotary embedding), and `interop/families.py` has a row for each. One whose layer computes something else adds a class
+beside `DecoderLayer` and a field that chooses it.
 """
 
 from dataclasses import dataclass
