@@ -5,15 +5,15 @@ Nothing here loads Grain.
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, image, tiles
 from fusion_jax.data.conversation import LATENTS
-from fusion_jax.data.layout import Example, LayoutSpec, check_fits, needs
-from fusion_jax.data.plan import Measured
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, measure
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord
@@ -119,7 +119,7 @@ class ExampleMaker:
         shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
         least = max([1, *shown])
         rounds = np.cumsum(ids == LATENTS)[ends - 1]
-        lengths = needs(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
+        lengths = measure(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
         kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
 
         def asked(kept: int) -> int:
@@ -150,7 +150,7 @@ class ExampleMaker:
 
 
 @dataclass(frozen=True)
-class Loader:
+class ExampleLoader:
     """Records by number, measured or as examples that fit a row even at the largest l^2."""
 
     source: RecordSource
@@ -178,8 +178,7 @@ class Loader:
         example = self.load(planned.number)
         if isinstance(example, BadRecord):
             return example
-        takes = needs(example, self.spec, 0)
-        if planned[:4] != (planned.number, takes.length, takes.crops, takes.rounds):
+        if planned._replace(arrived=0) != measure(example, self.spec, 0, planned.number):
             detail = "its text or an image has changed since it was measured, or differs from process 0's"
             return BadRecord("changed", example.where, detail)
         return example
@@ -199,22 +198,21 @@ class Loader:
                     image.read_size(one, record.where)
         except BadRecord as bad:
             return bad
-        takes = needs(example, self.spec, 0)
-        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
+        return measure(example, self.spec, 0, int(number)), example.dropped_rounds
 
 
-def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
-    """The stage's loader: of records that fit at the largest l^2, so that none depends on the draw."""
-    model = config.model
-    maker = ExampleMaker(model, tokenizer, config.template, config.decode)
-    return Loader(source, maker, stage_spec(model, stage), max(model.drawn_latent_counts, default=0))
-
-
-def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
-    """The loader of validation, with the stage's sizes."""
-    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
-    return Loader(source, maker, stage_spec(config.model, stage), config.model.fixed_latent_count)
-
-
-def stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
-    return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
+def load_rows(
+    loader: ExampleLoader, rows: Sequence[Sequence[Measured]], threads: int
+) -> tuple[list[list[Example]], list[tuple[Measured, BadRecord]]]:
+    """The examples of planned rows, and the records that leave a gap in theirs: their images turned out to be bad, or
+    they have changed since they were measured."""
+    with ThreadPoolExecutor(threads) as pool:
+        loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in rows]]
+    good = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]
+    gaps = [
+        (measured, example)
+        for row, examples in zip(rows, loaded)
+        for measured, example in zip(row, examples)
+        if isinstance(example, BadRecord)
+    ]
+    return good, gaps

@@ -39,6 +39,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,6 +74,11 @@ class Example:
     where: str = "prompt"
     tilings: tuple[Tiling, ...] = ()
     dropped_rounds: int = 0
+
+    @property
+    def images(self) -> int:
+        """How many images it has."""
+        return int((self.input_ids == IMAGE).sum())
 
 
 @dataclass(frozen=True)
@@ -109,36 +115,31 @@ class LayoutSpec:
         return widest_window(self.grids, *sides, math.isqrt(latent_count))
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What an example takes: positions and rounds with latents of its row, crops of its group; its images."""
+class Measured(NamedTuple):
+    """What a record takes: its number, positions of its row, crops of its group, rounds with latents of its row; and
+    the step, from 0, before which it was read. While its l^2 is not drawn yet, `length` is without latents."""
 
+    number: int
     length: int
     crops: int
     rounds: int
-    images: int
+    arrived: int = 0
 
 
-def needs(example: Example, spec: LayoutSpec, latent_count: int) -> Needs:
-    """What the example takes once its placeholders are filled."""
-    images = int((example.input_ids == IMAGE).sum())
+def measure(example: Example, spec: LayoutSpec, latent_count: int, number: int = 0) -> Measured:
+    """What the example takes once its placeholders are filled; `number` is its record's."""
     rounds = int((example.input_ids == LATENTS).sum())
-    tilings = example.tilings or (tiles.WHOLE,) * images
+    tilings = example.tilings or (tiles.WHOLE,) * example.images
     visual = sum(spec.tokens_of(tiling) for tiling in tilings)
-    length = len(example.input_ids) + visual - images + rounds * (latent_count - 1)
+    length = len(example.input_ids) + visual - example.images + rounds * (latent_count - 1)
     crops = sum(tiling.crops for tiling in tilings) or int(spec.zero_image_for_text and rounds > 0)
-    return Needs(length, crops, rounds, images)
-
-
-def laid_out_length(example: Example, spec: LayoutSpec, latent_count: int) -> int:
-    """Positions that the example takes once its placeholders are filled."""
-    return needs(example, spec, latent_count).length
+    return Measured(number, length, crops, rounds)
 
 
 def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:
     """Raises BadRecord (`too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`): nothing is ever cut
     silently."""
-    takes = needs(example, spec, latent_count)
+    takes = measure(example, spec, latent_count)
     for reason, count, what, limit, name in (
         ("too_long", takes.length, "positions with its visual tokens", spec.length, "max_length"),
         (
@@ -149,7 +150,7 @@ def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:
             "max_question_length",
         ),
         ("too_many_rounds", takes.rounds, "rounds", spec.rounds, "max_rounds"),
-        ("too_many_images", takes.images, "images", spec.images, "max_images"),
+        ("too_many_images", example.images, "images", spec.images, "max_images"),
     ):
         if count > limit:
             raise BadRecord(reason, example.where, f"has {count} {what}; {name} is {limit}")
@@ -180,7 +181,7 @@ def _fill(
     Args:
       first_latent: index of the row's first latent in the visual table. alone: no other example shares the row.
     """
-    takes = needs(example, spec, latent_count)
+    takes = measure(example, spec, latent_count)
     end = _Cursor(at.length + takes.length, at.rounds + takes.rounds, at.examples + 1, at.crops + takes.crops)
     if end.length > spec.length or end.rounds > spec.rounds or end.crops > spec.crops:
         raise ValueError(f"{example.where}: the row has no room for it ({end} of {spec}).")
@@ -292,7 +293,7 @@ def lay_out_rows(
     """Lays out rows of several examples each, or of none.
 
     Args:
-      rows: the examples of each row; together they must fit it: see `needs` and `data.packing`.
+      rows: the examples of each row; together they must fit it: see `measure` and `data.packing`.
       groups: how many tables of `spec.crops` crops the rows share, the first with the first rows and so on; it divides
         the rows. By default each row has its own.
 

@@ -27,7 +27,7 @@ from fusion_jax.data import image as images
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import IMAGE_TAG
 from fusion_jax.data.examples import ExampleMaker, layout_spec
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError, check
@@ -183,7 +183,7 @@ def _lay_out(c: FusionConfig, example: Example, latents: int, step: int = BUCKET
     # Without latents the round stays, absent: every exchange layer then leaves the row as it is.
     asked = _round_up(len(example.question_ids), step)
     spec = layout_spec(c, 1, asked, 1)
-    length = _round_up(laid_out_length(example, spec, latents), step)
+    length = _round_up(measure(example, spec, latents).length, step)
     crops = max(1, sum(tiling.crops for tiling in example.tilings))
     return lay_out([example], dataclasses.replace(spec, length=length, crops=crops), latents)
 

@@ -15,7 +15,7 @@ from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template, conversation
 from fusion_jax.data.examples import ExampleMaker, layout_spec
-from fusion_jax.data.layout import Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, lay_out_rows, measure
 from fusion_jax.data.planner import draw_latent_count
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
@@ -248,13 +248,13 @@ class Buckets:
             sizes = getattr(self, name)
             check(sizes and tuple(sorted(set(sizes))) == tuple(sizes), f"buckets.{name}={sizes} must ascend.")
 
-    def spec(self, config: FusionConfig, takes: Needs, question: int) -> LayoutSpec:
+    def spec(self, config: FusionConfig, takes: Measured, images: int, question: int) -> LayoutSpec:
         """The smallest shape for what prompts take; where nothing is large enough, the largest."""
 
         def up(size: int, sizes: tuple[int, ...]) -> int:
             return next((known for known in sizes if known >= size), sizes[-1])
 
-        images = up(takes.images, self.images)
+        images = up(images, self.images)
         spec = layout_spec(
             config, up(takes.length, self.lengths), up(question, self.questions), up(takes.rounds, self.rounds), images
         )
@@ -267,9 +267,9 @@ class Steps:
 
     step: int = 32
 
-    def spec(self, config: FusionConfig, takes: Needs, question: int) -> LayoutSpec:
+    def spec(self, config: FusionConfig, takes: Measured, images: int, question: int) -> LayoutSpec:
         length, question = (_round_up(size, self.step) for size in (takes.length, question))
-        spec = layout_spec(config, length, question, max(takes.rounds, 1), max(takes.images, 1))
+        spec = layout_spec(config, length, question, max(takes.rounds, 1), max(images, 1))
         return dataclasses.replace(spec, crops=takes.crops)
 
 
@@ -280,9 +280,9 @@ def fit(examples: Sequence[Example], config: FusionConfig, latents: int, buckets
       BadRecord: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`: one fits no bucket.
     """
     rough = layout_spec(config, 1, 1, 1)
-    takes = [needs(example, rough, latents) for example in examples]
-    most = Needs(*(max(getattr(one, field.name) for one in takes) for field in dataclasses.fields(Needs)))
-    spec = buckets.spec(config, most, max(len(example.question_ids) for example in examples))
+    most = Measured(*map(max, zip(*(measure(example, rough, latents) for example in examples))))
+    images = max(example.images for example in examples)
+    spec = buckets.spec(config, most, images, max(len(example.question_ids) for example in examples))
     for example in examples:
         check_fits(example, spec, latents)
     return spec
@@ -328,11 +328,11 @@ class Prompts:
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)
 
-    def takes(self, record: Record) -> tuple[Needs, int]:
+    def takes(self, record: Record) -> tuple[Measured, int]:
         """What a prompt takes, whether or not that fits a bucket, and its question tokens; of images at most the sizes
         are read. BadRecord where it cannot be used."""
         example = self._maker.text(record, prompt=True)
-        return needs(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)
+        return measure(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)
 
     def batch(self, examples: Sequence[Example], rows: int = 0) -> Batch:
         """One example a row, in the smallest bucket that holds them; empty rows fill up to `rows`."""

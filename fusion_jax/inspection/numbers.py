@@ -8,7 +8,6 @@ some records more, which count in their own lines only.
 import dataclasses
 import functools
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,24 +18,17 @@ import grain
 import numpy as np
 import tqdm
 
-from fusion_jax.batch import Batch, windows
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import packing, tiles
 from fusion_jax.data.conversation import ANSWER_START, IMAGE
-from fusion_jax.data.examples import Loader, stage_loader
-from fusion_jax.data.layout import Example, LayoutSpec, lay_out_rows, needs
+from fusion_jax.data.examples import ExampleLoader
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, lay_out_rows, measure, round_windows
 from fusion_jax.data.loader import record_order
-from fusion_jax.data.plan import Measured, Queue, Sizes, pool
-from fusion_jax.data.planner import (
-    draw_latent_count,
-    open_source,
-    records_to_read,
-    stage_seed,
-    stage_sizes,
-    stage_steps,
-)
+from fusion_jax.data.plan import Sizes, pool
+from fusion_jax.data.planner import Element, Planner, Step, stage_steps
 from fusion_jax.data.sources import RecordSource
-from fusion_jax.data.tile_windows import tile_windows
+from fusion_jax.data.stages import open_source, stage_loader, stage_seed, stage_sizes
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import flops
 from fusion_jax.errors import BadRecord
@@ -45,10 +37,12 @@ PER_PART = 50  # records looked at of each data set, if it has as many
 SHOWN_BAD = 3  # bad records named for each reason
 MOST_STEPS = 200  # planned at most
 
-# One record: positions of text and of images, rounds (and those with latents), images, guided passes of the encoder,
-# question tokens that guide them, supervised tokens, last rounds left out, FLOPs of its training at the mean over l^2.
-_FIELDS = "part good text image rounds latent_rounds images crops question supervised dropped"
-RECORD = np.dtype([("number", np.int64), *((name, np.int32) for name in _FIELDS.split()), ("flops", np.float64)])
+# One record: its `Measured` without `arrived`; its data set, and whether it is good; text tokens, answers, images,
+# question tokens that guide the encoder, supervised tokens, last rounds left out; FLOPs of its training, the mean over
+# l^2.
+_SIZES = Measured._fields[:4]
+_CONTENT = ("part", "good", "text", "answers", "images", "question", "supervised", "dropped")
+RECORD = np.dtype([*((name, np.int64) for name in _SIZES), *((name, np.int32) for name in _CONTENT), ("flops", float)])
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Opened:
     source: RecordSource
     tokenizer: Tokenizer
     devices: int
-    loader: Loader
+    loader: ExampleLoader
     sizes: Sizes
 
     @property
@@ -124,7 +118,7 @@ def look(opened: Opened, samples: int, images: int, progress: bool = True) -> Lo
                     found.bad.append((part, made))
                     found.records[i]["number"], found.records[i]["part"] = number, part
                 else:
-                    found.records[i] = (number, part, 1, *_measures(opened, made))
+                    found.records[i] = _row(opened, number, part, made)
                 bar.update()
         pictured = found.records[:count]
         chosen = pictured[(pictured["good"] > 0) & (pictured["images"] > 0)][:images]["number"].tolist()
@@ -150,25 +144,23 @@ def _mapped(pool: ThreadPoolExecutor, function, numbers: list[int], ahead: int =
         yield from pool.map(function, numbers[start : start + ahead])
 
 
-def _bad_image(loader: Loader, number: int) -> BadRecord | None:
+def _bad_image(loader: ExampleLoader, number: int) -> BadRecord | None:
     made = loader.load(number)
     return made if isinstance(made, BadRecord) else None
 
 
-def _measures(opened: Opened, example: Example) -> tuple:
-    """The fields of RECORD behind `good`."""
+def _row(opened: Opened, number: int, part: int, example: Example) -> tuple:
+    """The fields of RECORD of a good record."""
     spec, model = opened.loader.spec, opened.config.model
-    takes = needs(example, spec, 0)
-    text = int((example.input_ids >= 0).sum())
     counts = opened.latent_counts or (0,)
     cost = float(np.mean([flops.step_flops(model, shape_of_example(example, spec, count)) for count in counts]))
     return (
-        text,
-        takes.length - text,
+        *measure(example, spec, 0, number)[: len(_SIZES)],
+        part,
+        1,
+        int((example.input_ids >= 0).sum()),
         int((example.labels == ANSWER_START).sum()),
-        takes.rounds,
-        takes.images,
-        takes.crops,
+        example.images,
         len(example.question_ids) if spec.question_length else 0,
         int((example.labels[1:] >= 0).sum()),
         example.dropped_rounds,
@@ -178,18 +170,18 @@ def _measures(opened: Opened, example: Example) -> tuple:
 
 def shape_of_example(example: Example, spec: LayoutSpec, latents: int) -> flops.BatchShape:
     """`flops.shape_of` of the example alone in a batch, without its crops."""
-    takes = needs(example, spec, latents)
+    takes = measure(example, spec, latents)
     question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
     question = question[question != 0] if spec.hide_question_id_zero else question
     windows = 0
     if takes.rounds and latents:
-        tilings = example.tilings or (tiles.WHOLE,) * max(takes.images, 1)
+        tilings = example.tilings or (tiles.WHOLE,) * max(example.images, 1)
         pictures, marks = np.flatnonzero(example.input_ids == IMAGE), np.flatnonzero(example.labels == ANSWER_START)
         shown = np.maximum(np.searchsorted(pictures, marks[: takes.rounds]) - 1, 0)
         windows = sum(_window_tokens(tilings[image], spec, latents) for image in shown)
     return flops.BatchShape(
         lengths=(takes.length,),
-        crops=(len(question) if takes.images else 0,) * takes.crops,
+        crops=(len(question) if example.images else 0,) * takes.crops,
         plain=takes.crops * spec.quadrants,
         supervised=int((example.labels[1:] >= 0).sum()),
         rounds=takes.rounds,
@@ -201,57 +193,35 @@ def shape_of_example(example: Example, spec: LayoutSpec, latents: int) -> flops.
 @functools.lru_cache(1 << 14)
 def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
     """Tokens that the windows of one round's latents hold together."""
-    cells = math.isqrt(latents)
-    side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
-    found = windows(side, cells)[1].sum()
-    if tiling.rows:
-        found += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
-    return int(found)
+    return int((round_windows(0, tiling, spec, latents) >= 0).sum())
 
 
 # Steps.
 
 
-@dataclass(frozen=True)
-class Step:
-    """One planned step: its number from 0, l^2 (0 where its rows have none), crops of a group, records by row."""
-
-    number: int
-    latents: int
-    crops: int
-    rows: list[list[Measured]]
-
-
 def planned_steps(opened: Opened, looked: Looked) -> Iterator[Step]:
-    """The steps of the run, from the first to the last. Records that were not looked at are measured on the way.
+    """The steps of the run, from the first to the last, planned as in training. Records outside the sample are measured
+    on the way.
 
     Ends early where nothing is usable.
     """
-    stage, records = opened.stage, len(opened.source)
-    known = {}
+    known: dict[int, Element] = {}
     for r in looked.records:
-        takes = Measured(int(r["number"]), int(r["text"] + r["image"]), int(r["crops"]), int(r["latent_rounds"]))
-        known[takes.number] = takes if r["good"] else None
-    queue, at = Queue.of(opened.loader.spec, opened.sizes), 0
-    while not stage.steps or queue.step < stage.steps:
-        useless = 0
-        while at < records_to_read(stage, records) and not queue.enough():
-            number, at = int(opened.order[at]), at + 1
-            if number not in known:
-                measured = opened.loader.measure(number)
-                known[number] = None if isinstance(measured, BadRecord) else measured[0]
-            if known[number] is not None:
-                queue.add(known[number])
-                useless = 0
-            else:
-                useless += 1
-                if useless > records:
-                    return
-        if not queue.waiting:
-            return
-        step, latents = queue.step, draw_latent_count(opened.latent_counts, opened.seed, queue.step)
-        rows, crops = queue.take(latents)
-        yield Step(step, latents if crops else 0, crops, rows)
+        number, *sizes = (int(r[name]) for name in _SIZES)
+        bad = BadRecord("bad", f"record {number}", "counted already")
+        known[number] = (Measured(number, *sizes), int(r["dropped"])) if r["good"] else bad
+    numbers = (int(opened.order[i]) for i in itertools.count())
+
+    def read() -> Element:
+        number = next(numbers)
+        if number not in known:
+            known[number] = opened.loader.measure(number)
+        return known[number]
+
+    records = len(opened.source)
+    planner = Planner(opened.stage, opened.loader.spec, opened.sizes, opened.latent_counts, opened.seed, records)
+    while (step := planner.next_step(read)) is not None and any(step.rows):
+        yield step
 
 
 def step_statistics(opened: Opened, looked: Looked) -> dict[str, Any] | None:
@@ -365,8 +335,8 @@ def summary(opened: Opened, looked: Looked) -> dict[str, Any]:
 def lengths(opened: Opened, records: np.ndarray) -> dict[str, np.ndarray]:
     """Positions of text, of images and latents, and of both, at the largest l^2: of every usable record."""
     records = records[records["good"] > 0]
-    visual = records["image"] + records["latent_rounds"] * max(opened.latent_counts, default=0)
-    return {"text": records["text"], "visual": visual, "length": records["text"] + visual}
+    length = records["length"] + records["rounds"] * max(opened.latent_counts, default=0)
+    return {"text": records["text"], "visual": length - records["text"], "length": length}
 
 
 def _figures(opened: Opened, records: np.ndarray) -> dict[str, Any]:
@@ -376,9 +346,10 @@ def _figures(opened: Opened, records: np.ndarray) -> dict[str, Any]:
         "looked_at": len(records),
         "usable": len(good),
         **{name: _spread(values) for name, values in lengths(opened, records).items()},
-        **{name: _spread(good[name]) for name in ("rounds", "question", "supervised", "images", "crops")},
+        "rounds": _spread(good["answers"]),
+        **{name: _spread(good[name]) for name in ("question", "supervised", "images", "crops")},
         "text_only": float((good["images"] == 0).mean()) if len(good) else None,
-        "tokens_per_image": float(good["image"].sum()) / images if images else None,
+        "tokens_per_image": float((good["length"] - good["text"]).sum()) / images if images else None,
         "shortened": int((good["dropped"] > 0).sum()),
         "dropped_rounds": int(good["dropped"].sum()),
         "flops_per_sample": float(good["flops"].mean()) if len(good) else None,

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fusion_jax.batch import ZERO_IMAGE, Batch
-from fusion_jax.data.layout import Example, LayoutSpec, needs
+from fusion_jax.data.layout import Example, LayoutSpec, measure
 from fusion_jax.data.tiles import WHOLE, Tiling
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.inspection.numbers import Looked, Opened, Rows, lengths
@@ -156,7 +156,7 @@ def _charts(opened: Opened, looked: Looked) -> str:
         histogram(of["visual"], "visual tokens"),
         histogram(good["supervised"], "supervised tokens"),
         histogram(good["question"][good["images"] > 0], "question tokens that guide the encoder"),
-        histogram(good["rounds"], "rounds"),
+        histogram(good["answers"], "rounds"),
     ]
     return f'<h3>over the sample</h3><div class="charts">{"".join(charts)}</div>'
 
@@ -271,7 +271,7 @@ def _rows(some: Rows, tokenizer: Tokenizer) -> str:
         for i, example in enumerate(examples, 1):
             shown = _Shown(some, row, row // per_group, slot, i, found)
             parts.append(_example(shown, example, tokenizer))
-            slot += needs(example, some.spec, 0).crops
+            slot += measure(example, some.spec, 0).crops
         parts.append("</div>")
     for bad in some.missing:
         parts.append(f"<pre>left out, its image is bad: {_text(str(bad))}</pre>")
@@ -292,7 +292,7 @@ class _Shown:
 
 def _example(shown: _Shown, example: Example, tokenizer: Tokenizer) -> str:
     batch, spec = shown.rows.batch, shown.rows.spec
-    takes = needs(example, spec, 0)
+    takes = measure(example, spec, 0)
     places = np.flatnonzero(batch.segment_ids[shown.row] == shown.segment)
     supervised = int((shown.kinds[places] == ANSWER).sum())
     cut = f", {_count(example.dropped_rounds, 'last round')} left out" if example.dropped_rounds else ""
@@ -302,7 +302,7 @@ def _example(shown: _Shown, example: Example, tokenizer: Tokenizer) -> str:
         f"{_count(takes.crops, 'crop')}{cut}</p>"
     ]
     images, at = [], shown.slot
-    for tiling in example.tilings or (WHOLE,) * takes.images:
+    for tiling in example.tilings or (WHOLE,) * example.images:
         images.append((at, tiling))
         at += tiling.crops
     if images:

@@ -17,9 +17,9 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import layout, tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, LayoutSpec
+from fusion_jax.data.layout import Example, LayoutSpec, Measured
 from fusion_jax.data.packing import Mix
-from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, pool, size_batches
+from fusion_jax.data.plan import WAITING_PACKED, Sizes, a_crop_each, plan, pool, size_batches
 from fusion_jax.devices import flops
 from fusion_jax.errors import check
 from fusion_jax.models.config import FusionConfig

@@ -26,7 +26,7 @@ import numpy as np
 
 from fusion_jax.data.conversation import IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example
+from fusion_jax.data.layout import Example, measure
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tiles import WHOLE
 from fusion_jax.errors import UserError, check
@@ -158,7 +158,7 @@ class Engine:
         prefix = None if constraint is None else constraint.prefix
         stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens, prefix)
         spec = layout_spec(self.prompts.config, 1, 1, 1)
-        length = generate.needs(example, spec, self.prompts.latents).length
+        length = measure(example, spec, self.prompts.latents).length
         request = Request(example, how, emit, time.monotonic() + timeout, length, stream, constraint, likely)
         with self._wake:
             self._check_open()
@@ -308,7 +308,7 @@ class Engine:
         guide = np.ones(question if images and config.text_guided else 0, np.int32)
         tilings = (WHOLE,) * images if config.tile_grids else ()
         probe = Example(np.array([1, *marks, 1], np.int32), None, guide, crops, "warm-up", tilings)
-        free = length - generate.needs(probe, spec, self.prompts.latents).length
+        free = length - measure(probe, spec, self.prompts.latents).length
         if free < 0:
             return None
         return replace(probe, input_ids=np.array([1, *marks, 1, *[1] * free], np.int32))

@@ -14,8 +14,9 @@ import jax
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation
 from fusion_jax.data.plan import Sizes
-from fusion_jax.data.planner import open_source, stage_is_over, stage_steps
+from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.stages import open_source
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import UserError, check

@@ -7,7 +7,9 @@ from helpers.fixtures import tiny
 from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.plan import Measured, Plan, Sizes, deal, enough, plan, plan_all, size_batches
+from fusion_jax.data.layout import Measured
+from fusion_jax.data.plan import Plan, Sizes, deal, enough, plan, size_batches
+from fusion_jax.data.validation_batches import plan_all
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
 

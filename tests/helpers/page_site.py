@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from fusion_jax.data.layout import Needs
+from fusion_jax.data.layout import Measured
 from fusion_jax.inference import generate
 from fusion_jax.server import api, protocol
 
@@ -38,7 +38,7 @@ class Prompts:
     def takes(self, record):
         asked = [turn["value"] for turn in record.turns if turn["from"] == "human"]
         length = sum(len(turn["value"]) for turn in record.turns)
-        return Needs(length, 0, len(asked), len(record.images)), len("".join(asked)) if record.images else 0
+        return Measured(0, length, 0, len(asked)), len("".join(asked)) if record.images else 0
 
 
 class Engine:

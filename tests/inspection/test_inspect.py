@@ -155,7 +155,7 @@ def test_records_are_measured_as_they_are_laid_out(case):
             costs.append(flops.step_flops(opened.config.model, shape))
         visual = (batch.visual_index >= 0).sum()
         assert measured["text"] == (batch.segment_ids > 0).sum() - visual
-        assert measured["image"] + 4 * measured["latent_rounds"] == visual
+        assert measured["length"] - measured["text"] + 4 * measured["rounds"] == visual
         assert measured["crops"] == (batch.crop_kind != NO_CROP).sum()
         assert measured["supervised"] == batch.loss_weights.sum()
         assert measured["question"] == len(example.question_ids)

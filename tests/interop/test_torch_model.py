@@ -33,7 +33,7 @@ from fusion_jax.data import chat_template, conversation, image
 from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import static_hd_crops
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.data.render_chat import _Generation as Generation
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.inference import generate
@@ -452,7 +452,7 @@ def test_processor_equals_the_pipeline(processing, side):
     made = [jax_example(config, tokenizer, template, r, i) for r, i in zip(CHATS.values(), images)]
     examples, count = [example for example, _ in made], config.fixed_latent_count
     spec = functools.partial(layout_spec, config, question_length=max(len(e.question_ids) for e in examples), rounds=2)
-    length = max(laid_out_length(e, spec(length=1), count) for e in examples)
+    length = max(measure(e, spec(length=1), count).length for e in examples)
     expected = torch_inputs(lay_out(examples, spec(length=length), count), side)
     assert set(inputs) == set(expected)
     text = expected["attention_mask"].bool()
