@@ -31,8 +31,10 @@ import numpy as np
 import tqdm
 
 from fusion_jax.command_line.cli import out_of_ctrl_c
-from fusion_jax.data import formats, image, records, shards, sources
+from fusion_jax.data import formats, image, records, shards
+from fusion_jax.data.data_sets import locate
 from fusion_jax.data.decoding import MAX_BYTES, MAX_PIXELS
+from fusion_jax.data.json_records import DataFile, read_record, scan_json
 from fusion_jax.errors import BadRecord, UserError, check
 from fusion_jax.files import brief, parse_json, read_file, shown, write_whole
 
@@ -124,7 +126,7 @@ def convert(
         check(value is None or value > 0, f"--{name} must be above 0, not {value}.")
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
 
-    spans = sources.scan_json(json_path)
+    spans = scan_json(json_path)
     source = {
         "file": json_path.name,
         "bytes": json_path.stat().st_size,
@@ -390,7 +392,7 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
       advance: told how many more records have been looked at.
     """
     plan, k, spans = task
-    data = sources.DataFile(plan.json_path)
+    data = DataFile(plan.json_path)
     root = None if plan.settings["allow_outside"] else os.path.realpath(plan.image_folder)
     names = {kind: plan.name(kind, k) for kind in ("shard", "text")}
     parts = {kind: plan.out / _PARTIAL / f"{name}.{os.getpid()}.tmp" for kind, name in names.items()}
@@ -444,15 +446,15 @@ def write_shard(task: tuple[Plan, int, np.ndarray], advance: Callable[[int], Non
 
 
 def _read_record(
-    plan: Plan, data: sources.DataFile, span: np.ndarray, number: int, root: str | None
+    plan: Plan, data: DataFile, span: np.ndarray, number: int, root: str | None
 ) -> tuple[dict[str, Any], list[bytes]]:
     """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
     where = f"{plan.json_path}, record {number}"
-    said = records.understand(sources.read_record(data, span, where), number, where)
+    said = records.understand(read_record(data, span, where), number, where)
     files, about = [], []
     for i, (name, inline) in enumerate(said.images):
         if inline is None:
-            inline = _read_image(sources.locate(plan.image_folder, name, root, said.where), said.where)
+            inline = _read_image(locate(plan.image_folder, name, root, said.where), said.where)
         files.append(inline)
         name = name or f"{number}-{i}"
         about.append({"name": name} | _look_at(inline, name, plan.settings["max_pixels"], said.where))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import shards, sources
+from fusion_jax.data import json_records
 from fusion_jax.data.sources import load_mixture, load_records, load_source
+from fusion_jax.data.tfds import TfdsRecords
 from fusion_jax.errors import BadRecord, UserError
 
 TURNS = [{"from": "human", "value": '<image>\n"图"? \\ [{\n'}, {"from": "gpt", "value": "naïve 🐱"}]
@@ -35,7 +36,7 @@ def ids(source):
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_list(tmp_path, monkeypatch, chunk, style):
     """Whatever the layout and wherever the reading window ends."""
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
     source = load_source(write(tmp_path / "a.json", make(12), **style))
     assert len(source) == 12
     assert ids(source) == [f"r{k}" for k in range(12)]
@@ -246,7 +247,7 @@ def test_a_file_changed_after_opening_is_named(tmp_path):
 
 
 def test_numbers_are_read_to_their_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 1)
+    monkeypatch.setattr(json_records, "_CHUNK", 1)
     assert len(load_source(write(tmp_path / "a.json", [12, 345]))) == 2
 
 
@@ -393,7 +394,7 @@ def test_tfds_features(prepared):
 
 def test_tfds_features_by_their_names():
     def chosen(*known):
-        records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+        records = TfdsRecords.__new__(TfdsRecords)
         records.spec, records.prompt = "tfds:x:train", None
         return records._choose(None, dict.fromkeys(known))
 
@@ -415,7 +416,7 @@ def test_tfds_features_by_their_names():
 def test_tfds_pictures_in_a_feature_are_named():
     import tensorflow_datasets as tfds
 
-    records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+    records = TfdsRecords.__new__(TfdsRecords)
     records.spec, records.prompt = "tfds:x:train", None
     text, picture = tfds.features.Text(), tfds.features.Image()
     for known in ({"inputs": {"a": picture}}, {"steps": tfds.features.Sequence({"a": picture, "b": text})}):

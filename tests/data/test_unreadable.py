@@ -11,16 +11,16 @@ from helpers.fixtures import tiny
 
 from fusion_jax import files
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import shards, sources
+from fusion_jax.data import json_records, shards
 from fusion_jax.data.image import load_image, read_size
 from fusion_jax.data.loader import Fed
 from fusion_jax.data.planner import Counts
+from fusion_jax.data.shard_writing import convert
 from fusion_jax.data.sources import load_records, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files as benchmark_files
 from fusion_jax.evals import predictions
-from fusion_jax.shards import convert
 from fusion_jax.training.input_check import InputCheck
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -39,7 +39,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("chunk", [50, 1 << 22])
 def test_one_record_that_cannot_be_parsed_is_a_bad_record(tmp_path, monkeypatch, bad, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
     (tmp_path / "a.json").write_text(f"[{GOOD}, {bad},\n {GOOD}]")
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{bad}\n{GOOD}\n")
     for name in ("a.json", "a.jsonl"):
@@ -66,8 +66,8 @@ def test_a_list_that_never_closes_is_invalid(tmp_path):
 
 
 def test_a_record_that_is_too_long_is_never_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_RECORD", 500)
-    monkeypatch.setattr(sources, "_CHUNK", 100)
+    monkeypatch.setattr(json_records, "_MAX_RECORD", 500)
+    monkeypatch.setattr(json_records, "_CHUNK", 100)
     long = json.dumps({"id": "long", "conversations": [{"from": "human", "value": "x" * 5000}]})
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{long}\n{GOOD}\n{long}")
     source = load_source(tmp_path / "a.jsonl")

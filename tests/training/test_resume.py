@@ -131,7 +131,7 @@ def test_another_choice_of_the_same_file_is_other_data(data):
 
 
 def test_a_large_file_is_known_by_its_places_and_some_records(data, monkeypatch):
-    monkeypatch.setattr("fusion_jax.data.sources._HASHED", 10)
+    monkeypatch.setattr("fusion_jax.data.data_sets._HASHED", 10)
     saved = described(data)
     check(data, saved)
     rewrite(data / "stage1.json", another_word)
