@@ -15,6 +15,7 @@ from absl import flags
 
 from fusion_jax.command_line.cli import run_main
 from fusion_jax.data import shard_writing
+from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.errors import check
 
 log = logging.getLogger("fusion_jax")
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     check(given.workers > 0, f"--workers must be above 0, not {given.workers}.")
     if given.check:
-        problems = shard_writing.check_shards(given.out, given.workers)
+        problems = check_shards(given.out, given.workers)
         for problem in problems:
             log.error("%s", problem)
         check(not problems, f"{given.out} is not as its manifest says, in {len(problems)} points.")

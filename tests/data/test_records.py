@@ -17,6 +17,7 @@ from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_
 from fusion_jax.data.examples import ExampleMaker
 from fusion_jax.data.media import Named
 from fusion_jax.data.records import understand
+from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.data.stages import open_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
@@ -375,7 +376,7 @@ def test_training_conversion_and_inspection_read_the_same(folder):
     assert manifest["skipped"]["reasons"] == Counter(expected.values())
     stored = examples(folder, "shards")
     assert stored == {name: made for name, made in direct.items() if not isinstance(made, str)}
-    assert shard_writing.check_shards(folder / "shards", progress=False) == []
+    assert check_shards(folder / "shards", progress=False) == []
     for data, bad in (("all.json", Counter(expected.values())), ("shards", {})):
         config = configured(folder, data)
         opened = inspect_numbers.open_stage(config, config.stages[0], tokenizer_of(folder))
