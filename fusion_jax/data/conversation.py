@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.errors import BadRecord, UserError, check_choice
 
 IMAGE = -200  # in input_ids: here go the image's tokens
@@ -274,6 +275,24 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
 def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG) -> list[tuple[str, str | None]]:
     """Validated (question, answer) pairs with a `tag` for each image; the answer of an unfinished last round is
     None. A single image's tag starts its question, and a newline follows it."""
+    turns = _alternating(_checked_turns(turns, tag, where), finished, where)
+    questions = [turn["value"] for turn in turns[::2]]
+    answers = [turn["value"] for turn in turns[1::2]]
+    # A model may have written such answers itself: no reason to refuse it the next question.
+    if finished and any(not answer.strip() for answer in answers):
+        raise BadRecord("no_answer", where, "an answer is empty")
+    if finished and any(IMAGE_TAG in answer for answer in answers):
+        raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
+    tags = [question.count(tag) for question in questions]
+    _check_tags(sum(tags), images, where)
+    if images == 1:
+        owner = tags.index(1) if sum(tags) else 0
+        questions[owner] = f"{tag}\n{questions[owner].replace(tag, '').strip()}"
+    return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
+
+
+def _checked_turns(turns, tag: str, where: str) -> Sequence[Mapping[str, str]]:
+    """The turns, each of which is one of a human or a model with a text; BadRecord where one is not."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
     if not turns:
@@ -283,9 +302,15 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
             raise BadRecord("bad_turns", where, f"turn {k} must have 'from' set to 'human' or 'gpt'")
         if not isinstance(turn.get("value"), str):
             raise BadRecord("bad_turns", where, f"turn {k} must have a text as 'value'")
-        said = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
-        if _LONE_SURROGATE.search(said):
-            raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is no text")
+        text = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
+        if _LONE_SURROGATE.search(text):
+            raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is not text")
+    return turns
+
+
+def _alternating(turns: Sequence[Mapping[str, str]], finished: bool, where: str) -> Sequence[Mapping[str, str]]:
+    """The turns without a leading one of the model: questions and answers by turns, the last one an answer where the
+    conversation is finished, else a question. BadRecord where they are not."""
     turns = turns[1:] if turns[0]["from"] == "gpt" else turns
     if not turns:
         raise BadRecord("empty_conversation", where, "the conversation has no human turn")
@@ -296,23 +321,16 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
         raise BadRecord("no_answer", where, "the last human turn has no answer")
     if not finished and not len(turns) % 2:
         raise BadRecord("bad_turns", where, "a prompt must end with a human turn")
-    questions = [turn["value"] for turn in turns[::2]]
-    answers = [turn["value"] for turn in turns[1::2]]
-    # A model may have said such things itself: no reason to refuse it the next question.
-    if finished and any(not answer.strip() for answer in answers):
-        raise BadRecord("no_answer", where, "an answer is empty")
-    if finished and any(IMAGE_TAG in answer for answer in answers):
-        raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
-    tags = [question.count(tag) for question in questions]
-    detail = f"{sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)} for {images:d} image{'s' * (images != 1)}"
-    if sum(tags) > images:
+    return turns
+
+
+def _check_tags(tags: int, images: int, where: str) -> None:
+    """BadRecord where the image tags in the questions are not as many as the images. One image needs no tag."""
+    detail = f"{tags} {IMAGE_TAG} tag{'s' * (tags != 1)} for {images:d} image{'s' * (images != 1)}"
+    if tags > images:
         raise BadRecord("several_images" if images == 1 else "image_tag_without_image", where, detail)
-    if sum(tags) < images and images > 1:
+    if tags < images and images > 1:
         raise BadRecord("image_without_tag", where, detail)
-    if images == 1:
-        owner = tags.index(1) if sum(tags) else 0
-        questions[owner] = f"{tag}\n{questions[owner].replace(tag, '').strip()}"
-    return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
 
 
 def _check_system(text: str | None, template: Template, where: str) -> None:
@@ -320,7 +338,7 @@ def _check_system(text: str | None, template: Template, where: str) -> None:
     if text and template.system_frame is None:
         raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     if text and _LONE_SURROGATE.search(text):
-        raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is no text")
+        raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is not text")
 
 
 def _encode(

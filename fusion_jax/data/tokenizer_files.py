@@ -4,16 +4,26 @@ They come from whoever published a model, and every checkpoint and export carrie
 kind, and the files of a folder that is not the user's own must lie in it.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError, check
-from fusion_jax.files import brief
+from fusion_jax.files import brief, read_file
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import flag, mapping, read_bytes, read_object, sequence, text, whole
 
+# Everything that decides what a tokenizer does; these are read, hashed and saved.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
 MOST_ADDED = 1 << 16
 MOST_IDS = RANGES["vocab_size"][1]
@@ -157,3 +167,13 @@ def _content(token: Any, key: str, where: str) -> str:
         raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {brief(content)}.")
     check(0 < len(content) <= 1000, f"{where}: the token {brief(content)} of {key} must have 1 to 1000 characters.")
     return content
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the names and contents of the tokenizer files in `folder`."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            content = read_file(folder / name)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()

@@ -21,7 +21,8 @@ import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.errors import UserError, check, check_choice, first_line
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import gguf_file, hf_config, table

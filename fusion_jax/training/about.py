@@ -21,8 +21,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data import chat_template
 from fusion_jax.data.conversation import TEMPLATES, encode_conversation
-from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from fusion_jax.data.tokenizer_files import read_config
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_files import TOKENIZER_FILES, read_config
 from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.training import integrity

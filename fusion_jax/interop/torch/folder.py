@@ -8,7 +8,9 @@ from typing import Any
 
 from fusion_jax.data import conversation
 from fusion_jax.data.conversation import Template
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, SentencePieceTokenizer, Tokenizer
+from fusion_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.interop.tokenizer_json import tokenizer_json
 from fusion_jax.models.config import FusionConfig
 
