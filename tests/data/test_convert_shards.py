@@ -174,7 +174,7 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
     checked = run("--out", out, "--check", "--workers", 1)
     assert checked.returncode == 2
     assert f"{file} has the hash" in checked.stdout
-    assert f"error: {out} is not as its manifest says" in checked.stderr
+    assert f"error: {out} differs from its manifest in" in checked.stderr
     assert "Traceback" not in checked.stdout + checked.stderr
 
 

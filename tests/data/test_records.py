@@ -21,7 +21,8 @@ from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.data.stages import open_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
-from fusion_jax.inspection import numbers as inspect_numbers
+from fusion_jax.inspection.figures import summary
+from fusion_jax.inspection.sample import draw_sample, open_stage
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
@@ -379,9 +380,9 @@ def test_training_conversion_and_inspection_read_the_same(folder):
     assert check_shards(folder / "shards", progress=False) == []
     for data, bad in (("all.json", Counter(expected.values())), ("shards", {})):
         config = configured(folder, data)
-        opened = inspect_numbers.open_stage(config, config.stages[0], tokenizer_of(folder))
-        looked = inspect_numbers.look(opened, 0, 100, progress=False)
-        reasons = {one["reason"]: one["count"] for one in inspect_numbers.summary(opened, looked)["bad_records"]}
+        opened = open_stage(config, config.stages[0], tokenizer_of(folder))
+        sample = draw_sample(opened, 0, 100, progress=False)
+        reasons = {one["reason"]: one["count"] for one in summary(opened, sample)["bad_records"]}
         assert reasons == bad
 
 
