@@ -1,4 +1,4 @@
-"""Shows what a run will read: `python -m fusion_jax.inspect --config FILE [--stage NAME] [--out page.html]`.
+"""Shows what a run will read: `python -m fusion_jax.inspect --config FILE [--out page.html]`.
 
 For each stage, or the one named: how long its conversations are, what they hold, what is wrong with some, what they
 cost and how they fill the rows of a step, for every data set of the mixture. All figures are of a sample of records

@@ -1,4 +1,4 @@
-"""How much an AVIF file makes a decoder do, by the AV1 data in it.
+"""Estimates how much work and memory an AVIF file costs a decoder, by the AV1 data in it.
 
 The size in an AVIF's header is what the decoded picture is scaled to. The decoder first makes frames of the sizes in
 the AV1 data, any number of them, shown or not: a file of 1 kB that calls itself 10 x 10 may take gigabytes and minutes.

@@ -1,4 +1,4 @@
-r"""Which template a conversation is written in: one of `TEMPLATES`, or the chat template that lies with the tokenizer.
+r"""Finds the template of a conversation: one of `TEMPLATES`, or the tokenizer's own chat template.
 
 A chat template is Jinja text that writes a list of messages. `Template` is the fixed text between them, so
 conversations of known words are rendered and cut at those words (S, U, A and V here; the template is SmolLM2's):

@@ -1,4 +1,4 @@
-"""Conversations as token ids: chat templates, placeholders, labels and the question tokens for the encoder.
+"""Encodes conversations as token ids: templates, placeholders, labels and question tokens.
 
 One round of an image conversation in the Phi-3 template, with its labels:
 

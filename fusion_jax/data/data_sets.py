@@ -1,4 +1,4 @@
-"""The data sets that a source draws from: JSON files, shards and TensorFlow Datasets, sampled and weighted.
+"""Data sets that a source draws from: JSON files, shards, TensorFlow Datasets, sampled and weighted.
 
 A data set knows which of its records an epoch draws and describes itself so that two starts, or two machines, can be
 compared. Of a JSON file two numbers a record stay in memory; of shards and TensorFlow Datasets nothing, but 4 bytes for

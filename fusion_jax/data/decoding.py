@@ -1,4 +1,4 @@
-"""Image files to pixels of 8 bits in RGB.
+"""Decodes image files to pixels of 8 bits in RGB.
 
 Every image that the package did not make itself is opened here, by `open_image`. What becomes of each kind of file,
 `Image.convert("RGB")` being what the published loader does with all of them:

@@ -1,4 +1,4 @@
-"""Records to examples: the conversation encoded, its images cut into crops, whole rounds left out where it is too long.
+"""Turns records into examples: encodes text, cuts images into crops, drops rounds that do not fit.
 
 Nothing here loads Grain.
 """

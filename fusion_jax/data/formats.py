@@ -1,4 +1,4 @@
-"""The formats in which images are read, and what is done before Pillow sees a file that may come from anybody.
+"""Names the image formats that are read, and checks untrusted files before Pillow sees them.
 
 Where a decoder's work followed from the size in the header alone, a limit on pixels would be enough. Where it does not,
 it is bounded here:

@@ -1,4 +1,4 @@
-"""Values of other than 8 bits, as the 8 that training sees.
+"""Converts grey values of other than 8 bits to the 8 bits that training sees.
 
 Which value is white, the first of these that holds:
 

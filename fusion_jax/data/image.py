@@ -1,4 +1,4 @@
-"""Images from files, and the fixed crops that the encoder reads.
+"""Loads images from files and cuts the fixed crops that the encoder reads.
 
 decoding.py opens the files and says what becomes of each kind; formats.py says what is done about files that are made
 to be slow.

@@ -1,4 +1,4 @@
-"""How fast files become crops, against the way of the published loader: `python -m fusion_jax.benchmark input`.
+"""Measures how fast files become crops, compared with the published loader.
 
     images_per_second             files to crops, wall clock, with the asked number of worker threads
     images_per_second_by_workers  the same for 1, 2, ... threads, in turns

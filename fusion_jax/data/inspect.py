@@ -1,4 +1,4 @@
-"""Runs `python -m fusion_jax.inspect` under its former name and says so; to be removed in the next release."""
+"""Runs `python -m fusion_jax.inspect` under its former name, for one release."""
 
 import runpy
 import sys

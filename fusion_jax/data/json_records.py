@@ -1,4 +1,4 @@
-"""Where the records of a JSON or JSONL file lie, and their JSON, which is read one record at a time.
+"""Finds where the records of a JSON or JSONL file are, and reads them one at a time.
 
 A file is parsed once, when it is opened, to check it and to find where each record lies. Two numbers a record stay in
 memory; the text is read again from the file.

@@ -1,4 +1,4 @@
-"""`tokenizer.json` files, run by the `tokenizers` library."""
+"""Runs a `tokenizer.json` file with the `tokenizers` library."""
 
 import itertools
 import re

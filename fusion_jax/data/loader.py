@@ -1,4 +1,4 @@
-"""Grain's part of the input: reads records in a shuffled order, measures and loads them in threads, yields batches.
+"""Loads batches with Grain: shuffles, measures and loads records in threads, and yields batches.
 
     order of records (seed, epochs) -> measure (threads) -> agree -> plan (data/planner.py)
                                     -> load and encode (threads) -> lay out -> prefetch

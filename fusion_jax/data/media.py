@@ -1,4 +1,4 @@
-"""Which keys of a record name images, what their values may be, and which hold media that no model here reads."""
+"""Finds the images that a record names, and the media in it that the model cannot read."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Mixtures: YAML files that list data sets, how much of each is drawn and with what weight.
+"""Opens mixtures: YAML files that list data sets, how much of each is drawn and with what weight.
 
 See data/sources.py for what an entry may say. A weight counts after the strategy: 1 is the default, 0.5 draws half of
 what was chosen. Which records make up the fraction is decided by seed and name and stays the same from epoch to epoch.

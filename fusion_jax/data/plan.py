@@ -1,4 +1,4 @@
-"""Which waiting records go into which rows of a step, before any image is read.
+"""Decides which waiting records go into which rows of a step, before any image is read.
 
     waiting   records in their shuffled order, each measured by its text (and its images' sizes)
     units     what becomes a row: one record, or with packing the records of a best fit

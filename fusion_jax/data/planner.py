@@ -1,4 +1,4 @@
-"""The steps of a stage: which of the records that wait go into the next step, and when the stage is over.
+"""Plans the steps of a stage: which waiting records go into the next step, and when the stage is over.
 
     record -> measured -> waits -> Planner.next_step -> l^2, rows of records, K crops
 

@@ -1,4 +1,4 @@
-"""What a record says, in whichever of the usual forms: turns, images and system text. The one place that knows them.
+"""Reads turns, images and system text out of a record in any of the usual forms.
 
     LLaVA      {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": ...}]}
     ShareGPT   {"images": ["a.jpg"], "system": "Be brief.", "conversations": [{"from": "system", ...}, ...]}

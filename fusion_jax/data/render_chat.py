@@ -1,4 +1,4 @@
-"""Renders a chat template apart from the process that asks: a program of its own, which loads nothing but Jinja.
+"""Renders chat templates in a process of its own, which loads nothing but Jinja.
 
 A chat template is code of whoever published a tokenizer. Jinja's sandbox keeps it from everything but its own texts;
 time and memory it could still take without end, so `data.chat_template` runs it here, under limits. In: a JSON object

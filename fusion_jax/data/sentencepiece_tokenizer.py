@@ -1,4 +1,4 @@
-"""SentencePiece models (`tokenizer.model`) as Llama's tokenizers use them."""
+"""Runs a SentencePiece model (`tokenizer.model`) as Llama's tokenizers do."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The folder of a conversion into shards: whose files are in it, what is finished, and what may be removed.
+"""Guards the folder of a conversion into shards: whose files are in it, what is finished.
 
 SHARDS is new, empty, or left by such a run: any other folder is refused, and no file is removed that a conversion did
 not write. Until all shards are there, SHARDS/partial holds a description of the conversion (plan.json) and a report of

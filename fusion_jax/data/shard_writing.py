@@ -1,4 +1,4 @@
-"""Puts JSON or JSONL records and their image files into shards that carry the images.
+"""Converts JSON or JSONL records and their image files into shards that carry the images.
 
 data/shards.py draws the format. Shard k holds what is usable of the records k*M to (k+1)*M of the file, so shards are
 made in any order by any number of processes, and always the same way. Until all are there, SHARDS/partial holds the

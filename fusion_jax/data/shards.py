@@ -1,4 +1,4 @@
-"""Shards: records that carry their images, as `python -m fusion_jax.shards` writes them.
+"""Reads shards: records that carry their images, as `python -m fusion_jax.shards` writes them.
 
     SHARDS/manifest.json                         what there is: counts, sizes and hashes of all files, skipped records
     SHARDS/shard-00000-of-00611.array_record     the records

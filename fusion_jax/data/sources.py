@@ -1,4 +1,4 @@
-"""Training records with random access, from JSON, shards and TensorFlow Datasets, and mixtures of them in YAML.
+"""Opens training records with random access: JSON, shards, TensorFlow Datasets and mixtures of them.
 
     JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...],
             or another form that records.py understands

@@ -1,4 +1,4 @@
-"""What a stage reads: its seed, its records, its loader of examples and the sizes of its batches."""
+"""Opens what a stage reads: its seed, records, loader of examples and the sizes of its batches."""
 
 import zlib
 

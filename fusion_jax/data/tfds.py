@@ -1,4 +1,4 @@
-"""Records of a split that TensorFlow Datasets has prepared in a format with random access."""
+"""Reads the records of a split that TensorFlow Datasets has prepared with random access."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Windows of the latents over an image's whole view and tiles; see tiles.py."""
+"""Computes the latents' windows over an image's whole view and its tiles; see tiles.py."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Tokenizers from a local folder: SentencePiece (`tokenizer.model`) or `tokenizer.json`; nothing is ever downloaded.
+"""Loads a tokenizer from a local folder: SentencePiece or `tokenizer.json`; downloads nothing.
 
 Both kinds give the interface of data/tokenizer_base.py.
 """

@@ -1,4 +1,4 @@
-"""The interface that all tokenizers share: text to ids and back, control tokens, the two vision tokens.
+"""Defines what all tokenizers share: text to ids and back, control tokens, the two vision tokens.
 
 Every tokenizer ends in the two tokens that frame visual slots:
 

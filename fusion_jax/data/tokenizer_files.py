@@ -1,4 +1,4 @@
-"""The files of a tokenizer folder, looked through before anything rests on them.
+"""Reads and checks the files of a tokenizer folder before anything relies on them.
 
 They come from whoever published a model, and every checkpoint and export carries them on: so every value must be of its
 kind, and the files of a folder that is not the user's own must lie in it.

@@ -1,4 +1,4 @@
-"""Batches of validation: the first records in file order, each once, planned and laid out at the model's fixed l^2."""
+"""Makes the batches of validation: the first records in file order, each once, at the fixed l^2."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Runs a function over tasks in worker processes, with a progress bar; no worker outlives its parent by long."""
+"""Runs a function over tasks in worker processes, with a progress bar."""
 
 import contextlib
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Histograms as SVG, for the page."""
+"""Draws histograms as SVG, for the page."""
 
 import math
 

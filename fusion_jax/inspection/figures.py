@@ -1,4 +1,4 @@
-"""The figures of a stage: of each data set, of the sample as a whole and of a step."""
+"""Computes the figures of a stage: of each data set, of the whole sample and of a step."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Inspects what a run will read: prints the tables of its stages, writes the page, returns all figures."""
+"""Inspects what a run will read: prints tables, writes the page, returns all figures."""
 
 import tempfile
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Text in HTML: what comes from data files is escaped here, and nowhere else."""
+"""Escapes text from data files for HTML."""
 
 import html
 

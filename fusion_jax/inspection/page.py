@@ -1,4 +1,4 @@
-"""The page of an inspection: one HTML file with everything in it, no script and nothing fetched.
+"""Writes the page of an inspection: one HTML file without scripts that fetches nothing.
 
 Conversations, names and reasons come from data files: they are text here, never markup, and a content security policy
 says so once more.

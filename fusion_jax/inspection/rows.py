@@ -1,4 +1,4 @@
-"""Rows of a run's first steps on the page: pictures, every token, what is supervised."""
+"""Draws rows of a run's first steps on the page: pictures, every token, what is supervised."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A sample of a stage's records, measured by their texts, and some of their images decoded to find bad ones.
+"""Measures a sample of a stage's records by their texts, and decodes some of their images.
 
 The sample is the beginning of the order in which the run itself reads the data (seeded, so a fair draw). Data sets too
 small to occur often enough in it get some records more, which count in their own lines only.

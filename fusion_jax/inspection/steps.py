@@ -1,4 +1,4 @@
-"""The first steps of a run, planned from a sample as in training: what they hold, and rows of them to show.
+"""Plans the first steps of a run from a sample, as training does, and picks rows of them to show.
 
 Step n here is step n of the run.
 """

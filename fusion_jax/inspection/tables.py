@@ -1,4 +1,4 @@
-"""The figures of an inspection as tables, for the terminal and for the page."""
+"""Formats the figures of an inspection as tables, for the terminal and for the page."""
 
 import math
 import textwrap

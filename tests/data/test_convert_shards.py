@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, whatever happens on the way, and broken ones are told."""
+"""Shards: what goes in comes out, whatever happens on the way, and broken ones are reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Commands under their names of before: they say the new one and run it."""
+"""Tests that commands under their former names say the new one and run it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Planning rows from measured records: dealing crops to groups, rows of text alone, sizes of batches."""
+"""Planning rows from measured records: crops over groups, rows of text alone, sizes of batches."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Forms of records: each is understood in full, or refused by name; never is a part of one left out in silence."""
+"""Forms of records: each is understood in full or refused by name; no part is left out silently."""
 
 import base64
 import dataclasses
