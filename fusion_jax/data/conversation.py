@@ -14,7 +14,7 @@ of all stands the BOS token where the template has one or, if it says nothing, w
 
 With one image this is the published arrangement: wherever a turn says `<image>`, the image moves to the front of that
 turn. With several images each `<image>` becomes a slot where it stands, in any turn and any number, one for each image
-of the record in their order; the round's latents stand before the turn's text, behind the images that lead it:
+of the record in their order; the round's latents stand before the turn's text, after the images that lead it:
 
     <image>\n<image>\nCompare them.       IMAGE \n IMAGE LATENTS \n Compare them.
     Is <image> older than <image>?        LATENTS Is IMAGE older than IMAGE ?
@@ -41,7 +41,7 @@ IGNORE = -100  # in labels: not supervised
 ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
 
 IMAGE_TAG = "<image>"  # how records say where the image belongs
-# The same in somebody's own words, where `<image>` is text: half a surrogate pair, which no text may hold.
+# The same in literal text, where `<image>` is only text: half a surrogate pair, which valid text cannot hold.
 IMAGE_SLOT = "\ud800"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say this; no tokenizer takes it
 _LATENTS_TAG = "<latent_image>"  # only in the readable prompt
@@ -86,10 +86,10 @@ class Template:
         Args:
           text: its system text, None or empty for the template's; with one there must be a `system_frame`.
         """
-        before, behind = self.system_frame or ("", "")
+        before, after = self.system_frame or ("", "")
         if text:
-            return [(before, False), (self.trimmed("system", text), True), (behind, False)]
-        return [] if self.default_system is None else [(before + self.default_system + behind, False)]
+            return [(before, False), (self.trimmed("system", text), True), (after, False)]
+        return [] if self.default_system is None else [(before + self.default_system + after, False)]
 
     @property
     def greeting(self) -> str:
@@ -161,7 +161,7 @@ class Encoded:
     Attributes:
       input_ids: (S,) token ids, with IMAGE and LATENTS where visual tokens go.
       labels: (S,) the id where the token is supervised, ANSWER_START on the last token before each answer, else IGNORE.
-      instructs: (T,) the question tokens of all rounds, behind `first_ids`; [0] in a conversation without an image.
+      instructs: (T,) the question tokens of all rounds, after `first_ids`; [0] in a conversation without an image.
       rounds: number of questions.
       prompt: the readable text, with tags for placeholders and without BOS.
     """
@@ -181,7 +181,7 @@ def find_template(name: str) -> Template:
 
 
 def first_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """What stands in front of a conversation, and of the question tokens: the BOS token or nothing.
+    """Ids that begin a conversation, and the question tokens: the BOS token or nothing.
 
     Raises:
       UserError: the template begins with a BOS token, and the tokenizer names none.
@@ -250,7 +250,7 @@ def encode_prompt(
     Arguments and errors as for `encode_conversation`.
 
     Args:
-      literal: the turns are somebody's own words. Control tokens in them, and `<image>`, are text; only the template
+      literal: the turns are literal text. Control tokens in them, and `<image>`, are only text; only the template
         writes roles and ends, and IMAGE_SLOT says where an image goes. A leading gpt turn is what the model has greeted
         with. Data sets stay as they were published: a token that is written in their texts is that token.
     """
@@ -334,7 +334,7 @@ def _check_tags(tags: int, images: int, where: str) -> None:
 
 
 def _check_system(text: str | None, template: Template, where: str) -> None:
-    """BadRecord where the template cannot hold a conversation's system text."""
+    """BadRecord where the template cannot hold the system text of a conversation."""
     if text and template.system_frame is None:
         raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     if text and _LONE_SURROGATE.search(text):
@@ -352,7 +352,7 @@ def _encode(
     greeting: str | None = None,
 ) -> Encoded:
     """`rounds` as `_rounds` returns them. greeting: said before them."""
-    tokenizer.token_id(template.stops[0])  # a template of another model would be spelt out in letters, silently
+    tokenizer.token_id(template.stops[0])  # another model's template would silently be spelled out in letters
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     first = first_ids(tokenizer, template)
     row = _Row(tokenizer, first)
@@ -416,7 +416,7 @@ class _Row:
         self.text(VISION_END)
 
     def cut(self) -> None:
-        """What follows is tokenized by itself."""
+        """Ends a piece: what follows is tokenized by itself."""
         self._flush()
 
     def mark_answer_start(self) -> None:

@@ -42,7 +42,7 @@ class Record:
       where: file and record, for messages.
       images: all images in order, each as a file or as a file's bytes: what to load. By default `image_path` alone.
       sizes: width and height of each image where the source knows them, which only shards do; else empty.
-      literal: the texts are somebody's own words, in which control tokens and image tags are text; see
+      literal: control tokens and image tags in the texts are only text; see
         `conversation.encode_prompt`.
       system: the record's own system text, in place of the template's; None for that one.
     """
@@ -127,13 +127,13 @@ class JsonData(DataSet):
             self._file = DataFile(self.path)
         number = int(self.numbers[k])
         where = f"{self.path}, record {number}"
-        said = understand(read_record(self._file, self.spans[k], where), number, where)
+        record = understand(read_record(self._file, self.spans[k], where), number, where)
         paths = [
-            Path(image.name or f"{number}-{i}") if image.data is not None else self._locate(image.name, said.where)
-            for i, image in enumerate(said.images)
+            Path(image.name or f"{number}-{i}") if image.data is not None else self._locate(image.name, record.where)
+            for i, image in enumerate(record.images)
         ]
-        images = tuple(path if image.data is None else image.data for image, path in zip(said.images, paths))
-        return Record(said.id, paths[0] if paths else None, said.turns, said.where, images, system=said.system)
+        images = tuple(path if image.data is None else image.data for image, path in zip(record.images, paths))
+        return Record(record.id, paths[0] if paths else None, record.turns, record.where, images, system=record.system)
 
     def _locate(self, name: str, where: str) -> Path:
         return locate(self.image_folder, name, self.root, where)
@@ -141,7 +141,7 @@ class JsonData(DataSet):
     text = read
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None}  # an open file stays in its process; another one opens it again
+        return self.__dict__ | {"_file": None}  # an open file cannot be pickled; another process opens it again
 
 
 class StoredData(DataSet):
@@ -168,10 +168,10 @@ class StoredData(DataSet):
 
     def _record(self, found: tuple[dict[str, Any], list[bytes], str]) -> Record:
         header, images, where = found
-        said = understand(header, header.get("number", 0), where, stored=True)
+        record = understand(header, header.get("number", 0), where, stored=True)
         sizes = tuple((image["width"], image["height"]) for image in header["images"] if "width" in image)
         path = Path(str(header["images"][0].get("name"))) if images else None
-        return Record(said.id, path, said.turns, said.where, tuple(images), sizes, system=said.system)
+        return Record(record.id, path, record.turns, record.where, tuple(images), sizes, system=record.system)
 
 
 def open_json(
@@ -184,7 +184,7 @@ def open_json(
 ) -> JsonData:
     if image_folder is not None and not is_folder(image_folder):
         raise UserError(f"{where}: there is no image folder {shown(image_folder, 1000)}.")
-    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing error should be reported before a long file is read
     spans = scan_json(path)
     numbers = _choose(len(spans), strategy, seed, path.name, where)
     folder = path.parent if image_folder is None else Path(image_folder)
@@ -213,13 +213,12 @@ def locate(folder: Path, name: str, root: str | None, where: str) -> Path:
     try:
         real = os.path.realpath(path)
     except (OSError, ValueError):
-        return path  # no file can have this name, which reading it will say
+        return path  # no file can have this name; reading it will fail with that message
     if not real.startswith(os.path.join(root, "")):
         raise BadRecord(
             "image_outside_folder",
             where,
-            f"the image {shown(name)} lies outside {folder}; "
-            "`allow_outside: true` in a mixture would read it all the same",
+            f"the image {shown(name)} lies outside {folder}; `allow_outside: true` in a mixture allows it",
         )
     return path
 
@@ -237,22 +236,22 @@ def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | 
 def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
     """Numbers of the records that the strategy takes, ascending."""
     how, count, percent = parse_strategy(strategy, where)
-    # Rounding first keeps 7% of 100 at 7 although 0.07 is no binary number.
+    # Rounding first keeps 7% of 100 at 7 although 0.07 is not exact in binary.
     count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
     if how == "first":
         return range(count)
     if how == "end":
         return range(total - count, total)
-    # By name, not path: every machine must take the same records wherever the data lies.
+    # By name, not path: every machine must choose the same records wherever its data is.
     return _sample(total, count, [seed, zlib.crc32(name.encode())])
 
 
 def _sample(total: int, count: int, seed: list[int]) -> np.ndarray:
-    """That many different numbers below `total`, ascending: (count,) uint32, or uint64 where it takes that."""
+    """`count` different numbers below `total`, ascending: (count,) uint32, or uint64 where they need it."""
     chosen = np.random.default_rng(seed).choice(total, count, replace=False)
     return np.sort(chosen).astype(np.uint32 if total <= 1 << 32 else np.uint64)
 
 
 def as_yaml(value: Any) -> str:
-    """A value of a mixture as YAML writes it."""
+    """A value of a mixture as YAML writes it, for messages."""
     return "null" if value is None else "an empty text" if value == "" else brief(value)

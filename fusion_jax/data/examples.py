@@ -21,8 +21,8 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
-    """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
-    those of a row with one conversation. Questions may be empty, so there is room for one token."""
+    """The fixed sizes of a model's batches. `rounds` are of a row, `images` of a conversation; there are as many crops
+    as one conversation may have. Questions may be empty, so there is room for one token at least."""
     return LayoutSpec(
         length=length,
         question_length=max(question_length, 1) if model.text_guided else 0,
@@ -53,7 +53,7 @@ class ExampleMaker:
     decode: str = "exact"
 
     def __call__(self, record: Record, prompt: bool = False) -> Example:
-        """Encodes a record and its images; with `prompt` the conversation waits for its last answer.
+        """Encodes a record and its images. With `prompt` the conversation ends before its last answer.
 
         Raises:
           BadRecord: the conversation or an image cannot be used.
@@ -61,7 +61,7 @@ class ExampleMaker:
         return self.with_crops(self.text(record, prompt), record)
 
     def text(self, record: Record, prompt: bool = False) -> Example:
-        """The same without its crops, of images at most their sizes being read. BadRecord as above."""
+        """The same without its crops: of images at most the sizes are read. BadRecord as above."""
         model = self.model
         encode, more = conversation.encode_conversation, {}
         if prompt:
@@ -85,8 +85,8 @@ class ExampleMaker:
         return Example(encoded.input_ids, encoded.labels, question, None, record.where, tilings)
 
     def fitting(self, record: Record, spec: LayoutSpec, latents: int) -> Example:
-        """`text`, without the last rounds where the conversation is too long for a row: whole rounds go, never an image
-        and never part of an answer.
+        """`text`, without the last rounds where the conversation is too long for a row. Whole rounds are dropped, never
+        an image and never part of an answer.
 
         Raises:
           BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
@@ -106,31 +106,31 @@ class ExampleMaker:
     def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
         """How many last rounds must go for the conversation to fit; where it never does, how many may go.
 
-        Rounds are tokenized one behind the other, so what fewer of them take is known from the whole conversation. Only
-        their questions are tokenized as one text, whose tokens are counted anew for a few numbers of rounds.
+        Rounds are tokenized one after the other, so the length of fewer rounds follows from the whole conversation.
+        Only their questions are tokenized as one text, whose tokens are counted again for a few numbers of rounds.
 
         Args:
           example: `text` of the whole record.
         """
         ids, answer = example.input_ids, np.append(example.labels >= 0, False)
         ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
-        # Never a round with an image. A round is a question and its answer; a model's greeting may stand before.
+        # Never a round with an image. A round is a question and its answer; a greeting of the model may come first.
         turns = record.turns[len(record.turns) - 2 * len(ends) :]
-        shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
-        least = max([1, *shown])
+        with_image = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
+        least = max([1, *with_image])
         rounds = np.cumsum(ids == LATENTS)[ends - 1]
         lengths = measure(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
         kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
 
-        def asked(kept: int) -> int:
+        def question_tokens(kept: int) -> int:
             return len(self._without_last(record, len(ends) - kept).question_ids)
 
-        if kept > least and asked(kept) > spec.question_length:
-            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=asked) - 1
+        if kept > least and question_tokens(kept) > spec.question_length:
+            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=question_tokens) - 1
         return len(ends) - max(kept, least)
 
     def _without_last(self, record: Record, rounds: int) -> Example:
-        """`text` without so many last rounds."""
+        """`text` without the last `rounds` rounds."""
         return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
 
     def with_crops(self, example: Example, record: Record) -> Example:
@@ -151,7 +151,7 @@ class ExampleMaker:
 
 @dataclass(frozen=True)
 class ExampleLoader:
-    """Records by number, measured or as examples that fit a row even at the largest l^2."""
+    """Loads records by number: measured, or as examples that fit a row even at the largest l^2."""
 
     source: RecordSource
     maker: ExampleMaker
@@ -174,7 +174,7 @@ class ExampleLoader:
             return bad
 
     def load_planned(self, planned: Measured) -> Example | BadRecord:
-        """The example with its crops, if it takes the room that was planned for it."""
+        """The example with its crops, if it takes as much room as was planned for it."""
         example = self.load(planned.number)
         if isinstance(example, BadRecord):
             return example
@@ -186,10 +186,11 @@ class ExampleLoader:
     def measure(self, number: int, headers: bool = False) -> tuple[Measured, int] | BadRecord:
         """What the record takes, and how many last rounds it loses.
 
-        headers: a record of whose images the headers cannot be read is bad.
+        Args:
+          headers: also read the headers of its images; a record with an unreadable one is bad.
         """
         if number >= len(self.source):
-            return BadRecord("changed", f"record {number}", f"the data have {len(self.source)} records by now")
+            return BadRecord("changed", f"record {number}", f"the data now has {len(self.source)} records")
         try:
             record = self.source.text(number)
             example = self.maker.fitting(record, self.spec, self.longest_latents)

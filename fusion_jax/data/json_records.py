@@ -27,12 +27,16 @@ _BOM = codecs.BOM_UTF8
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Integers as floats: those of thousands of digits are a bad record's, and reading it will say so.
 _DECODER = json.JSONDecoder(parse_int=float)
-# What tells where a list or object ends; a quote alone begins a text that does not end here.
+# Marks by which the end of a list or object is found; a quote alone begins a text that does not end here.
 _MARKS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 
 
 def scan_json(path: Path) -> np.ndarray:
-    """Where each record of a JSON list or JSONL file lies: (records, 2) int64. UserError if invalid or empty."""
+    """First byte and end of each record of a JSON list or JSONL file: (records, 2) int64.
+
+    Raises:
+      UserError: the file cannot be read, is invalid or has no records.
+    """
     try:
         with open_file(path) as file:
             if file.read(2) in _UTF16:
@@ -47,7 +51,7 @@ def scan_json(path: Path) -> np.ndarray:
 
 
 class DuplicateKey(ValueError):
-    """A JSON object or YAML mapping names a key twice; without this the last one would win silently."""
+    """A JSON object names a key twice; without this error the last one would win silently."""
 
 
 def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise DuplicateKey(f"the key {brief(key)} stands there twice")
+            raise DuplicateKey(f"the key {brief(key)} occurs twice")
         result[key] = value
     return result
 
@@ -63,7 +67,8 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 class DataFile:
     """A file that is read piece by piece for as long as a run takes, by any number of threads.
 
-    Not mapped: where the file is cut or written anew meanwhile, a mapping ends the process (SIGBUS) without a word.
+    It is not mapped: if the file is truncated or rewritten meanwhile, a mapping ends the process (SIGBUS) without a
+    message.
     """
 
     def __init__(self, path: Path):
@@ -93,14 +98,14 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
         return parse_json(data, unique)
     except DuplicateKey as e:
         raise BadRecord("duplicate_key", where, f"{e}") from e
-    except json.JSONDecodeError as e:  # it was valid then: where others lie is not known any more either
+    except json.JSONDecodeError as e:  # it was valid then: the places of the other records are unknown, too
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable_json", where, f"{e}") from e
 
 
 def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
-    """Where each record of a JSONL file lies; blank lines are none: (records, 2) int64."""
+    """First byte and end of each record of a JSONL file; blank lines do not count: (records, 2) int64."""
     spans, start, number = array("q"), 0, 0
     while line := file.readline(_MAX_RECORD + 1):
         number += 1
@@ -116,7 +121,7 @@ def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
                 except ValueError as e:
                     raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
                 spans.extend((start, stop - line.endswith(b"\n")))
-        else:  # as is this one, of which nothing more is kept
+        else:  # a bad record too, of which nothing more is kept
             while (rest := file.readline(_CHUNK)) and not rest.endswith(b"\n"):
                 stop += len(rest)
             stop += len(rest)
@@ -126,7 +131,7 @@ def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
 
 
 def _scan_list(file: BinaryIO, path: Path) -> np.ndarray:
-    """Where each element of a JSON list lies: (records, 2) int64. Only a few megabytes are decoded at a time."""
+    """First byte and end of each element of a JSON list: (records, 2) int64. Decodes a few megabytes at a time."""
     reader = _Reader(file, path)
     if reader.peek() != "[":
         raise UserError(f"{path} must hold a JSON list of records; one record a line is read from files named .jsonl.")
@@ -158,7 +163,7 @@ class _Reader:
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self.skip(1)
@@ -177,7 +182,7 @@ class _Reader:
         while True:
             try:
                 _, stop = _DECODER.raw_decode(self._text, self._at)
-                # What ends with the window may go on behind it, as a number does.
+                # What ends with the window, such as a number, may go on after it.
                 if stop < len(self._text) or not self._more():
                     break
             except RecursionError:  # a bad record, as reading it will say: only its end is looked for

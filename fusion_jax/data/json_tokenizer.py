@@ -30,19 +30,19 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, data: bytes):
         config, names = read_config(folder)
-        added_tokens(folder)  # tokenizer.json says the same itself; but the file is kept, and must be one
+        added_tokens(folder)  # tokenizer.json has the same tokens; but the file is saved too, and so must be valid
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-            # Files may ask for both; they would fill up or cut every text.
+            # Files may switch both on; they would pad or cut every text.
             self._model.no_padding()
             self._model.no_truncation()
             largest = max(self._model.get_vocab(True).values(), default=0)
-            plain, framed = (self._model.encode("What is it?", add_special_tokens=given).ids for given in (False, True))
+            plain, framed = (self._model.encode("What is it?", add_special_tokens=frame).ids for frame in (False, True))
             self._model.decode(plain)
         except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where it panics
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
-            raise UserError(f"{folder}/tokenizer.json is no valid tokenizer file: {shown(e)}.") from e
+            raise UserError(f"{folder}/tokenizer.json is not a valid tokenizer file: {shown(e)}.") from e
         if largest >= MOST_IDS:
             raise UserError(f"{folder}/tokenizer.json has the token id {largest}, beyond {MOST_IDS:,}.")
         # Configs may declare tokens that tokenizer.json lacks; they come before ours so that ids agree with the config.
@@ -65,13 +65,13 @@ class JsonTokenizer(Tokenizer):
         self.longest = max((len(token.encode()) for token in vocabulary), default=1)
         before = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0) if plain else 0
         if before > 1:
-            raise UserError(f"{folder}/tokenizer.json puts {before} tokens in front of a text; one is supported.")
+            raise UserError(f"{folder}/tokenizer.json puts {before} tokens before a text; one is supported.")
         first = framed[0] if before else None
         super().__init__(folder, added, special, max(vocabulary.values()) + 1, config, names, first)
         self._decoder = self._model.decoder
         written = {} if self._decoder is None else {i: _BYTE.fullmatch(name) for name, i in vocabulary.items()}
         falls_back = any(written.values()) and self._decoder.decode(["a", "<0x62>"]) == "ab"
-        self._bytes = {i: int(found[1], 16) for i, found in written.items() if found} if falls_back else {}
+        self._bytes = {i: int(match[1], 16) for i, match in written.items() if match} if falls_back else {}
         self._byte_level = self._decoder is not None and self._decoder.decode(["a", "\u0120"]) == "a "
 
     def _find(self, token: str | None) -> int | None:
@@ -84,7 +84,7 @@ class JsonTokenizer(Tokenizer):
         if not inside and self._bytes.keys().isdisjoint(ids):
             return self._model.decode(ids, skip_special_tokens=skip_special)
         ids = [i for i in ids if not (skip_special and i in self._special_ids)]
-        # The library gives up all bytes that follow each other, and so what was text before, for one that is wrong.
+        # The library drops all bytes that follow each other, valid text among them, if one of them is wrong.
         tokens = ["a"] if inside else []
         for is_byte, run in itertools.groupby(ids, self._bytes.__contains__):
             if is_byte:

@@ -59,9 +59,9 @@ class Example:
       input_ids: (length,) int32 with IMAGE and LATENTS placeholders. labels: (length,) int32 with IGNORE and
         ANSWER_START marks; None for a prompt, whose last token ends the last round's question.
       question_ids: question tokens of all rounds, int32; empty for text-only conversations.
-      crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles behind its whole
-        view; of each first the quadrants, then the crop itself. The first axis may be missing where there is one crop.
-        None without an image, and until the images are read.
+      crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles after its whole
+        view; of each crop first the quadrants, then the crop itself. The first axis may be missing where there is one
+        crop. None without an image, and until the images are read.
       where: file and record, for messages.
       tilings: of each image with dynamic resolution; else empty.
       dropped_rounds: last rounds of the record that are left out because the row would be too short.
@@ -323,12 +323,12 @@ def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int
     cells = math.isqrt(latent_count)
     side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
     index, real = _grid_windows(side, cells)
-    found = [np.where(real, slot * side * side + index, -1)]
+    parts = [np.where(real, slot * side * side + index, -1)]
     if tiling.rows:
         index, real = tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)
         first = spec.crops * spec.image_tokens + (slot + 1) * spec.tile_tokens
-        found.append(np.where(real, first + index, -1))
-    return np.concatenate(found, axis=1)
+        parts.append(np.where(real, first + index, -1))
+    return np.concatenate(parts, axis=1)
 
 
 def lay_out(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> Batch:

@@ -44,17 +44,17 @@ def open_mixture(path: Path, seed: int, image_folder: str | Path | None, allow_o
     except OSError as e:
         raise UserError(f"Cannot read the data mixture {path}: {e.strerror}.") from e
     except RecursionError as e:
-        raise UserError(f"{path} is no data mixture: it is nested too deeply.") from e
-    except Exception as e:  # besides YAMLError: values that are none of their tag raise almost anything
+        raise UserError(f"{path} is not a data mixture: it is nested too deeply.") from e
+    except Exception as e:  # besides YAMLError: values that do not fit their tag raise almost anything
         raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(e).split()), 500)}.") from e
     if not isinstance(config, dict) or not isinstance(datasets := config.get("datasets"), list) or not datasets:
-        found = (
+        has = (
             "; datasets is " + as_yaml(config["datasets"]) if isinstance(config, dict) and "datasets" in config else ""
         )
-        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path{found}.")
+        raise UserError(f"{path} must have a list `datasets` with at least one entry, each with a json_path{has}.")
     entry_keys = {*_ENTRIES, *_COMMON, *(key for keys in _ENTRIES.values() for key in keys)}
     if misplaced := [key for key in config if key in entry_keys]:
-        raise UserError(f"{path}: {misplaced[0]} stands beside `datasets`; it belongs into an entry of that list.")
+        raise UserError(f"{path}: {misplaced[0]} is beside `datasets`; it belongs in an entry of that list.")
     parts = []
     for k, entry in enumerate(datasets):
         where = f"{path}, datasets entry {k}"
@@ -72,8 +72,9 @@ def open_mixture(path: Path, seed: int, image_folder: str | Path | None, allow_o
             raise no_key(f"{path}: datasets[{k}]", key, keys)
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= _MAX_WEIGHT:
-            said = as_yaml(weight)
-            raise UserError(f"{where}: weight must be a number above 0, not {said}, and at most {_MAX_WEIGHT:,}.")
+            raise UserError(
+                f"{where}: weight must be a number above 0 and at most {_MAX_WEIGHT:,}, not {as_yaml(weight)}."
+            )
         folder = image_folder
         if "image_folder" in entry:
             named = entry["image_folder"]
@@ -117,7 +118,7 @@ def _open_entry(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping names a key twice, or grows beyond all measure by what is merged into it."""
+    """YAML in which no mapping names a key twice, or becomes huge by what is merged into it."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -131,7 +132,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name in seen and name != "<<":
-                problem = f"the key {name!r} stands there twice"
+                problem = f"the key {name!r} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)

@@ -60,7 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._guard_length = len(self.model.encode(self._guard))
         self._bytes = [_piece_bytes(self.model, i) for i in range(len(self.model))]
         self.longest = max(map(len, [*self._bytes, *(token.encode() for token in added)]))
-        # Symbols that its trainer was told to keep whole; learnt pieces have a score, and words are no marks.
+        # Symbols that the trainer was configured to keep whole; learned pieces have a score, and words are not marks.
         ids = [i for i in range(len(self.model)) if self.model.get_score(i) == 0 and self._bytes[i]]
         marks = {self.model.id_to_piece(i): i for i in ids if not self.model.is_byte(i)}
         marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not is_words(piece.replace(_SPACE, " "))}
@@ -101,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
             if k % 2:
                 ids.append(self._added[part])
             elif part.startswith((_SPACE, " ")):
-                # Some models trim white space in front of what they are given: give them something else in front.
+                # Some models trim white space at the start of their input: begin it with something else.
                 ids += self.model.encode(self._guard + part)[self._guard_length :]
             elif part:
                 ids += self.model.encode(part)
@@ -115,7 +115,7 @@ class SentencePieceTokenizer(Tokenizer):
                     continue
                 out += self.token_bytes(i)
             else:
-                # The first word's prefix is no space of the text.
+                # The first word's prefix is not a space of the text.
                 strip = first and self.model.id_to_piece(i).startswith(_SPACE)
                 out += self._bytes[i][1:] if strip else self._bytes[i]
             first = False
@@ -124,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token_bytes(self, i: int) -> bytes:
         if i in self._added_names:
             return self._added_names[i].encode()
-        if i >= len(self._bytes):  # ids of added tokens may leave a gap behind the model's own
+        if i >= len(self._bytes):  # ids of added tokens may leave a gap after those of the model
             return b""
         return self._bytes[i] or self.model.id_to_piece(i).encode()
 

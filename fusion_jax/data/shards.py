@@ -65,14 +65,14 @@ def pack(header: Mapping[str, Any], images: Sequence[bytes] = ()) -> tuple[bytes
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """A record's JSON and its images. ValueError where the bytes are no record."""
+    """A record's JSON and its images. ValueError where the bytes are not a record."""
     if len(data) < _LENGTH.size:
-        raise ValueError(f"{len(data)} bytes are no record")
+        raise ValueError(f"{len(data)} bytes are not a record")
     at = _LENGTH.size + _LENGTH.unpack_from(data)[0]
     header = parse_header(data[_LENGTH.size : at])
-    said = at + sum(image["bytes"] for image in header["images"])
-    if said != len(data):  # before anything is copied
-        raise ValueError(f"the record has {len(data)} bytes and its header says {said}")
+    expected = at + sum(image["bytes"] for image in header["images"])
+    if expected != len(data):  # checked before anything is copied
+        raise ValueError(f"the record has {len(data)} bytes and its header says {expected}")
     images = []
     for image in header["images"]:
         images.append(data[at : at + image["bytes"]])
@@ -81,13 +81,13 @@ def unpack(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """A record's JSON. ValueError where it is none, or its images' sizes are no sizes."""
+    """A record's JSON. ValueError where it is not that of a record, or an image has no valid size."""
     header = parse_json(text, unique)
     images = header.get("images") if isinstance(header, dict) else None
     if not isinstance(images, list):
         raise ValueError("the record has no list of images")
     if type(header.get("number", 0)) is not int or not 0 <= header.get("number", 0) < 1 << 63:
-        raise ValueError("the record's number is none")
+        raise ValueError("the record's number is not a whole number from 0")
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("name"), str):
             raise ValueError("an image of the record has no name")
@@ -140,14 +140,14 @@ class Shards:
             data = reader.read([at])[0]
             header, images = unpack(data) if which == 0 else (parse_header(data), None)
         except (RuntimeError, ValueError, IndexError) as e:
-            detail = f"the record is damaged ({shown(e)}); `python -m fusion_jax.shards --check` tells more"
+            detail = f"the record is damaged ({shown(e)}); `python -m fusion_jax.shards --check` lists all damage"
             raise BadRecord("corrupt_record", f"{path}, record {at}", detail) from e
         return header, [b""] * len(header["images"]) if images is None else images, f"{path}, record {at}"
 
 
 @functools.lru_cache(_OPEN_READERS)
 def _reader(path: str, size: int, sha256: str) -> ArrayRecordReader:
-    # Size and hash are part of the key: a folder written anew has other readers.
+    # Size and hash are part of the key, so that a rewritten folder gets new readers.
     if is_url(path) and not path.startswith("gs://"):
         path = _fetch(path, size, sha256)
     try:
@@ -210,16 +210,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             text = read_file(path, _MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
-            f"{folder} is no folder of shards: it has no {MANIFEST}, which fusion_jax.shards writes last."
+            f"{folder} is not a folder of shards: it has no {MANIFEST}, which fusion_jax.shards writes last."
         ) from e
     except Exception as e:  # remote file systems have errors of their own
         raise UserError(f"Cannot read {path}: {e}.") from e
     try:
         manifest = parse_json(text, unique)
     except ValueError as e:
-        raise UserError(f"{path} is no valid manifest: {e}.") from e
+        raise UserError(f"{path} is not a valid manifest: {e}.") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is no manifest of shards: it lacks 'format': {FORMAT!r}.")
+        raise UserError(f"{path} is not a manifest of shards: it lacks 'format': {FORMAT!r}.")
     if manifest.get("version") != VERSION:
         raise UserError(
             f"{path} is of version {brief(manifest.get('version'))}; this program reads version {VERSION}: "
@@ -234,7 +234,7 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
         if not isinstance(mapping, dict) or key not in mapping:
             raise UserError(f"{path}: the key {key!r} is missing in {where}.")
         if type(mapping[key]) is not kind or (kind is int and not 0 <= mapping[key] < 1 << 53):
-            raise UserError(f"{path}: {key!r} in {where} is no {kind.__name__}: {brief(mapping[key])}.")
+            raise UserError(f"{path}: {key!r} in {where} is not of type {kind.__name__}: {brief(mapping[key])}.")
         return mapping[key]
 
     total, names = need(manifest, "records", int, "the manifest"), set()
@@ -248,9 +248,9 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
             need(file, "bytes", int, where)
             need(file, "sha256", str, where)
             if name in names or not _NAME.fullmatch(name):
-                raise UserError(f"{path}: {where} has no file name of its own: {brief(name)}.")
+                raise UserError(f"{path}: {where} has no valid and unique file name: {brief(name)}.")
             names.add(name)
-        # A record takes a byte and more; a count that lies would be drawn from, which takes memory.
+        # A record takes a byte at least; a false count would cost memory, as records are drawn from it.
         if shard["records"] > shard["text"]["bytes"]:
             raise UserError(f"{path}: shard {k} cannot hold {shard['records']} records in its bytes.")
     if counted != total:

@@ -38,7 +38,7 @@ from fusion_jax.errors import UserError
 class RecordSource:
     """Records of one or several data sets, one after the other: `len(source)`, `source[i]`. Can be pickled.
 
-    `source[i]` raises BadRecord for a record that is no conversation (the reasons of `records.understand`, or
+    `source[i]` raises BadRecord for a record that is not a conversation (the reasons of `records.understand`, or
     duplicate_key, image_outside_folder, corrupt_record, unreadable_json or too_large), naming file, record and key.
 
     Attributes:
@@ -114,7 +114,7 @@ def load_source(
     if is_folder(path):
         return RecordSource([open_stored(text, shards.Shards(text), "all", seed, text)])
     raise UserError(
-        f"Cannot tell what {path} is: it is no folder of shards, and data files end in .json, .jsonl, .yaml or .yml."
+        f"Cannot tell what {path} is: it is not a folder of shards; data files end in .json, .jsonl, .yaml or .yml."
     )
 
 

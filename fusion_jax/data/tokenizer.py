@@ -25,7 +25,7 @@ def load_tokenizer(folder: str | Path, own: bool = False) -> Tokenizer:
 
     Args:
       folder: holds `tokenizer.model` or `tokenizer.json`, and beside it `tokenizer_config.json`.
-      own: the user's config names the folder: its files may be links to anywhere, as clusters make them.
+      own: the user's config names the folder, so its files may be links to anywhere, as on clusters.
 
     Raises:
       UserError: the folder or its files are missing or unreadable.
@@ -40,24 +40,24 @@ def load_tokenizer(folder: str | Path, own: bool = False) -> Tokenizer:
         return _load(folder, own)
     except OSError as e:
         raise UserError(f"Cannot read the tokenizer file {e.filename or folder}: {e.strerror or e}.") from e
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:  # some key holds what it should not
-        said = f"{type(e).__name__}: {shown(e)}"
-        raise UserError(f"The tokenizer files in {folder} are not of the form that is expected ({said}).") from e
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:  # some key holds a value of another type
+        detail = f"{type(e).__name__}: {shown(e)}"
+        raise UserError(f"The tokenizer files in {folder} do not have the expected form ({detail}).") from e
 
 
 def _load(folder: Path, own: bool) -> Tokenizer:
     model, data = folder / "tokenizer.model", folder / "tokenizer.json"
-    found = {name for name in TOKENIZER_FILES if present(folder, name)}
+    names = {name for name in TOKENIZER_FILES if present(folder, name)}
     if not own:
-        check_links(folder, found)
-    if model.name in found:
+        check_links(folder, names)
+    if model.name in names:
         content = read_bytes(model, MOST_BYTES)
         try:
             return SentencePieceTokenizer(folder, content)
         except (RuntimeError, ValueError) as e:
-            # Some Llama-3 folders hold a file of this name that is no SentencePiece model, next to tokenizer.json.
-            if data.name not in found:
-                raise UserError(f"{model} is no SentencePiece model, and there is no tokenizer.json beside it.") from e
-    if data.name in found:
+            # Some Llama-3 folders hold a file of this name that is not a SentencePiece model, next to tokenizer.json.
+            if data.name not in names:
+                raise UserError(f"{model} is not a SentencePiece model; no tokenizer.json is beside it.") from e
+    if data.name in names:
         return JsonTokenizer(folder, read_bytes(data, MOST_BYTES))
     raise UserError(f"The tokenizer folder {folder} holds neither tokenizer.model nor tokenizer.json.")

@@ -29,15 +29,15 @@ VISION_END = "<vision_end>"
 
 
 class Tokenizer:
-    """Text to ids and back. Made by `load_tokenizer`; two are equal when their files are.
+    """Turns text into ids and back. `load_tokenizer` makes it; two are equal when their files are.
 
     Attributes:
-      folder: where the files lie.
+      folder: where the files are.
       fingerprint: hash of their contents.
       eos_id, pad_id, vision_start_id, vision_end_id: token ids.
       bos_id: of the token that may open a text; None where the files name none (Qwen2).
       adds_bos: whether the files say that it does: `add_bos_token` in tokenizer_config.json, else what tokenizer.json
-        puts in front of a text, else true for SentencePiece (as for transformers' Llama class).
+        puts before a text, else true for SentencePiece (as for transformers' Llama class).
       tokens: bos, eos, unk and pad token by role (`bos_token` and so on), those that the files name.
       chat_template: Jinja text of the folder's own chat template, and the file that has it; None without one.
       vocab_size: number of ids, the two vision tokens included.
@@ -58,7 +58,7 @@ class Tokenizer:
         marks: dict[str, int] | None = None,
     ):
         """Args: the folder; every added token's id; which of them are special; number of ids; tokenizer_config.json;
-        tokens by role; the id that the model's own file puts in front of a text; control tokens that the model itself
+        tokens by role; the id that the model's own file puts before a text; control tokens that the model itself
         recognises."""
         self.folder = folder
         self.fingerprint = fingerprint(folder)
@@ -70,10 +70,10 @@ class Tokenizer:
             raise UserError(f"{folder}/tokenizer_config.json must name an eos_token.")
         self.tokens = names
         self.chat_template = chat_template(folder, config)
-        asked = adds_bos(folder, config)
-        self.adds_bos = first is not None if asked is None else asked
+        declared = adds_bos(folder, config)
+        self.adds_bos = first is not None if declared is None else declared
         self.bos_id = self.token_id(names["bos_token"]) if "bos_token" in names else None
-        if asked is None and first is not None:
+        if declared is None and first is not None:
             self.bos_id = first
         if self.adds_bos and self.bos_id is None:
             raise UserError(f"{folder}/tokenizer_config.json says add_bos_token, but names no bos_token.")
@@ -84,19 +84,19 @@ class Tokenizer:
         choices = ("<|reserved_special_token_0|>", names.get("unk_token"), names.get("pad_token"), names["eos_token"])
         self.pad_id = next(i for i in map(self._find, choices) if i is not None)
         control = {token: i for token, i in added.items() if token in special or not is_words(token)} | (marks or {})
-        control.pop("", None)  # it would be everywhere
+        control.pop("", None)  # it would match everywhere
         self._control = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
         self._known: dict[str, list[int]] = {}
         # Ordinary text may come out as the token for unknown characters.
         self._control_ids = {i for token, i in control.items() if token != names.get("unk_token")}
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
-        """Ids of `text`; special tokens written in it are recognised, and no BOS is put in front.
+        """Ids of `text`; special tokens written in it are recognised, and no BOS is put before it.
 
         Args:
           text: any text.
-          after: the id of the token that `text` follows. Behind an added token there is no SentencePiece word
-            prefix, and some added tokens swallow the white space behind them. None: `text` stands alone.
+          after: the id of the token that `text` follows. After an added token there is no SentencePiece word
+            prefix, and some added tokens swallow the white space after them. None: `text` stands alone.
         """
         name = self._added_names.get(after)
         if name is None:
@@ -105,7 +105,7 @@ class Tokenizer:
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None = None) -> list[int]:
         """Ids of texts that follow each other, as `encode` gives them for all of it in one piece, except that control
-        tokens which are written in a literal part are text there: special tokens, and others that are no words.
+        tokens which are written in a literal part are text there: special tokens, and others that are not words.
 
         Args:
           parts: texts, and whether each is literal.
@@ -146,15 +146,15 @@ class Tokenizer:
         runs, run = [], []
         for text, literal in parts:
             at = 0
-            while literal and (found := self._control.search(text, at)):
-                runs.append("".join([*run, text[at : found.start() + 1]]))
-                run, at = [], found.start() + 1
+            while literal and (match := self._control.search(text, at)):
+                runs.append("".join([*run, text[at : match.start() + 1]]))
+                run, at = [], match.start() + 1
             run.append(text[at:])
         return [*runs, "".join(run)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, inside: bool = False) -> str:
-        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are no UTF-8 become U+FFFD, and
-        the text goes on behind them: more ids change nothing of it but U+FFFD at its end.
+        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are not UTF-8
+        become U+FFFD, and the text goes on after them: more ids change nothing of it but a U+FFFD at its end.
 
         Args:
           inside: the ids follow others, so that a space in front of their first word belongs to the text.
@@ -168,7 +168,7 @@ class Tokenizer:
         return self._decode(ids, skip_special, inside)
 
     def token_bytes(self, i: int) -> bytes:
-        """What one id adds to a text behind others, for control tokens their names; empty where it has no text."""
+        """The bytes that one id adds after others, for control tokens their names; empty where it has no text."""
         raise NotImplementedError
 
     def is_control(self, i: int) -> bool:
@@ -177,10 +177,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of one token. UserError when the tokenizer does not have it."""
-        found = self._find(token)
-        if found is None:
+        i = self._find(token)
+        if i is None:
             raise UserError(f"The tokenizer in {self.folder} has no token {token!r}.")
-        return found
+        return i
 
     def has_token(self, token: str) -> bool:
         """Whether `token_id(token)` would find it."""
@@ -188,14 +188,14 @@ class Tokenizer:
 
     def first_control(self, text: str) -> tuple[int, int] | None:
         """Where the first control token of a text begins and ends; None without one."""
-        found = self._control.search(text)
-        return found.span() if found else None
+        match = self._control.search(text)
+        return match.span() if match else None
 
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files into `folder` (made if needed); `load_tokenizer(folder)` then equals this one.
+        """Copies the tokenizer's files into `folder`, creating it; `load_tokenizer(folder)` then equals this one.
 
         Raises:
-          UserError: the files have gone or changed since loading.
+          UserError: the files have vanished or changed since loading.
         """
         folder = Path(folder)
         if fingerprint(self.folder) != self.fingerprint:
@@ -218,7 +218,7 @@ class Tokenizer:
         from fusion_jax.data.tokenizer import load_tokenizer  # which needs the classes below this one
 
         # The libraries' own objects do not all survive pickling; a worker process reads the folder again.
-        return load_tokenizer, (str(self.folder), True)  # its links were looked at when it was loaded
+        return load_tokenizer, (str(self.folder), True)  # its links were checked when it was loaded
 
     def _find(self, token: str | None) -> int | None:
         raise NotImplementedError

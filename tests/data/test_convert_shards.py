@@ -285,8 +285,8 @@ def edit(folder, change):
         (lambda m: m["shards"][1]["shard"].pop("sha256"), "'sha256' is missing in 'shard' of shard 1"),
         (lambda m: m["shards"][1].update(records=-1), "'records' in shard 1"),
         (lambda m: (m["shards"][1].update(records=10**12), m.update(records=10**12 + 42)), "shard 1 cannot hold"),
-        (lambda m: m["shards"][1]["shard"].update(name="../x.array_record"), "no file name of its own"),
-        (lambda m: m["shards"].append(m["shards"][0]), "no file name of its own"),
+        (lambda m: m["shards"][1]["shard"].update(name="../x.array_record"), "no valid and unique file name"),
+        (lambda m: m["shards"].append(m["shards"][0]), "no valid and unique file name"),
         (lambda m: m.update(shards=[], records=0), "no records"),
     ],
 )
@@ -299,7 +299,7 @@ def test_manifests_that_cannot_be_read(copy, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' stands there twice")],
+    [("{", "no valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' occurs twice")],
 )
 def test_manifests_that_are_none(copy, text, message):
     (copy / shards.MANIFEST).write_text(text)

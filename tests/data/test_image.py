@@ -201,7 +201,7 @@ def test_what_is_no_image():
         b"RIFF\0\0\0\0WEBP",
     ):
         assert refusal(data) == "corrupt_image"
-    with pytest.raises(BadRecord, match="no image of a known format"):
+    with pytest.raises(BadRecord, match="not an image of a known format"):
         load_image(b"<html>", "here")
     broken = bytearray(png(50, 40, 8, 2, b"\0" * 151 * 40))
     broken[-20] ^= 1  # within the pixels, whose checksum is then wrong

@@ -280,7 +280,7 @@ def test_a_record_beyond_the_data_has_changed():
     """One that waited when its file was longer."""
     loader = ExampleLoader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
     bad = loader.measure(3)
-    assert isinstance(bad, BadRecord) and bad.reason == "changed" and "have 3 records by now" in str(bad)
+    assert isinstance(bad, BadRecord) and bad.reason == "changed" and "now has 3 records" in str(bad)
 
 
 def first_batch_of_nothing(bad, sizes):

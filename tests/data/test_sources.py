@@ -180,9 +180,13 @@ def test_mixture_seed(tmp_path):
         ("a.yaml", "datasets: [{json_path: x.json, sampling_strategy: 'some:3'}]", "'some:3'.*first:N, end:N"),
         ("a.yaml", "datasets: [{json_path: x.json, image_folder: pics}]", "pics"),
         ("a.csv", "x", r"\.jsonl, \.yaml"),
-        ("a.yaml", "datasets: [{json_path: x.json, json_path: y.json}]", "'json_path' stands there twice"),
+        ("a.yaml", "datasets: [{json_path: x.json, json_path: y.json}]", "'json_path' occurs twice"),
         ("a.yaml", "datasets: [{json_path: x.json, shards: y}]", "one of json_path, shards, tfds"),
-        ("a.yaml", "datasets: [{json_path: x.json, weight: 0}]", "weight must be a number above 0, not 0"),
+        (
+            "a.yaml",
+            "datasets: [{json_path: x.json, weight: 0}]",
+            "weight must be a number above 0 and at most 1,000,000, not 0",
+        ),
         ("a.yaml", "datasets: [{json_path: x.json, weight: true}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, weight: .inf}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, allow_outside: 1}]", "allow_outside must be true or false"),
@@ -191,7 +195,7 @@ def test_mixture_seed(tmp_path):
             "datasets: [{shards: x, image_folder: y}]",
             r"datasets\[0\]\.image_folder is no key; known keys: shards, sampling_strategy",
         ),
-        ("a.yaml", "datasets: [{shards: x}]", "x is no folder of shards"),
+        ("a.yaml", "datasets: [{shards: x}]", "x is not a folder of shards"),
         ("a.yaml", "datasets: [{tfds: mnist}]", "tfds:name"),
         ("a.yaml", "datasets: [{tfds: 'mnist:train', features: image}]", "features must be a mapping"),
     ],
@@ -254,7 +258,7 @@ def test_numbers_are_read_to_their_end(tmp_path, monkeypatch):
 def test_doubled_keys_of_a_record(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "image": "a.jpg", "image": "b.jpg", "conversations": []}\n')
     source = load_source(tmp_path / "a.jsonl")
-    with pytest.raises(BadRecord, match="'image' stands there twice") as e:
+    with pytest.raises(BadRecord, match="'image' occurs twice") as e:
         source[0]
     assert e.value.reason == "duplicate_key"
 

@@ -99,7 +99,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path, name):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_pipes_in_tokenizer_folders(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}.*no regular file"):
+    with pytest.raises(UserError, match=f"{name}.*not a regular file"):
         load_tokenizer(tmp_path)
 
 
@@ -164,7 +164,10 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("datasets: [{json_path: ''}]", "entry 0: json_path must be a text, not an empty text"),
         ("datasets: [{shards: 5}]", "entry 0: shards must be a text, not 5"),
         ("datasets: [{tfds: [a]}]", "entry 0: tfds must be a text"),
-        ("datasets: [{json_path: a.json, weight: null}]", "weight must be a number above 0, not null"),
+        (
+            "datasets: [{json_path: a.json, weight: null}]",
+            "weight must be a number above 0 and at most 1,000,000, not null",
+        ),
         ("datasets: [{json_path: a.json, sampling_strategy: null}]", "unknown sampling strategy null"),
         ("datasets: [{json_path: a.json, allow_outside: null}]", "allow_outside must be true or false, not null"),
         ("datasets: [null]", "entry 0 must be a mapping .*, not null"),
@@ -172,7 +175,7 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("datasets: [{weight: 2}]", "entry 0 must be a mapping .*it has 'weight'"),
         ("datasets: null", "must have a list `datasets` .*datasets is null"),
         ("datasets: [{json_path: a.json, wieght: 2}]", r"datasets\[0\].wieght is no key; did you mean weight"),
-        ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder stands beside `datasets`"),
+        ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder is beside `datasets`"),
         ("dataset: x\ndatasets: [{json_path: a.json}]", r"the mixture\.dataset is no key; did you mean datasets\?"),
         ("", "must have a list `datasets`"),
     ],
