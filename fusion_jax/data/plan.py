@@ -2,22 +2,23 @@
 
     waiting   records in their shuffled order, each measured by its text (and its images' sizes)
     units     what becomes a row: one record, or with packing the records of a best fit
-    groups    rows of one device and microbatch; they share a table of K crops, so units are spread by crops too
+    groups    rows of one device and microbatch; they share a table of K crops, so units are assigned by crops too
 
 Everything is a function of the waiting records, the step's number and l^2, so that every process draws the same plan
 and reads only the images of its own groups.
 
-Without packing, rows of text alone and rows with images go into steps of their own kind where there are enough of it. A
-record that has waited for `PATIENCE` steps waits no longer, nor does any once all are read; here a step has two rows,
+Without packing, rows of text alone and rows with images go into separate steps while there are enough of one kind. A
+record that has waited for `PATIENCE` steps waits no longer, nor does any once all are read. Here a step has two rows,
 t is text alone, i has an image:
 
     step    waiting, oldest first       goes
     0       i i                         i i
-    1       t i i                       i i         the text waits for another one
+    1       t i i                       i i         the text waits for another text
     ...
     5       t i i                       t i         it has waited long enough: a step of both kinds
 
-With packing, rows that are nearly full go first, but for those of a record that has waited for `PATIENCE_PACKED` steps.
+With packing, rows that are nearly full go first, but rows with a record that has waited for `PATIENCE_PACKED` steps go
+before them.
 """
 
 import math
@@ -37,8 +38,12 @@ PATIENCE, PATIENCE_PACKED = 4, 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group at each l^2 (the fewer latents,
-    the more records share a row), whether rows are packed, samples that they hold on average."""
+    """The sizes of a stage's batches.
+
+    Attributes:
+      rows: of a step. groups: of a step; they divide the rows. crops: K of a group at each l^2: the fewer latents, the
+        more records share a row. packing: records share rows. samples: records of a step on average.
+    """
 
     rows: int
     groups: int
@@ -53,14 +58,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: for every row the places of its records in the list of waiting ones; K, 0 for rows of text alone."""
+    """The rows of one step: for each the indices of its records in the waiting list; K, 0 for rows of text alone."""
 
     rows: list[list[int]]
     crops: int
 
 
 def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int) -> list[list[int]]:
-    """Places of waiting records that share a row, in the order in which the rows should go."""
+    """Indices of waiting records that share a row, rows in the order in which they should go."""
     if not sizes.packing:
         return [[i] for i in range(len(waiting))]
     lengths = [m.length + m.rounds * latents for m in waiting]
@@ -69,7 +74,7 @@ def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: 
 
 
 def pool(sizes: Sizes) -> float:
-    """Records of which a step's are chosen, where it matters which of them share a row or its crops."""
+    """How many records a step's are chosen from, where it matters which of them share a row or its crops."""
     if sizes.packing:
         return WAITING_PACKED * sizes.samples
     return WAITING * sizes.rows
@@ -83,11 +88,11 @@ def enough(waiting: Sequence[Measured], sizes: Sizes, split: bool, step: int = 0
     """
     if sizes.packing:
         return len(waiting) >= pool(sizes)
-    pictured = sum(m.crops > 0 for m in waiting)
+    with_images = sum(m.crops > 0 for m in waiting)
     most = sizes.rows_per_group * max((m.crops for m in waiting), default=0)
     wanted = sizes.rows if min(sizes.crops.values()) >= most else pool(sizes)
     if split and not _late(waiting, step):
-        return max(pictured, len(waiting) - pictured) >= wanted
+        return max(with_images, len(waiting) - with_images) >= wanted
     return len(waiting) >= wanted
 
 
@@ -107,8 +112,8 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
         ready.sort(key=lambda unit: all(step - waiting[i].arrived < PATIENCE_PACKED for i in unit))
     if split and not sizes.packing:
         text = [unit for unit in ready if waiting[unit[0]].crops == 0]
-        pictured = [unit for unit in ready if waiting[unit[0]].crops > 0]
-        oldest, other = (text, pictured) if text and text[0] == ready[0] else (pictured, text)
+        with_images = [unit for unit in ready if waiting[unit[0]].crops > 0]
+        oldest, other = (text, with_images) if text and text[0] == ready[0] else (with_images, text)
         if len(oldest) >= sizes.rows:
             ready = oldest
         elif len(other) >= sizes.rows and not _late(waiting, step):
@@ -117,11 +122,15 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
             ready = oldest + other
         if all(waiting[unit[0]].crops == 0 for unit in ready):
             crops = 0
-    return Plan(deal(ready, [sum(waiting[i].crops for i in unit) for unit in ready], sizes, crops), crops)
+    return Plan(assign_to_groups(ready, [sum(waiting[i].crops for i in unit) for unit in ready], sizes, crops), crops)
 
 
-def deal(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
-    """Rows group by group: each unit goes where the crops left for each row are most like its own, if there is room."""
+def assign_to_groups(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
+    """Rows group by group: each unit goes to the group whose free crops per free row are closest to its own crops.
+
+    Args:
+      ready: units in the order in which they should go. costs: crops of each. crops: K.
+    """
     groups: list[list[list[int]]] = [[] for _ in range(sizes.groups)]
     left = [crops] * sizes.groups
     for unit, cost in zip(ready, costs):
@@ -137,7 +146,7 @@ def deal(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
 
 
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:
-    """One record a row, each at most one crop: nothing is to be shared, and nothing to be measured."""
+    """The sizes for one record a row with at most one crop each: nothing is shared, so nothing need be measured."""
     return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False, batch_size)
 
 
@@ -150,11 +159,11 @@ def size_batches(
     most_crops: int,
     packed: bool,
 ) -> Sizes:
-    """How many rows and crops hold `batch_size` samples on average or, where rows divide over no fewer groups, more;
-    judged by a sample of the records.
+    """Rows and crops that hold `batch_size` samples on average, judged by a sample of the records. They hold more where
+    each group has a row and so there are more rows than needed.
 
     K is the mean of a group's crops and a little more: 6% where best fit can choose among many, else one standard
-    deviation. Units beyond it wait for lighter company.
+    deviation. Units beyond it wait for others with fewer crops.
 
     Args:
       groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.

@@ -61,13 +61,13 @@ def plan_all(
 
 
 def _few_lengths(length: int, longest: int) -> int:
-    """The longest row or, rounded up to blocks of 128, its half, quarter or eighth: what is just long enough."""
+    """The shortest that is long enough of: the longest row, and its half, quarter and eighth rounded up to 128s."""
     shorter = (math.ceil(longest / (128 * parts)) * 128 for parts in (8, 4, 2))
     return next((one for one in shorter if length <= one < longest), longest)
 
 
 def _spread(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
-    """Units to groups of at most so many rows: most crops first, each to the group with fewest so far."""
+    """Units in groups of at most `rows` rows: most crops first, each to the group with fewest crops so far."""
     filled: list[list[list[Measured]]] = [[] for _ in range(groups)]
     open_ = [(0, group) for group in range(groups)]
     for unit in sorted(units, key=lambda unit: -_crops([unit])):
@@ -87,7 +87,8 @@ def first_records(
 ) -> tuple[list[Measured], list[BadRecord]]:
     """The first records in file order that can be used, and the bad ones on the way.
 
-    So many batches of them, or all (`batches` 0, or where there are no more). Of an image the header alone is read.
+    They fill `batches` batches, or are all that there are (`batches` 0, or a smaller file). Of images only the headers
+    are read.
     """
     good: list[Measured] = []
     bad: list[BadRecord] = []

@@ -1,5 +1,7 @@
-"""Which records the steps of a stage hold: every one once an epoch, none left waiting. Planned as in training, without
-tokens or images."""
+"""Which records the steps of a stage hold: every one once an epoch, none left waiting.
+
+Planned as in training, without tokens or images.
+"""
 
 import dataclasses
 import itertools

@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+from helpers.png import png
 from PIL import Image
-from test_image import png
 
 from fusion_jax.data import grey
 from fusion_jax.data.image import load_image, read_crops, read_size
