@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion_jax.data.conversation import OWN, TEMPLATES, Template, find_template
+from fusion_jax.data.templates import OWN, TEMPLATES, Template, find_template
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.files import shown

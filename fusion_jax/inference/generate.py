@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig
-from fusion_jax.data import chat_template, conversation
+from fusion_jax.data import chat_template
 from fusion_jax.data.examples import ExampleMaker, layout_spec
 from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, lay_out_rows, measure
 from fusion_jax.data.planner import draw_latent_count
 from fusion_jax.data.sources import Record
+from fusion_jax.data.templates import stop_ids
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import BadRecord, check
@@ -304,7 +305,7 @@ class Prompts:
             f"l^2 = {self.latents} is none of the model's latent counts; allowed: {', '.join(map(str, allowed))}.",
         )
         self.template = chat_template.find(config.template, tokenizer)
-        self.stop_ids = conversation.stop_ids(tokenizer, self.template)
+        self.stop_ids = stop_ids(tokenizer, self.template)
         self._maker = ExampleMaker(config.model, tokenizer, config.template)
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import OWN, TEMPLATES
+from fusion_jax.data.templates import OWN, TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown

@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt, stop_ids
+from fusion_jax.data.conversation import encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.interop import hf_config

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fusion_jax.batch import PIXELS
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
+from fusion_jax.data.conversation import IMAGE, LATENTS, encode_conversation, encode_prompt
 from fusion_jax.data.examples import ExampleLoader, ExampleMaker, layout_spec
 from fusion_jax.data.layout import check_fits, lay_out
 from fusion_jax.data.loader import _SENT_AHEAD, _Batches, _Feeding, training_batches
@@ -24,6 +24,7 @@ from fusion_jax.data.plan import Sizes
 from fusion_jax.data.planner import Counts, draw_latent_count, stage_steps
 from fusion_jax.data.sources import Record, load_source
 from fusion_jax.data.stages import fixed_loader, open_source, stage_loader, stage_seed
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.data.validation_batches import first_records, fixed_batches, plan_all
 from fusion_jax.devices.board import Board

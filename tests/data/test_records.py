@@ -13,12 +13,13 @@ from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import shard_writing
-from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt
+from fusion_jax.data.conversation import encode_conversation, encode_prompt
 from fusion_jax.data.examples import ExampleMaker
 from fusion_jax.data.media import Named
 from fusion_jax.data.records import understand
 from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.data.stages import open_source
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
 from fusion_jax.inspection.figures import summary

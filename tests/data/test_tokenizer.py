@@ -13,14 +13,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from fusion_jax.data.conversation import (
-    ANSWER_START,
-    IMAGE_SLOT,
-    TEMPLATES,
-    encode_conversation,
-    encode_prompt,
-    stop_ids,
-)
+from fusion_jax.data.conversation import ANSWER_START, IMAGE_SLOT, encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 

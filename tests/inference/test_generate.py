@@ -18,8 +18,8 @@ from helpers.fixtures import example, lay, params, tiny
 from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.sources import Record
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference import generate, sampling

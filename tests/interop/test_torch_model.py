@@ -30,11 +30,12 @@ transformers = pytest.importorskip("transformers", reason="the exported model ne
 
 from fusion_jax.batch import PIXELS
 from fusion_jax.data import chat_template, conversation, image
-from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
+from fusion_jax.data.conversation import ANSWER_START, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import static_hd_crops
 from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.data.render_chat import _Generation as Generation
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.inference import generate
 from fusion_jax.interop import table
@@ -488,7 +489,7 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
             assert rendered == processor.apply_chat_template(chat, **ways)
     ids = tokenizer.encode("A ball. And where?")
     assert processor.batch_decode([ids], skip_special_tokens=True) == [tokenizer.decode(ids)]
-    assert model.generation_config.eos_token_id == list(conversation.stop_ids(tokenizer, TEMPLATES["phi3"]))
+    assert model.generation_config.eos_token_id == list(stop_ids(tokenizer, TEMPLATES["phi3"]))
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id == tokenizer.pad_id
     inputs = processor(messages([("What is red?", None)]), picture_)
     answer = model.generate(**inputs, max_new_tokens=3)

@@ -22,10 +22,10 @@ from interop.test_torch_model import CHATS, messages, picture, torch, transforme
 from PIL import Image
 
 from fusion_jax.data import conversation
-from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import load_image, read_crops, read_tiles, static_hd_crops
 from fusion_jax.data.layout import Example, lay_out, measure
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import tokenizer_json
