@@ -1,10 +1,10 @@
 """Runs a SentencePiece model (`tokenizer.model`) as Llama's tokenizers do."""
 
-import re
 from pathlib import Path
 
 import sentencepiece
 
+from fusion_jax.data.pieces import NO_DUMMY_PREFIX, SPACE, Added, Pieces
 from fusion_jax.data.tokenizer_base import VISION_END, VISION_START, Tokenizer, is_words
 from fusion_jax.data.tokenizer_files import (
     added_tokens,
@@ -13,26 +13,13 @@ from fusion_jax.data.tokenizer_files import (
     special_tokens,
 )
 
-_SPACE = "▁"  # SentencePiece's visible stand-in for a space
-# A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
-# (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
 
 class SentencePieceTokenizer(Tokenizer):
-    """The Llama-style use of a SentencePiece model, `model`.
-
-    The model adds no word prefix of its own. One "▁" goes before each text, and is dropped where a special token
-    opens the text. Added tokens are cut out of the text first, longest match first, and may take the white space at
-    their left or right with them:
-
-        "<|user|>\\n two cats<|end|>"   ->   <|user|>  two  ▁cats  <|end|>        (<|user|> strips to its right)
-        "two cats"                     ->   ▁two  ▁cats
-    """
+    """A SentencePiece model, `model`, with added tokens: see `Pieces`."""
 
     def __init__(self, folder: Path, model: bytes):
         """Raises RuntimeError or ValueError if `model` is not a SentencePiece model."""
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         config, names = read_config(folder)
         self._pieces = {self.model.id_to_piece(i): i for i in range(len(self.model))}
         names.setdefault("unk_token", self.model.id_to_piece(self.model.unk_id()))
@@ -55,15 +42,15 @@ class SentencePieceTokenizer(Tokenizer):
                 size = max(size, added[token] + 1)
             special.add(token)
         self._strips = strips
-        self._splitter = re.compile("(" + "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) + ")")
-        self._guard = names["unk_token"]
-        self._guard_length = len(self.model.encode(self._guard))
+        specials = {added[token] for token in special}
+        entries = {token: Added(i, i in specials, *strips.get(token, (False, False))) for token, i in added.items()}
+        self._text = Pieces(self.model, entries, names["unk_token"])
         self._bytes = [_piece_bytes(self.model, i) for i in range(len(self.model))]
         self.longest = max(map(len, [*self._bytes, *(token.encode() for token in added)]))
         # Symbols that the trainer was configured to keep whole; learned pieces have a score, and words are not marks.
         ids = [i for i in range(len(self.model)) if self.model.get_score(i) == 0 and self._bytes[i]]
         marks = {self.model.id_to_piece(i): i for i in ids if not self.model.is_byte(i)}
-        marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not is_words(piece.replace(_SPACE, " "))}
+        marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not is_words(piece.replace(SPACE, " "))}
         first = added.get(names.get("bos_token", ""))
         super().__init__(folder, added, special, size, config, names, first, marks)
 
@@ -84,28 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._added.get(token, self._pieces.get(token))
 
     def _encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        # Odd places hold added tokens, even places the text between them (possibly empty).
-        parts = self._splitter.split(_SPACE + text.replace(_SPACE, " "))
-        for k in range(1, len(parts), 2):
-            left, right = self.strips(parts[k])
-            if left:
-                parts[k - 1] = parts[k - 1].rstrip()
-            if right:
-                parts[k + 1] = parts[k + 1].lstrip()
-        if len(parts) > 1 and parts[0] == _SPACE and self._added[parts[1]] in self._special_ids:
-            parts[0] = ""
-        ids = []
-        for k, part in enumerate(parts):
-            if k % 2:
-                ids.append(self._added[part])
-            elif part.startswith((_SPACE, " ")):
-                # Some models trim white space at the start of their input: begin it with something else.
-                ids += self.model.encode(self._guard + part)[self._guard_length :]
-            elif part:
-                ids += self.model.encode(part)
-        return ids
+        return self._text.encode(text)
 
     def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
         out, first = bytearray(), not inside
@@ -116,7 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
                 out += self.token_bytes(i)
             else:
                 # The first word's prefix is not a space of the text.
-                strip = first and self.model.id_to_piece(i).startswith(_SPACE)
+                strip = first and self.model.id_to_piece(i).startswith(SPACE)
                 out += self._bytes[i][1:] if strip else self._bytes[i]
             first = False
         return out.decode("utf-8", errors="replace")
@@ -137,4 +103,4 @@ def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
     piece = model.id_to_piece(i)
     if model.is_byte(i):
         return bytes([int(piece[1:-1], 16)])
-    return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(_SPACE, " ").encode()
+    return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(SPACE, " ").encode()

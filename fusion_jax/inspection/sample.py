@@ -16,10 +16,9 @@ import numpy as np
 import tqdm
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import tiles
-from fusion_jax.data.conversation import ANSWER_START, IMAGE
+from fusion_jax.data.conversation import ANSWER_START
 from fusion_jax.data.examples import ExampleLoader
-from fusion_jax.data.layout import Example, LayoutSpec, Measured, measure, round_windows
+from fusion_jax.data.layout import Example, Measured, measure
 from fusion_jax.data.loader import record_order
 from fusion_jax.data.plan import Sizes
 from fusion_jax.data.sources import RecordSource
@@ -145,7 +144,9 @@ def _row(data: StageData, number: int, part: int, example: Example) -> tuple:
     """The fields of RECORD of a good record."""
     spec, model = data.loader.spec, data.config.model
     counts = data.latent_counts or (0,)
-    cost = float(np.mean([flops.step_flops(model, shape_of_example(example, spec, count)) for count in counts]))
+    cost = float(
+        np.mean([flops.step_flops(model, flops.shape_of_examples([example], spec, count)) for count in counts])
+    )
     return (
         *measure(example, spec, 0, number)[: len(SIZES)],
         part,
@@ -158,31 +159,3 @@ def _row(data: StageData, number: int, part: int, example: Example) -> tuple:
         example.dropped_rounds,
         cost,
     )
-
-
-def shape_of_example(example: Example, spec: LayoutSpec, latents: int) -> flops.BatchShape:
-    """`flops.shape_of` of the example alone in a batch, without its crops."""
-    takes = measure(example, spec, latents)
-    question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
-    question = question[question != 0] if spec.hide_question_id_zero else question
-    windows = 0
-    if takes.rounds and latents:
-        tilings = example.tilings or (tiles.WHOLE,) * max(example.images, 1)
-        pictures, marks = np.flatnonzero(example.input_ids == IMAGE), np.flatnonzero(example.labels == ANSWER_START)
-        images = np.maximum(np.searchsorted(pictures, marks[: takes.rounds]) - 1, 0)
-        windows = sum(_window_tokens(tilings[image], spec, latents) for image in images)
-    return flops.BatchShape(
-        lengths=(takes.length,),
-        crops=(len(question) if example.images else 0,) * takes.crops,
-        plain=takes.crops * spec.quadrants,
-        supervised=int((example.labels[1:] >= 0).sum()),
-        rounds=takes.rounds,
-        latent_count=latents,
-        windows=windows,
-    )
-
-
-@functools.lru_cache(1 << 14)
-def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
-    """Tokens that the windows of one round's latents hold together."""
-    return int((round_windows(0, tiling, spec, latents) >= 0).sum())

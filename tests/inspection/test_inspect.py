@@ -28,7 +28,7 @@ from fusion_jax.inspection.figures import summary
 from fusion_jax.inspection.inspect import Options, inspect
 from fusion_jax.inspection.page import page as whole_page
 from fusion_jax.inspection.page import stage_section
-from fusion_jax.inspection.sample import draw_sample, open_stage, shape_of_example
+from fusion_jax.inspection.sample import draw_sample, open_stage
 from fusion_jax.inspection.steps import planned_steps, sample_rows, step_statistics
 from fusion_jax.inspection.tables import stage_tables
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -155,7 +155,7 @@ def test_records_are_measured_as_they_are_laid_out(case):
         costs = []
         for latents in (1, 4):
             batch = lay_out([example], dataclasses.replace(opened.loader.spec, crops=16), latents)
-            shape = shape_of_example(example, opened.loader.spec, latents)
+            shape = flops.shape_of_examples([example], opened.loader.spec, latents)
             assert shape == flops.shape_of(batch)
             costs.append(flops.step_flops(opened.config.model, shape))
         visual = (batch.visual_index >= 0).sum()
