@@ -6,8 +6,8 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.conversation import OWN, TEMPLATES
 from fusion_jax.data.image import DECODES
+from fusion_jax.data.templates import OWN, TEMPLATES
 from fusion_jax.data.tiles import most_tokens
 from fusion_jax.errors import check, check_choice
 from fusion_jax.models.config import FusionConfig
@@ -155,7 +155,7 @@ class RunConfig:
     """A whole run.
 
     model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: one of `data.conversation.TEMPLATES`, or own, the chat template that lies with
+    tokenizer: local folder. template: one of `data.templates.TEMPLATES`, or own, the chat template that lies with
     the tokenizer. init_from: checkpoint whose parameters the first stage takes.
     init_without: regular expressions on parameter paths; what matches is not taken from there.
     dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.

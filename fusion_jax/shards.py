@@ -1,10 +1,10 @@
-"""Puts JSON or JSONL records and their image files into shards that carry the images, or checks such shards.
+"""Puts JSON or JSONL records and their images into shards, or checks such shards.
 
     python -m fusion_jax.shards --json_path F.json --image_folder D --out SHARDS [--shards N] [--workers N]
     python -m fusion_jax.shards --out SHARDS --check        # reads everything again: hashes, counts, records
 
-Killed at any moment, the same command goes on and ends with the very bytes of an undisturbed run. Records that cannot
-be used are left out and counted by reason in the manifest. See data/shard_writing.py.
+After a kill at any moment, the same command goes on and ends with the same bytes as an undisturbed run. Records that
+cannot be used are left out and counted by reason in the manifest. See data/shard_writing.py.
 """
 
 import logging
@@ -15,63 +15,65 @@ from absl import flags
 
 from fusion_jax.command_line.cli import run_main
 from fusion_jax.data import shard_writing
+from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.errors import check
 
 log = logging.getLogger("fusion_jax")
 
 
-def _define_flags() -> None:
-    flags.DEFINE_string("json_path", None, "LLaVA records: a .json list or .jsonl lines.")
-    flags.DEFINE_string("image_folder", None, "Where image paths start; default: the JSON file's folder.")
-    flags.DEFINE_string("out", None, "Folder for the shards: new, empty, or left by an unfinished run.", required=True)
-    flags.DEFINE_integer("shards", None, "How many shards.")
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("json_path", None, "file of records in LLaVA's format: a list in .json or lines in .jsonl")
+    flags.DEFINE_string("image_folder", None, "folder where image paths start (default: that of the JSON file)")
+    flags.DEFINE_string("out", None, "folder of the shards: new, empty, or left by an unfinished run", required=True)
+    flags.DEFINE_integer("shards", None, "number of shards (default: by --records_per_shard)")
     flags.DEFINE_integer(
-        "records_per_shard", None, f"Or how many records each; default {shard_writing.RECORDS_PER_SHARD}."
+        "records_per_shard", None, f"records in each shard (default: {shard_writing.RECORDS_PER_SHARD})"
     )
-    flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes; they do not change the result.")
-    flags.DEFINE_bool("allow_outside", False, 'Take images outside the image folder: "..", absolute paths, links.')
+    flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "worker processes; they do not change the result")
+    flags.DEFINE_bool("allow_outside", False, 'accept images outside the image folder: "..", absolute paths, links')
     flags.DEFINE_float(
-        "max_bad_records", 0.5, "Stop once a larger share of the records cannot be used.", lower_bound=0, upper_bound=1
+        "max_bad_records", 0.5, "share of unusable records above which to stop, 0 to 1", lower_bound=0, upper_bound=1
     )
-    flags.DEFINE_bool("check", False, "Read the shards in --out again and compare them with their manifest.")
+    flags.DEFINE_bool("check", False, "read the shards in --out again and compare them with their manifest")
 
 
 def main(argv: list[str]) -> None:
-    check(len(argv) == 1, f"{' '.join(argv[1:])!r} is not understood; see --help.")
-    given = flags.FLAGS
-    check(given.workers > 0, f"--workers must be above 0, not {given.workers}.")
-    if given.check:
-        problems = shard_writing.check_shards(given.out, given.workers)
+    check(len(argv) == 1, f"unexpected argument {' '.join(argv[1:])!r}; see --help.")
+    values = flags.FLAGS
+    check(values.workers > 0, f"--workers must be above 0, not {values.workers}.")
+    if values.check:
+        problems = check_shards(values.out, values.workers)
         for problem in problems:
             log.error("%s", problem)
-        check(not problems, f"{given.out} is not as its manifest says, in {len(problems)} points.")
-        log.info("%s is as its manifest says", given.out)
+        check(not problems, f"{values.out} differs from its manifest in {len(problems)} points.")
+        log.info("%s is as its manifest says", values.out)
         return
-    check(given.json_path is not None, "Give the records with --json_path, or --check to check what is there.")
-    begun = time.perf_counter()
+    check(values.json_path is not None, "Give the records with --json_path, or --check to check what is there.")
+    start = time.perf_counter()
     manifest = shard_writing.convert(
-        given.json_path,
-        given.image_folder,
-        given.out,
-        shard_count=given.shards,
-        records_per_shard=given.records_per_shard,
-        workers=given.workers,
-        allow_outside=given.allow_outside,
-        max_bad_records=given.max_bad_records,
+        values.json_path,
+        values.image_folder,
+        values.out,
+        shard_count=values.shards,
+        records_per_shard=values.records_per_shard,
+        workers=values.workers,
+        allow_outside=values.allow_outside,
+        max_bad_records=values.max_bad_records,
     )
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"]["reasons"].items())
     log.info(
         "%s: %d records, %d images, %.1f MB in %d shards; %s skipped; %.0f s",
-        given.out,
+        values.out,
         manifest["records"],
         manifest["images"],
         manifest["image_bytes"] / 1e6,
         len(manifest["shards"]),
         skipped or "none",
-        time.perf_counter() - begun,
+        time.perf_counter() - start,
     )
 
 
 if __name__ == "__main__":
-    _define_flags()
+    define_flags()
     run_main(main, goes_on=lambda: not flags.FLAGS.check)

@@ -19,7 +19,7 @@ from absl import flags
 
 from fusion_jax.command_line.cli import define_config, run_main
 from fusion_jax.config import RunConfig, StageConfig, from_dict, to_dict
-from fusion_jax.data import plan
+from fusion_jax.data.layout import Measured
 from fusion_jax.data.loader import training_batches
 from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.devices import board, distributed, sharding
@@ -229,7 +229,7 @@ class StageRun:
     def _say_what_waits(self, waiting: list) -> None:
         """Of a stage that is counted in steps: what it has read and not trained. Behind epochs nothing waits."""
         if waiting:
-            text = sum(not plan.Measured(*measured).crops for measured in waiting)
+            text = sum(not Measured(*measured).crops for measured in waiting)
             log.info(
                 "%s: %d records (%d of text alone) were read and wait for a step behind the last; they are not trained",
                 *(self.stage.name, len(waiting), text),

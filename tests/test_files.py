@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_jax.data import shard_writing
+from fusion_jax.data import shard_folder
 from fusion_jax.evals import predictions
 from fusion_jax.files import new_file, write_whole
 from fusion_jax.synth import images
@@ -19,7 +19,7 @@ WRITERS = {
     "plot": (lambda f: metrics.plot_losses({"s": f / "metrics.jsonl"}, f / "l.png"), "l.tmp", "l.png"),
     "image": (lambda f: images.write_once(f / "a.png", b"x"), f".a.png.{os.getpid()}.tmp", "a.png"),
     "plan": (
-        lambda f: shard_writing._write_json(f, f / "partial" / "plan.json", {}),
+        lambda f: shard_folder.write_json(f, f / "partial" / "plan.json", {}),
         f"partial/plan.json.{os.getpid()}.tmp",
         "partial/plan.json",
     ),

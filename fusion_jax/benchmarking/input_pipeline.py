@@ -1,6 +1,6 @@
-"""How fast files become crops, against the way of the published loader: `python -m fusion_jax.benchmark input`.
+"""Measures how fast files become crops, compared with the published loader.
 
-    images_per_second             files to crops, wall clock, with the asked number of worker threads
+    images_per_second             files to crops, wall clock, with the requested number of worker threads
     images_per_second_by_workers  the same for 1, 2, ... threads, in turns
     published_images_per_second   the published way, wall clock, one thread, in turns with ours
     images_per_cpu_second, published_images_per_cpu_second   the same in CPU time of one thread: on a machine that does

@@ -1,4 +1,4 @@
-"""How much an AVIF file makes a decoder do, by the AV1 data in it.
+"""Estimates how much work and memory an AVIF file costs a decoder, by the AV1 data in it.
 
 The size in an AVIF's header is what the decoded picture is scaled to. The decoder first makes frames of the sizes in
 the AV1 data, any number of them, shown or not: a file of 1 kB that calls itself 10 x 10 may take gigabytes and minutes.
@@ -48,15 +48,15 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _by_name(data: bytes, start: int, end: int, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    boxes: dict[str, tuple[int, int]] = {}
     for box, first, last in _boxes(data, start, end):
         name = box.decode("latin-1")
         if name not in names:
             continue
-        if name in found:
+        if name in boxes:
             raise ValueError(f"it has two boxes {name}")
-        found[name] = first, last
-    return found
+        boxes[name] = first, last
+    return boxes
 
 
 def _coded_items(data: bytes, start: int, end: int) -> set[int]:

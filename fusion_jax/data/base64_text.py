@@ -1,4 +1,4 @@
-"""Files as base64 text, as records and callers write them. An exported folder carries this file."""
+"""Reads files written as base64 text in records and requests; an exported folder carries this file."""
 
 import base64
 

@@ -1,4 +1,4 @@
-r"""Which template a conversation is written in: one of `TEMPLATES`, or the chat template that lies with the tokenizer.
+r"""Finds the template of a conversation: one of `TEMPLATES`, or the tokenizer's own chat template.
 
 A chat template is Jinja text that writes a list of messages. `Template` is the fixed text between them, so
 conversations of known words are rendered and cut at those words (S, U, A and V here; the template is SmolLM2's):
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion_jax.data.conversation import OWN, TEMPLATES, Template, find_template
+from fusion_jax.data.templates import OWN, TEMPLATES, Template, find_template
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.files import shown
@@ -29,7 +29,7 @@ _BOS, _SYSTEM, *_SAID = ("Zq0bos", "Zq1system", "Zq2one", "Zq3two", "Zq4three", 
 
 
 class _CannotCut(Exception):
-    """Why, as a clause."""
+    """The chat template cannot be cut; the message says why, as a clause."""
 
 
 def find(name: str, tokenizer: Tokenizer) -> Template:
@@ -72,7 +72,7 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
     for (system, _), (_, error) in zip(probes, rendered):
         if error is not None and system is None:
             raise _CannotCut(f"it does not write a conversation ({shown(error, 150)})")
-    texts = [said or "" for said, _ in rendered]
+    texts = [written or "" for written, _ in rendered]
 
     first, second = texts[:2]
     u, a, v = _SAID[:3]
@@ -80,14 +80,14 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
         raise _CannotCut("it does not write a question once")
     head, answer = first.split(u)
     if not (second.startswith(first + a) and second.endswith(v + answer)):
-        raise _CannotCut("a question or its answer is written otherwise once more follows")
+        raise _CannotCut("a question or its answer is written differently when more follows")
     middle = second[len(first + a) : len(second) - len(v + answer)]
     closing = tokenizer.first_control(middle)
     if closing is None:
         raise _CannotCut("no control token closes an answer")
     end, rest = middle[: closing[1]], middle[closing[1] :]
 
-    # The BOS token, as the variable or in letters; SmolLM2's is the same as what opens each turn, and is none.
+    # The BOS token, as the variable or in letters. That of SmolLM2 opens each turn, and so does not count as one.
     bos = tokenizer.tokens.get("bos_token")
     front = next((b for b in (_BOS, bos) if b and head.startswith(b) and not rest.strip().startswith(b)), "")
     head = head.removeprefix(front)
@@ -109,11 +109,11 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
         raise _CannotCut("nothing marks where an answer begins")
 
     def same(template: Template) -> bool:
-        """Whether the pieces give every text that was rendered; behind a last answer more may follow."""
-        for (system, said), rendering in zip(probes, texts):
+        """Whether the pieces give every text that was rendered; after a last answer more may follow."""
+        for (system, turns), rendering in zip(probes, texts):
             if system is None or template.system_frame is not None:
-                written = front + _written(template, system, said)
-                if rendering != written and not (len(said) % 2 == 0 and rendering.startswith(written)):
+                written = front + _written(template, system, turns)
+                if rendering != written and not (len(turns) % 2 == 0 and rendering.startswith(written)):
                     return False
         return True
 
@@ -129,24 +129,24 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
 
 def _with_system(template: Template, rendered: str, kept: bool) -> Template:
     """The template with its system frame, if it has one. `kept`: white space around a system text stays."""
-    before, said, behind = rendered.partition(_SYSTEM)
-    behind, asked, _ = behind.partition(_SAID[0])
-    if not said or not asked or _SYSTEM in behind or not behind.endswith(template.question):
+    before, system, after = rendered.partition(_SYSTEM)
+    after, question, _ = after.partition(_SAID[0])
+    if not system or not question or _SYSTEM in after or not after.endswith(template.question):
         return template
-    behind = behind.removesuffix(template.question)
+    after = after.removesuffix(template.question)
     default = template.default_system
     if default is not None:
-        if not (default.startswith(before) and default.endswith(behind) and len(default) >= len(before + behind)):
+        if not (default.startswith(before) and default.endswith(after) and len(default) >= len(before + after)):
             return template
-        default = default[len(before) : len(default) - len(behind)]
+        default = default[len(before) : len(default) - len(after)]
     trims = template.trims if kept else ("system", *template.trims)
-    return dataclasses.replace(template, system_frame=(before, behind), default_system=default, trims=trims)
+    return dataclasses.replace(template, system_frame=(before, after), default_system=default, trims=trims)
 
 
-def _written(template: Template, system: str | None, said: Sequence[str]) -> str:
+def _written(template: Template, system: str | None, turns: Sequence[str]) -> str:
     """A conversation as the pieces write it; the last of an even number of turns is a closed answer."""
     text = "".join(part for part, _ in template.system_parts(system))
-    for k, turn in enumerate(said):
+    for k, turn in enumerate(turns):
         if k % 2:
             text += template.trimmed("answer", turn) + template.end
         else:
@@ -158,24 +158,24 @@ def _written(template: Template, system: str | None, said: Sequence[str]) -> str
 def _render(text: str, tokenizer: Tokenizer, probes) -> list[tuple[str | None, str | None]]:
     """(text, error) of each (system text, turns); a conversation that ends with a question waits for an answer."""
     chats = []
-    for system, said in probes:
+    for system, turns in probes:
         messages = [{"role": "system", "content": system}] if system is not None else []
-        messages += [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(said)]
-        chats.append([messages, len(said) % 2 == 1])
+        messages += [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
+        chats.append([messages, len(turns) % 2 == 1])
     tokens = dict(tokenizer.tokens)
     if "bos_token" in tokens:
         tokens["bos_token"] = _BOS
-    asked = json.dumps({"template": text, "context": tokens | {"tools": None, "documents": None}, "chats": chats})
+    request = json.dumps({"template": text, "context": tokens | {"tools": None, "documents": None}, "chats": chats})
     try:
         # -P: the folder of this file, whose modules have names of the standard library, is not searched for modules.
         done = subprocess.run(
-            [sys.executable, "-P", str(_RENDERER)], input=asked.encode(), capture_output=True, timeout=_SECONDS
+            [sys.executable, "-P", str(_RENDERER)], input=request.encode(), capture_output=True, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired as error:
         raise _CannotCut("it takes too long to render") from error
     if done.returncode < 0:
         raise _CannotCut("it takes too much time or memory to render")
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise _CannotCut(f"it could not be rendered ({shown(said[-1], 150) if said else done.returncode})")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise _CannotCut(f"it could not be rendered ({shown(lines[-1], 150) if lines else done.returncode})")
     return [(answer.get("text"), answer.get("error")) for answer in json.loads(done.stdout)]

@@ -1,4 +1,4 @@
-"""Conversations as token ids: chat templates, placeholders, labels and the question tokens for the encoder.
+"""Encodes conversations as token ids: templates, placeholders, labels and question tokens.
 
 One round of an image conversation in the Phi-3 template, with its labels:
 
@@ -14,9 +14,9 @@ of all stands the BOS token where the template has one or, if it says nothing, w
 
 With one image this is the published arrangement: wherever a turn says `<image>`, the image moves to the front of that
 turn. With several images each `<image>` becomes a slot where it stands, in any turn and any number, one for each image
-of the record in their order; the round's latents stand before the turn's text, behind the images that lead it:
+of the record in their order; the round's latents stand before the turn's text, after the images that lead it:
 
-    <image>\n<image>\nCompare them.       IMAGE \n IMAGE LATENTS \n Compare them.
+    <image>\\n<image>\\nCompare them.     IMAGE \\n IMAGE LATENTS \\n Compare them.
     Is <image> older than <image>?        LATENTS Is IMAGE older than IMAGE ?
     And which is larger?                  LATENTS And which is larger?
 
@@ -33,125 +33,20 @@ from jaxtyping import Int32
 
 from fusion_jax.data.row_text import IGNORE as IGNORE
 from fusion_jax.data.row_text import RowText
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
-from fusion_jax.errors import BadRecord, UserError, check_choice
+from fusion_jax.data.templates import Template, first_ids
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
+from fusion_jax.errors import BadRecord
 
 IMAGE = -200  # in input_ids: here go the image's tokens
 LATENTS = -300  # in input_ids: here go one round's latents
 ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
 
 IMAGE_TAG = "<image>"  # how records say where the image belongs
-# The same in somebody's own words, where `<image>` is text: half a surrogate pair, which no text may hold.
+# The same in literal text, where `<image>` is only text: half a surrogate pair, which valid text cannot hold.
 IMAGE_SLOT = "\ud800"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say this; no tokenizer takes it
 _LATENTS_TAG = "<latent_image>"  # only in the readable prompt
-
-
-@dataclass(frozen=True)
-class Template:
-    """The fixed text around a conversation's turns.
-
-    Attributes:
-      name: key in `TEMPLATES`, or OWN.
-      system_frame: what stands before and after a system text; None: the template cannot hold one.
-      default_system: the system text of a conversation that brings none, without a frame the whole system part; None:
-        such a conversation has no system part.
-      question: before a question and its placeholders.
-      answer: after the question; its last token is the place of H_P.
-      end: closes an answer, and is supervised with it.
-      between: after a closed answer when another round follows; not supervised.
-      stops: tokens that end an answer while generating: the first is the last token of `end`, others count where the
-        tokenizer has them.
-      bos: whether a BOS stands in front of a conversation; None: as the tokenizer's own files say.
-      trims: which of "system", "question" and "answer" lose the white space around them.
-    """
-
-    name: str
-    system_frame: tuple[str, str] | None
-    default_system: str | None
-    question: str
-    answer: str
-    end: str
-    between: str
-    stops: tuple[str, ...]
-    bos: bool | None = None
-    trims: tuple[str, ...] = ()
-
-    def trimmed(self, part: str, text: str) -> str:
-        return text.strip() if part in self.trims else text
-
-    def system_parts(self, text: str | None) -> list[tuple[str, bool]]:
-        """What comes before the first round, in pieces, and whether a piece is the conversation's own text.
-
-        Args:
-          text: its system text, None or empty for the template's; with one there must be a `system_frame`.
-        """
-        before, behind = self.system_frame or ("", "")
-        if text:
-            return [(before, False), (self.trimmed("system", text), True), (behind, False)]
-        return [] if self.default_system is None else [(before + self.default_system + behind, False)]
-
-    @property
-    def greeting(self) -> str:
-        """What stands before an answer that comes before the first question. A template that does not mark where an
-        answer begins by itself (`mistral`) has it answer an empty question."""
-        closed = self.end + self.between
-        mark = self.answer.removeprefix(closed)
-        return self.question + self.answer if mark == self.answer else mark
-
-
-OWN = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
-TEMPLATES = {
-    # The first two as the published system writes them.
-    "phi3": Template(
-        name="phi3",
-        system_frame=("<|system|>\n", "<|end|>\n"),
-        default_system="You are a helpful AI assistant.",
-        question="<|user|>\n",
-        answer="<|end|>\n<|assistant|>\n",
-        end="<|end|>",
-        between="\n",
-        stops=("<|end|>", "<|endoftext|>"),
-        bos=True,
-    ),
-    "llama3": Template(
-        name="llama3",
-        system_frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        default_system=(
-            "You are a helpful, highly intelligent language and vision assistant. You are able to understand the "
-            "visual content that the user provides, and assist the user with a variety of tasks using natural "
-            "language. Whenever an image is present in the conversation, very carefully examine it and consider its "
-            "content when formulating your response."
-        ),
-        question="<|start_header_id|>user<|end_header_id|>\n\n",
-        answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
-        between="",
-        stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
-        bos=True,
-    ),
-    # With Qwen2's system text. Qwen2.5 and SmolLM2 have others: their folders' own templates say so.
-    "chatml": Template(
-        name="chatml",
-        system_frame=("<|im_start|>system\n", "<|im_end|>\n"),
-        default_system="You are a helpful assistant.",
-        question="<|im_start|>user\n",
-        answer="<|im_end|>\n<|im_start|>assistant\n",
-        end="<|im_end|>",
-        between="\n",
-        stops=("<|im_end|>", "<|endoftext|>"),
-    ),
-    "mistral": Template(
-        name="mistral",
-        system_frame=None,
-        default_system=None,
-        question="[INST] ",
-        answer=" [/INST]",
-        end="</s>",
-        between="",
-        stops=("</s>",),
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +56,7 @@ class Encoded:
     Attributes:
       input_ids: (S,) token ids, with IMAGE and LATENTS where visual tokens go.
       labels: (S,) the id where the token is supervised, ANSWER_START on the last token before each answer, else IGNORE.
-      instructs: (T,) the question tokens of all rounds, behind `first_ids`; [0] in a conversation without an image.
+      instructs: (T,) the question tokens of all rounds, after `first_ids`; [0] in a conversation without an image.
       rounds: number of questions.
       prompt: the readable text, with tags for placeholders and without BOS.
     """
@@ -171,29 +66,6 @@ class Encoded:
     instructs: Int32[np.ndarray, "T"]
     rounds: int
     prompt: str
-
-
-def find_template(name: str) -> Template:
-    """The template of that name; UserError naming the allowed ones if there is none. `chat_template.find` knows OWN."""
-    if name not in TEMPLATES:
-        check_choice("conversation template ", name, (*TEMPLATES, OWN))
-    return TEMPLATES[name]
-
-
-def first_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """What stands in front of a conversation, and of the question tokens: the BOS token or nothing.
-
-    Raises:
-      UserError: the template begins with a BOS token, and the tokenizer names none.
-    """
-    if not (tokenizer.adds_bos if template.bos is None else template.bos):
-        return []
-    if tokenizer.bos_id is None:
-        raise UserError(
-            f"The template {template.name} begins with a BOS token, and {tokenizer.folder}/tokenizer_config.json names "
-            "no bos_token."
-        )
-    return [tokenizer.bos_id]
 
 
 def encode_conversation(
@@ -250,7 +122,7 @@ def encode_prompt(
     Arguments and errors as for `encode_conversation`.
 
     Args:
-      literal: the turns are somebody's own words. Control tokens in them, and `<image>`, are text; only the template
+      literal: the turns are literal text. Control tokens in them, and `<image>`, are only text; only the template
         writes roles and ends, and IMAGE_SLOT says where an image goes. A leading gpt turn is what the model has greeted
         with. Data sets stay as they were published: a token that is written in their texts is that token.
     """
@@ -261,20 +133,27 @@ def encode_prompt(
     return _encode(rounds, tokenizer, template, images, latents, system, literal, greeting)
 
 
-def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS.
-
-    Raises:
-      UserError: the tokenizer lacks the first of them, or the BOS token that the template begins with.
-    """
-    first_ids(tokenizer, template)
-    ids = {tokenizer.token_id(template.stops[0]), tokenizer.eos_id}
-    return tuple(sorted(ids | {tokenizer.token_id(stop) for stop in template.stops if tokenizer.has_token(stop)}))
-
-
 def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG) -> list[tuple[str, str | None]]:
     """Validated (question, answer) pairs with a `tag` for each image; the answer of an unfinished last round is
     None. A single image's tag starts its question, and a newline follows it."""
+    turns = _alternating(_checked_turns(turns, tag, where), finished, where)
+    questions = [turn["value"] for turn in turns[::2]]
+    answers = [turn["value"] for turn in turns[1::2]]
+    # A model may have written such answers itself: no reason to refuse it the next question.
+    if finished and any(not answer.strip() for answer in answers):
+        raise BadRecord("no_answer", where, "an answer is empty")
+    if finished and any(IMAGE_TAG in answer for answer in answers):
+        raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
+    tags = [question.count(tag) for question in questions]
+    _check_tags(sum(tags), images, where)
+    if images == 1:
+        owner = tags.index(1) if sum(tags) else 0
+        questions[owner] = f"{tag}\n{questions[owner].replace(tag, '').strip()}"
+    return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
+
+
+def _checked_turns(turns, tag: str, where: str) -> Sequence[Mapping[str, str]]:
+    """The turns, each of which is one of a human or a model with a text; BadRecord where one is not."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
     if not turns:
@@ -284,9 +163,15 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
             raise BadRecord("bad_turns", where, f"turn {k} must have 'from' set to 'human' or 'gpt'")
         if not isinstance(turn.get("value"), str):
             raise BadRecord("bad_turns", where, f"turn {k} must have a text as 'value'")
-        said = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
-        if _LONE_SURROGATE.search(said):
-            raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is no text")
+        text = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
+        if _LONE_SURROGATE.search(text):
+            raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is not text")
+    return turns
+
+
+def _alternating(turns: Sequence[Mapping[str, str]], finished: bool, where: str) -> Sequence[Mapping[str, str]]:
+    """The turns without a leading one of the model: questions and answers by turns, the last one an answer where the
+    conversation is finished, else a question. BadRecord where they are not."""
     turns = turns[1:] if turns[0]["from"] == "gpt" else turns
     if not turns:
         raise BadRecord("empty_conversation", where, "the conversation has no human turn")
@@ -297,31 +182,24 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
         raise BadRecord("no_answer", where, "the last human turn has no answer")
     if not finished and not len(turns) % 2:
         raise BadRecord("bad_turns", where, "a prompt must end with a human turn")
-    questions = [turn["value"] for turn in turns[::2]]
-    answers = [turn["value"] for turn in turns[1::2]]
-    # A model may have said such things itself: no reason to refuse it the next question.
-    if finished and any(not answer.strip() for answer in answers):
-        raise BadRecord("no_answer", where, "an answer is empty")
-    if finished and any(IMAGE_TAG in answer for answer in answers):
-        raise BadRecord("image_tag_in_answer", where, f"{IMAGE_TAG} may stand in human turns only")
-    tags = [question.count(tag) for question in questions]
-    detail = f"{sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)} for {images:d} image{'s' * (images != 1)}"
-    if sum(tags) > images:
+    return turns
+
+
+def _check_tags(tags: int, images: int, where: str) -> None:
+    """BadRecord where the image tags in the questions are not as many as the images. One image needs no tag."""
+    detail = f"{tags} {IMAGE_TAG} tag{'s' * (tags != 1)} for {images:d} image{'s' * (images != 1)}"
+    if tags > images:
         raise BadRecord("several_images" if images == 1 else "image_tag_without_image", where, detail)
-    if sum(tags) < images and images > 1:
+    if tags < images and images > 1:
         raise BadRecord("image_without_tag", where, detail)
-    if images == 1:
-        owner = tags.index(1) if sum(tags) else 0
-        questions[owner] = f"{tag}\n{questions[owner].replace(tag, '').strip()}"
-    return [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
 
 
 def _check_system(text: str | None, template: Template, where: str) -> None:
-    """BadRecord where the template cannot hold a conversation's system text."""
+    """BadRecord where the template cannot hold the system text of a conversation."""
     if text and template.system_frame is None:
         raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     if text and _LONE_SURROGATE.search(text):
-        raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is no text")
+        raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is not text")
 
 
 def _encode(
@@ -335,7 +213,7 @@ def _encode(
     greeting: str | None = None,
 ) -> Encoded:
     """`rounds` as `_rounds` returns them. greeting: said before them."""
-    tokenizer.token_id(template.stops[0])  # a template of another model would be spelt out in letters, silently
+    tokenizer.token_id(template.stops[0])  # another model's template would silently be spelled out in letters
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     first = first_ids(tokenizer, template)
     row = RowText(tokenizer.encode_parts, first, (VISION_START, VISION_END))

@@ -1,4 +1,4 @@
-"""The former name of `python -m fusion_jax.shards`, which it says and runs; it goes with the next release."""
+"""Runs `python -m fusion_jax.shards` under its former name, for one release."""
 
 import runpy
 import sys

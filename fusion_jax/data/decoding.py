@@ -1,4 +1,4 @@
-"""Image files to pixels of 8 bits in RGB.
+"""Decodes image files to pixels of 8 bits in RGB.
 
 Every image that the package did not make itself is opened here, by `open_image`. What becomes of each kind of file,
 `Image.convert("RGB")` being what the published loader does with all of them:
@@ -58,7 +58,7 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
         raise ValueError(f"its header says {_words(image.size)} pixels, and its pixels {_words(declared)}")
     check_decoder(image, length)
     if form == "TIFF":
-        image.is_animated = True  # keeps Pillow from reading the directories behind the first, of any size
+        image.is_animated = True  # keeps Pillow from reading the directories after the first, of any size
     return image
 
 
@@ -114,7 +114,7 @@ def in_eight_bits(image: Image.Image, deep_colour: bool = False) -> Image.Image:
 
 
 def _check_pixels(image: Image.Image, mode: str, size: tuple[int, int]) -> None:
-    """What the header said, what Pillow says and what lies in memory must be the same: C code reads it by its size."""
+    """Checks that the header, Pillow and the pixels in memory agree: C code reads the pixels by their size."""
     if (mode, size) != (image.mode, image.size) or (mode, size) != (image.im.mode, image.im.size):
-        found = f"{image.im.mode} of {_words(image.im.size)}"
-        raise ValueError(f"its header says {mode} of {_words(size)} pixels, and decoding it gave {found}")
+        decoded = f"{image.im.mode} of {_words(image.im.size)}"
+        raise ValueError(f"its header says {mode} of {_words(size)} pixels, and decoding it gave {decoded}")

@@ -1,19 +1,19 @@
-"""Records to examples: the conversation encoded, its images cut into crops, whole rounds left out where it is too long.
+"""Turns records into examples: encodes text, cuts images into crops, drops rounds that do not fit.
 
 Nothing here loads Grain.
 """
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import chat_template, conversation, image, tiles
 from fusion_jax.data.conversation import LATENTS
-from fusion_jax.data.layout import Example, LayoutSpec, check_fits, needs
-from fusion_jax.data.plan import Measured
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, measure
 from fusion_jax.data.sources import Record, RecordSource
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord
@@ -21,8 +21,8 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
-    """The fixed sizes of batches for a model; rounds are those of a row, images those of a conversation. The crops are
-    those of a row with one conversation. Questions may be empty, so there is room for one token."""
+    """The fixed sizes of a model's batches. `rounds` are of a row, `images` of a conversation; there are as many crops
+    as one conversation may have. Questions may be empty, so there is room for one token at least."""
     return LayoutSpec(
         length=length,
         question_length=max(question_length, 1) if model.text_guided else 0,
@@ -53,7 +53,7 @@ class ExampleMaker:
     decode: str = "exact"
 
     def __call__(self, record: Record, prompt: bool = False) -> Example:
-        """Encodes a record and its images; with `prompt` the conversation waits for its last answer.
+        """Encodes a record and its images. With `prompt` the conversation ends before its last answer.
 
         Raises:
           BadRecord: the conversation or an image cannot be used.
@@ -61,7 +61,7 @@ class ExampleMaker:
         return self.with_crops(self.text(record, prompt), record)
 
     def text(self, record: Record, prompt: bool = False) -> Example:
-        """The same without its crops, of images at most their sizes being read. BadRecord as above."""
+        """The same without its crops: of images at most the sizes are read. BadRecord as above."""
         model = self.model
         encode, more = conversation.encode_conversation, {}
         if prompt:
@@ -85,8 +85,8 @@ class ExampleMaker:
         return Example(encoded.input_ids, encoded.labels, question, None, record.where, tilings)
 
     def fitting(self, record: Record, spec: LayoutSpec, latents: int) -> Example:
-        """`text`, without the last rounds where the conversation is too long for a row: whole rounds go, never an image
-        and never part of an answer.
+        """`text`, without the last rounds where the conversation is too long for a row. Whole rounds are dropped, never
+        an image and never part of an answer.
 
         Raises:
           BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
@@ -106,31 +106,31 @@ class ExampleMaker:
     def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
         """How many last rounds must go for the conversation to fit; where it never does, how many may go.
 
-        Rounds are tokenized one behind the other, so what fewer of them take is known from the whole conversation. Only
-        their questions are tokenized as one text, whose tokens are counted anew for a few numbers of rounds.
+        Rounds are tokenized one after the other, so the length of fewer rounds follows from the whole conversation.
+        Only their questions are tokenized as one text, whose tokens are counted again for a few numbers of rounds.
 
         Args:
           example: `text` of the whole record.
         """
         ids, answer = example.input_ids, np.append(example.labels >= 0, False)
         ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
-        # Never a round with an image. A round is a question and its answer; a model's greeting may stand before.
+        # Never a round with an image. A round is a question and its answer; a greeting of the model may come first.
         turns = record.turns[len(record.turns) - 2 * len(ends) :]
-        shown = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
-        least = max([1, *shown])
+        with_image = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
+        least = max([1, *with_image])
         rounds = np.cumsum(ids == LATENTS)[ends - 1]
-        lengths = needs(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
+        lengths = measure(example, spec, latents).length - (len(ids) - ends) - (rounds[-1] - rounds) * (latents - 1)
         kept = int(np.sum((lengths <= spec.length) & (rounds <= spec.rounds)))
 
-        def asked(kept: int) -> int:
+        def question_tokens(kept: int) -> int:
             return len(self._without_last(record, len(ends) - kept).question_ids)
 
-        if kept > least and asked(kept) > spec.question_length:
-            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=asked) - 1
+        if kept > least and question_tokens(kept) > spec.question_length:
+            kept = least + bisect.bisect_right(range(least, kept), spec.question_length, key=question_tokens) - 1
         return len(ends) - max(kept, least)
 
     def _without_last(self, record: Record, rounds: int) -> Example:
-        """`text` without so many last rounds."""
+        """`text` without the last `rounds` rounds."""
         return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
 
     def with_crops(self, example: Example, record: Record) -> Example:
@@ -150,8 +150,8 @@ class ExampleMaker:
 
 
 @dataclass(frozen=True)
-class Loader:
-    """Records by number, measured or as examples that fit a row even at the largest l^2."""
+class ExampleLoader:
+    """Loads records by number: measured, or as examples that fit a row even at the largest l^2."""
 
     source: RecordSource
     maker: ExampleMaker
@@ -174,12 +174,11 @@ class Loader:
             return bad
 
     def load_planned(self, planned: Measured) -> Example | BadRecord:
-        """The example with its crops, if it takes the room that was planned for it."""
+        """The example with its crops, if it takes as much room as was planned for it."""
         example = self.load(planned.number)
         if isinstance(example, BadRecord):
             return example
-        takes = needs(example, self.spec, 0)
-        if planned[:4] != (planned.number, takes.length, takes.crops, takes.rounds):
+        if planned._replace(arrived=0) != measure(example, self.spec, 0, planned.number):
             detail = "its text or an image has changed since it was measured, or differs from process 0's"
             return BadRecord("changed", example.where, detail)
         return example
@@ -187,10 +186,11 @@ class Loader:
     def measure(self, number: int, headers: bool = False) -> tuple[Measured, int] | BadRecord:
         """What the record takes, and how many last rounds it loses.
 
-        headers: a record of whose images the headers cannot be read is bad.
+        Args:
+          headers: also read the headers of its images; a record with an unreadable one is bad.
         """
         if number >= len(self.source):
-            return BadRecord("changed", f"record {number}", f"the data have {len(self.source)} records by now")
+            return BadRecord("changed", f"record {number}", f"the data now has {len(self.source)} records")
         try:
             record = self.source.text(number)
             example = self.maker.fitting(record, self.spec, self.longest_latents)
@@ -199,22 +199,21 @@ class Loader:
                     image.read_size(one, record.where)
         except BadRecord as bad:
             return bad
-        takes = needs(example, self.spec, 0)
-        return Measured(int(number), takes.length, takes.crops, takes.rounds), example.dropped_rounds
+        return measure(example, self.spec, 0, int(number)), example.dropped_rounds
 
 
-def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
-    """The stage's loader: of records that fit at the largest l^2, so that none depends on the draw."""
-    model = config.model
-    maker = ExampleMaker(model, tokenizer, config.template, config.decode)
-    return Loader(source, maker, stage_spec(model, stage), max(model.drawn_latent_counts, default=0))
-
-
-def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Loader:
-    """The loader of validation, with the stage's sizes."""
-    maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
-    return Loader(source, maker, stage_spec(config.model, stage), config.model.fixed_latent_count)
-
-
-def stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
-    return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
+def load_rows(
+    loader: ExampleLoader, rows: Sequence[Sequence[Measured]], threads: int
+) -> tuple[list[list[Example]], list[tuple[Measured, BadRecord]]]:
+    """The examples of planned rows, and the records that leave a gap in theirs: their images turned out to be bad, or
+    they have changed since they were measured."""
+    with ThreadPoolExecutor(threads) as pool:
+        loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in rows]]
+    good = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]
+    gaps = [
+        (measured, example)
+        for row, examples in zip(rows, loaded)
+        for measured, example in zip(row, examples)
+        if isinstance(example, BadRecord)
+    ]
+    return good, gaps

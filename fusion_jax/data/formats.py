@@ -1,11 +1,11 @@
-"""The formats in which images are read, and what is done before Pillow sees a file that may come from anybody.
+"""Names the image formats that are read, and checks untrusted files before Pillow sees them.
 
 Where a decoder's work followed from the size in the header alone, a limit on pixels would be enough. Where it does not,
 it is bounded here:
 
 | format | what would take long, or much memory | what is done |
 |---|---|---|
-| JPEG, MPO (a JPEG with others behind it) | metadata, whose parts may share their bytes | left out |
+| JPEG, MPO (a JPEG with others after it) | metadata, whose parts may share their bytes | left out |
 | | hundreds of scans of a progressive image, of a few bytes each | MAX_SCANS |
 | PNG | compressed texts and colour profiles | left out |
 | WebP | opening it makes two canvases of the size in the header | the size is read before |
@@ -84,7 +84,7 @@ def read_file(path: str | Path, most: int, start: int | None = None) -> tuple[by
       most: bytes that it may have. start: of the beginning that is enough.
 
     Raises:
-      OSError: it cannot be read, or is no regular file (`files.open_file`).
+      OSError: it cannot be read, or is not a regular file (`files.open_file`).
       TooLarge: it has over `most` bytes.
     """
     with open_file(path) as file:
@@ -109,27 +109,27 @@ def prepare(form: str, data: bytes) -> tuple[bytes, tuple[int, int] | None]:
 
 
 class Reader(io.BytesIO):
-    """A file that is given out in a limited number of pieces, a tenth of MAX_READS at first, and eight times over."""
+    """A file in memory that may be read in MAX_READS / 10 pieces at first, and eight times over."""
 
     def __init__(self, data: bytes):
         super().__init__(data)
         self.pieces, self.bytes = MAX_READS // 10, 8 * len(data) + (1 << 20)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        found = super().read(size)
+        data = super().read(size)
         self.pieces -= 1
-        self.bytes -= len(found)
+        self.bytes -= len(data)
         if self.pieces < 0 or self.bytes < 0:
             raise TooLarge("is made of too many small parts")
-        return found
+        return data
 
     def opened(self) -> None:
-        """The header was read, which may be asked for where time is short: the pixels may take more pieces."""
+        """Allows MAX_READS pieces from now on: the header was read in few, and the pixels may take more."""
         self.pieces = MAX_READS
 
 
 def check_decoder(image: Image.Image, length: int) -> None:
-    """TooLarge if the image, not decoded yet, of that many bytes, has too many pixels for the decoder it needs."""
+    """Raises TooLarge if an image of `length` bytes, not decoded yet, has too many pixels for its decoder."""
     decoder = image.tile[0][0] if image.tile else ""
     samples = image.width * image.height * len(image.getbands())
     if decoder in ("bmp_rle", "jpeg2k") and samples > MAX_SLOW_SAMPLES:
@@ -164,17 +164,17 @@ _COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}
 def _segments(data: bytes, at: int, marker: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of a JPEG's segments, as libjpeg finds them: between them may be anything."""
     for _ in range(MAX_READS // 10):
-        found = marker.search(data, at)
-        if found is None or found[1][0] == _END:
+        match = marker.search(data, at)
+        if match is None or match[1][0] == _END:
             return
-        at = found.end()
-        if found[1][0] in _ALONE:
+        at = match.end()
+        if match[1][0] in _ALONE:
             continue
         start, length = at - 2, int.from_bytes(data[at : at + 2], "big")
-        if length < 2 and found[1][0] not in _PASSED_OVER:
+        if length < 2 and match[1][0] not in _PASSED_OVER:
             raise ValueError("a segment of the file has no length")
         at += max(length, 2)
-        yield found[1][0], start, at
+        yield match[1][0], start, at
     raise TooLarge("is made of too many small parts")
 
 
@@ -230,7 +230,7 @@ _UNIT = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12:
 _WHOLE = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _WIDTH, _LENGTH, _COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 259, 322, 323
 _TEXTS = (269, 270, 271, 272, 285, 305, 306, 315, 316)  # names, descriptions, dates: writers put several of one kind
-_PRIVATE = 33432  # the copyright, and all tags behind it: no pixel that is read follows from them
+_PRIVATE = 33432  # the copyright, and all tags after it: no pixel that is read depends on them
 
 
 def _tiff(data: bytes) -> tuple[bytes, None]:
@@ -254,7 +254,7 @@ def _tiff(data: bytes) -> tuple[bytes, None]:
         )  # a fraction takes ten times as much
         if tag in (_WIDTH, _LENGTH, _COMPRESSION, _TILE_WIDTH, _TILE_LENGTH):
             if count != 1 or kind not in _WHOLE:
-                raise ValueError(f"its tag {tag} is no number")
+                raise ValueError(f"its tag {tag} is not a number")
             (tags[tag],) = struct.unpack_from(order + _WHOLE[kind], data, entry + step - room)
     if outside > len(data):
         raise ValueError("the parts of its directory are longer than the file")

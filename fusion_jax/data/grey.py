@@ -1,4 +1,4 @@
-"""Values of other than 8 bits, as the 8 that training sees.
+"""Converts grey values of other than 8 bits to the 8 bits that training sees.
 
 Which value is white, the first of these that holds:
 
@@ -97,7 +97,7 @@ def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, 
     """
     least, most = values.min(), values.max()
     if not (np.isfinite(least) and np.isfinite(most)):
-        raise UnclearRange("has values that are no finite numbers")
+        raise UnclearRange("has values that are not finite numbers")
     if black is None:
         if least < 0:
             raise UnclearRange(f"has values below 0, and does not say which is black: the least is {least}")

@@ -1,4 +1,4 @@
-"""Images from files, and the fixed crops that the encoder reads.
+"""Loads images from files and cuts the fixed crops that the encoder reads.
 
 decoding.py opens the files and says what becomes of each kind; formats.py says what is done about files that are made
 to be slow.
@@ -32,7 +32,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
       where: named in errors; by default the path alone.
 
     Raises:
-      BadRecord: reason missing_image (cannot be opened, or is no file), image_too_large (over MAX_BYTES, MAX_PIXELS,
+      BadRecord: reason missing_image (cannot be opened, or is not a file), image_too_large (over MAX_BYTES, MAX_PIXELS,
         MAX_SIDE of decoding.py, or a limit of formats.py), unclear_range (grey.py) or corrupt_image.
     """
     return _decode(image, where, None)[0]
@@ -41,7 +41,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
 def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int, int]:
     """Width and height in pixels that `load_image` will give, by the file's header alone.
 
-    Args, Raises: as for `load_image`; damage behind the header stays unseen.
+    Args, Raises: as for `load_image`; damage after the header stays unnoticed.
     """
     where, name = _names(image, where)
     if isinstance(image, bytes):
@@ -100,7 +100,7 @@ def refusals(where: str, name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRecord("image_too_large", where, f"{name} has over {decoding.MAX_PIXELS} pixels") from e
     except Image.UnidentifiedImageError as e:
-        known = f"{name} is no image of a known format, which are {formats.ALLOWED}"
+        known = f"{name} is not an image of a known format, which are {formats.ALLOWED}"
         raise BadRecord("corrupt_image", where, known) from e
     except Exception as e:  # decoders answer damaged bytes with almost any exception
         raise BadRecord("corrupt_image", where, f"cannot decode {name}: {e}") from e

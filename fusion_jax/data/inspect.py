@@ -1,4 +1,4 @@
-"""The former name of `python -m fusion_jax.inspect`, which it says and runs; it goes with the next release."""
+"""Runs `python -m fusion_jax.inspect` under its former name, for one release."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""What a JPEG 2000 makes a decoder do: its true size, and the small parts for each of which memory is taken.
+"""Finds the true size of a JPEG 2000 file and the small parts that each cost a decoder memory.
 
 A file of 2 kB and 10 million pixels, cut into precincts of one pixel, would take 16 GB.
 """

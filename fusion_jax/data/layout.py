@@ -39,6 +39,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,9 +59,9 @@ class Example:
       input_ids: (length,) int32 with IMAGE and LATENTS placeholders. labels: (length,) int32 with IGNORE and
         ANSWER_START marks; None for a prompt, whose last token ends the last round's question.
       question_ids: question tokens of all rounds, int32; empty for text-only conversations.
-      crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles behind its whole
-        view; of each first the quadrants, then the crop itself. The first axis may be missing where there is one crop.
-        None without an image, and until the images are read.
+      crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles after its whole
+        view; of each crop first the quadrants, then the crop itself. The first axis may be missing where there is one
+        crop. None without an image, and until the images are read.
       where: file and record, for messages.
       tilings: of each image with dynamic resolution; else empty.
       dropped_rounds: last rounds of the record that are left out because the row would be too short.
@@ -73,6 +74,11 @@ class Example:
     where: str = "prompt"
     tilings: tuple[Tiling, ...] = ()
     dropped_rounds: int = 0
+
+    @property
+    def images(self) -> int:
+        """How many images it has."""
+        return int((self.input_ids == IMAGE).sum())
 
 
 @dataclass(frozen=True)
@@ -109,36 +115,31 @@ class LayoutSpec:
         return widest_window(self.grids, *sides, math.isqrt(latent_count))
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What an example takes: positions and rounds with latents of its row, crops of its group; its images."""
+class Measured(NamedTuple):
+    """What a record takes: its number, positions of its row, crops of its group, rounds with latents of its row; and
+    the step, from 0, before which it was read. While its l^2 is not drawn yet, `length` is without latents."""
 
+    number: int
     length: int
     crops: int
     rounds: int
-    images: int
+    arrived: int = 0
 
 
-def needs(example: Example, spec: LayoutSpec, latent_count: int) -> Needs:
-    """What the example takes once its placeholders are filled."""
-    images = int((example.input_ids == IMAGE).sum())
+def measure(example: Example, spec: LayoutSpec, latent_count: int, number: int = 0) -> Measured:
+    """What the example takes once its placeholders are filled; `number` is its record's."""
     rounds = int((example.input_ids == LATENTS).sum())
-    tilings = example.tilings or (tiles.WHOLE,) * images
+    tilings = example.tilings or (tiles.WHOLE,) * example.images
     visual = sum(spec.tokens_of(tiling) for tiling in tilings)
-    length = len(example.input_ids) + visual - images + rounds * (latent_count - 1)
+    length = len(example.input_ids) + visual - example.images + rounds * (latent_count - 1)
     crops = sum(tiling.crops for tiling in tilings) or int(spec.zero_image_for_text and rounds > 0)
-    return Needs(length, crops, rounds, images)
-
-
-def laid_out_length(example: Example, spec: LayoutSpec, latent_count: int) -> int:
-    """Positions that the example takes once its placeholders are filled."""
-    return needs(example, spec, latent_count).length
+    return Measured(number, length, crops, rounds)
 
 
 def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:
     """Raises BadRecord (`too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`): nothing is ever cut
     silently."""
-    takes = needs(example, spec, latent_count)
+    takes = measure(example, spec, latent_count)
     for reason, count, what, limit, name in (
         ("too_long", takes.length, "positions with its visual tokens", spec.length, "max_length"),
         (
@@ -149,7 +150,7 @@ def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:
             "max_question_length",
         ),
         ("too_many_rounds", takes.rounds, "rounds", spec.rounds, "max_rounds"),
-        ("too_many_images", takes.images, "images", spec.images, "max_images"),
+        ("too_many_images", example.images, "images", spec.images, "max_images"),
     ):
         if count > limit:
             raise BadRecord(reason, example.where, f"has {count} {what}; {name} is {limit}")
@@ -163,6 +164,23 @@ class _Cursor:
     rounds: int = 0
     examples: int = 0
     crops: int = 0
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The placeholders of one example and where they go.
+
+    Attributes:
+      ids: the example's ids, its one image moved to where the published code puts it. starts: first position of each
+        id in the row. images: places of the IMAGE placeholders in `ids`. tilings: of each image. whole: slot of each
+        image's whole view in the group's table of crops.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    images: np.ndarray
+    tilings: tuple[Tiling, ...]
+    whole: np.ndarray
 
 
 def _fill(
@@ -180,60 +198,91 @@ def _fill(
     Args:
       first_latent: index of the row's first latent in the visual table. alone: no other example shares the row.
     """
-    takes = needs(example, spec, latent_count)
+    takes = measure(example, spec, latent_count)
     end = _Cursor(at.length + takes.length, at.rounds + takes.rounds, at.examples + 1, at.crops + takes.crops)
     if end.length > spec.length or end.rounds > spec.rounds or end.crops > spec.crops:
         raise ValueError(f"{example.where}: the row has no room for it ({end} of {spec}).")
-    ids, labels = example.input_ids.copy(), example.labels
+    slots, labels = _find_slots(example, at, spec, latent_count), example.labels
     if labels is None:
-        labels = np.full(len(ids), IGNORE, np.int32)
+        labels = np.full(len(slots.ids), IGNORE, np.int32)
         labels[-1] = ANSWER_START
-    crops = np.zeros((0,)) if example.crops is None else example.crops
-    crops = crops[None] if crops.ndim == 4 else crops
-    pictures = np.flatnonzero(ids == IMAGE)
-    tilings = example.tilings or (tiles.WHOLE,) * len(pictures)
-    whole = at.crops + np.cumsum([0, *(tiling.crops for tiling in tilings)])[:-1]  # slot of each image's whole view
-    if len(crops) != sum(tiling.crops for tiling in tilings) or (takes.rounds and not takes.crops):
-        places = f"{len(pictures)} places and {takes.rounds} latents"
-        raise ValueError(f"{example.where}: {len(crops)} crops for {places}.")
-    if len(pictures) == 1:
-        # The published code fills the first visual place of a round with the image and the next with the latents.
-        before = np.flatnonzero(ids[: pictures[0]] == LATENTS)
-        if len(before):
-            place = before[0 if spec.image_first else -1]
-            ids[[place, pictures[0]]] = IMAGE, LATENTS
-            pictures = np.array([place])
-
-    sizes = np.where(ids == LATENTS, latent_count, 1)
-    sizes[pictures] = [spec.tokens_of(tiling) for tiling in tilings]
-    starts = at.length + np.cumsum(sizes) - sizes
-    text = (ids != IMAGE) & (ids != LATENTS)
-    row["tokens"][starts[text]] = ids[text]
-    supervised = text & (labels >= 0)
-    supervised[0] = False  # nothing predicts an example's first token
-    row["targets"][starts[supervised] - 1] = labels[supervised]
-    row["loss_weights"][starts[supervised] - 1] = 1.0
     row["segment_ids"][at.length : end.length] = end.examples
     row["positions"][at.length : end.length] = np.arange(takes.length)
-
-    for slot, start, tiling in zip(whole, starts[pictures], tilings):
+    _fill_text(row, slots, labels)
+    for slot, start, tiling in zip(slots.whole, slots.starts[slots.images], slots.tilings):
         index = _image_index(int(slot), tiling, spec)
         row["visual_index"][start : start + len(index)] = index
-    for r, start in enumerate(starts[ids == LATENTS], at.rounds):
+    marks = np.flatnonzero(labels == ANSWER_START)[: spec.rounds if alone else takes.rounds]
+    row["round_end"][at.rounds : at.rounds + len(marks)] = slots.starts[marks]
+    _fill_rounds(row, slots, marks, at, spec, latent_count, first_latent)
+    _fill_crops(table, example, slice(at.crops, end.crops), spec)
+    return end
+
+
+def _find_slots(example: Example, at: _Cursor, spec: LayoutSpec, latent_count: int) -> _Slots:
+    """Where the example's placeholders go. ValueError where its crops are not those of its placeholders."""
+    ids = example.input_ids.copy()
+    images, latents = np.flatnonzero(ids == IMAGE), np.flatnonzero(ids == LATENTS)
+    tilings = example.tilings or (tiles.WHOLE,) * len(images)
+    counts = [tiling.crops for tiling in tilings]
+    crops = len(_crops(example))
+    if crops != sum(counts) or (len(latents) and not crops and not spec.zero_image_for_text):
+        raise ValueError(f"{example.where}: {crops} crops for {len(images)} places and {len(latents)} latents.")
+    if len(images) == 1:
+        # The published code fills the first visual place of a round with the image and the next with the latents.
+        before = latents[latents < images[0]]
+        if len(before):
+            place = before[0 if spec.image_first else -1]
+            ids[[place, images[0]]] = IMAGE, LATENTS
+            images = np.array([place])
+    sizes = np.where(ids == LATENTS, latent_count, 1)
+    sizes[images] = [spec.tokens_of(tiling) for tiling in tilings]
+    starts = at.length + np.cumsum(sizes) - sizes
+    return _Slots(ids, starts, images, tilings, at.crops + np.cumsum([0, *counts])[:-1])
+
+
+def _fill_text(row: dict[str, np.ndarray], slots: _Slots, labels: np.ndarray) -> None:
+    """Writes the tokens, and the targets one position before theirs."""
+    text = (slots.ids != IMAGE) & (slots.ids != LATENTS)
+    row["tokens"][slots.starts[text]] = slots.ids[text]
+    supervised = text & (labels >= 0)
+    supervised[0] = False  # nothing predicts an example's first token
+    row["targets"][slots.starts[supervised] - 1] = labels[supervised]
+    row["loss_weights"][slots.starts[supervised] - 1] = 1.0
+
+
+def _fill_rounds(
+    row: dict[str, np.ndarray],
+    slots: _Slots,
+    marks: np.ndarray,
+    at: _Cursor,
+    spec: LayoutSpec,
+    latent_count: int,
+    first_latent: int,
+) -> None:
+    """Writes for each round with latents where they are, which crop they look at and through which windows.
+
+    Args:
+      marks: places in `ids` of the last token before each answer.
+    """
+    latents = slots.starts[slots.ids == LATENTS]
+    rounds = len(latents)
+    for r, start in enumerate(latents, at.rounds):
         first = first_latent + r * latent_count
         row["visual_index"][start : start + latent_count] = first + np.arange(latent_count)
-    row["latent_start"][at.rounds : end.rounds] = starts[ids == LATENTS]
-    marks = np.flatnonzero(labels == ANSWER_START)[: spec.rounds if alone else takes.rounds]
-    row["round_end"][at.rounds : at.rounds + len(marks)] = starts[marks]
+    row["latent_start"][at.rounds : at.rounds + rounds] = latents
     # The latest image that the round or one before it shows; rounds before any image look at the first.
-    shown = np.searchsorted(pictures, np.append(marks, [len(ids)] * takes.rounds)[: takes.rounds])
-    for r, image in enumerate(np.maximum(shown - 1, 0), at.rounds):
-        slot, tiling = (int(whole[image]), tilings[image]) if len(pictures) else (at.crops, tiles.WHOLE)
+    images_before = np.searchsorted(slots.images, np.append(marks, [len(slots.ids)] * rounds)[:rounds])
+    for r, image in enumerate(np.maximum(images_before - 1, 0), at.rounds):
+        slot, tiling = (int(slots.whole[image]), slots.tilings[image]) if len(slots.images) else (at.crops, tiles.WHOLE)
         row["round_crop"][r] = slot
-        found = round_windows(slot, tiling, spec, latent_count)
-        row["windows"][r, :, : found.shape[1]] = found
+        seen = round_windows(slot, tiling, spec, latent_count)
+        row["windows"][r, :, : seen.shape[1]] = seen
 
-    slots = slice(at.crops, end.crops)
+
+def _fill_crops(table: dict[str, np.ndarray], example: Example, slots: slice, spec: LayoutSpec) -> None:
+    """Writes the example's crops, or its zero image, and the question tokens that guide them."""
+    crops = _crops(example)
     table["crop_kind"][slots] = PIXELS if len(crops) else ZERO_IMAGE
     if len(crops):
         table["crops"][slots] = crops[:, -1]
@@ -241,7 +290,12 @@ def _fill(
         question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
         table["crop_text"][slots, : len(question)] = question
         table["crop_text_mask"][slots, : len(question)] = (question != 0) if spec.hide_question_id_zero else True
-    return end
+
+
+def _crops(example: Example) -> np.ndarray:
+    """The example's crops with their first axis, of length 0 where there are none."""
+    crops = np.zeros((0,)) if example.crops is None else example.crops
+    return crops[None] if crops.ndim == 4 else crops
 
 
 def _image_index(slot: int, tiling: Tiling, spec: LayoutSpec) -> np.ndarray:
@@ -269,12 +323,12 @@ def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int
     cells = math.isqrt(latent_count)
     side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
     index, real = _grid_windows(side, cells)
-    found = [np.where(real, slot * side * side + index, -1)]
+    parts = [np.where(real, slot * side * side + index, -1)]
     if tiling.rows:
         index, real = tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)
         first = spec.crops * spec.image_tokens + (slot + 1) * spec.tile_tokens
-        found.append(np.where(real, first + index, -1))
-    return np.concatenate(found, axis=1)
+        parts.append(np.where(real, first + index, -1))
+    return np.concatenate(parts, axis=1)
 
 
 def lay_out(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> Batch:
@@ -292,7 +346,7 @@ def lay_out_rows(
     """Lays out rows of several examples each, or of none.
 
     Args:
-      rows: the examples of each row; together they must fit it: see `needs` and `data.packing`.
+      rows: the examples of each row; together they must fit it: see `measure` and `data.packing`.
       groups: how many tables of `spec.crops` crops the rows share, the first with the first rows and so on; it divides
         the rows. By default each row has its own.
 

@@ -1,59 +1,63 @@
-"""From records to batches: measure, plan, load, encode, lay out. Grain does the reading, shuffling and prefetching.
+"""Loads batches with Grain: shuffles, measures and loads records in threads, and yields batches.
 
-    RecordSource -> shuffle (seed) -> repeat -> measure (threads) -> agree -> wait -> plan rows
-                 -> load + encode (threads) -> lay out -> prefetch
+    order of records (seed, epochs) -> measure (threads) -> agree -> plan (data/planner.py)
+                                    -> load and encode (threads) -> lay out -> prefetch
 
-A stage that is counted in epochs reads every record once an epoch and ends once none waits: one epoch flows into the
-next, and the last step holds what is left. One that is counted in steps ends behind the last of them.
+A stage that is counted in epochs reads every record once an epoch and ends when no record waits: one epoch flows into
+the next, and the last step holds what is left. One that is counted in steps ends after the last of them.
 
 Records are measured by their texts, and by the sizes in their images' headers where those matter, ahead of the images.
 Process 0 alone measures, and the others take what it measured: a file that one machine cannot read, or reads
-otherwise, must not change their plan. Each step draws l^2 from the seed and the step number and plans its rows from the
-records that wait (data/plan.py). That is the same in every process; each then reads the images of its own rows only.
-The state that a checkpoint keeps is the reader's, the step and the waiting list, and holds for any number of processes
-and threads. A run that goes on measures the waiting records anew: their file may have been repaired meanwhile.
+differently, must not change their plan. Each step draws l^2 from the seed and the step number and plans its rows from
+the records that wait. That is the same in every process; each then reads the images of its own rows only. The state
+that a checkpoint keeps is the reader's, the step and the waiting list, and holds for any number of processes and
+threads. A run that goes on measures the waiting records again: their file may have been repaired meanwhile.
 
-A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. One that cannot be measured
-is made up for by the next; one whose image turns out to be bad, which only its own process learns, or which takes other
-room than was planned, leaves its place empty.
+A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. The next record takes the
+place of one that cannot be measured. One whose image turns out to be bad, which only its own process learns, or which
+takes other room than was planned, leaves its place empty.
 """
 
 import dataclasses
 import json
 import logging
 import math
-import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import grain
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.examples import Loader, stage_loader
-from fusion_jax.data.layout import lay_out_rows
-from fusion_jax.data.plan import Measured, Queue, Sizes
-from fusion_jax.data.planner import (
-    Counts,
-    draw_latent_count,
-    groups_of,
-    is_over,
-    records_to_read,
-    stage_seed,
-    stage_sizes,
-)
+from fusion_jax.data.examples import ExampleLoader, load_rows
+from fusion_jax.data.layout import Measured, lay_out_rows
+from fusion_jax.data.plan import Sizes, groups_of
+from fusion_jax.data.planner import Counts, Element, Planner
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.stages import stage_loader, stage_seed, stage_sizes
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord
 
 log = logging.getLogger("fusion_jax")
 
-_MOST_SENT = 512  # measured records that process 0 sends at once
-_SENT_AHEAD = 8  # so many times before it waits for the others to have read them
-_MEASURED = (4, 5)  # numbers of a waiting record in a checkpoint; the oldest lack when it came
+_MOST_SENT = 512  # measured records that process 0 sends in one message
+_SENT_AHEAD = 8  # messages that process 0 sends before it waits for the others to have read the first of them
+_MEASURED = (4, 5)  # numbers of a waiting record in a checkpoint; the oldest checkpoints lack `arrived`
+
+
+class Board(Protocol):
+    """Through which process 0 sends the others what it has measured: `devices.board.Board`."""
+
+    first: bool
+
+    def send(self, name: str, text: str) -> None: ...
+
+    def receive(self, name: str) -> str: ...
+
+    def take_down(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ class Fed:
       bad: the bad records met since the step before. broken: how many of them, the last, left a gap in a row: this
         process alone knows of those.
       plan: checksum of this step's plan and all before it since the start; the same in every process.
-      done: how much of the stage came before, in steps: of those with as many samples as steps have on average, where
-        epochs are counted. last: the stage ends with this step.
+      done, last: see `planner.Step`.
     """
 
     batch: Batch
@@ -81,7 +84,7 @@ class Fed:
 
 @dataclass(frozen=True)
 class _Measure(grain.transforms.Map):
-    loader: Loader
+    loader: ExampleLoader
 
     def map(self, number):
         return self.loader.measure(number)
@@ -91,7 +94,7 @@ class _Agreed(grain.IterDataset):
     """Measured records, as process 0 has measured them, in all processes."""
 
     def __init__(self, parent, board: Board, together: int):
-        """Args: together: records that are sent at once."""
+        """Args: together: records in one message."""
         super().__init__(parent)
         self._board, self._together = board, together
 
@@ -115,15 +118,15 @@ class _AgreedIterator(grain.DatasetIterator):
         return self._measured.popleft()
 
     def _send(self, name: str) -> list:
-        measured = [next(self._parent) for _ in range(self._together)]
-        self._board.send(name, json.dumps([_to_json(element) for element in measured]))
+        elements = [next(self._parent) for _ in range(self._together)]
+        self._board.send(name, _to_json(elements))
         self._sent.append(name)
         if len(self._sent) > _SENT_AHEAD:
             self._board.take_down(self._sent.popleft())
-        return measured
+        return elements
 
     def _receive(self, name: str) -> list:
-        return [_from_json(element) for element in json.loads(self._board.receive(name))]
+        return _from_json(self._board.receive(name))
 
     def get_state(self):
         return {"next_index": self._position}
@@ -134,17 +137,19 @@ class _AgreedIterator(grain.DatasetIterator):
         self._measured.clear()
 
 
-def _to_json(element: tuple[Measured, int] | BadRecord) -> list:
-    if isinstance(element, BadRecord):
-        return [element.reason, element.where[:500], element.detail[:500]]
-    measured, dropped = element
-    return [*measured, dropped]
+def _to_json(elements: Sequence[Element]) -> str:
+    return json.dumps(
+        [
+            [element.reason, element.where[:500], element.detail[:500]]
+            if isinstance(element, BadRecord)
+            else [*element[0], element[1]]
+            for element in elements
+        ]
+    )
 
 
-def _from_json(element: list) -> tuple[Measured, int] | BadRecord:
-    if isinstance(element[0], str):
-        return BadRecord(*element)
-    return Measured(*element[:-1]), element[-1]
+def _from_json(text: str) -> list[Element]:
+    return [BadRecord(*one) if isinstance(one[0], str) else (Measured(*one[:-1]), one[-1]) for one in json.loads(text)]
 
 
 @dataclass(frozen=True)
@@ -152,27 +157,23 @@ class _Feeding:
     """What an iterator of batches needs to know.
 
     Attributes:
-      allowed: share of bad records. groups: numbers of this process's groups. board: through which process 0 sends the
-        others what it has measured; None where each measures by itself.
+      max_bad: share of bad records above which no more are read. groups: numbers of this process's groups. board:
+        through which process 0 sends the others what it has measured; None where each measures by itself.
     """
 
-    loader: Loader
+    loader: ExampleLoader
     stage: StageConfig
     sizes: Sizes
     latent_counts: tuple[int, ...]
     seed: int
     threads: int
-    allowed: float
+    max_bad: float
     groups: tuple[int, ...]
     board: Board | None = None
 
-    @property
-    def records(self) -> int:
-        """How many the stage reads, a record counting once an epoch."""
-        return records_to_read(self.stage, len(self.loader.source))
-
-    def queue(self) -> Queue:
-        return Queue.of(self.loader.spec, self.sizes)
+    def planner(self) -> Planner:
+        records = len(self.loader.source)
+        return Planner(self.stage, self.loader.spec, self.sizes, self.latent_counts, self.seed, records, self.max_bad)
 
 
 class _Batches(grain.IterDataset):
@@ -189,122 +190,73 @@ class _Batches(grain.IterDataset):
 class _BatchIterator(grain.DatasetIterator):
     def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
-        self._feeding, self._plan = feeding, 0
-        self._counts = Counts()  # the same in every process
+        self._feeding, self._planner = feeding, feeding.planner()
         self._broken: dict[str, int] = {}  # by reason, the gaps that this process has left since it started
-        self._queue = feeding.queue()
-        self._restored = False  # the waiting records are to be measured anew
+        self._restored = False  # the waiting records are to be measured again
 
     def __next__(self) -> tuple[Fed, Counts]:
-        f, queue = self._feeding, self._queue
-        if self._is_over():
+        f, planner = self._feeding, self._planner
+        if self._restored and not planner.is_over():
+            self._measure_again()
+        step = planner.next_step(lambda: next(self._parent))
+        if step is None:
             raise StopIteration
-        bad = self._measure_again() + self._read(queue.enough)
-        if not queue.waiting and not bad:
-            raise StopIteration
-        latents, done = draw_latent_count(f.latent_counts, f.seed, queue.step), self._done()
-        rows, crops = queue.take(latents)
-        latents = latents if crops else 0  # text alone: the same program whatever was drawn
-        self._plan = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self._plan)
-        if not f.stage.steps:
-            bad += self._read(lambda: bool(queue.waiting))  # whether this is the last step depends on the next record
-        last = self._is_over()
-
         per_group = f.sizes.rows_per_group
-        own = [row for g in f.groups for row in rows[g * per_group : (g + 1) * per_group]]
-        with ThreadPoolExecutor(f.threads) as pool:
-            loaded = [list(row) for row in [pool.map(f.loader.load_planned, row) for row in own]]
-        broken = [element for row in loaded for element in row if isinstance(element, BadRecord)]
+        own = [row for g in f.groups for row in step.rows[g * per_group : (g + 1) * per_group]]
+        rows, gaps = load_rows(f.loader, own, f.threads)
+        broken = [element for _, element in gaps]
         for element in broken:
             self._broken[element.reason] = self._broken.get(element.reason, 0) + 1
-        # A record whose image turns out to be bad leaves a gap in its row.
-        good = [[element for element in row if not isinstance(element, BadRecord)] for row in loaded]
-        batch = lay_out_rows(good, dataclasses.replace(f.loader.spec, crops=crops), latents, len(f.groups))
-        samples = sum(map(len, rows)) - len(broken)
-        fed = Fed(batch, samples, tuple(bad + broken), len(broken), self._plan, done, last)
-        return fed, self._counts.plus(self._broken)
+        batch = lay_out_rows(rows, dataclasses.replace(f.loader.spec, crops=step.crops), step.latents, len(f.groups))
+        samples = sum(map(len, step.rows)) - len(broken)
+        bad = (*step.bad, *broken)
+        fed = Fed(batch, samples, bad, len(broken), planner.checksum, step.done, step.last)
+        return fed, planner.counts.plus(self._broken)
 
-    def _is_over(self) -> bool:
-        queue = self._queue
-        return is_over(self._feeding.stage, self._feeding.records, queue.step, self._counts.seen, len(queue.waiting))
-
-    def _done(self) -> float:
-        if self._feeding.stage.steps:
-            return self._queue.step
-        return (self._counts.seen - len(self._queue.waiting)) / self._feeding.sizes.samples
-
-    def _read(self, enough: Callable[[], bool]) -> list[BadRecord]:
-        """Reads until there is enough, all is read, or too many records have been bad. The bad ones. Nothing that
-        differs between processes may decide when it ends."""
-        f, bad, in_row = self._feeding, [], 0
-        records = len(f.loader.source)
-        while self._counts.seen < f.records and not enough():
-            element = next(self._parent)
-            self._counts.seen += 1
-            if isinstance(element, BadRecord):
-                bad.append(element)
-                in_row += 1
-                self._counts.add(element)
-                if in_row >= 2 * records or self._counts.too_many(f.allowed, records):
-                    break  # none in a whole pass, or too few: hand over what was met, and let the trainer say so
-            else:
-                in_row = 0
-                measured, dropped = element
-                self._queue.add(measured)
-                self._counts.shortened += dropped > 0
-                self._counts.dropped_rounds += dropped
-        return bad
-
-    def _measure_again(self) -> list[BadRecord]:
-        """The waiting records of a restored state as they are now, the same in every process; those that cannot be used
-        any more are taken out and returned."""
-        if not self._restored:
-            return []
+    def _measure_again(self) -> None:
+        """Measures the waiting records of a restored state, the same in every process."""
         self._restored = False
-        f, old, bad = self._feeding, self._queue.waiting, []
-        self._queue.waiting = []
-        for first in range(0, len(old), _MOST_SENT):
-            part = old[first : first + _MOST_SENT]
-            for before, element in zip(part, self._agreed(f"waiting/{self._queue.step}/{first}", part)):
-                if isinstance(element, BadRecord):
-                    bad.append(element)
-                    self._counts.add(element)
-                else:
-                    self._queue.waiting.append(element[0]._replace(arrived=before.arrived))
-        changed = len(set(old) - set(self._queue.waiting))
-        if changed:
-            what = f"{changed} of the {len(old)} records that were read and waited for their step have changed since"
-            log.warning("%s: %s, %d of them beyond use; they are taken as they are now", f.stage.name, what, len(bad))
-        return bad
+        planner, before = self._planner, self._planner.waiting
+        elements = []
+        for first in range(0, len(before), _MOST_SENT):
+            numbers = [one.number for one in before[first : first + _MOST_SENT]]
+            elements += self._agreed(f"waiting/{planner.step}/{first}", numbers)
+        bad = planner.replace_waiting(elements)
+        if changed := len(set(before) - set(planner.waiting)):
+            what = f"{changed} of the {len(before)} records that were read and waited for their step have changed since"
+            log.warning(
+                "%s: %s, %d of them beyond use; they are taken as they are now", self._feeding.stage.name, what, bad
+            )
 
-    def _agreed(self, name: str, waiting: Sequence[Measured]) -> list[tuple[Measured, int] | BadRecord]:
-        """What process 0 measures."""
+    def _agreed(self, name: str, numbers: Sequence[int]) -> list[Element]:
+        """The records as process 0 measures them."""
         f = self._feeding
         if f.board is not None and not f.board.first:
-            return [_from_json(element) for element in json.loads(f.board.receive(name))]
+            return _from_json(f.board.receive(name))
         with ThreadPoolExecutor(f.threads) as pool:
-            measured = list(pool.map(f.loader.measure, [one.number for one in waiting]))
+            elements = list(pool.map(f.loader.measure, numbers))
         if f.board is not None:
-            f.board.send(name, json.dumps([_to_json(element) for element in measured]))
-        return measured
+            f.board.send(name, _to_json(elements))
+        return elements
 
     def get_state(self):
-        waiting = [list(measured) for measured in self._queue.waiting]
-        counts = dataclasses.asdict(self._counts.plus(self._broken))
-        return {"parent": self._parent.get_state(), "step": self._queue.step, "counts": counts, "waiting": waiting}
+        planner = self._planner
+        counts = dataclasses.asdict(planner.counts.plus(self._broken))
+        waiting = [list(measured) for measured in planner.waiting]
+        return {"parent": self._parent.get_state(), "step": planner.step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
-        """Goes on where `get_state` was called. ValueError where it is no state of such an iterator."""
+        """Goes on where `get_state` was called. ValueError where it is not a state of such an iterator."""
         _check_state(state, self._feeding.loader.spec.length)
         self._parent.set_state(state["parent"])
-        self._counts, self._broken = Counts(**state["counts"]), {}
-        self._queue = self._feeding.queue()
-        self._queue.step, self._queue.waiting = state["step"], [Measured(*measured) for measured in state["waiting"]]
-        self._restored = True
+        planner = self._planner = self._feeding.planner()
+        planner.step, planner.counts = state["step"], Counts(**state["counts"])
+        planner.waiting = [Measured(*measured) for measured in state["waiting"]]
+        self._broken, self._restored = {}, True
 
 
 def _check_state(state, length: int) -> None:
-    """ValueError where that is no state of an iterator whose rows are so long."""
+    """ValueError where `state` is not one of an iterator whose rows have `length` positions."""
 
     def whole(*numbers) -> bool:
         return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
@@ -319,15 +271,15 @@ def _check_state(state, length: int) -> None:
         raise ValueError("the state of the input has other entries than this version's")
     numbers = [value for name, value in state["counts"].items() if name != "bad"] + [*state["counts"]["bad"].values()]
     if not whole(state["step"], state["parent"]["next_index"], *numbers):
-        raise ValueError("the state of the input has a count that is no whole number")
+        raise ValueError("the state of the input has a count that is not a whole number")
     for measured in state["waiting"]:
         fits = isinstance(measured, list) and len(measured) in _MEASURED and whole(*measured)
         if not fits or not measured[1] <= length:
-            raise ValueError(f"the state of the input lets {measured!r:.80} wait, which is no record's")
+            raise ValueError(f"the state of the input lists {measured!r:.80} as waiting, which is not a record")
 
 
 def record_order(records: int, seed: int) -> grain.MapDataset:
-    """Record numbers as a run reads them, epoch after epoch, each shuffled in its own way."""
+    """Record numbers in the order in which a run reads them: epoch after epoch, each shuffled in its own way."""
     return grain.MapDataset.range(records).seed(seed).shuffle().repeat()
 
 

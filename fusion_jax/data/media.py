@@ -1,4 +1,4 @@
-"""Which keys of a record name images, what their values may be, and which hold media that no model here reads."""
+"""Finds the images that a record names, and the media in it that the model cannot read."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -62,13 +62,13 @@ def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple
       holder: a record, or a turn of one. what: such a turn, for messages.
 
     Raises:
-      BadRecord: a value that names no image (bad_image), an address (remote_image), keys that name different images
-        (contradiction).
+      BadRecord: a value that does not name an image (bad_image), an address (remote_image), keys that name different
+        images (contradiction).
     """
-    given = [
+    filled = [
         (key, plain_key(key)) for key, value in holder.items() if value is not None and value != "" and value != []
     ]
-    keys = [key for key, plain in given if plain in _IMAGES] or [key for key, plain in given if plain in _IMAGES_ELSE]
+    keys = [key for key, plain in filled if plain in _IMAGES] or [key for key, plain in filled if plain in _IMAGES_ELSE]
     first, images = "", []
     for key in keys:
         value = holder[key]
@@ -149,7 +149,7 @@ def read_image(value: Any, what: str, where: str) -> Named:
     if _begins_an_image(value):
         return Named("", _bytes(value, what, where))
     if len(value) > _MAX_NAME:
-        seems = "base64, but of no image that is known" if _BASE64.fullmatch(value) else "no name of a file"
+        seems = "base64, but not of a known image format" if _BASE64.fullmatch(value) else "not the name of a file"
         raise BadRecord("bad_image", where, f"{what} is {seems}: {shown(value, 40)}")
     return Named(value)
 
@@ -163,7 +163,7 @@ def _bytes(value: Any, what: str, where: str) -> bytes:
             return from_base64(value.partition(",")[2] if value[:5] == "data:" else value)
     except ValueError:
         pass
-    raise BadRecord("bad_image", where, f"{what} is no image in base64: {shown(brief(value), 60)}")
+    raise BadRecord("bad_image", where, f"{what} is not an image in base64: {shown(brief(value), 60)}")
 
 
 def _begins_an_image(text: str) -> bool:

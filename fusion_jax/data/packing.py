@@ -1,4 +1,4 @@
-"""Which examples share a row: best-fit packing, and the length mix by which it is measured.
+"""Decides which examples share a row by best-fit packing, and measures it on a typical length mix.
 
     lengths    7 5 4 3 3 2        capacity 8
     by length  7 | 5 | 4

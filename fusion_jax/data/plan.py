@@ -1,36 +1,34 @@
-"""Which records go into which rows, before any image is read: those that wait into a step, or all into validation.
+"""Decides which waiting records go into which rows of a step, before any image is read.
 
     waiting   records in their shuffled order, each measured by its text (and its images' sizes)
     units     what becomes a row: one record, or with packing the records of a best fit
-    groups    rows of one device and microbatch; they share a table of K crops, so units are dealt by crops too
+    groups    rows of one device and microbatch; they share a table of K crops, so units are assigned by crops too
 
 Everything is a function of the waiting records, the step's number and l^2, so that every process draws the same plan
 and reads only the images of its own groups.
 
-Without packing, rows of text alone and rows with images go into steps of their own kind where there are enough of it. A
-record that has waited for `PATIENCE` steps waits no longer, nor does any once all are read; here a step has two rows,
+Without packing, rows of text alone and rows with images go into separate steps while there are enough of one kind. A
+record that has waited for `PATIENCE` steps waits no longer, nor does any once all are read. Here a step has two rows,
 t is text alone, i has an image:
 
     step    waiting, oldest first       goes
     0       i i                         i i
-    1       t i i                       i i         the text waits for another one
+    1       t i i                       i i         the text waits for another text
     ...
     5       t i i                       t i         it has waited long enough: a step of both kinds
 
-With packing, rows that are nearly full go first, but for those of a record that has waited for `PATIENCE_PACKED` steps.
+With packing, rows that are nearly full go first, but rows with a record that has waited for `PATIENCE_PACKED` steps go
+before them.
 """
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
-from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
-from fusion_jax.data.layout import LayoutSpec
+from fusion_jax.data.layout import LayoutSpec, Measured
 
 # Steps' worth of records to choose from when rows are packed, and where only the crops have to work out.
 WAITING_PACKED, WAITING = 4, 2
@@ -38,21 +36,14 @@ WAITING_PACKED, WAITING = 4, 2
 PATIENCE, PATIENCE_PACKED = 4, 8
 
 
-class Measured(NamedTuple):
-    """What a record takes: its number, positions without latents, crops and rounds with latents; and the step, from 0,
-    before which it was read."""
-
-    number: int
-    length: int
-    crops: int
-    rounds: int
-    arrived: int = 0
-
-
 @dataclass(frozen=True)
 class Sizes:
-    """Of a stage's batches: rows and groups (which divide the rows), crops K of a group at each l^2 (the fewer latents,
-    the more records share a row), whether rows are packed, samples that they hold on average."""
+    """The sizes of a stage's batches.
+
+    Attributes:
+      rows: of a step. groups: of a step; they divide the rows. crops: K of a group at each l^2: the fewer latents, the
+        more records share a row. packing: records share rows. samples: records of a step on average.
+    """
 
     rows: int
     groups: int
@@ -67,14 +58,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: for every row the places of its records in the list of waiting ones; K, 0 for rows of text alone."""
+    """The rows of one step: for each the indices of its records in the waiting list; K, 0 for rows of text alone."""
 
     rows: list[list[int]]
     crops: int
 
 
 def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int) -> list[list[int]]:
-    """Places of waiting records that share a row, in the order in which the rows should go."""
+    """Indices of waiting records that share a row, rows in the order in which they should go."""
     if not sizes.packing:
         return [[i] for i in range(len(waiting))]
     lengths = [m.length + m.rounds * latents for m in waiting]
@@ -83,7 +74,7 @@ def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: 
 
 
 def pool(sizes: Sizes) -> float:
-    """Records of which a step's are chosen, where it matters which of them share a row or its crops."""
+    """How many records a step's are chosen from, where it matters which of them share a row or its crops."""
     if sizes.packing:
         return WAITING_PACKED * sizes.samples
     return WAITING * sizes.rows
@@ -97,11 +88,11 @@ def enough(waiting: Sequence[Measured], sizes: Sizes, split: bool, step: int = 0
     """
     if sizes.packing:
         return len(waiting) >= pool(sizes)
-    pictured = sum(m.crops > 0 for m in waiting)
+    with_images = sum(m.crops > 0 for m in waiting)
     most = sizes.rows_per_group * max((m.crops for m in waiting), default=0)
     wanted = sizes.rows if min(sizes.crops.values()) >= most else pool(sizes)
     if split and not _late(waiting, step):
-        return max(pictured, len(waiting) - pictured) >= wanted
+        return max(with_images, len(waiting) - with_images) >= wanted
     return len(waiting) >= wanted
 
 
@@ -121,8 +112,8 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
         ready.sort(key=lambda unit: all(step - waiting[i].arrived < PATIENCE_PACKED for i in unit))
     if split and not sizes.packing:
         text = [unit for unit in ready if waiting[unit[0]].crops == 0]
-        pictured = [unit for unit in ready if waiting[unit[0]].crops > 0]
-        oldest, other = (text, pictured) if text and text[0] == ready[0] else (pictured, text)
+        with_images = [unit for unit in ready if waiting[unit[0]].crops > 0]
+        oldest, other = (text, with_images) if text and text[0] == ready[0] else (with_images, text)
         if len(oldest) >= sizes.rows:
             ready = oldest
         elif len(other) >= sizes.rows and not _late(waiting, step):
@@ -131,42 +122,15 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
             ready = oldest + other
         if all(waiting[unit[0]].crops == 0 for unit in ready):
             crops = 0
-    return Plan(deal(ready, [sum(waiting[i].crops for i in unit) for unit in ready], sizes, crops), crops)
+    return Plan(assign_to_groups(ready, [sum(waiting[i].crops for i in unit) for unit in ready], sizes, crops), crops)
 
 
-@dataclass
-class Queue:
-    """Measured records that wait for their step, oldest first, and the number of the next step, from 0."""
+def assign_to_groups(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
+    """Rows group by group: each unit goes to the group whose free crops per free row are closest to its own crops.
 
-    spec: LayoutSpec
-    sizes: Sizes
-    split: bool
-    waiting: list[Measured] = field(default_factory=list)
-    step: int = 0
-
-    @classmethod
-    def of(cls, spec: LayoutSpec, sizes: Sizes) -> "Queue":
-        """An empty one. Rows of text alone are kept apart where the model has no crop for them."""
-        return cls(spec, sizes, split=not spec.zero_image_for_text)
-
-    def add(self, measured: Measured) -> None:
-        self.waiting.append(measured._replace(arrived=self.step))
-
-    def enough(self) -> bool:
-        return enough(self.waiting, self.sizes, self.split, self.step)
-
-    def take(self, latents: int) -> tuple[list[list[Measured]], int]:
-        """The records of every row of the next step, which no longer wait, and K."""
-        planned = plan(self.waiting, self.spec, self.sizes, latents, self.split, self.step)
-        rows = [[self.waiting[i] for i in row] for row in planned.rows]
-        taken = {i for row in planned.rows for i in row}
-        self.waiting = [measured for i, measured in enumerate(self.waiting) if i not in taken]
-        self.step += 1
-        return rows, planned.crops
-
-
-def deal(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
-    """Rows group by group: each unit goes where the crops left for each row are most like its own, if there is room."""
+    Args:
+      ready: units in the order in which they should go. costs: crops of each. crops: K.
+    """
     groups: list[list[list[int]]] = [[] for _ in range(sizes.groups)]
     left = [crops] * sizes.groups
     for unit, cost in zip(ready, costs):
@@ -181,73 +145,8 @@ def deal(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: 
     return [row for group in groups for row in group + [[]] * (sizes.rows_per_group - len(group))]
 
 
-@dataclass(frozen=True)
-class FixedBatch:
-    """One batch of validation: the records of every row; S positions a row, K crops a group."""
-
-    rows: list[list[Measured]]
-    length: int
-    crops: int
-
-
-def plan_all(
-    records: Sequence[Measured], spec: LayoutSpec, latents: int, stage: StageConfig, shards: int
-) -> list[FixedBatch]:
-    """Batches that hold all records, of which there must be one, each once, in rows as full as those of a stage.
-
-    The longest rows come first. A batch is as long as its longest row, rounded up to one of four lengths, and those of
-    one length have one K: four programs at most. A batch has one group of rows for every shard, with no more rows than
-    a microbatch of the stage; rows stay empty where there are too few.
-
-    Args:
-      latents: l^2. shards: parts that rows are sharded into.
-    """
-    lengths = [m.length + m.rounds * latents for m in records]
-    together = [[i] for i in range(len(records))]
-    if stage.packing:
-        together = packing.best_fit(lengths, spec.length, [([m.rounds for m in records], spec.rounds)])
-    together.sort(key=lambda unit: -sum(lengths[i] for i in unit))
-    most = max(1, len(together) * stage.batch_size // (len(records) * stage.accumulation * shards))  # rows of a group
-    rows = math.ceil(len(together) / (math.ceil(len(together) / (most * shards)) * shards))
-    by_length: dict[int, list[list[int]]] = {}
-    for start in range(0, len(together), rows * shards):
-        part = together[start : start + rows * shards]
-        by_length.setdefault(_few_lengths(sum(lengths[i] for i in part[0]), spec.length), []).extend(part)
-    planned = []
-    for length, part in by_length.items():
-        groups = math.ceil(len(part) / (rows * shards)) * shards
-        by_group = _spread([[records[i] for i in unit] for unit in part], groups, rows)
-        crops = max(_crops(group) for group in by_group)
-        for first in range(0, groups, shards):
-            filled = [group + [[]] * (rows - len(group)) for group in by_group[first : first + shards]]
-            planned.append(FixedBatch([row for group in filled for row in group], length, crops))
-    return planned
-
-
-def _few_lengths(length: int, longest: int) -> int:
-    """The longest row or, rounded up to blocks of 128, its half, quarter or eighth: what is just long enough."""
-    shorter = (math.ceil(longest / (128 * parts)) * 128 for parts in (8, 4, 2))
-    return next((one for one in shorter if length <= one < longest), longest)
-
-
-def _spread(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
-    """Units to groups of at most so many rows: most crops first, each to the group with fewest so far."""
-    filled: list[list[list[Measured]]] = [[] for _ in range(groups)]
-    open_ = [(0, group) for group in range(groups)]
-    for unit in sorted(units, key=lambda unit: -_crops([unit])):
-        crops, group = heapq.heappop(open_)
-        filled[group].append(unit)
-        if len(filled[group]) < rows:
-            heapq.heappush(open_, (crops + _crops([unit]), group))
-    return filled
-
-
-def _crops(group: Sequence[Sequence[Measured]]) -> int:
-    return sum(m.crops for unit in group for m in unit)
-
-
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:
-    """One record a row, each at most one crop: nothing is to be shared, and nothing to be measured."""
+    """The sizes for one record a row with at most one crop each: nothing is shared, so nothing need be measured."""
     return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False, batch_size)
 
 
@@ -260,11 +159,11 @@ def size_batches(
     most_crops: int,
     packed: bool,
 ) -> Sizes:
-    """How many rows and crops hold `batch_size` samples on average or, where rows divide over no fewer groups, more;
-    judged by a sample of the records.
+    """Rows and crops that hold `batch_size` samples on average, judged by a sample of the records. They hold more where
+    each group has a row and so there are more rows than needed.
 
     K is the mean of a group's crops and a little more: 6% where best fit can choose among many, else one standard
-    deviation. Units beyond it wait for lighter company.
+    deviation. Units beyond it wait for others with fewer crops.
 
     Args:
       groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.
@@ -285,3 +184,8 @@ def size_batches(
     crops = {latents: max(math.ceil(1.06 * mean), most_crops) for latents, mean in means.items()}
     samples = np.mean([rows * groups * len(sample) / max(count, 1) for count in needed.values()])
     return Sizes(rows * groups, groups, crops, True, float(samples) or batch_size)
+
+
+def groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
+    """Numbers of the groups, or rows, that lie on the shards `held`."""
+    return tuple(shard * per_shard + i for shard in held for i in range(per_shard))

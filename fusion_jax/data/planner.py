@@ -1,26 +1,33 @@
-"""Of a stage as a whole: its seed, its steps, the sizes of its batches, what was read and what was bad."""
+"""Plans the steps of a stage: which waiting records go into the next step, and when the stage is over.
+
+    record -> measured -> waits -> Planner.next_step -> l^2, rows of records, K crops
+
+Nothing here knows Grain, threads or images: training (data/loader.py) and the inspection plan their steps with it, and
+so get the same ones. Whoever calls hands in a function that measures the next record in the stage's order.
+"""
 
 import dataclasses
+import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import sources
-from fusion_jax.data.examples import Loader
-from fusion_jax.data.plan import Measured, Sizes, a_crop_each, size_batches
-from fusion_jax.data.sources import RecordSource
+from fusion_jax.config import StageConfig
+from fusion_jax.data import plan
+from fusion_jax.data.layout import LayoutSpec, Measured
+from fusion_jax.data.plan import Sizes
 from fusion_jax.errors import BadRecord, UserError
 
-_SAMPLE = 512  # records by which rows and crops of a batch are sized
+# A record as `ExampleLoader.measure` gives it: what it takes and how many last rounds it loses, or why it is bad.
+Element = tuple[Measured, int] | BadRecord
 
 
 @dataclass
 class Counts:
-    """Records looked at so far; how many were skipped, by reason; conversations that lost their last rounds, and those
+    """Records read so far; how many were skipped, by reason; conversations that lost their last rounds, and those
     rounds. Gaps in rows are counted by the process that had to leave them."""
 
     seen: int = 0
@@ -55,38 +62,138 @@ class Counts:
             )
 
 
-def sample_records(loader: Loader, seed: int, count: int = _SAMPLE) -> list[Measured]:
-    """Some of the usable records, measured."""
-    records = len(loader.source)
-    numbers = np.random.default_rng(seed).choice(records, min(records, count), replace=False)
-    measured = [loader.measure(number) for number in numbers.tolist()]
-    return [element[0] for element in measured if not isinstance(element, BadRecord)]
+@dataclass(frozen=True)
+class Step:
+    """One planned step.
+
+    Attributes:
+      number: from 0. latents: l^2, 0 where all rows are text alone. crops: K of a group. rows: the records of each row.
+      bad: the bad records met since the step before.
+      done: how much of the stage came before, in steps: of those with as many samples as steps have on average, where
+        epochs are counted. last: the stage ends with this step.
+    """
+
+    number: int
+    latents: int
+    crops: int
+    rows: list[list[Measured]]
+    bad: tuple[BadRecord, ...] = ()
+    done: float = 0.0
+    last: bool = False
 
 
-def stage_sizes(config: RunConfig, stage: StageConfig, loader: Loader, shards: int = 1) -> Sizes:
-    """The sizes of the stage's batches; `shards`: parts that the rows of a microbatch are sharded into."""
-    model = config.model
-    if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
-        return a_crop_each(stage.batch_size, model.drawn_latent_counts)
-    return size_batches(
-        sample_records(loader, stage_seed(config, stage)),
-        loader.spec,
-        stage.batch_size,
-        shards * stage.accumulation,
-        model.drawn_latent_counts,
-        stage.max_images * model.most_crops,
-        stage.packing,
-    )
+class Planner:
+    """Plans the steps of a stage one after the other; the same in every process that reads the same elements.
+
+    Attributes:
+      step: number of the next step, from 0. waiting: measured records that wait for their step, oldest first.
+      counts: of all records read. checksum: of all steps planned since the start.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        spec: LayoutSpec,
+        sizes: Sizes,
+        latent_counts: tuple[int, ...],
+        seed: int,
+        records: int,
+        max_bad: float = 1.0,
+    ):
+        """Args: latent_counts: the l^2 that steps draw from; seed: the stage's; records: how many the stage's data
+        have; max_bad: the share of bad records above which no more are read."""
+        self.step, self.checksum = 0, 0
+        self.waiting: list[Measured] = []
+        self.counts = Counts()
+        self._stage, self._spec, self._sizes = stage, spec, sizes
+        self._latent_counts, self._seed = latent_counts, seed
+        self._records, self._max_bad = records, max_bad
+        self._to_read = records_to_read(stage, records)
+        self._split = not spec.zero_image_for_text  # rows of text alone need no crop, and so steps of their own
+        self._bad: list[BadRecord] = []  # met since the last step
+
+    def is_over(self) -> bool:
+        """Whether the last step has been planned."""
+        return _is_over(self._stage, self._to_read, self.step, self.counts.seen, len(self.waiting))
+
+    def next_step(self, read: Callable[[], Element]) -> Step | None:
+        """The next step; None where the stage is over, or where nothing is left to read.
+
+        Args:
+          read: measures the next record. It is called as often as the step needs records to choose from, and once more
+            where the next record decides whether this step is the last.
+        """
+        if self.is_over():
+            return None
+        self._read(read, self._enough)
+        if not self.waiting and not self._bad:
+            return None
+        number, done = self.step, self._done()
+        latents = draw_latent_count(self._latent_counts, self._seed, number)
+        rows, crops = self._take(latents)
+        latents = latents if crops else 0  # text alone: the same program whatever was drawn
+        self.checksum = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self.checksum)
+        if not self._stage.steps:
+            self._read(read, lambda: bool(self.waiting))
+        bad, self._bad = tuple(self._bad), []
+        return Step(number, latents, crops, rows, bad, done, self.is_over())
+
+    def replace_waiting(self, elements: Sequence[Element]) -> int:
+        """Puts newly measured elements in place of the waiting records, in their order: their file may have been
+        repaired since. Records that are bad by now are handed over with the next step. Returns how many are bad."""
+        bad = [element for element in elements if isinstance(element, BadRecord)]
+        self.waiting = [
+            element[0]._replace(arrived=before.arrived)
+            for before, element in zip(self.waiting, elements, strict=True)
+            if not isinstance(element, BadRecord)
+        ]
+        for one in bad:
+            self.counts.add(one)
+        self._bad += bad
+        return len(bad)
+
+    def _read(self, read: Callable[[], Element], enough: Callable[[], bool]) -> None:
+        """Reads until there is enough, all is read, or too many records were bad. Nothing that differs between
+        processes may decide when it ends."""
+        bad_in_a_row = 0
+        while self.counts.seen < self._to_read and not enough():
+            element = read()
+            self.counts.seen += 1
+            if isinstance(element, BadRecord):
+                self._bad.append(element)
+                self.counts.add(element)
+                bad_in_a_row += 1
+                # None in a whole pass, wherever it begins, or too few: the caller gets what was met and decides.
+                if bad_in_a_row >= 2 * self._records or self.counts.too_many(self._max_bad, self._records):
+                    break
+            else:
+                bad_in_a_row = 0
+                measured, dropped = element
+                self.waiting.append(measured._replace(arrived=self.step))
+                self.counts.shortened += dropped > 0
+                self.counts.dropped_rounds += dropped
+
+    def _enough(self) -> bool:
+        return plan.enough(self.waiting, self._sizes, self._split, self.step)
+
+    def _take(self, latents: int) -> tuple[list[list[Measured]], int]:
+        """The records of every row of the next step, which wait no longer, and K."""
+        planned = plan.plan(self.waiting, self._spec, self._sizes, latents, self._split, self.step)
+        rows = [[self.waiting[i] for i in row] for row in planned.rows]
+        chosen = {i for row in planned.rows for i in row}
+        self.waiting = [measured for i, measured in enumerate(self.waiting) if i not in chosen]
+        self.step += 1
+        return rows, planned.crops
+
+    def _done(self) -> float:
+        if self._stage.steps:
+            return self.step
+        return (self.counts.seen - len(self.waiting)) / self._sizes.samples
 
 
 def draw_latent_count(counts: tuple[int, ...], seed: int, step: int) -> int:
     """l^2 of a step: uniform over the set, a function of seed and step alone. 0 without latents."""
     return int(np.random.default_rng((seed, step)).choice(counts)) if counts else 0
-
-
-def stage_seed(config: RunConfig, stage: StageConfig) -> int:
-    """Stages differ in their order of data even where they share it."""
-    return (config.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31
 
 
 def stage_steps(stage: StageConfig, records: int, samples: float) -> int:
@@ -96,29 +203,16 @@ def stage_steps(stage: StageConfig, records: int, samples: float) -> int:
 
 
 def records_to_read(stage: StageConfig, records: int) -> int | float:
-    """Records that a stage reads, a record counting once an epoch; without end where steps are counted."""
+    """Records that a stage reads, a record counting once an epoch; infinite where steps are counted."""
     return math.inf if stage.steps else records * stage.epochs
 
 
 def stage_is_over(stage: StageConfig, records: int, state: dict) -> bool:
-    """Whether a state of `training_batches`, over so many records, is that behind the stage's last step."""
-    in_all = records_to_read(stage, records)
-    return is_over(stage, in_all, state["step"], state["counts"]["seen"], len(state["waiting"]))
+    """Whether a state of `loader.training_batches`, over so many records, is the one after the stage's last step."""
+    to_read = records_to_read(stage, records)
+    return _is_over(stage, to_read, state["step"], state["counts"]["seen"], len(state["waiting"]))
 
 
-def is_over(stage: StageConfig, in_all: int | float, step: int, seen: int, waiting: int) -> bool:
-    # Behind the last epoch nothing waits, but where an earlier version has read beyond it.
-    return step >= stage.steps if stage.steps else seen - waiting >= in_all
-
-
-def groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
-    """Numbers of the groups, or rows, that lie on some shards."""
-    return tuple(shard * per_shard + i for shard in held for i in range(per_shard))
-
-
-def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:
-    """The stage's records. UserError where the file is missing or holds nothing."""
-    source = sources.load_source(stage.data, stage.image_folder or None, stage_seed(config, stage))
-    if len(source) == 0:
-        raise UserError(f"stage {stage.name!r}: {stage.data} has no records.")
-    return source
+def _is_over(stage: StageConfig, to_read: int | float, step: int, seen: int, waiting: int) -> bool:
+    # After the last epoch nothing waits, unless an earlier version read beyond it.
+    return step >= stage.steps if stage.steps else seen - waiting >= to_read

@@ -1,4 +1,4 @@
-"""What a record says, in whichever of the usual forms: turns, images and system text. The one place that knows them.
+"""Reads turns, images and system text out of a record in any of the usual forms.
 
     LLaVA      {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": ...}]}
     ShareGPT   {"images": ["a.jpg"], "system": "Be brief.", "conversations": [{"from": "system", ...}, ...]}
@@ -6,8 +6,8 @@
     parts      {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.jpg"},
                                                          {"type": "text", "text": "What?"}]}, ...]}
 
-docs/data.md has the table of what is understood and what is refused. Nothing that a person or a model said, saw or was
-told is left out of a record in silence: what no template can hold is a bad record.
+docs/data.md has the table of what is understood and what is refused. No part of a conversation is left out silently: a
+record with something that no template can hold is bad.
 """
 
 import re
@@ -67,7 +67,7 @@ def understand(record: Any, number: int, where: str, *, stored: bool = False) ->
       stored: its images lie beside it, as in shards: then it names none here.
 
     Raises:
-      BadRecord: it is no object (bad_record), has no turns (missing_key), or they are none (bad_turns, unknown_role,
+      BadRecord: it is not an object (bad_record), has no turns (missing_key), or bad ones (bad_turns, unknown_role,
         tool_turn, system_turn); images that cannot be what they should be (bad_image, remote_image); media under other
         keys (unknown_media); two keys that say different things (contradiction).
     """
@@ -130,7 +130,7 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
         content = _either(turn, ("value", "content"), names[1], what, where)
         if who == "system":
             if turns or system is not None:
-                raise BadRecord("system_turn", where, f"{what} is a system text behind the first turn")
+                raise BadRecord("system_turn", where, f"{what} is a system text after the first turn")
             system = _text(content, what, where)
             check_media(turn, (), False, where, f" in {what}")
             continue
@@ -189,7 +189,7 @@ def _text(value: Any, what: str, where: str) -> str:
     if places:
         raise BadRecord("system_turn", where, f"{what} has an image in a system text")
     if _LONE_SURROGATE.search(text):
-        raise BadRecord("bad_turns", where, f"{what} holds half a surrogate pair, which is no text")
+        raise BadRecord("bad_turns", where, f"{what} holds half a surrogate pair, which is not text")
     return text
 
 
@@ -256,8 +256,8 @@ def _in_order(places: list[Named | None], images: list[Named], key: str, where: 
     if not own or own == images:
         return images or own
     if len(own) + len(images) != len(places):
-        said = f"'{shown(key)}' names {len(images)} images" if key else "the record names no image"
-        detail = f"{said}, and {len(places) - len(own)} image tags or parts have none of their own"
+        named = f"'{shown(key)}' names {len(images)} images" if key else "the record names no image"
+        detail = f"{named}, and {len(places) - len(own)} image tags or parts have none of their own"
         raise BadRecord("contradiction", where, detail)
     rest = iter(images)
     return [next(rest) if place is None else place for place in places]

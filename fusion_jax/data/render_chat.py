@@ -1,4 +1,4 @@
-"""Renders a chat template apart from the process that asks: a program of its own, which loads nothing but Jinja.
+"""Renders chat templates in a process of its own, which loads nothing but Jinja.
 
 A chat template is code of whoever published a tokenizer. Jinja's sandbox keeps it from everything but its own texts;
 time and memory it could still take without end, so `data.chat_template` runs it here, under limits. In: a JSON object
@@ -41,7 +41,7 @@ def main() -> None:
     for limit, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES)):
         with contextlib.suppress(ValueError, OSError):  # a lower one holds already, or the system has none
             resource.setrlimit(limit, (most, most))
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     # As transformers sets it up, but for the date of today: an answer must not depend on the day.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
@@ -50,15 +50,15 @@ def main() -> None:
     environment.globals["raise_exception"] = _refuse
     rendered = []
     try:
-        template = environment.from_string(asked["template"])
-        for messages, prompt in asked["chats"]:
+        template = environment.from_string(request["template"])
+        for messages, prompt in request["chats"]:
             try:
-                text = template.render(messages=messages, add_generation_prompt=prompt, **asked["context"])
+                text = template.render(messages=messages, add_generation_prompt=prompt, **request["context"])
                 rendered.append({"text": text} if len(text) <= _MOST else {"error": "the text is too long"})
             except Exception as error:  # a template may raise anything
                 rendered.append({"error": f"{type(error).__name__}: {error}"[:200]})
     except (TemplateError, RecursionError, MemoryError) as error:
-        rendered = [{"error": f"{type(error).__name__}: {error}"[:200]}] * len(asked["chats"])
+        rendered = [{"error": f"{type(error).__name__}: {error}"[:200]}] * len(request["chats"])
     json.dump(rendered, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Windows of the latents over an image's whole view and tiles; see tiles.py."""
+"""Computes the latents' windows over an image's whole view and its tiles; see tiles.py."""
 
 import functools
 from collections.abc import Sequence
@@ -27,6 +27,6 @@ def tile_windows(tiling: Tiling, tile: int, side: int, cells: int) -> tuple[np.n
     (cells^2, M), and which of them are real."""
     places = tile_places(tiling, tile, side)
     (row, row_real), (column, column_real) = (adaptive_cells(size, cells) for size in places.shape)
-    taken = places[row[:, None, :, None], column[None, :, None, :]]
+    index = places[row[:, None, :, None], column[None, :, None, :]]
     real = row_real[:, None, :, None] & column_real[None, :, None, :]
-    return taken.reshape(cells**2, -1), real.reshape(cells**2, -1)
+    return index.reshape(cells**2, -1), real.reshape(cells**2, -1)

@@ -1,4 +1,4 @@
-"""Dynamic resolution: an image as one view of the whole and a grid of tiles that keep its aspect ratio.
+"""Chooses the tiles of dynamic resolution: one view of the whole image and a grid of tiles.
 
 A 1000 x 600 image on the grid of 2 x 2 tiles, each `size` pixels wide and s x s tokens after pooling (here s = 3):
 

@@ -1,19 +1,29 @@
-"""The files of a tokenizer folder, looked through before anything rests on them.
+"""Reads and checks the files of a tokenizer folder before anything relies on them.
 
-They come from whoever published a model, and every checkpoint and export carries them on: so every value must be of its
-kind, and the files of a folder that is not the user's own must lie in it.
+They come from whoever published the model, and every checkpoint and export copies them. So every value must have the
+right type, and no file of a folder that is not the user's own may be a link out of it.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.errors import UserError, check
-from fusion_jax.files import brief
+from fusion_jax.files import brief, read_file
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import flag, mapping, read_bytes, read_object, sequence, text, whole
 
+# Everything that decides what a tokenizer does; these are read, hashed and saved.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
 MOST_ADDED = 1 << 16
 MOST_IDS = RANGES["vocab_size"][1]
@@ -31,7 +41,7 @@ def present(folder: Path, name: str) -> bool:
     if not os.path.lexists(path):
         return False
     target = _target(path)
-    check(target.is_file(), f"{path} is no regular file, or a link to nothing.")
+    check(target.is_file(), f"{path} is not a regular file, or is a link to nothing.")
     size = target.stat().st_size
     check(size <= MOST_BYTES, f"{path} has {size:,} bytes; at most {MOST_BYTES:,} are read.")
     return True
@@ -63,17 +73,17 @@ def _target(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are given).
+    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are named).
 
     Raises:
-      UserError: a file is no JSON object, or a token of a role is no text.
+      UserError: a file is not a JSON object, or a token of a role is not a text.
     """
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", _CONFIG):
         config, where = _read(folder, file), f"{folder / file}"
         for role in _ROLES:
             if role in config:
-                names.pop(role, None)  # null in the latter file takes back what the former says
+                names.pop(role, None)  # null in the latter file withdraws what the former says
             if config.get(role) not in (None, ""):
                 names[role] = _content(config[role], role, where)
         for token in sequence(config, _MORE, where):
@@ -88,21 +98,21 @@ def declared_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dic
     """
     where = f"{folder / _CONFIG} (added_tokens_decoder)"
     entries = mapping(config, "added_tokens_decoder", f"{folder / _CONFIG}")
-    check(len(entries) <= MOST_ADDED, f"{where} has {len(entries):,} tokens; at most {MOST_ADDED:,} are taken.")
-    found = []
+    check(len(entries) <= MOST_ADDED, f"{where} has {len(entries):,} tokens; at most {MOST_ADDED:,} are allowed.")
+    tokens = []
     for key, entry in entries.items():
-        check(key.isascii() and key.isdecimal() and len(key) <= 9, f"{where}: {brief(key)} is no token id.")
+        check(key.isascii() and key.isdecimal() and len(key) <= 9, f"{where}: {brief(key)} is not a token id.")
         check(int(key) < MOST_IDS, f"{where}: token id {key} is beyond {MOST_IDS:,}.")
         check(isinstance(entry, dict), f"{where}: {key} must be an object, got {brief(entry)}.")
         flags = {name: flag(entry, name, f"{where}, {key}") for name in FLAGS}
-        found.append((int(key), {"content": _content(entry, key, where), **flags}))
-    return sorted(found, key=lambda item: item[0])
+        tokens.append((int(key), {"content": _content(entry, key, where), **flags}))
+    return sorted(tokens, key=lambda item: item[0])
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
     """added_tokens.json: text to id."""
     content, path = _read(folder, "added_tokens.json"), folder / "added_tokens.json"
-    check(len(content) <= MOST_ADDED, f"{path} has {len(content):,} tokens; at most {MOST_ADDED:,} are taken.")
+    check(len(content) <= MOST_ADDED, f"{path} has {len(content):,} tokens; at most {MOST_ADDED:,} are allowed.")
     for token, i in content.items():
         whole(content, token, f"{path}", 0, MOST_IDS - 1)
         _content(token, brief(i), f"{path}")
@@ -116,7 +126,7 @@ def special_tokens(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def adds_bos(folder: Path, config: dict[str, Any]) -> bool | None:
-    """`add_bos_token` of tokenizer_config.json; None where it says nothing. UserError where it is no bool."""
+    """`add_bos_token` of tokenizer_config.json; None where it is absent. UserError where it is not a bool."""
     key = "add_bos_token"
     return None if config.get(key) is None else flag(config, key, f"{folder / _CONFIG}")
 
@@ -126,7 +136,7 @@ def chat_template(folder: Path, config: dict[str, Any]) -> tuple[str, Path] | No
     tokenizer_config.json, which may also list several by name, of which "default" is meant. None without one.
 
     Raises:
-      UserError: it is no text, or too long.
+      UserError: it is not a text, or too long.
     """
     path = folder / _CONFIG
     content = config.get("chat_template")
@@ -138,11 +148,11 @@ def chat_template(folder: Path, config: dict[str, Any]) -> tuple[str, Path] | No
         try:
             content = read_bytes(path, MOST_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text.") from error
+            raise UserError(f"{path} is not UTF-8 text.") from error
     if content in (None, ""):
         return None
     check(isinstance(content, str), f"{path}: chat_template must be a text, got {brief(content)}.")
-    check(len(content) <= MOST_TEMPLATE, f"{path}: a chat template of over {MOST_TEMPLATE:,} characters is not taken.")
+    check(len(content) <= MOST_TEMPLATE, f"{path}: a chat template of over {MOST_TEMPLATE:,} characters is too long.")
     return content, path
 
 
@@ -157,3 +167,13 @@ def _content(token: Any, key: str, where: str) -> str:
         raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {brief(content)}.")
     check(0 < len(content) <= 1000, f"{where}: the token {brief(content)} of {key} must have 1 to 1000 characters.")
     return content
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the names and contents of the tokenizer files in `folder`."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            content = read_file(folder / name)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()

@@ -17,9 +17,9 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import layout, tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, LayoutSpec
+from fusion_jax.data.layout import Example, LayoutSpec, Measured
 from fusion_jax.data.packing import Mix
-from fusion_jax.data.plan import WAITING_PACKED, Measured, Sizes, a_crop_each, plan, pool, size_batches
+from fusion_jax.data.plan import WAITING_PACKED, Sizes, a_crop_each, plan, pool, size_batches
 from fusion_jax.errors import BadRecord, check
 from fusion_jax.models.config import FusionConfig
 
@@ -115,8 +115,7 @@ def draw(model: FusionConfig, stage: StageConfig, spec: LayoutSpec, count: int, 
 
 
 def _measured(examples: Sequence[Example], spec: LayoutSpec) -> list[Measured]:
-    sizes = [layout.needs(example, spec, 0) for example in examples]
-    return [Measured(i, size.length, size.crops, size.rounds) for i, size in enumerate(sizes)]
+    return [layout.measure(example, spec, 0, i) for i, example in enumerate(examples)]
 
 
 def typical_rows(

@@ -14,7 +14,7 @@ import numpy as np
 from fusion_jax.batch import NO_CROP, Batch, windows
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IMAGE
-from fusion_jax.data.layout import Example, LayoutSpec, needs
+from fusion_jax.data.layout import Example, LayoutSpec, measure
 from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.models.config import FusionConfig
 
@@ -62,15 +62,15 @@ def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_coun
     """
     lengths, crops, supervised, rounds, window_tokens = [], [], 0, 0, 0
     for example in examples:
-        size = needs(example, spec, latent_count)
+        size = measure(example, spec, latent_count)
         question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
         question = question[question != 0] if spec.hide_question_id_zero else question
         lengths.append(size.length)
-        crops += [len(question) if size.images else 0] * size.crops
+        crops += [len(question) if example.images else 0] * size.crops
         supervised += int((example.labels[1:] >= 0).sum())
         rounds += size.rounds
         if size.rounds and latent_count:
-            tilings = example.tilings or (tiles.WHOLE,) * max(size.images, 1)
+            tilings = example.tilings or (tiles.WHOLE,) * max(example.images, 1)
             images = np.flatnonzero(example.input_ids == IMAGE)
             answers = np.flatnonzero(example.labels == ANSWER_START)[: size.rounds]
             latest = np.maximum(np.searchsorted(images, answers) - 1, 0)  # the image that each round looks at

@@ -23,7 +23,7 @@ from fusion_jax.data import image as images
 from fusion_jax.data import tiles
 from fusion_jax.data.conversation import IMAGE_TAG
 from fusion_jax.data.examples import ExampleMaker, layout_spec
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError, check
@@ -211,7 +211,7 @@ def lay_out_prompt(c: FusionConfig, example: Example, latents: int, step: int = 
     """A batch of one prompt, its lengths rounded up to multiples of `step`."""
     # Without latents the round stays, empty: every exchange layer then leaves the row as it is.
     spec = layout_spec(c, 1, round_up(len(example.question_ids), step), 1)
-    length = round_up(laid_out_length(example, spec, latents), step)
+    length = round_up(measure(example, spec, latents).length, step)
     crops = max(1, sum(tiling.crops for tiling in example.tilings))
     return lay_out([example], dataclasses.replace(spec, length=length, crops=crops), latents)
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import chat_template, conversation
+from fusion_jax.data import chat_template
 from fusion_jax.data.examples import ExampleMaker, layout_spec
-from fusion_jax.data.layout import Example, LayoutSpec, Needs, check_fits, lay_out_rows, needs
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, lay_out_rows, measure
 from fusion_jax.data.planner import draw_latent_count
 from fusion_jax.data.sources import Record
+from fusion_jax.data.templates import stop_ids
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 from fusion_jax.models.config import FusionConfig
@@ -45,13 +46,13 @@ class Buckets:
             sizes = getattr(self, name)
             check(sizes and tuple(sorted(set(sizes))) == tuple(sizes), f"buckets.{name}={sizes} must ascend.")
 
-    def spec(self, config: FusionConfig, most: Needs, question: int) -> LayoutSpec:
+    def spec(self, config: FusionConfig, most: Measured, images: int, question: int) -> LayoutSpec:
         """The smallest shape that holds the prompts; where none is large enough, the largest."""
 
         def up(size: int, sizes: tuple[int, ...]) -> int:
             return next((known for known in sizes if known >= size), sizes[-1])
 
-        images = up(most.images, self.images)
+        images = up(images, self.images)
         spec = layout_spec(
             config, up(most.length, self.lengths), up(question, self.questions), up(most.rounds, self.rounds), images
         )
@@ -87,9 +88,9 @@ class Steps:
 
     step: int = 32
 
-    def spec(self, config: FusionConfig, most: Needs, question: int) -> LayoutSpec:
+    def spec(self, config: FusionConfig, most: Measured, images: int, question: int) -> LayoutSpec:
         length, question = (round_up(size, self.step) for size in (most.length, question))
-        spec = layout_spec(config, length, question, max(most.rounds, 1), max(most.images, 1))
+        spec = layout_spec(config, length, question, max(most.rounds, 1), max(images, 1))
         return dataclasses.replace(spec, crops=most.crops)
 
 
@@ -100,9 +101,9 @@ def fit(examples: Sequence[Example], config: FusionConfig, latents: int, buckets
       BadRecord: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`: a prompt fits no bucket.
     """
     rough = layout_spec(config, 1, 1, 1)
-    sizes = [needs(example, rough, latents) for example in examples]
-    most = Needs(*(max(getattr(one, field.name) for one in sizes) for field in dataclasses.fields(Needs)))
-    spec = buckets.spec(config, most, max(len(example.question_ids) for example in examples))
+    most = Measured(*map(max, zip(*(measure(example, rough, latents) for example in examples))))
+    images = max(example.images for example in examples)
+    spec = buckets.spec(config, most, images, max(len(example.question_ids) for example in examples))
     for example in examples:
         check_fits(example, spec, latents)
     return spec
@@ -124,7 +125,7 @@ class Prompts:
             f"l^2 = {self.latents} is not one of the model's latent counts; allowed: {', '.join(map(str, allowed))}.",
         )
         self.template = chat_template.find(config.template, tokenizer)
-        self.stop_ids = conversation.stop_ids(tokenizer, self.template)
+        self.stop_ids = stop_ids(tokenizer, self.template)
         self._maker = ExampleMaker(config.model, tokenizer, config.template)
 
     @property
@@ -150,13 +151,13 @@ class Prompts:
         fit([example], self.config, self.latents, self.buckets)
         return self._maker.with_crops(example, record)
 
-    def measure(self, record: Record) -> tuple[Needs, int]:
-        """A prompt's needs, whether or not they fit a bucket, and its number of question tokens.
+    def measure(self, record: Record) -> tuple[Measured, int]:
+        """What a prompt takes, whether or not it fits a bucket, and its number of question tokens.
 
         Of images at most the sizes are read. Raises BadRecord where the record cannot be used.
         """
         example = self._maker.text(record, prompt=True)
-        return needs(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)
+        return measure(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)
 
     def batch(self, examples: Sequence[Example], rows: int = 0) -> Batch:
         """Lays out one example a row in the smallest bucket that holds them all; empty rows fill up to `rows`."""

@@ -1,4 +1,4 @@
-"""The figures of `inspect_numbers` as tables, for the terminal and for the page."""
+"""Formats the figures of an inspection as tables, for the terminal and for the page."""
 
 import math
 import textwrap
@@ -39,7 +39,7 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
     tables = [
         Table(
             "records",
-            _heads("records, share, looked at, bad, images read of, bad images, shortened, rounds lost"),
+            _heads("records, share, measured, bad, images read of, bad images, shortened, rounds lost"),
             lines(
                 lambda one: [
                     number(one["records"]),
@@ -52,7 +52,7 @@ def stage_tables(figures: dict[str, Any]) -> list[Table]:
                     number(one["dropped_rounds"]),
                 ]
             ),
-            "records: weighted, as an epoch draws them. bad: by their text, of those looked at. Shortened: without the "
+            "records: weighted, as an epoch draws them. bad: by their text, of those measured. Shortened: without the "
             f"last rounds, which would not fit.{decoded}",
         ),
         Table(
@@ -171,11 +171,11 @@ def as_text(figures: dict[str, Any], tables: Sequence[Table]) -> str:
 
 
 def headline(figures: dict[str, Any]) -> str:
-    parts, looked = len(figures["parts"]), figures["looked_at"]
+    parts = len(figures["parts"])
     return (
         f"{figures['stage']}: {number(figures['all']['records'])} records in {parts} data set{'s' * (parts != 1)} "
         f"of {figures['data']}, {number(figures['steps'])} steps ({figures['epochs']:.3g} epochs); "
-        f"{number(looked)} records looked at"
+        f"{number(figures['looked_at'])} records measured"
     )
 
 

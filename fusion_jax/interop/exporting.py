@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import find_template, stop_ids
+from fusion_jax.data.templates import find_template, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import shown

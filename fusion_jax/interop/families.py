@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import OWN, TEMPLATES
+from fusion_jax.data.templates import OWN, TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.interop.rope import listed_windows, rope_config, windows_from_a_layer_on
@@ -24,7 +24,7 @@ class Family:
     """What sets a family of language models apart in a Hugging Face folder or a GGUF file.
 
     Attributes:
-      template: its chat template in `conversation.TEMPLATES`, where the tokenizer brings none of its own.
+      template: its chat template in `templates.TEMPLATES`, where the tokenizer brings none of its own.
       implies: fields of `LLMConfig` that the architecture has by construction, so that config.json does not name them.
       fused: its files hold query, key and value as one tensor, and gate and up as another.
       rope: reads the rotary settings of config.json. windows: reads which layers have a sliding window.

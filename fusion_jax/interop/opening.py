@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import gguf_file, hf_config, table

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 
-from fusion_jax.data.tokenizer import SentencePieceTokenizer
+from fusion_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 TRIALS = 3000
 _SPACE = "▁"

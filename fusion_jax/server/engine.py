@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, needs
+from fusion_jax.data.layout import Example, measure
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import UserError, check
 from fusion_jax.inference.decoding import Logprobs
@@ -118,7 +118,7 @@ class Engine:
         prefix = None if constraint is None else constraint.prefix
         stream = TextStream(self.prompts.tokenizer, self.prompts.stop_ids, how.stop, how.max_tokens, prefix)
         spec = layout_spec(self.prompts.config, 1, 1, 1)
-        length = needs(example, spec, self.prompts.latents).length
+        length = measure(example, spec, self.prompts.latents).length
         request = Request(example, how, emit, time.monotonic() + timeout, length, stream, constraint, top_logprobs)
         with self._wake:
             self._check_open()

@@ -21,7 +21,7 @@ import numpy as np
 from fusion_jax.batch import Batch
 from fusion_jax.data.conversation import IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, needs
+from fusion_jax.data.layout import Example, measure
 from fusion_jax.data.tiles import WHOLE
 from fusion_jax.errors import check
 from fusion_jax.inference import sampling
@@ -113,7 +113,7 @@ class RunningBatch:
         guide = np.ones(question if images and config.text_guided else 0, np.int32)
         tilings = (WHOLE,) * images if config.tile_grids else ()
         probe = Example(np.array([1, *marks, 1], np.int32), None, guide, crops, "warm-up", tilings)
-        free = length - needs(probe, spec, self.prompts.latents).length
+        free = length - measure(probe, spec, self.prompts.latents).length
         if free < 0:
             return None
         return replace(probe, input_ids=np.array([1, *marks, 1, *[1] * free], np.int32))

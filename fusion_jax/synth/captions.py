@@ -120,7 +120,7 @@ def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tfds(pool: PoolConfig) -> Iterator[dict[str, Any]]:
-    from fusion_jax.data.shards import TfdsRecords
+    from fusion_jax.data.tfds import TfdsRecords
 
     # Without its images: only the text is read.
     source = TfdsRecords(pool.path, pool.data_dir or None, {"text": pool.text}, "")

@@ -202,7 +202,7 @@ class SynthConfig:
     """Pieces of a SentencePiece vocabulary to train on the stages' texts, for models without pretraining; 0: none."""
 
     def __post_init__(self):
-        from fusion_jax.data.sources import parse_strategy
+        from fusion_jax.data.data_sets import parse_strategy
         from fusion_jax.synth.kinds import KINDS, STAGES  # kinds are made of prompts and schemas: loaded when needed
 
         check(len(self.pools) > 0, "config.pools is empty; name at least one source of captions.")

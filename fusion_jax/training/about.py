@@ -20,9 +20,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import TEMPLATES, encode_conversation
-from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from fusion_jax.data.tokenizer_files import read_config
+from fusion_jax.data.conversation import encode_conversation
+from fusion_jax.data.templates import TEMPLATES
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_files import TOKENIZER_FILES, read_config
 from fusion_jax.errors import UserError, check, first_line
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.training import integrity
@@ -32,7 +33,7 @@ log = logging.getLogger("fusion_jax")
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
 _MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
 # What `about` says of itself. 1, or no number: a BOS token (without one the padding token) stood in front of every
-# conversation, whatever the tokenizer's files say. 2: see `data.conversation.first_ids`.
+# conversation, whatever the tokenizer's files say. 2: see `data.templates.first_ids`.
 FORMAT = 2
 _KINDS = {
     "config": dict,

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import chat_template, conversation
+from fusion_jax.data import chat_template
 from fusion_jax.data.plan import Sizes
-from fusion_jax.data.planner import open_source, stage_is_over, stage_steps
+from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.stages import open_source
+from fusion_jax.data.templates import stop_ids
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import UserError, check
@@ -156,7 +158,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
         f"tokens of {config.tokenizer or config.init_from}.",
     )
-    conversation.stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
+    stop_ids(tokenizer, chat_template.find(config.template, tokenizer))
 
 
 def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh:

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.examples import stage_loader
 from fusion_jax.data.loader import Fed
 from fusion_jax.data.plan import Sizes
-from fusion_jax.data.planner import Counts, stage_sizes
+from fusion_jax.data.planner import Counts
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.stages import stage_loader, stage_sizes
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, check

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation
-from fusion_jax.data.plan import FixedBatch
 from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.validation_batches import FixedBatch
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks

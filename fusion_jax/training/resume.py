@@ -10,7 +10,8 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fusion_jax.data.tokenizer_files import TOKENIZER_FILES
 from fusion_jax.errors import UserError
 from fusion_jax.files import parse_json, read_file
 from fusion_jax.models.config import FusionConfig, replace

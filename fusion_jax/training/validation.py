@@ -10,11 +10,12 @@ from pathlib import Path
 from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import sources
-from fusion_jax.data.examples import Loader, fixed_loader
-from fusion_jax.data.plan import FixedBatch, Measured, plan_all
+from fusion_jax.data.examples import ExampleLoader
+from fusion_jax.data.layout import Measured
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.stages import fixed_loader
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.data.validation_batches import first_records, fixed_batches
+from fusion_jax.data.validation_batches import FixedBatch, first_records, fixed_batches, plan_all
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.training import metrics
@@ -42,7 +43,7 @@ class Validation:
 
     config: RunConfig
     stage: StageConfig
-    loader: Loader
+    loader: ExampleLoader
     records: list[Measured]
     bad: list[BadRecord]
     broken: dict[int, BadRecord] = field(default_factory=dict)

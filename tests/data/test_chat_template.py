@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt, stop_ids
+from fusion_jax.data.conversation import encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.interop.families import choose_template
@@ -212,7 +213,7 @@ def test_an_import_takes_the_folders_template_but_for_the_published_ones(folder,
             SMOL.replace("m.content", '("<think>" if loop.last and m.role == "assistant" else "") + m.content'),
             "one after the other",
         ),
-        (SMOL.replace("m.content", '(loop.index | string) + m.content'), "written otherwise once more follows"),
+        (SMOL.replace("m.content", '(loop.index | string) + m.content'), "written differently when more follows"),
         (SMOL.replace("m.content", "m.content[:4]"), "does not write a question once"),
         (SMOL.replace("m.content", 'm.content.lstrip()'), "one after the other"),
         (SMOL.replace("m.content", "m.content * 9999999999"), "MemoryError"),
@@ -245,7 +246,7 @@ def test_folders_without_one_or_with_something_else(folder):
         load_tokenizer(where)
     where = folder("smol")
     (where / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"chat_template.jinja is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"chat_template.jinja is not UTF-8 text"):
         load_tokenizer(where)
 
 

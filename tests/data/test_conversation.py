@@ -12,18 +12,8 @@ import pytest
 import tokenizers
 
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import (
-    ANSWER_START,
-    IGNORE,
-    IMAGE,
-    LATENTS,
-    TEMPLATES,
-    Template,
-    encode_conversation,
-    encode_prompt,
-    first_ids,
-    stop_ids,
-)
+from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS, encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, Template, first_ids, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 

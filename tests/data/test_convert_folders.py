@@ -170,7 +170,7 @@ def test_a_torn_plan_begins_anew(made, tmp_path, monkeypatch, caplog, torn):
         plan.write_bytes(torn)
     (out / "partial" / "00000.json").write_text('{"number": 0, "records": 1')
     run(made, out)
-    assert "starting anew" in caplog.text
+    assert "starting from scratch" in caplog.text
     assert contents(out) == contents(made / "calm")
 
 
@@ -383,7 +383,7 @@ def test_links_as_folders(made, tmp_path):
 
 def test_out_in_the_image_folder(made, tmp_path):
     images = shutil.copytree(made / "images", tmp_path / "images")
-    with pytest.raises(UserError, match="holds files that are no shards"):
+    with pytest.raises(UserError, match="holds files that are not shards"):
         shard_writing.convert(made / "a.json", images, images, progress=False)
     shard_writing.convert(made / "a.json", images, images / "shards", records_per_shard=10, progress=False)
     assert contents(images / "shards") == contents(made / "calm")

@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, whatever happens on the way, and broken ones are told."""
+"""Shards: what goes in comes out, whatever happens on the way, and broken ones are reported."""
 
 import json
 import os
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import shard_writing, shards
+from fusion_jax.data import shard_folder, shard_writing, shards
+from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.data.sources import load_source
 from fusion_jax.errors import BadRecord, UserError
 
@@ -164,7 +165,7 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
     assert all((out / name).stat().st_mtime_ns == finished[name] for name in kept)
     assert contents(out) == contents(tmp_path / "calm")
 
-    assert shard_writing.check_shards(out, progress=False) == []
+    assert check_shards(out, progress=False) == []
     file = out / "text-00003-of-00008.array_record"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -173,7 +174,7 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
     checked = run("--out", out, "--check", "--workers", 1)
     assert checked.returncode == 2
     assert f"{file} has the hash" in checked.stdout
-    assert f"error: {out} is not as its manifest says" in checked.stderr
+    assert f"error: {out} differs from its manifest in" in checked.stderr
     assert "Traceback" not in checked.stdout + checked.stderr
 
 
@@ -200,9 +201,9 @@ def test_going_on_takes_finished_shards_only(made, converted, tmp_path):
     assert contents(out) == contents(converted)
     assert not (out / "partial").exists()
     for other in ({"shard_count": 5}, {"shard_count": 4, "allow_outside": True}):
-        with pytest.raises(UserError, match=r"made otherwise.*another folder"):
+        with pytest.raises(UserError, match=r"of another conversion.*another folder"):
             shard_writing.convert(*arguments, **other, progress=False)
-    with pytest.raises(UserError, match=r"made otherwise \(source"):
+    with pytest.raises(UserError, match=r"of another conversion \(source"):
         shard_writing.convert(made / "a.jsonl", made / "images", out, shard_count=4, progress=False)
 
 
@@ -214,7 +215,7 @@ def test_jsonl_and_shards_without_any_usable_record(made, converted, tmp_path):
     assert not (tmp_path / "out" / "shard-00003-of-00006.array_record").exists()
     source, expected = load_source(tmp_path / "out"), load_source(converted)
     assert [source[i].turns for i in range(5)] == [expected[i].turns for i in (4, 5, 6, 7, 8)]
-    assert shard_writing.check_shards(tmp_path / "out", progress=False) == []
+    assert check_shards(tmp_path / "out", progress=False) == []
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_jsonl_and_shards_without_any_usable_record(made, converted, tmp_path):
         ({"json_path": "nowhere.json"}, "nowhere.json"),
         ({"json_path": "images/0.jpg"}, "must end in .json"),
         ({"out": "a.json"}, "is a file"),
-        ({"out": "images"}, "holds files that are no shards"),
+        ({"out": "images"}, "holds files that are not shards"),
         ({"max_bad_records": 0.05}, "5 of 60 records cannot be used.*record 7.*nowhere.jpg"),
     ],
 )
@@ -240,7 +241,7 @@ def test_unusable_arguments(made, tmp_path, monkeypatch, arguments, message):
 
 
 def test_one_run_at_a_time(made, tmp_path):
-    with shard_writing._lock(tmp_path / "out"), pytest.raises(UserError, match="Another process"):
+    with shard_folder.lock_folder(tmp_path / "out"), pytest.raises(UserError, match="Another process"):
         shard_writing.convert(made / "a.json", made / "images", tmp_path / "out", progress=False)
 
 
@@ -284,8 +285,8 @@ def edit(folder, change):
         (lambda m: m["shards"][1]["shard"].pop("sha256"), "'sha256' is missing in 'shard' of shard 1"),
         (lambda m: m["shards"][1].update(records=-1), "'records' in shard 1"),
         (lambda m: (m["shards"][1].update(records=10**12), m.update(records=10**12 + 42)), "shard 1 cannot hold"),
-        (lambda m: m["shards"][1]["shard"].update(name="../x.array_record"), "no file name of its own"),
-        (lambda m: m["shards"].append(m["shards"][0]), "no file name of its own"),
+        (lambda m: m["shards"][1]["shard"].update(name="../x.array_record"), "no valid and unique file name"),
+        (lambda m: m["shards"].append(m["shards"][0]), "no valid and unique file name"),
         (lambda m: m.update(shards=[], records=0), "no records"),
     ],
 )
@@ -298,7 +299,7 @@ def test_manifests_that_cannot_be_read(copy, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' stands there twice")],
+    [("{", "no valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' occurs twice")],
 )
 def test_manifests_that_are_none(copy, text, message):
     (copy / shards.MANIFEST).write_text(text)
@@ -315,7 +316,7 @@ def test_missing_and_changed_shards(copy, tmp_path):
     (copy / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         load_source(copy)
-    assert any("is missing" in problem for problem in shard_writing.check_shards(copy, progress=False))
+    assert any("is missing" in problem for problem in check_shards(copy, progress=False))
     (copy / shards.MANIFEST).unlink()
     with pytest.raises(UserError, match="no folder of shards"):
         load_source(copy)
@@ -342,10 +343,10 @@ def test_a_damaged_record_is_a_bad_record(copy):
             assert e.reason == "corrupt_record"
             assert str(path) in str(e)
     assert len(found) == len(source) - 1
-    problems = shard_writing.check_shards(copy, progress=False)
+    problems = check_shards(copy, progress=False)
     assert any(f"{path} has the hash" in problem for problem in problems)
     (copy / "more.array_record").write_bytes(b"")
-    assert f"{copy / 'more.array_record'} is not in the manifest" in shard_writing.check_shards(copy, progress=False)
+    assert f"{copy / 'more.array_record'} is not in the manifest" in check_shards(copy, progress=False)
 
 
 def test_mixture_with_shards(made, converted):

@@ -1,5 +1,7 @@
-"""Which records the steps of a stage hold: every one once an epoch, none left waiting. Planned as in training, without
-tokens or images."""
+"""Which records the steps of a stage hold: every one once an epoch, none left waiting.
+
+Planned as in training, without tokens or images.
+"""
 
 import dataclasses
 import itertools
@@ -16,9 +18,9 @@ from helpers.fixtures import tiny
 from fusion_jax.config import StageConfig
 from fusion_jax.data import loader
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import LayoutSpec
+from fusion_jax.data.layout import LayoutSpec, Measured
 from fusion_jax.data.loader import _Batches, _Feeding, record_order
-from fusion_jax.data.plan import PATIENCE, PATIENCE_PACKED, Measured, a_crop_each, size_batches
+from fusion_jax.data.plan import PATIENCE, PATIENCE_PACKED, a_crop_each, size_batches
 from fusion_jax.data.planner import stage_is_over, stage_steps
 from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord
@@ -28,7 +30,7 @@ COUNTS, LENGTH = (1, 4), 100
 
 @dataclasses.dataclass
 class Data:
-    """Stands for a `Loader`: records by what they take, None for those that are bad."""
+    """Stands for an `ExampleLoader`: records by what they take, None for those that are bad."""
 
     source: list[Measured | None]
     spec: LayoutSpec

@@ -80,15 +80,15 @@ def test_pictures_nested_in_others_are_not_opened(picture):
     assert found.im.size == (1500, 1500)  # what used to overrun the resizer's rows
     assert refusal(nested) == (
         "corrupt_image",
-        f"the image is no image of a known format, which are {formats.ALLOWED}",
+        f"the image is not an image of a known format, which are {formats.ALLOWED}",
     )
     for form in ("ICO", "ICNS", "DDS", "EPS", "PCX", "TGA", "SGI", "DIB"):
         data = encode(picture.resize((32, 32)), form)
         assert Image.open(io.BytesIO(data)).format == form
         assert refusal(data)[0] == "corrupt_image"
-        with pytest.raises(BadRecord, match="no image of a known format"):
+        with pytest.raises(BadRecord, match="not an image of a known format"):
             read_size(data)
-        with pytest.raises(BadRecord, match="no image of a known format"):
+        with pytest.raises(BadRecord, match="not an image of a known format"):
             shard_writing._look_at(data, "a", 100, "here")
 
 

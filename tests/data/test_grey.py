@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+from helpers.png import png
 from PIL import Image
-from test_image import png
 
 from fusion_jax.data import grey
 from fusion_jax.data.image import load_image, read_crops, read_size
@@ -147,8 +147,8 @@ RAMPS = {
 }
 COLOUR12 = np.repeat(TWELVE[..., None], 3, 2)
 REFUSED = {
-    "NaN": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4"), kind=FRACTIONS), "no finite"),
-    "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP).astype("f4"), kind=FRACTIONS), "no finite"),
+    "NaN": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4"), kind=FRACTIONS), "not finite"),
+    "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP).astype("f4"), kind=FRACTIONS), "not finite"),
     "float -1..1": (tiff(ramp(1, "f4", -1), kind=FRACTIONS), "below 0"),
     "float 0..1.02": (tiff(ramp(1.02, "f4"), kind=FRACTIONS), "which value is white"),
     "float 0..1e6": (tiff(ramp(1e6, "f4"), kind=FRACTIONS), "which value is white"),

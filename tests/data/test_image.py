@@ -4,10 +4,10 @@ import hashlib
 import io
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
+from helpers.png import png
 from PIL import Image
 
 from fusion_jax.benchmarking.input_pipeline import page, photo
@@ -34,17 +34,6 @@ def encode(image, form, **kwargs):
     file = io.BytesIO()
     image.save(file, form, **kwargs)
     return file.getvalue()
-
-
-def png(width, height, bits, kind, rows=b""):
-    """A PNG file from its rows of bytes; kind 0 grey, 2 colour, 4 grey with alpha, 6 colour with alpha."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    start, body, end = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + start + body + end
 
 
 @pytest.fixture
@@ -201,7 +190,7 @@ def test_what_is_no_image():
         b"RIFF\0\0\0\0WEBP",
     ):
         assert refusal(data) == "corrupt_image"
-    with pytest.raises(BadRecord, match="no image of a known format"):
+    with pytest.raises(BadRecord, match="not an image of a known format"):
         load_image(b"<html>", "here")
     broken = bytearray(png(50, 40, 8, 2, b"\0" * 151 * 40))
     broken[-20] ^= 1  # within the pixels, whose checksum is then wrong

@@ -10,7 +10,7 @@ from helpers.fixtures import QUESTION_LENGTH, example, tiny
 from fusion_jax.batch import NO_CROP, PIXELS, ZERO_IMAGE
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, LayoutSpec, check_fits, laid_out_length, lay_out, lay_out_rows, needs
+from fusion_jax.data.layout import Example, LayoutSpec, Measured, check_fits, lay_out, lay_out_rows, measure
 from fusion_jax.errors import BadRecord
 
 I, L, A, X = IMAGE, LATENTS, ANSWER_START, IGNORE
@@ -311,13 +311,12 @@ def test_crops_must_be_those_of_the_placeholders(ids, crops):
 # What does not fit.
 
 
-def test_needs_of_an_example():
-    found = needs(make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (), TWO_IMAGES), TWO, 3)
-    assert (found.length, found.crops, found.rounds, found.images) == (23, 2, 2, 2)
+def test_what_an_example_takes():
+    example = make(LEADING_IMAGES_IDS, LEADING_IMAGES_LABELS, (), TWO_IMAGES)
+    assert measure(example, TWO, 3, number=7) == Measured(7, 23, 2, 2) and example.images == 2
     text = make([1, L, 50, 30], None)
-    assert needs(text, SPEC, 3).crops == 0
-    found = needs(text, dataclasses.replace(SPEC, zero_image_for_text=True), 3)
-    assert found.crops == 1 and found.images == 0
+    assert measure(text, SPEC, 3).crops == 0
+    assert measure(text, dataclasses.replace(SPEC, zero_image_for_text=True), 3).crops == 1 and text.images == 0
 
 
 def test_too_many_images_are_a_bad_record():
@@ -330,7 +329,7 @@ def test_too_many_images_are_a_bad_record():
 
 def test_length_counts_visual_tokens():
     e = make(TWO_ROUNDS_IDS, TWO_ROUNDS_LABELS, (1,), CROPS[-1:])
-    assert laid_out_length(e, SPEC, 3) == 27 and laid_out_length(e, SPEC, 16) == 27 + 2 * 13
+    assert measure(e, SPEC, 3).length == 27 and measure(e, SPEC, 16).length == 27 + 2 * 13
     check_fits(e, dataclasses.replace(SPEC, length=27), 3)
     lay_out([e], dataclasses.replace(SPEC, length=27), 3)
 

@@ -16,15 +16,17 @@ from PIL import Image
 
 from fusion_jax.batch import PIXELS
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt
-from fusion_jax.data.examples import ExampleMaker, Loader, fixed_loader, layout_spec, stage_loader
+from fusion_jax.data.conversation import IMAGE, LATENTS, encode_conversation, encode_prompt
+from fusion_jax.data.examples import ExampleLoader, ExampleMaker, layout_spec
 from fusion_jax.data.layout import check_fits, lay_out
 from fusion_jax.data.loader import _SENT_AHEAD, _Batches, _Feeding, training_batches
-from fusion_jax.data.plan import Sizes, plan_all
-from fusion_jax.data.planner import Counts, draw_latent_count, open_source, stage_seed, stage_steps
+from fusion_jax.data.plan import Sizes
+from fusion_jax.data.planner import Counts, draw_latent_count, stage_steps
 from fusion_jax.data.sources import Record, load_source
+from fusion_jax.data.stages import fixed_loader, open_source, stage_loader, stage_seed
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.data.validation_batches import first_records, fixed_batches
+from fusion_jax.data.validation_batches import first_records, fixed_batches, plan_all
 from fusion_jax.devices.board import Board
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -277,14 +279,14 @@ def test_a_step_is_full_however_many_records_are_bad(open_batches, folder):
 
 def test_a_record_beyond_the_data_has_changed():
     """One that waited when its file was longer."""
-    loader = Loader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
+    loader = ExampleLoader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
     bad = loader.measure(3)
-    assert isinstance(bad, BadRecord) and bad.reason == "changed" and "have 3 records by now" in str(bad)
+    assert isinstance(bad, BadRecord) and bad.reason == "changed" and "now has 3 records" in str(bad)
 
 
 def first_batch_of_nothing(bad, sizes):
     endless = grain.MapDataset.source([bad]).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
-    loader = Loader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
+    loader = ExampleLoader([None] * 3, None, layout_spec(tiny(), 40, 6, 2), 4)
     stage = StageConfig("s", "d", batch_size=sizes.rows, steps=9)
     feeding = _Feeding(loader, stage, sizes, (4,), 0, 1, 0.5, tuple(range(sizes.groups)))
     return next(iter(_Batches(endless, feeding)))

@@ -1,5 +1,4 @@
-"""Conversations that lose their last rounds: as many as when they are taken away one by one, in a time that grows as
-the conversation does."""
+"""Conversations that lose their last rounds: as many as if dropped one by one, in time linear in their length."""
 
 import dataclasses
 

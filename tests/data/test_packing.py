@@ -13,7 +13,7 @@ from fusion_jax.batch import NO_CROP
 from fusion_jax.data import packing
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, lay_out, lay_out_rows, needs
+from fusion_jax.data.layout import Example, lay_out, lay_out_rows, measure
 from fusion_jax.models.config import QUADRANTS, RopeConfig
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses
@@ -203,7 +203,7 @@ def losses_by_example(config, rows, batch, hidden, visual, spec) -> dict[int, np
         for number, example in enumerate(row, 1):
             weights = batch.loss_weights[r] * (batch.segment_ids[r] == number)
             assert weights.sum() >= 1
-            mine = slice(slot, slot + needs(examples_of(config)[example], spec, batch.latent_count).crops)
+            mine = slice(slot, slot + measure(examples_of(config)[example], spec, batch.latent_count).crops)
             slot = mine.stop
             found[example] = np.array([(ce[r] * weights).sum(), v2t[r, mine].sum(), t2v[r, mine].sum()])
         assert (batch.crop_kind[r, slot:] == NO_CROP).all()
@@ -226,7 +226,7 @@ def test_packed_losses_and_gradients_are_those_of_the_examples_alone(case):
     for rows, spec in ((alone, narrow), (PACKED, wide)):
         batch = lay_out_rows([[examples[i] for i in row] for row in rows], spec, count)
         if "longrope" in config.llm.rope.kind:
-            lengths = {needs(example, spec, count).length for example in examples}
+            lengths = {measure(example, spec, count).length for example in examples}
             assert min(lengths) <= 40 < max(lengths)
         (total, (parts, hidden, visual)), grads = run_fn(config)(params(config), batch)
         by_example = losses_by_example(config, rows, batch, hidden, visual, spec)

@@ -1,4 +1,4 @@
-"""Planning rows from measured records: dealing crops to groups, rows of text alone, sizes of batches."""
+"""Planning rows from measured records: crops over groups, rows of text alone, sizes of batches."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,9 @@ from helpers.fixtures import tiny
 from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.plan import Measured, Plan, Sizes, deal, enough, plan, plan_all, size_batches
+from fusion_jax.data.layout import Measured
+from fusion_jax.data.plan import Plan, Sizes, assign_to_groups, enough, plan, size_batches
+from fusion_jax.data.validation_batches import plan_all
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
 
@@ -18,10 +20,10 @@ def records(*crops, length=30, rounds=1):
 
 def test_units_go_where_the_crops_left_are_like_theirs():
     sizes = Sizes(rows=4, groups=2, crops={4: 5}, packing=False, samples=4)
-    assert deal([[0], [1], [2], [3]], [4, 1, 1, 3], sizes, 5) == [[0], [1], [2], [3]]
+    assert assign_to_groups([[0], [1], [2], [3]], [4, 1, 1, 3], sizes, 5) == [[0], [1], [2], [3]]
     # The third is too heavy for what is left and waits; a row may stay empty.
-    assert deal([[0], [1], [2], [3]], [4, 4, 2, 1], sizes, 5) == [[0], [3], [1], []]
-    assert deal([], [], sizes, 5) == [[], [], [], []]
+    assert assign_to_groups([[0], [1], [2], [3]], [4, 4, 2, 1], sizes, 5) == [[0], [3], [1], []]
+    assert assign_to_groups([], [], sizes, 5) == [[], [], [], []]
 
 
 def test_rows_of_text_alone_go_together():
@@ -39,10 +41,10 @@ def test_rows_of_text_alone_go_together():
 def test_units_go_where_the_crops_suit_and_not_where_there_is_room_first():
     sizes = Sizes(rows=4, groups=2, crops={4: 5}, packing=False, samples=4)
     # First fit would put both light ones together, and no group would have room for the second heavy one.
-    assert deal([[0], [1], [2], [3]], [1, 1, 4, 4], sizes, 5) == [[0], [2], [1], [3]]
+    assert assign_to_groups([[0], [1], [2], [3]], [1, 1, 4, 4], sizes, 5) == [[0], [2], [1], [3]]
     sizes = Sizes(rows=6, groups=3, crops={4: 6}, packing=True, samples=6)
     units_ = [[0, 1], [2], [3], [4, 5], [6], [7]]
-    assert deal(units_, [1, 2, 3, 3, 4, 5], sizes, 6) == [[0, 1], [7], [2], [6], [3], [4, 5]]
+    assert assign_to_groups(units_, [1, 2, 3, 3, 4, 5], sizes, 6) == [[0, 1], [7], [2], [6], [3], [4, 5]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Forms of records: each is understood in full, or refused by name; never is a part of one left out in silence."""
+"""Forms of records: each is understood in full or refused by name; no part is left out silently."""
 
 import base64
 import dataclasses
@@ -13,14 +13,17 @@ from PIL import Image
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import shard_writing
-from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt
+from fusion_jax.data.conversation import encode_conversation, encode_prompt
 from fusion_jax.data.examples import ExampleMaker
 from fusion_jax.data.media import Named
-from fusion_jax.data.planner import open_source
 from fusion_jax.data.records import understand
+from fusion_jax.data.shard_checking import check_shards
+from fusion_jax.data.stages import open_source
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord
-from fusion_jax.inspection import numbers as inspect_numbers
+from fusion_jax.inspection.figures import summary
+from fusion_jax.inspection.sample import draw_sample, open_stage
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
@@ -237,10 +240,18 @@ REFUSED = {
         "'path' of",
     ),
     "an empty object": ({"image": {}, "conversations": TURNS}, "bad_image", "'image'"),
-    "torn base64": ({"image": {"bytes": TEXT[:-7] + "!"}, "conversations": TURNS}, "bad_image", "no image in base64"),
+    "torn base64": (
+        {"image": {"bytes": TEXT[:-7] + "!"}, "conversations": TURNS},
+        "bad_image",
+        "not an image in base64",
+    ),
     "an empty list of bytes": ({"image": {"bytes": [1, 999]}, "conversations": TURNS}, "bad_image", "'bytes'"),
     "a URL of text": ({"image": "data:image/png,x", "conversations": TURNS}, "bad_image", "data URL"),
-    "base64 of no image": ({"image": "QUJD" * 20_000, "conversations": TURNS}, "bad_image", "base64, but of no image"),
+    "base64 of no image": (
+        {"image": "QUJD" * 20_000, "conversations": TURNS},
+        "bad_image",
+        "base64, but not of a known image",
+    ),
     "a text of 300 KB": ({"image": "x. " * 100_000, "conversations": TURNS}, "bad_image", "(300 KB)"),
     "a late system text": ({"conversations": [*PLAIN, SYSTEM]}, "system_turn", "entry 2"),
     "two system texts": ({"conversations": [SYSTEM, SYSTEM, *PLAIN]}, "system_turn", "entry 1"),
@@ -375,12 +386,12 @@ def test_training_conversion_and_inspection_read_the_same(folder):
     assert manifest["skipped"]["reasons"] == Counter(expected.values())
     stored = examples(folder, "shards")
     assert stored == {name: made for name, made in direct.items() if not isinstance(made, str)}
-    assert shard_writing.check_shards(folder / "shards", progress=False) == []
+    assert check_shards(folder / "shards", progress=False) == []
     for data, bad in (("all.json", Counter(expected.values())), ("shards", {})):
         config = configured(folder, data)
-        opened = inspect_numbers.open_stage(config, config.stages[0], tokenizer_of(folder))
-        looked = inspect_numbers.look(opened, 0, 100, progress=False)
-        reasons = {one["reason"]: one["count"] for one in inspect_numbers.summary(opened, looked)["bad_records"]}
+        opened = open_stage(config, config.stages[0], tokenizer_of(folder))
+        sample = draw_sample(opened, 0, 100, progress=False)
+        reasons = {one["reason"]: one["count"] for one in summary(opened, sample)["bad_records"]}
         assert reasons == bad
 
 

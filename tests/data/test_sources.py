@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_jax.data import shards, sources
+from fusion_jax.data import json_records
 from fusion_jax.data.sources import load_mixture, load_records, load_source
+from fusion_jax.data.tfds import TfdsRecords
 from fusion_jax.errors import BadRecord, UserError
 
 TURNS = [{"from": "human", "value": '<image>\n"图"? \\ [{\n'}, {"from": "gpt", "value": "naïve 🐱"}]
@@ -35,7 +36,7 @@ def ids(source):
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_list(tmp_path, monkeypatch, chunk, style):
     """Whatever the layout and wherever the reading window ends."""
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
     source = load_source(write(tmp_path / "a.json", make(12), **style))
     assert len(source) == 12
     assert ids(source) == [f"r{k}" for k in range(12)]
@@ -179,9 +180,13 @@ def test_mixture_seed(tmp_path):
         ("a.yaml", "datasets: [{json_path: x.json, sampling_strategy: 'some:3'}]", "'some:3'.*first:N, end:N"),
         ("a.yaml", "datasets: [{json_path: x.json, image_folder: pics}]", "pics"),
         ("a.csv", "x", r"\.jsonl, \.yaml"),
-        ("a.yaml", "datasets: [{json_path: x.json, json_path: y.json}]", "'json_path' stands there twice"),
+        ("a.yaml", "datasets: [{json_path: x.json, json_path: y.json}]", "'json_path' occurs twice"),
         ("a.yaml", "datasets: [{json_path: x.json, shards: y}]", "one of json_path, shards, tfds"),
-        ("a.yaml", "datasets: [{json_path: x.json, weight: 0}]", "weight must be a number above 0, not 0"),
+        (
+            "a.yaml",
+            "datasets: [{json_path: x.json, weight: 0}]",
+            "weight must be a number above 0 and at most 1,000,000, not 0",
+        ),
         ("a.yaml", "datasets: [{json_path: x.json, weight: true}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, weight: .inf}]", "weight"),
         ("a.yaml", "datasets: [{json_path: x.json, allow_outside: 1}]", "allow_outside must be true or false"),
@@ -190,7 +195,7 @@ def test_mixture_seed(tmp_path):
             "datasets: [{shards: x, image_folder: y}]",
             r"datasets\[0\]\.image_folder is no key; known keys: shards, sampling_strategy",
         ),
-        ("a.yaml", "datasets: [{shards: x}]", "x is no folder of shards"),
+        ("a.yaml", "datasets: [{shards: x}]", "x is not a folder of shards"),
         ("a.yaml", "datasets: [{tfds: mnist}]", "tfds:name"),
         ("a.yaml", "datasets: [{tfds: 'mnist:train', features: image}]", "features must be a mapping"),
     ],
@@ -246,14 +251,14 @@ def test_a_file_changed_after_opening_is_named(tmp_path):
 
 
 def test_numbers_are_read_to_their_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 1)
+    monkeypatch.setattr(json_records, "_CHUNK", 1)
     assert len(load_source(write(tmp_path / "a.json", [12, 345]))) == 2
 
 
 def test_doubled_keys_of_a_record(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "image": "a.jpg", "image": "b.jpg", "conversations": []}\n')
     source = load_source(tmp_path / "a.jsonl")
-    with pytest.raises(BadRecord, match="'image' stands there twice") as e:
+    with pytest.raises(BadRecord, match="'image' occurs twice") as e:
         source[0]
     assert e.value.reason == "duplicate_key"
 
@@ -393,7 +398,7 @@ def test_tfds_features(prepared):
 
 def test_tfds_features_by_their_names():
     def chosen(*known):
-        records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+        records = TfdsRecords.__new__(TfdsRecords)
         records.spec, records.prompt = "tfds:x:train", None
         return records._choose(None, dict.fromkeys(known))
 
@@ -415,7 +420,7 @@ def test_tfds_features_by_their_names():
 def test_tfds_pictures_in_a_feature_are_named():
     import tensorflow_datasets as tfds
 
-    records = shards.TfdsRecords.__new__(shards.TfdsRecords)
+    records = TfdsRecords.__new__(TfdsRecords)
     records.spec, records.prompt = "tfds:x:train", None
     text, picture = tfds.features.Text(), tfds.features.Image()
     for known in ({"inputs": {"a": picture}}, {"steps": tfds.features.Sequence({"a": picture, "b": text})}):

@@ -13,7 +13,7 @@ from fusion_jax.data import tiles
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import read_tiles
-from fusion_jax.data.layout import Example, LayoutSpec, lay_out, lay_out_rows, needs
+from fusion_jax.data.layout import Example, LayoutSpec, lay_out, lay_out_rows, measure
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling
 from fusion_jax.models.config import VARIANTS
 
@@ -136,8 +136,8 @@ def image_of(first, tiling, side=2):
 
 def test_an_image_stands_as_its_whole_view_and_rows_of_its_tiles():
     made = two_images()
-    takes = needs(made, SPEC, 4)
-    assert (takes.crops, takes.images, takes.rounds) == (8, 2, 2)
+    takes = measure(made, SPEC, 4)
+    assert (takes.crops, made.images, takes.rounds) == (8, 2, 2)
     batch = lay_out_rows([[], [made]], SPEC, 4, groups=1)
     entries = table(SPEC, 2, range(4))
     index = batch.visual_index[1]

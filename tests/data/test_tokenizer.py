@@ -13,14 +13,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from fusion_jax.data.conversation import (
-    ANSWER_START,
-    IMAGE_SLOT,
-    TEMPLATES,
-    encode_conversation,
-    encode_prompt,
-    stop_ids,
-)
+from fusion_jax.data.conversation import ANSWER_START, IMAGE_SLOT, encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 
@@ -167,7 +161,7 @@ def test_a_file_that_puts_two_tokens_in_front_is_refused(llama_folder, tmp_path)
     single = "<|begin_of_text|> <|eot_id|> $A"
     model.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=first)
     model.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer.json puts 2 tokens in front of a text"):
+    with pytest.raises(UserError, match=r"tokenizer.json puts 2 tokens before a text"):
         load_tokenizer(tmp_path)
 
 
@@ -252,10 +246,10 @@ def test_errors_name_the_path(tmp_path, llama_folder):
     with pytest.raises(UserError, match=r"neither tokenizer\.model nor tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("no model")
-    with pytest.raises(UserError, match="no SentencePiece model"):
+    with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="no valid tokenizer file"):
+    with pytest.raises(UserError, match="not a valid tokenizer file"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((llama_folder / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="must name an eos_token"):
@@ -478,5 +472,5 @@ def test_links_out_of_a_folder(phi_folder, tmp_path, kind):
             load_tokenizer(folder)
     (files / "0").unlink()
     (files / "0").mkdir()
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         load_tokenizer(folder, own=True)

@@ -11,16 +11,16 @@ from helpers.fixtures import tiny
 
 from fusion_jax import files
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import shards, sources
+from fusion_jax.data import json_records, shards
 from fusion_jax.data.image import load_image, read_size
 from fusion_jax.data.loader import Fed
 from fusion_jax.data.planner import Counts
+from fusion_jax.data.shard_writing import convert
 from fusion_jax.data.sources import load_records, load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import files as benchmark_files
 from fusion_jax.evals import predictions
-from fusion_jax.shards import convert
 from fusion_jax.training.input_check import InputCheck
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -39,7 +39,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("chunk", [50, 1 << 22])
 def test_one_record_that_cannot_be_parsed_is_a_bad_record(tmp_path, monkeypatch, bad, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
     (tmp_path / "a.json").write_text(f"[{GOOD}, {bad},\n {GOOD}]")
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{bad}\n{GOOD}\n")
     for name in ("a.json", "a.jsonl"):
@@ -66,8 +66,8 @@ def test_a_list_that_never_closes_is_invalid(tmp_path):
 
 
 def test_a_record_that_is_too_long_is_never_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_RECORD", 500)
-    monkeypatch.setattr(sources, "_CHUNK", 100)
+    monkeypatch.setattr(json_records, "_MAX_RECORD", 500)
+    monkeypatch.setattr(json_records, "_CHUNK", 100)
     long = json.dumps({"id": "long", "conversations": [{"from": "human", "value": "x" * 5000}]})
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{long}\n{GOOD}\n{long}")
     source = load_source(tmp_path / "a.jsonl")
@@ -99,7 +99,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path, name):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_pipes_in_tokenizer_folders(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}.*no regular file"):
+    with pytest.raises(UserError, match=f"{name}.*not a regular file"):
         load_tokenizer(tmp_path)
 
 
@@ -164,7 +164,10 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("datasets: [{json_path: ''}]", "entry 0: json_path must be a text, not an empty text"),
         ("datasets: [{shards: 5}]", "entry 0: shards must be a text, not 5"),
         ("datasets: [{tfds: [a]}]", "entry 0: tfds must be a text"),
-        ("datasets: [{json_path: a.json, weight: null}]", "weight must be a number above 0, not null"),
+        (
+            "datasets: [{json_path: a.json, weight: null}]",
+            "weight must be a number above 0 and at most 1,000,000, not null",
+        ),
         ("datasets: [{json_path: a.json, sampling_strategy: null}]", "unknown sampling strategy null"),
         ("datasets: [{json_path: a.json, allow_outside: null}]", "allow_outside must be true or false, not null"),
         ("datasets: [null]", "entry 0 must be a mapping .*, not null"),
@@ -172,7 +175,7 @@ MERGES = "a: &a {x0: 1, x1: 1}\n" + "".join(
         ("datasets: [{weight: 2}]", "entry 0 must be a mapping .*it has 'weight'"),
         ("datasets: null", "must have a list `datasets` .*datasets is null"),
         ("datasets: [{json_path: a.json, wieght: 2}]", r"datasets\[0\].wieght is no key; did you mean weight"),
-        ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder stands beside `datasets`"),
+        ("image_folder: x\ndatasets: [{json_path: a.json}]", "image_folder is beside `datasets`"),
         ("dataset: x\ndatasets: [{json_path: a.json}]", r"the mixture\.dataset is no key; did you mean datasets\?"),
         ("", "must have a list `datasets`"),
     ],

@@ -255,4 +255,4 @@ def test_report_shows_words_for_an_image_it_cannot_read(tmp_path):
     write_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     assert report.thumbnail(picture(tmp_path / "a.png")).startswith("<img")
-    assert "no image of a known format" in report.thumbnail(picture(tmp_path / "b.png"))
+    assert "not an image of a known format" in report.thumbnail(picture(tmp_path / "b.png"))

@@ -57,7 +57,10 @@ def test_an_image_may_be_another_rows_index(tmp_path, task):
         ([row(1, RED), row(2, "")], "row 1, index 2: the image is empty"),
         ([row(1, RED), row(2, "no image!")], "row 1, index 2: the image is not valid base64"),
         ([row(1, RED), row(2, RED[:-2])], "row 1, index 2: the image is not valid base64"),
-        ([row(1, RED), row(2, base64.b64encode(b"hello" * 9).decode())], "no image of a known format.*row 1, index 2"),
+        (
+            [row(1, RED), row(2, base64.b64encode(b"hello" * 9).decode())],
+            "not an image of a known format.*row 1, index 2",
+        ),
         ([row(1, RED), row("2.0", RED)], "row 1: the index '2.0' is not a whole number"),
         ([row(1, RED), row("", RED)], "row 1: the index '' is not a whole number"),
         ([row(1, RED), row(5, RED), row(1, BLUE)], "the rows 0 and 2 have the same index 1"),

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax.batch import Batch, windows
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.models import fusion
 from fusion_jax.models.config import (
     PRESETS,
@@ -107,7 +107,7 @@ def lay(config: FusionConfig, examples: Sequence[Example], length: int = 0, roun
     """The examples as a batch, one a row, of the shortest length by default."""
     count = config.latent_counts[0] if config.semantic_exchange else 0
     spec = layout_spec(config, 1, QUESTION_LENGTH, rounds)
-    length = length or max(laid_out_length(e, spec, count) for e in examples)
+    length = length or max(measure(e, spec, count).length for e in examples)
     return lay_out(list(examples), layout_spec(config, length, QUESTION_LENGTH, rounds), count)
 
 

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from fusion_jax.data.layout import Needs
+from fusion_jax.data.layout import Measured
 from fusion_jax.inference.prompts import Buckets
 from fusion_jax.server import api, protocol
 from fusion_jax.server.options import Options
@@ -39,7 +39,7 @@ class Prompts:
     def measure(self, record):
         questions = [turn["value"] for turn in record.turns if turn["from"] == "human"]
         length = sum(len(turn["value"]) for turn in record.turns)
-        return Needs(length, 0, len(questions), len(record.images)), len("".join(questions)) if record.images else 0
+        return Measured(0, length, 0, len(questions)), len("".join(questions)) if record.images else 0
 
 
 class Engine:

@@ -194,11 +194,7 @@ def serve() -> None:
     from fusion_jax.data import loader  # noqa: F401
     from fusion_jax.evals import registry, runner  # noqa: F401
     from fusion_jax.inference import generate  # noqa: F401
-    from fusion_jax.inspection import (
-        numbers,  # noqa: F401
-        page,  # noqa: F401
-        tables,  # noqa: F401
-    )
+    from fusion_jax.inspection import inspect  # noqa: F401
     from fusion_jax.interop import exporting, importing  # noqa: F401
     from fusion_jax.planning import report, search  # noqa: F401
     from fusion_jax.server import api, protocol  # noqa: F401

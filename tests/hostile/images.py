@@ -1,4 +1,4 @@
-"""Image files made to hang, to fill memory or to break the resizer: mutated, nested, lying, or no files at all.
+"""Image files made to hang, to fill memory or to break the resizer: mutated, nested or lying.
 
 Each goes through all that reads images: `read_size`, `load_image`, `read_crops` and `read_resized`.
 It must be refused as a bad record, or give RGB of the size that `read_size` says, within seconds and limits of memory.

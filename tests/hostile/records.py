@@ -14,6 +14,7 @@ from PIL import Image
 
 from fusion_jax.data import shard_writing, shards
 from fusion_jax.data.examples import ExampleMaker
+from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.data.sources import load_source
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
@@ -418,7 +419,7 @@ def _convert(path: Path, images: Path) -> None:
         check_message(error)
         assert not out.exists(), sorted(out.iterdir())
     else:
-        assert shard_writing.check_shards(out, progress=False) == []
+        assert check_shards(out, progress=False) == []
         assert not (out / "partial").exists()
 
 

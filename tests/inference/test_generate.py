@@ -15,8 +15,8 @@ from helpers import tiny_run
 from helpers.fixtures import example, lay, params, tiny
 from helpers.generation import MIXED, answerer, config, make_tokenizer, weights
 
-from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.sources import Record
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference import generate, sampling
 from fusion_jax.inference.decoding import decode, first_state

@@ -1,4 +1,4 @@
-"""What `data.inspect` says about small real data, by hand counts and by what training gets; and its page."""
+"""What `fusion_jax.inspect` says about small real data, by hand counts and by what training gets; and its page."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,6 @@ import pytest
 from helpers.fixtures import tiny
 from PIL import Image
 
-from fusion_jax import inspect
 from fusion_jax.batch import NO_CROP
 from fusion_jax.config import RunConfig, StageConfig, to_dict
 from fusion_jax.data.layout import Example, lay_out
@@ -23,8 +22,14 @@ from fusion_jax.data.loader import training_batches
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.devices import flops
 from fusion_jax.errors import UserError
-from fusion_jax.inspection import numbers as inspect_numbers
-from fusion_jax.inspection import page as inspect_page
+from fusion_jax.inspection import rows as page_rows
+from fusion_jax.inspection.charts import histogram
+from fusion_jax.inspection.figures import summary
+from fusion_jax.inspection.inspect import Options, inspect
+from fusion_jax.inspection.page import page as whole_page
+from fusion_jax.inspection.page import stage_section
+from fusion_jax.inspection.sample import draw_sample, open_stage
+from fusion_jax.inspection.steps import planned_steps, sample_rows, step_statistics
 from fusion_jax.inspection.tables import stage_tables
 from fusion_jax.synth.tokenizer import train_tokenizer
 from fusion_jax.training import checkpoint
@@ -89,24 +94,24 @@ def configured(folder, preset="paper", model=(), stage=(), **changes):
     )
 
 
-def opened_and_looked(config, samples=0, images=100):
-    opened = inspect_numbers.open_stage(config, config.stages[0], load_tokenizer(config.tokenizer))
-    return opened, inspect_numbers.look(opened, samples, images, progress=False)
+def opened_and_measured(config, samples=0, images=100):
+    opened = open_stage(config, config.stages[0], load_tokenizer(config.tokenizer))
+    return opened, draw_sample(opened, samples, images, progress=False)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, folder):
     preset, model, stage = CASES[request.param]
     config = configured(folder, preset, model, stage)
-    return request.param, *opened_and_looked(config)
+    return request.param, *opened_and_measured(config)
 
 
 # Figures.
 
 
 def test_hand_counts(folder):
-    opened, looked = opened_and_looked(configured(folder, stage=CASES["unpacked"][2]))
-    got = inspect_numbers.summary(opened, looked)
+    opened, sample = opened_and_measured(configured(folder, stage=CASES["unpacked"][2]))
+    got = summary(opened, sample)
     a, b = got["parts"]
     good = [expected for _, expected in RECORDS.values() if not isinstance(expected, str)]
     good.append((1, 1, 0))  # the broken image's record: by its text it is one
@@ -141,9 +146,9 @@ def test_hand_counts(folder):
 
 def test_records_are_measured_as_they_are_laid_out(case):
     """Tokens, crops and FLOPs of each record, from its text alone, are those of a batch with this record alone."""
-    name, opened, looked = case
+    name, opened, sample = case
     seen = 0
-    for measured in looked.records[looked.records["good"] > 0]:
+    for measured in sample.records[sample.records["good"] > 0]:
         example = opened.loader.load(int(measured["number"]))
         if not isinstance(example, Example):
             continue
@@ -155,7 +160,7 @@ def test_records_are_measured_as_they_are_laid_out(case):
             costs.append(flops.step_flops(opened.config.model, shape))
         visual = (batch.visual_index >= 0).sum()
         assert measured["text"] == (batch.segment_ids > 0).sum() - visual
-        assert measured["image"] + 4 * measured["latent_rounds"] == visual
+        assert measured["length"] - measured["text"] + 4 * measured["rounds"] == visual
         assert measured["crops"] == (batch.crop_kind != NO_CROP).sum()
         assert measured["supervised"] == batch.loss_weights.sum()
         assert measured["question"] == len(example.question_ids)
@@ -163,15 +168,15 @@ def test_records_are_measured_as_they_are_laid_out(case):
         seen += 1
     assert seen >= (7 if name == "one crop a row" else 9)
     if name == "tiles":
-        assert looked.records["crops"].max() > 4
+        assert sample.records["crops"].max() > 4
 
 
 def test_small_data_sets_are_looked_at_too(folder):
-    opened, looked = opened_and_looked(configured(folder), samples=1, images=0)
-    got = inspect_numbers.summary(opened, looked)
+    opened, sample = opened_and_measured(configured(folder), samples=1, images=0)
+    got = summary(opened, sample)
     assert got["looked_at"] == got["all"]["looked_at"] == 1
     assert [part["looked_at"] for part in got["parts"]] == [8, 4]
-    assert len({int(number) for number in looked.records["number"]}) == 12
+    assert len({int(number) for number in sample.records["number"]}) == 12
 
 
 def trained(opened, steps):
@@ -183,14 +188,14 @@ def trained(opened, steps):
 
 
 def test_steps_are_those_of_training(case):
-    _, opened, looked = case
+    _, opened, sample = case
     feds = trained(opened, 6)
-    steps = list(itertools.islice(inspect_numbers.planned_steps(opened, looked), 6))
+    steps = list(itertools.islice(planned_steps(opened, sample), 6))
     for fed, step in zip(feds, steps):
         broken = sum(bad.reason == "corrupt_image" for bad in fed.bad)
         assert sum(map(len, step.rows)) == fed.samples + broken
         assert (step.latents, len(step.rows)) == (fed.batch.latent_count, len(fed.batch.tokens))
-    shown = inspect_numbers.sample_rows(opened, looked, rows=6)
+    shown = sample_rows(opened, sample, rows=6)
     assert [some.step for some in shown] == [0, 1, 2]
     for fed, some in zip(feds, shown):
         count, groups = len(some.batch.tokens), len(some.batch.crops)
@@ -209,20 +214,20 @@ def test_steps_are_those_of_training(case):
 
 def test_steps_end_where_those_of_training_do(folder):
     """Behind an epoch, of which the last step holds what is left."""
-    opened, looked = opened_and_looked(configured(folder, stage={"steps": 0, "batch_size": 4}), images=0)
-    steps = list(inspect_numbers.planned_steps(opened, looked))
+    opened, sample = opened_and_measured(configured(folder, stage={"steps": 0, "batch_size": 4}), images=0)
+    steps = list(planned_steps(opened, sample))
     feds = trained(opened, 100)
     assert [len(step.rows) for step in steps] == [4, 4, 4] and feds[-1].last
     assert [sum(map(len, step.rows)) for step in steps] == [4, 4, 1]  # of 12 records three are bad by their texts
     assert [sum(map(len, step.rows)) for step in steps] == [fed.samples + fed.broken for fed in feds]
-    got = inspect_numbers.summary(opened, looked)
+    got = summary(opened, sample)
     assert (got["steps"], got["epochs"], got["step"]["steps_planned"]) == (3, 1, 2)
 
 
 def test_step_figures_are_those_of_the_batches(case):
-    _, opened, looked = case
-    clean = all(bad.reason != "corrupt_image" for _, bad in looked.bad_images)
-    got = inspect_numbers.step_statistics(opened, looked)
+    _, opened, sample = case
+    clean = all(bad.reason != "corrupt_image" for _, bad in sample.bad_images)
+    got = step_statistics(opened, sample)
     assert got["steps_planned"] >= 2 and not clean
     feds = trained(opened, got["steps_planned"])
     lost = sum(bad.reason == "corrupt_image" for fed in feds for bad in fed.bad)
@@ -266,16 +271,16 @@ class Parsed(HTMLParser):
         return [a for t, a in self.elements if t == tag and (kind is None or kind in (a.get("class") or "").split())]
 
 
-def page_of(opened, looked, rows):
-    figures = inspect_numbers.summary(opened, looked)
-    section = inspect_page.stage_section(figures, stage_tables(figures), opened, looked, rows)
-    return inspect_page.page([section])
+def page_of(opened, sample, rows):
+    figures = summary(opened, sample)
+    section = stage_section(figures, stage_tables(figures), opened, sample, rows)
+    return whole_page([section])
 
 
 def test_the_page_shows_every_crop_and_token(case):
-    name, opened, looked = case
-    rows = inspect_numbers.sample_rows(opened, looked, rows=12)
-    found = Parsed(page_of(opened, looked, rows))
+    name, opened, sample = case
+    rows = sample_rows(opened, sample, rows=12)
+    found = Parsed(page_of(opened, sample, rows))
     pictures = supervised = text = ends = latents = questions = 0
     for some in rows:
         batch = some.batch
@@ -287,15 +292,15 @@ def test_the_page_shows_every_crop_and_token(case):
         latents += int((batch.latent_start >= 0).sum())
         for row, examples in enumerate(some.examples):
             questions += sum(len(e.question_ids) for e in examples if e.crops is not None)
-            kinds = inspect_page.kinds(batch, row, some.spec)
-            assert (kinds == inspect_page.PADDING).sum() == (batch.segment_ids[row] == 0).sum()
-            assert (kinds == inspect_page.ANSWER).sum() == batch.loss_weights[row].sum()
-            counted = (kinds == inspect_page.LATENTS).sum()
+            kinds = page_rows.kinds(batch, row, some.spec)
+            assert (kinds == page_rows.PADDING).sum() == (batch.segment_ids[row] == 0).sum()
+            assert (kinds == page_rows.ANSWER).sum() == batch.loss_weights[row].sum()
+            counted = (kinds == page_rows.LATENTS).sum()
             assert counted == batch.latent_count * (batch.latent_start[row] >= 0).sum()
-            rounds_and_text = (kinds == inspect_page.TEXT).sum() + (kinds == inspect_page.ANSWER).sum()
+            rounds_and_text = (kinds == page_rows.TEXT).sum() + (kinds == page_rows.ANSWER).sum()
             assert rounds_and_text == ((batch.segment_ids[row] > 0) & (batch.visual_index[row] < 0)).sum()
             ended = sum(tiling.box(24, 2)[1] - tiling.box(24, 2)[0] for e in examples for tiling in e.tilings)
-            assert (kinds == inspect_page.ROW_END).sum() == ended
+            assert (kinds == page_rows.ROW_END).sum() == ended
     assert pictures > 0 and len(found.of("img")) == pictures
     assert all(a["src"].startswith("data:image/") and a["alt"] for a in found.of("img"))
     tokens = [a for a in found.of("span", "t") if "position" in a["title"]]
@@ -309,11 +314,11 @@ def test_the_page_shows_every_crop_and_token(case):
 
 
 def test_conversations_are_text_on_the_page(folder, case):
-    _, opened, looked = case
-    rows = inspect_numbers.sample_rows(opened, looked, rows=30)
+    _, opened, sample = case
+    rows = sample_rows(opened, sample, rows=30)
     while not any("(id evil)" in e.where for some in rows for row in some.examples for e in row):
-        rows = inspect_numbers.sample_rows(opened, looked, rows=60, steps=len(rows) + 5)
-    page = page_of(opened, looked, rows)
+        rows = sample_rows(opened, sample, rows=60, steps=len(rows) + 5)
+    page = page_of(opened, sample, rows)
     found = Parsed(page)
     assert not {"script", "b", "link", "iframe"} & {tag for tag, a in found.elements if a.get("class") != "hp"}
     for _, attributes in found.elements:
@@ -330,17 +335,17 @@ def test_conversations_are_text_on_the_page(folder, case):
 def test_tokens_of_one_character_are_joined(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     ids = tokenizer.encode("café ☕\n<")
-    pieces = inspect_page._pieces(tokenizer, ids)
+    pieces = page_rows._pieces(tokenizer, ids)
     assert len(pieces) == len(ids) and "\ufffd" not in "".join(pieces)
     assert "".join(piece for piece in pieces if piece != "·") == ' café ☕<span class="nl">↵</span>\n&lt;'
     assert pieces.count("·") == 3  # two bytes and three, of which the first show the whole
 
 
 def test_histograms():
-    svg = inspect_page.histogram(np.array([1, 1, 1, 5]), "a <b>")
+    svg = histogram(np.array([1, 1, 1, 5]), "a <b>")
     titles = [data for (tag, _), data in Parsed(svg).texts if tag == "title"]
     assert titles == ["0: 0 of 4", "1: 3 of 4", "2: 0 of 4", "3: 0 of 4", "4: 0 of 4", "5: 1 of 4"]
-    wide = [data for (tag, _), data in Parsed(inspect_page.histogram(np.arange(100), "wide")).texts if tag == "title"]
+    wide = [data for (tag, _), data in Parsed(histogram(np.arange(100), "wide")).texts if tag == "title"]
     assert wide[0] == "0–3: 4 of 100" and len(wide) == 25 and "a &lt;b&gt;" in svg
 
 
@@ -379,23 +384,23 @@ def test_a_missing_config_is_one_sentence():
 def test_what_cannot_be_inspected_is_said(folder, tmp_path):
     config = configured(folder)
     with pytest.raises(UserError, match="--stage='two' is unknown; allowed: one"):
-        inspect.inspect(config, inspect.Options(stage="two"))
-    with pytest.raises(UserError, match="--samples=-1 must be at least 0"):
-        inspect.Options(samples=-1)
+        inspect(config, Options(stage="two"))
+    with pytest.raises(UserError, match="--limit=-1 must be at least 0"):
+        Options(limit=-1)
     with pytest.raises(UserError, match="in a folder that exists"):
-        inspect.inspect(config, inspect.Options(), tmp_path / "none" / "page.html")
+        inspect(config, Options(), tmp_path / "none" / "page.html")
     empty = dataclasses.replace(config.stages[0], data=str(folder / "empty.json"))
     with pytest.raises(UserError, match=r"empty\.json"):
-        inspect.inspect(dataclasses.replace(config, stages=(empty,)), inspect.Options())
+        inspect(dataclasses.replace(config, stages=(empty,)), Options())
     with pytest.raises(UserError, match="no tokenizer folder"):
-        inspect.inspect(dataclasses.replace(config, tokenizer=str(folder / "none")), inspect.Options())
+        inspect(dataclasses.replace(config, tokenizer=str(folder / "none")), Options())
 
 
 def test_data_without_a_usable_record(folder, tmp_path, capsys):
     config = configured(folder)
     stage = dataclasses.replace(config.stages[0], data=str(folder / "bad.json"))
     config = dataclasses.replace(config, stages=(stage,), max_bad_records=0.5)
-    got = inspect.inspect(config, inspect.Options(), tmp_path / "page.html", progress=False)
+    got = inspect(config, Options(), tmp_path / "page.html", progress=False)
     [stage] = got["stages"]
     assert stage["step"] is None and stage["all"]["usable"] == 0 and stage["all"]["length"] is None
     shown = capsys.readouterr().out
@@ -410,5 +415,5 @@ def test_a_run_that_starts_from_a_checkpoint_takes_its_tokenizer(folder, tmp_pat
     about = checkpoint.describe(trained_with, load_tokenizer(folder / "tokenizer"))
     ocp.save_checkpointables(tmp_path / "10", {"params": {"x": np.zeros(1)}, "about": about})
     config = dataclasses.replace(trained_with, tokenizer="", init_from=str(tmp_path), template="llama3")
-    got = inspect.inspect(config, inspect.Options(), progress=False)
-    assert got["stages"] == inspect.inspect(trained_with, inspect.Options(), progress=False)["stages"]
+    got = inspect(config, Options(), progress=False)
+    assert got["stages"] == inspect(trained_with, Options(), progress=False)["stages"]

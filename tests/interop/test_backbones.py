@@ -286,11 +286,12 @@ def test_exports_load_with_their_processor(folders, tmp_path):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = processor([[{"role": "user", "content": "w1 w2"}]])["input_ids"][0].tolist()
     from fusion_jax.data import conversation
+    from fusion_jax.data.templates import find_template
 
     expected = conversation.encode_prompt(
         [{"from": "human", "value": "w1 w2"}],
         opened.tokenizer,
-        conversation.find_template("chatml"),
+        find_template("chatml"),
         False,
         latents_without_image=False,
     )

@@ -309,13 +309,13 @@ def test_a_tensor_larger_than_the_memory_is_not_read(folder, monkeypatch):
         ("added_tokens.json", {"x": 5.0}, ("x", "5.0")),
         ("added_tokens.json", {"": 5}, ("1 to 1000 characters",)),
         ("added_tokens.json", ["x"], ("no JSON object",)),
-        ("tokenizer.json", {}, ("no valid tokenizer file",)),
+        ("tokenizer.json", {}, ("not a valid tokenizer file",)),
         (
             "tokenizer.json",
             {"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}},
             ("4294967295",),
         ),
-        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}, ("no valid tokenizer",)),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}, ("not a valid tokenizer",)),
     ],
 )
 def test_tokenizer_files_of_wrong_forms(folder, name, content, words):

@@ -29,11 +29,12 @@ from helpers.exported_model import (
 from PIL import Image
 
 from fusion_jax.data import chat_template, conversation, image
-from fusion_jax.data.conversation import ANSWER_START, LATENTS, TEMPLATES
+from fusion_jax.data.conversation import ANSWER_START, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import static_hd_crops
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
 from fusion_jax.data.render_chat import _Generation as Generation
+from fusion_jax.data.templates import TEMPLATES, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.inference import generate
 from fusion_jax.interop.torch.folder import chat_template as jinja_text
@@ -364,7 +365,7 @@ def test_processor_equals_the_pipeline(processing, side):
     made = [jax_example(config, tokenizer, template, r, i) for r, i in zip(CHATS.values(), images)]
     examples, count = [example for example, _ in made], config.fixed_latent_count
     spec = functools.partial(layout_spec, config, question_length=max(len(e.question_ids) for e in examples), rounds=2)
-    length = max(laid_out_length(e, spec(length=1), count) for e in examples)
+    length = max(measure(e, spec(length=1), count).length for e in examples)
     expected = torch_inputs(lay_out(examples, spec(length=length), count), side)
     assert set(inputs) == set(expected)
     text = expected["attention_mask"].bool()
@@ -400,7 +401,7 @@ def test_processor_round_trip_and_chat_template(processing, tmp_path):
             assert rendered == processor.apply_chat_template(chat, **ways)
     ids = tokenizer.encode("A ball. And where?")
     assert processor.batch_decode([ids], skip_special_tokens=True) == [tokenizer.decode(ids)]
-    assert model.generation_config.eos_token_id == list(conversation.stop_ids(tokenizer, TEMPLATES["phi3"]))
+    assert model.generation_config.eos_token_id == list(stop_ids(tokenizer, TEMPLATES["phi3"]))
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id == tokenizer.pad_id
     inputs = processor(messages([("What is red?", None)]), picture_)
     answer = model.generate(**inputs, max_new_tokens=3)

@@ -25,10 +25,10 @@ from helpers.exported_model import CHATS, export, messages, picture, torch, tran
 from PIL import Image
 
 from fusion_jax.data import conversation
-from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.image import load_image, read_crops, read_tiles, static_hd_crops
-from fusion_jax.data.layout import Example, laid_out_length, lay_out
+from fusion_jax.data.layout import Example, lay_out, measure
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.interop import tokenizer_json
@@ -407,7 +407,7 @@ def test_tiles_are_those_of_training(processors, tokenizer, tmp_path):
         chats.append([*chat({"type": "image", "path": str(path)}), *more])
     inputs = processor(chats, padding_side="right")
     spec = functools.partial(layout_spec, config, question_length=max(len(e.question_ids) for e in examples), rounds=2)
-    length = max(laid_out_length(e, spec(length=1), 4) for e in examples)
+    length = max(measure(e, spec(length=1), 4).length for e in examples)
     batch = lay_out(examples, spec(length=length), config.fixed_latent_count)
     text = torch.from_numpy(batch.visual_index) < 0
     assert torch.equal(inputs["attention_mask"], torch.from_numpy((batch.segment_ids > 0).astype(np.int64)))

@@ -16,10 +16,11 @@ from jax.experimental import multihost_utils
 from fusion_jax import errors
 from fusion_jax.command_line import cli
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import plan, sources
-from fusion_jax.data.examples import Loader
+from fusion_jax.data import sources
+from fusion_jax.data.examples import ExampleLoader
 from fusion_jax.data.loader import training_batches
-from fusion_jax.data.planner import stage_seed
+from fusion_jax.data.planner import Planner
+from fusion_jax.data.stages import stage_seed
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.devices import board, distributed
 from fusion_jax.training import checkpoint, ending, input_check, reports, state
@@ -54,19 +55,19 @@ def plans(folder: Path, process: int) -> None:
     for packing in (True, False):
         batches, check, texts = feed(folder, process, packing)
         steps, planned, fed_numbers = [], [], []
-        real, load = plan.Queue.take, Loader.load
+        real, load = Planner.next_step, ExampleLoader.load
 
-        def take(self, latents, real=real, planned=planned):
-            rows, crops = real(self, latents)
-            planned.append([[measured.number for measured in row] for row in rows])
-            return rows, crops
+        def next_step(self, read, real=real, planned=planned):
+            step = real(self, read)
+            planned.append([[measured.number for measured in row] for row in step.rows])
+            return step
 
         def loaded(self, number, load=load, fed_numbers=fed_numbers):
             example = load(self, number)
             fed_numbers.append((number, isinstance(example, errors.BadRecord)))
             return example
 
-        plan.Queue.take, Loader.load = take, loaded
+        Planner.next_step, ExampleLoader.load = next_step, loaded
         for step in range(1, STEPS + 1):
             fed, counts = next(batches)
             check.note(step, fed, counts)
@@ -74,7 +75,7 @@ def plans(folder: Path, process: int) -> None:
         state_then = check.position(STEPS, batches.get_state())
         texts.close()
         batches.close()
-        plan.Queue.take, Loader.load = real, load
+        Planner.next_step, ExampleLoader.load = real, load
         wrote["packed" if packing else "one_a_row"] = {
             "steps": steps, "planned": planned[:STEPS], "fed": fed_numbers, "state": state_then,
         }  # fmt: skip

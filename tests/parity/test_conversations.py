@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion_jax.data.conversation import IMAGE, LATENTS, TEMPLATES, encode_conversation, encode_prompt, find_template
+from fusion_jax.data.conversation import IMAGE, LATENTS, encode_conversation, encode_prompt
+from fusion_jax.data.templates import TEMPLATES, find_template
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 

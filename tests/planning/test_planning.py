@@ -15,7 +15,7 @@ import pytest
 from configs import flare, fusion
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import lay_out_rows, needs
+from fusion_jax.data.layout import lay_out_rows, measure
 from fusion_jax.data.typical import draw, random_batch
 from fusion_jax.devices import flops, gpus
 from fusion_jax.devices.chips import topology
@@ -104,7 +104,7 @@ def test_typical_samples_keep_the_limits_of_their_stage():
     config, stage = run_config(fusion, "3b,stage1", batch_size=64, packing=True, max_question_length=64, max_rounds=3)
     spec = layout_spec(config.model, stage.max_length, 64, 3)
     examples = draw(config.model, stage, spec, 400)
-    sizes = [needs(example, spec, 144) for example in examples]
+    sizes = [measure(example, spec, 144) for example in examples]
     assert max(len(example.question_ids) for example in examples) <= 64
     assert max(size.rounds for size in sizes) == 3
     assert max(size.length for size in sizes) <= stage.max_length

@@ -13,7 +13,7 @@ from helpers import tiny_run
 from helpers.generation import QUESTIONS, config, make_tokenizer, picture, weights
 
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import needs
+from fusion_jax.data.layout import measure
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import UserError
 from fusion_jax.inference.decoding import begin, decode, prefill
@@ -89,7 +89,7 @@ def alone(engine, record, how):
 def test_64_mixed_requests_equal_one_by_one_without_compiling(engine):
     requests = [mixed(i) for i in range(64)]
     spec = layout_spec(MODEL, 1, 1, 1)
-    lengths = [needs(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
+    lengths = [measure(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
     reach = [length + how.max_tokens - 1 for length, (_, how) in zip(lengths, requests)]
     kinds = [(length > ROPE.original_length, far > ROPE.original_length) for length, far in zip(lengths, reach)]
     assert set(kinds) == {(False, False), (False, True), (True, True)}

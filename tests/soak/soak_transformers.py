@@ -45,7 +45,7 @@ def _exports(folder: Path) -> dict[str, Path]:
     """An exported folder of every model, with a small tokenizer."""
     from helpers.exported_model import CHATS, export
 
-    from fusion_jax.data.conversation import TEMPLATES
+    from fusion_jax.data.templates import TEMPLATES
     from fusion_jax.data.tokenizer import load_tokenizer
     from fusion_jax.synth.tokenizer import train_tokenizer
 

@@ -26,7 +26,7 @@ def train(folder: Path) -> str:
 def _export(folder: Path) -> Path:
     from helpers.exported_model import export
 
-    from fusion_jax.data.conversation import TEMPLATES
+    from fusion_jax.data.templates import TEMPLATES
     from fusion_jax.data.tokenizer import load_tokenizer
     from fusion_jax.synth.tokenizer import train_tokenizer
 

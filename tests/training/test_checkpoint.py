@@ -17,7 +17,7 @@ from helpers.forged import forge, without
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusion_jax.config import RunConfig, StageConfig, to_dict
-from fusion_jax.data.conversation import find_template, first_ids
+from fusion_jax.data.templates import find_template, first_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace

@@ -14,8 +14,9 @@ from helpers.shapes_data import make_shapes
 from PIL import Image
 
 from fusion_jax.config import RunConfig, from_dict
-from fusion_jax.data import conversation, shard_writing
+from fusion_jax.data import shard_writing
 from fusion_jax.data.sources import load_source
+from fusion_jax.data.templates import OWN, TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.training import about, checkpoint, integrity, order, resume
@@ -131,7 +132,7 @@ def test_another_choice_of_the_same_file_is_other_data(data):
 
 
 def test_a_large_file_is_known_by_its_places_and_some_records(data, monkeypatch):
-    monkeypatch.setattr("fusion_jax.data.sources._HASHED", 10)
+    monkeypatch.setattr("fusion_jax.data.data_sets._HASHED", 10)
     saved = described(data)
     check(data, saved)
     rewrite(data / "stage1.json", another_word)
@@ -154,8 +155,8 @@ def test_another_template_is_named_and_may_be_accepted(data, monkeypatch):
         check(data, saved, template="llama3")
     check(data, saved, ("template",), template="llama3")
     # The same name for other texts, as another version of the program may have it.
-    other = dataclasses.replace(conversation.TEMPLATES["phi3"], default_system="Be brief.")
-    monkeypatch.setitem(conversation.TEMPLATES, "phi3", other)
+    other = dataclasses.replace(TEMPLATES["phi3"], default_system="Be brief.")
+    monkeypatch.setitem(TEMPLATES, "phi3", other)
     with pytest.raises(UserError, match="the template 'phi3' makes other tokens of the same conversation"):
         check(data, saved)
 
@@ -178,7 +179,7 @@ def test_forged_numbers_of_files_are_refused(data):
         with pytest.raises(ValueError, match=r"'data' of its about has .* for 'stage1' instead of files' numbers"):
             about.check_form({**saved, "data": {"stage1": forged}})
     old = without(saved, "format")
-    assert not about.always_bos(old | {"config": {**old["config"], "template": conversation.OWN}}, WHERE)
+    assert not about.always_bos(old | {"config": {**old["config"], "template": OWN}}, WHERE)
 
 
 def test_shards_are_known_by_their_hashes(data, tmp_path):

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fusion_jax.data import conversation
-from fusion_jax.data.conversation import Template
-from fusion_jax.data.tokenizer import VISION_END, VISION_START, SentencePieceTokenizer, Tokenizer
+from fusion_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from fusion_jax.data.templates import Template, first_ids, stop_ids
+from fusion_jax.data.tokenizer import Tokenizer
+from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.interop.tokenizer_json import tokenizer_json
 from fusion_jax.models.config import FusionConfig
 
@@ -57,7 +58,7 @@ def write_side_files(
     if tokenizer is not None and template is not None:
         ids = {"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
         ids["pad_token_id"] = tokenizer.pad_id
-        stops = list(conversation.stop_ids(tokenizer, template))
+        stops = list(stop_ids(tokenizer, template))
         tokenizer.save(folder)
         pieces = isinstance(tokenizer, SentencePieceTokenizer)
         converted = tokenizer_json(tokenizer) if pieces else None
@@ -93,7 +94,7 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
         "processor_class": "FusionProcessor",
         "auto_map": {"AutoProcessor": "processing_fusion.FusionProcessor"},
         "template": _described(template),
-        "bos_token_id": next(iter(conversation.first_ids(tokenizer, template)), None),
+        "bos_token_id": next(iter(first_ids(tokenizer, template)), None),
         "image_size": model_config.vision.image_size,
         "image_tokens": model_config.tokens_per_image,
         "latent_count": model_config.fixed_latent_count,
