@@ -19,7 +19,6 @@ from pathlib import Path
 
 from configs.common import STAGES, complete
 from fusion_jax.config import from_dict, to_dict
-from fusion_jax.data.tiles import most_tokens
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
@@ -38,7 +37,7 @@ def get_config(arguments: str = ""):
     check_choice("config argument: PARTS ", parts, PARTS)
     about = checkpoint.load_about(checkpoint.find(start))
     sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
-    image = sizes.tokens_per_image + most_tokens(sizes.tile_grids, sizes.tokens_per_tile)
+    image = sizes.tokens_per_image + sizes.most_tile_tokens
     visual = image + max(sizes.latent_counts, default=0)
     alone = parts == "connectors"
 

@@ -31,8 +31,8 @@ from jax.sharding import Mesh
 
 from fusion_jax.batch import Batch
 from fusion_jax.command_line.cli import check_config, define_config, run_main
-from fusion_jax.config import DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
-from fusion_jax.data import image, input_benchmark
+from fusion_jax.config import DECODES, DTYPES, MeshConfig, RunConfig, StageConfig, from_dict
+from fusion_jax.data import input_benchmark
 from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, lay_out
@@ -49,7 +49,7 @@ from fusion_jax.training import step as train_step
 
 _CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py", new_keys=False)
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
-_DECODE = flags.DEFINE_enum("decode", "exact", image.DECODES, "input: how images become crops")
+_DECODE = flags.DEFINE_enum("decode", "exact", DECODES, "input: how images become crops")
 _LATENTS = flags.DEFINE_integer("latents", None, "step of a run's configuration: l^2; by default the largest")
 _TRACE = flags.DEFINE_boolean("trace", False, "step: list the dearest operations")
 _ROWS = flags.DEFINE_integer("rows", 1, "prefill and decode of a run's configuration: prompts at once", lower_bound=1)

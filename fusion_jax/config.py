@@ -6,24 +6,23 @@ Model code never sees a ConfigDict. Every field is a key of the config files: `c
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.conversation import OWN, TEMPLATES
-from fusion_jax.data.image import DECODES
-from fusion_jax.data.tiles import most_tokens
 from fusion_jax.errors import check, check_choice
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.models.limits import within
-from fusion_jax.models.remat import POLICIES
+from fusion_jax.models.limits import REMATS, within
 from fusion_jax.values.dicts import from_dict as from_dict
 from fusion_jax.values.dicts import to_dict as to_dict
 
 DTYPES = ("float32", "bfloat16")
+DECODES = ("exact", "fast")
+TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.conversation.TEMPLATES`
+OWN_TEMPLATE = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 
 # Least and most of the fields that are numbers. A value beyond the most is a mistake: it would fill the memory, or
 # overflow a counter of 32 bits or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
 _BELOW_ONE = (0, 0.9999999)  # much more is 1 as a float32
-_OWN = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
+_RESERVED = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
 _STAGE_RANGES = {
     "max_length": (1, _LENGTH),
     "max_question_length": (1, _LENGTH),
@@ -58,7 +57,7 @@ _RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-_RUN_CHOICES = {"template": (*TEMPLATES, OWN), "dtype": DTYPES, "remat": POLICIES, "decode": DECODES}
+_RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class StageConfig:
             f"{where}: the name must be one of a folder, without a slash.",
         )
         check(len(self.name.encode()) <= 200, f"stage {self.name[:50]!r}...: the name must not have over 200 bytes.")
-        check(self.name not in _OWN, f"{where}: a run keeps other things under this name; give the stage another.")
+        check(self.name not in _RESERVED, f"{where}: a run keeps other things under this name; give the stage another.")
         for name, (least, most) in _STAGE_RANGES.items():
             within(f"{where}: {name}", getattr(self, name), least, most)
         for path, rate in self.learning_rate_by_path.items():
@@ -218,7 +217,7 @@ class RunConfig:
         )
         longest = max(self.model.drawn_latent_counts, default=0)
         for stage in self.stages:
-            image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)
+            image = self.model.tokens_per_image + self.model.most_tile_tokens
             visual = image + longest
             check(
                 visual < stage.max_length,

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fusion_jax.config import OWN_TEMPLATE
 from fusion_jax.data import chat_template
-from fusion_jax.data.conversation import OWN, TEMPLATES
+from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
@@ -236,7 +237,7 @@ def find_template(kind: str, tokenizer: Tokenizer | None) -> str:
     fits = [name for name in (usual, *TEMPLATES) if tokenizer.has_token(TEMPLATES[name].stops[0])]
     if tokenizer.chat_template is not None and not (usual in ("phi3", "llama3") and usual in fits):
         try:
-            return chat_template.find(OWN, tokenizer).name
+            return chat_template.find(OWN_TEMPLATE, tokenizer).name
         except UserError as error:
             if not fits:
                 raise

@@ -280,6 +280,12 @@ class FusionConfig:
         return (self.tile_tokens or self.vision.patches) if self.tile_grids else 0
 
     @property
+    def most_tile_tokens(self) -> int:
+        """Most positions that the tiles of one image take, row ends included: with no padding cut away."""
+        side = math.isqrt(self.tokens_per_tile)
+        return max((r * side * (c * side + 1) for r, c in self.tile_grids if r * c > 1), default=0)
+
+    @property
     def most_crops(self) -> int:
         """Guided passes of the encoder that one image may take."""
         return 1 + max((rows * columns for rows, columns in self.tile_grids if rows * columns > 1), default=0)

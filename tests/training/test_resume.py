@@ -178,7 +178,7 @@ def test_forged_numbers_of_files_are_refused(data):
         with pytest.raises(ValueError, match=r"'data' of its about has .* for 'stage1' instead of files' numbers"):
             about.check_form({**saved, "data": {"stage1": forged}})
     old = without(saved, "format")
-    assert not about.always_bos(old | {"config": {**old["config"], "template": conversation.OWN}}, WHERE)
+    assert not about.always_bos(old | {"config": {**old["config"], "template": "own"}}, WHERE)
 
 
 def test_shards_are_known_by_their_hashes(data, tmp_path):
