@@ -52,10 +52,14 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence. Orbax hides the reason in the cause of what it raises."""
+    """The first line of an error's text, printable and short enough for a sentence; its type where it has no text.
+
+    Orbax hides the reason in the cause of the KeyError that it raises.
+    """
     while isinstance(error, KeyError) and error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shown(lines[0], 300)
 
 
 AGAIN = 75  # exit code of what is to be started again by launchers (EX_TEMPFAIL), such as a run that stopped and saved

@@ -1,4 +1,7 @@
-"""Files that a user names: opened without waiting for a pipe, parsed without trusting their size or depth."""
+"""Files: opened without waiting for a pipe, written whole, locked, and parsed without trusting size or depth.
+
+Exported folders carry this file, so it imports the standard library alone.
+"""
 
 import errno
 import json
@@ -6,9 +9,15 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where exported folders are loaded and nothing is locked
+    fcntl = None
 
 DEEPEST = 100  # levels of lists and objects in JSON: far beyond any record, far from where parsers and printing give up
 _REPR = reprlib.Repr()
@@ -48,11 +57,11 @@ def new_file(path: str | Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: bool = False) -> None:
-    """Writes a file that appears at once or not at all.
+@contextmanager
+def whole_file(path: Path, part: Path | None = None, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes its name at the end of the block; where the block raises, it is removed.
 
     Args:
-      data: its contents; texts in UTF-8.
       part: where it grows, in the same file system; by default beside it, with the ending .tmp.
       sync: have it on the disk before it appears, so that it outlasts a failure of the machine, too.
 
@@ -61,11 +70,75 @@ def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: b
     """
     part = path.with_suffix(".tmp") if part is None else part
     with new_file(part) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        if sync:
+        try:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
+            if sync:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+
+
+def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: bool = False) -> None:
+    """Writes a file that appears at once or not at all; arguments and errors as for `whole_file`.
+
+    Args:
+      data: its contents; texts in UTF-8.
+    """
+    with whole_file(path, part, sync) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def open_lock(path: str | Path) -> int:
+    """A descriptor of a lock file, which is made if needed. No link is followed, and no pipe is waited for.
+
+    Raises:
+      OSError: it cannot be opened or made.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Locks an open file, and says whether that worked: another process may hold the lock. Nothing is waited for.
+
+    The operating system releases the lock when the descriptor is closed, however its process ends.
+
+    Raises:
+      OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _is_at(descriptor: int, path: str | Path) -> bool:
+    """Whether the open file still has this path: a process that has just ended may have removed what it had locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[bool]:
+    """Holds a lock file for a block, which gets whether it has the lock: it has not where another process holds it.
+
+    Raises:
+      OSError: as for `open_lock` and `try_lock`.
+    """
+    descriptor = open_lock(path)
+    try:
+        yield try_lock(descriptor) and _is_at(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

@@ -13,7 +13,6 @@ made itself, and leaves what an earlier run has finished.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -34,7 +33,7 @@ from fusion_jax.command_line.cli import out_of_ctrl_c
 from fusion_jax.data import formats, image, records, shards, sources
 from fusion_jax.data.decoding import MAX_BYTES, MAX_PIXELS
 from fusion_jax.errors import BadRecord, UserError, check
-from fusion_jax.files import brief, parse_json, read_file, shown, write_whole
+from fusion_jax.files import brief, locked, parse_json, read_file, shown, write_whole
 
 log = logging.getLogger("fusion_jax")
 
@@ -171,17 +170,9 @@ def _lock(out: Path) -> Iterator[None]:
     check(not out.is_symlink() or out.exists(), f"{out} is a link to nothing; name a folder with --out.")
     _check_own(out)
     partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(descriptor), os.stat(partial / _LOCK))
-    except (BlockingIOError, FileNotFoundError):  # the latter: one that has just ended took the lock's file away
-        mine = False
-    try:
+    with locked(partial / _LOCK) as mine:
         check(mine, f"Another process is converting into {out}.")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_own(out: Path) -> None:

@@ -11,7 +11,6 @@ through them again; what had been paid for by then comes out of the journal.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from fusion_jax import files
 from fusion_jax.data import shards
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth import captions
@@ -134,12 +134,8 @@ def locked(out: Path) -> Iterator[None]:
     """Keeps a second run out of the folder. The system lifts it when the process ends, however that happens."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(out / "lock", flags, 0o666), "wb") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise UserError(f"Another process is working in {out}.") from e
+        with files.locked(out / "lock") as mine:
+            check(mine, f"Another process is working in {out}.")
             yield
     except OSError as e:
         raise UserError(f"Cannot write to {out}: {e.strerror or e}; the same command goes on from here.") from e

@@ -4,8 +4,6 @@ The operating system holds the lock and lets go of it however the process ends. 
 locks between hosts, the file's time stamp, renewed while the run lives, says whether another host's run is alive.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fusion_jax.errors import UserError
+from fusion_jax.files import open_lock, try_lock
 
 log = logging.getLogger("fusion_jax")
 
@@ -41,10 +40,9 @@ def hold(workdir: Path) -> Iterator[None]:
     file = _open(path)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(file):
+                raise UserError(_refusal(workdir, _holder(file)))
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(_refusal(workdir, _holder(file))) from None
             log.warning("%s: this file system has no locks (%s)", path, error)
         holder = _holder(file)
         if holder is None:
@@ -76,8 +74,7 @@ def sign_off() -> None:
 def _open(path: Path) -> int:
     """A descriptor of the lock file. UserError where it is something else: a folder, a link, a pipe."""
     try:
-        # Neither waits for the other end of a pipe nor empties what a link leads to.
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        file = open_lock(path)
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
