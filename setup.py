@@ -17,7 +17,9 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["fusion_jax", "fusion_jax.*"]),
+    # configs/ is installed inside of the package, where `--config configs/...` finds it from any folder.
+    packages=[*find_packages(include=["fusion_jax", "fusion_jax.*"]), "fusion_jax.configs"],
+    package_dir={"fusion_jax.configs": "configs"},
     package_data={"fusion_jax.data": ["*.c"]},
     install_requires=[
         "jax>=0.10.2",

@@ -31,9 +31,9 @@ def test_nearest_names():
     assert nearest("colour", known) == nearest("", known) == nearest("x" * 10**6, known) == ""
     assert (
         str(no_key("config.x", "lerning_rate", known[:1]))
-        == "config.x.lerning_rate is no key; did you mean learning_rate?"
+        == "config.x.lerning_rate is not a key; did you mean learning_rate?"
     )
-    assert str(no_key("config.x", "zzz", known[3:])) == "config.x.zzz is no key; known keys: b1, b2."
+    assert str(no_key("config.x", "zzz", known[3:])) == "config.x.zzz is not a key; known keys: b1, b2."
 
 
 def test_first_line_of_an_error():
