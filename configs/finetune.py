@@ -30,10 +30,10 @@ CONVERSATIONS, WORDS = 4, 128  # whose images a row has room for, or more, and p
 
 
 def get_config(arguments: str = ""):
-    given = (arguments or "").split(",")
-    if len(given) not in (2, 3) or not all(given):
+    values = (arguments or "").split(",")
+    if len(values) not in (2, 3) or not all(values):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
-    start, data, parts = (*given, "connectors")[:3]
+    start, data, parts = (*values, "connectors")[:3]
     check_choice("config argument: PARTS ", parts, PARTS)
     about = checkpoint.load_about(checkpoint.find(start))
     sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
