@@ -84,6 +84,7 @@ setup(
             "torch==2.13.0",
             "transformers==5.24.0",
             "openpyxl==3.1.5",
+            "setuptools>=70.1",  # a test installs the package as a wheel
             "fastapi==0.165.0",
             "uvicorn==0.54.0",
             "prometheus_client==0.26.0",

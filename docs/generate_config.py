@@ -30,7 +30,7 @@ A config file is a Python file with a function `get_config`, which returns these
 `'--config.stages[0].steps=100'`. A key that is misspelt or has a value that is not allowed ends the command with one
 sentence and exit code 2.
 """
-SYNTHESIS = """# Configuration of synthesis
+SYNTHESIS_HEAD = """# Configuration of synthesis
 
 The keys of `python -m fusion_jax.synthesize --config`.
 """
@@ -41,42 +41,45 @@ class Part:
     """One dataclass of the configuration.
 
     Attributes:
-      prefix: what stands before its fields in a key, such as `config.mesh`.
-      ranges: least and most value by field. choices: the allowed values by field.
+      prefix: what stands before its fields in a key, such as `config.mesh`. also: another prefix for the same keys.
+      choices: the allowed values by field.
     """
 
     kind: type
     prefix: str
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
+    also: str = ""
 
 
 TRAINING = (
-    Part(config.RunConfig, "config", config.RUN_RANGES, config.RUN_CHOICES),
-    Part(config.StageConfig, "config.stages[i]", config.STAGE_RANGES, config.STAGE_CHOICES),
-    Part(config.MeshConfig, "config.mesh", config.MESH_RANGES),
-    Part(model.FusionConfig, "config.model", RANGES, model.CHOICES),
-    Part(model.VisionConfig, "config.model.vision", RANGES),
-    Part(model.LLMConfig, "config.model.llm", RANGES),
-    Part(model.RopeConfig, "config.model.llm.rope", RANGES, {"kind": model.ROPE_KINDS}),
-    Part(model.ExchangeConfig, "config.model.exchange", {"heads": RANGES["heads"]}),
+    Part(config.RunConfig, "config", config.RUN_CHOICES),
+    Part(config.StageConfig, "config.stages[i]", config.STAGE_CHOICES),
+    Part(config.MeshConfig, "config.mesh"),
+    Part(model.FusionConfig, "config.model", model.CHOICES),
+    Part(model.VisionConfig, "config.model.vision"),
+    Part(model.LLMConfig, "config.model.llm"),
+    Part(model.RopeConfig, "config.model.llm.rope", {"kind": model.ROPE_KINDS}),
+    Part(model.ExchangeConfig, "config.model.exchange"),
 )
-_ASKED = {"backend": synth.LANGUAGE_BACKENDS, "structured": synth.STRUCTURED}
-SYNTHESIZING = (
-    Part(synth.SynthConfig, "config", synth._RUN_RANGES, {"engine": synth.ENGINES}),
+SYNTHESIS = (
+    Part(synth.SynthConfig, "config"),
     Part(synth.PoolConfig, "config.pools[i]"),
-    Part(synth.FilterConfig, "config.filters", synth._FILTER_RANGES),
-    Part(synth.ModelConfig, "config.llm` and `config.vision", synth._MODEL_RANGES | synth._TRAFFIC_RANGES, _ASKED),
-    Part(
-        synth.ImageConfig,
-        "config.images",
-        synth._IMAGE_RANGES | synth._TRAFFIC_RANGES,
-        {"backend": synth.IMAGE_BACKENDS},
-    ),
+    Part(synth.FilterConfig, "config.filters"),
+    Part(synth.ModelConfig, "config.llm", also="config.vision"),
+    Part(synth.ImageConfig, "config.images"),
     Part(synth.ScorerConfig, "config.scorer"),
-    Part(synth.SelectConfig, "config.select", synth._SELECT_RANGES),
+    Part(synth.SelectConfig, "config.select"),
     Part(synth.RayConfig, "config.ray"),
 )
+
+
+def ranges(kind: type) -> dict[str, tuple[float, float]]:
+    """Least and most value by field, from the tables of the dataclass's module."""
+    if kind.__module__ == model.__name__:
+        return {"heads": RANGES["heads"]} if kind is model.ExchangeConfig else RANGES
+    tables = {name: table for name, table in vars(sys.modules[kind.__module__]).items() if name.endswith("_RANGES")}
+    own = tables.get(f"{kind.__name__.removesuffix('Config').upper()}_RANGES")  # RunConfig has RUN_RANGES
+    return own if own is not None else {name: pair for table in tables.values() for name, pair in table.items()}
 
 
 def fields(kind: type) -> dict[str, tuple[str, str, str]]:
@@ -93,17 +96,22 @@ def fields(kind: type) -> dict[str, tuple[str, str, str]]:
     return found
 
 
+def is_documented(part: Part) -> bool:
+    """Whether every field has its line."""
+    return all(line for _, _, line in fields(part.kind).values())
+
+
 def page() -> str:
     """The whole page in Markdown. Synthesis is on it once all of its fields have their lines."""
     parts = [HEAD, *map(section, TRAINING)]
-    if all(line for part in SYNTHESIZING for _, _, line in fields(part.kind).values()):
-        parts += [SYNTHESIS, *map(section, SYNTHESIZING)]
+    if all(map(is_documented, SYNTHESIS)):
+        parts += [SYNTHESIS_HEAD, *map(section, SYNTHESIS)]
     return "\n".join(parts)
 
 
 def section(part: Part) -> str:
     """The heading of one dataclass, what it is, and the table of its fields."""
-    summary = inspect.cleandoc(part.kind.__doc__)
+    summary = inspect.cleandoc(part.kind.__doc__) + (f" The same keys stand under `{part.also}`." if part.also else "")
     rows = [row(part, name, *about) for name, about in fields(part.kind).items()]
     head = ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
     return "\n".join([f"## {part.kind.__name__}", "", summary, "", *head, *rows, ""])
@@ -122,8 +130,8 @@ def row(part: Part, name: str, kind: str, default: str, line: str) -> str:
     allowed = ""
     if name in part.choices:
         allowed = ", ".join(f"`{value}`" for value in part.choices[name])
-    elif name in part.ranges:
-        allowed = " to ".join(map(number, part.ranges[name]))
+    elif name in ranges(part.kind):
+        allowed = " to ".join(map(number, ranges(part.kind)[name]))
     cells = (f"`{part.prefix}.{name}`", f"`{kind}`", default, allowed, line)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

