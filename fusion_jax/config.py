@@ -211,7 +211,7 @@ class RunConfig:
     max_bad_records: float = 0.01
     """Share of bad records above which the run stops."""
     max_skipped_steps: int = 20
-    """Steps in a row with a gradient that is not finite after which the run stops."""
+    """Steps in a row with a loss, gradient or update that is not finite, after which the run stops."""
     decode: str = "exact"
     """`exact`: pixels as published; `fast`: large JPEGs are decoded at a reduced size (docs/performance.md)."""
     loader_threads: int = 16
