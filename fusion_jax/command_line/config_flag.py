@@ -16,12 +16,13 @@ from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from fusion_jax.command_line.output import flush, say
-from fusion_jax.errors import UserError, check, no_key
+from fusion_jax.errors import UserError, check, check_choice, no_key
 from fusion_jax.files import brief, open_file, shown
 
 _PACKAGE = Path(__file__).parents[1]
 # The configs of this project: inside of the installed package, or beside it in a checkout.
 SHIPPED = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), None)
+_NOT_ALLOWED = re.compile(r"flag --(\w+)=(.*): value should be one of <(.*)>", re.DOTALL)
 _READ_WHILE_PARSING = re.compile(r"--?(config|flagfile)(?:=(.*))?", re.DOTALL)
 
 
@@ -192,6 +193,11 @@ def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
     if "Traceback" in text:  # ml_collections puts one into the text
         text = f"{type(chain[-1]).__name__}: {chain[-1]}"
     text = shown(_plain(text), 1000)
+    if match := _NOT_ALLOWED.fullmatch(text):  # of an enum flag: worded as for the keys of a config
+        try:
+            check_choice(f"--{match[1]}=", match[2], match[3].split("|"))
+        except UserError as better:
+            return str(better)
     if isinstance(error, UserError | flags.Error):
         return text
     overrides = ", ".join(_overrides(argv))
