@@ -1,4 +1,4 @@
-"""The quickstart's data: small pictures of plain shapes with questions, made by the embedded backend.
+"""The quickstart's data: small pictures of plain shapes, made by the data engine without a model.
 
 python -m fusion_jax.synthesize --config configs/quickstart_data.py --out runs/quickstart/data
 python -m fusion_jax.synthesize --config configs/quickstart_data.py:100,50,100,20,20 --out small

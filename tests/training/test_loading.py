@@ -5,12 +5,12 @@ import dataclasses
 import gc
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from helpers import tiny_checkpoint
 from helpers.forged import forge, without
 from helpers.shapes_data import make_shapes
 
@@ -18,9 +18,6 @@ from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting
 from fusion_jax.models import fusion
 from fusion_jax.training import checkpoint, integrity, resume
-
-sys.path.append(str(Path(__file__).parents[1] / "evals"))
-import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
