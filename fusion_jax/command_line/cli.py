@@ -149,4 +149,4 @@ def check_output(flag: str, path: str | Path) -> None:
     """Raises UserError, before the work is done, where no file of that name can be written."""
     present = path if os.path.lexists(path) else os.path.dirname(path) or "."
     good = os.access(present, os.W_OK) and os.path.isdir(present) == (present != path)
-    check(good, f"--{flag}={path}: name a file in a folder that exists and can be written to.")
+    check(good, f"--{flag}={path}: give the name of a file in a folder that exists and can be written to.")
