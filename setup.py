@@ -19,7 +19,9 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["fusion_jax", "fusion_jax.*"]),
+    # configs/ is installed inside of the package, where `--config configs/...` finds it from any folder.
+    packages=[*find_packages(include=["fusion_jax", "fusion_jax.*"]), "fusion_jax.configs"],
+    package_dir={"fusion_jax.configs": "configs"},
     package_data={"fusion_jax.data": ["*.c"]},
     install_requires=[
         "jax>=0.10.2",
@@ -88,6 +90,7 @@ setup(
             "torch==2.13.0",
             "transformers==5.24.0",
             "openpyxl==3.1.5",
+            "setuptools>=70.1",  # a test installs the package as a wheel
             "fastapi==0.165.0",
             "uvicorn==0.54.0",
             "prometheus_client==0.26.0",

@@ -1,4 +1,4 @@
-"""What the published runs share: three stages with their data, batch sizes, lengths and learning rates.
+"""The published stages, which several configs share: data, batch sizes, lengths and learning rates.
 
 Published (facts: 1 epoch each, AdamW 0.9/0.999/1e-8, cosine to 0, warm-up 3%, weight decay 0, bfloat16, clip 1.0):
 
@@ -73,7 +73,7 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
             "init_from": "",
             "dtype": "bfloat16",
             "remat": "dots",  # full on few or small chips: docs/scaling.md
-            # Parameters dealt over all devices; several slices of a TPU: --config.mesh.data=SLICES.
+            # Parameters are sharded over all devices; several slices of a TPU: --config.mesh.data=SLICES.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }
     )

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from configs.common import STAGES, complete
 from fusion_jax.config import from_dict, to_dict
-from fusion_jax.data.tiles import most_tokens
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
@@ -31,14 +30,14 @@ CONVERSATIONS, WORDS = 4, 128  # whose images a row has room for, or more, and p
 
 
 def get_config(arguments: str = ""):
-    given = (arguments or "").split(",")
-    if len(given) not in (2, 3) or not all(given):
+    values = (arguments or "").split(",")
+    if len(values) not in (2, 3) or not all(values):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
-    start, data, parts = (*given, "connectors")[:3]
+    start, data, parts = (*values, "connectors")[:3]
     check_choice("config argument: PARTS ", parts, PARTS)
     about = checkpoint.load_about(checkpoint.find(start))
     sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
-    image = sizes.tokens_per_image + most_tokens(sizes.tile_grids, sizes.tokens_per_tile)
+    image = sizes.tokens_per_image + sizes.most_tile_tokens
     visual = image + max(sizes.latent_counts, default=0)
     alone = parts == "connectors"
 

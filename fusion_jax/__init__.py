@@ -7,8 +7,8 @@ from fusion_jax.command_line.interrupts import ended_early
 
 __version__ = "0.1.0"
 
-# Python calls a command `-m` for as long as it looks for it, which is when this file is read: of this package's
-# commands, not of another program's that imports it. `cli.run_main` takes the handler off again.
+# While Python looks for a command of `-m`, which is when this file runs, sys.argv begins with "-m": so the handler is
+# set for this package's own commands, not for other programs that import it. `cli.run_main` replaces it.
 if (
     sys.argv[:1] == ["-m"]
     and any(word.removeprefix("-m").startswith("fusion_jax.") for word in sys.orig_argv)

@@ -1,8 +1,8 @@
-"""What data and models both stand on: the batch that one makes and the other reads, and adaptive cells and windows.
+"""The batch, which data makes and models read, and adaptive cells and windows, which both use.
 
-`data/layout.py` draws a row. Everything here is numpy. Adaptive cells as everywhere in this model: cell i of `cells`
-over `size` covers [floor(i size / cells), ceil((i + 1) size / cells)), so neighbours overlap where `cells` does not
-divide `size`. All grids are row-major.
+`data/layout.py` draws a row. Everything here is NumPy. Adaptive cells are as everywhere in this model: cell i of
+`cells` over `size` covers [floor(i size / cells), ceil((i + 1) size / cells)), so neighbours overlap where `cells` does
+not divide `size`. All grids are row-major.
 """
 
 from dataclasses import dataclass, field
@@ -10,21 +10,23 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-# Values of Batch.crop_kind.
+# Values of `Batch.crop_kind`.
 NO_CROP, PIXELS, ZERO_IMAGE = 0, 1, 2
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One batch; B rows in G groups, S positions, K crops a group, Q plain quadrants a crop, T question tokens, R
-    rounds, M tokens in the widest window. B is a multiple of G; group g has the rows from g B/G on.
+    """One batch of B rows in G groups.
+
+    S positions, K crops per group, Q plain quadrants per crop, T question tokens, R rounds, M tokens in the widest
+    window. B is a multiple of G; group g has the rows from g B/G on.
 
     Attributes:
-      tokens: (B, S) int32 text ids in [0, vocabulary); a visual place and padding hold 0.
+      tokens: (B, S) int32 text ids in [0, vocabulary); visual positions and padding hold 0.
       targets: (B, S) int32 the token to predict at this position (already shifted by one); 0 where unsupervised.
       loss_weights: (B, S) float32, 1 where `targets` counts, else 0.
-      segment_ids: (B, S) int32, number of the example in the row from 1; 0 padding.
+      segment_ids: (B, S) int32, number of the example in the row, from 1; 0 is padding.
       positions: (B, S) int32, from 0 within each example.
       visual_index: (B, S) int32, -1 text, else an index into the group's visual table
         [K I whole views | K J tiles | 1 row end | B/G R L latents], the second and third with dynamic resolution only.
@@ -32,11 +34,12 @@ class Batch:
       crop_kind: (G, K) int32, NO_CROP, PIXELS or ZERO_IMAGE (0.0 after normalisation).
       quadrants: (G, K, Q, H, W, 3) uint8, plain views for the exchange context; Q is 4 or 0.
       crop_text: (G, K, T) int32 question tokens that the crop's encoding reads; crop_text_mask: (G, K, T) bool.
-      round_crop: (B, R) int32 whole view of the round's image, of the group's K; round_end: (B, R) int32 place of the
-        last token before the answer; latent_start: (B, R) int32 place of the round's first latent. -1 where there is
-        none. Places count from the row's start. A text-only example has a round_end only where the row is its own.
-      windows: (B, R, L, M) int32, which tokens of the group's exchange context each latent's window holds, -1 none. The
-        context is the visual table's first two parts, or with quadrants K grids of 3l x 3l.
+      round_crop: (B, R) int32 the crop, of the group's K, that is the whole view of the round's image.
+      round_end: (B, R) int32 index in the row of the last token before the answer; of a text-only example only where it
+        has the row alone. latent_start: (B, R) int32 index in the row of the round's first latent. All three are -1
+        where there is none.
+      windows: (B, R, L, M) int32, the tokens of the group's exchange context in each latent's window; -1 is none. The
+        context is the first two parts of the visual table, or with quadrants K grids of 3l x 3l.
       latent_count: L = l^2, static.
     """
 
@@ -59,7 +62,7 @@ class Batch:
 
 
 def adaptive_cells(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (cells, widest) that each cell covers and their validity (cells, widest)."""
+    """The indices that each cell covers, int (cells, widest), and which of them are valid, bool (cells, widest)."""
     start = np.arange(cells) * size // cells
     stop = -(-(np.arange(cells) + 1) * size // cells)
     index = start[:, None] + np.arange((stop - start).max())[None]
@@ -67,7 +70,7 @@ def adaptive_cells(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """For a size x size grid: flat indices (cells^2, M) of each window's tokens and their validity (cells^2, M)."""
+    """The flat indices of each window's tokens in a size x size grid, int (cells^2, M), and which of them are valid."""
     index, valid = adaptive_cells(size, cells)
     flat = index[:, None, :, None] * size + index[None, :, None, :]
     both = valid[:, None, :, None] & valid[None, :, None, :]

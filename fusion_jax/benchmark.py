@@ -18,7 +18,7 @@ from absl import flags
 from fusion_jax.benchmarking import checkpoints, generation, input_pipeline, steps
 from fusion_jax.benchmarking.common import check_counts
 from fusion_jax.command_line.cli import check_config, define_config, run_main
-from fusion_jax.data import image
+from fusion_jax.config import DECODES
 from fusion_jax.errors import UserError
 
 KINDS = ("step", "prefill", "decode", "checkpoint", "input")
@@ -28,7 +28,7 @@ def define_flags() -> None:
     """Defines the command's flags; called only when it runs, as other commands have flags of the same names."""
     define_config("configuration of a benchmark or a run", "configs/benchmark_cpu.py", new_keys=False)
     flags.DEFINE_integer("workers", 1, "threads that make crops, for input")
-    flags.DEFINE_enum("decode", "exact", image.DECODES, "how image files become crops, for input")
+    flags.DEFINE_enum("decode", "exact", DECODES, "how image files become crops, for input")
     flags.DEFINE_integer("latents", None, "latents l^2 of a round, for step of a run; by default the largest number")
     flags.DEFINE_boolean("trace", False, "list the most expensive operations, for step")
     flags.DEFINE_integer("rows", 1, "prompts at once, for prefill and decode of a run", lower_bound=1)

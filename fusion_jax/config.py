@@ -1,30 +1,30 @@
-"""Run configurations: frozen dataclasses, made once from the ConfigDict of a config file and validated here.
+"""Configurations of training runs: frozen dataclasses, made once from a config file and validated here.
 
-Model code never sees a ConfigDict. Every field is a key of the config files: `config.stages[0].batch_size`,
-`config.model.llm.layers`, ...
+Every field is a key of the config files, such as `config.stages[0].batch_size` or `config.model.llm.layers`; the line
+under it becomes its entry in docs/config.md. Model code never sees a ConfigDict.
 """
 
 from dataclasses import dataclass, field
 
-from fusion_jax.data.image import DECODES
-from fusion_jax.data.templates import OWN, TEMPLATES
-from fusion_jax.data.tiles import most_tokens
 from fusion_jax.errors import check, check_choice
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.models.limits import within
-from fusion_jax.models.remat import POLICIES
+from fusion_jax.models.limits import REMATS, within
 from fusion_jax.values.dicts import from_dict as from_dict
 from fusion_jax.values.dicts import to_dict as to_dict
 
 DTYPES = ("float32", "bfloat16")
+DECODES = ("exact", "fast")
+TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
+OWN_TEMPLATE = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 
 # Least and most of the fields that are numbers. A value beyond the most is a mistake: it would fill the memory, or
 # overflow a counter of 32 bits or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
 _BELOW_ONE = (0, 0.9999999)  # much more is 1 as a float32
-_OWN = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
-_STAGE_RANGES = {
+_RESERVED = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
+MESH_RANGES = {"data": (-1, _LENGTH), "fsdp": (-1, _LENGTH), "tensor": (-1, _LENGTH)}
+STAGE_RANGES = {
     "max_length": (1, _LENGTH),
     "max_question_length": (1, _LENGTH),
     "max_rounds": (1, 4096),
@@ -41,7 +41,7 @@ _STAGE_RANGES = {
     "eps": (1e-20, 1.0),
     "clip_norm": (0, 1e12),
 }
-_RUN_RANGES = {
+RUN_RANGES = {
     "log_every": (1, _STEPS),
     "checkpoint_every": (1, _STEPS),
     "checkpoint_minutes": (0, 1e6),
@@ -58,74 +58,80 @@ _RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-_RUN_CHOICES = {"template": (*TEMPLATES, OWN), "dtype": DTYPES, "remat": POLICIES, "decode": DECODES}
+STAGE_CHOICES = {"first_moment": DTYPES}
+RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share what; -1, at most once, is the rest of them. See `sharding` for what each axis means.
-
-    data: rows of the batch, parameters copied. fsdp: rows and parameters. tensor: heads, MLP units and vocabulary.
-    """
+    """The number of devices along each mesh axis; `devices.sharding` says what an axis splits."""
 
     data: int = -1
+    """Devices that split the rows of a batch and hold copies of the parameters; -1: all the others."""
     fsdp: int = 1
+    """Devices that split the rows of a batch and the parameters; -1: all the others."""
     tensor: int = 1
+    """Devices that split heads, hidden units of MLPs and the vocabulary; -1: all the others."""
 
     def __post_init__(self):
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             check(size >= 1 or size == -1, f"config.mesh.{name}={size} must be at least 1, or -1 for the rest.")
-            within(f"config.mesh.{name}", size, -1, _LENGTH)
+            within(f"config.mesh.{name}", size, *MESH_RANGES[name])
         rest = [name for name, size in sizes.items() if size == -1]
         check(len(rest) < 2, f"config.mesh: only one size can be -1, the rest; {' and '.join(rest)} are.")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage.
-
-    Data:
-      name: subfolder of the workdir. data: .json, .jsonl, .yaml mixture, a folder of shards or `tfds:NAME:SPLIT`.
-      image_folder: where its images lie (default: the folder of `data`). max_length: positions of a row, visual tokens
-      included. max_question_length: question tokens that an encoder pass reads. max_rounds: of a row. max_images: of a
-      conversation. A conversation beyond these loses its last rounds; if that does not help it is skipped.
-      packing: several conversations share a row; each sees itself alone.
-    Steps:
-      batch_size: samples in an optimizer step, over all devices; with packing on average, or more where every device
-      needs a row. accumulation: microbatches that it is split into.
-      epochs: how often every record is trained, the last step holding what is left; or steps, if not 0, instead.
-    Optimizer (AdamW, cosine to 0 after a linear warm-up):
-      learning_rate, and learning_rate_by_path: {regular expression on the parameter path: rate}, first match wins.
-      warmup_ratio: share of the steps. weight_decay: not on norms and biases. clip_norm: global norm, 0 = off.
-      first_moment: dtype of Adam's running mean; bfloat16 saves two bytes a parameter.
-      freeze: regular expressions on parameter paths. learn_rows: rows of a frozen word embedding that learn, such as
-      new tokens, at `learning_rate`.
-    """
+    """One training stage: its data, its steps and its optimizer (AdamW, linear warm-up, cosine to 0)."""
 
     name: str
+    """Name of the stage, and of its folder in the workdir."""
     data: str
+    """Records: a .json or .jsonl file, a .yaml mixture, a folder of shards, or `tfds:NAME:SPLIT`."""
     image_folder: str = ""
+    """Folder in which the images of `data` lie; empty: the folder of `data`."""
     max_length: int = 2048
+    """Positions of a row, visual tokens included; a longer conversation loses its last rounds, or is skipped."""
     max_question_length: int = 256
+    """Question tokens that a pass of the vision encoder reads; as for `max_length`."""
     max_rounds: int = 8
+    """Rounds of a row; as for `max_length`."""
     max_images: int = 1
+    """Images of a conversation; as for `max_length`."""
     packing: bool = False
+    """Whether several conversations share a row; each sees itself alone."""
     batch_size: int = 256
+    """Conversations of an optimizer step over all devices; with `packing` on average, at least a row a device."""
     accumulation: int = 1
+    """Microbatches that a step is split into; must divide `batch_size`."""
     epochs: int = 1
+    """How often every record is trained on; the last step holds what is left."""
     steps: int = 0
+    """Optimizer steps, instead of `epochs`; 0: `epochs` counts."""
     learning_rate: float = 1e-4
+    """Highest learning rate, reached at the end of the warm-up."""
     learning_rate_by_path: dict[str, float] = field(default_factory=dict)
+    """Other rates, {regular expression on the parameter path: rate}; the first match counts."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
+    """Decoupled weight decay, not on norms and biases."""
     b1: float = 0.9
+    """Decay of Adam's running mean of the gradient."""
     b2: float = 0.999
+    """Decay of Adam's running mean of the squared gradient."""
     eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
     clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
     first_moment: str = "float32"
+    """Dtype of Adam's running mean; bfloat16 saves two bytes a parameter."""
     freeze: tuple[str, ...] = ()
+    """Regular expressions on parameter paths; what matches is not trained."""
     learn_rows: tuple[int, ...] = ()
+    """Rows of a frozen word embedding that learn all the same, at `learning_rate`, such as new tokens."""
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
@@ -134,8 +140,8 @@ class StageConfig:
             f"{where}: the name must be one of a folder, without a slash.",
         )
         check(len(self.name.encode()) <= 200, f"stage {self.name[:50]!r}...: the name must not have over 200 bytes.")
-        check(self.name not in _OWN, f"{where}: a run keeps other things under this name; give the stage another.")
-        for name, (least, most) in _STAGE_RANGES.items():
+        check(self.name not in _RESERVED, f"{where}: a run keeps other things under this name; give the stage another.")
+        for name, (least, most) in STAGE_RANGES.items():
             within(f"{where}: {name}", getattr(self, name), least, most)
         for path, rate in self.learning_rate_by_path.items():
             within(f"{where}: learning_rate_by_path[{path!r}]", rate, *_RATE)
@@ -144,7 +150,7 @@ class StageConfig:
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        check_choice(f"{where}: first_moment=", self.first_moment, DTYPES)
+        check_choice(f"{where}: first_moment=", self.first_moment, STAGE_CHOICES["first_moment"])
         for row in self.learn_rows:
             within(f"{where}: learn_rows", row, 0, _STEPS)
         check(len(set(self.learn_rows)) == len(self.learn_rows), f"{where}: learn_rows has a row twice.")
@@ -152,65 +158,76 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run.
-
-    model: see `models.config`. stages: trained in order, each from the parameters of the one before.
-    tokenizer: local folder. template: one of `data.templates.TEMPLATES`, or own, the chat template that lies with
-    the tokenizer. init_from: checkpoint whose parameters the first stage takes.
-    init_without: regular expressions on parameter paths; what matches is not taken from there.
-    dtype: compute; parameters are float32 masters. remat: see `models.remat`. mesh: devices, see `MeshConfig`.
-    Every N steps: log_every, checkpoint_every, validate_every, evaluate_every (0 = never).
-    checkpoint_minutes: save after that long at the latest, too (0 = by steps only). keep_checkpoints: newest ones kept;
-    keep_every: and those of every n-th step (0 = none).
-    validation_data: as `data` of a stage; validation_image_folder: where its images lie (default: the folder of
-    validation_data). validation_batches: how many times batch_size of its first records, 0 for all.
-    sample_answers: generated for the log.
-    evaluation_tasks: benchmarks of `fusion_jax.evaluate`, in evaluation_data; evaluation_limit: questions of each
-    (0 = all).
-    max_bad_records: share of bad records that stops the run. max_skipped_steps: non-finite steps in a row that stop it.
-    decode: exact, the published pixels, or fast, which decodes large JPEGs at reduced size (docs/performance.md).
-    loader_threads: image decoding threads. hang_minutes: without progress for that long, the stacks of all threads go
-    to the log (0 = never). wandb_project: Weights & Biases project that gets the metrics too.
-    """
+    """A whole training run: the model, its stages in order, and how they are run."""
 
     model: FusionConfig
+    """The model, see below."""
     stages: tuple[StageConfig, ...]
+    """Stages, trained in this order, each from the parameters of the one before."""
     tokenizer: str
+    """Local folder of the tokenizer."""
     template: str = "phi3"
+    """Chat template; `own`: the one in the folder of the tokenizer."""
     seed: int = 42
+    """Seed of new parameters, the order of the records and the drawn numbers of latents."""
     init_from: str = ""
+    """Checkpoint whose parameters the first stage starts from; empty: new parameters."""
     init_without: tuple[str, ...] = ()
+    """Regular expressions on parameter paths; what matches is not taken from `init_from`."""
     dtype: str = "bfloat16"
+    """Dtype of the computation; the parameters are kept in float32."""
     remat: str = "full"
+    """What layers compute again in the backward pass, from nothing (`none`) to all (`full`); see `models.remat`."""
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis, see below."""
     log_every: int = 10
+    """Steps between two log lines."""
     checkpoint_every: int = 500
+    """Steps between two checkpoints."""
     checkpoint_minutes: float = 30.0
+    """Most minutes between two checkpoints; 0: `checkpoint_every` alone counts."""
     keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
     keep_every: int = 0
+    """Checkpoints of every n-th step are kept for good; 0: none."""
     validate_every: int = 500
+    """Steps between two validations; 0: never."""
     validation_data: str = ""
+    """Records for validation, as `data` of a stage; empty: none."""
     validation_image_folder: str = ""
+    """Folder in which their images lie; empty: the folder of `validation_data`."""
     validation_batches: int = 8
+    """Batches, of the stage's `batch_size`, from the first usable records; 0: all records."""
     sample_answers: int = 4
+    """Answers generated for the log at each validation."""
     evaluate_every: int = 0
+    """Steps between two runs of the benchmarks; 0: never."""
     evaluation_tasks: tuple[str, ...] = ()
+    """Benchmarks, by their names in `fusion_jax.evaluate`."""
     evaluation_data: str = ""
+    """Folder with the benchmarks' data."""
     evaluation_limit: int = 100
+    """Questions of each benchmark; 0: all."""
     max_bad_records: float = 0.01
+    """Share of bad records above which the run stops."""
     max_skipped_steps: int = 20
+    """Steps in a row with a loss, gradient or update that is not finite, after which the run stops."""
     decode: str = "exact"
+    """`exact`: pixels as published; `fast`: large JPEGs are decoded at a reduced size (docs/performance.md)."""
     loader_threads: int = 16
+    """Threads that decode images."""
     hang_minutes: float = 15.0
+    """Minutes without progress after which all threads' stacks are logged; 0: never."""
     wandb_project: str = ""
+    """Weights & Biases project that receives the metrics too; empty: none."""
 
     def __post_init__(self):
         check(len(self.stages) > 0, "config.stages is empty; give at least one stage.")
         names = [stage.name for stage in self.stages]
         check(len(set(names)) == len(names), f"config.stages: names must differ, got {', '.join(names)}.")
-        for name, allowed in _RUN_CHOICES.items():
+        for name, allowed in RUN_CHOICES.items():
             check_choice(f"config.{name}=", getattr(self, name), allowed)
-        for name, (least, most) in _RUN_RANGES.items():
+        for name, (least, most) in RUN_RANGES.items():
             within(f"config.{name}", getattr(self, name), least, most)
         check(
             bool(self.init_from) or not self.init_without,
@@ -218,7 +235,7 @@ class RunConfig:
         )
         longest = max(self.model.drawn_latent_counts, default=0)
         for stage in self.stages:
-            image = self.model.tokens_per_image + most_tokens(self.model.tile_grids, self.model.tokens_per_tile)
+            image = self.model.tokens_per_image + self.model.most_tile_tokens
             visual = image + longest
             check(
                 visual < stage.max_length,

@@ -1,4 +1,7 @@
-"""Files that a user names: opened without waiting for a pipe, parsed without trusting their size or depth."""
+"""Files: opened without waiting for a pipe, written whole, locked, and parsed without trusting size or depth.
+
+Exported folders carry this file, so it imports the standard library alone.
+"""
 
 import errno
 import json
@@ -6,21 +9,27 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-DEEPEST = 100  # levels of lists and objects in JSON: far beyond any record, far from where parsers and printing give up
+try:
+    import fcntl
+except ImportError:  # Windows, where exported folders are loaded and nothing is locked
+    fcntl = None
+
+DEEPEST = 100  # levels of lists and objects in JSON: far more than any record has, far fewer than parsers can take
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
 _MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """Opens a regular file for reading, and nothing else: reading a pipe or a device might never end.
+    """Opens a regular file for reading. Anything else is refused: reading a pipe or a device might never end.
 
     Raises:
-      OSError: it cannot be opened, is no file, or no file can have such a name. `strerror` says which.
+      OSError: it cannot be opened, is not a file, or no file can have such a name. `strerror` says which.
     """
     try:
         _check_regular(os.stat(path), path)  # some devices act on being opened
@@ -36,9 +45,9 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def new_file(path: str | Path) -> BinaryIO:
-    """Opens a file for writing that is new: a leftover of that name goes, be it a file, a link or a pipe.
+    """Opens a new file for writing. What has that name, be it a file, a link or a pipe, is removed first.
 
-    What a link leads to is not written, and nothing waits for the other end of a pipe.
+    So the target of a link is not written, and nothing waits for the other end of a pipe.
 
     Raises:
       OSError: it cannot be made, or a folder has this name.
@@ -48,11 +57,11 @@ def new_file(path: str | Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: bool = False) -> None:
-    """Writes a file that appears at once or not at all.
+@contextmanager
+def whole_file(path: Path, part: Path | None = None, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes its name at the end of the block; where the block raises, it is removed.
 
     Args:
-      data: its contents; texts in UTF-8.
       part: where it grows, in the same file system; by default beside it, with the ending .tmp.
       sync: have it on the disk before it appears, so that it outlasts a failure of the machine, too.
 
@@ -61,11 +70,75 @@ def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: b
     """
     part = path.with_suffix(".tmp") if part is None else part
     with new_file(part) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        if sync:
+        try:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
+            if sync:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+
+
+def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: bool = False) -> None:
+    """Writes a file that appears at once or not at all; arguments and errors as for `whole_file`.
+
+    Args:
+      data: its contents; texts in UTF-8.
+    """
+    with whole_file(path, part, sync) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def open_lock(path: str | Path) -> int:
+    """A descriptor of a lock file, which is made if needed. No link is followed, and no pipe is waited for.
+
+    Raises:
+      OSError: it cannot be opened or made.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Locks an open file, and says whether that worked: another process may hold the lock. Nothing is waited for.
+
+    The operating system releases the lock when the descriptor is closed, however its process ends.
+
+    Raises:
+      OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _is_at(descriptor: int, path: str | Path) -> bool:
+    """Whether the open file still has this path: a process that has just ended may have removed what it had locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[bool]:
+    """Holds a lock file for a block, which gets whether it has the lock: it has not where another process holds it.
+
+    Raises:
+      OSError: as for `open_lock` and `try_lock`.
+    """
+    descriptor = open_lock(path)
+    try:
+        yield try_lock(descriptor) and _is_at(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:
@@ -76,7 +149,7 @@ def _check_regular(status: os.stat_result, path: str | Path) -> None:
 
 
 def read_file(path: str | Path, limit: int | None = None) -> bytes:
-    """A regular file's bytes. OSError as for `open_file`, and for a file of more than `limit` bytes."""
+    """Reads a regular file. Raises OSError as `open_file` does, and for a file of more than `limit` bytes."""
     with open_file(path) as file:
         data = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(data) > limit:
@@ -85,18 +158,19 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: str | Path, encoding: str = "utf-8", limit: int | None = None) -> str:
-    """A regular file's text. OSError as for `read_file`, UnicodeDecodeError for another encoding."""
+    """Reads a regular file's text. Raises OSError as `read_file` does, UnicodeDecodeError for another encoding."""
     return read_file(path, limit).decode(encoding)
 
 
 def parse_json(data: bytes | str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """One JSON value in UTF-8.
+    """Parses one JSON value in UTF-8.
 
     Args:
       data: with or without a byte order mark. hook: json's `object_pairs_hook`.
 
     Raises:
-      ValueError: no JSON, nested deeper than DEEPEST, integers of thousands of digits, or whatever `hook` raises.
+      ValueError: it is not JSON, is nested deeper than DEEPEST, or has integers of thousands of digits; or whatever
+        `hook` raises.
     """
     text = data if isinstance(data, str) else data.decode("utf-8-sig")
     if _too_deep(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")):
@@ -125,20 +199,20 @@ def _too_deep(data: bytes) -> bool:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A text out of a file as messages and logs may hold it: one line, printable, not long; how long it was is said."""
+    """A text from a file in the form for messages and logs: one printable line; what is cut off ends in its length."""
     text = str(value)
-    said = printable(text[: most + 1])
-    if len(said) <= most:
-        return said
+    line = printable(text[: most + 1])
+    if len(line) <= most:
+        return line
     size = f"{len(text) / 1000:.0f} KB" if len(text) >= 1000 else f"{len(text)} characters"
-    return f"{said[:most]}... ({size})"
+    return f"{line[:most]}... ({size})"
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is no character to be seen: it might move a terminal's cursor or hide the rest."""
+    """The text with escapes for invisible characters: they might move a terminal's cursor or hide the rest."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(value: Any) -> str:
-    """`repr` of a value out of a file, for messages: of lists of lists only the beginning."""
+    """`repr` of a value from a file, for messages; of nested lists only the beginning."""
     return shown(_REPR.repr(value))

@@ -11,9 +11,12 @@ from flax.traverse_util import unflatten_dict
 from helpers import fixtures
 from helpers.fixtures import flat
 
-from fusion_jax.config import RunConfig, from_dict, to_dict
+from fusion_jax.config import TEMPLATE_NAMES, RunConfig, from_dict, to_dict
+from fusion_jax.data import conversation
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.errors import UserError
+from fusion_jax.models import remat
+from fusion_jax.models.limits import REMATS
 from fusion_jax.training import checkpoint, optim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -76,6 +79,10 @@ def gradients(model):
         one = dataclasses.replace(fixtures.example(model, 0), crops=crops, tilings=(tiling,))
         batch = fixtures.lay(model, [one])
     return flat(fixtures.grad_fn(model)(fixtures.params(model), batch)[1])
+
+
+def test_names_in_the_config_are_those_of_the_code():
+    assert tuple(conversation.TEMPLATES) == TEMPLATE_NAMES and tuple(remat.POLICIES) == REMATS
 
 
 def test_all_files_are_looked_at():

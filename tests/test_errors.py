@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from fusion_jax.benchmarking import common
-from fusion_jax.errors import UserError, check_choice, nearest, no_key
+from fusion_jax.errors import UserError, check_choice, first_line, nearest, no_key
 
 ROOT = Path(__file__).parents[1]
 # Numbers that a function of the command looks at, which says the flag's name.
@@ -16,10 +16,10 @@ LOOKED_AT = {
     "chat.py": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "latents"},
     "train.py": {"num_processes", "process_id"},
     "plan.py": {"latents"},
-    "data/inspect.py": {"samples", "images", "rows", "devices"},
-    "data/convert.py": {"shards", "records_per_shard", "workers"},
+    "inspect.py": {"limit", "images", "rows", "devices"},
+    "shards.py": {"shards", "records_per_shard", "workers"},
     "evaluate.py": {"limit", "batch_size"},
-    "serve/__main__.py": {"max_upload_bytes"},
+    "serve.py": {"max_upload_bytes"},
 }
 
 
@@ -30,9 +30,17 @@ def test_nearest_names():
     assert nearest("colour", known) == nearest("", known) == nearest("x" * 10**6, known) == ""
     assert (
         str(no_key("config.x", "lerning_rate", known[:1]))
-        == "config.x.lerning_rate is no key; did you mean learning_rate?"
+        == "config.x.lerning_rate is not a key; did you mean learning_rate?"
     )
-    assert str(no_key("config.x", "zzz", known[3:])) == "config.x.zzz is no key; known keys: b1, b2."
+    assert str(no_key("config.x", "zzz", known[3:])) == "config.x.zzz is not a key; known keys: b1, b2."
+
+
+def test_first_line_of_an_error():
+    assert first_line(ValueError("\n a\x1b[0m \nb")) == "a\\x1b[0m "
+    assert first_line(ValueError()) == "ValueError" and len(first_line(ValueError("x" * 5000))) < 320
+    hidden = KeyError("params")
+    hidden.__cause__ = OSError("the disk is full")
+    assert first_line(hidden) == "the disk is full"
 
 
 def test_choices():

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fusion_jax import files
 from fusion_jax.data import shard_folder
 from fusion_jax.evals import predictions
-from fusion_jax.files import new_file, write_whole
+from fusion_jax.files import new_file, whole_file, write_whole
 from fusion_jax.synth import images
 from fusion_jax.synth.folder import locked
 from fusion_jax.training import metrics
@@ -54,6 +55,28 @@ def test_a_folder_in_the_way_is_an_error(tmp_path):
     with pytest.raises(OSError):
         new_file(tmp_path / "a.tmp")
     assert (tmp_path / "a.tmp").is_dir()
+
+
+def test_what_fails_half_way_leaves_the_old_file_and_no_part(tmp_path):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as file:
+        file.write(b"new")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_lock_is_held_once(tmp_path):
+    path = tmp_path / "lock"
+    with files.locked(path) as mine:
+        assert mine
+        with files.locked(path) as other:
+            assert not other
+    path.unlink()
+    with files.locked(path) as mine:
+        path.unlink()  # by a process that had it and ends
+        with files.locked(path) as other:
+            assert mine and other
 
 
 def test_the_lock_of_a_synthesis_is_not_waited_for_nor_emptied(tmp_path):

@@ -1,8 +1,9 @@
-"""Ctrl-C in a command: one line and exit code 130, wherever the main thread is when it comes.
+"""Answers Ctrl-C in a command by one line and exit code 130, wherever the main thread is.
 
-Python raises KeyboardInterrupt wherever that is. In the middle of an import it leaves compiled modules half made, which
-crash later; in a callback of the garbage collector, or in `__del__`, it is printed and dropped, and the command goes
-on. So here it waits for the end of an import, and is raised again where it was dropped. A second Ctrl-C ends at once.
+Python raises KeyboardInterrupt at that very place. In the middle of an import this leaves compiled modules half
+initialised, which crash later; in a callback of the garbage collector, or in `__del__`, it is printed and dropped, and
+the command goes on. So here it waits for the end of an import, and is raised again where it was dropped. A second
+Ctrl-C ends the process at once.
 """
 
 import atexit
@@ -21,18 +22,18 @@ _IMPORT = "<frozen importlib._bootstrap>"
 
 
 class _State:
-    """Of this process: there is one SIGINT."""
+    """The state of this process, which has one SIGINT."""
 
     line: Callable[[], str] = staticmethod(lambda: "stopped")
-    asked: float | None = None  # when Ctrl-C came that nothing has answered yet
-    ending = False  # on the way out, which nothing interrupts any more
-    saying = False  # a second Ctrl-C waits until the line is written, so that it stands there once
-    again = False  # it came meanwhile
-    said = False
+    pressed: float | None = None  # when Ctrl-C came, until something answers it
+    ending = False  # the process is on its way out, which nothing interrupts any more
+    writing = False  # a second Ctrl-C waits until the line is written, so that it is written once
+    again = False  # a second Ctrl-C came meanwhile
+    written = False
 
 
 def ended_early(*_) -> None:
-    """Ctrl-C while a command still loads what it needs, which takes seconds: there is nothing yet to clean up."""
+    """Answers Ctrl-C while a command still loads what it needs, which takes seconds: nothing needs cleaning up."""
     try:
         os.write(2, b"stopped\n")
     finally:  # standard error may be closed, or a file on a full disk
@@ -40,22 +41,22 @@ def ended_early(*_) -> None:
 
 
 def listen(line: Callable[[], str]) -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt once. Nothing changes where SIGINT is ignored or another's.
+    """From now on Ctrl-C raises KeyboardInterrupt once. A SIGINT that is ignored or has a handler stays as it is.
 
     Args:
-      line: what is said when a second Ctrl-C ends the process before `say` was called.
+      line: makes the line that is written when a second Ctrl-C ends the process before `say` was called.
     """
     if signal.getsignal(signal.SIGINT) not in (ended_early, signal.default_int_handler):
         return
     _State.line = staticmethod(line)
     signal.signal(signal.SIGALRM, lambda _, frame: _interrupt(frame))
-    others = sys.unraisablehook
+    previous = sys.unraisablehook
 
-    def hook(what) -> None:
-        if isinstance(what.exc_value, KeyboardInterrupt) and _State.asked is not None:
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN)  # what is raised in here would be dropped as well
+    def hook(unraisable) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt) and _State.pressed is not None:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)  # an exception raised in here would be dropped as well
         else:
-            others(what)
+            previous(unraisable)
 
     sys.unraisablehook = hook
     signal.signal(signal.SIGINT, _on_ctrl_c)
@@ -63,49 +64,49 @@ def listen(line: Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """For imports at the beginning of a command's work, while there is nothing to clean up: Ctrl-C ends at once."""
-    ours = listening()
-    if ours:
+    """Lets Ctrl-C end the process at once during imports at the beginning of a command, with nothing to clean up."""
+    was_listening = listening()
+    if was_listening:
         signal.signal(signal.SIGINT, ended_early)
     try:
         yield
     finally:
-        if ours:
+        if was_listening:
             signal.signal(signal.SIGINT, _on_ctrl_c)
 
 
 def listening() -> bool:
-    """Whether Ctrl-C is answered here, and not ignored or by a handler of the command's own."""
+    """Whether this module answers Ctrl-C, which is neither ignored nor handled by the command itself."""
     return signal.getsignal(signal.SIGINT) is _on_ctrl_c
 
 
-def asked() -> bool:
-    """Whether Ctrl-C came, and nothing has answered it."""
-    return _State.asked is not None
+def pressed() -> bool:
+    """Whether Ctrl-C came and nothing has answered it."""
+    return _State.pressed is not None
 
 
 def answered() -> None:
-    """For what catches KeyboardInterrupt and goes on: the next Ctrl-C is the first again."""
-    _State.asked = None
+    """For code that catches KeyboardInterrupt and goes on: the next Ctrl-C counts as the first again."""
+    _State.pressed = None
 
 
 def say(line: str, write: Callable[[str], None]) -> None:
-    """Says why the command ends, once. Blocking the signal would not do: another thread may take it."""
-    _State.saying = True
+    """Writes once why the command ends. Blocking the signal would not help: another thread may receive it."""
+    _State.writing = True
     try:
         write(line)
-        _State.said = True
+        _State.written = True
     finally:
-        _State.saying = False
+        _State.writing = False
     if _State.again:
         end_now()
 
 
 def begin_ending() -> None:
-    """KeyboardInterrupt has arrived where the command began: Python may end in its order, which Ctrl-C cuts short."""
+    """KeyboardInterrupt has reached the command's beginning: Python may end in order, which Ctrl-C cuts short."""
     _State.ending = True
-    if _State.asked is None:
-        _State.asked = time.monotonic()
+    if _State.pressed is None:
+        _State.pressed = time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_ctrl_c)
@@ -114,7 +115,7 @@ def begin_ending() -> None:
 def end_now() -> None:
     """Ends the process and its children."""
     with contextlib.suppress(Exception):
-        if not _State.said:
+        if not _State.written:
             os.write(2, f"{_State.line()}\n".encode())
     with contextlib.suppress(Exception):
         if "multiprocessing" in sys.modules:
@@ -124,30 +125,30 @@ def end_now() -> None:
 
 
 def _on_ctrl_c(_, frame: FrameType | None) -> None:
-    if _State.saying:
+    if _State.writing:
         _State.again = True
         return
-    if _State.asked is not None:
+    if _State.pressed is not None:
         end_now()
-    _State.asked = time.monotonic()
+    _State.pressed = time.monotonic()
     _interrupt(frame)
 
 
 def _interrupt(frame: FrameType | None) -> None:
-    if _State.asked is None or _State.ending:
+    if _State.pressed is None or _State.ending:
         return
     while frame is not None and frame.f_code.co_filename != _IMPORT:
         frame = frame.f_back
     if frame is None:
         raise KeyboardInterrupt
-    if time.monotonic() - _State.asked > PATIENCE:
+    if time.monotonic() - _State.pressed > PATIENCE:
         end_now()
     signal.setitimer(signal.ITIMER_REAL, _AGAIN)
 
 
-@atexit.register  # before any library's: it runs last
+@atexit.register  # before any library registers its own, so this runs last
 def _after_all() -> None:
     if _State.ending:
-        os._exit(INTERRUPTED)  # Python's own end gives SIGINT back to the system, which would change the exit code
+        os._exit(INTERRUPTED)  # Python's own end restores SIGINT's default, which would change the exit code
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion_jax.data.templates import OWN, TEMPLATES, Template, find_template
+from fusion_jax.config import OWN_TEMPLATE
+from fusion_jax.data.templates import TEMPLATES, Template, find_template
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.files import shown
@@ -36,9 +37,9 @@ def find(name: str, tokenizer: Tokenizer) -> Template:
     """The template that a config's `template` names: one of `TEMPLATES`, or the tokenizer's own.
 
     Raises:
-      UserError: an unknown name, or OWN where the tokenizer's folder has no chat template or one that cannot be cut.
+      UserError: an unknown name, or `own` where the tokenizer's folder has no chat template or one that cannot be cut.
     """
-    return _own(tokenizer) if name == OWN else find_template(name)
+    return _own(tokenizer) if name == OWN_TEMPLATE else find_template(name)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,7 +95,7 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
     blank = len(rest) - len(rest.lstrip())
     question = next((rest[k:] for k in (blank, *range(len(rest) + 1)) if head.endswith(rest[k:])), "")
     template = Template(
-        name=OWN,
+        name=OWN_TEMPLATE,
         system_frame=None,
         default_system=head.removesuffix(question) or None,
         question=question,

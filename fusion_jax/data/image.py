@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from fusion_jax.config import DECODES
 from fusion_jax.data import decoding, formats, grey
 from fusion_jax.data.decoding import decode_opened, open_image, size_once_decoded
 from fusion_jax.data.resample import resample
@@ -19,7 +20,6 @@ from fusion_jax.data.tiles import Tiling, on_canvas
 from fusion_jax.errors import BadRecord, check_choice
 from fusion_jax.files import shown
 
-DECODES = ("exact", "fast")
 _BEGINNING = 1 << 16  # bytes of a file whose size alone is asked for
 _BY_BEGINNING = ("JPEG", "PNG", "GIF", "BMP", "PPM", "JPEG2000")  # formats that need no more in most files
 

@@ -7,7 +7,6 @@ each finished shard.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 from fusion_jax.data import shards
 from fusion_jax.errors import UserError, check
-from fusion_jax.files import brief, parse_json, read_file, write_whole
+from fusion_jax.files import brief, locked, parse_json, read_file, write_whole
 
 log = logging.getLogger("fusion_jax")
 
@@ -79,17 +78,9 @@ def lock_folder(out: Path) -> Iterator[None]:
     check(not out.is_symlink() or out.exists(), f"{out} is a link to nothing; name a folder with --out.")
     _check_own(out)
     partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(descriptor), os.stat(partial / _LOCK))
-    except (BlockingIOError, FileNotFoundError):  # the latter: a run that has just ended removed the file of the lock
-        mine = False
-    try:
+    with locked(partial / _LOCK) as mine:
         check(mine, f"Another process is converting into {out}.")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_own(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fusion_jax.config import OWN_TEMPLATE
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check_choice
 
@@ -11,7 +12,7 @@ class Template:
     """The fixed text around a conversation's turns.
 
     Attributes:
-      name: key in `TEMPLATES`, or OWN.
+      name: key in `TEMPLATES`, or OWN_TEMPLATE.
       system_frame: what stands before and after a system text; None: the template cannot hold one.
       default_system: the system text of a conversation that brings none, without a frame the whole system part; None:
         such a conversation has no system part.
@@ -59,7 +60,6 @@ class Template:
         return self.question + self.answer if mark == self.answer else mark
 
 
-OWN = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 TEMPLATES = {
     # The first two as the published system writes them.
     "phi3": Template(
@@ -114,9 +114,9 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; UserError naming the allowed ones if there is none. `chat_template.find` knows OWN."""
+    """The template of that name, or a UserError that names the allowed ones. `chat_template.find` knows `own` too."""
     if name not in TEMPLATES:
-        check_choice("conversation template ", name, (*TEMPLATES, OWN))
+        check_choice("conversation template ", name, (*TEMPLATES, OWN_TEMPLATE))
     return TEMPLATES[name]
 
 

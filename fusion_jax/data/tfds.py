@@ -10,7 +10,7 @@ import numpy as np
 
 from fusion_jax.data.media import kind_of_key
 from fusion_jax.data.shards import is_url
-from fusion_jax.errors import BadRecord, UserError, no_key
+from fusion_jax.errors import BadRecord, UserError, first_line, no_key
 from fusion_jax.files import parse_json, shown
 
 _TFDS = re.compile(r"tfds:([\w./=,-]+(?::\d+\.\d+\.\d+)?):(.+)")
@@ -49,9 +49,8 @@ class TfdsRecords:
             source = tfds.data_source(match[1], split=match[2], data_dir=data_dir, download=False)
         except Exception as e:  # names, versions, splits, formats: each has an exception of its own
             place = f" in {data_dir}" if data_dir is not None else ""
-            reason = str(e).strip().split("\n")[0]
             raise UserError(
-                f"Cannot open {spec}{place}: {reason} Prepare it first, in a format with random access: "
+                f"Cannot open {spec}{place}: {first_line(e)} Prepare it first, in a format with random access: "
                 f"`tfds build {match[1]} --file_format=array_record`."
             ) from e
         known = source.dataset_info.features

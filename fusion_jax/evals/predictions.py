@@ -4,16 +4,15 @@ OUTPUT/TASK/parts/00001-of-00004.jsonl   the answers of process 1 of 4; the firs
 OUTPUT/TASK/predictions.jsonl            all of them in the benchmark's order, scored; written by process 0
 """
 
-import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fusion_jax.errors import UserError
-from fusion_jax.files import open_file, parse_json, shown, write_whole
+from fusion_jax.files import open_file, parse_json, shown, try_lock, write_whole
 
 _PARTS = "parts"
 _LONGEST = 1 << 20  # bytes of the first line
@@ -66,7 +65,11 @@ class Part:
         self.path = folder / _PARTS / f"{index:05d}-of-{count:05d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115
-        if not _lock(self._file):
+        try:
+            free = try_lock(self._file.fileno())
+        except OSError:  # the file system has no locks
+            free = True
+        if not free:
             self._file.close()
             raise UserError(f"{self.path} is being written by another process; give each its own --process_id.")
         _check_header(self.path, header)
@@ -88,17 +91,6 @@ class Part:
 
     def _write(self, value: dict[str, Any]) -> None:
         self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace"))
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Locks the file; False where another process holds it. Without locks in the file system it is taken as free."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def digest(prompt: str) -> str:

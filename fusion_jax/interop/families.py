@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusion_jax.config import OWN_TEMPLATE
 from fusion_jax.data import chat_template
-from fusion_jax.data.templates import OWN, TEMPLATES
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.interop.rope import listed_windows, rope_config, windows_from_a_layer_on
@@ -75,7 +76,7 @@ def choose_template(model_type: str, tokenizer: Tokenizer | None) -> str:
     fitting = [name for name in (family.template, *TEMPLATES) if tokenizer.has_token(TEMPLATES[name].stops[0])]
     if tokenizer.chat_template is not None and not (family.published and family.template in fitting):
         try:
-            return chat_template.find(OWN, tokenizer).name
+            return chat_template.find(OWN_TEMPLATE, tokenizer).name
         except UserError as error:
             if not fitting:
                 raise

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from fusion_jax.errors import UserError, check, first_line
-from fusion_jax.files import brief, shown
+from fusion_jax.files import brief
 from fusion_jax.values.foreign import flag, sequence, text, whole
 
 _BESIDE = (
@@ -79,7 +79,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
     try:
         model = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
     except Exception as error:  # the library raises no narrower class
-        raise UserError(f"{where}: tokenizer.ggml.merges: {shown(first_line(error))}.") from error
+        raise UserError(f"{where}: tokenizer.ggml.merges: {first_line(error)}.") from error
     if pre == "qwen2":
         model.normalizer = normalizers.NFC()
     model.pre_tokenizer, model.decoder = _SPLITS[pre](), decoders.ByteLevel()

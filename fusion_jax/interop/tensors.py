@@ -108,7 +108,7 @@ class TensorFolder:
                     code = part.get_dtype()
                     self._enter(name, Entry(file, tuple(part.get_shape()), _NAMES.get(code, code)))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or cut short: {_reason(error)}.") from error
+            raise UserError(f"{file} is damaged or cut short: {first_line(error)}.") from error
 
     def _enter(self, name: str, entry: Entry) -> None:
         check(name not in self.entries, f"{entry.file} holds {shown(name)}, which another shard holds, too.")
@@ -130,7 +130,7 @@ class TensorFolder:
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch raises many kinds
-                reason = _reason(error)
+                reason = first_line(error)
                 raise UserError(f"{path} cannot be read as tensors without running code: {reason}") from error
             check(
                 isinstance(loaded, dict)
@@ -161,14 +161,14 @@ class TensorFolder:
                     return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
                 return tensor.numpy()
             except (RuntimeError, TypeError) as error:
-                raise UserError(f"{entry.file}: {shown(name)} cannot be read: {_reason(error)}.") from error
+                raise UserError(f"{entry.file}: {shown(name)} cannot be read: {first_line(error)}.") from error
         readers = self._local.__dict__.setdefault("readers", {})
         try:
             if entry.file not in readers:
                 readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
             tensor = readers[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{entry.file}: {name} cannot be read: {_reason(error)}.") from error
+            raise UserError(f"{entry.file}: {name} cannot be read: {first_line(error)}.") from error
         check(tensor.shape == entry.shape, f"{entry.file} has changed since its header was read: {name}.")
         return tensor
 
@@ -183,11 +183,6 @@ def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
         into[...] = part
     if into.dtype == np.float16:
         check(bool(np.isfinite(into).all()), f"{name} has numbers beyond the range of float16; choose another --dtype.")
-
-
-def _reason(error: Exception) -> str:
-    """Like `first_line`, of an error whose text may hold foreign names."""
-    return shown(first_line(error))
 
 
 def _shards(index: Path, ending: str) -> dict[str, list[str]]:
@@ -215,7 +210,8 @@ def _check_stored(file: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise UserError(
-            f"{file} cannot be read as tensors without running code: it is not a PyTorch zip file ({_reason(error)})."
+            f"{file} cannot be read as tensors without running code: it is not a PyTorch zip file "
+            f"({first_line(error)})."
         ) from error
     check(
         all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)

@@ -1,7 +1,8 @@
-"""Model configurations: frozen dataclasses, the two presets, the published variants.
+"""Configurations of models: frozen dataclasses, the two presets, the published variants.
 
 Every difference between the published weights' arithmetic (`released`) and the paper's text (`paper`) is one
-named field of `FusionConfig`, so that an ablation is a line. Nothing here touches JAX devices.
+named field of `FusionConfig`, so that an ablation is a line. The line under a field becomes its entry in
+docs/config.md. Nothing here loads JAX.
 """
 
 import dataclasses
@@ -14,21 +15,35 @@ from fusion_jax.models.limits import MOST_CHOICES, MOST_GRID, MOST_TILES, MOST_T
 
 # Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
 QUADRANTS = 4
+ROPE_KINDS = ("default", "llama3", "longrope")
+CHOICES = {  # of FusionConfig
+    "mask": ("paper", "released"),
+    "taps": ("paper", "released"),
+    "context": ("image", "quadrants"),
+    "latent_init": ("learned", "pooled"),
+    "text_only": ("none", "zero_image"),
+    "image_place": ("turn", "first"),
+}
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP / SigLIP2 vision tower. `layers` counts the layers that are kept (the published code drops the last); the
-    taps decide how many of them run (`FusionConfig.encoder_layers`).
-    """
+    """A SigLIP or SigLIP 2 vision tower."""
 
     image_size: int = 384
+    """Pixels of a crop's side."""
     patch_size: int = 16
+    """Pixels of a patch's side; a rest of the crop that fills no patch is cut off."""
     width: int = 1536
+    """Width of the residual stream."""
     mlp_dim: int = 6144
+    """Hidden units of each MLP."""
     layers: int = 39
+    """Layers that are kept, one less than published; `taps` decides how many of them run."""
     heads: int = 16
+    """Attention heads; must divide `width`."""
     norm_eps: float = 1e-6
+    """Epsilon of the layer norms."""
 
     def __post_init__(self):
         check_fields("vision", self, "image_size", "patch_size", "width", "mlp_dim", "heads", "norm_eps")
@@ -61,25 +76,29 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind` is default, llama3 or longrope.
-
-    llama3: `factor`, `low_freq_factor`, `high_freq_factor`, `original_length`.
-    longrope: `short_factors`, `long_factors` (head_dim/2 each), `original_length`, `max_length`.
-    """
+    """Rotary position embedding."""
 
     kind: str = "default"
+    """How frequencies are scaled: not at all, as in Llama 3.1, or as in LongRoPE."""
     theta: float = 10000.0
+    """Base of the frequencies."""
     factor: float = 8.0
+    """llama3: divisor of the low frequencies."""
     low_freq_factor: float = 1.0
+    """llama3: rotations over `original_length` below which a frequency counts as low."""
     high_freq_factor: float = 4.0
+    """llama3: rotations over `original_length` above which a frequency stays as it is."""
     original_length: int = 8192
+    """llama3 and longrope: positions that the language model was first trained with."""
     max_length: int = 131072
+    """longrope: positions that it was extended to."""
     short_factors: tuple[float, ...] = ()
+    """longrope: divisors of the frequencies up to `original_length` positions, half a head size of them."""
     long_factors: tuple[float, ...] = ()
+    """longrope: the same beyond `original_length` positions."""
 
     def __post_init__(self):
-        kinds = ("default", "llama3", "longrope")
-        check_choice("llm.rope.kind=", self.kind, kinds)
+        check_choice("llm.rope.kind=", self.kind, ROPE_KINDS)
         check_fields("llm.rope", self, "theta", "factor", "low_freq_factor", "high_freq_factor")
         check_fields("llm.rope", self, "original_length", "max_length", "short_factors", "long_factors")
         check(
@@ -91,20 +110,32 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Llama-family decoder. `head_dim` 0 means width / heads; `sliding_window` 0 lets a query see all before it."""
+    """A decoder of the Llama family."""
 
     vocab_size: int = 32064
+    """Tokens of the vocabulary, those of an extended tokenizer included."""
     width: int = 3072
+    """Width of the residual stream."""
     mlp_dim: int = 8192
+    """Hidden units of each gated MLP."""
     layers: int = 32
+    """Decoder layers."""
     heads: int = 32
+    """Query heads."""
     kv_heads: int = 32
+    """Key and value heads; must divide `heads`."""
     head_dim: int = 0
+    """Size of a head; 0: `width` / `heads`."""
     norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
     qkv_bias: bool = False
+    """Whether the query, key and value projections have biases."""
     tied_head: bool = False
+    """Whether the output head is the word embedding."""
     sliding_window: int = 0
+    """Positions that a query attends to, its own included; 0: all before it."""
     rope: RopeConfig = RopeConfig()
+    """Rotary position embedding, see below."""
 
     def __post_init__(self):
         check_fields("llm", self, "vocab_size", "width", "mlp_dim", "layers", "heads", "kv_heads")
@@ -135,12 +166,16 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class ExchangeConfig:
-    """Semantic exchange layers after decoder layers start, start + stride, ... (`layers` of them; 0 is allowed)."""
+    """Semantic exchange layers, after decoder layers `start`, `start + stride`, ..."""
 
     start: int = 0
+    """Decoder layer, counted from 0, after which the first exchange layer stands."""
     stride: int = 3
+    """Decoder layers from one exchange layer to the next."""
     layers: int = 10
+    """Exchange layers; 0: none."""
     heads: int = 16
+    """Attention heads; must divide `llm.width`."""
 
 
 @dataclass(frozen=True)
@@ -154,56 +189,45 @@ class Stack:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The whole model.
-
-    Fields beyond the three parts:
-      text_guided: A, the question's tokens enter the encoder.
-      mapping_loss_weight: B, lambda of the dual-semantic mapping loss; 0 also drops its projection.
-      semantic_exchange: C, latent tokens and exchange layers.
-      latent_counts: the set of l^2 that training draws from.
-      image_tokens: tokens per image in the LLM; 0 keeps one per patch, otherwise a square, resized after the projector.
-      tile_grids: dynamic resolution: the (rows, columns) of tiles that an image may be cut into, the one chosen that
-        keeps most of it; (1, 1) is the whole view alone. tile_tokens: tokens of a tile in the LLM, a square, resized
-        after the projector; 0 keeps one per patch. () is fixed resolution.
-      mask: early encoder layers. `paper`: image queries do not see text. `released`: they do, and every text query
-        attends uniformly.
-      taps: `paper`: shallow and deep mean. `released`: last state, shallow mean, deep mean.
-      context: exchange keys/values from four unguided `quadrants` of the image or from the `image` tokens themselves.
-      latent_init: `pooled` image features or `learned` tables, one per l^2.
-      text_only: `zero_image`: a conversation without image carries a zero image and zero latents. `none`: neither.
-      hide_question_id_zero: question tokens with id 0 count as padding (published code; id 0 is "!" in Llama-3).
-      image_place: where a conversation's one image stands: `turn`, in the human turn that says so, or `first`, in the
-        first visual place of the conversation whichever turn says so, each later place taking latents (published code).
-    """
+    """The whole model."""
 
     vision: VisionConfig = VisionConfig()
+    """Vision tower, see below."""
     llm: LLMConfig = LLMConfig()
+    """Language model, see below."""
     exchange: ExchangeConfig = ExchangeConfig()
+    """Semantic exchange layers, see below."""
     text_guided: bool = True
+    """Component A of the paper: whether the question's tokens enter the vision encoder."""
     mapping_loss_weight: float = 0.1
+    """Component B: weight of the dual-semantic mapping loss; 0 also drops its projection."""
     semantic_exchange: bool = True
+    """Component C: whether there are latent tokens and exchange layers."""
     latent_counts: tuple[int, ...] = (4, 16, 36, 64, 144)
+    """Square numbers of latents per round, one of which is drawn for each training step."""
     image_tokens: int = 0
+    """Tokens of an image in the LLM, a square number, resized after the projector; 0: one per patch."""
     tile_grids: tuple[tuple[int, int], ...] = ()
+    """Grids of (rows, columns) that an image may be tiled by; (1, 1): no tiles; empty: fixed resolution."""
     tile_tokens: int = 0
+    """Tokens of a tile in the LLM, a square number, resized after the projector; 0: one per patch."""
     mask: str = "paper"
+    """Early encoder layers: `paper`: images do not see text; `released`: they do, text attends uniformly."""
     taps: str = "paper"
+    """`paper`: means of the shallow and the deep layers; `released`: the last state and both means."""
     context: str = "image"
+    """Keys and values of the exchange: the image tokens, or four unguided `quadrants` of the image."""
     latent_init: str = "learned"
+    """First values of latents: pooled image features, or a learned table for each number of latents."""
     text_only: str = "none"
+    """Without an image: `none`: no visual tokens; `zero_image`: a zero image and zero latents."""
     hide_question_id_zero: bool = False
+    """Whether question tokens with id 0 count as padding (published code; `!` in Llama 3)."""
     image_place: str = "turn"
+    """A single image stands in the `turn` that names it, or in the `first` visual place (published code)."""
 
     def __post_init__(self):
-        choices = {
-            "mask": ("paper", "released"),
-            "taps": ("paper", "released"),
-            "context": ("image", "quadrants"),
-            "latent_init": ("learned", "pooled"),
-            "text_only": ("none", "zero_image"),
-            "image_place": ("turn", "first"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             check_choice(f"model.{name}=", getattr(self, name), allowed)
         for count in (*self.latent_counts, *([self.image_tokens] if self.image_tokens else [])):
             check(count > 0 and math.isqrt(count) ** 2 == count, f"model: {count} tokens are not a square grid l x l.")
@@ -283,6 +307,12 @@ class FusionConfig:
     def tokens_per_tile(self) -> int:
         """0 at fixed resolution."""
         return (self.tile_tokens or self.vision.patches) if self.tile_grids else 0
+
+    @property
+    def most_tile_tokens(self) -> int:
+        """Most positions that the tiles of one image take, row ends included: with no padding cut away."""
+        side = math.isqrt(self.tokens_per_tile)
+        return max((r * side * (c * side + 1) for r, c in self.tile_grids if r * c > 1), default=0)
 
     @property
     def most_crops(self) -> int:

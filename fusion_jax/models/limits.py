@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "tile_tokens": (0, 1 << 20),
     "mapping_loss_weight": (0, 1e6),
 }
+REMATS = ("none", "dots", "attention", "full")  # names of the policies in `remat.py`
 MOST_GRID = 1 << 12  # patches per side of an image
 MOST_TOKENS = 1 << 20  # of an image or a set of latents
 MOST_TILES = 1024  # of an image

@@ -18,7 +18,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from typing import Any
 
 from fusion_jax.data import shard_writing, shards
 from fusion_jax.errors import check
-from fusion_jax.files import new_file
+from fusion_jax.files import whole_file
 from fusion_jax.synth.backends import factory
 from fusion_jax.synth.blocks import all_samples
 from fusion_jax.synth.config import SynthConfig
@@ -198,11 +197,12 @@ class _Whole:
     """A JSON file that appears once it is complete: a list of `item`s, or `line`s."""
 
     def __init__(self, path: Path):
-        self._path, self._part = path, path.with_name(f".{path.name}.tmp")
+        self._list = path.suffix == ".json"
+        self._whole = whole_file(path, path.with_name(f".{path.name}.tmp"), sync=True)
         self._items = 0
 
     def __enter__(self) -> "_Whole":
-        self._file = io.TextIOWrapper(new_file(self._part), encoding="utf-8", errors="replace")
+        self._file = io.TextIOWrapper(self._whole.__enter__(), encoding="utf-8", errors="replace")
         return self
 
     def item(self, value: Any) -> None:
@@ -214,16 +214,11 @@ class _Whole:
         """Adds a line."""
         self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
-    def __exit__(self, kind, *_) -> None:
-        if self._path.suffix == ".json":
+    def __exit__(self, *raised) -> None:
+        if self._list:
             self._file.write("\n]\n" if self._items else "[]\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink()
+        self._file.detach()  # which writes out what is left; the file itself is closed below
+        self._whole.__exit__(*raised)
 
 
 def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:

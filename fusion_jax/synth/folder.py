@@ -7,14 +7,13 @@ OUT/images/                 images, named by what they were drawn from
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fusion_jax import files
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth.backends import factory
 from fusion_jax.synth.blocks import read_block
@@ -131,12 +130,8 @@ def locked(out: Path) -> Iterator[None]:
     """Locks the folder against a second run; the system releases the lock when the process ends, in whatever way."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(out / "lock", flags, 0o666), "wb") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise UserError(f"Another process is working in {out}.") from e
+        with files.locked(out / "lock") as mine:
+            check(mine, f"Another process is working in {out}.")
             yield
     except OSError as e:
         raise UserError(f"Cannot write to {out}: {e.strerror or e}; the same command goes on from here.") from e

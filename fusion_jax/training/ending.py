@@ -63,7 +63,7 @@ def with_the_others() -> Iterator[None]:
         raise
     except Exception as error:
         done.set()
-        if board.client() is None or interrupts.asked():
+        if board.client() is None or interrupts.pressed():
             raise
         if not isinstance(error, UserError) and is_lost(error):
             _end(_read(2 * _LOOK), f"({first_line(error)[:200]})")

@@ -1,11 +1,9 @@
-"""One run per workdir: a lock file that says who trains there.
+"""The lock of a workdir, which lets one run at a time train there.
 
-The operating system holds the lock and lets go of it however the process ends. Where a file system shares files but not
-locks between hosts, the file's time stamp, renewed while the run lives, says whether another host's run is alive.
+The operating system releases it however the process ends. Where a file system shares files but not locks between hosts,
+the time stamp of the lock file, which a live run renews, shows whether a run on another host is alive.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -18,14 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fusion_jax.errors import UserError
+from fusion_jax.files import open_lock, try_lock
 
 log = logging.getLogger("fusion_jax")
 
 FILE = "run.lock"
-RENEW = 10.0  # seconds between two signs of life
-STALE = 45.0  # without one for that long, a run on another host is dead
-
-
+RENEW = 10.0  # seconds between two renewals of the time stamp
+STALE = 45.0  # seconds without a renewal after which a run on another host counts as dead
 _LONGEST = 4096  # bytes of a lock file that are read; ours has a hundred
 _signed: set[int] = set()  # descriptors of the lock files that this process has signed
 
@@ -35,24 +32,23 @@ def hold(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of `workdir`.
 
     Raises:
-      UserError: a live run has it, which is named; or the lock file cannot be opened or written.
+      UserError: a live run holds the lock (the message names it), or the lock file cannot be opened or written.
     """
     path = workdir / FILE
     file = _open(path)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(file):
+                raise UserError(_refusal(workdir, _holder(file)))
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(_refusal(workdir, _holder(file))) from None
             log.warning("%s: this file system has no locks (%s)", path, error)
         holder = _holder(file)
         if holder is None:
-            log.warning("%s is no lock file of a run; it is written anew", path)
+            log.warning("%s is not the lock file of a run; it is overwritten", path)
         elif holder.get("host", socket.gethostname()) != socket.gethostname():
             _outlive(path, workdir, holder)
         elif holder:
-            log.info("%s: the run that had it (process %s) ended without a word", workdir, holder["pid"])
+            log.info("%s: the run before (process %s) ended without releasing it", workdir, holder["pid"])
         _sign(file, path)
         done = threading.Event()
         renewer = threading.Thread(target=_renew, args=(path, done), name="workdir-lock", daemon=True)
@@ -68,20 +64,19 @@ def hold(workdir: Path) -> Iterator[None]:
 
 
 def sign_off() -> None:
-    """For the moment before a process ends on purpose without unwinding: the next run finds no holder."""
+    """Removes this process's name from its lock files, before it ends on purpose without unwinding."""
     for file in list(_signed):
         _sign_off(file)
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file. UserError where it is something else: a folder, a link, a pipe."""
+    """A descriptor of the lock file. Raises UserError where it is a folder, a link or a pipe."""
     try:
-        # Neither waits for the other end of a pipe nor empties what a link leads to.
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        file = open_lock(path)
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
-        reason = "it is no file"
+        reason = "it is not a file"
     except OSError as error:
         reason = error.strerror
     raise UserError(f"The lock file {path} cannot be opened ({reason}); remove it, or give another --workdir.")
@@ -104,9 +99,9 @@ def _sign_off(file: int) -> None:
 
 
 def _holder(file: int) -> dict[str, str] | None:
-    """Who wrote the lock file; empty where nobody has it, or in the moment before its owner has signed.
+    """The process that the lock file names (pid, host, since); empty where there is none or it has not yet signed.
 
-    None where it holds anything else than a signature.
+    None where the file holds anything else.
     """
     content = os.pread(file, _LONGEST, 0)
     if not content.strip(b"\0"):  # zeros are what a power cut leaves
@@ -122,14 +117,14 @@ def _holder(file: int) -> dict[str, str] | None:
 
 
 def _refusal(workdir: Path, holder: dict[str, str] | None) -> str:
-    who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
-    return f"{workdir} is in use by a live run ({who}); stop it or give another --workdir."
+    run = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
+    return f"{workdir} is in use by a live run ({run}); stop it or give another --workdir."
 
 
 def _outlive(path: Path, workdir: Path, holder: dict[str, str]) -> None:
-    """Waits until a run on another host has given no sign of life for long enough. UserError as soon as it does."""
+    """Waits until a run on another host has not renewed the file for STALE seconds. Raises UserError if it does."""
     stamp = path.stat().st_mtime
-    log.info("%s was last used on %s: looking for %.0f s whether that run lives", workdir, holder["host"], STALE)
+    log.info("%s was last used on %s: waiting %.0f s to see whether that run is alive", workdir, holder["host"], STALE)
     deadline = time.monotonic() + STALE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, STALE / 10))
@@ -143,4 +138,4 @@ def _renew(path: Path, done: threading.Event) -> None:
         try:
             os.utime(path)
         except OSError:
-            continue  # a folder that fails for a while
+            continue  # the file system may fail for a while

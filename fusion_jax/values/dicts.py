@@ -1,4 +1,4 @@
-"""Frozen dataclasses from the nested mappings of config files, and back. Nothing here loads JAX."""
+"""Makes frozen dataclasses from the nested mappings of config files, and back. Nothing here loads JAX."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from fusion_jax.files import brief, shown
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; UserError naming the key otherwise."""
+    """The value as the annotated type. Raises UserError, naming the key, where it is not one."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
@@ -38,7 +38,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
 
 
 def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
-    """A validated dataclass out of nested mappings.
+    """Makes a validated dataclass from nested mappings.
 
     Raises:
       UserError: an unknown key (with the nearest known ones), a missing key, a wrong type or value.
@@ -55,14 +55,14 @@ def from_dict(cls: type, values: typing.Mapping, where: str = "config") -> Any:
     converted = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**converted)
-    except UserError as error:  # of a part, which does not know its place
+    except UserError as error:  # from a part, which does not know its key
         if re.split(r"[=\[:]", str(error), maxsplit=1)[0] not in fields:
             raise
         raise UserError(f"{where}.{error}") from error
 
 
 def to_dict(config: Any) -> Any:
-    """Nested plain dicts and tuples, for JSON and ConfigDicts; `from_dict` reads them back."""
+    """Nested plain dicts and tuples of a dataclass, for JSON and ConfigDicts; `from_dict` reads them back."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple | list):

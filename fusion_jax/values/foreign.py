@@ -1,6 +1,6 @@
-"""Values in JSON files that others wrote, asked for by type and range before anything rests on them.
+"""Reads values from JSON files that others wrote, and checks their types and ranges.
 
-Every fault is a `UserError` of one sentence that names file and key. Nothing here loads JAX.
+Every error is a `UserError` of one sentence that names file and key. Nothing here loads JAX.
 """
 
 import json
@@ -17,7 +17,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. UserError where it is something else or unreadable."""
+    """Reads a regular file of at most `most` bytes. Raises UserError where it is anything else, or unreadable."""
     try:
         return read_file(path, most)
     except OSError as error:
@@ -25,11 +25,11 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object that a file holds. Its numbers may still be infinite: `number` refuses those.
+    """Reads a file that holds a JSON object. Its numbers may still be infinite: `number` refuses those.
 
     Raises:
-      UserError: as `read_bytes`; it is no JSON object, is nested too deep, or has a text that is no Unicode (half of a
-        surrogate pair).
+      UserError: as `read_bytes`; it is not a JSON object, is nested too deep, or has a text that is not Unicode (half
+        of a surrogate pair).
     """
     data = read_bytes(path, most)
     try:
@@ -38,11 +38,11 @@ def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {shown(error)}.") from error
-    check(isinstance(content, dict), f"{path} is no JSON object.")
+    check(isinstance(content, dict), f"{path} is not a JSON object.")
     return content
 
 
-def _given(config: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
+def _value(config: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
     value = config.get(key)
     check(value is not None or default is not None, f"{where} lacks {shown(key)!r}.")
     return value
@@ -56,9 +56,9 @@ def whole(config: Mapping[str, Any], key: str, where: str, least: int, most: int
     """A whole number of a config; `default`, or an error without one, where the key is missing or null.
 
     Raises:
-      UserError: another type (also 4.0, "4" and true), or a number that is not within least .. most.
+      UserError: it has another type (also 4.0, "4" and true), or is not within least .. most.
     """
-    value = _given(config, key, where, default)
+    value = _value(config, key, where, default)
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -70,7 +70,7 @@ def number(
     config: Mapping[str, Any], key: str, where: str, least: float, most: float, default: float | None = None
 ) -> float:
     """Like `whole` for any finite number."""
-    value = _given(config, key, where, default)
+    value = _value(config, key, where, default)
     if value is None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
@@ -79,7 +79,7 @@ def number(
 
 
 def _of_kind(config: Mapping[str, Any], key: str, where: str, default: Any, kind: type, expected: str) -> Any:
-    value = _given(config, key, where, default)
+    value = _value(config, key, where, default)
     if value is None:
         return default
     if not isinstance(value, kind):

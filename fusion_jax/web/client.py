@@ -1,7 +1,7 @@
-"""HTTP requests that end: one deadline for everything, a limit on the size, no redirects, nothing decompressed.
+"""HTTP requests with one deadline and a limit on size; nothing is redirected or decompressed.
 
-Timeouts of sockets and of HTTP libraries run anew with every byte that arrives, so a server that sends one now and then
-is never timed out. Here the time that is left is asked for before each wait: for the name, the connection (over all its
+Timeouts of sockets and of HTTP libraries start again with every byte that arrives, so a server that sends one now and
+then is never timed out. Here every wait gets what is left of the deadline: for the name, the connection (over all its
 addresses), TLS, the head and the body.
 """
 
@@ -27,7 +27,7 @@ import httpcore2
 from fusion_jax.errors import check
 from fusion_jax.files import parse_json
 
-_LOOKUPS = threading.BoundedSemaphore(32)  # names asked for at once: a lookup cannot be stopped, only left behind
+_LOOKUPS = threading.BoundedSemaphore(32)  # names looked up at once: a lookup cannot be stopped, only abandoned
 MAX_DEPTH = 64  # of JSON
 MAX_VALUES = 500_000  # of JSON: "[],[],[]," takes thirty times its size in memory
 _KEEP = 5.0  # seconds that an idle connection is kept for
@@ -36,8 +36,12 @@ _clock = threading.local()  # `end`: when the request of this thread must be ove
 
 
 class WebError(Exception):
-    """No answer. `reason`: timeout, no_host, forbidden (by `allowed`), no_connection, cut, too_large, encoded, invalid
-    (the request itself)."""
+    """A request has no answer.
+
+    Attributes:
+      reason: timeout, no_host, forbidden (by `allowed`), no_connection, cut, too_large, encoded, or invalid (of the
+        request itself).
+    """
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -46,7 +50,7 @@ class WebError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """headers: by lower-case name; of a name given twice the first."""
+    """An HTTP answer. `headers` are by lower-case name; where a name comes twice, the first counts."""
 
     status: int
     headers: dict[str, str]
@@ -54,13 +58,15 @@ class Answer:
 
 
 class Web:
-    """Connections to be used again; for any number of threads."""
+    """A pool of connections that are used again, by any number of threads."""
 
     def __init__(self, connections: int = 1, allowed: Callable[[str], bool] | None = None, proxy: str = ""):
         """
         Args:
-          connections: how many at most. allowed: IP address -> whether it may be connected to; must hold for all
-            addresses of a host. None allows all. proxy: http://HOST:PORT that requests go through.
+          connections: how many at most.
+          allowed: IP address -> whether a connection to it is allowed; must hold for all addresses of a host. None
+            allows all.
+          proxy: http://HOST:PORT that requests go through.
         """
         self._network = _Network(allowed)
         options: dict[str, Any] = {
@@ -81,7 +87,11 @@ class Web:
     def send(
         self, method: str, url: str, headers: dict[str, str], body: bytes | None, seconds: float, max_bytes: int
     ) -> Answer:
-        """One request and its answer, whatever its status. WebError where none came in time and within the size."""
+        """Sends one request and returns its answer, whatever its status.
+
+        Raises:
+          WebError: no answer came in time and within `max_bytes`.
+        """
         _clock.end = time.monotonic() + seconds
         try:
             parts = urllib.parse.urlsplit(url)
@@ -109,7 +119,7 @@ class Web:
         self._pool.close()
 
     def cut(self) -> None:
-        """Ends all connections now, also those that other threads wait on: their requests raise."""
+        """Cuts all connections now, also those that other threads wait on: their requests raise WebError."""
         for stream in list(self._network.streams):
             with contextlib.suppress(OSError):
                 stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
@@ -120,7 +130,7 @@ class Web:
             headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
         codings = [value for name, value in response.headers if name.lower() == b"content-encoding"]
         if any(value.strip().lower() not in (b"identity", b"") for value in codings):
-            raise WebError("encoded", "the answer is compressed, which was not asked for")
+            raise WebError("encoded", "the answer is compressed, which the request excludes")
         body = bytearray()
         for piece in response.iter_stream():
             body += piece
@@ -131,24 +141,27 @@ class Web:
 
 
 def is_endpoint(url: str) -> bool:
-    """Whether it is http(s)://HOST[:PORT][/PATH] in plain ASCII, with neither user nor query."""
+    """Whether the address is http(s)://HOST[:PORT][/PATH] in plain ASCII, without user or query."""
     try:
         parts = urllib.parse.urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # no number where the port stands, for instance
+    except ValueError:  # such as a port that is not a number
         return False
     extra = "@" in parts.netloc or parts.query or parts.fragment
     return whole and not extra and all("!" <= c <= "~" and c != "\\" for c in url)
 
 
 def is_key(key: str) -> bool:
-    """Whether it can stand in a header: a line break at its end, out of a file, would make the request invalid."""
+    """Whether the key may be part of a header: a line break at its end, from a file, would make the request invalid."""
     return all("!" <= c <= "~" for c in key)
 
 
 def proxy_for(url: str) -> str:
     """The proxy that the environment names for this address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), or "".
-    UserError for one that cannot be used."""
+
+    Raises:
+      UserError: the proxy cannot be used.
+    """
     parts, named = urllib.parse.urlsplit(url), urllib.request.getproxies()
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
@@ -164,19 +177,22 @@ def proxy_for(url: str) -> str:
     return proxy
 
 
-def read_json(said: bytes | str) -> Any:
-    """What JSON from a stranger says. ValueError for anything else, and for what is too deep or too much to work on:
-    whatever walks through it later may recurse."""
-    marks = (b",", b"[", b"{") if isinstance(said, bytes) else (",", "[", "{")
-    if sum(said.count(mark) for mark in marks) > MAX_VALUES:
+def read_json(data: bytes | str) -> Any:
+    """Parses JSON from a stranger.
+
+    Raises:
+      ValueError: it is not JSON, has over MAX_VALUES values, or over MAX_DEPTH levels: later code may recurse into it.
+    """
+    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
+    if sum(data.count(mark) for mark in marks) > MAX_VALUES:
         raise ValueError(f"over {MAX_VALUES} values")
-    value = parse_json(said)
+    value = parse_json(data)
     check_depth(value)
     return value
 
 
 def check_depth(value: Any) -> None:
-    """ValueError for what JSON says in more than MAX_DEPTH levels."""
+    """Raises ValueError for a value of more than MAX_DEPTH levels."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
@@ -190,13 +206,13 @@ def _inside(one: dict | list) -> Any:
 
 
 def retry_after(headers: dict[str, str], most: float) -> float | None:
-    """Seconds that Retry-After asks for, a number or a date: 0 to `most`; None where it says nothing usable."""
-    said = headers.get("retry-after", "")[:64]
+    """The seconds of the header Retry-After, a number or a date, within 0 to `most`; None where it is unusable."""
+    value = headers.get("retry-after", "")[:64]
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError, IndexError, AttributeError):
             return None
     return None if math.isnan(seconds) else min(max(seconds, 0.0), most)
@@ -208,7 +224,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def _left() -> float:
-    """Seconds left to this thread's request, above 0."""
+    """The seconds that are left to this thread's request, above 0. Raises ReadTimeout where there are none."""
     left = _clock.end - time.monotonic()
     if left <= 0:
         raise httpcore2.ReadTimeout("too late")
@@ -216,7 +232,7 @@ def _left() -> float:
 
 
 class _Network(httpcore2.NetworkBackend):
-    """Connections whose every wait ends at the deadline of the thread that waits."""
+    """Opens connections whose every wait ends at the deadline of the thread that waits."""
 
     def __init__(self, allowed: Callable[[str], bool] | None):
         self._allowed, self._sockets = allowed, httpcore2.SyncBackend()
@@ -230,7 +246,7 @@ class _Network(httpcore2.NetworkBackend):
         problem: Exception = httpcore2.ConnectError("no address")
         for number, place in enumerate(places):
             try:
-                # To the very address that was looked at: asking for the name again could give another one.
+                # To the address that was checked: looking the name up again could give another one.
                 part = _left() / (len(places) - number)
                 return _Stream(self._sockets.connect_tcp(place[4][0], port, part), self.streams)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
@@ -240,7 +256,7 @@ class _Network(httpcore2.NetworkBackend):
 
 
 class _Stream(httpcore2.NetworkStream):
-    """Another stream with the time that is left as its timeout, whatever it is asked for."""
+    """A stream that replaces every timeout by the time that is left."""
 
     def __init__(self, inner: httpcore2.NetworkStream, streams: "weakref.WeakSet[_Stream]"):
         self._inner, self._streams = inner, streams
@@ -250,7 +266,7 @@ class _Stream(httpcore2.NetworkStream):
         return self._inner.read(max_bytes, _left())
 
     def write(self, buffer, timeout=None):
-        # In pieces: the timeout of a large one would run anew with every part of it that is taken.
+        # In pieces: the timeout of a large one would start again with every part that is sent.
         for start in range(0, len(buffer), _PIECE):
             self._inner.write(buffer[start : start + _PIECE], _left())
 
@@ -265,7 +281,7 @@ class _Stream(httpcore2.NetworkStream):
 
 
 def _lookup(host: str, port: int) -> list[tuple]:
-    """`socket.getaddrinfo`, which takes no timeout, in a thread of its own where there is a name to ask for."""
+    """`socket.getaddrinfo`, which has no timeout; a name is looked up in a thread of its own."""
     with contextlib.suppress(ValueError, OSError):
         ipaddress.ip_address(host.partition("%")[0])
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

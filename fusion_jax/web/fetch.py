@@ -1,4 +1,4 @@
-"""What lies behind an address that a stranger wrote, fetched without reaching into the network that this runs in."""
+"""Fetches an address that a stranger wrote, without reaching into the network that this process runs in."""
 
 import contextlib
 import ipaddress
@@ -14,12 +14,12 @@ from fusion_jax.web.client import Web, WebError
 MAX_URL = 8192  # characters
 PORTS = {"http": 80, "https": 443}
 
-# Not for anybody on the internet, though `ipaddress` calls parts of them global: protocol assignments, relays of 6to4,
-# and the address under which Azure answers its machines alone.
+# Networks that are not on the internet, though `ipaddress` calls parts of them global: protocol assignments, relays of
+# 6to4, and the address under which Azure serves its own machines.
 _INNER_4 = [ipaddress.IPv4Network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
-# Of IPv6 only global unicast addresses may be reached, and of those none that stands for an IPv4 address (Teredo and
-# what else is under 2001::/23, 6to4) or is kept for documentation. All other forms with an IPv4 address in them
-# (mapped, compatible, translated, NAT64) and the site-local, private and link-local ranges lie outside of it.
+# Of IPv6 only global unicast addresses may be reached, and of those none that contains an IPv4 address (Teredo and
+# the rest of 2001::/23, 6to4) or is reserved for documentation. All other forms that contain an IPv4 address (mapped,
+# compatible, translated, NAT64) and the site-local, private and link-local ranges lie outside of it.
 _GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 _INNER_6 = [ipaddress.IPv6Network(net) for net in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 
@@ -27,21 +27,21 @@ _PLACE = re.compile(r"(?P<host>[^\[\]:@%]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{0,
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _SENTENCES = {  # by `WebError.reason`
-    "timeout": "The whole of it did not arrive within {seconds:g} s",
+    "timeout": "The answer was not complete within {seconds:g} s",
     "no_host": "The host is not known",
     "forbidden": "The host is not on the public network",
     "no_connection": "The host cannot be reached",
-    "cut": "The host sent no proper answer",
+    "cut": "The host sent an answer that is not HTTP, or cut it short",
     "too_large": "The file has more than {max_bytes} bytes",
-    "encoded": "The host sent a compressed answer, which was not asked for",
-    "invalid": "The address cannot be asked for",
+    "encoded": "The host sent a compressed answer, which the request excludes",
+    "invalid": "The address cannot be requested",
 }
 
 Place = tuple[str, int]  # host, in lower case and without brackets, and port
 
 
 class FetchError(Exception):
-    """Nothing was fetched. The message is one sentence for whoever wrote the address.
+    """Nothing was fetched. The message is one sentence for the person who wrote the address.
 
     Attributes:
       reason: bad_url, redirect, status, or a reason of `WebError`.
@@ -62,18 +62,20 @@ def fetch(
     private: Collection[Place] = (),
     headers: dict[str, str] | None = None,
 ) -> bytes:
-    """The body behind an http or https address.
+    """Fetches the body of an http or https address.
 
-    All of a host's addresses must be public, and the connection goes to one of those that were looked at. Proxies of
+    All of a host's addresses must be public, and the connection goes to one of those that were checked. Proxies of
     the environment are not used: they would look the name up again.
 
     Args:
-      max_bytes: more is refused. seconds: for everything, redirects included. redirects: how many are followed; each
-        is looked at like the first address, and none leads from https to http. ports: that may be asked. private: hosts
-        and ports that may be asked wherever they are; not by a redirect from elsewhere.
+      max_bytes: a longer body is refused.
+      seconds: for everything, redirects included.
+      redirects: how many are followed; each is checked like the first address, and none may lead from https to http.
+      ports: that are allowed.
+      private: hosts and ports that are allowed in any network, but not as the target of another host's redirect.
 
     Raises:
-      FetchError: the address is malformed or may not be asked, or no answer with status 200 came whole and in time.
+      FetchError: the address is malformed or not allowed, or no whole answer with status 200 came in time.
     """
     end = time.monotonic() + seconds
     for _ in range(redirects + 1):
@@ -84,7 +86,7 @@ def fetch(
             if place[1] not in ports:
                 allowed = ", ".join(map(str, sorted(ports)))
                 raise FetchError("bad_url", f"The address names port {place[1]}; allowed: {allowed}.")
-        # A pool of its own: an idle connection to another place could answer for one that may not be asked.
+        # A new pool: an idle connection to another host could answer for one that is not allowed.
         web = Web(allowed=None if own else is_public)
         try:
             left = max(end - time.monotonic(), 0.0)
@@ -118,13 +120,15 @@ def _next(address: str, location: str) -> str:
 
 
 def _unfit(url: str) -> bool:
-    """Whether there is something in it that `urlsplit` would pass over, or that readers of addresses disagree about. A
-    space inside is neither: it is sent as %20."""
+    """Whether the address holds characters that `urlsplit` skips, or that programs understand differently.
+
+    A space inside is neither: it is sent as %20.
+    """
     return url != url.strip() or any(c < " " or c in "\\\x7f" or "\ud800" <= c <= "\udfff" for c in url)
 
 
 def _parse(url: str) -> tuple[str, Place]:
-    """The address in its plain ASCII form, without a fragment, and the place that it names."""
+    """The address in plain ASCII, without its fragment, and the host and port that it names."""
     if len(url) > MAX_URL:
         raise FetchError("bad_url", f"The address has more than {MAX_URL} characters.")
     try:
@@ -138,7 +142,7 @@ def _parse(url: str) -> tuple[str, Place]:
         port = int(named["port"]) if named["port"] else PORTS[parts.scheme]
         if not 0 < port < 1 << 16:
             raise ValueError(url)
-        # What is escaped already stays so.
+        # Existing escapes are kept.
         target = quote(parts.path or "/", safe="%/:=&~+!$,;'@()*") + (
             "?" + quote(parts.query, safe="%/:=&~+!$,;'@()*?") if parts.query else ""
         )
@@ -151,8 +155,11 @@ def _parse(url: str) -> tuple[str, Place]:
 
 
 def _host(name: str) -> str:
-    """A host in lower case and ASCII, as browsers write it (UTS 46: `straße.de` is not `strasse.de`). ValueError for
-    what is none, or an IPv4 address in an odd spelling."""
+    """A host in lower case and ASCII, as browsers write it (UTS 46: `straße.de` is not `strasse.de`).
+
+    Raises:
+      ValueError: it is not a host, or an IPv4 address in an unusual spelling.
+    """
     if name.startswith("["):
         return str(ipaddress.IPv6Address(name[1:-1]))
     name = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode()
@@ -165,7 +172,7 @@ def _host(name: str) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to a host on the internet, and stands for no other address."""
+    """Whether an IP address belongs to a host on the internet, and does not contain another address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

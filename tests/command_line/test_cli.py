@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from fusion_jax.command_line.cli import _wrong_key, check_output
+from fusion_jax.command_line.cli import check_output
+from fusion_jax.command_line.config_flag import _wrong_key
 from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +205,7 @@ def test_keys_that_the_config_file_does_not_list_can_be_set():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("stages[0].epoch=1", "config.stages[0].epoch is no key; did you mean epochs?"),
+        ("stages[0].epoch=1", "config.stages[0].epoch is not a key; did you mean epochs?"),
         ("stages[0][0]=3", "--config.stages[0][0] cannot be set: config.stages[0] of the config file has no 0, "),
     ],
 )
@@ -219,7 +220,7 @@ def test_what_cannot_be_set_is_named_with_what_there_is():
     for word, said in (
         (
             "modle.layers=3",
-            "--config.modle.layers cannot be set: config.modle is no key; did you mean model?",
+            "--config.modle.layers cannot be set: config.modle is not a key; did you mean model?",
         ),
         ("model.layers.x=3", "config.model.layers of the config file has no 'x', but has no keys."),
         (
@@ -227,9 +228,9 @@ def test_what_cannot_be_set_is_named_with_what_there_is():
             "config.stages of the config file has no 7, but has 2 entries, the first of which is [0].",
         ),
         ("stages[x].steps=3", "config.stages of the config file has no ('x',), but has 2 entries"),
-        ("stages.0.steps=3", "--config.stages.0.steps is no name of a key; write --config.model.llm.layers or "),
+        ("stages.0.steps=3", "--config.stages.0.steps is not a key; write --config.model.llm.layers or "),
         ("stages=()", "--config.stages cannot be set as a whole; set its parts, such as --config.stages[0].KEY=VALUE"),
-        ("(" * 5000 + "=1", "is no name of a key"),
+        ("(" * 5000 + "=1", "is not a key"),
     ):
         found = _wrong_key(config, ["--config.model.layers=2", f"--config.{word}"])
         assert said in found and len(found) < 500 and found.isprintable()

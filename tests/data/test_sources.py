@@ -173,7 +173,7 @@ def test_mixture_seed(tmp_path):
         (
             "a.yaml",
             "datasets: [{json_path: x.json, stratgy: all}]",
-            r"datasets\[0\]\.stratgy is no key; did you mean sampling_strategy\?",
+            r"datasets\[0\]\.stratgy is not a key; did you mean sampling_strategy\?",
         ),
         ("a.yaml", "datasets: [{jsonpath: x.json}]", r"one of json_path, shards, tfds; .*; did you mean json_path\?"),
         ("a.yaml", "datasets: [{json_path: x.json}]", "x.json"),
@@ -193,7 +193,7 @@ def test_mixture_seed(tmp_path):
         (
             "a.yaml",
             "datasets: [{shards: x, image_folder: y}]",
-            r"datasets\[0\]\.image_folder is no key; known keys: shards, sampling_strategy",
+            r"datasets\[0\]\.image_folder is not a key; known keys: shards, sampling_strategy",
         ),
         ("a.yaml", "datasets: [{shards: x}]", "x is not a folder of shards"),
         ("a.yaml", "datasets: [{tfds: mnist}]", "tfds:name"),
@@ -455,7 +455,7 @@ def test_tfds_splits_strategies_and_weights(prepared):
         ({"features": {"image": "image"}}, "conversations, or the one with the text"),
         (
             {"features": {"picture": "image"}},
-            r"features\.picture is no key; known keys: id, image, conversations, text, system",
+            r"features\.picture is not a key; known keys: id, image, conversations, text, system",
         ),
         ({"features": {"conversations": "talk"}, "prompt": "?"}, "`prompt` belongs to a `text`"),
         ({"data_dir": 5}, "must be texts"),

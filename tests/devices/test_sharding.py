@@ -46,7 +46,7 @@ def test_the_rest_is_filled_in(config, devices, sizes):
         (lambda: MeshConfig(fsdp=0), ("config.mesh.fsdp=0", "at least 1")),
         (
             lambda: from_dict(MeshConfig, {"fsdpp": 2}, "config.mesh"),
-            ("config.mesh.fsdpp is no key", "did you mean fsdp?"),
+            ("config.mesh.fsdpp is not a key", "did you mean fsdp?"),
         ),
     ],
 )

@@ -26,7 +26,7 @@ def test_help_is_printed_and_ends_with_0(server, module):
 
 
 MISTAKES = [
-    (["--config=nowhere.py"], "Cannot load the config file: nowhere.py: No such file"),
+    (["--config=nowhere.py"], "There is no config file nowhere.py "),
     (["--config=folder"], "folder: Is a directory"),
     (["--config=pipe"], "pipe: it is a pipe"),
     (["--config=/dev/zero"], "it is a pipe, a device"),

@@ -378,7 +378,7 @@ def test_the_command_prints_tables_and_a_line_for_programs(folder, tmp_path):
 def test_a_missing_config_is_one_sentence():
     done = run_command("--config", "none.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: Cannot load the config file: ") and "none.py" in done.stderr
+    assert done.stderr.startswith("error: There is no config file ") and "none.py" in done.stderr
 
 
 def test_what_cannot_be_inspected_is_said(folder, tmp_path):

@@ -351,7 +351,7 @@ def test_other_folders_are_left_alone(made, tmp_path):
         ({"ray": {"actors": {"llm": 0}}}, r"ray.actors\['llm'\]=0 must be at least 1"),
         ({"block": 10**12}, "config.block=1000000000000 must be between 1"),
         ({"tokenizer": 10**12}, "config.tokenizer=1000000000000"),
-        ({"llm": {"api_key": "sk-1"}}, "api_key is no key; did you mean api_key_env"),
+        ({"llm": {"api_key": "sk-1"}}, "api_key is not a key; did you mean api_key_env"),
         ({"processes": 2, "vision": {"backend": "endpoint", "model": "m"}}, "is for the embedded backend"),
         ({"pools": [{"path": "embedded:many"}]}, "write embedded:COUNT"),
         ({"pools": [{"path": "c.txt"}]}, "give its source"),

@@ -266,7 +266,7 @@ def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, 
     for step in steps(workdir):
         folder = workdir / "stage1" / "checkpoints" / str(step)
         forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is no key"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a key"):
         train.train(configured(data), workdir)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import shard_writing
 from fusion_jax.data.sources import load_source
-from fusion_jax.data.templates import OWN, TEMPLATES
+from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.training import about, checkpoint, integrity, order, resume
@@ -179,7 +179,7 @@ def test_forged_numbers_of_files_are_refused(data):
         with pytest.raises(ValueError, match=r"'data' of its about has .* for 'stage1' instead of files' numbers"):
             about.check_form({**saved, "data": {"stage1": forged}})
     old = without(saved, "format")
-    assert not about.always_bos(old | {"config": {**old["config"], "template": OWN}}, WHERE)
+    assert not about.always_bos(old | {"config": {**old["config"], "template": "own"}}, WHERE)
 
 
 def test_shards_are_known_by_their_hashes(data, tmp_path):

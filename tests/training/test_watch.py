@@ -93,7 +93,7 @@ def test_a_run_that_stops_on_request_leaves_no_signature(tmp_path, caplog):
         assert process.wait(20) == code
         caplog.clear()
         with caplog.at_level("INFO", "fusion_jax"), lock.hold(tmp_path):
-            assert ("ended without a word" in caplog.text) == (number == signal.SIGKILL)
+            assert ("ended without releasing it" in caplog.text) == (number == signal.SIGKILL)
 
 
 @pytest.mark.parametrize("alive", [True, False])

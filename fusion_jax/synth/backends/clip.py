@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.synth.backends.config import ScorerConfig
 
 
@@ -29,8 +29,7 @@ class ClipScorer:
             self._model = AutoModel.from_pretrained(path, local_files_only=True).to(self._device).eval()
             self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
-            reason = str(e).strip().split("\n")[0][:300]
-            raise UserError(f"Cannot load the scorer {path}: {reason}") from e
+            raise UserError(f"Cannot load the scorer {path}: {first_line(e)}") from e
         if not hasattr(self._model, "get_image_features"):
             raise UserError(f"{path} is a {type(self._model).__name__}: scorer.path must be a CLIP or SigLIP model.")
         self.name = path.resolve().name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.synth.backends.base import Refused
 from fusion_jax.synth.backends.config import ImageConfig
 
@@ -46,8 +46,7 @@ class Diffusion:
         except torch.OutOfMemoryError as e:
             raise self._too_large(config) from e
         except (OSError, ValueError, RuntimeError) as e:
-            reason = str(e).strip().split("\n")[0][:300]
-            raise UserError(f"Cannot load the diffusion model {config.model!r} (images.model): {reason}") from e
+            raise UserError(f"Cannot load the diffusion model {config.model!r} (images.model): {first_line(e)}") from e
         self._pipeline.set_progress_bar_config(disable=True)
         self._config, self._torch = config, torch
         known = inspect.signature(self._pipeline.__call__).parameters

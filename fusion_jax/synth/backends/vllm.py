@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from fusion_jax.errors import UserError
+from fusion_jax.errors import UserError, first_line
 from fusion_jax.synth.backends.base import Reply, Unusable
 from fusion_jax.synth.backends.config import ModelConfig
 
@@ -86,8 +86,7 @@ class VllmModel:
         try:
             self._llm = vllm.LLM(model=config.model, limit_mm_per_prompt={"image": 2})
         except (OSError, ValueError, RuntimeError) as e:
-            reason = str(e).strip().split("\n")[0][:300]
-            raise UserError(f"vLLM cannot load {config.model!r}: {reason}") from e
+            raise UserError(f"vLLM cannot load {config.model!r}: {first_line(e)}") from e
         self._gather = Gatherer(self._answer, config.concurrency)
 
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
