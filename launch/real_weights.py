@@ -68,7 +68,8 @@ def chat(path: str, llm: str, out: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fusion_jax.data.sources import Record
-    from fusion_jax.inference.generate import Answerer, decode, first_state
+    from fusion_jax.inference.decoding import decode, first_state
+    from fusion_jax.inference.generate import Answerer
     from fusion_jax.inference.sampling import Sampling
     from fusion_jax.models.fusion import Fusion
     from fusion_jax.training.checkpoint import load_model

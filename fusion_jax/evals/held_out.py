@@ -13,7 +13,7 @@ from fusion_jax.data.sources import Record, load_records
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
-from fusion_jax.inference.generate import first_question
+from fusion_jax.inference.prompts import first_question
 
 FILE = "held_out.json"
 DATA = f"{FILE} in LLaVA format, with a key 'topics' for accuracy by topic"

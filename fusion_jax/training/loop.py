@@ -11,7 +11,7 @@ import jax
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.loader import Fed
 from fusion_jax.data.planner import Counts
-from fusion_jax.devices import flops, sharding
+from fusion_jax.devices import flops, peaks, sharding
 from fusion_jax.models import fusion
 from fusion_jax.training import metrics, optim, state, watch
 
@@ -37,7 +37,7 @@ class Loop:
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
         self._done = 0.0  # `Fed.done` of the last step
         self._mesh, self._step_fn, self._phase = mesh, step_fn, phase
-        self._peak = flops.peak(model.dtype)
+        self._peak = peaks.peak(model.dtype)
         self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))  # of a batch, each like ours
         self._compiled: set[int] = set()  # l^2 of the programs
         self._running: deque = deque()  # results of the steps that may still compute

@@ -22,6 +22,7 @@ from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.files import printable
 from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import first_question
 from fusion_jax.models import fusion
 from fusion_jax.training import ending, losses, metrics, state, watch
 from fusion_jax.training import step as train_step
@@ -84,7 +85,7 @@ class Reports:
 
     def _has(self, step: int, what: str) -> bool:
         """Whether an earlier start has written it. What the first process has decides: all must do the same."""
-        return bool(distributed.of_first(self.writer.has(step, f"{what}/")))
+        return distributed.gather(self.writer.has(step, f"{what}/"))[0]
 
     @contextlib.contextmanager
     def _survived(self, step: int, what: str) -> Iterator[None]:
@@ -155,7 +156,7 @@ class Reports:
             usable = False
             with contextlib.suppress(BadRecord):
                 record = source[measured.number]
-                prompt = generate.first_question(record)
+                prompt = first_question(record)
                 maker(prompt, prompt=True)
                 usable = True
             if not all(distributed.gather(usable)):

@@ -10,12 +10,12 @@ import pytest
 from helpers import tiny_run
 from helpers.shapes_data import make_shapes
 
-from fusion_jax import doctor, train
+from fusion_jax import train
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.devices.device_check import Problem
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
-from fusion_jax.training import checks
+from fusion_jax.training import checks, config_check
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ FAULTS = {
     "wandb": (lambda config, _: dataclasses.replace(config, wandb_project="p"), "needs Weights & Biases"),
     "mesh": (
         lambda config, _: dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2)),
-        "asks for 4 device(s), there are 1",
+        "needs 4 device(s), but there are 1",
     ),
     "freeze": (
         lambda config, _: stage(config, 1, freeze=("^lm/",)),
@@ -109,7 +109,7 @@ def test_each_fault_ends_training_before_it_begins_and_the_doctor_says_the_same(
         train.train(config, tmp_path / "run")
     assert all(part in str(error.value) for part in expected.split(".*")), str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-    found = doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1)
+    found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
     assert [problem.what for problem in found if problem.stops] == [str(error.value)]
 
 
@@ -118,7 +118,7 @@ def test_a_stage_too_short_for_validation_goes_without_and_says_so(config, tmp_p
     problems = []
     inputs = checks.look(config, tmp_path / "run", (), problems)
     assert not problems and list(inputs.validation) == ["stage2"]
-    found = list(doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1))
+    found = list(config_check.check_inputs(config, str(tmp_path / "run"), (), 1))
     assert [(problem.stops, problem.what.partition(":")[0]) for problem in found] == [
         (False, "stage1 has no validation")
     ]
@@ -131,11 +131,11 @@ def test_the_doctor_names_all_faults_at_once(config, tmp_path):
         evaluate_every=1,
         validation_data="gone.json",
     )
-    found = list(doctor.check_inputs(checks.look, config, str(tmp_path), (), 6))
+    found = list(config_check.check_inputs(config, str(tmp_path), (), 6))
     assert len(found) == 5 and all(problem.stops for problem in found), found
     # A mesh of devices that are not here: their number decides.
     config = dataclasses.replace(config, mesh=MeshConfig(data=-1))
-    found = [problem.what for problem in doctor.check_inputs(checks.look, config, str(tmp_path), (), 8)]
+    found = [problem.what for problem in config_check.check_inputs(config, str(tmp_path), (), 8)]
     assert any("2 row(s) a microbatch do not divide over 8 devices" in what for what in found), found
 
 
@@ -147,7 +147,7 @@ def test_the_doctor_passes_warnings_on(config, tmp_path):
         validation_data=str(tmp_path / "validation.json"),
         validation_image_folder=str(Path(config.validation_data).parent),
     )
-    found = list(doctor.check_inputs(checks.look, config, str(tmp_path), (), 1))
+    found = list(config_check.check_inputs(config, str(tmp_path), (), 1))
     assert found and all(isinstance(problem, Problem) and not problem.stops for problem in found)
     assert "1 validation record(s) of the first 3 cannot be used" in found[0].what
 
@@ -158,5 +158,5 @@ def test_a_stage_of_which_no_checkpoint_can_be_read_is_said_by_both(config, tmp_
     (step / "about" / "_strings.json").write_text("{")
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 4: .*; move that folder away") as error:
         train.train(config, tmp_path / "run")
-    found = doctor.check_inputs(checks.look, config, str(tmp_path / "run"), (), 1)
+    found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
     assert [problem.what for problem in found if problem.stops] == [str(error.value)]
