@@ -353,7 +353,7 @@ def test_pickles_that_lie_or_run_code(folder):
         refused(lambda: TensorFolder(folder, allow_pickle=True), path.name, *words)
 
     path.write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
-    tried("no zip file")
+    tried("not a PyTorch zip file")
     torch.save({"a": torch.zeros(1).expand(10**12)}, path)
     tried("whose numbers all lie in the file")
     torch.save({"a": torch.zeros(3).to_sparse()}, path)
