@@ -44,8 +44,9 @@ from fusion_jax.models import fusion
 from fusion_jax.models.config import QUADRANTS, FusionConfig
 from fusion_jax.models.limits import within
 from fusion_jax.planning import typical
-from fusion_jax.training import checkpoint, optim, state, watch
-from fusion_jax.training import step as train_step
+from fusion_jax.training import checkpoint, optim, state
+from fusion_jax.training.memory import explain_memory_errors, memory_in_use
+from fusion_jax.training.step import compile_step
 
 _CONFIG = define_config("benchmark configuration", "configs/benchmark_cpu.py", new_keys=False)
 _WORKERS = flags.DEFINE_integer("workers", 1, "input: threads that make crops")
@@ -117,7 +118,7 @@ def _compile_step(model: fusion.Fusion, stage: StageConfig, mesh: Mesh, batch: B
     batch = sharding.put_batch(sharding.local_rows(batch, mesh), mesh)
     start = time.perf_counter()
     rates = optim.learning_rates(stage, 500, 1000)
-    step = train_step.compile_step(model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
+    step = compile_step(model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
     return step, current, batch, rates, time.perf_counter() - start
 
 
@@ -138,7 +139,7 @@ def benchmark_step(config) -> dict:
         batch, samples = typical.random_batch(run, stage, shards, _LATENTS.value)
         shape = {"rows": len(batch.tokens), "latents": batch.latent_count, "accumulation": stage.accumulation}
         try:
-            with watch.says_when_memory_is_short(run.remat):
+            with explain_memory_errors(run.remat):
                 return shape | _time_step(model, stage, mesh, batch, samples, RUN_REPEATS, _TRACE.value)
         except UserError:
             if len(batch.tokens) <= shards * stage.accumulation:
@@ -165,7 +166,7 @@ def _time_step(
         "samples_per_second": samples / seconds,
         "compile_seconds": compile_seconds,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        **{key: value for key, value in watch.memory().items() if key == "hbm_peak_gib"},
+        **{key: value for key, value in memory_in_use().items() if key == "hbm_peak_gib"},
         "model_tflop_per_step": cost / 1e12,
         "model_gflop_per_second": cost / seconds / 1e9,
         "mfu": cost / seconds / flops.peak(model.dtype),

@@ -283,7 +283,7 @@ def state_bytes(total: int, trained: int) -> int:
 
 
 def check_inputs(look, config, workdir: str | None, accepted, devices: int) -> Findings:
-    """What training itself would say before it begins (`checks.look`), all of it."""
+    """What training itself would say before it begins (`checks.open_inputs`), all of it."""
     problems, warnings = [], []
     log, handler = logging.getLogger("fusion_jax"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())
@@ -311,7 +311,7 @@ def check_config(config, answer: dict | Problem, workdir: str | None, accepted=(
 
         jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
         from fusion_jax.training import checks
-    yield from check_inputs(checks.look, config, workdir, accepted, answer["count"] if known else 0)
+    yield from check_inputs(checks.open_inputs, config, workdir, accepted, answer["count"] if known else 0)
     if not known:
         yield from check_disk(workdir)
         return

@@ -1,8 +1,8 @@
 """Several processes that train as one: how they find each other, and what only the first of them does.
 
 All run the same program on the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
-compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir. `ending.py` says
-how they end.
+compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
+`training/stopping.py` says how they end.
 """
 
 import glob

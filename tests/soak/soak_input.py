@@ -18,8 +18,8 @@ from PIL import Image
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.loader import training_batches
 from fusion_jax.data.planner import open_source
+from fusion_jax.data.shard_writing import convert
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.shards import convert
 from fusion_jax.synth.tokenizer import train_tokenizer
 
 IMAGES = 2000

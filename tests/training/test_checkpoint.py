@@ -44,8 +44,8 @@ def saved(folder, *steps, **keep):
 
 
 def assert_is(restored, step):
-    found, state, data = restored
-    assert found == step and data == {"next": step}
+    number, state, data = restored
+    assert number == step and data == {"next": step}
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -256,7 +256,7 @@ def test_checkpoint_without_a_list_is_used_and_the_log_says_that_its_bytes_canno
 def test_array_of_another_shape_is_damage(tmp_path):
     checkpoints = saved(tmp_path, 1)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]) if x.ndim else (), x.dtype), state_at(0))
-    with pytest.raises(UserError, match="is whole"):
+    with pytest.raises(UserError, match="is intact"):
         checkpoints.restore(like)
 
 
@@ -266,12 +266,12 @@ def test_arrays_of_other_names_are_named_in_one_sentence(tmp_path, part, caplog)
     checkpoints = saved(tmp_path, 1)
     like = jax.eval_shape(lambda: dataclasses.replace(state_at(0), **{part: {"another": {"one": jnp.ones(3)}}}))
     with pytest.raises(
-        UserError, match=r"is whole .*it holds other arrays than this run asks for: its .* lacks"
+        UserError, match=r"is intact .*it holds other arrays than this run asks for: its .* lacks"
     ) as error:
         checkpoints.restore(like)
     assert "another/one" in str(error.value) and ("kernel" if part == "params" else "mu") in str(error.value)
-    [said] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
-    assert "\n" not in said and len(said) < 500
+    [message] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
+    assert "\n" not in message and len(message) < 500
 
 
 def _tower(layers, scale=1.0):
@@ -358,7 +358,7 @@ def test_without_its_list_a_damaged_checkpoint_fails_to_load_and_falls_back(tmp_
 def test_no_whole_checkpoint_left_is_said_and_nothing_is_moved(tmp_path):
     checkpoints = saved(tmp_path, 1)
     shutil.rmtree(tmp_path / "1" / "params")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 1: .* is missing\)"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 1: .* is missing\)"):
         checkpoints.restore(state_at(0))
     assert checkpoints.steps() == [1]
 

@@ -17,7 +17,7 @@ from helpers.shapes_data import make_shapes
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting
 from fusion_jax.models import fusion
-from fusion_jax.training import checkpoint, integrity, resume
+from fusion_jax.training import checkpoint, init_from, integrity, resume
 
 sys.path.append(str(Path(__file__).parents[1] / "evals"))
 import tiny_checkpoint
@@ -54,7 +54,7 @@ def test_checkpoint_writes_the_known_files_of_a_tokenizer_only(two, tmp_path, na
     with pytest.raises(UserError, match=r"known are tokenizer.model, tokenizer.json"):
         checkpoint.save_tokenizer(about, tmp_path / "a" / "b" / "c")
     forge(two[1], "about", lambda about: {**about, "tokenizer": {**about["tokenizer"], TOKENIZER[name]: entry}})
-    with pytest.raises(UserError, match=rf"{two[1]} is no whole checkpoint: .* known are tokenizer.model"):
+    with pytest.raises(UserError, match=rf"{two[1]} is not an intact checkpoint: .* known are tokenizer.model"):
         checkpoint.load_model(two[1])
     assert not list(tmp_path.rglob("*planted*")) and not Path("/tmp/planted").exists()
 
@@ -87,7 +87,7 @@ def test_commands_fall_back_from_an_about_of_another_form(two, caplog, form):
     before, newest = two
     forge(newest, "about", ABOUTS[form])
     assert checkpoint.find(newest.parents[2]) == before
-    assert "looking at the one before" in caplog.text and str(newest) in caplog.text
+    assert "trying the previous one" in caplog.text and str(newest) in caplog.text
     with pytest.raises(UserError, match=str(newest)) as error:
         checkpoint.load_about(newest)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
@@ -112,10 +112,10 @@ def test_commands_fall_back_from_a_damaged_checkpoint_and_say_so(two, caplog, da
     for place in (newest.parent, newest.parents[1], newest.parents[2]):
         caplog.clear()
         assert checkpoint.find(place) == before
-        assert f"going back to {before}; 9 is not whole" in caplog.text
+        assert f"going back to {before}; 9 is not intact" in caplog.text
     assert checkpoint.load_model(newest.parents[2]).step == 8
     shutil.rmtree(before)
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact"):
         checkpoint.find(newest.parents[2])
 
 
@@ -142,15 +142,15 @@ def test_params_that_cannot_be_read_are_passed_over_whatever_the_list_says(two, 
     config = checkpoint.load_model(before).config
     config = dataclasses.replace(config, init_from=str(workdir))
     like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    assert resume.initial_parameters(config, like)[0] == before
+    assert init_from.initial_parameters(config, like)[0] == before
     assert f"checkpoint {newest} is damaged: " in caplog.text and f"going back to {before}; 9" in caplog.text
-    with pytest.raises(UserError, match=f"{newest} is no whole checkpoint: .*") as error:
+    with pytest.raises(UserError, match=f"{newest} is not an intact checkpoint: .*") as error:
         checkpoint.load_model(newest)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600 and "bound method" not in str(error.value)
     gc.collect()
     time.sleep(0.2)
-    said = "".join(capfd.readouterr()) + caplog.text
-    assert "Traceback" not in said and "never retrieved" not in said
+    output = "".join(capfd.readouterr()) + caplog.text
+    assert "Traceback" not in output and "never retrieved" not in output
 
 
 def test_commands_say_that_the_bytes_of_a_checkpoint_without_a_list_cannot_be_checked(two, caplog):

@@ -18,7 +18,8 @@ from fusion_jax.data import conversation, shard_writing
 from fusion_jax.data.sources import load_source
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.training import about, checkpoint, integrity, order, resume
+from fusion_jax.training import about, checkpoint, integrity, resume
+from fusion_jax.training.checkpoint_folders import order_in
 from fusion_jax.training.input_check import differences
 from fusion_jax.training.state import TrainState
 
@@ -245,7 +246,7 @@ def test_times_decide_where_nothing_else_does(stages, tmp_path):
 def test_a_new_stage_comes_behind_all_that_are_there(stages, tmp_path):
     """Also where the config that adds it has no place for the earlier ones any more."""
     run = tmp_path / "run"
-    assert order.order_in(run, "stage1") == 0
+    assert order_in(run, "stage1") == 0
     shutil.copytree(stages, run)
-    assert order.order_in(run, "stage1") == 0 and order.order_in(run, "stage2") == 1
-    assert order.order_in(run, "more") == 2
+    assert order_in(run, "stage1") == 0 and order_in(run, "stage2") == 1
+    assert order_in(run, "more") == 2

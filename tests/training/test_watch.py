@@ -18,6 +18,12 @@ import pytest
 
 from fusion_jax.errors import UserError
 from fusion_jax.training import lock, metrics, watch
+from fusion_jax.training.jsonl import read_rows, truncate_rows
+from fusion_jax.training.memory import explain_memory_errors, memory_in_use
+from fusion_jax.training.plots import plot_losses
+from fusion_jax.training.profiling import Profile, parse_steps
+from fusion_jax.training.saving import Every
+from fusion_jax.training.writer import Writer, import_wandb
 
 
 def test_workdir_of_a_live_run_is_refused_and_of_a_dead_one_taken_over(tmp_path):
@@ -83,8 +89,9 @@ def test_lock_file_that_is_no_file_is_said(tmp_path, kind):
 def test_a_run_that_stops_on_request_leaves_no_signature(tmp_path, caplog):
     """In the middle of anything: it ends at once, because there is nothing to save. A killed one leaves its own."""
     script = (
-        "import sys, time, pathlib\nfrom fusion_jax.training import lock, watch\n"
-        "with watch.Stop(), lock.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+        "import sys, time, pathlib\nfrom fusion_jax.training import lock, stopping\n"
+        "with stopping.Stop(), lock.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
     )
     for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -161,21 +168,21 @@ def test_spikes_stand_out_from_noise_and_trend():
 
     steps = [step(5 * 0.99**i + 0.1 * rng.normal(), 1 + 0.3 * rng.random()) for i in range(300)]
     spikes = metrics.Spikes()
-    assert spikes.look(1, steps) == []
-    found = spikes.look(301, [step(3.0, 1.1), step(0.3, 40.0), step(np.nan, 1.0, np.nan), step(0.3, 1.1, np.inf)])
-    assert [text.split(" is ")[0] for text in found] == [
+    assert spikes.find(1, steps) == []
+    sentences = spikes.find(301, [step(3.0, 1.1), step(0.3, 40.0), step(np.nan, 1.0, np.nan), step(0.3, 1.1, np.inf)])
+    assert [text.split(" is ")[0] for text in sentences] == [
         "step 301: total 3",
         "step 302: grad_norm 40",
         "step 303: total",
         "step 304: update_norm",
     ]
-    assert "though loss and gradient are finite" in found[-1]
+    assert "though loss and gradient are finite" in sentences[-1]
     # A few spikes do not make the next one normal.
-    assert len(spikes.look(305, [step(3.0, 1.0)] * 5)) == 5
+    assert len(spikes.find(305, [step(3.0, 1.0)] * 5)) == 5
 
 
 def test_full_disk_costs_no_metrics_line_and_no_run(tmp_path, caplog):
-    writer = metrics.Writer(tmp_path, 0)
+    writer = Writer(tmp_path, 0)
     writer.scalars(1, {"ce": 1.0})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 3, hard))
@@ -187,7 +194,7 @@ def test_full_disk_costs_no_metrics_line_and_no_run(tmp_path, caplog):
     writer.scalars(40, {"ce": 40.0})
     writer.close()
     assert "training goes on" in caplog.text
-    assert [row["ce"] for row in metrics.read(writer.path)] == [float(step) for step in range(1, 41)]
+    assert [row["ce"] for row in read_rows(writer.path)] == [float(step) for step in range(1, 41)]
 
 
 DAMAGED = {
@@ -214,21 +221,21 @@ def test_damaged_lines_are_cut_off_with_a_warning(tmp_path, caplog, name, damage
     good = b'{"step": 1, "ce": 1.0}\n'
     path = tmp_path / name
     path.write_bytes(good + DAMAGED[damage])
-    writer = metrics.Writer(tmp_path, 2)
-    metrics.truncate(path, 2)
+    writer = Writer(tmp_path, 2)
+    truncate_rows(path, 2)
     writer.scalars(3, {"ce": 0.5})
     writer.close()
     assert path.read_bytes().startswith(good)
-    assert [row["step"] for row in metrics.read(path)] == ([1, 3] if name == "metrics.jsonl" else [1])
+    assert [row["step"] for row in read_rows(path)] == ([1, 3] if name == "metrics.jsonl" else [1])
     assert caplog.text.count(f"{path}: 1 damaged line(s) cut off (2)") == 1
-    metrics.plot_losses({"stage": path}, tmp_path / "losses.png")
+    plot_losses({"stage": path}, tmp_path / "losses.png")
 
 
 def test_plot_leaves_out_what_is_no_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     values = ['"x"', "[1]", "null", "true", "1" + "0" * 400, "1e999", "NaN", "0.5"]
     path.write_text("".join(f'{{"step": {step}, "ce": {value}}}\n' for step, value in enumerate(values)))
-    metrics.plot_losses({"stage": path}, tmp_path / "losses.png")
+    plot_losses({"stage": path}, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
@@ -236,11 +243,11 @@ def test_plot_leaves_out_what_is_no_number(tmp_path):
 def test_log_that_is_no_file_is_said(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"{name} must be a file"):
-        metrics.truncate(tmp_path / name, 0)
+        truncate_rows(tmp_path / name, 0)
     (tmp_path / name).rmdir()
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=rf"{name} must be a file"):
-        metrics.truncate(tmp_path / name, 0)
+        truncate_rows(tmp_path / name, 0)
 
 
 WANDB = """
@@ -266,24 +273,24 @@ def test_failing_wandb_costs_its_rows_only(tmp_path, monkeypatch, caplog):
     with pytest.raises(
         UserError, match=r"Weights & Biases could not be started .*\(no API key\); .*WANDB_MODE=offline"
     ):
-        metrics.Writer(tmp_path / "refused", 0, "refused")
-    writer = metrics.Writer(tmp_path / "stage", 0, "project")
+        Writer(tmp_path / "refused", 0, "refused")
+    writer = Writer(tmp_path / "stage", 0, "project")
     for step in (1, 2, 3):
         writer.scalars(step, {"ce": 1.0})
         writer.publish()
     writer.close()
     monkeypatch.delitem(sys.modules, "wandb")
-    assert [row["step"] for row in metrics.read(writer.path)] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(writer.path)] == [1, 2, 3]
     assert caplog.text.count("Weights & Biases gets nothing: ConnectionError: the network is down") == 1
 
 
 def test_restarted_writer_knows_what_was_written(tmp_path):
-    writer = metrics.Writer(tmp_path, 0)
+    writer = Writer(tmp_path, 0)
     writer.scalars(4, {"ce": 1.0})
     writer.scalars(4, {"validation/ce": 1.0})
     writer.scalars(5, {"ce": 1.0})
     writer.close()
-    again = metrics.Writer(tmp_path, 4)
+    again = Writer(tmp_path, 4)
     assert again.has(4, "validation/ce") and not again.has(5, "ce")
     again.close()
 
@@ -291,18 +298,18 @@ def test_restarted_writer_knows_what_was_written(tmp_path):
 def test_missing_wandb_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"config.wandb_project needs Weights & Biases .*pip install wandb"):
-        metrics.import_wandb()
+        import_wandb()
 
 
 def test_steps_to_trace():
-    assert watch.parse_steps("") is None and watch.parse_steps("3:5") == (3, 5)
+    assert parse_steps("") is None and parse_steps("3:5") == (3, 5)
     for wrong in ("3", "5:3", "0:2", "a:b", "3:"):
         with pytest.raises(UserError, match="must be FIRST:LAST"):
-            watch.parse_steps(wrong)
+            parse_steps(wrong)
 
 
 def test_trace_covers_its_steps(tmp_path):
-    tracer = watch.Profile((2, 3), tmp_path)
+    tracer = Profile((2, 3), tmp_path)
     for step in range(1, 6):
         tracer.before(step)
         tracer.after(step, jnp.zeros(()) + step)
@@ -315,7 +322,7 @@ def test_trace_that_cannot_be_taken_is_said(tmp_path, caplog):
     (tmp_path / "file").write_text("x")
     jax.profiler.start_trace(str(tmp_path / "other"))  # one at a time
     try:
-        tracer = watch.Profile((1, 2), tmp_path / "file")
+        tracer = Profile((1, 2), tmp_path / "file")
         for step in (1, 2, 3):
             tracer.before(step)
             tracer.after(step, jnp.zeros(()))
@@ -326,24 +333,24 @@ def test_trace_that_cannot_be_taken_is_said(tmp_path, caplog):
 
 
 def test_time_to_save_comes_every_few_minutes():
-    every = watch.Every(0.05 / 60)
+    every = Every(0.05 / 60)
     assert not every.due(together=True)
     time.sleep(0.06)
     assert every.due(together=False)
     every.restart()
     assert not every.due(together=True)
-    assert not watch.Every(0).due(together=True)
+    assert not Every(0).due(together=True)
 
 
 def test_memory_in_use_is_plausible():
-    assert 0.05 < watch.memory()["host_gib"] < 100
+    assert 0.05 < memory_in_use()["host_gib"] < 100
 
 
 def test_what_does_not_fit_into_memory_is_said_with_what_helps():
     with (
         pytest.raises(UserError, match=r"Out of memory.*accumulation.*now dots"),
-        watch.says_when_memory_is_short("dots"),
+        explain_memory_errors("dots"),
     ):
         jnp.zeros(1 << 46).block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError), watch.says_when_memory_is_short("dots"):
+    with pytest.raises(jax.errors.JaxRuntimeError), explain_memory_errors("dots"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

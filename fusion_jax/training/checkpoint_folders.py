@@ -1,4 +1,4 @@
-"""The checkpoints of a run in their order: steps of a stage, and the stages."""
+"""The folders of a run's checkpoints, and their order: steps of a stage, and stages of a run."""
 
 import re
 from collections.abc import Iterable
@@ -12,20 +12,19 @@ _STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are left alone."""
+    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are ignored."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder has a name of the user's."""
+    """The training step of a step folder; 0 for an import, whose folder the user has named."""
     return int(folder.name) if _STEP.fullmatch(folder.name) else 0
 
 
 def order_of(folder: Path) -> int | None:
-    """Place of a stage's checkpoint folder among those of its run, as its newest readable checkpoint says it.
+    """The position of a stage among those of its run, from the newest readable checkpoint in its checkpoint folder.
 
-    Checkpoints of earlier versions have no number of their own, but the names of all stages in their order. None where
-    nothing in the folder says it.
+    Checkpoints of earlier versions have the names of all stages in their order instead. None if no checkpoint has it.
     """
     for step in reversed(steps_in(folder)):
         try:
@@ -41,17 +40,19 @@ def order_of(folder: Path) -> int | None:
 
 
 def order_in(workdir: Path, stage: str) -> int:
-    """The order of a stage that is trained in a workdir now: its own, or one more than any that is there."""
+    """The position of a stage that is now trained in a workdir: its own, or one more than the largest there."""
     own = order_of(workdir / stage / FOLDER)
     if own is not None:
         return own
-    known = [order_of(folder) for folder in sorted(workdir.glob(f"*/{FOLDER}"))]
-    return 1 + max((order for order in known if order is not None), default=-1)
+    orders = [order_of(folder) for folder in sorted(workdir.glob(f"*/{FOLDER}"))]
+    return 1 + max((order for order in orders if order is not None), default=-1)
 
 
 def latest_first(folders: Iterable[Path]) -> list[Path]:
-    """Checkpoint folders of a run's stages, the last one first. Times decide only where nothing else does: a copy of
-    the run has others."""
+    """Checkpoint folders of a run's stages, the last one first.
+
+    Modification times decide only if nothing else does, since a copy of the run has other times.
+    """
     folders = [folder for folder in folders if steps_in(folder)]
     if len(folders) < 2:
         return folders
