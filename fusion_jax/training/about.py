@@ -47,7 +47,7 @@ _KINDS = {
 _PART = {"name": str, "drawn": int, "chosen": int, "records": int, "bytes": int, "hash": str}
 
 
-def describe(
+def describe_run(
     config: RunConfig,
     tokenizer: Tokenizer | None,
     origin: dict[str, Any] | None = None,
@@ -76,7 +76,7 @@ def describe(
     return {"json": json.dumps(about)}
 
 
-def of_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
+def with_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
     """The entry of a run with the stage of a checkpoint added; `order` is from `checkpoint_folders.order_in`."""
     return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
 

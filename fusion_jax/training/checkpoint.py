@@ -9,7 +9,6 @@ config of the run and its model, the tokenizer's files, the environment) makes a
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -26,18 +25,17 @@ from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.training import integrity
 from fusion_jax.training.about import check_form, config_of, load_text
-from fusion_jax.training.about import describe as describe
-from fusion_jax.training.about import environment as environment
+from fusion_jax.training.about import describe_run as describe  # noqa: F401
 from fusion_jax.training.about import load_about as load_about
-from fusion_jax.training.about import of_stage as of_stage
 from fusion_jax.training.about import save_tokenizer as save_tokenizer
 from fusion_jax.training.checkpoint_arrays import abstract, check_shapes, load_parts, raise_if_no_damage
 from fusion_jax.training.checkpoint_folders import FOLDER as FOLDER
+from fusion_jax.training.checkpoint_folders import discard, remove
 from fusion_jax.training.checkpoint_folders import order_in as order_in
 from fusion_jax.training.checkpoint_folders import step_of as step_of
 from fusion_jax.training.checkpoint_folders import steps_in as steps_in
 from fusion_jax.training.loading import Loaded as Loaded
-from fusion_jax.training.loading import find as find
+from fusion_jax.training.loading import find_checkpoint as find  # noqa: F401
 from fusion_jax.training.loading import load_model as load_model
 from fusion_jax.training.loading import load_params as load_params
 from fusion_jax.training.state import TrainState
@@ -264,7 +262,7 @@ class Checkpoints:
                 for process in range(jax.process_count()):
                     if not (writing / f"files.{process}.json").is_file():
                         raise OSError(f"process {process} could not list its files")
-                _discard(final)
+                discard(final)
                 writing.rename(final)
 
         problem = None
@@ -297,13 +295,13 @@ class Checkpoints:
         if jax.process_index() == 0 and self._replaces:
             for step in self.steps()[: -self._keep]:
                 if not (self._keep_every and step % self._keep_every == 0):
-                    _discard(self.folder / str(step))
+                    discard(self.folder / str(step))
 
     def _sweep(self) -> None:
         if jax.process_index() == 0:
             for pattern in _UNFINISHED:
                 for path in self.folder.glob(pattern):
-                    _remove(path)
+                    remove(path)
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         for step in damaged:
@@ -314,7 +312,7 @@ class Checkpoints:
         """Renames a checkpoint so that it is no longer used."""
         if jax.process_index() == 0:
             target = self.folder / f"{step}.{reason}"
-            _remove(target)
+            remove(target)
             (self.folder / str(step)).rename(target)
 
 
@@ -325,21 +323,6 @@ def _try_to_load(load: Callable, *arguments) -> tuple[Any, str | None]:
     except Exception as error:  # damage raises other errors in each part and library
         raise_if_no_damage(error)
         return None, first_line(error)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _discard(folder: Path) -> None:
-    """Removes a checkpoint's folder. It is renamed first, so that a kill in between leaves none that looks intact."""
-    if folder.is_symlink() or folder.exists():
-        target = folder.with_name(f"{folder.name}.deleting")
-        _remove(target)
-        _remove(folder.rename(target))
 
 
 def all_agree(here: bool) -> bool:

@@ -1,6 +1,7 @@
 """The folders of a run's checkpoints, and their order: steps of a stage, and stages of a run."""
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,3 +63,19 @@ def latest_first(folders: Iterable[Path]) -> list[Path]:
         return -1 if orders[folder] is None else orders[folder], folder.stat().st_mtime
 
     return sorted(folders, key=key, reverse=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with its contents, a file or a link; what cannot be removed stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a checkpoint's folder. It is renamed first, so that a kill in between leaves none that looks intact."""
+    if folder.is_symlink() or folder.exists():
+        target = folder.with_name(f"{folder.name}.deleting")
+        remove(target)
+        remove(folder.rename(target))

@@ -20,7 +20,9 @@ from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import UserError, check
 from fusion_jax.evals.registry import find_tasks
-from fusion_jax.training import checkpoint, input_check, optim, resume, state, validation
+from fusion_jax.training import input_check, optim, resume, state, validation
+from fusion_jax.training.about import load_text
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
 from fusion_jax.training.init_from import check_initial
 from fusion_jax.training.validation import NothingUsable, Validation
 from fusion_jax.training.writer import import_wandb
@@ -93,7 +95,7 @@ def open_inputs(
     with attempt():
         check_accepted(accepted)
     # ---- Where to continue: the last stage that has a checkpoint.
-    begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(checkpoints(workdir, stage))]
+    begun = [i for i, stage in enumerate(config.stages) if steps_in(checkpoints(workdir, stage))]
     inputs = Inputs(config, begun[-1] if begun else 0, bool(begun), accepted=accepted)
     with attempt():
         if config.init_from:
@@ -193,7 +195,7 @@ def check_resume(inputs: Inputs, workdir: Path, attempt) -> None:
 def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
     """Whether the newest checkpoint is that of the stage's last step, so that its data will not be read."""
     try:
-        position = checkpoint.load_text(folder / str(checkpoint.steps_in(folder)[-1]), "data")
+        position = load_text(folder / str(steps_in(folder)[-1]), "data")
         return stage_is_over(stage, records, position)
     except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it will say so
         return False
@@ -248,4 +250,4 @@ def check_evaluation(config: RunConfig) -> None:
 
 def checkpoints(workdir: Path, stage: StageConfig) -> Path:
     """The folder of a stage's checkpoints."""
-    return workdir / stage.name / checkpoint.FOLDER
+    return workdir / stage.name / FOLDER

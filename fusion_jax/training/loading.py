@@ -36,7 +36,7 @@ class Loaded:
     step: int
 
 
-def find(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """The step folder that `path` refers to (see `use`), judged by its files alone."""
     return use(path, lambda folder: folder)
 

@@ -12,9 +12,11 @@ from fusion_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.files import parse_json, read_file
 from fusion_jax.models.config import FusionConfig, replace
-from fusion_jax.training import checkpoint, integrity
-from fusion_jax.training.about import always_bos, config_of, conversation_ids
+from fusion_jax.training import integrity
+from fusion_jax.training.about import always_bos, config_of, conversation_ids, load_about, save_tokenizer
+from fusion_jax.training.checkpoint_folders import steps_in
 from fusion_jax.training.input_check import differences
+from fusion_jax.training.loading import find_checkpoint
 
 log = logging.getLogger("fusion_jax")
 
@@ -36,11 +38,11 @@ def newest_about(folder: Path) -> dict[str, Any] | None:
 
     The log says which are skipped.
     """
-    for step in reversed(checkpoint.steps_in(folder)):
+    for step in reversed(steps_in(folder)):
         damage = integrity.problem(folder / str(step), parts=("about",))
         try:
             if damage is None:
-                return checkpoint.load_about(folder / str(step))
+                return load_about(folder / str(step))
             log.warning("checkpoint %s is damaged: %s; its config is ignored", folder / str(step), damage)
         except UserError as error:
             log.warning("%s", error)
@@ -49,11 +51,11 @@ def newest_about(folder: Path) -> dict[str, Any] | None:
 
 def raise_unreadable(folder: Path) -> None:
     """Raises the UserError of a checkpoint folder in which `newest_about` finds nothing; it explains the newest."""
-    step = checkpoint.steps_in(folder)[-1]
+    step = steps_in(folder)[-1]
     why = integrity.problem(folder / str(step), parts=("about",))
     if why is None:
         try:
-            checkpoint.load_about(folder / str(step))
+            load_about(folder / str(step))
         except UserError as error:
             why = str(error).rstrip(".")
     raise UserError(
@@ -71,10 +73,10 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
       The config with the values that depend on the checkpoint's weights, the tokenizer, and the checkpoint's origin.
 
     Raises:
-      UserError: as `checkpoint.find`, `continue_model` and `load_tokenizer`.
+      UserError: as `find_checkpoint`, `continue_model` and `load_tokenizer`.
     """
-    folder = checkpoint.find(source)
-    about = checkpoint.load_about(folder)
+    folder = find_checkpoint(source)
+    about = load_about(folder)
     config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
     if str(source) == config.init_from:
         other = [
@@ -94,7 +96,7 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
         if template != config.template:
             log.info("the template is the checkpoint's, %s, and not %s", template, config.template)
         config = dataclasses.replace(config, template=template)
-        checkpoint.save_tokenizer(about, Path(scratch))
+        save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})
 
@@ -188,7 +190,7 @@ def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, 
 def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
     """Names of the tokenizer's files that differ from the checkpoint's (as `checkpoint.save_tokenizer` writes them)."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint.save_tokenizer(about, Path(scratch))
+        save_tokenizer(about, Path(scratch))
         folders = tokenizer.folder, Path(scratch)
         known = [name for name in TOKENIZER_FILES if about.get("format", 1) >= 2 or not name.endswith(".jinja")]
         pairs = {name: [read_file(f / name) if (f / name).is_file() else None for f in folders] for name in known}

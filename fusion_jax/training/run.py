@@ -16,7 +16,8 @@ from fusion_jax.devices import distributed
 from fusion_jax.errors import RunAgain
 from fusion_jax.files import write_whole
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint, checks, init_from, lock, state
+from fusion_jax.training import checks, init_from, lock, state
+from fusion_jax.training.about import describe_run
 from fusion_jax.training.compilation_cache import keep_programs
 from fusion_jax.training.plots import plot_losses
 from fusion_jax.training.stage import explain_start_errors, train_stage
@@ -54,7 +55,7 @@ def train(
         with explain_start_errors(workdir):
             if distributed.is_first():
                 write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2))
-            about = checkpoint.describe(config, inputs.tokenizer, inputs.origin, inputs.data)
+            about = describe_run(config, inputs.tokenizer, inputs.origin, inputs.data)
 
         # ---- Model.
         model = Fusion(config.model, jnp.dtype(config.dtype), config.remat)

@@ -17,6 +17,7 @@ from fusion_jax.devices import board, distributed, sharding
 from fusion_jax.errors import RunAgain, UserError
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import checkpoint, optim, resume, state
+from fusion_jax.training.about import load_about, with_stage
 from fusion_jax.training.checkpoint_folders import FOLDER, order_in
 from fusion_jax.training.checks import Inputs
 from fusion_jax.training.input_check import InputCheck
@@ -46,7 +47,7 @@ def train_stage(
     """Trains a stage from the newest of its checkpoints, or from `params`, and returns the final parameters.
 
     Args:
-      about: of the run, see `about.describe`. params: may be abstract where there is a checkpoint.
+      about: of the run, see `about.describe_run`. params: may be abstract where there is a checkpoint.
 
     Raises:
       RunAgain: stopped on request; everything is saved.
@@ -56,7 +57,7 @@ def train_stage(
     source, sizes, validation = inputs.sources[stage.name], inputs.sizes[stage.name], inputs.validation.get(stage.name)
     folder = workdir / stage.name
     logs = distributed.own_folder(folder)
-    about = checkpoint.of_stage(about, stage.name, order_in(workdir, stage.name))
+    about = with_stage(about, stage.name, order_in(workdir, stage.name))
 
     # ---- Optimizer and state.
     tx = optim.optimizer(stage, params)
@@ -143,7 +144,7 @@ def _continue_input(batches, step: int, position: Any) -> None:
 
 def _check_inputs(inputs: Inputs, stage: StageConfig, step_folder: Path) -> None:
     """UserError where data, tokenizer or template are not those of a checkpoint."""
-    about, data = checkpoint.load_about(step_folder), inputs.data[stage.name]
+    about, data = load_about(step_folder), inputs.data[stage.name]
     resume.check_inputs(inputs.config, stage, data, inputs.tokenizer, about, step_folder, inputs.accepted)
 
 

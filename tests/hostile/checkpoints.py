@@ -110,7 +110,7 @@ def build(folder: Path, tokenizer: Path) -> None:
     )  # fmt: skip
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     config = from_dict(RunConfig, tiny_run.get_config("data").to_dict())
-    entry = about.describe(config, load_tokenizer(tokenizer), data={STAGE: DATA})
+    entry = about.describe_run(config, load_tokenizer(tokenizer), data={STAGE: DATA})
     # Without what differs from one run of the tests to the next, so that equal seeds give equal inputs.
     entry = {"json": json.dumps(json.loads(entry["json"]) | {"environment": {}})}
     checkpoints = checkpoint.Checkpoints(folder, entry)

@@ -16,8 +16,8 @@ from helpers.shapes_data import make_shapes
 
 from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError
-from fusion_jax.training import checkpoint
 from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"
@@ -101,7 +101,7 @@ def rows(folder):
 
 
 def parameters(workdir, step=4):
-    loaded = checkpoint.load_model(workdir / "stage2" / "checkpoints" / str(step))
+    loaded = load_model(workdir / "stage2" / "checkpoints" / str(step))
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(loaded.params, sep="/").items()}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from soak.soak_runs import STAGES, STEPS, Lab, assert_same, stopped, wait_for_step
 
-from fusion_jax.training import checkpoint
 from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 CHANGES = "validate_every=4"
 ENOUGH = 180  # seconds: a run that takes longer hangs
@@ -125,7 +125,7 @@ def change(lab: Lab, case: str, allowed: float, undisturbed: Path | None = None)
     shutil.copytree(lab.data, data)
     again, text = lab.run(workdir, **settings)
     assert again == 0 and "damaged" not in text, f"{case}: the run does not go on: {text}"
-    assert checkpoint.load_model(workdir).step == STEPS
+    assert load_model(workdir).step == STEPS
     if code == 2:
         return "one sentence, code 2"
     assert bad or undisturbed is None or assert_same(workdir, undisturbed)

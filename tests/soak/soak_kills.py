@@ -8,7 +8,7 @@ from pathlib import Path
 
 from soak.soak_runs import PATIENCE, STAGES, Lab, assert_same, log_of, unfinished
 
-from fusion_jax.training import checkpoint
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
 
 STEPS, VALIDATE = 36, 4
 CHANGES = f"steps={STEPS},validate_every={VALIDATE}"
@@ -109,7 +109,7 @@ def _phase(text: str) -> str:
 
 
 def _saved(workdir: Path) -> set[tuple[str, int]]:
-    return {(s, step) for s in STAGES for step in checkpoint.steps_in(workdir / s / checkpoint.FOLDER)}
+    return {(s, step) for s in STAGES for step in steps_in(workdir / s / FOLDER)}
 
 
 def _sizes(paths: list[Path]) -> list[int]:
@@ -118,10 +118,10 @@ def _sizes(paths: list[Path]) -> list[int]:
 
 def _traces(workdir: Path, killed: float) -> list[str]:
     """What the files in the workdir say of the moment of a kill."""
-    folders = [workdir / stage / checkpoint.FOLDER / str(step) for stage, step in _saved(workdir)]
+    folders = [workdir / stage / FOLDER / str(step) for stage, step in _saved(workdir)]
     traces = {
         "with a checkpoint half written": unfinished(workdir),
-        "with an old checkpoint half deleted": list(workdir.glob(f"*/{checkpoint.FOLDER}/*.deleting")),
+        "with an old checkpoint half deleted": list(workdir.glob(f"*/{FOLDER}/*.deleting")),
         "at a rename": [folder for folder in folders if 0 <= killed - folder.stat().st_ctime < AT_ONCE],
     }
     return [trace for trace, paths in traces.items() if paths]

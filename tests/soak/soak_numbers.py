@@ -10,8 +10,8 @@ import numpy as np
 from soak.soak_runs import PATIENCE, STAGES, STEPS, Lab, log_of, wait_for_step
 
 from fusion_jax.errors import AGAIN
-from fusion_jax.training import checkpoint
 from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 BEFORE = 10  # steps that are done in a sane way
 GIVES_UP = 4  # steps skipped in a row
@@ -49,11 +49,11 @@ def diverge(lab: Lab, case: str, begun: Path | None) -> str:
     assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in output, f"{case}: code {code}: {output}"
     assert code == 0 or f"max_skipped_steps={GIVES_UP}" in errors[0], errors
     if code == 0:
-        _assert_finite(checkpoint.load_model(workdir).params)
+        _assert_finite(load_model(workdir).params)
         return "goes on"
     code, output = lab.run(workdir)
     assert code == 0, f"{case}: the run does not go on with a sane rate: {output}"
-    _assert_finite(params := checkpoint.load_model(workdir).params, LARGE)
+    _assert_finite(params := load_model(workdir).params, LARGE)
     last = read_rows(workdir / STAGES[-1] / "metrics.jsonl")[-1]
     assert last["step"] == STEPS and last["ce"] < 6, f"{case}: nothing was learned: {last}"
     return f"skipped, code 2 (parameters at most {max(float(np.abs(x).max()) for x in jax.tree.leaves(params)):.1f})"
@@ -63,10 +63,10 @@ def all_skipped(lab: Lab, begun: Path) -> str:
     """Where every step is skipped and the run puts up with it, the parameters stay what they were, bit for bit."""
     workdir = lab.folder / "all_skipped"
     shutil.copytree(begun, workdir)
-    wanted = checkpoint.load_model(workdir)
+    wanted = load_model(workdir)
     code, output = lab.run(workdir, changes=f"{CASES['infinite loss']},max_skipped_steps=1000")
     assert code == 0, output
-    saved = checkpoint.load_model(workdir)
+    saved = load_model(workdir)
     for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(wanted.params), strict=True):
         np.testing.assert_array_equal(a, b)
     counted = [read_rows(workdir / stage / "metrics.jsonl")[-1]["skipped"] for stage in STAGES]

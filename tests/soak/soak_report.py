@@ -29,7 +29,7 @@ from soak import (
     soak_trl,
 )
 
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 import tally
@@ -130,7 +130,7 @@ def main() -> int:
         parser.error(f"unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     lab = soak_runs.Lab(options.folder, options.folder / "compiled")
-    versions = checkpoint.environment()
+    versions = environment()
     commit = re.sub(r"([0-9a-f]{12})[0-9a-f]{28}", r"\1", versions["commit"] or "no commit")
     made = f"{time.strftime('%F')}, {os.cpu_count()} cores, jax {versions['packages']['jax']}, {commit}"
     failed = []

@@ -22,8 +22,10 @@ import numpy as np
 from helpers.shapes_data import make_shapes
 
 from fusion_jax.errors import AGAIN
-from fusion_jax.training import checkpoint, lock
+from fusion_jax.training import lock
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
 from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 STAGES, STEPS = ("stage1", "stage2"), 24
@@ -120,7 +122,7 @@ def assert_same(workdir: Path, undisturbed: Path) -> int:
 
     In the metrics no step is missing or there twice, too.
     """
-    ours, theirs = (jax.tree.leaves(checkpoint.load_model(w).params) for w in (workdir, undisturbed))
+    ours, theirs = (jax.tree.leaves(load_model(w).params) for w in (workdir, undisturbed))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "records_seen", "validation/ce", "validation/v2t")
@@ -154,7 +156,7 @@ def stopped(process: subprocess.Popen) -> Iterator[None]:
 
 def unfinished(workdir: Path) -> list[Path]:
     """Checkpoints that are being written."""
-    return [p for end in ("*.orbax-checkpoint-tmp*", "*.writing") for p in workdir.glob(f"*/{checkpoint.FOLDER}/{end}")]
+    return [p for end in ("*.orbax-checkpoint-tmp*", "*.writing") for p in workdir.glob(f"*/{FOLDER}/{end}")]
 
 
 def wait_for_save(process: subprocess.Popen, workdir: Path) -> None:
@@ -209,7 +211,7 @@ def terminate(lab: Lab, workdir: Path, number: signal.Signals = signal.SIGTERM) 
     code = process.wait(PATIENCE)
     seconds = time.monotonic() - begun
     assert code == AGAIN, f"exit code {code}: see {log_of(workdir)}"
-    saved = max(checkpoint.steps_in(workdir / stage / checkpoint.FOLDER))
+    saved = max(steps_in(workdir / stage / FOLDER))
     reported = read_rows(workdir / stage / "metrics.jsonl")[-1]["step"]
     assert STEPS // 2 < saved == reported < STEPS, f"step {reported} was done, {saved} saved"
     assert seconds < 30, f"{seconds:.0f} s"
@@ -218,8 +220,8 @@ def terminate(lab: Lab, workdir: Path, number: signal.Signals = signal.SIGTERM) 
 
 def truncate_newest(lab: Lab, workdir: Path) -> str:
     """The largest file of the newest checkpoint loses its second half; the run ends like the undisturbed one."""
-    folder = workdir / STAGES[-1] / checkpoint.FOLDER
-    newest, before = checkpoint.steps_in(folder)[-1], checkpoint.steps_in(folder)[-2]
+    folder = workdir / STAGES[-1] / FOLDER
+    newest, before = steps_in(folder)[-1], steps_in(folder)[-2]
     path = max((p for p in (folder / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     os.truncate(path, path.stat().st_size // 2)
     code, output = lab.run(workdir)
@@ -242,7 +244,7 @@ def change_devices(lab: Lab) -> str:
     wait_for_step(process, workdir, STAGES[0], 10)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == AGAIN, log_of(workdir).read_text()
-    saved = max(checkpoint.steps_in(workdir / STAGES[0] / checkpoint.FOLDER))
+    saved = max(steps_in(workdir / STAGES[0] / FOLDER))
     wanted = {row["step"]: row["ce"] for row in read_rows(lab.undisturbed / STAGES[0] / "metrics.jsonl")}
     worst = 0.0
     for devices in (4, 2, 1):

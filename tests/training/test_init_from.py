@@ -14,7 +14,9 @@ from fusion_jax.config import RunConfig, StageConfig, to_dict
 from fusion_jax.errors import UserError
 from fusion_jax.interop import table
 from fusion_jax.models import fusion
-from fusion_jax.training import checkpoint, init_from
+from fusion_jax.training import init_from
+from fusion_jax.training.checkpoint_folders import FOLDER
+from fusion_jax.training.loading import load_params
 
 MODEL = tiny("paper", latent_counts=(1, 4), **{"llm.layers": 5, "exchange.start": 1, "exchange.stride": 2})
 STAGE = StageConfig("s", "d.json", max_length=200)
@@ -28,7 +30,7 @@ def run_config(model, **changes):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A step folder of a model with exchange layers after decoder layers 1 and 3 of 5."""
-    step = tmp_path_factory.mktemp("run") / "s" / checkpoint.FOLDER / "8"
+    step = tmp_path_factory.mktemp("run") / "s" / FOLDER / "8"
     about = {"json": json.dumps({"config": to_dict(run_config(MODEL)), "tokenizer": {}})}
     ocp.save_checkpointables(step, {"params": params(MODEL), "about": about})
     return step
@@ -130,4 +132,4 @@ def test_checkpoint_with_more_than_its_own_config_knows(saved):
     with pytest.raises(
         UserError, match=r"parameters of another model: it has latents_1 and \d+ more, which its config"
     ):
-        checkpoint.load_params(saved, shapes(config))
+        load_params(saved, shapes(config))

@@ -27,7 +27,9 @@ from fusion_jax.errors import UserError
 from fusion_jax.inference import generate
 from fusion_jax.models.config import PRESETS
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint, input_check, integrity
+from fusion_jax.training import input_check, integrity
+from fusion_jax.training.about import load_about
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
 from fusion_jax.training.jsonl import read_rows
 from fusion_jax.training.losses import PARTS
 from fusion_jax.training.reports import Reports
@@ -51,7 +53,7 @@ def configured(data, **changes):
 
 
 def steps(workdir):
-    return checkpoint.steps_in(workdir / "stage1" / checkpoint.FOLDER)
+    return steps_in(workdir / "stage1" / FOLDER)
 
 
 def losses(workdir):
@@ -71,7 +73,7 @@ def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, mon
     saved = []
 
     def no_validation(self, step, params):
-        saved.append(max(checkpoint.steps_in(self.writer.path.parent / checkpoint.FOLDER), default=0))
+        saved.append(max(steps_in(self.writer.path.parent / FOLDER), default=0))
         raise OSError(5, "Input/output error")
 
     benchmarks = tmp_path / "benchmarks"
@@ -288,7 +290,7 @@ def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(
     ruinous = dataclasses.replace(config.stages[0], steps=20, learning_rate=rate)
     with pytest.raises(UserError, match="3 steps in a row"):
         train(dataclasses.replace(config, stages=(ruinous,)), workdir)
-    folder = workdir / "stage1" / checkpoint.FOLDER
+    folder = workdir / "stage1" / FOLDER
     assert steps(workdir) == kept and [path.name for path in folder.glob("*.diverged")] == aside
     assert f"no checkpoint of step {skipped}, whose loss, gradient or update is not finite" in caplog.text
 
@@ -327,7 +329,7 @@ def test_other_data_end_a_restart_before_its_first_step_unless_they_are_accepted
         assert steps(workdir) == [2]
     train(configured(other), workdir, accepted=("data",))
     assert steps(workdir) == [2, 4] and "goes on with a change (--accept_changed)" in caplog.text
-    about = checkpoint.load_about(workdir / "stage1" / "checkpoints" / "4")
+    about = load_about(workdir / "stage1" / "checkpoints" / "4")
     assert about["stage"] == {"name": "stage1", "order": 0}
     assert about["data"]["stage1"] == load_source(other / "stage1.yaml").describe()
 
