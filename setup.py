@@ -94,5 +94,5 @@ setup(
             "libtpu==0.0.48.1; python_version >= '3.12'",
         ],
     },
-    entry_points={"lmms_eval.models": ["fusion_jax = fusion_jax.evals.lmms_eval_plugin:MANIFEST"]},
+    entry_points={"lmms_eval.models": ["fusion_jax = fusion_jax.interop.lmms_eval_plugin:MANIFEST"]},
 )

@@ -1,6 +1,6 @@
 """Fine-tuning of any checkpoint on one accelerator (or more); the model, tokenizer and template are the checkpoint's.
 
-python -m fusion_jax.convert import --vision SIGLIP-FOLDER --llm LLM-FOLDER --to weights/start
+python -m fusion_jax.convert import --vision SIGLIP-FOLDER --llm LLM-FOLDER --out weights/start
 python -m fusion_jax.train --config configs/finetune.py:weights/start,runs/pictures --workdir runs/finetune
 python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json --workdir runs/mine
 python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json,all --workdir runs/mine_all

@@ -1,4 +1,4 @@
-"""The quickstart's data: small pictures of plain shapes, drawn, asked about and verified by the data engine's default.
+"""The quickstart's data: small pictures of plain shapes, made by the data engine without a model.
 
 python -m fusion_jax.synthesize --config configs/quickstart_data.py --out runs/quickstart/data
 python -m fusion_jax.synthesize --config configs/quickstart_data.py:100,50,100,20,20 --out small
@@ -23,10 +23,10 @@ POOLS = {
 
 
 def get_config(counts: str = ""):
-    found = (counts or "7000,3000,7000,240,480").split(",")
-    check(len(found) == len(POOLS), f"After the colon stand {len(POOLS)} counts: {', '.join(POOLS)}.")
+    numbers = (counts or "7000,3000,7000,240,480").split(",")
+    check(len(numbers) == len(POOLS), f"Give {len(POOLS)} counts after the colon: {', '.join(POOLS)}.")
     pools = []
-    for (name, (split, kinds)), count in zip(POOLS.items(), found):
+    for (name, (split, kinds)), count in zip(POOLS.items(), numbers):
         kept = {} if split == "train" else {"split": name}
         pools.append({"path": f"embedded:shapes/{split}:{count}", "kinds": kinds, **kept})
     config = {

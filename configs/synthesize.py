@@ -1,4 +1,4 @@
-"""The data engine without network and weights: scenes that it invents, draws and asks about by itself.
+"""The data engine without network and weights: it invents scenes, draws them and asks about them.
 
 python -m fusion_jax.synthesize --config configs/synthesize.py --out runs/synthesis
 python -m fusion_jax.synthesize --config configs/synthesize.py:20000 --out runs/synthesis --config.images.width=512

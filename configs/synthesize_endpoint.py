@@ -1,4 +1,4 @@
-"""The data engine with served models: captions from a file, three OpenAI-compatible endpoints, CLIP from a folder.
+"""The data engine with served models: captions from a file, two endpoints and a diffusion pipeline.
 
 OPENAI_API_KEY=... python -m fusion_jax.synthesize --config configs/synthesize_endpoint.py:captions.jsonl \
     --out runs/synthesis --config.pools[0].source="my captions" --config.pools[0].licence="CC BY 4.0" \

@@ -1,10 +1,11 @@
-"""Weights in and out: Hugging Face and PyTorch folders to checkpoints, and back.
+"""Converts weights from Hugging Face folders and GGUF files, and back to folders for PyTorch.
 
-    python -m fusion_jax.convert import --from DIR --to CKPT                  a model in the published format
-    python -m fusion_jax.convert import --vision DIR --llm DIR --to CKPT      backbones to start training from
-    python -m fusion_jax.convert export --checkpoint CKPT --format published|transformers --to DIR
+    python -m fusion_jax.convert import --from DIR --out CKPT                 a model in the published format
+    python -m fusion_jax.convert import --vision DIR --llm DIR --out CKPT     backbones to start training from
+    python -m fusion_jax.convert export --checkpoint CKPT --format published|transformers --out DIR
 
-The dtype is the source's unless `--dtype` says otherwise. The target must be new or empty; a failed run leaves nothing.
+Tensors keep the dtype of their source unless `--dtype` sets another. The output folder must be new or empty; a run that
+fails leaves nothing behind.
 """
 
 import logging
@@ -16,68 +17,78 @@ from absl import flags
 from fusion_jax.command_line.cli import run_main
 from fusion_jax.command_line.interrupts import loading
 from fusion_jax.errors import UserError, check
+from fusion_jax.interop import FORMATS
+from fusion_jax.interop.tensors import DTYPES
+from fusion_jax.models.config import PRESETS
 
 log = logging.getLogger("fusion_jax")
+FLAGS = flags.FLAGS
 
 COMMANDS = ("import", "export")
-_FROM = flags.DEFINE_string("from", None, "import: folder of a whole model in the published format")
-_VISION = flags.DEFINE_string("vision", None, "import: folder of a SigLIP or SigLIP2 vision tower")
-_LLM = flags.DEFINE_string(
-    "llm", None, "import: folder of a language model (Phi-3, Llama, Qwen2, Mistral), or a GGUF file"
-)
-_PRESET = flags.DEFINE_string("preset", None, "import of backbones: paper (default) or released arithmetic")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: step folder, stage folder or workdir")
-_FORMAT = flags.DEFINE_string("format", None, "export: published or transformers")
-_TO = flags.DEFINE_string("to", None, "folder to write, new or empty")
-_DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: the source's")
-_PICKLE = flags.DEFINE_bool("allow_pickle", False, "import: also read pytorch_model.bin (tensors only)")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("from", None, "import: folder of a whole model in the published format")
+    flags.DEFINE_string("vision", None, "import: folder of a SigLIP or SigLIP2 vision tower")
+    flags.DEFINE_string(
+        "llm", None, "import: folder or GGUF file of a language model (Llama, Mistral, Phi-3, Qwen2 or like them)"
+    )
+    flags.DEFINE_enum("preset", None, PRESETS, "import of backbones: arithmetic of the model; by default paper")
+    flags.DEFINE_string("checkpoint", None, "export: step folder, stage folder or workdir")
+    flags.DEFINE_enum("format", None, FORMATS, "export: code that will open the folder")
+    flags.DEFINE_string("out", None, "folder to write, new or empty")
+    flags.DEFINE_enum("dtype", None, DTYPES, "type of all tensors that are written; by default the source's")
+    flags.DEFINE_bool("allow_pickle", False, "import: also read pytorch_model.bin, without running code in it")
+    flags.DEFINE_alias("to", "out")  # its name until 0.2
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS:
-        given = " ".join(argv[1:]) or "nothing"
-        raise UserError(f"Expected one of {', '.join(COMMANDS)}, got {given}; see --help.")
-    check(_TO.value is not None, "Give the folder to write: --to DIR.")
-    # Conversion is host work: no accelerator is taken, and none is needed.
+        words = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"Expected one of {', '.join(COMMANDS)}, got {words}; see --help.")
+    check(FLAGS.out is not None, "Give the folder to write: --out DIR.")
+    # Conversion runs on the CPU: it needs no accelerator, and must not occupy one.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    begun = time.perf_counter()
+    start = time.perf_counter()
     if argv[1] == "import":
         _import()
     else:
         _export()
-    log.info("%s written in %.0f s", _TO.value, time.perf_counter() - begun)
+    log.info("%s written in %.0f s", FLAGS.out, time.perf_counter() - start)
 
 
 def _import() -> None:
     with loading():
         from fusion_jax.interop import importing
+        from fusion_jax.interop.opening import open_backbones, open_published
 
-    backbones = _VISION.value is not None and _LLM.value is not None
+    whole, vision, llm = FLAGS["from"].value, FLAGS.vision, FLAGS.llm
+    backbones = vision is not None and llm is not None
     check(
-        (_FROM.value is not None) != backbones and (backbones or not (_VISION.value or _LLM.value)),
+        (whole is not None) != backbones and (backbones or not (vision or llm)),
         "Give --from DIR for a whole model, or both --vision DIR and --llm DIR for backbones.",
     )
-    check(backbones or _PRESET.value is None, "--preset is for backbones; a whole model is always released.")
+    check(backbones or FLAGS.preset is None, "--preset is for backbones; a whole model is always released.")
     if backbones:
-        preset = _PRESET.value or "paper"
-        plan = importing.plan_backbones(_VISION.value, _LLM.value, preset, _PICKLE.value, _DTYPE.value)
+        opened = open_backbones(vision, llm, FLAGS.preset or "paper", FLAGS.allow_pickle, FLAGS.dtype)
     else:
-        plan = importing.plan_published(_FROM.value, _PICKLE.value, _DTYPE.value)
-    log.info("%s", importing.summary(plan))
-    if plan.tokenizer is None:
+        opened = open_published(whole, FLAGS.allow_pickle, FLAGS.dtype)
+    log.info("%s", importing.summary(opened))
+    if opened.tokenizer is None:
         log.warning("the folder has no tokenizer: training and generation from this checkpoint will need one")
-    importing.write_checkpoint(plan, _TO.value)
+    importing.write_checkpoint(opened, FLAGS.out)
 
 
 def _export() -> None:
     with loading():
         from fusion_jax.interop import exporting
 
-    check(_CHECKPOINT.value is not None, "Give the checkpoint to export: --checkpoint DIR.")
-    check(_FORMAT.value is not None, f"Give --format {' or '.join(exporting.FORMATS)}.")
-    folder = exporting.export(_CHECKPOINT.value, _TO.value, _FORMAT.value, _DTYPE.value)
+    check(FLAGS.checkpoint is not None, "Give the checkpoint to export: --checkpoint DIR.")
+    check(FLAGS.format is not None, f"Give --format {' or '.join(FORMATS)}.")
+    folder = exporting.export(FLAGS.checkpoint, FLAGS.out, FLAGS.format, FLAGS.dtype)
     log.info("exported %s", folder)
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

@@ -12,7 +12,7 @@ train_start=$SECONDS
 python -m fusion_jax.train --config "configs/quickstart.py:$run/data" --workdir "$run"
 train_seconds=$((SECONDS - train_start))
 
-python -m fusion_jax.evaluate --checkpoint "$run" --tasks held_out --data_dir "$run/data" --output "$run/evaluation.json" --show 5
+python -m fusion_jax.evaluate --checkpoint "$run" --tasks held_out --data_dir "$run/data" --scores_file "$run/evaluation.json" --show 5
 
 python - "$run" "$train_seconds" "$((SECONDS - start))" <<'PY'
 import json, sys

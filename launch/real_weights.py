@@ -37,7 +37,8 @@ def smollm2() -> None:
 
 def unpack(source: str, target: str) -> None:
     from fusion_jax.interop.gguf_file import GgufFile, find
-    from fusion_jax.interop.tensors import TensorWriter, new_folder
+    from fusion_jax.interop.new_folder import new_folder
+    from fusion_jax.interop.tensors import TensorWriter
 
     path = Path(source)
     file = GgufFile(find(path) or path)
@@ -67,7 +68,8 @@ def chat(path: str, llm: str, out: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fusion_jax.data.sources import Record
-    from fusion_jax.inference.generate import Answerer, decode, first_state
+    from fusion_jax.inference.decoding import decode, first_state
+    from fusion_jax.inference.generate import Answerer
     from fusion_jax.inference.sampling import Sampling
     from fusion_jax.models.fusion import Fusion
     from fusion_jax.training.checkpoint import load_model

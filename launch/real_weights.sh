@@ -32,21 +32,21 @@ if [ -z "${VISION:-}" ]; then
     '--config.model.latent_counts=(4,)' '--config.init_without=("^latents_",)' --config.remat=none)
 fi
 
-[ -e "$run/start" ] || python -m fusion_jax.convert import --vision "$VISION" --llm "$LLM" --to "$run/start"
+[ -e "$run/start" ] || python -m fusion_jax.convert import --vision "$VISION" --llm "$LLM" --out "$run/start"
 [ -e "$run/chat.json" ] || python launch/real_weights.py chat "$run/start" "$model" "$run/chat.json"
 
 python -m fusion_jax.synthesize --config "configs/quickstart_data.py:${SAMPLES:-8,8,2000,8,48}" --out "$run/data"
 [ -e "$run/before.json" ] ||
-  python -m fusion_jax.evaluate --checkpoint "$run/start" --tasks held_out --data_dir "$run/data" --output "$run/before.json"
+  python -m fusion_jax.evaluate --checkpoint "$run/start" --tasks held_out --data_dir "$run/data" --scores_file "$run/before.json"
 
 train_start=$SECONDS
 python -m fusion_jax.train --config "configs/finetune.py:$run/start,$run/data/stage2.json" --workdir "$run/tuned" \
   "--config.stages[0].steps=${STEPS:-100}" --config.dtype="${DTYPE:-float32}" --config.log_every=10 "${small[@]}"
 train_seconds=$((SECONDS - train_start))
 
-python -m fusion_jax.evaluate --checkpoint "$run/tuned" --tasks held_out --data_dir "$run/data" --output "$run/after.json" --show 5
+python -m fusion_jax.evaluate --checkpoint "$run/tuned" --tasks held_out --data_dir "$run/data" --scores_file "$run/after.json" --show 5
 rm -rf "$run/exported"
-python -m fusion_jax.convert export --checkpoint "$run/tuned" --format transformers --to "$run/exported"
+python -m fusion_jax.convert export --checkpoint "$run/tuned" --format transformers --out "$run/exported"
 python tests/interop/answer_in_torch.py "$run/exported" "$run/data" "$run/exported.json"
 
 python launch/real_weights.py summary "$run" "$train_seconds" "$((SECONDS - start))"

@@ -11,10 +11,10 @@ import pytest
 from helpers import tiny_run
 from helpers.shapes_data import make_shapes
 
-from fusion_jax import doctor
 from fusion_jax.config import RunConfig, from_dict
-from fusion_jax.devices import device_check
+from fusion_jax.devices import device_check, machine_check, software_check
 from fusion_jax.devices.device_check import Fact, Problem
+from fusion_jax.training import config_check
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "helpers" / "tiny_run.py"
@@ -124,8 +124,8 @@ def usage(free):
 
 def test_room_for_checkpoints(monkeypatch, tmp_path):
     def found(free, state=0, kept=0):
-        monkeypatch.setattr(doctor.shutil, "disk_usage", usage(free))
-        return problems(doctor.check_folder("workdir", tmp_path, state, kept))
+        monkeypatch.setattr(machine_check.shutil, "disk_usage", usage(free))
+        return problems(machine_check.check_folder("workdir", tmp_path, state, kept))
 
     assert not found(50 << 30, state=10 << 30, kept=3)
     [tight] = found(39 << 30, state=10 << 30, kept=3)
@@ -145,60 +145,62 @@ def test_a_full_disk_is_found_by_writing(tmp_path):
         pytest.skip("needs mount")
     try:
         (tmp_path / "all").write_bytes(b"x" * (64 << 10))
-        [problem] = problems(doctor.check_folder("workdir", tmp_path / "run"))
+        [problem] = problems(machine_check.check_folder("workdir", tmp_path / "run"))
         assert problem.stops and "No space left" in problem.what
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_packages_missing_or_other_than_tested():
-    found = list(
-        doctor.check_requirements("jax>=0.1\nno-such-package==1.0  # why\nabsl-py==0.0.1\nx; python_version<'3'\n")
+    findings = list(
+        software_check.check_requirements(
+            "jax>=0.1\nno-such-package==1.0  # why\nabsl-py==0.0.1\nx; python_version<'3'\n"
+        )
     )
-    assert [problem.stops for problem in found] == [True, False]
-    assert "no-such-package" in found[0].what and "absl-py" not in found[0].what
-    assert "absl-py" in found[1].what and "tested: 0.0.1" in found[1].what
+    assert [problem.stops for problem in findings] == [True, False]
+    assert "no-such-package" in findings[0].what and "absl-py" not in findings[0].what
+    assert "absl-py" in findings[1].what and "tested: 0.0.1" in findings[1].what
 
 
 def test_a_containers_limits_count(monkeypatch):
     files = {"memory.max": str(1 << 30), "memory.current": str(3 << 28), "cpu.max": "50000 100000"}
-    monkeypatch.setattr(doctor, "_read", lambda path: files[Path(path).name])
-    assert doctor.memory() == (1 << 30, 1 << 28) and doctor.cpus() == 0.5
+    monkeypatch.setattr(machine_check, "_read", lambda path: files[Path(path).name])
+    assert machine_check.memory() == (1 << 30, 1 << 28) and machine_check.cpus() == 0.5
 
 
 def test_small_limits_are_named(monkeypatch):
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (1024, 1 << 20))
-    monkeypatch.setattr(doctor, "memory", lambda: (8 << 30, 1 << 30))
-    little, files = problems(doctor.check_machine())
+    monkeypatch.setattr(machine_check.resource, "getrlimit", lambda which: (1024, 1 << 20))
+    monkeypatch.setattr(machine_check, "memory", lambda: (8 << 30, 1 << 30))
+    little, files = problems(machine_check.check_machine())
     assert "1.0 GiB of memory" in little.what and files.do == "ulimit -n 65536"
 
 
 def test_clusters_are_seen(monkeypatch):
-    for name in sum(doctor.CLUSTERS.values(), ()):
+    for name in sum(machine_check.CLUSTERS.values(), ()):
         monkeypatch.delenv(name, raising=False)
-    assert not problems(doctor.check_cluster())
+    assert not problems(machine_check.check_cluster())
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "16")
-    [problem] = problems(doctor.check_cluster())
+    [problem] = problems(machine_check.check_cluster())
     assert "16 tasks" in problem.what and "srun" in problem.do
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
-    assert not problems(doctor.check_cluster())
+    assert not problems(machine_check.check_cluster())
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
-    assert any("4 hosts" in fact.value for fact in doctor.check_cluster() if isinstance(fact, Fact))
+    assert any("4 hosts" in fact.value for fact in machine_check.check_cluster() if isinstance(fact, Fact))
 
 
 def test_buckets_are_no_workdirs_and_need_their_package_elsewhere(monkeypatch):
-    monkeypatch.setattr(doctor, "version", lambda package: None)
-    [problem] = problems(doctor.check_disk("gs://bucket/run"))
+    monkeypatch.setattr(machine_check, "version", lambda package: None)
+    [problem] = problems(machine_check.check_disk("gs://bucket/run"))
     assert problem.stops and "must be a folder" in problem.what and "Mount" in problem.do
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
-    [problem] = problems(doctor.check_disk(None))
+    [problem] = problems(machine_check.check_disk(None))
     assert not problem.stops and "gcsfs" in problem.what
 
 
 def test_a_model_larger_than_all_devices(data, tmp_path):
     config = from_dict(RunConfig, tiny_run.get_config(str(data)).to_dict())
     small = answer(memory=1000) | {"count": 2}
-    [problem] = problems(doctor.check_config(config, small, str(tmp_path)))
+    [problem] = problems(config_check.check_config(config, small, str(tmp_path)))
     assert problem.stops and "Weights and optimizer take" in problem.what
-    assert not problems(doctor.check_config(config, answer() | {"count": 2}, str(tmp_path)))
+    assert not problems(config_check.check_config(config, answer() | {"count": 2}, str(tmp_path)))

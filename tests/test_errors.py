@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from fusion_jax import benchmark
+from fusion_jax.benchmarking import common
 from fusion_jax.errors import UserError, check_choice, nearest, no_key
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,6 @@ LOOKED_AT = {
     "data/convert.py": {"shards", "records_per_shard", "workers"},
     "evaluate.py": {"limit", "batch_size"},
     "serve/__main__.py": {"max_upload_bytes"},
-    "synth/scene/benchmark.py": {"samples", "processes", "growth"},  # no command of users
 }
 
 
@@ -60,7 +59,7 @@ def test_every_number_of_the_command_line_has_bounds():
 
 
 def test_benchmark_settings_are_counts():
-    benchmark.check_counts(ConfigDict({"repeats": 1, "batch_size": 2}))
+    common.check_counts(ConfigDict({"repeats": 1, "batch_size": 2}))
     for wrong in ({"repeats": 0}, {"batch_size": -2}, {"decode_rows": 10**9}):
         with pytest.raises(UserError, match=rf"config\.{next(iter(wrong))}=.* must be"):
-            benchmark.check_counts(ConfigDict(wrong))
+            common.check_counts(ConfigDict(wrong))

@@ -9,7 +9,7 @@ from fusion_jax.data import shard_writing
 from fusion_jax.evals import predictions
 from fusion_jax.files import new_file, write_whole
 from fusion_jax.synth import images
-from fusion_jax.synth.blocks import locked
+from fusion_jax.synth.folder import locked
 from fusion_jax.training.jsonl import truncate_rows
 from fusion_jax.training.plots import plot_losses
 

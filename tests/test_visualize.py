@@ -19,21 +19,21 @@ from PIL import Image
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.inference import attention_maps
-from fusion_jax.inference.attention_maps import encoder_weights, exchange_weights, levels, llm_weights, word_tokens
+from fusion_jax.inference import attention_maps, attention_weights
+from fusion_jax.inference.attention_averages import chosen, exchange_maps
+from fusion_jax.inference.attention_maps import levels, without_part
 from fusion_jax.inference.attention_pictures import (
-    chosen,
     draw,
     draw_side_by_side,
     draw_small,
-    exchange_maps,
     pixels,
     save,
 )
+from fusion_jax.inference.attention_weights import encoder_weights, exchange_weights, llm_weights
+from fusion_jax.inference.word_tokens import word_tokens
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.synth.tokenizer import train_tokenizer
 from fusion_jax.training import checkpoint
-from fusion_jax.visualize import look
 
 QUESTION = "Where is the extraordinary white star? A star is white."
 SIZES = {"llm.vocab_size": 640, "llm.layers": 3, "exchange.layers": 2, "exchange.stride": 2}
@@ -73,7 +73,7 @@ def ask(folder, config):
 
 
 @pytest.fixture(scope="module")
-def found(ask):
+def measured(ask):
     return {name: ask(name) for name in MODELS}
 
 
@@ -91,14 +91,14 @@ def saved(folder, config):
 def test_the_weights_reproduce_every_layers_output(name, folder, config):
     c, weights = MODELS[name], params(MODELS[name])
     tokenizer = load_tokenizer(folder / "tokenizer")
-    example = attention_maps._prompt(c, config.template, tokenizer, folder / "wide.png", QUESTION, True)
-    batch = attention_maps._lay_out(c, example, 4)
+    example = attention_maps.make_prompt(c, config.template, tokenizer, folder / "wide.png", QUESTION, True)
+    batch = attention_maps.lay_out_prompt(c, example, 4)
 
     def wanted(module, method):
         return method == "__call__" and module.name in ("query", "key", "value", "out", "norm")
 
     model = Fusion(c)
-    (hidden, _, _), kept = jax.jit(lambda p, b: attention_maps.captured(model, p, b, wanted))(weights, batch)
+    (hidden, _, _), kept = jax.jit(lambda p, b: attention_weights.captured(model, p, b, wanted))(weights, batch)
     plain, _, _ = jax.jit(lambda p, b: model.apply({"params": p}, b))(weights, batch)
     # Looking changes nothing; keeping more results, XLA fuses otherwise, so the last bit may differ.
     np.testing.assert_allclose(hidden, plain, rtol=0, atol=2e-6)
@@ -117,7 +117,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         np.testing.assert_allclose(out[:, real], layer["out"]["__call__"][0][i][:, real], atol=2e-5)
 
     decoder = kept["llm"]
-    q, k, v, outs = (attention_maps.of_layers(c, decoder, part) for part in ("query", "key", "value", "out"))
+    q, k, v, outs = (attention_weights.of_layers(c, decoder, part) for part in ("query", "key", "value", "out"))
     kernels = [
         weights["llm"][f"stack_{i}"][f"layer_{j}"]["out"]["kernel"][block]
         for i, stack in enumerate(c.stacks())
@@ -132,7 +132,7 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         out = jnp.einsum("bhqk,bkhd->bqhd", w, values).reshape(*v[i].shape[:2], -1) @ kernel
         np.testing.assert_allclose(out[:, here], outs[i][:, here], atol=2e-5)
 
-    q, k, v, outs = (attention_maps.of_exchanges(c, decoder, part) for part in ("query", "key", "value", "out"))
+    q, k, v, outs = (attention_weights.of_exchanges(c, decoder, part) for part in ("query", "key", "value", "out"))
     windows = batch.windows[0, 0]
     stacks = [i for i, stack in enumerate(c.stacks()) if stack.exchange]
     kernels = jnp.concatenate([weights["llm"][f"stack_{i}"]["exchange"]["out"]["kernel"] for i in stacks])
@@ -144,8 +144,8 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
         np.testing.assert_allclose(out, outs[i][0, 0], atol=2e-5)
 
 
-def test_levels_have_the_documented_shapes(found):
-    for name, one in found.items():
+def test_levels_have_the_documented_shapes(measured):
+    for name, one in measured.items():
         c = MODELS[name]
         assert one.whole.pixel.shape == one.whole.pixel_back.shape == (c.encoder_layers, c.vision.heads, 3, 3)
         assert one.whole.question.shape == (3, c.llm.heads, 3, 3)
@@ -156,31 +156,33 @@ def test_levels_have_the_documented_shapes(found):
         assert one.side == (6 if name == "released" else 3)
         assert exchange_maps(one).shape == (2, one.side, one.side)
     # The early half hides the text from patches in `paper`, not in `released`, where text attends evenly.
-    assert not found["paper"].whole.pixel_back[:2].any() and found["paper"].whole.pixel_back[2:].all()
-    assert found["released"].whole.pixel_back.all()
-    np.testing.assert_allclose(np.ptp(found["released"].whole.pixel[:2], axis=(2, 3)), 0, atol=1e-6)
-    tiles = found["tiles"].tiles
-    assert found["paper"].tiles is None and tiles.space.shape == (2, 4) and tiles.question.shape[2:] == (2, 4)
+    assert not measured["paper"].whole.pixel_back[:2].any() and measured["paper"].whole.pixel_back[2:].all()
+    assert measured["released"].whole.pixel_back.all()
+    np.testing.assert_allclose(np.ptp(measured["released"].whole.pixel[:2], axis=(2, 3)), 0, atol=1e-6)
+    tiles = measured["tiles"].tiles
+    assert measured["paper"].tiles is None and tiles.space.shape == (2, 4) and tiles.question.shape[2:] == (2, 4)
     assert tiles.pixel.shape[2:] == (3, 6)
     assert tiles.extent == (0, 1, 0, 1)  # a 2:1 image fills 1 x 2 tiles
 
 
-def test_the_words_tokens_are_found(folder, found):
+def test_the_words_tokens_are_found(folder, measured):
     tokenizer = load_tokenizer(folder / "tokenizer")
     ids = tokenizer.encode(QUESTION)
 
-    def said(word):
+    def spelled(word):
         return [tokenizer.decode([ids[i]]).strip() for i in word_tokens(tokenizer, ids, QUESTION, word)]
 
-    assert said("star") == said("STAR") and "".join(said("star")) == "starstar"  # both of them, nothing of others
-    pieces = said("extraordinary")
+    assert (
+        spelled("star") == spelled("STAR") and "".join(spelled("star")) == "starstar"
+    )  # both of them, nothing of others
+    pieces = spelled("extraordinary")
     assert len(pieces) > 1 and "".join(pieces) == "extraordinary"
-    assert "".join(said("white  star")) == "whitestar"
-    assert "".join(found["paper"].tokens) == "starstar"
+    assert "".join(spelled("white  star")) == "whitestar"
+    assert "".join(measured["paper"].tokens) == "starstar"
     unspaced = "这是猫吗"
     ids = tokenizer.encode(unspaced)  # bytes: one character is several tokens
-    taken = word_tokens(tokenizer, ids, unspaced, "猫")
-    assert tokenizer.decode([ids[i] for i in taken]).strip() == "猫"
+    in_unspaced = word_tokens(tokenizer, ids, unspaced, "猫")
+    assert tokenizer.decode([ids[i] for i in in_unspaced]).strip() == "猫"
 
 
 def test_a_longer_word_is_the_mean_of_its_tokens(ask):
@@ -194,20 +196,20 @@ def test_a_longer_word_is_the_mean_of_its_tokens(ask):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parts_switch_off_on_the_same_weights(name, ask, found):
+def test_parts_switch_off_on_the_same_weights(name, ask, measured):
     without_a = ask(name, changes={"text_guided": False})
     assert without_a.whole.pixel is None and without_a.exchange is not None
-    assert np.abs(without_a.whole.space - found[name].whole.space).max() > 1e-4
+    assert np.abs(without_a.whole.space - measured[name].whole.space).max() > 1e-4
     without_c = ask(name, exchange=False)
     assert without_c.exchange is None and without_c.latents == 0
-    np.testing.assert_allclose(without_c.whole.pixel, found[name].whole.pixel, atol=1e-6)
+    np.testing.assert_allclose(without_c.whole.pixel, measured[name].whole.pixel, atol=1e-6)
     # Other tokens in the row, so other attention in the LLM from the first layer on.
-    assert np.abs(without_c.whole.question[0] - found[name].whole.question[0]).max() > 1e-5
+    assert np.abs(without_c.whole.question[0] - measured[name].whole.question[0]).max() > 1e-5
 
 
-def test_figures_are_files_that_open(found, ask, tmp_path):
+def test_figures_are_files_that_open(measured, ask, tmp_path):
     beside = {"A off": ask("paper", changes={"text_guided": False}), "C off": ask("paper", exchange=False)}
-    figures = {"tiles": draw(found["tiles"], "late", [0])}
+    figures = {"tiles": draw(measured["tiles"], "late", [0])}
     for name, figure in {**figures, "beside": draw_side_by_side(beside)}.items():
         png, svg = save(figure, tmp_path / "new" / f"{name}.png")
         with Image.open(png) as image:
@@ -224,9 +226,9 @@ def test_figures_are_files_that_open(found, ask, tmp_path):
     )
 
 
-def test_the_small_figure_has_all_levels_in_two_columns(found, ask):
+def test_the_small_figure_has_all_levels_in_two_columns(measured, ask):
     for one, last in (
-        (found["released"], "Exchange: latents to image\nmean of 2 layer(s)"),
+        (measured["released"], "Exchange: latents to image\nmean of 2 layer(s)"),
         (ask("paper", exchange=False), "Image\n(no exchange)"),
         (ask("paper", changes={"text_guided": False}), "Exchange: latents to image\nmean of 2 layer(s)"),
     ):
@@ -287,4 +289,4 @@ def test_the_command(saved, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "figure.png").stat().st_size > 10_000 and (tmp_path / "figure.svg").is_file()
     with pytest.raises(UserError, match=re.escape("--compare B: the mapping loss acts in training alone")):
-        look(str(saved), str(folder / "wide.png"), QUESTION, "star", compare=["B"])
+        without_part(MODELS["paper"], "B")

@@ -28,7 +28,7 @@ from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from fusion_jax.command_line import interrupts
-from fusion_jax.errors import AGAIN, RunAgain, UserError, check, no_key
+from fusion_jax.errors import AGAIN, RunAgain, UserError, check, check_choice, no_key
 from fusion_jax.files import brief, open_file, printable, shown
 
 # Faults of a folder or file that somebody named: none of them goes away by trying again.
@@ -43,6 +43,7 @@ _MISTAKES = (
     errno.ENOSPC,
     errno.EDQUOT,
 )
+_NOT_ALLOWED = re.compile(r"flag --(\w+)=(.*): value should be one of <(.*)>", re.DOTALL)
 _READ_WHILE_PARSING = re.compile(r"--?(config|flagfile)(?:=(.*))?", re.DOTALL)
 
 
@@ -334,6 +335,11 @@ def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
     if "Traceback" in said:  # ml_collections puts one into the text
         said = f"{type(chain[-1]).__name__}: {chain[-1]}"
     said = shown(_plain(said), 1000)
+    if match := _NOT_ALLOWED.fullmatch(said):  # of a flag with a list of values: say it as for keys of a config
+        try:
+            check_choice(f"--{match[1]}=", match[2], match[3].split("|"))
+        except UserError as better:
+            return str(better)
     if isinstance(error, UserError | flags.Error):
         return said
     overrides = ", ".join(_overrides(argv))

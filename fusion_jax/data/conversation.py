@@ -31,12 +31,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from fusion_jax.data.row_text import IGNORE as IGNORE
+from fusion_jax.data.row_text import RowText
 from fusion_jax.data.tokenizer import VISION_END, VISION_START, Tokenizer
 from fusion_jax.errors import BadRecord, UserError, check_choice
 
 IMAGE = -200  # in input_ids: here go the image's tokens
 LATENTS = -300  # in input_ids: here go one round's latents
-IGNORE = -100  # in labels: not supervised
 ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
 
 IMAGE_TAG = "<image>"  # how records say where the image belongs
@@ -337,7 +338,7 @@ def _encode(
     tokenizer.token_id(template.stops[0])  # a template of another model would be spelt out in letters, silently
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     first = first_ids(tokenizer, template)
-    row = _Row(tokenizer, first)
+    row = RowText(tokenizer.encode_parts, first, (VISION_START, VISION_END))
     for text, own in template.system_parts(system):
         row.text(text, own and literal)
     if greeting is not None:
@@ -358,9 +359,11 @@ def _encode(
                 row.placeholder(LATENTS, _LATENTS_TAG)
             row.text(piece, literal)
         row.text(template.answer)
-        row.mark_answer_start()
+        row.end_question()
         if answer is not None:
             row.answer(template.trimmed("answer", answer), template.end, literal)
+    for end in row.ends:
+        row.labels[end] = ANSWER_START
     instructs = [0]
     if images:
         texts = ["".join(question.split(tag, images)).strip() for question, _ in rounds]
@@ -372,48 +375,3 @@ def _encode(
         rounds=len(rounds),
         prompt="".join(row.prompt),
     )
-
-
-class _Row:
-    """A row under construction. Unsupervised text is gathered and tokenized in one piece when something else comes.
-    Parts that are `literal` hold no control tokens, whatever is written there."""
-
-    def __init__(self, tokenizer: Tokenizer, first: list[int]):
-        self.tokenizer = tokenizer
-        self.ids, self.labels, self.prompt = list(first), [IGNORE] * len(first), []
-        self._pending: list[tuple[str, bool]] = []
-        self._after = None  # the id that the pending text follows, None at the start of a piece
-
-    def text(self, text: str, literal: bool = False) -> None:
-        self._pending.append((text, literal))
-        self.prompt.append(text)
-
-    def placeholder(self, marker: int, tag: str) -> None:
-        self.text(VISION_START)
-        self._flush()
-        self.ids.append(marker)
-        self.labels.append(IGNORE)
-        self.prompt.append(tag)
-        self._after = None
-        self.text(VISION_END)
-
-    def cut(self) -> None:
-        """What follows is tokenized by itself."""
-        self._flush()
-
-    def mark_answer_start(self) -> None:
-        self.cut()
-        self.labels[-1] = ANSWER_START
-
-    def answer(self, text: str, end: str, literal: bool) -> None:
-        self.prompt += [text, end]
-        ids = self.tokenizer.encode_parts([(text, literal), (end, False)], after=self._after)
-        self.ids += ids
-        self.labels += ids
-        self._after = ids[-1]
-
-    def _flush(self) -> None:
-        ids = self.tokenizer.encode_parts(self._pending, after=self._after)
-        self.ids += ids
-        self.labels += [IGNORE] * len(ids)
-        self._pending, self._after = [], self.ids[-1]

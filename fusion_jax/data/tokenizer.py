@@ -21,6 +21,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from fusion_jax.data.pieces import NO_DUMMY_PREFIX, SPACE, Added, Pieces
 from fusion_jax.data.tokenizer_files import (
     FLAGS,
     MOST_BYTES,
@@ -40,7 +41,6 @@ from fusion_jax.values.foreign import read_bytes
 
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
-_SPACE = "▁"  # SentencePiece's visible stand-in for a space
 # Everything that decides what a tokenizer does; these are read, hashed and saved.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -50,9 +50,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# A protobuf message may be continued by appending: these bytes say `normalizer_spec { add_dummy_prefix: false }`
-# (field 3, two bytes long; inside it field 3, value 0), and the last value of a field wins.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how a vocabulary names a byte by itself
 # How byte-level vocabularies (GPT-2's and those after it) write bytes: as the Latin-1 letter where that can be seen,
 # the others in their order as letters from U+0100 on.
@@ -262,19 +259,11 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """The Llama-style use of a SentencePiece model, `model`.
-
-    The model adds no word prefix of its own. One "▁" goes before each text, and is dropped where a special token
-    opens the text. Added tokens are cut out of the text first, longest match first, and may take the white space at
-    their left or right with them:
-
-        "<|user|>\\n two cats<|end|>"   ->   <|user|>  two  ▁cats  <|end|>        (<|user|> strips to its right)
-        "two cats"                     ->   ▁two  ▁cats
-    """
+    """A SentencePiece model, `model`, with added tokens: see `Pieces`."""
 
     def __init__(self, folder: Path, model: bytes):
         """Raises RuntimeError or ValueError if `model` is not a SentencePiece model."""
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         config, names = read_config(folder)
         self._pieces = {self.model.id_to_piece(i): i for i in range(len(self.model))}
         names.setdefault("unk_token", self.model.id_to_piece(self.model.unk_id()))
@@ -297,15 +286,15 @@ class SentencePieceTokenizer(Tokenizer):
                 size = max(size, added[token] + 1)
             special.add(token)
         self._strips = strips
-        self._splitter = re.compile("(" + "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) + ")")
-        self._guard = names["unk_token"]
-        self._guard_length = len(self.model.encode(self._guard))
+        specials = {added[token] for token in special}
+        entries = {token: Added(i, i in specials, *strips.get(token, (False, False))) for token, i in added.items()}
+        self._text = Pieces(self.model, entries, names["unk_token"])
         self._bytes = [_piece_bytes(self.model, i) for i in range(len(self.model))]
         self.longest = max(map(len, [*self._bytes, *(token.encode() for token in added)]))
         # Symbols that its trainer was told to keep whole; learnt pieces have a score, and words are no marks.
         ids = [i for i in range(len(self.model)) if self.model.get_score(i) == 0 and self._bytes[i]]
         marks = {self.model.id_to_piece(i): i for i in ids if not self.model.is_byte(i)}
-        marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not _is_words(piece.replace(_SPACE, " "))}
+        marks = {piece: i for piece, i in marks.items() if len(piece) > 2 and not _is_words(piece.replace(SPACE, " "))}
         first = added.get(names.get("bos_token", ""))
         super().__init__(folder, added, special, size, config, names, first, marks)
 
@@ -326,28 +315,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._added.get(token, self._pieces.get(token))
 
     def _encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        # Odd places hold added tokens, even places the text between them (possibly empty).
-        parts = self._splitter.split(_SPACE + text.replace(_SPACE, " "))
-        for k in range(1, len(parts), 2):
-            left, right = self.strips(parts[k])
-            if left:
-                parts[k - 1] = parts[k - 1].rstrip()
-            if right:
-                parts[k + 1] = parts[k + 1].lstrip()
-        if len(parts) > 1 and parts[0] == _SPACE and self._added[parts[1]] in self._special_ids:
-            parts[0] = ""
-        ids = []
-        for k, part in enumerate(parts):
-            if k % 2:
-                ids.append(self._added[part])
-            elif part.startswith((_SPACE, " ")):
-                # Some models trim white space in front of what they are given: give them something else in front.
-                ids += self.model.encode(self._guard + part)[self._guard_length :]
-            elif part:
-                ids += self.model.encode(part)
-        return ids
+        return self._text.encode(text)
 
     def _decode(self, ids: list[int], skip_special: bool, inside: bool) -> str:
         out, first = bytearray(), not inside
@@ -358,7 +326,7 @@ class SentencePieceTokenizer(Tokenizer):
                 out += self.token_bytes(i)
             else:
                 # The first word's prefix is no space of the text.
-                strip = first and self.model.id_to_piece(i).startswith(_SPACE)
+                strip = first and self.model.id_to_piece(i).startswith(SPACE)
                 out += self._bytes[i][1:] if strip else self._bytes[i]
             first = False
         return out.decode("utf-8", errors="replace")
@@ -516,7 +484,7 @@ def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
     piece = model.id_to_piece(i)
     if model.is_byte(i):
         return bytes([int(piece[1:-1], 16)])
-    return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(_SPACE, " ").encode()
+    return b"" if model.is_control(i) or model.is_unknown(i) else piece.replace(SPACE, " ").encode()
 
 
 def _fingerprint(folder: Path) -> str:

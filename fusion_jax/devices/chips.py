@@ -1,4 +1,4 @@
-"""Chips to plan for, TPUs (`tpus.py`) and GPUs (`gpus.py`), by the name of their topology."""
+"""Finds the chips to plan for, TPUs (`tpus.py`) or GPUs (`gpus.py`), by the name of their topology."""
 
 from fusion_jax.devices import gpus, tpus
 from fusion_jax.errors import UserError, check
@@ -7,9 +7,12 @@ Topology = tpus.TpuTopology | gpus.GpuTopology
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-    """v5p:4x4x8: a slice of TPU chips, or several; h100:8x4: GPUs of a node and nodes. `devices()` describes them.
+    """The topology of a name: v5p:4x4x8 is a slice of TPU chips, h100:8x4 means 8 GPUs in each of 4 nodes.
 
-    A program is lowered for them by `sharding.lower` on a mesh of these devices.
+    Its `devices()` describes the chips, and `sharding.lower` lowers a program for a mesh of them.
+
+    Args:
+      slices: of TPUs, joined by the data centre's network.
 
     Raises:
       UserError: there is no such topology.

@@ -1,6 +1,6 @@
-"""The doctor's look at the devices: which there are, whether they compute rightly, and how fast.
+"""The doctor's checks of the devices: which there are, whether they compute correctly, and how fast.
 
-They are tried in a process of their own: a driver that hangs, or an unknown compiler flag, which ends the process that
+They are tried in a process of their own. A driver that hangs, or an unknown compiler flag, which ends the process that
 reads it, then becomes a sentence as well.
 """
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that is so. `section` groups lines, `name` and `value` are the line."""
+    """A line of the report: a name and its value, under the heading `section`."""
 
     section: str
     name: str
@@ -27,7 +27,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that would not work. `stops`: training would not start; else it would be slow or fail later."""
+    """Something that would not work, and what to do. `stops`: training would not start, rather than be slow or fail."""
 
     stops: bool
     what: str
@@ -47,7 +47,7 @@ def probe() -> None:
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from fusion_jax.devices import flops
+    from fusion_jax.devices import peaks
 
     local = jax.local_devices()
     accelerator = local[0].platform != "cpu"
@@ -61,7 +61,7 @@ def probe() -> None:
                 "platform": device.platform,
                 "kind": device.device_kind,
                 "memory": (device.memory_stats() or {}).get("bytes_limit", 0) if accelerator else 0,
-                "flops": flops.measured_rate(device, dtype),
+                "flops": peaks.measured_rate(device, dtype),
                 "right": right,
             }
         )
@@ -72,7 +72,11 @@ def probe() -> None:
 
 
 def ask_devices(patience: float) -> dict | Problem:
-    """What `probe` says, or what kept it from saying so."""
+    """Runs `probe` in another process and returns its answer, or the problem that kept it from answering.
+
+    Args:
+      patience: seconds that it may take.
+    """
     code = "from fusion_jax.devices.device_check import probe; probe()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
@@ -91,7 +95,11 @@ def ask_devices(patience: float) -> dict | Problem:
 
 
 def explain(stderr: str, platforms: str) -> Problem:
-    """The end of a process that could not use its devices, in plain words."""
+    """Explains in plain words what ended a process that could not use its devices.
+
+    Args:
+      stderr: what it wrote. platforms: JAX_PLATFORMS, empty where it is not set.
+    """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it ended without a word"]
     for line in lines:
         if "Unknown flag in XLA_FLAGS" in line or "Unknown command line flag" in line:
@@ -119,10 +127,11 @@ def explain(stderr: str, platforms: str) -> Problem:
 
 
 def check_devices(answer: dict | Problem) -> Findings:
+    """Checks the answer of `ask_devices`: correct results, and rates against those of the datasheets."""
     if isinstance(answer, Problem):
         yield answer
         return
-    from fusion_jax.devices.flops import datasheet_peak  # needs JAX, which answered
+    from fusion_jax.devices.peaks import datasheet_peak  # needs JAX, which answered
 
     for i, device in enumerate(answer["devices"]):
         kind = device["kind"]
@@ -147,6 +156,7 @@ def check_devices(answer: dict | Problem) -> Findings:
 
 
 def check_unused_accelerators() -> Findings:
+    """Looks for accelerators of this machine that JAX does not use."""
     if Path("/proc/driver/nvidia/version").exists():
         yield Problem(
             False,

@@ -1,8 +1,7 @@
 """Several processes that train as one: how they find each other, and what only the first of them does.
 
-All run the same program on the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
+All run the same program with the same flags. Each feeds its own rows (`sharding.held_shards`) and takes part in every
 compiled step; process 0 alone writes what people read (log, metrics, plots). They share the workdir.
-`training/stopping.py` says how they end.
 """
 
 import glob
@@ -25,11 +24,11 @@ _PIECE = 256  # bytes: texts are gathered in multiples of them, so that few size
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes, before anything touches a device. Alone where there are none.
+    """Joins the other processes, if there are any, before anything touches a device.
 
     Args:
-      address: host:port of process 0. processes: how many there are. process: which this one is, from 0. All three or
-        none: then a Cloud TPU, SLURM or Open MPI says it.
+      address: host:port of process 0. processes: how many there are. process: the number of this one, from 0. Either
+        all three are given, or none, and a Cloud TPU, SLURM or Open MPI knows them.
 
     Raises:
       UserError: the arguments make no sense, or the others do not answer.
@@ -47,7 +46,7 @@ def start(address: str | None = None, processes: int | None = None, process: int
     elif _on_tpu():
         try:
             jax.distributed.initialize()
-        except ValueError:  # a TPU that tells of no other machines, as in a notebook
+        except ValueError:  # a TPU that knows of no other machines, as in a notebook
             log.info("no other TPU workers are known; training alone")
     if not is_first():
         log.setLevel(logging.WARNING)
@@ -62,7 +61,7 @@ def _join(where: str, **arguments) -> None:
 
 
 def _scheduled() -> bool:
-    """Whether SLURM (srun) or Open MPI (mpirun) started several of us."""
+    """Whether SLURM (srun) or Open MPI (mpirun) started several processes."""
     slurm = "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ
     return any(
         int(os.environ.get(name, "1")) > 1
@@ -72,7 +71,7 @@ def _scheduled() -> bool:
 
 
 def _slurm_devices() -> list[int] | None:
-    """This process's devices where SLURM runs one on each machine; JAX itself assumes one process a device."""
+    """This process's devices where SLURM runs one process on each machine; JAX itself assumes one for each device."""
     tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if tasks is not None and tasks == nodes and gpus.isdigit() else None
@@ -84,29 +83,22 @@ def _on_tpu() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what people read."""
+    """Whether this is process 0, which writes what people read."""
     return jax.process_index() == 0
 
 
 def own_folder(folder: Path) -> Path:
-    """Where this process writes its metrics and lists: the folder itself for the first, one beside for each other."""
+    """The folder where this process writes its metrics and lists: the first in `folder`, the others below it."""
     return folder if is_first() else folder / "processes" / str(jax.process_index())
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """A global array on the host, in every process, its rows in their own order wherever its parts lie."""
+    """Copies a global array to the host, in every process, with its rows in order wherever its shards are."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def of_first(value: bool | int) -> int:
-    """The value that process 0 has, in every process: for what all must decide alike."""
-    if jax.process_count() == 1:
-        return int(value)
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
 def gather(value: Any) -> list[Any]:
-    """What each process has, in the order of the processes; JSON. All call it in the same place: it is a collective."""
+    """Gathers one value, which JSON can hold, from each process, in their order. A collective: all must call it."""
     if jax.process_count() == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -118,11 +110,15 @@ def gather(value: Any) -> list[Any]:
 
 
 def meet(where: str, patience: float) -> bool:
-    """Whether every process comes here within as many seconds as the first of them has patience. `where` is new each
-    time. No collective: nobody waits for ever for one that is inside another.
+    """Waits until every process is here. Returns whether all came within `patience` seconds of the first.
+
+    It is not a collective, so that no process waits for ever for one that is inside a collective.
+
+    Args:
+      where: a name for this meeting, new each time.
 
     Raises:
-      JaxRuntimeError: another process is gone.
+      JaxRuntimeError: another process has ended.
     """
     if jax.process_count() == 1:
         return True

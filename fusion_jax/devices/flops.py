@@ -1,4 +1,4 @@
-"""Analytic model FLOPs: what the arithmetic needs, whatever a program does beyond it.
+"""Analytic FLOPs of the model: what its arithmetic needs, whatever a program computes beyond that.
 
 Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, activations, rotary); causal attention
 counts half; the backward pass is twice the forward; recomputation does not count; padding does not count.
@@ -6,58 +6,27 @@ counts half; the backward pass is twice the forward; recomputation does not coun
 
 import functools
 import math
-import re
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.typing import DTypeLike
 
-from fusion_jax.batch import NO_CROP, Batch
+from fusion_jax.batch import NO_CROP, Batch, windows
+from fusion_jax.data import tiles
+from fusion_jax.data.conversation import ANSWER_START, IMAGE
+from fusion_jax.data.layout import Example, LayoutSpec, needs
+from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.models.config import FusionConfig
-
-# Dense bfloat16 peak of one JAX device by its kind, FLOP/s. NVIDIA: each one's datasheet, for B200 and GB200 those of
-# the DGX B200 and the GB200 NVL72 divided by their GPUs; most print it with sparsity, which is twice as much. TPUs:
-# docs.cloud.google.com/tpu/docs; a chip of TPU7x has 2,307 TFLOP/s and is two devices.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "TPU v7x": 1153.5e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA A30": 165e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40": 181e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What of a batch decides its FLOPs, padding left out.
+    """The sizes of a batch that decide its FLOPs, without padding.
 
     Attributes:
-      lengths: tokens of each example in the LLM. crops: (question tokens) of each guided crop; plain: plain crops.
-      supervised: positions with a target. rounds: rounds with latents. latent_count: l^2. windows: tokens that all
-      latents' windows hold together.
+      lengths: tokens of each example in the LLM. crops: for each guided crop, the question tokens that guide it.
+      plain: number of plain crops. supervised: positions with a target. rounds: rounds with latents. latent_count:
+      l^2. windows: tokens in the windows of all latents together.
     """
 
     lengths: tuple[int, ...]
@@ -84,6 +53,48 @@ def shape_of(batch: Batch) -> BatchShape:
         latent_count=batch.latent_count,
         windows=int((np.asarray(batch.windows) >= 0).sum()),
     )
+
+
+def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> BatchShape:
+    """The shape of a batch that would hold these examples; their images need not have been read.
+
+    A text without an image that has latents counts with its zero image, which no question guides.
+    """
+    lengths, crops, supervised, rounds, window_tokens = [], [], 0, 0, 0
+    for example in examples:
+        size = needs(example, spec, latent_count)
+        question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
+        question = question[question != 0] if spec.hide_question_id_zero else question
+        lengths.append(size.length)
+        crops += [len(question) if size.images else 0] * size.crops
+        supervised += int((example.labels[1:] >= 0).sum())
+        rounds += size.rounds
+        if size.rounds and latent_count:
+            tilings = example.tilings or (tiles.WHOLE,) * max(size.images, 1)
+            images = np.flatnonzero(example.input_ids == IMAGE)
+            answers = np.flatnonzero(example.labels == ANSWER_START)[: size.rounds]
+            latest = np.maximum(np.searchsorted(images, answers) - 1, 0)  # the image that each round looks at
+            window_tokens += sum(_window_tokens(tilings[image], spec, latent_count) for image in latest)
+    return BatchShape(
+        lengths=tuple(lengths),
+        crops=tuple(crops),
+        plain=len(crops) * spec.quadrants,
+        supervised=supervised,
+        rounds=rounds,
+        latent_count=latent_count,
+        windows=window_tokens,
+    )
+
+
+@functools.lru_cache(1 << 14)
+def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) -> int:
+    """Tokens that the windows of one round's latents hold together."""
+    cells = math.isqrt(latent_count)
+    side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
+    tokens = windows(side, cells)[1].sum()
+    if tiling.rows:
+        tokens += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
+    return int(tokens)
 
 
 def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
@@ -127,63 +138,3 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
 def step_flops(config: FusionConfig, shape: BatchShape) -> float:
     """FLOPs of a training step: forward and backward."""
     return 3 * forward_flops(config, shape)
-
-
-def datasheet_peak(kind: str) -> float | None:
-    """Of one device of a kind as JAX names it, FLOP/s in bfloat16; None for kinds that the table lacks.
-
-    The longest name counts that the kind begins with, up to the end of a word: an L40S is no L4.
-    """
-    if " MIG " in kind:  # a part of a GPU
-        return None
-    matches = [name for name in PEAKS if re.match(rf"{re.escape(name)}(?!\w)", kind)]
-    return PEAKS[max(matches, key=len)] if matches else None
-
-
-def measured_rate(device: jax.Device, dtype: DTypeLike) -> float:
-    """FLOP/s of square matrix products on one device: of the size from which larger ones are no faster.
-
-    It takes a second or so at most. The values are random: with zeros or ones hardware needs less power, and is faster.
-    """
-    memory = device.memory_stats() or {}
-    room = memory["bytes_limit"] - memory.get("bytes_in_use", 0) if "bytes_limit" in memory else math.inf
-    product = jax.jit(lambda a: a @ a)
-    block = np.random.default_rng(0).standard_normal((256, 256), np.float32)
-    size, best = 512, 0.0
-    with jax.default_device(device):
-        block = jnp.asarray(block, dtype)
-        while True:
-            a = jnp.tile(block, (size // len(block),) * 2)
-            product(a).block_until_ready()
-            seconds = min(_seconds(product, a) for _ in range(3))
-            rate, before = 2 * size**3 / seconds, best
-            best = max(best, rate)
-            # Short ones measure how fast work is begun.
-            if seconds > 1e-3 and rate < 1.05 * before:
-                return best
-            size *= 2
-            if 8 * seconds > _LONGEST or 4 * size * size * a.dtype.itemsize > room:
-                return best
-
-
-_LONGEST = 0.1  # seconds of a product that `measured_rate` still tries
-
-
-def _seconds(function, argument) -> float:
-    start = time.perf_counter()
-    function(argument).block_until_ready()
-    return time.perf_counter() - start
-
-
-@functools.cache
-def peak(dtype: DTypeLike = jnp.bfloat16) -> float:
-    """Peak FLOP/s of all devices of all processes: the datasheets', for kinds that have none here (CPUs) measured.
-
-    One device is measured, by the first process, so that all have the same number. All must call.
-    """
-    one = datasheet_peak(jax.devices()[0].device_kind)
-    if one is None:
-        one = measured_rate(jax.local_devices()[0], dtype)
-        if jax.process_count() > 1:
-            one = float(multihost_utils.broadcast_one_to_all(np.float32(one)))
-    return one * jax.device_count()

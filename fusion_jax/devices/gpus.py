@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: what a card does, how cards are joined, and their descriptions for the compiler."""
+"""NVIDIA GPUs: figures of a card, how cards are joined, and their descriptions for the compiler."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusion_jax.devices import peaks
 from fusion_jax.errors import UserError, check
 
 # Share of a card's memory that JAX takes for arrays and temporaries; launch/xla_flags.sh sets it for every GPU run. The
@@ -19,14 +20,13 @@ class Card:
     """Public figures of one GPU.
 
     Attributes:
-      peak: FLOP/s in bfloat16, dense. memory: bytes, as CUDA counts them; hbm_rate: bytes/s. nvlink, network: bytes/s
-      of one GPU in one direction, to its node's others and to other nodes. kind: name that JAX has for it.
+      kind: the name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. memory: bytes, as CUDA counts them;
+      hbm_rate: bytes/s. nvlink, network: bytes/s of one GPU in one direction, to its node's others and to other nodes.
       cores: streaming multiprocessors, of `units` float32 units each; capability: of CUDA, (major, minor).
       clock: GHz. l2, shared, block: bytes of level-2 cache, of a core's shared memory and what a block may have of it.
     """
 
     kind: str
-    peak: float
     memory: int
     hbm_rate: float
     nvlink: float
@@ -40,31 +40,36 @@ class Card:
     block: int
 
     @property
+    def peak(self) -> float:
+        """FLOP/s in bfloat16, dense."""
+        return peaks.datasheet_peak(self.kind)
+
+    @property
     def hbm(self) -> float:
         """Bytes that a program may use."""
         return self.memory * memory_share()
 
 
-# Peak, memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s;
-# B200 1,800 GB/s; bfloat16 without sparsity 312, 989, 989 and, for HGX B200, 2,250 TFLOP/s). The network is that of
-# NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400 Gbit/s in DGX H100, H200 and B200.
+# Memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s; B200
+# 1,800 GB/s). The network is that of NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400
+# Gbit/s in DGX H100, H200 and B200.
 # Cores, caches and the bytes of memory that CUDA reports: XLA's descriptions of these devices
 # (openxla/xla, xla/backends/gpu/target_config/specs).
 CARDS = {
     "a100": Card(
-        "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2039e9, 300e9, 25e9,
+        "NVIDIA A100-SXM4-80GB", 85100068864, 2039e9, 300e9, 25e9,
         (8, 0), 108, 64, 1.41, 41943040, 167936, 166912,
     ),
     "h100": Card(
-        "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3352e9, 450e9, 50e9,
+        "NVIDIA H100 80GB HBM3", 84942979072, 3352e9, 450e9, 50e9,
         (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
     ),
     "h200": Card(
-        "NVIDIA H200", 989e12, 151397597184, 4800e9, 450e9, 50e9,
+        "NVIDIA H200", 151397597184, 4800e9, 450e9, 50e9,
         (9, 0), 132, 128, 1.98, 52428800, 233472, 232448,
     ),
     "b200": Card(
-        "NVIDIA B200", 2250e12, 191514411008, 7672e9, 900e9, 50e9,
+        "NVIDIA B200", 191514411008, 7672e9, 900e9, 50e9,
         (10, 0), 148, 128, 1.965, 132644864, 233472, 232448,
     ),
 }  # fmt: skip
@@ -75,18 +80,20 @@ def memory_share() -> float:
     """The share of a card's memory that JAX takes here.
 
     Raises:
-      UserError: the environment holds no share.
+      UserError: the environment variable is not a share.
     """
     text = os.environ.get(MEMORY_VARIABLE, str(MEMORY_SHARE))
-    check(re.fullmatch(r"0?\.\d+|1(\.0*)?", text) is not None, f"{MEMORY_VARIABLE}={text} is no share, such as 0.92.")
+    check(
+        re.fullmatch(r"0?\.\d+|1(\.0*)?", text) is not None, f"{MEMORY_VARIABLE}={text} is not a share, such as 0.92."
+    )
     return float(text)
 
 
 def description(card: Card) -> str:
-    """The card as the compiler wants it: a GpuTargetConfigProto as text."""
-    # Instructions that only this very architecture has, which drivers of real cards report.
+    """Describes the card to the compiler: a GpuTargetConfigProto as text."""
+    # Instructions that only this one architecture has; the drivers of real cards report them.
     extension = "feature_extension: ACCELERATED_FEATURES" if card.capability >= (9, 0) else ""
-    # Of the toolkit and cuDNN that come with JAX.
+    # The versions of the toolkit and of cuDNN that come with JAX.
     toolkit = (13, 0) if importlib.util.find_spec("jax_cuda13_plugin") else (12, 9)
     return f"""
 gpu_device_info {{
@@ -106,9 +113,9 @@ runtime_version {{ major: {toolkit[0]} minor: {toolkit[1]} }}
 
 @dataclass(frozen=True)
 class GpuTopology:
-    """GPUs of one kind in nodes: h100:8 is one node of eight, h100:8x4 four of them.
+    """GPUs of one kind in nodes: h100:8 is one node of eight GPUs, h100:8x4 four such nodes.
 
-    Nodes are what JAX calls slices: cards that see each other directly.
+    JAX calls nodes slices: cards that are connected directly.
     """
 
     name: str
@@ -130,7 +137,7 @@ class GpuTopology:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """GPUs in a node, nodes."""
+        """(GPUs in a node, nodes)."""
         sides = [int(side) for side in self.name.split(":")[1].split("x")]
         return sides[0], sides[1] if len(sides) > 1 else 1
 
@@ -144,7 +151,7 @@ class GpuTopology:
 
     @property
     def limit(self) -> float:
-        """Bytes that a program may take on one of them: the compiler itself refuses nothing."""
+        """Bytes that a program may take on one GPU; the compiler itself refuses nothing."""
         return self.chip.hbm
 
     @property
@@ -153,7 +160,7 @@ class GpuTopology:
 
     @property
     def options(self) -> dict[str, bool]:
-        """For the compiler, as launch/xla_flags.sh has them."""
+        """Options for the compiler, the same as in launch/xla_flags.sh."""
         return {"xla_gpu_enable_latency_hiding_scheduler": True}
 
     def devices(self) -> list:
@@ -167,21 +174,24 @@ class GpuTopology:
                 "Planning for GPUs compiles with JAX's CUDA plug-in, which is not installed: "
                 "pip install fusion_jax[plan-gpu]."
             )
-        # The plug-in would ask the driver for its version and give up.
+        # Else the plug-in would ask for the driver's version and give up.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         from jax.experimental import topologies
 
         gpus, nodes = self.sides
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform="cuda", target_config=description(self.chip), topology=f"{nodes}x1x{gpus}"
         )
-        return list(found.devices)
+        return list(topology.devices)
 
     def seconds(self, kind: str, sent: float, group: Sequence) -> float:
-        """Least time of a collective in which each of a group of devices sends so many bytes.
+        """The least time of a collective, in seconds.
 
         Inside a node everything goes over NVLink. Between nodes, what a node has to send goes through the adapters of
-        all its members at once; an exchange of everybody with everybody has to send each member's own part.
+        all its members at once; in an all-to-all each member has to send its own part.
+
+        Args:
+          kind: such as all-gather. sent: bytes that each device sends. group: the devices that take part.
         """
         nodes = len({device.slice_index for device in group})
         inside = sent / self.chip.nvlink

@@ -1,4 +1,4 @@
-"""Which operations a traced step's time goes to: the profiler's events summed by operation and by kind.
+"""Sums the events of a profiler's trace of steps by operation and by kind, to show where the time goes.
 
 On a GPU an event is one kernel on one stream; on a CPU, which has no kernels, one instruction of the compiled program.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-# Kinds by the kernel's name and the instruction's, in this order: the first that is found counts.
+# Kinds by patterns in the names of the kernel and the instruction; the first that matches counts.
 KINDS = (
     ("between devices", r"nccl|all-reduce|all-gather|reduce-scatter|all-to-all|collective"),
     ("cuDNN attention", r"cudnn|sdpa|flash_?(fprop|bprop)|fort_native"),
@@ -30,7 +30,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_na
 
 @dataclass(frozen=True)
 class Event:
-    """One run of an operation. name: the kernel's. operation: the instruction of the program. start, end: ns."""
+    """One run of an operation: the kernel's name, the program's instruction, and start and end in nanoseconds."""
 
     name: str
     operation: str
@@ -39,13 +39,13 @@ class Event:
 
 
 def kind(name: str, operation: str) -> str:
-    """One of `KINDS`, or `other`."""
+    """The kind of an operation: one of `KINDS`, or `other`."""
     both = f"{name} {operation}".lower()
-    return next((what for what, pattern in KINDS if re.search(pattern, both)), "other")
+    return next((kind for kind, pattern in KINDS if re.search(pattern, both)), "other")
 
 
 def read(folder: str | Path) -> list[Event]:
-    """The events of one device of the newest trace that `jax.profiler` wrote under `folder`.
+    """Reads the events of one device from the newest trace that `jax.profiler` wrote under `folder`.
 
     Raises:
       FileNotFoundError: there is no trace.
@@ -63,7 +63,7 @@ def read(folder: str | Path) -> list[Event]:
 
 
 def _kernels(plane) -> Iterator[Event]:
-    # Lines that are no stream (steps, modules, name scopes) say the same again.
+    # Lines other than streams (steps, modules, name scopes) repeat the same events.
     lines = list(plane.lines)
     streams = [line for line in lines if line.name.startswith("Stream")] or lines
     for line in streams:
@@ -94,12 +94,12 @@ def busy(events: list[Event]) -> float:
 
 
 def sources(program: str) -> dict[str, str]:
-    """Where in the model each instruction of a compiled program comes from: its text's `op_name`, by `_symbol`."""
+    """Maps each instruction of a compiled program, by `_symbol`, to where it comes from in the model (`op_name`)."""
     return {_symbol(name): source for name, source in _INSTRUCTION.findall(program)}
 
 
 def _symbol(instruction: str) -> str:
-    """An instruction's name as its kernel bears it."""
+    """An instruction's name as it appears in the name of its kernel."""
     return re.sub(r"[.\-]", "_", instruction)
 
 
@@ -108,11 +108,11 @@ def summary(events: list[Event], steps: int, program: str = "", dearest: int = 1
 
     Args:
       steps: how many the trace holds. program: the compiled program's text, which says where instructions come from.
-      dearest: how many operations are listed.
+      dearest: how many operations to list.
 
     Returns:
-      span_ms: from the first event to the last, a step; busy_share: of it, with at least one event running. kinds and
-      dearest: lists of rows, the dearest first; `share` is that of the span.
+      span_ms: from the first event to the last, a step. busy_share: the share of it in which at least one event runs.
+      kinds and dearest: lists of rows, the most expensive first; `share` is that of the span.
     """
     if not events:
         return {"span_ms": 0.0, "busy_share": 0.0, "kinds": [], "dearest": []}

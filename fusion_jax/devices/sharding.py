@@ -1,11 +1,13 @@
-"""Where arrays live: the device mesh and what each logical axis means on it. The only file that knows mesh axes.
+"""The device mesh, and the mesh axes over which each logical axis is sharded.
 
-    data     rows of a batch; parameters are copied. Slices of a TPU are joined along it, over the slow network.
-    fsdp     rows of a batch as well, and parameters are dealt too: gathered for each layer, gradients scattered back.
-    tensor   heads, hidden units of MLPs and the vocabulary; the same rows on all of it.
+No other file knows mesh axes:
+
+    data     shards rows of a batch and copies parameters. It joins the slices of a TPU, over the slow network.
+    fsdp     shards rows of a batch, and parameters too: gathered for each layer, gradients scattered back.
+    tensor   shards heads, hidden units of MLPs and the vocabulary; all of it has the same rows.
 
 Parameters declare logical axes beside their shapes (`models.layers`), activations through `models.partition`. An
-optimizer moment lies where its parameter does. On one device nothing is annotated at all.
+optimizer moment is sharded like its parameter. On one device nothing is annotated at all.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
 ROWS = (DATA, FSDP)
 
-# Logical axis -> mesh axes. What is not listed is not split.
+# Logical axis -> mesh axes. An axis that is not listed is not sharded.
 RULES = (
     ("batch", ROWS),
     ("rows", DATA),
@@ -43,22 +45,22 @@ RULES = (
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     """(data, fsdp, tensor) with -1 filled in. UserError where they do not multiply to the number of devices."""
     sizes = {name: getattr(config, name) for name in AXES}
-    given = int(np.prod([size for size in sizes.values() if size > 0]))
+    fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     written = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if -1 in sizes.values():
-        check(devices % given == 0, f"config.mesh ({written}): {given} does not divide the {devices} device(s).")
-        return tuple(devices // given if size == -1 else size for size in sizes.values())
+        check(devices % fixed == 0, f"config.mesh ({written}): {fixed} does not divide the {devices} device(s).")
+        return tuple(devices // fixed if size == -1 else size for size in sizes.values())
     check(
-        given == devices,
-        f"config.mesh ({written}) asks for {given} device(s), there are {devices}; let one size be -1, the rest.",
+        fixed == devices,
+        f"config.mesh ({written}) needs {fixed} device(s), but there are {devices}; set one size to -1, the rest.",
     )
     return tuple(sizes.values())
 
 
 def make_mesh(config: MeshConfig | None = None, devices: list | None = None) -> Mesh:
-    """The mesh over `devices`, by default all there are; neighbours in the network are neighbours on it.
+    """Makes the mesh over `devices`, by default all; neighbours in the network become neighbours on the mesh.
 
-    Without a config all of them share the rows of the batch.
+    Without a config the rows of a batch are sharded over all of them.
 
     Raises:
       UserError: the sizes do not fit the number of devices or slices.
@@ -79,15 +81,15 @@ def make_mesh(config: MeshConfig | None = None, devices: list | None = None) -> 
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are dealt into."""
+    """The number of shards of a batch's rows."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
-# What can be wrong, said before anything is compiled.
+# Checks, made before anything is compiled.
 
 
 def check_rows(rows: int, mesh: Mesh, where: str) -> None:
-    """UserError where that many rows of a microbatch cannot be dealt evenly."""
+    """UserError where that many rows of a microbatch cannot be sharded evenly. where: for the message."""
     shards = batch_shards(mesh)
     check(
         rows % shards == 0,
@@ -120,11 +122,12 @@ def check_model(config: FusionConfig, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def of_rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 dealt over everything that holds rows."""
+    """Axis 0 sharded over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -134,9 +137,9 @@ def of_parameters(boxed, mesh: Mesh):
 
 
 def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
-    """Shardings of `tx`'s state: a moment lies where its parameter does, everything else on all devices.
+    """Shardings of `tx`'s state: those of the parameters for their moments, copies for everything else.
 
-    Moments of another shape (Adafactor keeps one of rows and one of columns) are split as far as they have the
+    Moments of another shape (Adafactor keeps one of rows and one of columns) are sharded as far as they have the
     parameter's axes.
 
     Args:
@@ -144,7 +147,7 @@ def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh
     """
 
     def place(moments, parameter, sharding):
-        # One array mostly; several with some optimizers, none for a frozen parameter.
+        # Mostly one array; several with some optimizers, none for a frozen parameter.
         return jax.tree.map(lambda moment: _of_moment(moment.shape, parameter.shape, sharding), moments)
 
     return optax.tree_utils.tree_map_params(
@@ -159,10 +162,11 @@ def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh
 
 
 def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    """Each axis of a moment is split like the axis of its parameter that it stands for; what stands for none is whole.
+    """Shards each axis of a moment like the axis of its parameter that it corresponds to, and no other axis.
 
-    An axis stands for the next one of equal size, or, in as many dimensions, for the one in its place: (R, C) has
-    moments (R,) and (C,), or (R, 1) and (1, C). Where sizes are equal any choice is valid.
+    With as many dimensions as the parameter, an axis corresponds to the one in the same place, if the sizes are equal;
+    with fewer, to the next one of equal size: (R, C) has moments (R,) and (C,), or (R, 1) and (1, C). Where several
+    sizes are equal any choice is valid.
     """
     if shape == parameter:
         return sharding
@@ -177,7 +181,7 @@ def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: Nam
 
 
 def constrain(tree, shardings):
-    """Inside a jitted function: `tree` laid out as said. Nothing on one device."""
+    """Inside a jitted function: shards `tree` by these shardings. Does nothing on one device."""
     leaves = jax.tree.leaves(shardings)
     return jax.lax.with_sharding_constraint(tree, shardings) if leaves[0].mesh.size > 1 else tree
 
@@ -187,9 +191,9 @@ def constrain(tree, shardings):
 
 @contextlib.contextmanager
 def use(mesh: Mesh):
-    """Functions traced or called herein are for `mesh`: kernels for its devices, logical constraints for its axes.
+    """Functions traced or called inside are for `mesh`: kernels for its devices, logical constraints for its axes.
 
-    On one device constraints mean nothing.
+    On one device constraints do nothing.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(partition.compiled_for(mesh.devices.flat[0].platform))
@@ -201,25 +205,27 @@ def use(mesh: Mesh):
 
 
 def lower(function, mesh: Mesh, *arguments):
-    """A jitted function lowered for the devices of `mesh`, which need not be here: `planning.chips` describes some.
+    """Lowers a jitted function for the devices of `mesh`, which need not be here: `devices.chips` describes some.
 
     Args:
       arguments: arrays, or shapes with shardings on `mesh`.
     """
     device = mesh.devices.flat[0]
     with _described(device) if mesh.size == 1 else contextlib.nullcontext(), use(mesh):
-        # Without a platform JAX asks for a client of it, which a device that is only described has not.
+        # Without a platform JAX looks for a client of it, which a device that is only described does not have.
         return function.trace(*arguments).lower(lowering_platforms=(_program_for(device.platform),))
 
 
 def _program_for(platform: str) -> str:
-    """JAX calls NVIDIA's devices gpu and programs for them cuda."""
+    """The name of a platform's programs: JAX calls NVIDIA's devices gpu and programs for them cuda."""
     return "cuda" if platform == "gpu" else platform
 
 
 def _described(device):
-    """Triton kernels ask for which GPU they are: one that is here, or what a mesh of several says; but one device that
-    is only described is under no mesh."""
+    """Tells Triton kernels which GPU they are for, where that is a single device that is only described.
+
+    They ask the GPU of this machine, or the mesh of several devices; a single device is under no mesh.
+    """
     if device.platform != "gpu" or jax.default_backend() == "gpu":
         return contextlib.nullcontext()
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
@@ -245,7 +251,7 @@ class OnMesh:
 
 
 def microbatches(batch, count: int, mesh: Mesh):
-    """Every (B, ...) of a batch as (count, B / count, ...): each device cuts its own rows, nothing moves."""
+    """Reshapes every (B, ...) of a batch to (count, B / count, ...): each device cuts its own rows, nothing moves."""
     shards = batch_shards(mesh)
 
     def cut(x):
@@ -258,10 +264,10 @@ def microbatches(batch, count: int, mesh: Mesh):
 
 @functools.cache
 def held_shards(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the parts that rows are sharded into lie, at least in part, on this process's devices; ascending.
+    """The numbers of the row shards that are, at least in part, on this process's devices; ascending.
 
-    A process feeds the rows of these, whole, and those that share a `tensor` group feed the same. They need not be
-    neighbours: the mesh follows the network, in which the chips of a host are a square.
+    A process feeds all rows of these, and processes that share a `tensor` group feed the same rows. The numbers need
+    not be consecutive: the mesh follows the network, in which the chips of a host form a square.
     """
     places = mesh.devices.reshape(batch_shards(mesh), -1)
     here = jax.process_index()
@@ -269,7 +275,7 @@ def held_shards(mesh: Mesh) -> tuple[int, ...]:
 
 
 def local_rows(batch, mesh: Mesh):
-    """Those of a whole batch's rows that this process feeds, shard by shard."""
+    """The rows of a whole batch that this process feeds, shard by shard."""
     shards, held = batch_shards(mesh), held_shards(mesh)
     if len(held) == shards:
         return batch
@@ -282,14 +288,14 @@ def local_rows(batch, mesh: Mesh):
 
 
 def put_batch(rows, mesh: Mesh):
-    """This process's rows (`local_rows`) as its part of a global batch, axis 0 of every array over data and fsdp."""
+    """Puts this process's rows (`local_rows`) on its devices, as its part of a global batch sharded by `of_rows`."""
     sharding, shards, held = of_rows(mesh), batch_shards(mesh), held_shards(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(rows, sharding)
 
     def put(x):
         size = len(x) // len(held)
-        first = {shard * size: i * size for i, shard in enumerate(held)}  # row of the batch: row of ours
+        first = {shard * size: i * size for i, shard in enumerate(held)}  # row of the batch: row of this process
 
         def part(index):
             start = first[index[0].start or 0]

@@ -1,4 +1,4 @@
-"""TPU generations: what a chip does, which topologies there are, and their descriptions for the compiler."""
+"""TPUs: figures of a chip, which topologies there are, and their descriptions for the compiler."""
 
 import importlib.util
 import math
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fusion_jax.devices import peaks
 from fusion_jax.errors import UserError
 
 
@@ -14,18 +15,24 @@ class Chip:
     """Public figures of one chip.
 
     Attributes:
-      peak: FLOP/s in bfloat16. hbm: bytes; hbm_rate: bytes/s. link: bytes/s of one link of the torus in one direction,
-      two links along each dimension. dcn: bytes/s of the data centre's network. ring: the ends of a dimension are
-      joined where its length is a multiple of this. shapes: of slices.
+      kind: a name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. hbm: bytes; hbm_rate: bytes/s. link:
+      bytes/s of one link of the torus in one direction, two links along each dimension. dcn: bytes/s of the data
+      centre's network. ring: the ends of a dimension are joined where its length is a multiple of this. shapes: of
+      slices.
     """
 
-    peak: float
+    kind: str
     hbm: float
     hbm_rate: float
     link: float
     dcn: float
     ring: int
     shapes: tuple[str, ...]
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s in bfloat16."""
+        return peaks.datasheet_peak(self.kind)
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -36,21 +43,21 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # for a chip as a whole: v5e 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways
 # over 4. The network between slices: 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s a v5p chip, 100 Gbit/s a v6e chip.
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
-    "v6e": Chip(918e12, 32e9, 1640e9, 100e9, 12.5e9, 16, _FLAT),
+    "v5e": Chip("TPU v5e", 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
+    "v5p": Chip("TPU v5p", 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
+    "v6e": Chip("TPU v6e", 32e9, 1640e9, 100e9, 12.5e9, 16, _FLAT),
 }
 KNOWN = tuple(f"{generation}:{shape}" for generation, chip in CHIPS.items() for shape in chip.shapes)
 
 
 def shapes() -> str:
-    """All slices there are, for people."""
+    """Lists all topologies of all generations, for messages."""
     return "; ".join(f"{generation}: {', '.join(chip.shapes)}" for generation, chip in CHIPS.items())
 
 
 @dataclass(frozen=True)
 class TpuTopology:
-    """A slice of chips, or several joined by the network: name as in v5p:4x4x8."""
+    """A slice of chips, named as in v5p:4x4x8, or several such slices joined by the data centre's network."""
 
     name: str
     slices: int = 1
@@ -78,12 +85,12 @@ class TpuTopology:
 
     @property
     def limit(self) -> None:
-        """The compiler knows what a program may take, and refuses what does not fit."""
+        """None: the compiler knows how much memory a program may take, and refuses one that does not fit."""
         return None
 
     @property
     def options(self) -> dict[str, bool]:
-        """Nothing for the compiler beyond what training gives it."""
+        """Options for the compiler beyond those that training gives it: none."""
         return {}
 
     def devices(self) -> list:
@@ -94,27 +101,27 @@ class TpuTopology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError("Planning compiles with libtpu, which is not installed: pip install fusion_jax[plan].")
-        # There is no TPU to be asked what it is, and none that only one process may hold.
+        # There is no TPU to query, and none that only one process may hold.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        # Without these it complains of a machine that is no TPU's; what they say does not matter to a compiler.
+        # Without these it complains that the machine has no TPU; their values do not matter for compiling.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_WORKER_ID", "0")
         from jax.experimental import topologies
 
         arguments = {"num_slices": self.slices} if self.slices > 1 else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **arguments)
-        return list(found.devices)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **arguments)
+        return list(topology.devices)
 
     def seconds(self, kind: str, sent: float, group: Sequence) -> float:
-        """Least time of a collective in which each of a group of devices sends so many bytes."""
+        """The least time of a collective, in seconds, in which each device of a group sends `sent` bytes."""
         del kind
         links = self.links(group)
         return sent / (links * self.chip.link if links else self.chip.dcn)
 
     def links(self, group: Sequence) -> float:
-        """Links into a chip that a collective among these devices can use at once, 0 where it leaves the slice.
+        """The number of links into a chip that a collective can use at once, 0 where its group leaves the slice.
 
         Two for every dimension of the torus along which they spread, one where its ends are not joined.
         """

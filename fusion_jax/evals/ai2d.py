@@ -9,10 +9,9 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Question, Scored, Task, picture, summarise_accuracy
 from fusion_jax.files import read_text
 
 _NO_MARKS = str.maketrans("", "", string.punctuation)
@@ -70,19 +69,17 @@ def _question(key: str, text: str, options: dict[str, str], right: str, image: P
 
 
 def parse(answer: str) -> str:
-    """lmms-eval's rule: the capital letter in front of a period at the start, or else the whole answer without ASCII's
+    """lmms-eval's rule: the capital letter before a period at the start, or else the whole answer without ASCII's
     marks, in lower case."""
     first = re.match(r"\s*([A-Z])\.", answer)
     return (first[1] if first else answer.strip()).lower().translate(_NO_MARKS)
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = parse(answer)
-    return said, float(said == question.reference.lower())
+    parsed = parse(answer)
+    return parsed, float(parsed == question.reference.lower())
 
 
-def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    return {"accuracy": percent([p.score for p in predictions])}
-
-
-TASK = Task("ai2d", "AI2D", DATA, read, score, summarise, headline="accuracy", max_tokens=16, rule=choices.LMMS_EVAL)
+TASK = Task(
+    "ai2d", "AI2D", DATA, read, score, summarise_accuracy, headline="accuracy", max_tokens=16, rule=choices.LMMS_EVAL
+)

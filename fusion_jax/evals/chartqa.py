@@ -1,4 +1,6 @@
-"""ChartQA, test split: questions about charts, by people and by a machine (Masry et al., ACL Findings 2022).
+"""ChartQA, test split: questions about charts (Masry et al., ACL Findings 2022).
+
+Some questions are by people (human), some by a machine (augmented).
 
 test/test_human.json, test/test_augmented.json   [{"imgname", "query", "label"}, ...]
 test/png/                                        the images
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent, picture
 
 DATA = "test_human.json and test_augmented.json with the images in png/, or the test split in Parquet files"
 _TOLERANCE = 0.05
@@ -51,15 +53,15 @@ def _number(text: str) -> float | None:
 def relaxed(answer: str, reference: str) -> bool:
     """Numbers, percentages among them, within 5% of the reference; everything else, and a reference of 0, the same
     text but for case."""
-    said, right = _number(answer), _number(reference)
-    if said is not None and right:
-        return abs(said - right) / abs(right) <= _TOLERANCE
+    value, right = _number(answer), _number(reference)
+    if value is not None and right:
+        return abs(value - right) / abs(right) <= _TOLERANCE
     return answer.lower() == reference.lower()
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = answer.strip()
-    return said, float(relaxed(said, question.reference))
+    parsed = answer.strip()
+    return parsed, float(relaxed(parsed, question.reference))
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         kind: [p.score for p in predictions if p.question.about["kind"] == kind] for kind in ("human", "augmented")
     }
     return {
-        "relaxed_accuracy": percent([p.score for p in predictions]),
+        "relaxed_accuracy": accuracy(predictions),
         **{kind: percent(scores) for kind, scores in kinds.items() if scores},
     }
 

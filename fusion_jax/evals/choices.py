@@ -1,4 +1,4 @@
-"""Multiple choice: how options are written into a prompt, and the published prompts' last lines."""
+"""Multiple choice: options in tables and prompts, and rules that read the letter of an answer."""
 
 import ast
 import contextlib
@@ -29,29 +29,32 @@ def lettered(options: Sequence[str] | Mapping[str, str]) -> str:
 
 
 def is_blank(value: object) -> bool:
-    """Whether a cell holds nothing: no value, not a number, or white space."""
+    """Whether a cell is empty: no value, NaN, or white space."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def is_missing(value: object) -> bool:
-    """Whether a hint or a category is blank, or one of the words that tables write for nothing."""
+    """Whether a hint or a category is blank, or a word that tables write for an empty cell."""
     return is_blank(value) or str(value).strip().lower() in ("nan", "none")
 
 
 def as_text(cell: object) -> str:
-    """The cell as text, and a whole number as one: a column of such with empty cells in it is one of floats."""
+    """The cell as text, 3.0 as `3`: a column of whole numbers with empty cells is read as floats."""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def listed(cell: object, what: str) -> list[Any]:
-    """A cell that holds a list, or a Python list as text, as some tables have it. UserError where it is neither: the
-    characters of another text would be taken for its parts."""
+def listed(cell: object, name: str) -> list[Any]:
+    """The list in a cell, which may be a Python list as text.
+
+    Raises:
+      UserError: it is neither; the characters of another text would be taken for its items.
+    """
     value = cell
     if isinstance(cell, str):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(cell)
     if not isinstance(value, list | tuple):
-        raise UserError(f"{what}: {brief(cell)} is no list.")
+        raise UserError(f"{name}: {brief(cell)} is not a list.")
     return list(value)
 
 
@@ -97,26 +100,26 @@ def read_options(
 
 
 def _written_twice(options: Mapping[str, str]) -> str:
-    """The word for nothing that a row ends with twice; "" where it does not."""
+    """The word for an empty cell with which a row ends twice; "" where it does not."""
     *_, before, last = ("", "", *options.values())
     return last if before == last and is_missing(last) else ""
 
 
 def _tail(options: Mapping[str, str], nothing: Collection[str]) -> list[str]:
-    """The letters of the last options that read so."""
+    """The letters of the last options that consist of such a word."""
     return list(itertools.takewhile(lambda letter: options[letter] in nothing, reversed(options)))
 
 
 def place(answer: object, letters: Sequence[str], where: str) -> int:
-    """The number from 0 of the option that a letter names. UserError where there is no such option."""
+    """The index of the option that a letter names. UserError where there is no such option."""
     letter = str(answer).strip()
     if letter not in list(letters):
-        raise UserError(f"{where}: the answer {brief(answer)} is none of its {len(letters)} options.")
+        raise UserError(f"{where}: the answer {brief(answer)} is not one of its {len(letters)} options.")
     return list(letters).index(letter)
 
 
 def yes_or_no(answer: object, where: str) -> str:
-    """A right answer that is one of the two words, in any case and with a period. UserError for any other."""
+    """A reference that is `yes` or `no`, in any case and with or without a period. UserError for any other."""
     word = str(answer).strip().rstrip(".").lower()
     if word not in ("yes", "no"):
         raise UserError(f"{where}: the answer {brief(answer)} is neither yes nor no.")
@@ -124,10 +127,10 @@ def yes_or_no(answer: object, where: str) -> str:
 
 
 def numbered(answer: object, where: str) -> str:
-    """The letter of the option that a number from 0 names. UserError where it is no such number."""
-    if not re.fullmatch(r"\d\d?(\.0*)?", said := str(answer).strip()) or float(said) >= len(LETTERS):
-        raise UserError(f"{where}: the answer {brief(answer)} is no option's number; the first is 0.")
-    return LETTERS[int(float(said))]
+    """The letter of the option with an index. UserError where there is no such option."""
+    if not re.fullmatch(r"\d\d?(\.0*)?", number := str(answer).strip()) or float(number) >= len(LETTERS):
+        raise UserError(f"{where}: the answer {brief(answer)} is not the number of an option; the first is 0.")
+    return LETTERS[int(float(number))]
 
 
 def find_letter(answer: str, options: dict[str, str]) -> str:
@@ -148,10 +151,10 @@ def find_letter(answer: str, options: dict[str, str]) -> str:
         return named[0]
     if not named and "Z" in words:
         return "Z"
-    said = answer.lower()
-    if len(said) > 2 * sum(len(text) for text in options.values()):
+    lowered = answer.lower()
+    if len(lowered) > 2 * sum(len(text) for text in options.values()):
         return ""
-    in_words = [letter for letter, text in options.items() if text.lower() in said]
+    in_words = [letter for letter, text in options.items() if text.lower() in lowered]
     return in_words[0] if len(in_words) == 1 else ""
 
 
@@ -178,7 +181,7 @@ def ranked_letter(answer: str, letters: Sequence[str]) -> str:
     """The letter by lmms-eval's general rule (its extract_mcq_answer): of all places where one stands in some form, the
     last one of the form that is trusted most; "" where there is none.
 
-    The forms, from the most trusted: at the start, at the end, somewhere behind a phrase such as `answer is`, and
+    The forms, from the most trusted: at the start, at the end, somewhere after a phrase such as `answer is`, and
     `(A)`, `A.`, `A:`, `A)`, `A `. Only without any of these does a letter inside a word count.
     """
     text = answer.strip()
@@ -188,11 +191,11 @@ def ranked_letter(answer: str, letters: Sequence[str]) -> str:
     places = []  # rank, place, letter
     for rank, form in enumerate(_FORMS, 1):
         places += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
-    said = text.lower()
+    lowered = text.lower()
     for phrase in _PHRASES:
-        behind = said.find(phrase) + len(phrase)
-        if phrase in said:
-            places += [(6, text.find(x, behind), x) for x in letters if text.find(x, behind) >= 0]
+        after = lowered.find(phrase) + len(phrase)
+        if phrase in lowered:
+            places += [(6, text.find(x, after), x) for x in letters if text.find(x, after) >= 0]
     core = text.strip()
     for x in letters:
         if core.endswith(x) and not core[-2:-1].isalpha():
@@ -204,7 +207,7 @@ def ranked_letter(answer: str, letters: Sequence[str]) -> str:
 
 
 _FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
-# Each for itself: the first `the answer is` may stand behind the first `answer is`.
+# Each for itself: the first `the answer is` may stand after the first `answer is`.
 _PHRASES = (
     *(f"{which}answer is" for which in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
     *(f"{which}option is" for which in ("correct ", "the correct ", "best ", "the best ")),

@@ -44,8 +44,8 @@ def _question(row: dict, image) -> Question:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = choices.scripted_letter(answer.strip())
-    return said, float(said == question.reference)
+    parsed = choices.scripted_letter(answer.strip())
+    return parsed, float(parsed == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DocVQA and InfographicVQA: questions about scanned pages and infographics (Mathew et al., WACV 2021 and 2022).
+"""DocVQA and InfographicVQA: scanned pages and infographics (Mathew et al., WACV 2021 and 2022).
 
     val_v1.0_withQT.json, val_v1.0.json               {"data": [{"questionId", "question", "answers", "image"}]}
     infographicsVQA_val_v1.0_withQT.json              the same with "image_local_name" for the image
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, picture
 
 _THRESHOLD = 0.5
 _FILES = {
@@ -46,7 +46,7 @@ def read(name: str, split: str, data_dir: Path) -> list[Question]:
     for number, row in enumerate(files.need_keys(files.read_json(path), ("data",), str(path))["data"]):
         key = "image_local_name" if name == "infovqa" else "image"
         files.need_keys(row, ("questionId", "question", key), f"{path}, data {number}")
-        # DocVQA's files say documents/x.png, while its archives differ in what they call that folder.
+        # DocVQA's files name documents/x.png, and its archives call that folder by other names.
         place = images / row[key]
         place = place if place.is_file() else images / Path(row[key]).name
         questions.append(_question(row, picture(place)))
@@ -60,10 +60,10 @@ def _question(row: dict[str, Any], image: Picture) -> Question:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: insertions, deletions and replacements of one character.
+    """Levenshtein's distance: insertions, deletions and replacements of one character.
 
-    By Myers' algorithm (Journal of the ACM, 1999): a column of the usual table is two numbers of len(b) bits, which say
-    where the next value is one higher and where one lower, so that an answer of a megabyte takes a second.
+    Myers' algorithm (Journal of the ACM, 1999) keeps a column of the usual table as two numbers of len(b) bits: where
+    the next value is one higher, and where it is one lower. An answer of a megabyte takes a second.
     """
     a, b = (a, b) if len(a) >= len(b) else (b, a)
     if not b:
@@ -84,9 +84,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """1 minus the smallest relative edit distance to a reference, without case and double spaces; 0 below a half.
+    """1 minus the smallest relative edit distance to a reference, and 0 where that is below a half.
 
-    As in the official script, the distance is divided by the longer text as it was before spaces went.
+    Case and double spaces do not count. As in the official script, the distance is divided by the length of the longer
+    text before double spaces are removed.
     """
 
     def distance(reference: str) -> float:
@@ -101,14 +102,12 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = answer.strip()
-    return said, None if question.reference is None else anls(said, question.reference)
+    parsed = answer.strip()
+    return parsed, None if question.reference is None else anls(parsed, question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    if any(p.score is None for p in predictions):
-        return {}
-    return {"anls": percent([p.score for p in predictions])}
+    return {"anls": accuracy(predictions)}
 
 
 def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:

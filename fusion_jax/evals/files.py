@@ -1,5 +1,7 @@
-"""Benchmark files: JSON, JSONL and Parquet, and what a benchmark's server takes. folders.py finds them, and tables.py
-reads TSV and CSV."""
+"""Reads JSON, JSONL and Parquet files of benchmarks, and writes files for a benchmark's server.
+
+folders.py finds the files, and tables.py reads TSV and CSV.
+"""
 
 import csv
 import functools
@@ -26,8 +28,13 @@ _POINTER = b"version https://git-lfs.github.com/"
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or one object a line, as some benchmarks call JSON too; half a surrogate pair, which no other file
-    takes, is `?`. UserError where it is neither."""
+    """Reads a JSON file, or one with an object on each line, which some benchmarks call JSON, too.
+
+    Half a surrogate pair, which no text file can hold, becomes `?`.
+
+    Raises:
+      UserError: the file cannot be read, or is neither.
+    """
     try:
         text = read_text(path, "utf-8-sig")
         note(files=[path])
@@ -44,22 +51,25 @@ def read_json(path: Path) -> Any:
             raise UserError(f"{path} is not valid JSON: {whole}.") from whole
 
 
-def _in_unicode(value: Any, said: str) -> Any:
-    """What JSON says without halves of surrogate pairs; `said` is its text."""
-    if "\\ud" not in said.lower():
+def _in_unicode(value: Any, text: str) -> Any:
+    """The value without halves of surrogate pairs; `text` is the JSON that it was read from."""
+    if "\\ud" not in text.lower():
         return value
     return parse_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def read_records(path: Path) -> list[Any]:
-    """The records of a JSON list, or of a file with one a line. UserError as for `read_json`."""
+    """The records of a JSON list, or of a file with one on each line. Raises as `read_json`."""
     value = read_json(path)
     return value if isinstance(value, list) else [value]
 
 
 def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
-    """The record, if it is an object with these keys; UserError naming the first that is missing, or the question that
-    is empty."""
+    """Returns the record if it is an object with these keys.
+
+    Raises:
+      UserError: it is not; the first key that is missing, or the question that is empty, is named.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where} must be an object with the keys {', '.join(keys)}.")
     if missing := [key for key in keys if key not in record]:
@@ -70,7 +80,7 @@ def need_keys(record: Any, keys: Sequence[str], where: str) -> dict:
 
 @dataclass(frozen=True)
 class ParquetRow:
-    """One row: its values without images, and its images by column, read when they are asked for."""
+    """One row: its values without images, and its images by column, which are read when they are needed."""
 
     path: Path
     number: int
@@ -79,13 +89,13 @@ class ParquetRow:
     values: dict[str, Any]
 
     def has(self, column: str) -> bool:
-        """Whether there is an image in a column."""
+        """Whether a column holds an image in this row."""
         columns = _open_parquet(self.path).schema_arrow.names
         return column in columns and _filled(self.path, _version(self.path), self.group, column)[self.place]
 
     @property
     def where(self) -> str:
-        """Names the row for messages."""
+        """The row's name in messages."""
         return f"{self.path}, row {self.number}"
 
     def picture(self, column: str, item: int | None = None) -> Picture:
@@ -107,10 +117,10 @@ class ParquetRow:
 
 
 def read_parquet(paths: Sequence[Path], needed: Sequence[str], images: Sequence[str] = ("image",)) -> list[ParquetRow]:
-    """All rows of Parquet files, with every column but those of images (which need not be there).
+    """Reads all rows of Parquet files, with every column but those of `images`, which need not exist.
 
     Raises:
-      UserError: no such column, a row without a question, no Parquet, or pyarrow is not installed.
+      UserError: a needed column is missing, a row has no question, a file is not Parquet, or pyarrow is not installed.
     """
     note(files=paths)
     return [row for path in paths for row in _parquet_rows(path, needed, images)]
@@ -136,7 +146,7 @@ def _open_parquet(path: Path):
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """Another one for a file that has been written anew: a training run looks at its benchmarks for days."""
+    """Differs once a file has been written anew: a training run reads its benchmarks again for days."""
     try:
         status = os.stat(path)
     except OSError as e:
@@ -171,7 +181,7 @@ def _filled(path: Path, version: tuple[int, ...], group: int, column: str) -> li
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Path]:
-    """A submission as `path`.tsv, and as .xlsx where openpyxl is installed."""
+    """Writes a submission as `path`.tsv, and as .xlsx where openpyxl is installed."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(columns)
@@ -199,6 +209,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def write_json(path: Path, value: Any) -> list[Path]:
-    """A submission as JSON."""
+    """Writes a submission as JSON."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8", errors="replace")
     return [path]

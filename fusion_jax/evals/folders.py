@@ -1,8 +1,7 @@
-"""A benchmark's folder, and the files in it.
+"""Finds a benchmark's folder, and files in it.
 
-A data folder holds one benchmark, or one folder for each, by the names that LLaVA's evaluation folder, the benchmarks'
-own archives and the hub use; the hub's cache is such a folder, too. hub.py says which Parquet files of a snapshot are a
-task's.
+A data folder holds one benchmark, or one folder for each, named as in LLaVA's evaluation folder, in the benchmarks' own
+archives or on the hub; the hub's cache is such a folder, too. hub.py chooses the Parquet files of a snapshot.
 """
 
 import os
@@ -19,12 +18,12 @@ from fusion_jax.files import read_text
 _SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 _DEPTH = 4  # folders below the data folder in which files are looked for
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_MANY = 20  # questions without one Chinese character: of fewer nothing is said
+_MANY = 20  # questions without a Chinese character; fewer prove nothing
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One benchmark's data: the folder, and what should be in it, for errors."""
+    """The folder with one benchmark's data, and what should be in it, for errors."""
 
     path: Path
     task: str
@@ -32,26 +31,26 @@ class Folder:
     own: bool = False  # named after the benchmark, so that all in it is the benchmark's
 
     def all(self) -> list[Path]:
-        """All data files, a few levels deep, sorted."""
+        """All data files up to a few levels deep, sorted."""
         return _listing(self.path)
 
     def find(self, *patterns: str) -> list[Path]:
-        """Files whose name or path below the folder fits the first pattern that fits any, sorted; case counts not.
+        """Files that match the first pattern that any file matches, sorted; empty where no pattern matches.
 
-        A pattern such as `val/*.json` must fit the end of a path. Empty where none fits.
+        A pattern is a file name or the end of a path, such as `val/*.json`. Case does not count.
         """
         paths = _listing(self.path)
         return next((matches for pattern in patterns if (matches := _matching(paths, pattern))), [])
 
     def need(self, *patterns: str) -> list[Path]:
-        """The same, with UserError where no pattern fits."""
+        """Like `find`, with UserError where no pattern matches."""
         paths = self.find(*patterns)
         if not paths:
             raise self.wrong(f"there is no file {' or '.join(patterns)}")
         return paths
 
     def one(self, *patterns: str) -> Path:
-        """The file nearest to the top that fits. UserError where there is none, or several lie equally near."""
+        """The match nearest to the top. UserError where there is none, or several are equally near."""
         paths = self.need(*patterns)
         depth = min(len(path.parts) for path in paths)
         nearest = [path for path in paths if len(path.parts) == depth]
@@ -61,11 +60,11 @@ class Folder:
         return nearest[0]
 
     def parquet(self, *wanted: hub.Wanted) -> list[Path]:
-        """The Parquet files of the first of these configs of a hub snapshot; see `hub.choose`."""
+        """The Parquet files of the first of these configs in a hub snapshot, see `hub.choose`."""
         return self._of_snapshot(lambda: hub.choose(self.path, self.all(), self.own, wanted))
 
     def joined_parquet(self, configs: Sequence[str], split: str) -> list[Path]:
-        """Those of a split of all these configs; see `hub.join`."""
+        """The Parquet files of one split of all these configs, see `hub.join`."""
         return self._of_snapshot(lambda: hub.join(self.path, self.all(), configs, split))
 
     def _of_snapshot(self, read: Callable[[], tuple[list[Path], str]]) -> list[Path]:
@@ -77,27 +76,29 @@ class Folder:
         return paths
 
     def images(self, *names: str) -> Path:
-        """The first of these folders (paths below the data folder, "" for itself) that exists; UserError if none."""
+        """The first existing folder of these paths below the data folder ("" is itself). UserError if there is none."""
         for name in names:
             path = self.path / name
             if path.is_dir():
                 return path
         raise self.wrong(f"there is no image folder {' or '.join(repr(name) for name in names)}")
 
-    def wrong(self, what: str) -> UserError:
-        """An error about this folder, with what was expected and what is there."""
+    def wrong(self, problem: str) -> UserError:
+        """Makes an error about this folder, with what was expected and what it holds."""
         entries = sorted(os.listdir(self.path))
         shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
-        return UserError(f"{self.task}: {what} in {self.path} (found: {shown or 'nothing'}); expected {self.expects}.")
+        return UserError(
+            f"{self.task}: {problem} in {self.path} (found: {shown or 'nothing'}); expected {self.expects}."
+        )
 
 
 def open_folder(data_dir: Path, names: Sequence[str], task: str, expects: str) -> Folder:
-    """The benchmark's own folder below `data_dir` (the first of `names` that is there), or `data_dir` itself.
+    """Opens the benchmark's own folder below `data_dir` (the first of `names` that exists), or `data_dir` itself.
 
-    Case, `-`, `_` and spaces in names do not count, nor what the hub's cache adds (`datasets--ORG--NAME`).
+    Case, `-`, `_` and spaces in names do not count, nor the prefix of the hub's cache (`datasets--ORG--NAME`).
 
     Raises:
-      UserError: there is no data folder, or there are two folders of one of the names.
+      UserError: there is no data folder, or two folders have one of the names.
     """
     if not data_dir.is_dir():
         raise UserError(f"{task}: there is no data folder {data_dir}; expected {expects}.")
@@ -123,8 +124,11 @@ def _folder(path: Path, task: str, expects: str, own: bool) -> Folder:
 
 
 def _snapshot(path: Path, task: str) -> Path:
-    """A folder of the hub's cache as the snapshot inside it; any other as it is. UserError where several are there and
-    none is said to be the newest."""
+    """The snapshot inside a folder of the hub's cache; any other folder is returned as it is.
+
+    Raises:
+      UserError: there are several snapshots, and no file names the newest.
+    """
     snapshots = path / "snapshots"
     if not snapshots.is_dir():
         return path
@@ -140,12 +144,12 @@ def _snapshot(path: Path, task: str) -> Path:
 
 
 def _listing(folder: Path) -> list[Path]:
-    """All data files a few levels deep."""
+    """All data files up to a few levels deep."""
     paths = []
     for here, folders, names in os.walk(folder, followlinks=True):
         if len(Path(here).relative_to(folder).parts) >= _DEPTH:
             folders.clear()
-        # Hidden ones are a download's own notes, and what macOS adds to an archive.
+        # Hidden files are a download's own notes, or were added to an archive by macOS.
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         names = [name for name in names if not name.startswith(".")]
         paths += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
@@ -157,7 +161,7 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
 
 
 def check_language(folder: Folder, language: str, texts: Sequence[str]) -> None:
-    """UserError where the questions are in the other one of `en` and `cn`: files of both may have one name."""
+    """UserError where the questions are in the other language of `en` and `cn`: their files may have the same name."""
     chinese = sum(bool(_CHINESE.search(text)) for text in texts)
     if language == "en" and 2 * chinese > len(texts):
         raise folder.wrong("the questions are in Chinese, not in English,")

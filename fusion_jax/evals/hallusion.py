@@ -6,8 +6,8 @@
     hallusion_bench/VD/figure/...     the images
     or Parquet with the same columns and `image`
 
-An answer is right (1), wrong (0) or unclear (2): by a language model in the official evaluation, by the words yes and
-no without a judge. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
+An answer is right (1), wrong (0) or unclear (2). A language model decides in the official evaluation, and without one
+the words yes and no. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from typing import Any
 
 from fusion_jax.evals import choices, files, vqa
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent, picture
 
 DATA = "HallusionBench.json with the images in hallusion_bench/, or HallusionBench's Parquet files"
 # With and without the questions that have no picture; or in one file.
@@ -72,13 +72,13 @@ def _scored(question: Question, verdict: int) -> Scored:
 
 def score(question: Question, answer: str) -> Scored:
     """VLMEvalKit's rule: right or wrong by the one of the words yes and no that is there; unclear with both or none."""
-    said = {"yes", "no"} & set(vqa.punctuation(answer.lower(), vqa.ONE_COMMA).split())
-    return _scored(question, 2 if len(said) != 1 else int(said == {question.reference}))
+    words = {"yes", "no"} & set(vqa.punctuation(answer.lower(), vqa.ONE_COMMA).split())
+    return _scored(question, 2 if len(words) != 1 else int(words == {question.reference}))
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
-    said = judge.ask(_GRADING.format(question.text, question.about["details"], answer), 16).lower()
-    return _scored(question, 0 if "incorrect" in said else 1 if "correct" in said else 2)
+    verdict = judge.ask(_GRADING.format(question.text, question.about["details"], answer), 16).lower()
+    return _scored(question, 0 if "incorrect" in verdict else 1 if "correct" in verdict else 2)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _figures(predictions: Sequence[Prediction]) -> dict[str, float]:
         if (category, figure) != ("VS", "0"):  # there is no figure
             by_figure[category, subcategory, group, figure].append(p.score)
     return {
-        "aAcc": percent([p.score for p in predictions]),
+        "aAcc": accuracy(predictions),
         "fAcc": percent([min(scores) for scores in by_figure.values()]),
         "qAcc": percent([min(scores) for scores in by_question.values()]),
     }

@@ -1,6 +1,6 @@
-"""Accuracy on held-out questions with short answers, beside two baselines that do not look at the image.
+"""Held-out questions with short answers, beside two baselines that do not see the image.
 
-Data: `held_out.json` in LLaVA format, one round a record; `topics`, one a record, are told apart where given.
+The data are `held_out.json` in LLaVA format, each record with one round and, if accuracy by topic is wanted, `topics`.
 """
 
 import random
@@ -13,10 +13,10 @@ from fusion_jax.data.sources import Record, load_records
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, picture
-from fusion_jax.inference.generate import first_question
+from fusion_jax.inference.prompts import first_question
 
 FILE = "held_out.json"
-DATA = f"{FILE} in LLaVA format, with a key 'topics' where they are to be told apart"
+DATA = f"{FILE} in LLaVA format, with a key 'topics' for accuracy by topic"
 
 
 def normalise(text: str) -> str:
@@ -25,7 +25,7 @@ def normalise(text: str) -> str:
 
 
 def majority_accuracy(expected: Sequence[str], topics: Sequence[str]) -> float:
-    """Accuracy of always giving a topic's most common held-out answer: what knowing the questions alone can reach."""
+    """Accuracy of always answering with a topic's most common answer, which needs the questions alone."""
     by_topic = defaultdict(Counter)
     for answer, topic in zip(expected, topics):
         by_topic[topic][normalise(answer)] += 1
@@ -33,16 +33,16 @@ def majority_accuracy(expected: Sequence[str], topics: Sequence[str]) -> float:
 
 
 def others(count: int, seed: int = 0) -> list[int]:
-    """For each of `count` things another one, none of them twice."""
+    """A permutation of `range(count)` that leaves no number in its place."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
-    # A rotation of a random order moves every one to another place.
+    # Rotating a random order moves every number.
     other = {order[i]: order[(i + 1) % count] for i in range(count)}
     return [other[i] for i in range(count)]
 
 
 def read(data_dir: Path) -> list[Question]:
-    """Every question with its own image, then all of them again, each with another record's.
+    """Reads every question with its own image, then all of them again with the image of another record.
 
     Raises:
       UserError: the file is missing, or a record cannot be used.
@@ -57,7 +57,7 @@ def read(data_dir: Path) -> list[Question]:
         records = [source[i] for i in range(len(source))]
         prompts = [first_question(record).turns[0] for record in records]
     except BadRecord as bad:
-        raise UserError(f"A test is taken whole, but one record cannot be used: {bad}.") from bad
+        raise UserError(f"All held-out records are needed, and one cannot be used: {bad}.") from bad
     for record in records:
         if len(record.images) != 1:
             raise UserError(f"{record.where} has {len(record.images)} images; a held-out question has one.")
@@ -87,12 +87,12 @@ def _picture(record: Record) -> Picture:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = normalise(answer)
-    return said, float(said == normalise(question.reference))
+    parsed = normalise(answer)
+    return parsed, float(parsed == normalise(question.reference))
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Shares of right answers, not percent: with the own image, with another's, per topic, and of the majority's."""
+    """Shares of right answers, from 0 to 1: with the own image, with another record's, by topic, and the majority's."""
     seen = [p for p in predictions if not p.question.control]
     blind = [p.score for p in predictions if p.question.control]
     topics = [p.question.about["topic"] for p in seen]

@@ -1,12 +1,12 @@
-"""Snapshots of the hub: which of their Parquet files belong to which config and split, and those that a task reads.
+"""Chooses the Parquet files of a hub snapshot that a task reads, by their config and split.
 
-    README.md                              says it, where it has `configs` with `data_files` at its top; otherwise
+    README.md                              names them, where it has `configs` with `data_files` at its top; otherwise
     test-00000-of-00001.parquet            default, test: the same in data/
     ScienceQA-IMG/test-00000-of-00001.parquet        ScienceQA-IMG, test
     ScienceQA-IMG/test/0000.parquet                  the same, as the hub's own conversion lays it out
 
 A benchmark's configs hold the same questions again (in another language, or a part of them), so they are never joined:
-a task names the one that it reads. A split comes whole: a shard that is missing or there twice is an error.
+a task names the one that it reads. A split comes whole: a shard that is missing or exists twice is an error.
 """
 
 import fnmatch
@@ -31,8 +31,9 @@ _README_BYTES = 1 << 20
 
 
 def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Wanted]) -> tuple[list[Path], str]:
-    """The Parquet files of the first of these configs that is there with all its splits, and words for which it is.
-    None where there are no such files, and where a task may read files of another kind instead.
+    """The Parquet files of the first of these configs that the snapshot has with all its splits, and a description.
+
+    There are none where the folder holds no Parquet files, or also files of another kind that the task may read.
 
     Args:
       files: all data files in the folder. own: the folder is the benchmark's own.
@@ -65,8 +66,10 @@ def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Want
 
 
 def join(folder: Path, files: Sequence[Path], configs: Sequence[str], split: str) -> tuple[list[Path], str]:
-    """The Parquet files of a split of all these configs that are there, for a benchmark that its configs divide, and
-    words for how many they are."""
+    """The Parquet files of one split of all these configs that exist, and a description with their number.
+
+    This is for a benchmark that is divided into its configs.
+    """
     there = _layout(folder, files)
     chosen = [name for name in sorted(there) if name in configs and split in there[name]]
     paths = [path for name in chosen for path in _whole(there[name][split])]
@@ -111,7 +114,7 @@ def _split(path: Path) -> str:
 
 
 def _from_readme(folder: Path, paths: Sequence[Path]) -> Layout:
-    """By the YAML at the top of README.md; nothing where it says nothing of these files."""
+    """The layout by the YAML at the top of README.md; empty where that names none of these files."""
     there: Layout = defaultdict(lambda: defaultdict(list))
     for entry in _configs(folder / "README.md"):
         config, files = str(entry.get("config_name", DEFAULT)), entry.get("data_files")
@@ -130,15 +133,15 @@ def _configs(readme: Path) -> list[Mapping[str, Any]]:
     try:
         first, *lines = read_text(readme, limit=_README_BYTES).split("\n")
         ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
-        said = yaml.safe_load("\n".join(lines[: ends[0]])) if first.rstrip() == "---" and ends else None
+        front_matter = yaml.safe_load("\n".join(lines[: ends[0]])) if first.rstrip() == "---" and ends else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return []  # file names say it as well
-    configs = said.get("configs") if isinstance(said, Mapping) else None
+        return []  # file names will do
+    configs = front_matter.get("configs") if isinstance(front_matter, Mapping) else None
     return [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
 
 
 def _whole(paths: Sequence[Path]) -> list[Path]:
-    """The files of one split in order. UserError where shards are missing, or there twice."""
+    """The files of one split in order. UserError where shards are missing or exist twice."""
     numbers: dict[int, Path] = {}
     counts = set()
     for path in paths:

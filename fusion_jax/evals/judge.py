@@ -16,7 +16,7 @@ from typing import Any
 from fusion_jax.errors import UserError
 from fusion_jax.web.client import Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that may be different the next time
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
 _LONGEST_WAIT = 60.0
 _MAX_REPLY = 1 << 23  # bytes
 _MAX_TEXT = 10_000  # characters; a verdict is a word or a line
@@ -25,8 +25,12 @@ _CONNECTIONS = 32
 
 @dataclass(frozen=True)
 class Judge:
-    """Where and whom to ask. `pause` is the wait in seconds before the second attempt; it doubles from there.
-    `timeout` holds for a whole request."""
+    """The endpoint and the model that grade.
+
+    Attributes:
+      attempts: at most so many for a request. pause: seconds before the second attempt, doubled after each.
+      timeout: seconds for a whole request.
+    """
 
     base_url: str
     model: str
@@ -47,16 +51,16 @@ class Judge:
             "max_tokens": max_tokens,
             "temperature": temperature,
         }
-        said, headers = json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "fusion_jax"}
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "fusion_jax"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         for attempt in range(self.attempts):
             wait = min(self.pause * 2 ** min(attempt, 20), _LONGEST_WAIT)
             try:
-                answer = _web(proxy_for(url)).send("POST", url, headers, said, self.timeout, _MAX_REPLY)
+                answer = _web(proxy_for(url)).send("POST", url, headers, data, self.timeout, _MAX_REPLY)
                 if 200 <= answer.status < 300:
-                    return _said(read_json(answer.body))
+                    return _text_of(read_json(answer.body))
                 problem = f"status {answer.status}"
                 if 300 <= answer.status < 400:
                     problem += ", a redirect, which is not followed: give the place itself in JUDGE_BASE_URL"
@@ -71,16 +75,16 @@ class Judge:
                 problem = "an answer that is not in the form of chat completions"
             if attempt + 1 < self.attempts:
                 time.sleep(wait)
-        # What the server said may repeat the request, so only the status is shown.
+        # The server's text may repeat the request, so only the status is shown.
         raise UserError(f"The judge {self.model} at {self.base_url} does not answer: {problem}.")
 
 
-def _said(reply: Any) -> str:
-    said = reply["choices"][0]["message"]["content"]
-    if not (said is None or isinstance(said, str)):
-        raise TypeError("no text")
-    # Half a surrogate pair, which JSON can say, is no text: no file takes it.
-    return (said or "")[:_MAX_TEXT].encode(errors="replace").decode()
+def _text_of(reply: Any) -> str:
+    text = reply["choices"][0]["message"]["content"]
+    if not (text is None or isinstance(text, str)):
+        raise TypeError("the content is not a text")
+    # JSON can hold half of a surrogate pair, and no file can.
+    return (text or "")[:_MAX_TEXT].encode(errors="replace").decode()
 
 
 @functools.cache
@@ -89,7 +93,7 @@ def _web(proxy: str) -> Web:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Judge | None:
-    """The configured judge; None without JUDGE_MODEL. UserError where the address is missing or no URL."""
+    """The configured judge; None without JUDGE_MODEL. UserError where the address is missing or not a URL."""
     model = environment.get("JUDGE_MODEL", "")
     if not model:
         return None

@@ -1,16 +1,15 @@
-"""LLaVA-Bench (In-the-Wild): sixty open questions about 24 pictures, graded by a language model beside a reference
-answer (Liu et al., NeurIPS 2023).
+"""LLaVA-Bench (In-the-Wild): sixty open questions about 24 pictures (Liu et al., NeurIPS 2023).
 
     questions.jsonl      {"question_id", "image", "text", "category" (conv, detail or complex)}
-    context.jsonl        {"id", "image", "caption"}: what is in the picture, for the judge, who does not see it
+    context.jsonl        {"id", "image", "caption"}: a description for the judge, who does not see the picture
     answers_gpt4.jsonl   {"question_id", "text"}: the reference answers
     images/
     or Parquet with the columns question_id, question, image, category, caption, gpt_answer
 
-The judge gives the reference answer and the model's one to ten points each. The figure is the sum of the model's in
-percent of the sum of the references', so it may be above 100. The grading prompt is the benchmark's, word for word
-(github.com/haotian-liu/LLaVA, Apache-2.0): another one would give other scores. Without a judge the answers become the
-file that the benchmark's own script takes.
+A language model grades: it gives the reference answer and the model's one to ten points each. The figure is the sum of
+the model's in percent of the sum of the references', so it may be above 100. The grading prompt is the benchmark's,
+word for word (github.com/haotian-liu/LLaVA, Apache-2.0): another one would give other scores. Without a judge the
+answers become the file that the benchmark's own script takes.
 """
 
 import json
@@ -108,9 +107,9 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
-    """The points of the reference and of the answer, and the latter's share of ten.
+    """Grades one answer: the points of the reference and of the answer, and the latter as a share of ten.
 
-    The judge is asked again where its first line does not hold two numbers; after some attempts the question counts for
+    The judge is asked again where its first line does not hold two numbers. After some attempts the question counts in
     neither sum.
     """
     prompt = GRADING.format(
@@ -122,17 +121,15 @@ def judged(question: Question, answer: str, judge: Judge) -> Scored:
     return "no numbers", 0.0
 
 
-def parse(said: str) -> tuple[float, float] | None:
-    """The two numbers of the first line, each from 1 to 10; None where there are others, as in `8/10, 7/10`."""
-    numbers = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", said.strip().split("\n")[0])]
+def parse(reply: str) -> tuple[float, float] | None:
+    """The two numbers in the first line, each from 1 to 10; None where there are others, as in `8/10, 7/10`."""
+    numbers = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", reply.strip().split("\n")[0])]
     return (numbers[0], numbers[1]) if len(numbers) == 2 and all(1 <= x <= 10 for x in numbers) else None
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`relative`, the figure that is published, of all questions and by category, with the mean points of both, in
-    percent; and how many questions the judge gave no points. Nothing without a judge."""
-    if any(p.score is None for p in predictions):
-        return {}
+    """`relative`, the published figure, of all questions and by category; the mean points of both in percent; and how
+    many questions the judge gave no points."""
     graded = [p for p in predictions if isinstance(p.parsed, list)]
     kinds = {kind: [p for p in graded if p.question.about["category"] == kind] for kind in CATEGORIES}
     figures = {"relative": graded, **kinds}

@@ -5,7 +5,7 @@
     or testmini.json       {"1": the same with the image's file in `image`, ...} and images/
 
 An answer is first extracted from what the model says, by a language model in the official evaluation. Without a judge
-that is done by rules: an answer that is one already, `The answer is "..."`, and then the last number said.
+that is done by rules: an answer that is one already, `The answer is "..."`, and then the last number in the text.
 """
 
 import dataclasses
@@ -17,7 +17,18 @@ from typing import Any
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.docvqa import edit_distance
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, percent_by, picture
+from fusion_jax.evals.task import (
+    Picture,
+    Prediction,
+    Question,
+    Rule,
+    Scored,
+    Task,
+    accuracy,
+    percent,
+    percent_by,
+    picture,
+)
 
 DATA = "MathVista's testmini split in Parquet files, or testmini.json with images/"
 _COLUMNS = ("pid", "question", "question_type", "answer_type", "answer", "choices")
@@ -128,7 +139,7 @@ def _short_query(question: Question) -> str:
 
 
 def ready(answer: str, about: dict[str, Any]) -> str | None:
-    """An answer that needs no extraction: one of the choices, or a number of the kind that is asked for."""
+    """An answer that needs no extraction: one of the choices, or a number of the required kind."""
     if not answer or (about["question_type"] == "multi_choice" and answer in about["options"]):
         return answer
     try:
@@ -182,8 +193,8 @@ def normalise(extraction: str, about: dict[str, Any]) -> str | None:
 
 
 def scored(question: Question, extraction: str) -> Scored:
-    said = normalise(extraction, question.about)
-    return said, float(said is not None and said.strip() == str(question.reference).strip())
+    parsed = normalise(extraction, question.about)
+    return parsed, float(parsed is not None and parsed.strip() == str(question.reference).strip())
 
 
 def score(question: Question, answer: str) -> Scored:
@@ -198,7 +209,7 @@ def judged(question: Question, answer: str, judge: Judge) -> Scored:
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     skills = sorted({skill for p in predictions for skill in p.question.about["skills"]})
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "by_task": percent_by(predictions, "task"),
         "by_skill": {s: percent([p.score for p in predictions if s in p.question.about["skills"]]) for s in skills},
     }

@@ -1,4 +1,4 @@
-"""MMBench in English and Chinese: multiple choice, each question asked once for every rotation of its options.
+"""MMBench in English and Chinese: each question is asked with every rotation of its options.
 
     mmbench_dev_20230712.tsv, MMBench_DEV_EN.tsv and the like: index, question, hint, A, B, C, D, answer, category,
     l2-category, image (base64); or Parquet with the same columns
@@ -26,7 +26,7 @@ _COLUMNS = ("index", "question", "A", "B")
 
 def _patterns(language: str, split: str, ending: str) -> tuple[str, ...]:
     named = f"*mmbench*{split}*{language}*.{ending}"
-    # The first release says no language.
+    # The first release names no language.
     return (named, f"*mmbench_{split}_2*.{ending}") if language == "en" else (named,)
 
 
@@ -92,7 +92,7 @@ def _prompt(language: str, words: str, options: dict[str, str]) -> str:
 
 
 def _rotations(language: str, question: Question) -> list[Question]:
-    """The question with its options moved up by 0, 1, 2, ... places."""
+    """The question with its options rotated by 0, 1, 2, ... places."""
     letters, options = list(question.about["options"]), list(question.about["options"].values())
     turned = []
     for shift in range(len(options)):
@@ -108,8 +108,8 @@ def _rotations(language: str, question: Question) -> list[Question]:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = choices.find_letter(answer, question.about["options"])
-    return said, None if question.reference is None else float(said == question.reference)
+    parsed = choices.find_letter(answer, question.about["options"])
+    return parsed, None if question.reference is None else float(parsed == question.reference)
 
 
 def read_in_other_words(language: str, split: str, data_dir: Path) -> list[Question]:
@@ -128,31 +128,29 @@ def static_letter(answer: str, options: dict[str, str]) -> str:
     """lmms-eval's rule where no language model is asked (mmbench_en_dev_static).
 
     1. If exactly one letter from A to E stands between spaces, that is it, but for an answer of over three words with
-       an A among them. The same with a mark behind or brackets around, in a fixed order.
+       an A among them. The same with a mark after or brackets around, in a fixed order.
     2. If exactly one option's text is in the answer, that is it. 3. `choices.ranked_letter`.
     """
-    words, said = answer.split(), answer.lower()
-    for before, behind in _AROUND:
-        named = [x for x in "ABCDE" if f"{before}{x}{behind}" in words]
-        if len(named) == 1 and not (before == behind == "" and "A" in words and len(words) > 3):
+    words, lowered = answer.split(), answer.lower()
+    for before, after in _AROUND:
+        named = [x for x in "ABCDE" if f"{before}{x}{after}" in words]
+        if len(named) == 1 and not (before == after == "" and "A" in words and len(words) > 3):
             return named[0]
-    named = [letter for letter, text in options.items() if text.lower() in said]
+    named = [letter for letter, text in options.items() if text.lower() in lowered]
     return named[0] if len(named) == 1 else choices.ranked_letter(answer, list(options))
 
 
-_AROUND = [("", behind) for behind in ("", ".", ",", ":", ")", ").")] + [("(", ")"), ("(", ").")]
-_AROUND += [(":", behind) for behind in ("", ",", ".", ")", ").")]
+_AROUND = [("", after) for after in ("", ".", ",", ":", ")", ").")] + [("(", ")"), ("(", ").")]
+_AROUND += [(":", after) for after in ("", ",", ".", ")", ").")]
 
 
 def static_score(question: Question, answer: str) -> Scored:
-    said = static_letter(answer.strip(), question.about["options"])
-    return said, None if question.reference is None else float(said == question.reference)
+    parsed = static_letter(answer.strip(), question.about["options"])
+    return parsed, None if question.reference is None else float(parsed == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """`circular`, the published figure; `vanilla`, one pass alone; and circular accuracy by category."""
-    if any(p.score is None for p in predictions):
-        return {}
     passes: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         passes[p.question.group].append(p)

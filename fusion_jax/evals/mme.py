@@ -50,11 +50,11 @@ def read(data_dir: Path) -> list[Question]:
 def _from_folders(folder: files.Folder) -> Iterator[Question]:
     base = next(p for p in (folder.path / "MME_Benchmark_release_version", folder.path) if p.is_dir())
     base = base / "MME_Benchmark" if (base / "MME_Benchmark").is_dir() else base
-    found = False
+    any_texts = False
     for name in (*PERCEPTION, *COGNITION):
         here = base / name
         texts = sorted((*here.glob("*.txt"), *here.glob("questions_answers_YN/*.txt")))
-        found = found or bool(texts)
+        any_texts = any_texts or bool(texts)
         for text in texts:
             images = here / "images" if text.parent.name == "questions_answers_YN" else here
             image = next((p for p in (images / f"{text.stem}{s}" for s in (".jpg", ".png")) if p.is_file()), None)
@@ -64,7 +64,7 @@ def _from_folders(folder: files.Folder) -> Iterator[Question]:
                 if not words:
                     raise folder.wrong(f"{text}, line {number} has no tab between question and answer")
                 yield _question(f"{name}/{text.stem}", number, words, answer, name, picture(image))
-    if not found:
+    if not any_texts:
         raise folder.wrong("there is no subtask's folder")
 
 
@@ -79,8 +79,8 @@ def score(question: Question, answer: str) -> Scored:
     """`yes` or `no` within the first four characters but for periods, in this order; `y` and `n` alone count, too."""
     start = answer.lower().strip().replace(".", "")
     start = {"y": "yes", "n": "no"}.get(start, start[:4])
-    said = next((word for word in ("yes", "no") if word in start), "other")
-    return said, float(said == question.reference)
+    parsed = next((word for word in ("yes", "no") if word in start), "other")
+    return parsed, float(parsed == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""MME-RealWorld: large photographs, charts and satellite pictures, five options each (Zhang et al., ICLR 2025).
+"""MME-RealWorld: large pictures with five options each (Zhang et al., ICLR 2025).
 
     train-*.parquet        question, multi-choice options (["(A) ...", ...]), answer (a letter), category
                            ("Perception/Remote Sensing"), l2-category, index, bytes (the image as base64)
@@ -6,8 +6,9 @@
     MME_RealWorld.json     [{"Question_id", "Image" (a file), "Text", "Answer choices", "Ground truth", "Task",
                            "Subtask", "Category"}, ...] beside the folders of images
 
-There are the whole in English, which leaderboards quote, one in Chinese, and `lite`, a tenth of the English one. Prompt
-and reading of answers as in lmms-eval 0.7.3 (mme_realworld), whose rule is the benchmark's own.
+The pictures are photographs, charts and satellite pictures. There are three versions: the whole in English, which
+leaderboards quote, one in Chinese, and `lite`, a tenth of the English one. The prompt is that of lmms-eval 0.7.3
+(mme_realworld), and so is the reading of answers, which is the benchmark's own rule.
 """
 
 import functools
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent, percent_by, picture
 
 _LETTERS = "ABCDE"
 # Version, names of its folder, of its TSV and of its JSON.
@@ -110,24 +111,24 @@ def _question(version: str, row: Mapping[str, Any], options: list[str], image: P
 
 
 def parse(answer: str) -> str:
-    """The first capital A to E behind the usual phrases; "" for over ten words without one.
+    """The first capital A to E after the usual phrases; "" for over ten words without one.
 
     Of an answer without such a capital, the first of `(a)` to `(e)` that the whole answer is a part of: an empty one is
     A, as the benchmark's own code has it.
     """
-    said = answer.strip()
+    text = answer.strip()
     for phrase in _PHRASES:
-        said = said.replace(phrase, "")
-    if found := re.search(r"[ABCDE]", said):
-        return found[0]
-    if len(said.split()) > 10:
+        text = text.replace(phrase, "")
+    if match := re.search(r"[ABCDE]", text):
+        return match[0]
+    if len(text.split()) > 10:
         return ""
-    return next((letter for letter in _LETTERS if said.lower() in f"({letter})".lower()), "")
+    return next((letter for letter in _LETTERS if text.lower() in f"({letter})".lower()), "")
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = parse(answer)
-    return said, float(said == question.reference)
+    parsed = parse(answer)
+    return parsed, float(parsed == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     for p in predictions:
         by.setdefault(f"{p.question.about['task']}/{p.question.about['subtask']}", []).append(p.score)
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         **{name.lower(): value for name, value in tasks.items()},
         "by_subtask": {name: percent(scores) for name, scores in sorted(by.items())},
     }

@@ -1,12 +1,11 @@
-"""MMMU: college questions in thirty subjects, multiple choice and open, some with several pictures (Yue et al., CVPR
-2024).
+"""MMMU: college questions in thirty subjects, some with several pictures (Yue et al., CVPR 2024).
 
     Accounting/validation-00000-of-00001.parquet and so on, or data/validation-*.parquet: id, question,
     options (a Python list as text), answer, question_type, image_1 ... image_7
 
-Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Reading of answers
-as in lmms-eval, which has it from the benchmark's eval_utils.py; where that draws a choice at random, the question's id
-decides here. The test split has no answers; it becomes a file for the server.
+Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Answers are read
+as by lmms-eval, which took the rule from the benchmark's eval_utils.py; where that draws a choice at random, the
+question's id decides here. The test split has no answers; it becomes a file for the server.
 """
 
 import functools
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, percent_by
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, accuracy, percent_by
 
 SUBJECTS = (
     *("Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory", "Basic_Medical_Science"),
@@ -76,12 +75,12 @@ def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
     answer = f" {answer} "
     letters = choices.LETTERS[: len(options)]
     for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        if found := [x for x in letters if form.format(x) in answer]:
-            return max(found, key=lambda x: answer.rfind(place.format(x)))
+        if matching := [x for x in letters if form.format(x) in answer]:
+            return max(matching, key=lambda x: answer.rfind(place.format(x)))
     if len(answer.split()) > 5:
-        said = answer.lower()
-        if found := [x for x, text in zip(letters, options) if text.lower() in said]:
-            return max(found, key=lambda x: said.rfind(options[letters.index(x)].lower()))
+        lowered = answer.lower()
+        if matching := [x for x, text in zip(letters, options) if text.lower() in lowered]:
+            return max(matching, key=lambda x: lowered.rfind(options[letters.index(x)].lower()))
     return random.Random(seed).choice(letters)
 
 
@@ -96,46 +95,44 @@ def _normal(text: str) -> list[str | float]:
 
 
 def parse_open(answer: str) -> list[str | float]:
-    """What may be the answer in each line: the shortest text behind a word such as `is` or `answer`, behind `=` in the
+    """What may be the answer in each line: the shortest text after a word such as `is` or `answer`, after `=` in the
     last line too, and all numbers in it."""
     answer = answer.strip().strip(".").lower()
     # Official, and after lower() without effect: sentences end before a capital letter.
     lines = re.split(r"\.\s(?=[A-Z])|\n", answer)
-    found = []
+    candidates = []
     for number, line in enumerate(lines):
         keys = (*_KEYS, "=") if number == len(lines) - 1 else _KEYS
         shortest = ""
         for tail in (line.split(key)[-1].strip() for key in keys if key in line):
             shortest = tail if not shortest or len(tail) < len(shortest) else shortest
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
-            found.append(shortest)
-    found = found or [answer]
-    numbers = [match for text in found for pattern in _NUMBERS for match in re.findall(pattern, text)]
-    return list(dict.fromkeys(value for text in (*found, *numbers) for value in _normal(text)))
+            candidates.append(shortest)
+    candidates = candidates or [answer]
+    numbers = [match for text in candidates for pattern in _NUMBERS for match in re.findall(pattern, text)]
+    return list(dict.fromkeys(value for text in (*candidates, *numbers) for value in _normal(text)))
 
 
-def matches(said: Sequence[str | float], reference: str | Sequence[str]) -> bool:
+def matches(parsed: Sequence[str | float], reference: str | Sequence[str]) -> bool:
     """A number that equals a right one, or a text that contains a right one."""
     right = [value for text in ([reference] if isinstance(reference, str) else reference) for value in _normal(text)]
     return any(
         any(isinstance(r, str) and r in value for r in right) if isinstance(value, str) else value in right
-        for value in said
+        for value in parsed
     )
 
 
 def score(question: Question, answer: str) -> Scored:
     if question.about["multiple"]:
-        said = parse_choice(answer, question.about["options"], question.id)
-        return said, None if question.reference is None else float(said == question.reference)
-    said = parse_open(answer)
-    return said, None if question.reference is None else float(matches(said, question.reference))
+        parsed = parse_choice(answer, question.about["options"], question.id)
+        return parsed, None if question.reference is None else float(parsed == question.reference)
+    parsed = parse_open(answer)
+    return parsed, None if question.reference is None else float(matches(parsed, question.reference))
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    if any(p.score is None for p in predictions):
-        return {}
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "by_subject": percent_by(predictions, "subject"),
     }
 

@@ -1,4 +1,4 @@
-"""MMStar: 1500 multiple choice questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
+"""MMStar: 1500 questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
 
 mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image; where
 the question has no options with it, A, B, C and D
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, percent_by
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, accuracy, percent_by
 
 DATA = "mmstar.parquet or MMStar.tsv"
 _COLUMNS = ("index", "question", "answer", "category", "l2_category")
@@ -42,13 +42,13 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def first_letter_score(question: Question, answer: str) -> Scored:
-    """MMStar's own rule: the letter stands first, in brackets, or behind `option ` or `the answer is `."""
-    said = answer.lower().strip().replace("\n", " ")
+    """MMStar's own rule: the letter stands first, in brackets, or after `option ` or `the answer is `."""
+    text = answer.lower().strip().replace("\n", " ")
     right = question.reference.lower()
-    letter = said[:1]
+    letter = text[:1]
     for start in ("(", "option ", "the answer is "):
-        if said.startswith(start) and letter != right:
-            letter = said[len(start) : len(start) + 1]
+        if text.startswith(start) and letter != right:
+            letter = text[len(start) : len(start) + 1]
     return letter, float(bool(letter) and letter == right)
 
 
@@ -57,7 +57,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     by_l2_category = percent_by(predictions, "l2_category")
     return {
         "average": sum(by_l2_category.values()) / len(by_l2_category),
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "by_category": percent_by(predictions, "category"),
         "by_l2_category": by_l2_category,
     }

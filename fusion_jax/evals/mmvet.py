@@ -1,4 +1,4 @@
-"""MM-Vet: open questions that need several abilities at once, graded by a language model (Yu et al., ICML 2024).
+"""MM-Vet: open questions that need several abilities, graded by a judge (Yu et al., ICML 2024).
 
     mm-vet.json   {"v1_0": {"imagename", "question", "answer", "capability": ["ocr", "math"], ...}, ...}
     images/       the images
@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion_jax.evals import choices, files
 from fusion_jax.evals.judge import Judge
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, accuracy, percent, picture
 
 DATA = "mm-vet.json with the images in images/, or MM-Vet's Parquet files"
 _ATTEMPTS = 5
@@ -83,27 +83,25 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
-    """The judge's number. Where it says none, it is asked again, warmer and warmer; then the score is 0."""
+    """The judge's number. Without one the judge is asked again at rising temperatures; in the end the score is 0."""
     truth = question.reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{GRADING}\n{' | '.join([question.text, truth, answer, ''])}"
     temperature = 0.0
     for attempt in range(_ATTEMPTS):
-        said = judge.ask(prompt, 3, temperature)
+        reply = judge.ask(prompt, 3, temperature)
         try:
-            grade = float(said.split(" ")[0].strip())
+            grade = float(reply.split(" ")[0].strip())
         except ValueError:
             grade = -1.0
         if 0 <= grade <= 1:
-            return said.strip(), grade
+            return reply.strip(), grade
         temperature = 0.5 * attempt
         prompt = f"{prompt}\nPredict the correctness of the answer (digit): " if not attempt else prompt
     return "no number", 0.0
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The total, by ability, and by set of abilities; nothing without grades."""
-    if any(p.score is None for p in predictions):
-        return {}
+    """The total, and figures by ability and by set of abilities."""
     single, joint = defaultdict(list), defaultdict(list)
     for p in predictions:
         abilities = p.question.about["capability"]
@@ -111,7 +109,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         for name in set(abilities):
             single[name].append(p.score)
     return {
-        "total": percent([p.score for p in predictions]),
+        "total": accuracy(predictions),
         "by_capability": {name: percent(scores) for name, scores in sorted(single.items())},
         "by_integration": {name: percent(scores) for name, scores in sorted(joint.items())},
     }

@@ -1,4 +1,4 @@
-"""MMVP: 150 pairs of pictures that CLIP takes for the same, one question for both (Tong et al., CVPR 2024).
+"""MMVP: one question for each of 150 pairs of pictures that CLIP confuses (Tong et al., CVPR 2024).
 
     Questions.csv        Index, Question, Options ("(a) Open (b) Closed"), Correct Answer ("(a)")
     MMVP Images/1.jpg    the images, by index; 1 and 2 are a pair, and so on
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, accuracy, percent, picture
 
 DATA = "Questions.csv with the images in 'MMVP Images/'"
 _COLUMNS = ("Question", "Options", "Correct Answer")
@@ -44,8 +44,8 @@ def read(data_dir: Path) -> list[Question]:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = choices.scripted_letter(answer.strip())
-    return said, float(said == question.reference)
+    parsed = choices.scripted_letter(answer.strip())
+    return parsed, float(parsed == question.reference)
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         pairs[p.question.group].append(p.score)
     return {
         "pair_accuracy": percent([min(scores) for scores in pairs.values()]),
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
     }
 
 

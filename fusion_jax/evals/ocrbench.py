@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, accuracy, picture
 
 DATA = "OCRBench.json with the images in OCRBench_Images/, or OCRBench's Parquet files"
 _FORMULAS = "HME100k"
@@ -80,7 +80,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {
         "final_score": sum(kinds.values()),
         "text_recognition": sum(n for kind, n in kinds.items() if kind.endswith("Recognition") and "Math" not in kind),
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "by_category": dict(sorted(kinds.items())),
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, accuracy, picture
 
 DATA = "coco_pope_{random,popular,adversarial}.json with the images in val2014/, or POPE's Parquet files"
 SPLITS = ("random", "popular", "adversarial")
@@ -52,28 +52,28 @@ def parse(answer: str) -> str:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = parse(answer)
-    return said, float(said == question.reference)
+    parsed = parse(answer)
+    return parsed, float(parsed == question.reference)
 
 
 def exact_score(question: Question, answer: str) -> Scored:
     """lmms-eval's rule: the whole answer is the word, in any case."""
-    said = answer.lower().strip()
-    return said, float(said == question.reference)
+    parsed = answer.lower().strip()
+    return parsed, float(parsed == question.reference)
 
 
 def measure(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and share of yes, in percent; 0 for what would divide by nothing."""
-    said = [p.parsed for p in predictions]
+    answers = [p.parsed for p in predictions]
     missed = sum(p.question.reference == "yes" and p.parsed == "no" for p in predictions)
     hits = sum(p.question.reference == p.parsed == "yes" for p in predictions)
-    precision, recall = hits / max(1, said.count("yes")), hits / max(1, hits + missed)
+    precision, recall = hits / max(1, answers.count("yes")), hits / max(1, hits + missed)
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "precision": 100 * precision,
         "recall": 100 * recall,
         "f1": 100 * 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_ratio": 100 * said.count("yes") / len(said),
+        "yes_ratio": 100 * answers.count("yes") / len(answers),
     }
 
 

@@ -1,6 +1,6 @@
-"""Answers on disk: appended as they come, shared by several processes, and refused when another checkpoint gave them.
+"""Answers on disk: appended as they come, shared by processes, and refused to another checkpoint.
 
-OUTPUT/TASK/parts/00001-of-00004.jsonl   what process 1 of 4 has answered; the first line says who answered
+OUTPUT/TASK/parts/00001-of-00004.jsonl   the answers of process 1 of 4; the first line names the checkpoint
 OUTPUT/TASK/predictions.jsonl            all of them in the benchmark's order, scored; written by process 0
 """
 
@@ -20,10 +20,10 @@ _LONGEST = 1 << 20  # bytes of the first line
 
 
 def fingerprint(step_folder: Path) -> str:
-    """Names a checkpoint by its files: the same for a copy elsewhere, another for every other save.
+    """Names a checkpoint by its files: a copy elsewhere has the same name, every other save another.
 
-    Sizes of the parameters' files, and the contents of the small ones (the config, and the index that names every
-    tensor's blocks), are enough for that, and the weights need not be read.
+    The sizes of the parameters' files and the contents of the small ones (the config, and the index of every tensor's
+    blocks) are enough for that, so that the weights need not be read.
     """
     digest = hashlib.sha256()
     for path in sorted(p for name in ("params", "about") for p in (step_folder / name).rglob("*") if p.is_file()):
@@ -35,7 +35,7 @@ def fingerprint(step_folder: Path) -> str:
 
 
 def check_folder(output: Path, header: dict[str, Any]) -> None:
-    """UserError if any answers in the output folder are another checkpoint's."""
+    """UserError if the output folder holds answers of another checkpoint."""
     for path in sorted(output.glob(f"*/{_PARTS}/*.jsonl")):
         _check_header(path, header)
 
@@ -45,22 +45,22 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         with open_file(path) as file:
             first = file.readline(_LONGEST)
         if not first.endswith(b"\n"):
-            return  # stopped before it had said anything
-        said = parse_json(first)
-        there = said["checkpoint"]
+            return  # stopped before it had written anything
+        written = parse_json(first)
+        checkpoint = written["checkpoint"]
     except OSError as e:
         raise UserError(f"Cannot read {path}: {e.strerror}.") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not a file of answers; give another --output_dir.") from e
-    if there != header["checkpoint"]:
+        raise UserError(f"{path} is not a file of answers; give another --out.") from e
+    if checkpoint != header["checkpoint"]:
         raise UserError(
-            f"{path} holds answers of another checkpoint ({shown(said.get('folder'))}); give another "
-            "--output_dir, or delete that folder."
+            f"{path} holds answers of another checkpoint ({shown(written.get('folder'))}); give another "
+            "--out, or delete that folder."
         )
 
 
 class Part:
-    """The answers of one process to one task, appended to its own file."""
+    """The file to which one process appends its answers to one task."""
 
     def __init__(self, folder: Path, index: int, count: int, header: dict[str, Any]):
         self.path = folder / _PARTS / f"{index:05d}-of-{count:05d}.jsonl"
@@ -68,7 +68,7 @@ class Part:
         self._file = open(self.path, "a+b")  # noqa: SIM115
         if not _lock(self._file):
             self._file.close()
-            raise UserError(f"{self.path} is being written by another process; give each its own --process_index.")
+            raise UserError(f"{self.path} is being written by another process; give each its own --process_id.")
         _check_header(self.path, header)
         data = self.path.read_bytes()
         kept = data.rfind(b"\n") + 1  # a process that was killed may have left half a line
@@ -91,7 +91,7 @@ class Part:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether nobody else has the file; a file system without locks is taken at its word."""
+    """Locks the file; False where another process holds it. Without locks in the file system it is taken as free."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -102,7 +102,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def digest(prompt: str) -> str:
-    """Short name of a prompt: an answer counts only for the words that were asked."""
+    """Short name of a prompt: an answer counts only for the prompt that it was given to."""
     return hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:12]
 
 
@@ -125,12 +125,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 known = all(isinstance(row[key], str) for key in ("id", "prompt", "answer"))
             except (ValueError, KeyError, TypeError):
                 known = False
-            if known:  # a machine that failed may leave a torn line: that question is asked again
+            if known:  # a machine that failed may leave half a line, whose question is asked again
                 yield row
 
 
 def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: float = 2.0) -> dict:
-    """All answers, once every wanted one is there.
+    """Waits until every wanted answer exists, and returns all answers.
 
     Raises:
       UserError: no process has answered anything for `patience` seconds.
@@ -146,12 +146,12 @@ def wait_for(folder: Path, wanted: set[tuple[str, str]], patience: float, poll: 
         if time.monotonic() - since > patience:
             raise UserError(
                 f"{folder}: {missing} of {len(wanted)} answers are missing and none came for {patience:.0f} seconds; "
-                "start the other processes again, or this one alone with --process_count=1."
+                "start the other processes again, or this one alone with --num_processes=1."
             )
         time.sleep(poll)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSONL that appears at once or not at all."""
+    """Writes JSONL, whole or not at all."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, text.encode("utf-8", errors="replace"))

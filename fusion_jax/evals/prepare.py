@@ -1,4 +1,4 @@
-"""Reads a benchmark and checks all of it, before an hour is spent on answers: rows, references, and images' headers."""
+"""Reads a benchmark and checks rows, references and image headers before any question is asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fusion_jax.evals.predictions import digest
 from fusion_jax.evals.task import Question, Task
 from fusion_jax.files import shown
 
-# What reading and scoring raise where a file lacks what the benchmark's own has, or holds something else there.
+# Errors of reading and scoring where a file differs from the benchmark's own.
 ODD_FILES = (
     OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError,
     MemoryError,
@@ -23,10 +23,10 @@ ODD_FILES = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task with the questions that it will ask.
+    """A task with the questions that will be asked.
 
     Attributes:
-      source: the files that they are from. whole: how many questions those hold, without those for comparison.
+      source: the files that they are from. whole: number of questions in those files, without those for comparison.
     """
 
     task: Task
@@ -36,15 +36,15 @@ class Prepared:
 
 
 def prepare(task: Task, data_dir: Path, limit: int = 0, progress: bool = False) -> Prepared:
-    """A task's questions, such that each can be asked and every answer scored.
+    """Reads a task's questions, and checks that each can be asked and every answer scored.
 
     Args:
       data_dir: the benchmark's data, or a folder with one folder for each benchmark.
-      limit: about so many questions, spread evenly; 0 for all. Images of others are not looked at.
-      progress: whether to show how far the images are.
+      limit: about how many questions, spread evenly; 0 for all. Images of the others are not read.
+      progress: whether to show a bar over the images.
 
     Raises:
-      UserError: a data folder of another shape, or a row, a reference or an image that cannot be used.
+      UserError: the data folder has another layout, or a row, a reference or an image cannot be used.
     """
     with sources.noted() as source:
         every = _read(task, data_dir)
@@ -57,7 +57,7 @@ def prepare(task: Task, data_dir: Path, limit: int = 0, progress: bool = False) 
 
 
 def sample(questions: list[Question], limit: int) -> list[Question]:
-    """About `limit` of the questions, evenly spread and with whole groups; all of them for 0."""
+    """About `limit` questions, evenly spread and in whole groups; all of them for 0."""
     if not limit or limit >= len(questions):
         return questions
     groups = list(dict.fromkeys(q.group or q.id for q in questions))
@@ -67,7 +67,7 @@ def sample(questions: list[Question], limit: int) -> list[Question]:
 
 
 def key(question: Question) -> tuple[str, str]:
-    """By which answers are known: the question, and all words that its answer depends on."""
+    """Key of a question's answer: its id, and a digest of all words that the answer depends on."""
     return question.id, digest(words(question))
 
 
@@ -78,24 +78,26 @@ def words(question: Question) -> str:
 
 
 def _read(task: Task, data_dir: Path) -> list[Question]:
-    """The task's questions; every error says what was expected."""
+    """The task's questions; every error names the expected files."""
     try:
         return task.read(data_dir)
     except UserError as error:
-        said = str(error) if str(error).startswith(f"{task.name}: ") else f"{task.name}: {error}"
-        if "; expected " in said:
-            raise UserError(said) from error
-        raise UserError(f"{said.rstrip('.')}; expected {task.data}.") from error
+        message = str(error) if str(error).startswith(f"{task.name}: ") else f"{task.name}: {error}"
+        if "; expected " in message:
+            raise UserError(message) from error
+        raise UserError(f"{message.rstrip('.')}; expected {task.data}.") from error
     except ODD_FILES as error:
-        said = f"{type(error).__name__}: {shown(error)}"
-        raise UserError(f"{task.name}: a file in {data_dir} cannot be used ({said}); expected {task.data}.") from error
+        message = f"{type(error).__name__}: {shown(error)}"
+        raise UserError(
+            f"{task.name}: a file in {data_dir} cannot be used ({message}); expected {task.data}."
+        ) from error
 
 
 def _check(task: Task, questions: Sequence[Question]) -> None:
-    """Ids must differ, and references must be such that answers can be compared with them."""
+    """UserError where two ids are equal, or an answer could not be compared with its reference."""
     if task.headline and (secret := next((q for q in questions if q.reference is None), None)):
         raise UserError(
-            f"{task.name}: there are questions without an answer, as only a test split has, the first is "
+            f"{task.name}: there are questions without an answer, as only test splits have; the first is "
             f"{shown(secret.id)}{_row(secret)}; expected {task.data}."
         )
     seen: dict[str, Question] = {}
@@ -118,13 +120,13 @@ def _check(task: Task, questions: Sequence[Question]) -> None:
 
 
 def _row(question: Question) -> str:
-    """Where the question is, if its picture is in a table."""
+    """The question's row, in brackets, if its picture is in a table."""
     table = question.pictures and not question.pictures[0].stored_in_file
     return f" ({question.pictures[0].name})" if table else ""
 
 
 def _check_filled(task: Task, question: Question) -> None:
-    """UserError for an option or an answer that is empty, or an answer that is none of the options."""
+    """UserError where an option or an answer is empty, or the answer is not one of the options."""
     where, row, right = f"{task.name}, question {shown(question.id)}", _row(question), question.reference
     options = question.about.get("options") or ()
     by_letter = options if isinstance(options, dict) else dict(zip(LETTERS, options))
@@ -133,8 +135,8 @@ def _check_filled(task: Task, question: Question) -> None:
         raise UserError(f"{where}: an option is empty{row}.")
     if right is not None and (is_blank(right) or right == []):
         raise UserError(f"{where}: the answer is empty{row}.")
-    # A small letter is none either, nor a number or an option's text: no answer would ever equal them. MathVista alone
-    # has texts for answers.
+    # It must not be a small letter, a number or an option's text either, as no answer would ever equal that. Only
+    # MathVista's answers are texts.
     if texts and isinstance(right, str) and "answer_type" not in question.about:
         try:
             place(right, list(by_letter), where)
@@ -143,7 +145,7 @@ def _check_filled(task: Task, question: Question) -> None:
 
 
 def _check_images(task: Task, questions: Sequence[Question], progress: bool) -> None:
-    """UserError where images are missing, or have headers that cannot be read."""
+    """UserError where images are missing, or their headers cannot be read."""
     missing = [(p.name, q.id) for q in questions for p in q.pictures if p.stored_in_file and not Path(p.name).is_file()]
     if missing:
         raise UserError(
@@ -161,8 +163,10 @@ def _check_images(task: Task, questions: Sequence[Question], progress: bool) -> 
         except UserError as error:
             bad.append(f"{task.name}, question {shown(question.id)}: {str(error).rstrip('.')}")
         except ODD_FILES as error:
-            said = f"{type(error).__name__}: {shown(error)}"
-            bad.append(f"{task.name}, question {shown(question.id)}: the image cannot be read ({said}){_row(question)}")
+            reason = f"{type(error).__name__}: {shown(error)}"
+            bad.append(
+                f"{task.name}, question {shown(question.id)}: the image cannot be read ({reason}){_row(question)}"
+            )
     if bad:
         more = f" ({len(bad) - 1} more of {len(pictures)} images cannot be used)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}{more}.")

@@ -1,4 +1,4 @@
-"""Figures published for models of this family, to stand beside one's own, and how they were measured.
+"""Figures published for models of this family, and how they were measured.
 
 FLARE: the paper's comparison (ICLR 2026). FUSION: the table of the released code (github.com/starriver030515/FUSION,
 README of April 2025), which arXiv 2504.09925 describes. lmms-eval made most of them, and the code's own scripts
@@ -22,9 +22,9 @@ class Row:
     """One published column, as a row.
 
     Attributes:
-      title: the benchmark. task, figure: which of one's own figures is the same.
+      title: the benchmark. task, figure: our task and its figure that measure the same.
       values: in the order of MODELS, in the units of `figure`; None where nothing was published.
-      measured: how the published ones were, and where one's own are measured by something else.
+      measured: how the published values were measured, and where ours are measured differently.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Row:
     measured: str
 
     def own(self, tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str, str]:
-        """One's own figure, by the published rule where there is one, and the names of its task and of itself.
+        """Our own value, by the published rule where there is one, and the names of its task and figure.
 
         Args:
           tasks: figures by task; those by the published rule are a task NAME_published, or have it in their names.
@@ -171,8 +171,8 @@ ROWS = (
     ),
 )  # fmt: skip
 
-# How many questions the whole of a task's split has, by which a part of it is seen to be one; several where there are
-# several releases. From the files on the hub, 2026.
+# Number of questions in a task's whole split, by which a part of it is recognised; several numbers for several
+# releases. Counted in the files on the hub, 2026.
 SIZES: dict[str, tuple[int, ...]] = {
     "pope": (9000, 8910), "mmvet": (218,), "textvqa": (5000,), "ai2d": (3088,), "cv_bench": (2638,), "mmvp": (300,),
     "mme": (2374,), "scienceqa": (4241, 2017), "chartqa": (2500,), "docvqa": (5349,), "docvqa_test": (5188,),

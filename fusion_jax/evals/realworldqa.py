@@ -6,12 +6,11 @@ or RealWorldQA.tsv: index, question, A, B, C, D, answer, image (base64)
 
 import re
 import string
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent
+from fusion_jax.evals.task import Picture, Question, Rule, Scored, Task, summarise_accuracy
 
 DATA = "the test split in Parquet files, or RealWorldQA.tsv"
 _DIGITS = dict(
@@ -48,34 +47,30 @@ def _question(key: str, text: str, answer: str, image: Picture, about: dict[str,
 def parse(answer: str, question: str) -> str:
     """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option
     whose text is in the answer."""
-    said = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
+    words = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
     options = [text.strip() for text in _OPTION.findall(question)]
-    found = re.search("|".join(map(re.escape, options)), said) if options else None
+    match = re.search("|".join(map(re.escape, options)), words) if options else None
     # Of two options with the same text the later one is meant.
     letters = dict(zip(options, choices.LETTERS))
-    return letters.get(found[0], said) if found else said
+    return letters.get(match[0], words) if match else words
 
 
 def score(question: Question, answer: str) -> Scored:
     """By lmms-eval's general rule for letters where the reference is one of the first four; otherwise the whole answer
     but for case and periods at its end."""
     if question.reference.upper() in tuple("ABCD"):
-        said = choices.ranked_letter(answer, "ABCD")
-        return said, float(said == question.reference.upper())
-    said = answer.lower().strip().rstrip(".")
-    return said, float(said == question.reference.lower())
+        parsed = choices.ranked_letter(answer, "ABCD")
+        return parsed, float(parsed == question.reference.upper())
+    parsed = answer.lower().strip().rstrip(".")
+    return parsed, float(parsed == question.reference.lower())
 
 
 def flexible_score(question: Question, answer: str) -> Scored:
     def plain(text: str) -> str:
         return text.lower().translate(str.maketrans("", "", string.punctuation))
 
-    said = parse(answer, question.prompt)
-    return said, float(plain(said) == plain(question.reference))
-
-
-def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    return {"accuracy": percent([p.score for p in predictions])}
+    parsed = parse(answer, question.prompt)
+    return parsed, float(plain(parsed) == plain(question.reference))
 
 
 TASK = Task(
@@ -84,7 +79,7 @@ TASK = Task(
     DATA,
     read,
     score,
-    summarise,
+    summarise_accuracy,
     headline="accuracy",
     max_tokens=16,
     rule=choices.LMMS_EVAL,

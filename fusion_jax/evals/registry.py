@@ -1,4 +1,4 @@
-"""All benchmarks by name."""
+"""Lists all benchmarks by name."""
 
 from collections.abc import Sequence
 
@@ -29,42 +29,28 @@ from fusion_jax.evals import (
 )
 from fusion_jax.evals.task import Task
 
-# A task and, where its published figures were made with another rule, `NAME_published`.
+# A new benchmark is a file with `TASK`, or several `TASKS`, and its name here, in the order of tables.
+_BENCHMARKS = (
+    held_out, mmbench, pope, mmvet, seed, textvqa, ai2d, cv_bench, mmvp, mme, scienceqa, chartqa, docvqa, ocrbench,
+    mmmu, mmstar, realworldqa, vizwiz, hallusion, mathvista, llava_wild, mme_realworld,
+)  # fmt: skip
+# Each task and, where its published figures were measured by another rule, `NAME_published`.
 TASKS: dict[str, Task] = {
-    way.name: way
-    for task in (
-        held_out.TASK,
-        *mmbench.TASKS,
-        pope.TASK,
-        mmvet.TASK,
-        seed.TASK,
-        textvqa.TASK,
-        ai2d.TASK,
-        cv_bench.TASK,
-        mmvp.TASK,
-        mme.TASK,
-        scienceqa.TASK,
-        chartqa.TASK,
-        *docvqa.TASKS,
-        ocrbench.TASK,
-        *mmmu.TASKS,
-        mmstar.TASK,
-        realworldqa.TASK,
-        *vizwiz.TASKS,
-        hallusion.TASK,
-        mathvista.TASK,
-        llava_wild.TASK,
-        *mme_realworld.TASKS,
-    )
-    for way in (task, task.as_published())
+    variant.name: variant
+    for module in _BENCHMARKS
+    for task in getattr(module, "TASKS", None) or (module.TASK,)
+    for variant in (task, task.as_published())
 }
 
 
 def find_tasks(names: Sequence[str], rule: str = "official") -> list[Task]:
-    """The tasks of these names, each once; UserError with the list of all for an unknown one.
+    """Returns the tasks of these names, each once.
 
     Args:
-      rule: `published` for the rules that the published figures were made with.
+      rule: `published` for the rules by which the published figures were measured.
+
+    Raises:
+      UserError: a name is unknown.
     """
     for name in names:
         check_choice("task ", name, TASKS)

@@ -1,7 +1,7 @@
-"""report.html: all figures beside the published ones, and wrong answers with their images, in one file.
+"""Writes report.html: all figures beside the published ones, and wrong answers with their images.
 
-Like the summary it covers every task that the folder holds answers of, not only those of the last run. A task's part is
-kept beside its predictions, so that an image is read once.
+Like the summary it covers every task with answers in the folder, not only those of the last run. A task's part is kept
+beside its predictions, so that each image is read once.
 """
 
 import base64
@@ -46,8 +46,17 @@ def write(
     return [*paths, page]
 
 
+def write_scores(path: Path, header: dict[str, Any], results: Sequence[Result], failed: Mapping[str, str]) -> None:
+    """Writes one JSON file of all scores and of all answers but those for comparison (`Question.control`)."""
+    scores: dict[str, Any] = {"checkpoint": header["folder"]}
+    for result in results:
+        examples = [p.row() for p in result.predictions if not p.question.control]
+        scores[result.task.name] = {**result.scores, "examples": examples}
+    path.write_text(json.dumps(scores | ({"failed": dict(failed)} if failed else {}), indent=2))
+
+
 def is_wrong(prediction: Prediction) -> bool:
-    """Scored, and not with full marks, where those were expected."""
+    """Whether an answer was scored below full marks although the right one was expected."""
     return prediction.score is not None and prediction.score < 1 and not prediction.question.control
 
 
@@ -55,8 +64,8 @@ def _section(result: Result) -> str:
     wrong = [p for p in result.predictions if is_wrong(p)]
     shown = [wrong[i * len(wrong) // min(WRONG, len(wrong))] for i in range(min(WRONG, len(wrong)))]
     title = html.escape(result.task.title)
-    asked = sum(not p.question.control for p in result.predictions)
-    note = f"{len(wrong)} of {asked} answers without full marks; {len(shown)} of them shown."
+    questions = sum(not p.question.control for p in result.predictions)
+    note = f"{len(wrong)} of {questions} answers without full marks; {len(shown)} of them shown."
     if all(p.score is None for p in result.predictions):
         note = "These answers are not scored here."
     cards = "\n".join(_card(p) for p in shown)
@@ -84,7 +93,7 @@ def _words(value: Any) -> str:
 
 
 def thumbnail(picture: Picture) -> str:
-    """An `img` element that carries the picture, made small; words in its place where it cannot be read."""
+    """An `img` element with the picture, made small; the reason in its place where it cannot be read."""
     name = html.escape(Path(picture.name).name)
     try:
         image = load_image(picture.load())

@@ -1,6 +1,6 @@
-"""Asks a checkpoint a benchmark's questions, scores the answers, and leaves everything needed to look again.
+"""Asks a checkpoint a benchmark's questions, scores the answers, and keeps them for inspection.
 
-Works without an output folder too (`evaluate_tasks`, inside training); with one it can be interrupted and shared.
+With an output folder a run can be interrupted and shared; training runs without one (`evaluate_tasks`).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _JUDGE_THREADS = 8
 
 
 class Answers(Protocol):
-    """What is needed of `generate.Answerer`."""
+    """The part of `generate.Answerer` that the runner uses."""
 
     rows: int
     max_tokens: int
@@ -42,13 +42,13 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """Where answers go, and who answers.
+    """Where answers go, and which share of the questions this process answers.
 
     Attributes:
       folder: see predictions.py and report.py for what is in it.
       header: `checkpoint` (a fingerprint) and `folder` (for people) of the checkpoint.
       index, count: this process and how many share the work; process 0 joins it.
-      patience: seconds that process 0 waits for another sign of life of the others.
+      patience: seconds that process 0 waits for another answer of the others.
     """
 
     folder: Path
@@ -60,10 +60,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Result:
-    """A task's predictions in the benchmark's order, its figures, the seconds it took, and its questions' origin.
+    """A task's predictions in the benchmark's order, and its figures.
 
     Attributes:
-      whole: how many questions the files hold.
+      seconds: that answers and scores took. files: for the benchmark's server.
+      source: the files that the questions are from. whole: number of questions in them.
     """
 
     task: Task
@@ -78,20 +79,19 @@ class Result:
 def evaluate_tasks(
     answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0, rule: str = "official"
 ) -> dict[str, float]:
-    """Figures of some tasks as one flat dict, `task/figure`, for a training loop's metrics.
+    """Evaluates some tasks; the figures are one flat dict, `task/figure`, for a training loop's metrics.
 
-    No language model is asked to grade, nothing is written. Of a task whose data cannot be used the log says so, and
-    the others have their figures.
+    No judge is asked, and nothing is written. A task whose data cannot be used is logged and left out.
 
     Args:
       answerer: a `generate.Answerer` of the current parameters.
       tasks: names from `registry.TASKS`.
       data_dir: as for `prepare`.
-      limit: about so many questions a task, spread evenly; 0 for all.
+      limit: about how many questions of each task, spread evenly; 0 for all.
       rule: `published` to ask and score as for the published figures.
 
     Raises:
-      UserError: unknown task, an image that cannot be decoded, or no task's data can be used.
+      UserError: a task is unknown, an image cannot be decoded, or no task's data can be used.
     """
     prepared, failed = [], []
     for task in find_tasks(tasks, rule):
@@ -102,7 +102,7 @@ def evaluate_tasks(
     if failed and not prepared:
         raise failed[0]
     for error in failed:
-        log.warning("evaluation goes on without a task: %s", error)
+        log.warning("the evaluation goes on without a task: %s", error)
     flat = {}
     for one in prepared:
         scores = answer_task(answerer, one, progress=False).scores
@@ -130,13 +130,13 @@ def answer_task(
     judge: Judge | None = None,
     progress: bool = True,
 ) -> Result | None:
-    """Answers and scores a task's questions; only what the output folder does not hold yet is asked.
+    """Answers and scores a task's questions; those with an answer in the output folder are not asked again.
 
     Args:
-      judge: grades where the official rule asks a language model to.
+      judge: grades where the official rule needs a language model.
 
     Returns:
-      The result, or None in a process other than 0, which has then answered its share.
+      The result; None in a process other than 0, once it has answered its share.
 
     Raises:
       UserError: an image cannot be decoded, the output folder holds another checkpoint's answers, other processes'
@@ -149,7 +149,7 @@ def answer_task(
         _ask(answerer, task, questions, progress, lambda q, a: answers.__setitem__(key(q), a), lambda: None)
     else:
         folder = output.folder / task.name
-        # In one piece, so that a table's rows are read by one process.
+        # A contiguous share, so that each row of a table is read by one process.
         begin, end = (len(questions) * i // output.count for i in (output.index, output.index + 1))
         share = questions[begin:end]
         part = files.Part(folder, output.index, output.count, {"task": task.name, **output.header})
@@ -165,7 +165,9 @@ def answer_task(
             return None
         answers = files.wait_for(folder, {key(q) for q in questions}, output.patience)
     predictions = _score(task, [Prediction(q, answers[key(q)]) for q in questions], judge, output)
-    scores = {"questions": len(predictions), **task.summarise(predictions), **_by_published_rule(task, predictions)}
+    scores: dict[str, Any] = {"questions": len(predictions)}
+    if all(p.score is not None for p in predictions):
+        scores |= task.summarise(predictions) | _by_published_rule(task, predictions)
     written = []
     if output is not None:
         files.write_rows(output.folder / task.name / "predictions.jsonl", [p.row() for p in predictions])
@@ -174,7 +176,7 @@ def answer_task(
 
 
 def record(task: Task, question: Question) -> Record:
-    """The question as the model gets it: all pictures, then the words."""
+    """The record that the model answers: all pictures, then the prompt."""
     images = tuple(p.load() for p in question.pictures)
     tags = "<image>\n" * len(images)
     turns = [{"from": "human", "value": tags + question.prompt.replace("<image>", "")}]
@@ -206,7 +208,7 @@ def _ask(
 
 
 def _batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:
-    """Batches of like lengths, from windows in the benchmark's order."""
+    """Batches of similar lengths, from windows in the benchmark's order."""
     for start in range(0, len(questions), rows * _WINDOW):
         window = questions[start : start + rows * _WINDOW]
         window = sorted(window, key=lambda q: (len(q.pictures), len(q.prompt)))
@@ -215,7 +217,7 @@ def _batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question
 
 @contextmanager
 def _longest(answerer: Answers, max_tokens: int) -> Iterator[None]:
-    """The answerer with the task's answer length."""
+    """Sets the answerer's longest answer to the task's for a while."""
     before = answerer.max_tokens
     answerer.max_tokens = max_tokens
     try:
@@ -233,9 +235,9 @@ def _score(task: Task, predictions: list[Prediction], judge: Judge | None, outpu
 
 
 def _by_published_rule(task: Task, predictions: Sequence[Prediction]) -> dict[str, float]:
-    """The published figure by the rule that it was made with, from the same answers, where that is another rule."""
+    """The published figure from the same answers, where it was measured by another rule."""
     rule = task.published
-    if rule is None or not rule.same_answers or any(p.score is None for p in predictions):
+    if rule is None or not rule.same_answers:
         return {}
     scored = [(p, (rule.score or task.score)(p.question, p.answer)) for p in predictions]
     figures = task.summarise([dataclasses.replace(p, parsed=parsed, score=score) for p, (parsed, score) in scored])
@@ -244,7 +246,7 @@ def _by_published_rule(task: Task, predictions: Sequence[Prediction]) -> dict[st
 
 
 def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Output | None) -> list[tuple]:
-    """The judge's verdicts; those in the output folder are not asked for again."""
+    """Asks the judge for verdicts; those in the output folder are not asked for again."""
     path = output.folder / task.name / "verdicts.jsonl" if output else None
     known = {}
     if path and path.exists():
@@ -260,25 +262,25 @@ def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Outp
         ThreadPoolExecutor(_JUDGE_THREADS) as pool,
         tqdm(total=len(waiting), desc=f"{task.name}, judge", unit="q", disable=not waiting) as bar,
     ):
-        # A window at a time: after an error nothing is asked beyond it.
+        # One window at a time, so that after an error nothing beyond it is asked.
         for start in range(0, len(waiting), _JUDGE_THREADS):
             window = waiting[start : start + _JUDGE_THREADS]
-            asked = [(p, pool.submit(task.judged, p.question, p.answer, judge)) for p in window]
-            # All of them are kept before an error of one ends the run.
-            for p, verdict in asked:
+            pending = [(p, pool.submit(task.judged, p.question, p.answer, judge)) for p in window]
+            # All verdicts of the window are kept before an error ends the run.
+            for p, verdict in pending:
                 if verdict.exception() is None:
                     known[name(p)] = parsed, score = verdict.result()
                     if path:
                         with open(path, "a", encoding="utf-8") as file:
                             file.write(json.dumps({"of": name(p), "parsed": parsed, "score": score}) + "\n")
-            for _, verdict in asked:
+            for _, verdict in pending:
                 verdict.result()
             bar.update(len(window))
     return [known[name(p)] for p in predictions]
 
 
 def _verdict(line: str) -> tuple[str, tuple] | None:
-    """What a line of verdicts.jsonl says; None for a damaged one, which is asked for again."""
+    """The verdict in a line of verdicts.jsonl; None for a damaged line, which is asked for again."""
     try:
         row = json.loads(line)
         return str(row["of"]), (row["parsed"], row["score"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, accuracy, percent, picture
 
 DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
 _CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds the questions with a picture alone
@@ -52,21 +52,21 @@ def parse(answer: str, options: Sequence[str]) -> str:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = parse(answer, question.about["options"])
-    return said, float(said == question.reference)
+    parsed = parse(answer, question.about["options"])
+    return parsed, float(parsed == question.reference)
 
 
 def strict_score(question: Question, answer: str) -> Scored:
-    """lmms-eval's rule: the letter alone in any case, or a capital in front of a period at the start."""
-    said = answer.strip()
-    letter = said[0] if said[:1].isupper() and said[1:2] == "." else said
+    """lmms-eval's rule: the letter alone in any case, or a capital before a period at the start."""
+    text = answer.strip()
+    letter = text[0] if text[:1].isupper() and text[1:2] == "." else text
     return letter, float(letter.lower() == question.reference.lower())
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     with_image = [p.score for p in predictions if p.question.about["image"]]
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         **({"image_accuracy": percent(with_image)} if with_image else {}),
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files
-from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, percent, percent_by, picture
+from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent_by, picture
 
 DATA = "SEED-Bench.json with the images in SEED-Bench-image/, or SEED-Bench's Parquet files"
 _KEYS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer", "data_type")
@@ -44,13 +44,13 @@ def _question(row: dict[str, Any], image: Picture, names: dict[int, str]) -> Que
 
 def score(question: Question, answer: str) -> Scored:
     """The answer's first character, as lmms-eval takes it."""
-    said = answer.strip()[:1]
-    return said, float(said.lower() == question.reference.strip().lower())
+    parsed = answer.strip()[:1]
+    return parsed, float(parsed.lower() == question.reference.strip().lower())
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {
-        "accuracy": percent([p.score for p in predictions]),
+        "accuracy": accuracy(predictions),
         "by_category": percent_by(predictions, "category"),
     }
 

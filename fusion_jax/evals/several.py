@@ -1,5 +1,7 @@
-"""Several tasks in one run: all are read and checked before the first question, and one that fails, whether its data
-cannot be read or its judge does not answer, leaves the others their answers and figures."""
+"""Runs several tasks: all are checked first, and one that fails does not stop the others.
+
+A task fails where its data cannot be read, for example, or its judge does not answer.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +17,13 @@ from fusion_jax.evals.task import Task
 
 log = logging.getLogger("fusion_jax")
 
-Failed = dict[str, str]  # what went wrong, by the names of tasks
+Failed = dict[str, str]  # error by name of the task
 
 
 def prepare_tasks(
     tasks: Sequence[Task], data_dir: Path, failed: Failed, limit: int = 0, progress: bool = False
 ) -> list[Prepared]:
-    """Those tasks that can be asked; the reasons why others cannot go into `failed`. Arguments as for `prepare`."""
+    """Prepares the tasks, see `prepare`; the errors of those that cannot be asked go into `failed`."""
     every = [_attempt(task.name, failed, lambda task=task: prepare(task, data_dir, limit, progress)) for task in tasks]
     return [one for one in every if one is not None]
 
@@ -30,7 +32,7 @@ def answer_tasks(
     answerer: Answers, prepared: Sequence[Prepared], failed: Failed, output: Output | None = None,
     judge: Judge | None = None, progress: bool = True,
 ) -> Iterator[tuple[Prepared, Result | None]]:  # fmt: skip
-    """Each task with its result as it comes; None for one that fails, and where `answer_task` gives none."""
+    """Yields each task with its result, None for a task that fails and where `answer_task` returns none."""
     for one in prepared:
         yield one, _attempt(one.task.name, failed, lambda one=one: answer_task(answerer, one, output, judge, progress))
 
@@ -43,14 +45,14 @@ def _attempt(name: str, failed: Failed, work: Callable[[], Any]) -> Any:
     except Exception as error:
         known = explain(error)
         if known is None:
-            log.exception("%s stopped with an error that it should not have", name)
+            log.exception("%s stopped with an unexpected error", name)
         failed[name] = known[1] if known else f"{type(error).__name__}: {first_line(error)}"
-        log.error("%s failed, and the other tasks go on: %s", name, failed[name])
+        log.error("%s failed; the other tasks go on: %s", name, failed[name])
         return None
 
 
 def failure(failed: Failed, count: int) -> UserError:
-    """The error of a run of `count` tasks that is not whole."""
+    """The error of a run of `count` tasks, of which these failed."""
     reasons = [error if error.startswith(name) else f"{name}: {error}" for name, error in failed.items()]
     if len(failed) == count == 1:
         return UserError(reasons[0])

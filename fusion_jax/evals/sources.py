@@ -1,8 +1,10 @@
-"""Where a task's questions come from: the folder, the config of a hub snapshot, and the files, for the log and for the
-result files. Reading notes them here."""
+"""Records where a task's questions come from: the folder, the config of a hub snapshot, and the files.
+
+Functions that read files call `note`; the log and the result files show the `Source`.
+"""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import Any
 
 @dataclass
 class Source:
-    """Attributes:
-    folder: that the files lie in. config: of a hub snapshot, with its splits, for people; "" for other layouts.
-    files: all that were read, in order.
+    """Where questions come from.
+
+    Attributes:
+      folder: of the files. config: of a hub snapshot, with its splits, for people; "" for other layouts.
+      files: all that were read, in order.
     """
 
     folder: Path | None = None
@@ -21,22 +25,19 @@ class Source:
     files: list[Path] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """The files, below the folder where they are."""
+        """The files, relative to the folder where they are below it."""
         inside = self.folder is not None
         return [
             str(path.relative_to(self.folder) if inside and path.is_relative_to(self.folder) else path)
             for path in self.files
         ]
 
-    def words(self) -> str:
-        """One line for people: `config en, split dev: dev-00000-of-00001.parquet in /data/mmbench`."""
-        names = self.names()
-        shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more files" if len(names) > 2 else "")
-        config = f"{self.config}: " if self.config else ""
-        return f"{config}{shown or 'files'} in {self.folder}"
+    def one_line(self) -> str:
+        """One line for people, see `one_line`."""
+        return one_line(self.row())
 
     def row(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """The source as JSON: folder, config and files."""
         return {"folder": str(self.folder), "config": self.config, "files": self.names()}
 
 
@@ -45,7 +46,7 @@ _noted: ContextVar[Source | None] = ContextVar("noted", default=None)
 
 @contextlib.contextmanager
 def noted() -> Iterator[Source]:
-    """Gives a `Source` that what is read inside is noted in."""
+    """Yields a `Source` that collects all files read inside."""
     source = Source()
     token = _noted.set(source)
     try:
@@ -55,10 +56,18 @@ def noted() -> Iterator[Source]:
 
 
 def note(folder: Path | None = None, config: str = "", files: Sequence[Path] = ()) -> None:
-    """Adds to what is noted; nothing outside of `noted`."""
+    """Adds to the `Source` of the surrounding `noted`; does nothing outside of one."""
     source = _noted.get()
     if source is None:
         return
     source.folder = folder or source.folder
     source.config = config or source.config
     source.files += [path for path in files if path not in source.files]
+
+
+def one_line(row: Mapping[str, Any]) -> str:
+    """A source's `row` for people: `config en, split dev: dev-00000-of-00001.parquet in /data/mmbench`."""
+    names = row["files"]
+    files = ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    config = f"{row['config']}: " if row["config"] else ""
+    return f"{config}{files or 'files'} in {row['folder']}"

@@ -1,7 +1,7 @@
-"""What an evaluation leaves in its output folder to compare: summary.json, summary.md and summary.csv.
+"""Writes summary.json, summary.md and summary.csv into the output folder of an evaluation.
 
-All cover every task that the folder holds answers of, not only those of the last run. The table has every published
-figure of the family (published.py), and one's own beside it.
+They cover every task with answers in the folder, not only those of the last run. The table has all published figures of
+the family (published.py) and this checkpoint's beside them.
 """
 
 import csv
@@ -15,6 +15,7 @@ from typing import Any
 from fusion_jax.evals import published
 from fusion_jax.evals.registry import TASKS
 from fusion_jax.evals.runner import Result
+from fusion_jax.evals.sources import one_line
 from fusion_jax.files import shown, write_whole
 
 _LONGEST = 2000  # characters of an error
@@ -26,7 +27,7 @@ def write(
     """Writes or updates the summary; returns it, and its files.
 
     Args:
-      failed: what went wrong, by the names of tasks that have no result. Earlier figures of theirs stay.
+      failed: error by name of a task without a result. Earlier figures of such a task stay.
     """
     output.mkdir(parents=True, exist_ok=True)
     tasks = _earlier(output, header)
@@ -50,15 +51,15 @@ def write(
 def _earlier(output: Path, header: dict[str, Any]) -> dict[str, Any]:
     path = output / "summary.json"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        return there["tasks"] if there["checkpoint"] == header["checkpoint"] else {}
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return earlier["tasks"] if earlier["checkpoint"] == header["checkpoint"] else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: the task, the cells, and how the published figures in it were measured."""
+    """One row of the table: its task and cells, and how its published figures were measured."""
 
     task: str
     cells: list[str]
@@ -66,7 +67,7 @@ class Line:
 
 
 def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
-    """Heads and rows: first all published figures with one's own beside them, then the tasks that have none."""
+    """Heads and rows: first all published figures with this checkpoint's, then the tasks without published ones."""
     heads = ["benchmark", "figure", "this checkpoint", *published.MODELS, "questions"]
     scores = _scores(there)
     lines = [Line("", ["visual tokens", "", "", *map(str, published.TOKENS), ""])]
@@ -87,7 +88,7 @@ def table(there: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
 
 
 def _own_rule(task: str, figure: str) -> str:
-    """By whose rule one's own figure is measured, and how to have the published one where that is another."""
+    """The rule of our own figure, and how to measure by the published rule where that is another."""
     one = TASKS[task]
     if one.published is not None and figure.endswith("(rule=published)"):
         return f". Here: {one.published.name}"
@@ -101,7 +102,7 @@ def failures(there: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def markdown(there: Mapping[str, Any]) -> str:
-    """Failures first, then the table, how its figures were measured, all other figures, and the data."""
+    """The summary as Markdown: failures, the table, how it was measured, all figures, and the data."""
     parts = [f"Checkpoint: {there['folder']}"]
     if failed := failures(there):
         parts += ["## Failed", _list((title, error) for title, error in failed)]
@@ -113,7 +114,7 @@ def markdown(there: Mapping[str, Any]) -> str:
     scores = _scores(there)
     parts += ["## All figures", _list((TASKS[name].title, _every(figures)) for name, figures in scores.items())]
     data = {name: there["tasks"][name].get("data") for name in scores}
-    parts += ["## Data", _list((TASKS[name].title, _from(entry)) for name, entry in data.items() if entry)]
+    parts += ["## Data", _list((TASKS[name].title, one_line(entry)) for name, entry in data.items() if entry)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -126,18 +127,12 @@ def _every(figures: Mapping[str, Any]) -> str:
     return every or "no figures without the benchmark’s own server or a judge"
 
 
-def _from(entry: Mapping[str, Any]) -> str:
-    files = entry["files"]
-    names = ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
-    return "; ".join(part for part in (entry["config"], names, f"in {entry['folder']}") if part)
-
-
 def _scores(there: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry["scores"] for name, entry in there["tasks"].items() if "scores" in entry}
 
 
 def _questions(task: str, there: Mapping[str, Any]) -> str:
-    """How many were asked, and of how many if that is not all: of the published split, or else of the files."""
+    """Number of questions, and of how many if these are not all: of the published split, or else of the files."""
     entry = there["tasks"].get(task, {})
     if (count := entry.get("scores", {}).get("questions")) is None:
         return ""
@@ -154,7 +149,7 @@ def _csv(there: Mapping[str, Any]) -> str:
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Figures inside of others as `by_category/animals`."""
+    """Nested figures under one name, such as `by_category/animals`."""
     every = {}
     for key, value in figures.items():
         every |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}

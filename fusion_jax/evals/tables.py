@@ -1,5 +1,7 @@
-"""TSV and CSV files of benchmarks, read once and checked whole; the images that they hold are read when they are asked
-for, so that a table of 30 GB takes the memory of its words."""
+"""Reads TSV and CSV files of benchmarks, and checks all rows.
+
+Images inside a table are read when they are needed, so that a table of 30 GB takes the memory of its words.
+"""
 
 import base64
 import binascii
@@ -27,7 +29,7 @@ _Place = tuple[int, int, str | None]  # where a row begins and ends in its file,
 
 
 def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a TSV or CSV file by column; cells that a row lacks are None.
+    """Reads the rows of a TSV or CSV file by column; cells that a row lacks are None.
 
     Raises:
       UserError: a needed column or a row's question is missing, a row has too many cells, or quotation marks do not
@@ -46,12 +48,13 @@ class ImageRow:
 
 
 def read_images(path: Path, needed: Sequence[str]) -> list[ImageRow]:
-    """Rows of a TSV with the columns `index` and `image`, as VLMEvalKit has them: an image is base64, or the index of
-    the row that holds it.
+    """Reads the rows of a TSV with the columns `index` and `image`, in the layout of VLMEvalKit.
+
+    An image is base64, or the index of the row that holds it.
 
     Raises:
-      UserError: as for `read_table`; an index that is no whole number or there twice; a row without an image, or with
-        the index of a row that is not there or has none of its own.
+      UserError: as for `read_table`; an index is not a whole number or occurs twice; a row has no image, or the index
+        of a row that does not exist or has no image of its own.
     """
     rows: list[tuple[str, dict[str, str], str]] = []
     places: dict[str, _Place] = {}
@@ -72,10 +75,9 @@ def read_images(path: Path, needed: Sequence[str]) -> list[ImageRow]:
 
 
 def _index(cell: str | None, where: str) -> str:
-    """The number as other rows name it. UserError for one such as 1.0, which a data frame writes where an index is
-    missing."""
+    """The number as other rows name it. UserError for 1.0, as a data frame writes it if another index is missing."""
     if cell is None or not cell.strip().isdecimal():
-        raise UserError(f"{where}: the index {brief(cell)} is no whole number; write it as one, such as 12.")
+        raise UserError(f"{where}: the index {brief(cell)} is not a whole number; write it as one, such as 12.")
     return str(int(cell))
 
 
@@ -102,7 +104,7 @@ def _cell(path: Path, column: int, start: int, end: int) -> str:
 
 
 def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Rows by column, and where they begin and end in the file."""
+    """Yields rows by column, and where each begins and ends in the file."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     number = 0
     try:
@@ -139,7 +141,7 @@ _HINT = ' A cell that begins with a quotation mark ends with one, and doubles th
 
 
 def _records(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
-    """The cells of one row after the other; csv, which looks at every character, reads those with quotation marks."""
+    """Yields the cells of each row. Only rows with quotation marks go through csv, which reads every character."""
     for line in lines:
         if '"' in line:
             yield next(csv.reader(itertools.chain([line], lines), delimiter=delimiter, strict=True))
@@ -149,7 +151,7 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
-    """The lines of a file, one by one, so that its place is behind the last."""
+    """Yields the lines of a file one by one, so that its position is always after the last line."""
     first = file.readline()
     yield first.removeprefix(_MARK).decode()
     while line := file.readline():
@@ -157,7 +159,7 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
 
 
 def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """UserError naming the first column that is missing, or there twice."""
+    """UserError that names the first column that is missing or exists twice."""
     if twice := [name for name in columns if list(columns).count(name) > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}.")
     if missing := [name for name in needed if name not in columns]:
@@ -165,14 +167,14 @@ def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> N
 
 
 def check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
-    """UserError where there is no question: "None" or "nan" would be asked."""
+    """UserError where a question is empty: "None" or "nan" would be asked."""
     for name in needed:
         if name.lower() in _QUESTIONS and is_blank(row.get(name)):
             raise UserError(f"{where}: {name} is empty.")
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """The image that a table holds as base64 or a data URL. UserError for neither; white space does not count."""
+    """Decodes an image in base64 or a data URL; white space does not count. UserError for another text."""
     head, comma, rest = text.partition(",")
     if comma and re.fullmatch(r"\s*data:.*;base64", head, re.IGNORECASE):
         text = rest

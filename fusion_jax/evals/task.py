@@ -1,4 +1,4 @@
-"""What a benchmark is to the runner: questions, a rule that scores one answer, and a summary of all of them."""
+"""Types of a benchmark: questions, a rule that scores one answer, and a summary of all of them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from fusion_jax.evals.choices import is_missing
 from fusion_jax.evals.judge import Judge
 
-Scored = tuple[Any, float | None]  # what was read out of the answer, and its score; None where nothing can be said
+Scored = tuple[Any, float | None]  # the parsed answer, and its score; None where it cannot be scored here
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Picture:
     """An image of a question.
 
     Attributes:
-      name: for people: the file, or where in a table it is.
-      load: gives the file, or the bytes of one.
-      stored_in_file: `name` is a file of its own.
+      name: for people: the file, or its place in a table.
+      load: returns the file's path, or its bytes.
+      stored_in_file: whether `name` is a file of its own.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Question:
       reference: the right answer, as JSON; None where the benchmark keeps it secret.
       pictures: in order; none for a question about text.
       text: the benchmark's own words, for people; by default the prompt.
-      about: whatever the score or the summary needs besides (category, options, split), as JSON; `system`, where there
-        is one, is the system text in place of the template's.
-      group: questions that are only worth something together (a pair, the passes of one question) share it.
-      control: asked for comparison alone; its answer is expected to be wrong and is not shown as a mistake.
+      about: other values for the score or the summary (category, options, split), as JSON; `system`, if there is one,
+        replaces the template's system text.
+      group: shared by questions that count only together, such as a pair or the rotations of one question.
+      control: whether it is asked for comparison only; its answer should be wrong and is not shown as a mistake.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question with the model's answer; `parsed` and `score` as the task's rule gives them."""
+    """A question with the model's answer, and what the task's rule reads from it and scores it."""
 
     question: Question
     answer: str
@@ -68,7 +68,7 @@ class Prediction:
     score: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """Everything needed to look again, as JSON."""
+        """The prediction as JSON, for inspection."""
         q = self.question
         return {
             "id": q.id,
@@ -90,9 +90,9 @@ class Rule:
     What is left out is as in the task.
 
     Attributes:
-      name: whose code, and which version.
+      name: the code, and its version.
       score: of one answer. headline: the figure that was published.
-      read: the questions in that code's words. max_tokens: longest answer.
+      read: the questions with that code's prompts. max_tokens: longest answer.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Rule:
 
     @property
     def same_answers(self) -> bool:
-        """The task's own answers can be scored: the model is asked the same."""
+        """Whether the task's own answers can be scored, because the prompts are the same."""
         return self.read is None and not self.max_tokens
 
 
@@ -113,16 +113,17 @@ class Task:
 
     Attributes:
       name: what `--tasks` calls it. title: what tables call it.
-      data: what belongs into the data folder; errors quote it.
-      read: the questions in a data folder. Raises UserError for a folder of another shape.
+      data: the files that the data folder must hold; errors quote it.
+      read: returns the questions in a data folder. Raises UserError for a folder with another layout.
       score: one answer's score by the official rule, without a judge.
-      summarise: figures by name, in the units of the benchmark's publications (mostly percent).
+      summarise: figures by name, in the units of the benchmark's publications (mostly percent), of predictions that all
+        have a score; where some have none there are no figures.
       headline: the figure that publications quote; "" where there is none without the benchmark's server.
       max_tokens: longest answer.
-      judged: as `score`, where the official rule asks a language model; used when one is configured.
-      submit: writes what the benchmark's server takes into a folder and returns the files.
+      judged: like `score`, where the official rule asks a language model; used when one is configured.
+      submit: writes the files for the benchmark's server into a folder and returns them.
       rule: the official code that `score` follows, with its version; "" for figures of our own.
-      published: the rule that the published figures were made with, where that is another.
+      published: the rule by which the published figures were measured, where that is another.
     """
 
     name: str
@@ -161,8 +162,18 @@ def percent(scores: Sequence[float]) -> float:
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 
+def accuracy(predictions: Sequence[Prediction]) -> float:
+    """Mean score of the predictions in percent."""
+    return percent([p.score for p in predictions])
+
+
+def summarise_accuracy(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The figures of a benchmark that has its accuracy alone."""
+    return {"accuracy": accuracy(predictions)}
+
+
 def percent_by(predictions: Sequence[Prediction], key: str) -> dict[str, float]:
-    """`percent` of the scores for each value of `about[key]`, sorted by value; "" where there is none."""
+    """`percent` of the scores for each value of `about[key]`, sorted by value; "" stands for a missing one."""
     groups: dict[str, list[float]] = {}
     for p in predictions:
         value = p.question.about[key]

@@ -1,4 +1,4 @@
-"""TextVQA, validation split: questions whose answers must be read in the picture (Singh et al., CVPR 2019).
+"""TextVQA, validation split: questions about text in the picture (Singh et al., CVPR 2019).
 
     TextVQA_0.5.1_val.json   {"data": [{"question_id", "question", "image_id", "answers": [ten of them], ...}]}
     train_images/            the images, named by image_id
@@ -10,12 +10,10 @@ llava_textvqa_val_v051_ocr.jsonl.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fusion_jax.evals import choices, files, vqa
-from fusion_jax.evals.task import Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import Question, Rule, Scored, Task, picture, summarise_accuracy
 
 DATA = "TextVQA_0.5.1_val.json with the images in train_images/, or the validation split in Parquet files"
 _OCR_PROMPTS = "llava_textvqa_val*_ocr.jsonl"
@@ -65,12 +63,8 @@ def read_with_ocr(data_dir: Path) -> list[Question]:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = vqa.normalise(answer)
-    return said, vqa.accuracy(said, [vqa.normalise(person) for person in question.reference])
-
-
-def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    return {"accuracy": percent([p.score for p in predictions])}
+    parsed = vqa.normalise(answer)
+    return parsed, vqa.accuracy(parsed, [vqa.normalise(person) for person in question.reference])
 
 
 TASK = Task(
@@ -79,7 +73,7 @@ TASK = Task(
     DATA,
     read,
     score,
-    summarise,
+    summarise_accuracy,
     headline="accuracy",
     max_tokens=128,
     rule=choices.LMMS_EVAL,

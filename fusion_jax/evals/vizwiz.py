@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.evals import choices, files, vqa
-from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, percent, picture
+from fusion_jax.evals.task import (
+    Picture,
+    Prediction,
+    Question,
+    Rule,
+    Scored,
+    Task,
+    picture,
+    summarise_accuracy,
+)
 
 _HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -47,20 +56,14 @@ def _question(key: str, row: dict[str, Any], image: Picture) -> Question:
 
 
 def score(question: Question, answer: str) -> Scored:
-    said = vqa.normalise_for_vizwiz(answer)
-    return said, None if question.reference is None else vqa.accuracy(said, question.reference)
+    parsed = vqa.normalise_for_vizwiz(answer)
+    return parsed, None if question.reference is None else vqa.accuracy(parsed, question.reference)
 
 
 def normalised_score(question: Question, answer: str) -> Scored:
     """lmms-eval's rule: both sides are normalised, as for TextVQA."""
-    said, people = vqa.normalise(answer), question.reference
-    return said, None if people is None else vqa.accuracy(said, [vqa.normalise(person) for person in people])
-
-
-def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    if any(p.score is None for p in predictions):
-        return {}
-    return {"accuracy": percent([p.score for p in predictions])}
+    parsed, people = vqa.normalise(answer), question.reference
+    return parsed, None if people is None else vqa.accuracy(parsed, [vqa.normalise(person) for person in people])
 
 
 def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
@@ -79,7 +82,7 @@ def _task(split: str) -> Task:
         _data(split),
         functools.partial(read, split),
         score,
-        summarise,
+        summarise_accuracy,
         headline,
         max_tokens=128,
         submit=submit,

@@ -1,7 +1,7 @@
 """VQA accuracy: ten people's answers, and the normaliser that decides which of them agree.
 
 The normaliser is that of EvalAI's TextVQA server (facebookresearch/mmf), with its slips, because figures are only
-comparable with them: at most 32 periods go, and a period in front of a digit stays wherever it stands.
+comparable with them: at most 32 periods go, and a period before a digit stays wherever it stands.
 """
 
 import re

@@ -1,6 +1,7 @@
-"""How the next token is chosen: greedy, or drawn after repetition penalty, temperature, top-k and top-p, row by row.
+"""Chooses the next token of each row: greedily, or drawn by the row's own settings.
 
-Settings lie on the device as arrays, one value a row, so that one compiled program serves requests that differ.
+The settings are repetition penalty, temperature, top-k and top-p, applied in this order. They are arrays on
+the device, one value a row, so that one compiled program serves requests that differ.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,20 @@ import numpy as np
 
 from fusion_jax.errors import check
 
-_COLDEST = 1e-6  # a lower temperature is 0: logits divided by it would leave float32, and the draw is the likeliest one
+_COLDEST = 1e-6  # a lower temperature counts as 0: logits divided by it overflow float32, and the draw is the argmax
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one request wants.
+    """The settings of one request.
 
     Attributes:
       max_tokens: longest answer in tokens, the stop token included.
-      temperature: 0 takes the most likely token. top_k: draw among so many, 0 for all. top_p: draw among the most
-        likely tokens that together hold this share, 1 for all.
-      repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive and
-        multiplied where negative; 1 changes nothing.
+      temperature: 0 takes the most likely token.
+      top_k: draw from this many of the most likely tokens, 0 for all. top_p: draw from the most likely tokens that
+        together hold this share of the probability, 1 for all.
+      repetition_penalty: logits of tokens of the prompt or the answer are divided by it where positive and multiplied
+        by it where negative; 1 changes nothing.
       seed: the same seed, prompt and settings give the same answer, whatever shares the batch.
       stop: texts that end the answer and are not part of it.
     """
@@ -50,14 +52,14 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the plain argmax does."""
+        """Whether the settings amount to the plain argmax."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Settings:
-    """`Sampling`s as arrays, B rows; `seeds` are uint32, the rest as named."""
+    """Samplings as arrays (B,), one value a row: float32, but top_k int32 and seeds uint32."""
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
@@ -67,7 +69,7 @@ class Settings:
 
 
 def settings(samplings: Sequence[Sampling]) -> Settings:
-    """Arrays on the host, one row a sampling."""
+    """The settings as arrays on the host, one row a sampling."""
     return Settings(
         np.array([s.temperature if s.temperature >= _COLDEST else 0.0 for s in samplings], np.float32),
         np.array([s.top_k for s in samplings], np.int32),
@@ -77,12 +79,13 @@ def settings(samplings: Sequence[Sampling]) -> Settings:
     )
 
 
-def choose(logits: jax.Array, rows: Settings, seen: jax.Array, made: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, rows: Settings, seen: jax.Array, length: jax.Array) -> jax.Array:
     """The next token of each row.
 
     Args:
-      logits: (B, V) float32. seen: (B, V) bool, tokens that the penalty falls on. made: (B,) int32, tokens that the
-        answer has so far: with the row's seed it makes the draw's key, so a draw does not depend on neighbours.
+      logits: (B, V) float32. seen: (B, V) bool, tokens that the penalty applies to.
+      length: (B,) int32, tokens of the answer so far. With the row's seed it makes the draw's key, so that a draw does
+        not depend on the other rows.
 
     Returns:
       (B,) int32.
@@ -91,23 +94,23 @@ def choose(logits: jax.Array, rows: Settings, seen: jax.Array, made: jax.Array) 
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
     scaled = _keep(logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None], rows.top_k, rows.top_p)
-    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(rows.seeds, made)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(rows.seeds, length)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
     return jnp.where(rows.temperature > 0, drawn, likeliest)
 
 
 def _keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits with everything outside top-k, and then top-p, at -inf. Equal logits at the edge of either stay in."""
+    """Sets logits outside top-k, and then outside top-p, to -inf. Logits equal to the last one kept stay, too."""
     vocabulary = logits.shape[-1]
     falling = jnp.sort(logits, axis=-1, descending=True)
     count = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)[:, None]
     falling = jnp.where(jnp.arange(vocabulary)[None] < count, falling, -jnp.inf)
     shares = jax.nn.softmax(falling, axis=-1)
-    # A token stays while the likelier ones before it hold less than top_p. The first always does, also where top_p is
-    # so small that it is 0 in float32.
+    # A token is kept while the more likely ones before it hold less than top_p. The first always is, even where top_p
+    # is so small that it is 0 in float32.
     inside = (jnp.cumsum(shares, axis=-1) - shares < top_p[:, None]) & (falling > -jnp.inf)
     inside = inside.at[:, 0].set(True)
-    # Without top-p rounding must not cost the last tokens.
+    # Where top-p is off, rounding must not drop the last tokens.
     inside = jnp.where(top_p[:, None] >= 1, falling > -jnp.inf, inside)
     lowest = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Text while it is being generated: what can be shown of the tokens so far without ever taking anything back."""
+"""Decodes an answer while it is generated, and holds back text that a later token could still change."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,17 @@ from fusion_jax.data.tokenizer import Tokenizer
 class TextStream:
     """The text of one answer, token by token.
 
-    Held back until it is certain: the bytes of an unfinished UTF-8 character, white space at the end of what is there
-    (it is no part of the answer when nothing follows), and anything that may be the beginning of a stop text. The
-    pieces together are the same text however many tokens come at once.
+    Three things are held back: the bytes of an unfinished UTF-8 character, white space at the end (it is not part of
+    the answer when nothing follows), and anything that may be the beginning of a stop text. The pieces add up to the
+    same text however many tokens come at once.
 
     Args:
-      prefix: the answer is exactly what stands behind this text, white space and all. None: what stands between white
-        space.
+      prefix: the answer is exactly what follows this text, white space included. None: the answer is the text without
+        white space around it.
 
     Attributes:
-      tokens: those so far, the stop token left out. finish: None, "stop" or "length".
+      tokens: the tokens so far without the stop token. length: their number, the stop token included.
+      finish: None, "stop" or "length".
     """
 
     def __init__(
@@ -29,37 +30,37 @@ class TextStream:
         prefix: str | None = None,
     ):
         self.tokens: list[int] = []
-        self.made = 0  # tokens, the stop token included
+        self.length = 0
         self.finish: str | None = None
         self._tokenizer, self._stop_ids, self._stop, self._max = tokenizer, frozenset(stop_ids), tuple(stop), max_tokens
         self._prefix, self._shown = prefix, ""
 
     @property
     def text(self) -> str:
-        """What has been given out so far; after the end, the whole answer."""
+        """The text that has been returned so far; after the end, the whole answer."""
         return self._shown
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Takes the next tokens, those behind the end ignored. Returns the text that has become certain.
+        """Adds the next tokens and returns the text that has become certain. Tokens after the end are ignored.
 
         Args:
-          last: the answer is whole with these tokens, however many more it might have had.
+          last: whether the answer ends with these tokens although more could follow.
         """
         new = ""
         for token in tokens:
             if self.finish is not None:
                 break
-            self.made += 1
+            self.length += 1
             if token in self._stop_ids:
                 self.finish = "stop"
             else:
-                # Ids behind the tokenizer's last one have no text; an untrained model may give them.
+                # Ids beyond the tokenizer's vocabulary have no text; an untrained model may produce them.
                 if token < self._tokenizer.vocab_size:
                     self.tokens.append(token)
-                if self.made >= self._max:
+                if self.length >= self._max:
                     self.finish = "length"
             if self._stop:
-                new += self._more()  # a stop text must be found at its own token
+                new += self._more()  # a stop text ends the answer at its own token
         if last:
             self.finish = "stop"
         return new + self._more()
@@ -82,7 +83,7 @@ class TextStream:
         return new
 
     def _doubtful(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop text begins with."""
+        """The length of the longest suffix of `text` that a stop text begins with."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

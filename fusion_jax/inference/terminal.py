@@ -1,4 +1,4 @@
-"""The conversation behind `fusion_jax.chat`: what its lines and commands do."""
+"""Holds the conversation of `fusion_jax.chat`, and carries out its lines and commands."""
 
 import json
 import re
@@ -12,21 +12,21 @@ from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference import generate
 from fusion_jax.inference.sampling import Sampling
 
-# What a terminal obeys rather than shows; line breaks and tabs are text.
+# Control characters, which a terminal obeys rather than shows; line breaks and tabs are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
-    """A conversation about an image. `say` takes a line and gives False at the end."""
+    """A conversation about an image. `handle` takes a line and returns False at the end."""
 
     def __init__(self, answerer: generate.Answerer, how: Sampling, picture: str | None, write: Callable[[str], None]):
         self.answerer, self.how, self.write = answerer, how, write
         self.picture: Path | None = None
         self.turns: list[dict[str, str]] = []
-        self.show(picture)
+        self.begin(picture)
 
-    def show(self, picture: str | None) -> None:
-        """Another image, or none, and a new conversation. UserError where it cannot be read."""
+    def begin(self, picture: str | None) -> None:
+        """Begins a new conversation about an image, or about none. Raises UserError where it cannot be read."""
         path = Path(picture).expanduser() if picture else None
         if path is not None:
             try:
@@ -35,14 +35,14 @@ class Chat:
                 raise UserError(f"{error}.") from error
         self.picture, self.turns = path, []
 
-    def say(self, line: str) -> bool:
+    def handle(self, line: str) -> bool:
         line = line.strip()
         command, _, rest = line.partition(" ")
         try:
             if command in ("/quit", "/exit"):
                 return False
             if command == "/image":
-                self.show(rest.strip() or None)
+                self.begin(rest.strip() or None)
                 self.write(f"[{self.picture or 'no image'}; new conversation]\n")
             elif command == "/reset":
                 self.turns = []
@@ -52,13 +52,13 @@ class Chat:
             elif command.startswith("/"):
                 self.write("Commands: /image FILE, /reset, /save FILE, /quit.\n")
             elif line:
-                self.ask(line)
+                self.answer(line)
         except (UserError, BadRecord) as error:
             self.write(f"error: {error}\n")
         return True
 
-    def ask(self, question: str) -> None:
-        """Writes the answer as it comes. An answer that Ctrl-C stops counts as far as it came."""
+    def answer(self, question: str) -> None:
+        """Writes the answer while it is generated. One that Ctrl-C stops stays in the conversation as it is."""
         turns = [*self.turns, {"from": "human", "value": question}]
         record = Record("chat", self.picture, turns, "the conversation", literal=True)
         answer = ""
@@ -74,8 +74,8 @@ class Chat:
 
     def save(self, name: str) -> None:
         if not name:
-            raise UserError("Say where: /save FILE")
-        # In a record the tag is an image, whoever wrote it.
+            raise UserError("Name the file: /save FILE")
+        # In a record the tag always stands for an image, so typed ones are removed.
         turns = [turn | {"value": turn["value"].replace(conversation.IMAGE_TAG, "")} for turn in self.turns]
         record = {"id": "chat", "conversations": turns}
         if self.picture is not None and record["conversations"]:
@@ -83,7 +83,7 @@ class Chat:
             first = record["conversations"][0]
             first["value"] = f"{conversation.IMAGE_TAG}\n{first['value']}"
         try:
-            text = json.dumps([record], indent=2, ensure_ascii=False)  # what was typed may be no UTF-8
+            text = json.dumps([record], indent=2, ensure_ascii=False)  # typed text may not be valid UTF-8
             Path(name).expanduser().write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"Cannot write {name}: {error.strerror}.") from error

@@ -8,7 +8,6 @@ some records more, which count in their own lines only.
 import dataclasses
 import functools
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,10 @@ import grain
 import numpy as np
 import tqdm
 
-from fusion_jax.batch import Batch, windows
+from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
-from fusion_jax.data import packing, tiles
-from fusion_jax.data.conversation import ANSWER_START, IMAGE
+from fusion_jax.data import packing
+from fusion_jax.data.conversation import ANSWER_START
 from fusion_jax.data.examples import Loader, stage_loader
 from fusion_jax.data.layout import Example, LayoutSpec, lay_out_rows, needs
 from fusion_jax.data.loader import record_order
@@ -36,7 +35,6 @@ from fusion_jax.data.planner import (
     stage_steps,
 )
 from fusion_jax.data.sources import RecordSource
-from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.devices import flops
 from fusion_jax.errors import BadRecord
@@ -161,7 +159,9 @@ def _measures(opened: Opened, example: Example) -> tuple:
     takes = needs(example, spec, 0)
     text = int((example.input_ids >= 0).sum())
     counts = opened.latent_counts or (0,)
-    cost = float(np.mean([flops.step_flops(model, shape_of_example(example, spec, count)) for count in counts]))
+    cost = float(
+        np.mean([flops.step_flops(model, flops.shape_of_examples([example], spec, count)) for count in counts])
+    )
     return (
         text,
         takes.length - text,
@@ -174,39 +174,6 @@ def _measures(opened: Opened, example: Example) -> tuple:
         example.dropped_rounds,
         cost,
     )
-
-
-def shape_of_example(example: Example, spec: LayoutSpec, latents: int) -> flops.BatchShape:
-    """`flops.shape_of` of the example alone in a batch, without its crops."""
-    takes = needs(example, spec, latents)
-    question = example.question_ids[: len(example.question_ids) if spec.question_length else 0]
-    question = question[question != 0] if spec.hide_question_id_zero else question
-    windows = 0
-    if takes.rounds and latents:
-        tilings = example.tilings or (tiles.WHOLE,) * max(takes.images, 1)
-        pictures, marks = np.flatnonzero(example.input_ids == IMAGE), np.flatnonzero(example.labels == ANSWER_START)
-        shown = np.maximum(np.searchsorted(pictures, marks[: takes.rounds]) - 1, 0)
-        windows = sum(_window_tokens(tilings[image], spec, latents) for image in shown)
-    return flops.BatchShape(
-        lengths=(takes.length,),
-        crops=(len(question) if takes.images else 0,) * takes.crops,
-        plain=takes.crops * spec.quadrants,
-        supervised=int((example.labels[1:] >= 0).sum()),
-        rounds=takes.rounds,
-        latent_count=latents,
-        windows=windows,
-    )
-
-
-@functools.lru_cache(1 << 14)
-def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latents: int) -> int:
-    """Tokens that the windows of one round's latents hold together."""
-    cells = math.isqrt(latents)
-    side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
-    found = windows(side, cells)[1].sum()
-    if tiling.rows:
-        found += tile_windows(tiling, spec.image_size, math.isqrt(spec.tile_tokens), cells)[1].sum()
-    return int(found)
 
 
 # Steps.

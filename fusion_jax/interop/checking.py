@@ -1,4 +1,4 @@
-"""Does a folder hold what its config.json speaks of? Known from the headers, before anything is loaded."""
+"""Checks from the headers, before anything is loaded, that tensors agree with their config.json."""
 
 import dataclasses
 import os
@@ -15,7 +15,10 @@ from fusion_jax.models.config import LLMConfig, VisionConfig
 def check_sizes(
     tensors: TensorFolder | GgufFile, prefix: str, tower: VisionConfig | None, decoder: LLMConfig | None
 ) -> None:
-    """Do the largest numbers of a config agree with the headers? Before anything is made in these numbers."""
+    """UserError where the largest sizes of a config differ from the headers, or a tensor exceeds the memory.
+
+    This comes first, as everything else is made in these sizes.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     if tower is not None:
         expected[f"{prefix}embeddings.position_embedding.weight"] = (tower.patches, tower.width)
@@ -26,9 +29,9 @@ def check_sizes(
         expected[f"{last}self_attn.o_proj.weight"] = (decoder.width, decoder.per_head * decoder.heads)
         expected[f"{last}mlp.down_proj.weight"] = (decoder.width, decoder.mlp_dim)
     for name, shape in expected.items():
-        check(name in tensors.entries, f"{tensors.folder} lacks {name}, which its config speaks of.")
-        found = tensors.entries[name].shape
-        check(found == shape, f"{tensors.folder}: {name} has shape {found}; the config asks for {shape}.")
+        check(name in tensors.entries, f"{tensors.folder} lacks {name}, which its config.json needs.")
+        actual = tensors.entries[name].shape
+        check(actual == shape, f"{tensors.folder}: {name} has shape {actual}; the config asks for {shape}.")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name, entry in tensors.entries.items():
         size = size_of([(entry.shape, entry.dtype)]) if entry.dtype in DTYPES else 0
@@ -45,10 +48,15 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     others: tuple[str, ...] = (),
 ) -> None:
-    """`table.check_complete` for a folder; `shapes` overrides rows', `others` are beginnings of names not wanted."""
-    found = {name: entry.shape for name, entry in tensors.entries.items() if not name.startswith(others)}
+    """`table.check_complete` for a folder, and UserError for a type that cannot be read.
+
+    Args:
+      rows: of the table. tensors: of the folder. unused: ends of names that may be left over.
+      shapes: replace those of the rows by name. others: beginnings of names that are left out.
+    """
+    actual = {name: entry.shape for name, entry in tensors.entries.items() if not name.startswith(others)}
     rows = [dataclasses.replace(row, shape=shapes.get(row.name, row.shape)) for row in rows]
-    table.check_complete(rows, found, unused, str(tensors.folder))
+    table.check_complete(rows, actual, unused, str(tensors.folder))
     for row in rows:
         entry = tensors.entries[row.name]
         check(

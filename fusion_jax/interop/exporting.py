@@ -1,10 +1,9 @@
-"""Our checkpoints into folders for PyTorch: `published` (the published code's own) and `transformers` (our own model).
+"""Exports checkpoints as folders for PyTorch: for the published code, or for transformers.
 
 Parameters are read group by group and written into memory-mapped safetensors files, so that memory stays at a few
 tensors whatever the model.
 """
 
-import datetime
 import json
 import logging
 import os
@@ -20,27 +19,29 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax import __version__
 from fusion_jax.config import RunConfig
 from fusion_jax.data import chat_template
 from fusion_jax.data.conversation import find_template, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check, check_choice
-from fusion_jax.files import brief, shown
-from fusion_jax.interop import hf_config, table
-from fusion_jax.interop.importing import UNUSED, parameter_shapes, unpack
+from fusion_jax.files import shown
+from fusion_jax.interop import FORMATS, hf_config, table
+from fusion_jax.interop.families import family_of
+from fusion_jax.interop.model_card import model_card
+from fusion_jax.interop.new_folder import check_room, new_folder
+from fusion_jax.interop.opening import UNUSED, unpack
 from fusion_jax.interop.published import TowerFolder, check_opens, name_note, place_tower
-from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, check_room, new_folder, size_of
+from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
+from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, size_of
 from fusion_jax.interop.torch import names
 from fusion_jax.training import checkpoint, loading
 from fusion_jax.training.about import config_of
 from fusion_jax.training.checkpoint_arrays import Damaged, raise_if_no_damage, stored_shapes, unreadable
-from fusion_jax.training.jsonl import read_rows
 from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
 
-FORMATS = ("published", "transformers")
 _GROUP_BYTES = 10**9
 _POSITIONS = "vision/position_embedding"
 
@@ -49,7 +50,7 @@ _POSITIONS = "vision/position_embedding"
 class Checkpoint:
     """A step folder, its run config, its `about` entry, and dtype and shape of every parameter by path.
 
-    The tower's stacks may have layers that the model's taps leave out; they are exported, too.
+    The tower's stacks may have layers that the model's taps do not read; these are exported, too.
     """
 
     folder: Path
@@ -59,26 +60,27 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Looks at a checkpoint without reading its parameters.
+    """Opens a checkpoint without reading its parameters.
 
     Raises:
-      UserError: there is none, or it holds parameters of another model than it says.
+      UserError: there is no checkpoint, or its parameters are not those of its config.
     """
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
     config = config_of(about, folder)
     stored = flatten_dict(stored_shapes(folder), sep="/")
-    found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
+    parameters = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
     shapes = parameter_shapes(config.model)
     every = table.all_shapes(config.model, shapes)
     first = next(path for path in shapes if path.startswith(table.TOWER))
-    if first in found and found[first][0] == every[first]:
+    if first in parameters and parameters[first][0] == every[first]:
         shapes = every
     for name, shape in shapes.items():
-        check(name in found, f"{folder} lacks the parameter {name}.")
-        check(found[name][0] == shape, f"{folder}: {name} has shape {found[name][0]}; its config asks for {shape}.")
-        check(found[name][1] in DTYPES, f"{folder}: {name} has type {found[name][1]}; allowed: {', '.join(DTYPES)}.")
-    return Checkpoint(folder, config, about, found)
+        check(name in parameters, f"{folder} lacks the parameter {name}.")
+        actual, dtype = parameters[name]
+        check(actual == shape, f"{folder}: {name} has shape {actual}; its config asks for {shape}.")
+        check(dtype in DTYPES, f"{folder}: {name} has type {dtype}; allowed: {', '.join(DTYPES)}.")
+    return Checkpoint(folder, config, about, parameters)
 
 
 def export(path: str | Path, target: str | Path, format: str, dtype: str | None = None, progress: bool = True) -> Path:
@@ -92,8 +94,8 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
       The step folder that was exported.
 
     Raises:
-      UserError: an unknown format or dtype, a model that the format cannot hold (published: dynamic resolution), a
-        target that is not empty, a full disk.
+      UserError: the format or dtype is unknown, the format cannot hold the model (`published` has no dynamic
+        resolution), the target is not empty, or the disk is full.
     """
     check_choice("format ", format, FORMATS)
     if dtype is not None:
@@ -114,19 +116,19 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
     main = dtype or source.parameters["llm/embedding"][1]
     check(
         not (published and model.tile_grids),
-        f"{source.folder}: the published code knows no dynamic resolution (tile_grids); --format transformers does.",
+        f"{source.folder}: the published code has no dynamic resolution (tile_grids); use --format transformers.",
     )
     described, unused, tower = {}, {}, None
     if published:
         origin = mapping(source.about, "origin", f"{source.folder} (its description)")
         came_from = mapping(origin, "config", f"{source.folder} (what it came from)")
         with hf_config.reading(f"{source.folder}"):
-            described = hf_config.published_config(model, config.template, came_from, main)
+            described = published_config(model, config.template, came_from, main)
             check_opens(model, config.template)
     shapes = {path: shape for path, (shape, _) in source.parameters.items()}
     rows = names.rows(model, shapes)
     if published:
-        rows = table.published_rows(model, shapes, hf_config.is_fused(described))
+        rows = table.published_rows(model, shapes, family_of(described["model_type"]).fused)
         unused = _unused(origin, model.vision.width, main, f"{source.folder} (what it came from)")
         unused = {name: array for name, array in unused.items() if name not in {row.name for row in rows}}
         described["mm_vision_tower"], tower = place_tower(model, described, Path(target), shapes)
@@ -136,7 +138,7 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
     alone = {name: (shape, of_tower) for name, shape in tower.shapes.items()} if tower else {}
     check_room(target, size_of([*tensors.values(), *alone.values()]))
     with new_folder(target) as building:
-        # What is small and may be refused comes before what takes long.
+        # Small files, which may be refused, come before the tensors, which take long.
         with hf_config.reading(f"{source.folder} (its tokenizer)"):
             tokenizer = None
             if source.about["tokenizer"] or not published:
@@ -157,7 +159,7 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         else:
             needed = names.rows(model, parameter_shapes(model))
             count = sum(int(np.prod(row.shape)) for row in needed)
-            (building / "README.md").write_text(model_card(source, main, count))
+            (building / "README.md").write_text(model_card(source.folder, config, main, count))
         writer = TensorWriter(building, tensors)
         for name, array in unused.items():
             assign(writer[name], array, name)
@@ -177,7 +179,7 @@ def _write_tower(
     tensors: dict[str, tuple[tuple[int, ...], str]],
     progress: bool,
 ) -> None:
-    """The tower alone. Its last layer, which the published code drops unread, is zeros: it changes nothing."""
+    """Writes the tower alone. Its last layer is zeros, as the published code drops it unread."""
     folder = building / tower.name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tower.config, indent=2) + "\n")
@@ -187,7 +189,7 @@ def _write_tower(
 
 
 def _drop_pointers(path: Path) -> None:
-    """Who trusts the code of an exported folder should not run that of the folder its tokenizer came from."""
+    """Removes pointers to code from a config: trust in the exported code must not run the code of another folder."""
     config = read_object(path) if path.is_file() else {}
     if not config.keys().isdisjoint(hf_config.POINTERS):
         kept = {key: value for key, value in config.items() if key not in hf_config.POINTERS}
@@ -195,10 +197,10 @@ def _drop_pointers(path: Path) -> None:
 
 
 def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[str, np.ndarray]:
-    """Tensors that the published files hold and nothing uses: as they were imported, else the identity."""
+    """Tensors that the published files hold and nothing uses: as they were imported, or else the identity."""
     if origin.get("unused") is not None:
         kept = mapping(origin, "unused", where)
-        check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors beyond those that nothing uses.")
+        check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors that are not among the unused ones.")
         return {name: unpack(packed, f"{where}, {shown(name)}") for name, packed in kept.items()}
     return {
         f"{table.VISION}post_layernorm.weight": np.ones(width, DTYPES[dtype]),
@@ -207,7 +209,7 @@ def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[
 
 
 def _copy(source: Checkpoint, rows: list[table.Row], writer: TensorWriter, progress: bool) -> None:
-    """Fills the writer, one group of parameters after the other."""
+    """Fills the writer group by group of parameters."""
     places: dict[str, list[tuple[table.Row, int, int | None]]] = {}
     for row in rows:
         for nth, (path, index) in enumerate(row.paths):
@@ -243,7 +245,7 @@ def _groups(source: Checkpoint, paths: list[str]) -> Iterator[list[str]]:
 
 
 def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
-    """Some parameters, in their own dtype."""
+    """Reads some parameters in their own dtype."""
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     like = {
         path: jax.ShapeDtypeStruct(shape, DTYPES[dtype], sharding=here) if path in paths else ocp.PLACEHOLDER
@@ -256,87 +258,3 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
         raise unreadable(source.folder, error) from error
     flat = flatten_dict(loaded, sep="/")
     return {path: np.asarray(flat[path]) for path in paths}
-
-
-def model_card(source: Checkpoint, dtype: str, parameters: int) -> str:
-    """The README.md of a `transformers` folder, from the run's config and the metrics beside the checkpoint."""
-    config, model = source.config, source.config.model
-    vision, step = model.vision, checkpoint.step_of(source.folder)
-    made = f"Trained to step {step} with" if step else "Converted with"
-    stages = [stage for stage in config.stages if stage.data]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "---",
-        "",
-        "# A vision-language model whose vision encoder reads the question",
-        "",
-        f"{parameters:,} parameters in {dtype} (FLARE, ICLR 2026; FUSION, arXiv 2504.09925). {made} "
-        f"fusion_jax {__version__}; exported {datetime.date.today()}.",
-        "",
-        "```python",
-        "from PIL import Image",
-        "from transformers import AutoModelForCausalLM, AutoProcessor",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
-        'processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
-        'chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}]',
-        'inputs = processor([chat], images=[[Image.open("image.jpg")]])',
-        'answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]',
-        "print(processor.batch_decode(answer, skip_special_tokens=True))",
-        "```",
-        "",
-        "| part | |",
-        "|---|---|",
-        f"| vision encoder | {vision.layers} layers, width {vision.width}, {vision.image_size} pixels, patches of "
-        f"{vision.patch_size}; guided by the question: {_yes(model.text_guided)} |",
-        f"| language model | {model.llm.layers} layers, width {model.llm.width}, vocabulary {model.llm.vocab_size} |",
-        f"| semantic exchange | {model.exchange_layers} layers, l^2 of {_listed(model.latent_counts)} |",
-        f"| mapping loss | lambda {model.mapping_loss_weight} |",
-        f"| template | {config.template} |",
-        "",
-    ]
-    if stages:
-        lines += [
-            "## Training",
-            "",
-            "| stage | data | batch | learning rate | steps or epochs |",
-            "|---|---|---|---|---|",
-        ]
-        for s in stages:
-            length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
-            name, data = shown(s.name), shown(Path(s.data).name)
-            lines.append(f"| {name} | {data} | {s.batch_size} | {s.learning_rate} | {length} |")
-        lines.append("")
-    lines += _metrics(source)
-    return "\n".join(lines)
-
-
-def _metrics(source: Checkpoint) -> list[str]:
-    """The last training and validation losses written before this step, where the run's metrics are at hand."""
-    file = source.folder.parent.parent / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    last: dict[str, float] = {}
-    try:
-        for entry in read_rows(file):
-            if entry["step"] <= checkpoint.step_of(source.folder):
-                wanted = ("total", "ce", "v2t", "t2v")
-                for name, value in entry.items():
-                    if name in wanted or name.startswith("validation/"):
-                        if type(value) not in (int, float):
-                            raise ValueError(f"{name} is {brief(value)} at step {entry['step']}")
-                        last[name] = float(value)
-    except (OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file} holds other lines than a run writes: {shown(error)}.") from error
-    rows = [f"| {shown(name)} | {value:.4f} |" for name, value in sorted(last.items())]
-    return ["## Metrics at this step", "", "| loss | |", "|---|---|", *rows, ""] if rows else []
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
-
-
-def _listed(counts: tuple[int, ...]) -> str:
-    return "{" + ", ".join(map(str, counts)) + "}"

@@ -1,7 +1,7 @@
-"""A language model in a GGUF file, offered as a Hugging Face folder is: config.json's keys, tensors by their names.
+"""Reads a language model in a GGUF file like a Hugging Face folder: config.json and named tensors.
 
-Numbers that are packed in fewer bits are unpacked by the package `gguf`; the tensors are those that llama.cpp computes
-with, not those they were made from. Key and tensor names, the order of rotary pairs and the factors of Llama 3's
+The package `gguf` unpacks quantised numbers; the tensors are those that llama.cpp computes with, not those before
+quantisation. Key and tensor names, the order of rotary pairs and the factors of Llama 3's
 scaling: github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py and convert_hf_to_gguf.py.
 """
 
@@ -18,13 +18,13 @@ from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, check
 from fusion_jax.files import brief, shown
 from fusion_jax.interop import table
+from fusion_jax.interop.families import FAMILIES, GGUF, Family
 from fusion_jax.interop.gguf_header import MAGIC, read_header
 from fusion_jax.interop.gguf_tokenizer import write_tokenizer
 from fusion_jax.interop.tensors import DTYPES, Entry
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import number, text, whole
 
-ARCHITECTURES = ("llama", "phi3", "qwen2")
 _WHOLE = {"token_embd.weight": table.EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": table.HEAD}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -39,7 +39,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _FREQUENCIES, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-# Keys that change the arithmetic unless they are 0, and that no model of the three architectures here needs.
+# Keys that change the arithmetic unless they are 0; models of these architectures do not use them.
 _OTHER = (
     "expert_count",
     "attention.max_alibi_bias",
@@ -55,7 +55,7 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 def find(llm: Path) -> Path | None:
-    """The GGUF file that `llm` is, or that a folder without other weights holds; None for anything else.
+    """The GGUF file at `llm`, or the one in a folder without other weights; None for anything else.
 
     Raises:
       UserError: the folder holds several.
@@ -77,15 +77,15 @@ class GgufFile:
     """The tensors of a GGUF file by the names of a Hugging Face folder, like `TensorFolder`.
 
     Attributes:
-      folder: the file. entries: tensor name to `Entry`; what is packed is float32. config: what config.json would say.
+      folder: the file. entries: tensor name to `Entry`; quantised tensors are float32. config: as in config.json.
     """
 
     def __init__(self, path: Path):
         """Reads the header.
 
         Raises:
-          UserError: the package is missing; the file is damaged, cut short or of another kind; its architecture or an
-            option of it is not supported.
+          UserError: the package is missing, the file is damaged, cut short or not GGUF, or its architecture or one of
+            its options is not supported.
         """
         try:
             import gguf
@@ -95,10 +95,11 @@ class GgufFile:
         self._header = read_header(path)
         self._values = self._header.values
         self._check_kind()
+        self._family: Family = FAMILIES[GGUF[self._values["general.architecture"]]]
         self._sizes = {name: self._size(name) for name in self._header.places}
         self.config = self._config()
         self._names = {self._theirs(name): name for name in self._header.places}
-        # One type for a stack of layers: packed numbers are unpacked to float32, and what is mixed becomes that, too.
+        # A stack of layers has one type: float32 where tensors are quantised or of several types.
         wide = {self._type(name) for name, place in self._header.places.items() if len(place.shape) > 1}
         common = wide.pop() if len(wide) == 1 else "float32"
         self.entries = {
@@ -111,8 +112,8 @@ class GgufFile:
         where = str(self.folder)
         arch = text(self._values, "general.architecture", where)
         check(
-            arch in ARCHITECTURES,
-            f"{where}: the architecture {brief(arch)} is not supported; supported: {', '.join(ARCHITECTURES)}.",
+            arch in GGUF,
+            f"{where}: the architecture {brief(arch)} is not supported; supported: {', '.join(GGUF)}.",
         )
         parts = whole(self._values, "split.count", where, 0, 1 << 16, 0)
         check(parts <= 1, f"{where} is one of {parts} parts; join them first (llama-gguf-split --merge).")
@@ -122,7 +123,7 @@ class GgufFile:
         check(scale == 1.0, f"{where}: {arch}.rope.scale_linear={scale} is not supported.")
 
     def _size(self, name: str) -> int:
-        """Bytes of a tensor in the file, which are all there and of a type that can be unpacked."""
+        """Bytes of a tensor. UserError where they are not all in the file, or its type cannot be unpacked."""
         gguf, place, where = self._gguf, self._header.places[name], f"{self.folder}: {shown(name)}"
         try:
             kind = gguf.GGMLQuantizationType(place.kind)
@@ -133,10 +134,10 @@ class GgufFile:
             known = place.kind in iter(gguf.GGMLQuantizationType)
             named = gguf.GGMLQuantizationType(place.kind).name if known else place.kind
             raise UserError(f"{where} is packed as {named}, which cannot be unpacked.") from error
-        check(place.shape[-1] % block == 0, f"{where} is damaged: rows of {place.shape[-1]} are no whole blocks.")
+        check(place.shape[-1] % block == 0, f"{where} is damaged: rows of {place.shape[-1]} are not whole blocks.")
         length = math.prod(place.shape) // block * size
         there = len(self._header.data)
-        check(place.start + length <= there, f"{where} ends behind the file's {there:,} bytes: it is cut short.")
+        check(place.start + length <= there, f"{where} ends after the file's {there:,} bytes: it is cut short.")
         return length
 
     def _type(self, name: str) -> str:
@@ -148,7 +149,7 @@ class GgufFile:
         if match is None or match[2] not in _LAYER:
             return _WHOLE.get(name, name)
         part = _LAYER[match[2]]
-        if self.config["model_type"] == "phi3" and part == "mlp.up_proj":
+        if self._family.fused and part == "mlp.up_proj":
             part = "mlp.gate_up_proj"
         return f"model.layers.{int(match[1])}.{part}.{match[3]}"
 
@@ -169,7 +170,7 @@ class GgufFile:
             other = size(key, "head_dim", head)
             check(other == head, f"{where}: {arch}.{key}={other} is not supported; heads have {head} numbers.")
         config = {
-            "model_type": arch,
+            "model_type": GGUF[arch],
             "vocab_size": self._header.places["token_embd.weight"].shape[0],
             "hidden_size": width,
             "intermediate_size": size("feed_forward_length", "mlp_dim"),
@@ -193,8 +194,8 @@ class GgufFile:
         return config | self._scaling(config)
 
     def _scaling(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json's keys for the rotary scaling, which lies in tensors of its own."""
-        values, where, arch = self._values, str(self.folder), config["model_type"]
+        """config.json's keys for the rotary scaling, whose factors are tensors in GGUF."""
+        values, where, arch = self._values, str(self.folder), self._family.gguf
         kind = text(values, f"{arch}.rope.scaling.type", where, "none")
         original = f"{arch}.rope.scaling.original_context_length"
         if _LONG in self._sizes and _SHORT in self._sizes:
@@ -231,7 +232,7 @@ class GgufFile:
         factors = [_decimal(one) for one in self._unpacked(name).astype(np.float32).tolist()]
         least, most = RANGES["factor"]
         good = all(least <= one <= most for one in factors)  # NaN is in no range
-        check(good, f"{self.folder}: {name} has values that are no factors from {least:g} to {most:g}.")
+        check(good, f"{self.folder}: {name} has values that are not factors from {least:g} to {most:g}.")
         return factors
 
     def _unpacked(self, name: str) -> np.ndarray:
@@ -248,15 +249,15 @@ class GgufFile:
         array = self._unpacked(self._names[name])
         heads = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
         key = heads.get(name.rpartition("self_attn.")[2])
-        if key is not None and self.config["model_type"] == "llama":
+        if key is not None and self._family.gguf_interleaved:
             array = _apart(array, self.config[key])
         return array.astype(DTYPES[self.entries[name].dtype], copy=False)
 
     def tokenizer(self, folder: Path) -> tuple[Tokenizer, tempfile.TemporaryDirectory | None]:
-        """The tokenizer whose files lie in `folder`, else that of the metadata, with its files' folder to be kept.
+        """The tokenizer of `folder`, or else of the metadata, with the folder of its files, which the caller keeps.
 
         Raises:
-          UserError: neither is there, or the metadata's is of a kind that cannot be told from it.
+          UserError: there is no tokenizer, or that of the metadata is not fully described.
         """
         if any(os.path.lexists(folder / name) for name in _TOKENIZER_FILES):
             return load_tokenizer(folder), None
@@ -266,18 +267,18 @@ class GgufFile:
 
 
 def _apart(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key matrix with rotary pairs half a head apart: llama.cpp's lie beside each other."""
+    """Orders the rows of a query or key matrix with rotary pairs half a head apart; llama.cpp interleaves them."""
     rows, columns = array.shape
     return array.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _decimal(value: float) -> float:
-    """A float32 as the shortest decimal number that means it: 1e-05 for 9.999999747378752e-06."""
+    """A float32 as the shortest decimal number that rounds to it: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _llama3_factors(scaling: dict[str, Any], config: dict[str, Any]) -> np.ndarray:
-    """By what Llama 3's scaling divides each rotary frequency, (head_dim / 2,)."""
+    """Divisors of the rotary frequencies in Llama 3's scaling, (head_dim / 2,)."""
     head = config["head_dim"]
     waves = 2 * math.pi * config["rope_theta"] ** (np.arange(0, head, 2) / head)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -1,9 +1,9 @@
-"""The header of a GGUF file: its keys and values, and where its tensors lie.
+"""Reads the header of a GGUF file: its keys and values, and the places of its tensors.
 
     "GGUF", version, number of tensors, number of keys | keys with values | name, shape, type, offset | padding | data
 
-It is read here, and not by the package `gguf`, because every count and length is a number that the file itself gives:
-a damaged one would ask for any amount of time or memory. Layout: github.com/ggml-org/ggml, docs/gguf.md.
+It is read here and not by the package `gguf`, because every count and length comes from the file itself: a damaged file
+could demand any amount of time or memory. Layout: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import math
@@ -31,7 +31,7 @@ _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of a GGUF file: shape (the axis that changes fastest last), number of its type, and its first byte."""
+    """A tensor of a GGUF file: its shape (the fastest axis last), the number of its type, and its first byte."""
 
     shape: tuple[int, ...]
     kind: int
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """`values` by key (numbers, texts, lists of them), `places` by tensor name, and the file's bytes, mapped."""
+    """`values` by key (numbers, texts, lists of them), `places` by tensor name, and the file as a memory map."""
 
     path: Path
     values: dict[str, Any]
@@ -49,24 +49,27 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads no tensor.
+    """Reads the header, and no tensor.
 
     Raises:
-      UserError: it is no GGUF file of a version from 2 to 3, is damaged, or is cut short within the header. Whether
-        the tensors lie within the file is for who knows their types.
+      UserError: it is not a GGUF file of version 2 or 3, is damaged, or ends within the header. Whether the tensors lie
+        within the file depends on their types and is checked by `GgufFile`.
     """
     try:
         with open_file(path) as file:
-            check(file.read(4) == MAGIC, f"{path} is no GGUF file.")
+            check(file.read(4) == MAGIC, f"{path} is not a GGUF file.")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     reader = _Reader(data, path)
     (version,) = reader.take("<I")
-    check(version in (2, 3), f"{path} is GGUF of version {version}; versions 2 and 3 are read (bytes in usual order).")
+    check(
+        version in (2, 3),
+        f"{path} is GGUF of version {version}; versions 2 and 3 in little-endian order are supported.",
+    )
     tensors, keys = reader.take("<QQ")
-    check(tensors <= _MOST_TENSORS, f"{path} is damaged: it speaks of {tensors:,} tensors.")
-    check(keys <= _MOST_KEYS, f"{path} is damaged: it speaks of {keys:,} keys.")
+    check(tensors <= _MOST_TENSORS, f"{path} is damaged: it claims {tensors:,} tensors.")
+    check(keys <= _MOST_KEYS, f"{path} is damaged: it claims {keys:,} keys.")
     values: dict[str, Any] = {}
     for _ in range(keys):
         key = reader.text(_MOST_NAME)
@@ -96,7 +99,7 @@ class _Reader:
         self.left = _MOST_VALUES
 
     def _advance(self, size: int) -> int:
-        """The place of the next `size` bytes, which are in the file."""
+        """Moves past the next `size` bytes, and returns where they begin. UserError where the file ends before."""
         begin, self.at = self.at, self.at + size
         check(self.at <= len(self.data), f"{self.path} is damaged or cut short: its header ends at {len(self.data):,}.")
         check(self.at <= _MOST_BYTES, f"{self.path} is damaged: its header has over {_MOST_BYTES >> 20} MB.")
@@ -107,12 +110,12 @@ class _Reader:
 
     def text(self, most: int = _MOST_BYTES) -> str:
         (size,) = self.take("<Q")
-        check(size <= most, f"{self.path} is damaged: it speaks of a text of {size:,} bytes.")
+        check(size <= most, f"{self.path} is damaged: it claims a text of {size:,} bytes.")
         begin = self._advance(size)
         try:
             return self.data[begin : self.at].decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is damaged: a text at byte {begin:,} is no UTF-8.") from error
+            raise UserError(f"{self.path} is damaged: a text at byte {begin:,} is not UTF-8.") from error
 
     def value(self, kind: int, key: str) -> Any:
         if kind == _TEXT:
@@ -121,7 +124,7 @@ class _Reader:
             return self._numbers(kind, 1, key)[0]
         inner, count = self.take("<IQ")
         self.left -= min(count, _MOST_VALUES + 1)
-        check(self.left >= 0, f"{self.path} is damaged: {shown(key)} speaks of {count:,} values.")
+        check(self.left >= 0, f"{self.path} is damaged: {shown(key)} claims {count:,} values.")
         if inner == _TEXT:
             return [self.text() for _ in range(count)]
         return self._numbers(inner, count, key)

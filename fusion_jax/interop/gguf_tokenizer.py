@@ -1,8 +1,8 @@
-"""The tokenizer in a GGUF file's metadata, written as the files of a tokenizer folder.
+"""Writes the tokenizer in a GGUF file's metadata as the files of a tokenizer folder.
 
-The metadata name a byte-level BPE's tokens and merges, but of how it splits a text only a name (`tokenizer.ggml.pre`);
-the known ones are here. Of SentencePiece tokenizers they leave out which added tokens swallow the white space behind
-them (Phi); for these, the tokenizer's own files must lie beside the GGUF file.
+The metadata hold the tokens and merges of a byte-level BPE, but only a name for how it splits texts
+(`tokenizer.ggml.pre`); the known ones are here. Of SentencePiece tokenizers they leave out which added tokens swallow
+the white space after them (Phi); for these, the tokenizer's own files must lie beside the GGUF file.
 """
 
 import json
@@ -54,14 +54,14 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
       values: the metadata. folder: exists. where: the GGUF file, for messages.
 
     Raises:
-      UserError: there is no tokenizer, one of another kind, or one that contradicts itself.
+      UserError: there is no tokenizer, it is of another kind, or it contradicts itself.
     """
     named = str(where)
     kind = text(values, "tokenizer.ggml.model", named, "")
     check(kind != "", f"{where} holds no tokenizer; {_BESIDE}.")
     check(kind == "gpt2", f"{where}: a tokenizer of type {brief(kind)} cannot be read from GGUF; {_BESIDE}.")
     pre = text(values, "tokenizer.ggml.pre", named, "default")
-    check(pre in _SPLITS, f"{where}: how its tokenizer ({brief(pre)}) splits texts is not known; {_BESIDE}.")
+    check(pre in _SPLITS, f"{where}: it is not known how its tokenizer ({brief(pre)}) splits texts; {_BESIDE}.")
     words, kinds = (
         _of(str, values, "tokenizer.ggml.tokens", named),
         _of(int, values, "tokenizer.ggml.token_type", named),
@@ -75,7 +75,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(words)}
     check(len(vocabulary) == len(words), f"{where}: tokenizer.ggml.tokens names a token twice.")
     merges = [tuple(merge.split(" ")) for merge in _of(str, values, "tokenizer.ggml.merges", named)]
-    check(all(len(merge) == 2 for merge in merges), f"{where}: tokenizer.ggml.merges holds other things than pairs.")
+    check(all(len(merge) == 2 for merge in merges), f"{where}: tokenizer.ggml.merges holds values that are not pairs.")
     try:
         model = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
     except Exception as error:  # the library raises no narrower class

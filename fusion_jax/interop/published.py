@@ -1,7 +1,7 @@
-"""What the published code can open, and the folder of a vision tower that it does not know by hub id.
+"""Checks what the published code can open, and describes folders for vision towers that it needs.
 
-It opens `mm_vision_tower` of config.json as transformers does, a hub id or a folder, before it reads the model's own
-weights, and takes one of two encoders by that word. Both are written for one number of patches and for taps at fixed
+It opens `mm_vision_tower` of config.json like transformers, as a hub id or a folder, before it reads the model's own
+weights, and chooses one of two encoders by that name. Each is written for one number of patches and for taps at fixed
 layers (starriver030515/FUSION at 421b449: fusion/model/multimodal_encoder).
 
     "siglip2" in it   384 pixels, patches of 16, taps as of 38 or 39 layers that run      (SigLIP2-giant: 39)
@@ -18,13 +18,14 @@ from typing import Any
 from fusion_jax.errors import check
 from fusion_jax.files import shown
 from fusion_jax.interop import hf_config, table
+from fusion_jax.interop.families import FAMILIES, PUBLISHED
 from fusion_jax.interop.tensors import Shape
 from fusion_jax.models.config import FusionConfig, VisionConfig
 
 _SIDE = 384
 _PREFIX = "vision_model."
-# Its conversation templates that ours are: its others belong to models without text-guided encoding.
-_TEMPLATES = ("phi3", "llama3")
+# The conversation templates that it shares with us; its others belong to models without text-guided encoding.
+_TEMPLATES = tuple(FAMILIES[name].template for name in PUBLISHED.values())
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _chosen(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class TowerFolder:
-    """A tower's own folder inside an export: its name there, config.json, rows, and the shapes of all its tensors."""
+    """The folder of a tower inside an export: its name, config.json, rows of the table, and shapes of all tensors."""
 
     name: str
     config: dict[str, Any]
@@ -58,7 +59,7 @@ class TowerFolder:
 
 
 def check_opens(model: FusionConfig, template: str) -> None:
-    """UserError where the published code has no encoder for the tower or does not write the template."""
+    """UserError where the published code has no encoder for the tower, or lacks the chat template."""
     tower = model.vision
     check(
         any(encoder.runs(tower) for encoder in _ENCODERS),
@@ -77,31 +78,31 @@ def check_opens(model: FusionConfig, template: str) -> None:
 def place_tower(
     model: FusionConfig, described: Mapping[str, Any], target: Path, shapes: table.Shapes
 ) -> tuple[str, TowerFolder | None]:
-    """Where the published code finds the tower.
+    """Decides where the published code will find the tower.
 
     Args:
-      model: one that `check_opens` takes. described: its config.json. target: the folder of the export.
+      model: one that passes `check_opens`. described: its config.json. target: the folder of the export.
       shapes: of our parameters by path.
 
     Returns:
-      What `mm_vision_tower` has to be, and the folder to write inside `target`, None where a hub id or the path of
-      the folder that the model came from stands for it.
+      The value of `mm_vision_tower`, and the folder to write inside `target`; None where the value is a hub id, or the
+      path of the folder that the model came from.
 
     Raises:
       UserError: the path of the target would choose the other encoder.
     """
-    tower, given = model.vision, described["mm_vision_tower"]
+    tower, tower_name = model.vision, described["mm_vision_tower"]
     word = next(encoder.word for encoder in _ENCODERS if encoder.runs(tower))
-    own = _chosen(given) == word and not Path(given).is_absolute()
-    if own and re.fullmatch(r"[\w.-]{1,200}", given, re.ASCII) is None:
-        return given, None
-    # A plain name is looked for where the published code is started; a path is found from everywhere.
-    name = given if own else f"vision_{word}"
-    full = given if own else str(target.resolve() / name)
+    own = _chosen(tower_name) == word and not Path(tower_name).is_absolute()
+    if own and re.fullmatch(r"[\w.-]{1,200}", tower_name, re.ASCII) is None:
+        return tower_name, None
+    # A plain name is looked up in the current folder of the published code; an absolute path always works.
+    name = tower_name if own else f"vision_{word}"
+    full = tower_name if own else str(target.resolve() / name)
     check(
         _chosen(full) == word,
         f"The published code takes the encoder of its SigLIP2 for a tower whose path has siglip2 in it, and this tower "
-        f"is none: name a folder without that word instead of {shown(str(target))}.",
+        f"is not one: name a folder without that word instead of {shown(str(target))}.",
     )
     rows = table.vision_rows(model, shapes, _PREFIX)
     last = f"{_PREFIX}encoder.layers.{tower.layers}."
@@ -121,7 +122,7 @@ def place_tower(
 
 
 def name_note(target: Path, template: str) -> str | None:
-    """What to say where the folder's name would make the published loader take another model; None where it fits."""
+    """A warning where the folder's name would make the published loader choose another model; None where it fits."""
     name = target.resolve().name.lower()
     wanted = {"phi3": "phi", "llama3": "llama3"}[template]
     others = [word for word in ("lora", "mpt", "qwen", "phi", "mistral") if word in name and word != wanted]

@@ -1,7 +1,7 @@
-"""Rotary settings and attention windows of a Hugging Face config.json."""
+"""Reads rotary settings and attention windows of a Hugging Face config.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusion_jax.errors import UserError, check
@@ -14,10 +14,10 @@ _WINDOWS = ("full_attention", "sliding_attention")
 
 
 def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
-    """Rotary settings; both the older (`rope_theta`, `rope_scaling`) and the newer form (`rope_parameters`).
+    """Reads rotary settings in the older form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).
 
     Raises:
-      UserError: a scaling that is not implemented, or one that lacks its values.
+      UserError: a scaling is not implemented, or lacks its values.
     """
     scaling = mapping(config, "rope_parameters", where) or mapping(config, "rope_scaling", where)
     both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
@@ -35,7 +35,7 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
         check(len(values) <= RANGES["head_dim"][1], f"{where}: {key} has {len(values)} values.")
         return tuple(number({key: one}, key, where, *RANGES[field]) for one in values)
 
-    # The config's own word goes first where both give it.
+    # The config's own value takes precedence.
     theta = value("rope_theta", "theta", 10000.0)
     if config.get("rope_theta") is not None:
         theta = number(config, "rope_theta", where, *RANGES["theta"])
@@ -67,31 +67,51 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
         )
         ratio = rope.max_length / rope.original_length
         usual = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
-        given = value("attention_factor", "factor", usual)
+        factor = value("attention_factor", "factor", usual)
         check(
-            math.isclose(given, usual, rel_tol=1e-4),
-            f"{where}: attention_factor={given} is not supported; {usual:.6f} follows from the lengths.",
+            math.isclose(factor, usual, rel_tol=1e-4),
+            f"{where}: attention_factor={factor} is not supported; {usual:.6f} follows from the lengths.",
         )
         return rope
     raise UserError(f"{where}: rope scaling of type {brief(kind)} is unknown; allowed: default, llama3, longrope.")
 
 
-def sliding_window(config: Mapping[str, Any], where: str) -> int:
-    """Positions that a query sees, itself included; 0 for all of them."""
-    if config.get("sliding_window") is False:  # some configs say so instead of null
-        config = {**config, "sliding_window": None}
-    window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
-    layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
+def listed_windows(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
+    """Kinds of attention, of `_WINDOWS`, that `layer_types` of a config.json lists; empty where it lists none.
+
+    This and `windows_from_a_layer_on` are how families say which layers have a window; None means that none has.
+    """
     kinds = sequence(config, "layer_types", where)
     for kind in kinds:
         check(kind in _WINDOWS, f"{where}: layer_types names {brief(kind)}; allowed: {', '.join(_WINDOWS)}.")
-    kinds = set(kinds)
-    if config["model_type"] == "qwen2":
-        if not flag(config, "use_sliding_window", where):
-            return 0
-        full = min(whole(config, "max_window_layers", where, 0, RANGES["layers"][1], 28), layers)
-        # The layers below that number see everything.
-        kinds = {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+    return set(kinds)
+
+
+def windows_from_a_layer_on(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
+    """Kinds of attention by `use_sliding_window` and `max_window_layers`: layers below that number see everything."""
+    listed_windows(config, layers, where)
+    if not flag(config, "use_sliding_window", where):
+        return None
+    full = min(whole(config, "max_window_layers", where, 0, RANGES["layers"][1], 28), layers)
+    return {"full_attention" if layer < full else "sliding_attention" for layer in range(layers)}
+
+
+def sliding_window(config: Mapping[str, Any], where: str, windows: Callable = listed_windows) -> int:
+    """Positions that a query sees, itself included; 0 for all of them.
+
+    Args:
+      windows: how the family's config.json says which layers have the window.
+
+    Raises:
+      UserError: some layers have a window and some have none.
+    """
+    if config.get("sliding_window") is False:  # some configs write it instead of null
+        config = {**config, "sliding_window": None}
+    window = whole(config, "sliding_window", where, *RANGES["sliding_window"], 0)
+    layers = whole(config, "num_hidden_layers", where, *RANGES["layers"])
+    kinds = windows(config, layers, where)
+    if kinds is None:
+        return 0
     check(len(kinds) <= 1, f"{where}: layers with and without sliding window in one model are not supported.")
     longest = config.get("max_position_embeddings")
     longest = math.inf if longest is None else whole(config, "max_position_embeddings", where, *RANGES["max_length"])

@@ -1,6 +1,6 @@
-"""One declarative table between tensor names of Hugging Face folders and our parameter paths, for both directions.
+"""The table between tensor names of Hugging Face folders and our parameter paths, for both directions.
 
-A row says: published name, our path (or several, for fused tensors) with the place in its stack, transform.
+A row has the published name, our path (or several for a fused tensor) with the index in its stack, and the transform.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,7 +103,7 @@ def _places(config: FusionConfig) -> tuple[list[tuple[str, int]], list[tuple[str
 
 
 def all_shapes(config: FusionConfig, shapes: Shapes) -> Shapes:
-    """`shapes` with all layers of the tower: files keep those that the taps leave out of the program, too."""
+    """`shapes` with all layers of the tower: files also keep those that the taps do not read."""
     return {p: (config.vision.layers, *shape[1:]) if p.startswith(TOWER) else shape for p, shape in shapes.items()}
 
 
@@ -123,7 +123,7 @@ def vision_rows(config: FusionConfig, shapes: Shapes, prefix: str = VISION) -> l
 
 
 def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
-    """The language model alone, named as in its own folder. `fused`: q, k, v and gate, up are one tensor each (Phi)."""
+    """The language model alone, named as in its own folder; `fused` as in `Family`."""
     rows = _Rows(config, shapes)
     for i, (prefix, index) in enumerate(_places(config)[0]):
         for name, paths, transform in _LLM_LAYER + (_FUSED if fused else _SPLIT):
@@ -138,7 +138,7 @@ def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
 
 
 def connector_rows(config: FusionConfig, shapes: Shapes) -> list[Row]:
-    """Projectors, exchange layers, learned latents and row end (the published code does not have the last two)."""
+    """Projectors, exchange layers, learned latents and the row end; the published code lacks the last two."""
     rows = _Rows(config, shapes)
     for name, path, transform in _PROJECTOR:
         rows.add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
@@ -208,7 +208,7 @@ def to_ours(row: Row, tensor: np.ndarray, shapes: Shapes) -> Iterator[tuple[str,
 
 
 def part_to_published(row: Row, part: np.ndarray, config: FusionConfig) -> np.ndarray:
-    """What our array of one of the row's paths is in the published tensor (a block of its rows, where it is fused)."""
+    """Our array of one of the row's paths as in the published tensor: all of it, or a block of rows if it is fused."""
     if row.transform in ("linear", "head"):
         part = part.T
     elif row.transform == "patch":
@@ -223,16 +223,22 @@ def to_published(row: Row, get, config: FusionConfig) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
 
 
-def check_complete(rows: list[Row], found: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str) -> None:
-    """Raises UserError naming the first missing, left-over or wrongly shaped tensor. `ignored` are known extras."""
+def check_complete(
+    rows: list[Row], actual: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str
+) -> None:
+    """UserError that names the first tensor that is missing, left over or of another shape.
+
+    Args:
+      rows: expected. actual: shapes by name. ignored: ends of names that may be left over. where: for messages.
+    """
     expected = {row.name: row.shape for row in rows}
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not name.endswith(ignored)]
+    missing = [name for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected and not name.endswith(ignored)]
     for problem, names in (("lacks", missing), ("has the unknown tensor", extra)):
         if names:
             raise UserError(
                 f"{where} {problem} {shown(names[0])}" + (f" and {len(names) - 1} more." if names[1:] else ".")
             )
     for name, shape in expected.items():
-        if tuple(found[name]) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(found[name])}; the config asks for {shape}.")
+        if tuple(actual[name]) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(actual[name])}; the config asks for {shape}.")

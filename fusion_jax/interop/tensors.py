@@ -1,4 +1,4 @@
-"""Tensors in Hugging Face folders, read and written one at a time.
+"""Reads and writes tensors in Hugging Face folders, one at a time.
 
     model.safetensors                              or     model.safetensors.index.json
                                                           model-00001-of-00002.safetensors ...
@@ -7,17 +7,14 @@
 memory maps in any order, so that neither side ever holds more than a tensor.
 """
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import re
-import shutil
-import tempfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +39,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies, and its shape and dtype (a key of `DTYPES`; other types keep the file's code)."""
+    """A tensor's file, shape and dtype (a key of `DTYPES`; other types keep the file's code)."""
 
     file: Path
     shape: Shape
@@ -73,7 +70,9 @@ class TensorFolder:
         check(self.folder.is_dir(), f"There is no folder {self.folder}.")
         for name in ("model.safetensors", "model.safetensors.index.json"):
             path = self.folder / name
-            check(path.is_file() or not os.path.lexists(path), f"{path} is no regular file, or a link to nothing.")
+            check(
+                path.is_file() or not os.path.lexists(path), f"{path} is not a regular file, or is a link to nothing."
+            )
         single, pickled = self.folder / "model.safetensors", self.folder / "pytorch_model.bin"
         index = self.folder / "model.safetensors.index.json"
         if single.is_file():
@@ -95,13 +94,13 @@ class TensorFolder:
 
     def _add(self, file: Path) -> None:
         check(os.path.lexists(file), f"{file} is missing, though the index of its folder names it.")
-        check(file.is_file(), f"{file} is no regular file, or a link to nothing.")
+        check(file.is_file(), f"{file} is not a regular file, or is a link to nothing.")
         try:
             with file.open("rb") as opened:
                 header = int.from_bytes(opened.read(8), "little")
             check(
                 header <= min(_MOST_HEADER_BYTES, file.stat().st_size),
-                f"{file} is damaged or cut short: it speaks of a header of {header:,} bytes.",
+                f"{file} is damaged or cut short: it claims a header of {header:,} bytes.",
             )
             with safe_open(file, "numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118
@@ -126,17 +125,17 @@ class TensorFolder:
         files = [file] if file.is_file() else [self.folder / shard for shard in _shards(index, ".bin")]
         for path in files:
             check(os.path.lexists(path), f"{path} is missing, though {index} names it.")
-            check(path.is_file(), f"{path} is no regular file, or a link to nothing.")
+            check(path.is_file(), f"{path} is not a regular file, or is a link to nothing.")
             _check_stored(path)
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch raises many kinds
-                says = _reason(error)
-                raise UserError(f"{path} cannot be read as tensors without running code: {says}") from error
+                reason = _reason(error)
+                raise UserError(f"{path} cannot be read as tensors without running code: {reason}") from error
             check(
                 isinstance(loaded, dict)
                 and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()),
-                f"{path} holds other things than named tensors.",
+                f"{path} holds values that are not named tensors.",
             )
             for name, tensor in loaded.items():
                 self._enter(name, Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
@@ -145,7 +144,7 @@ class TensorFolder:
                     tensor.layout == torch.strided
                     and tensor.device.type == "cpu"
                     and tensor.nbytes <= tensor.untyped_storage().nbytes(),
-                    f"{path}: {shown(name)} is no tensor whose numbers all lie in the file.",
+                    f"{path}: {shown(name)} is not a tensor whose numbers all lie in the file.",
                 )
                 self._pickled[name] = tensor.detach()
 
@@ -167,20 +166,20 @@ class TensorFolder:
         try:
             if entry.file not in readers:
                 readers[entry.file] = safe_open(entry.file, "numpy").__enter__()
-            found = readers[entry.file].get_tensor(name)
+            tensor = readers[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{entry.file}: {name} cannot be read: {_reason(error)}.") from error
-        check(found.shape == entry.shape, f"{entry.file} has changed since its header was read: {name}.")
-        return found
+        check(tensor.shape == entry.shape, f"{entry.file} has changed since its header was read: {name}.")
+        return tensor
 
 
 def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
-    """`into[...] = part` with a cast. UserError where a number becomes infinite (float16 ends at 65504)."""
+    """Assigns with a cast. UserError where a number becomes infinite (float16 ends at 65504)."""
     if into.dtype == part.dtype and into.dtype.itemsize == 2:
         # NumPy copies its own types faster than added ones such as bfloat16.
         into.view(np.uint16)[...] = part.view(np.uint16)
         return
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # checked below
         into[...] = part
     if into.dtype == np.float16:
         check(bool(np.isfinite(into).all()), f"{name} has numbers beyond the range of float16; choose another --dtype.")
@@ -192,34 +191,36 @@ def _reason(error: Exception) -> str:
 
 
 def _shards(index: Path, ending: str) -> dict[str, list[str]]:
-    """File name to tensor names of an index; file names are plain and have that ending."""
+    """Tensor names by file name, from an index. UserError unless file names are plain and have that ending."""
     try:
         placed = read_object(index, _MOST_INDEX_BYTES).get("weight_map")
     except UserError as error:
-        raise UserError(f"{index} is no valid index of shards: it {str(error).removeprefix(f'{index} ')}") from error
-    check(isinstance(placed, dict), f"{index} is no valid index of shards: weight_map must be an object.")
+        raise UserError(f"{index} is not a valid index of shards: it {str(error).removeprefix(f'{index} ')}") from error
+    check(isinstance(placed, dict), f"{index} is not a valid index of shards: weight_map must be an object.")
     files: dict[str, list[str]] = {}
     for name, file in placed.items():
         plain = isinstance(file, str) and re.fullmatch(r"[\w-][\w.-]{0,200}", file, re.ASCII) is not None
-        check(plain and file.endswith(ending), f"{index}: {brief(file)} is no plain file name that ends in {ending}.")
+        check(
+            plain and file.endswith(ending), f"{index}: {brief(file)} is not a plain file name that ends in {ending}."
+        )
         files.setdefault(file, []).append(name)
-    check(bool(files), f"{index} is no valid index of shards: weight_map is empty.")
+    check(bool(files), f"{index} is not a valid index of shards: weight_map is empty.")
     return files
 
 
 def _check_stored(file: Path) -> None:
-    """PyTorch stores its zip entries as they are: a compressed one, or one larger than its file, is an attack."""
+    """UserError for a zip file with compressed entries or more bytes than it has: PyTorch writes neither."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise UserError(
-            f"{file} cannot be read as tensors without running code: it is no zip file of PyTorch's ({_reason(error)})."
+            f"{file} cannot be read as tensors without running code: it is not a PyTorch zip file ({_reason(error)})."
         ) from error
     check(
         all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         and sum(entry.file_size for entry in entries) <= file.stat().st_size,
-        f"{file} is compressed, or speaks of more bytes than it has; PyTorch writes no such files.",
+        f"{file} is compressed, or claims more bytes than it has; PyTorch writes no such files.",
     )
 
 
@@ -245,7 +246,10 @@ class TensorWriter:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, file: Path, tensors: Mapping[str, tuple[Shape, str]]) -> None:
-        """The format: eight bytes with the header's length, the header (JSON), the tensors one after the other."""
+        """Writes the header and maps the tensors.
+
+        The format is eight bytes with the header's length, the header as JSON, and the tensors one after the other.
+        """
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide types first, so that each tensor starts at a multiple of its own size.
@@ -262,7 +266,7 @@ class TensorWriter:
             self._maps[name] = buffer[start:stop].view(DTYPES[dtype]).reshape(shape)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor's place in its file, to be assigned to."""
+        """The tensor as a view of its file, to be filled."""
         return self._maps[name]
 
 
@@ -283,7 +287,7 @@ def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def allocate(file: Path, size: int) -> np.ndarray:
-    """A new file of `size` bytes as a writable uint8 map, its room on the disk reserved.
+    """Makes a file of `size` bytes, with its disk space reserved, and maps it as writable uint8.
 
     Pages of a map count as the file's and not as the process's memory, and the kernel drops them when it needs to.
     Without the reservation a full disk would end the process by a signal, in the middle of an assignment.
@@ -294,61 +298,6 @@ def allocate(file: Path, size: int) -> np.ndarray:
         except OSError as error:
             raise UserError(f"{size / 1e9:.2f} GB cannot be reserved in {file.parent}: {error.strerror}.") from error
         return np.frombuffer(mmap.mmap(opened.fileno(), max(size, 1)), np.uint8)[:size]
-
-
-@contextlib.contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder that takes the name `target` at the end. It is built in a hidden room beside it, which goes in any case.
-
-    Yields:
-      The folder to fill, alone in its room: neighbours of it are removed, too.
-
-    Raises:
-      UserError: the target is a file or a folder that is not empty, cannot be made, or the disk is full.
-    """
-    target = _resolved(target)
-    try:
-        if target.exists():
-            check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
-            check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
-            check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
-        above = [parent for parent in target.parents if not parent.exists()]  # these go, too, when it fails
-        target.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target} cannot be made: {error.strerror}.") from error
-    building = room / target.name
-    try:
-        building.mkdir()
-        yield building
-        os.replace(building, target)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-        if not target.exists():
-            with contextlib.suppress(OSError):  # somebody else has put something there
-                for parent in above:
-                    parent.rmdir()
-
-
-def _resolved(target: str | Path) -> Path:
-    """The path without links. UserError where the system takes no such path: too long, or links in a circle."""
-    try:
-        resolved = Path(target).resolve()
-        resolved.exists()
-        return resolved
-    except (OSError, RuntimeError, ValueError) as error:
-        says = getattr(error, "strerror", None) or "links that lead in a circle, or no path at all"
-        raise UserError(f"{brief(str(target))} cannot be made: {says}.") from error
-
-
-def check_room(target: str | Path, size: int) -> None:
-    """UserError unless the disk of `target` has room for `size` bytes."""
-    resolved = _resolved(target)
-    folder = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    check(free >= size, f"{target} needs {size / 1e9:.2f} GB of disk room, but {free / 1e9:.2f} GB are free.")
 
 
 def size_of(tensors: Iterable[tuple[Shape, str]]) -> int:

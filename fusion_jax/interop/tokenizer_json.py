@@ -1,18 +1,18 @@
-"""tokenizer.json for a folder that has SentencePiece's tokenizer.model alone, so that transformers needs nothing more.
+"""Converts SentencePiece's tokenizer.model to tokenizer.json, so that transformers needs nothing more.
 
-transformers' own conversion gives other ids where white space comes in runs or next to added tokens. Here is what
+transformers' own conversion gives other ids where white space comes in runs or next to added tokens. This is what
 `SentencePieceTokenizer` does, in the terms of the library `tokenizers` and in its order:
 
-    the whole text   "▁" counts as a space; white space goes where an added token takes it; "▁" goes in front of a text
-                     that begins with a space or an added token that is no special one
-    added tokens     are cut out, the longest first; looked for in what the first step gave, so that it sees all
-    what is left     spaces become "▁"; another "▁" goes in front of what opens the text, unless it has one; pairs of
-                     pieces are merged, the best score first
+    the whole text   "▁" counts as a space; an added token may swallow white space; "▁" is put before a text that begins
+                     with a space or with an added token that is not special
+    added tokens     are cut out of the result of the first step, the longest first
+    the rest         spaces become "▁"; another "▁" is put before the opening piece unless it has one; pairs of pieces
+                     are merged, the best score first
 
-That fits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Whether it fits
-one is tried: only if thousands of unpleasant texts get the ids of the original is there a tokenizer.json; else the
-folder needs the package sentencepiece. One text is let pass: an added token by itself that is no special one (Phi-3's
-"</s>"), whose "▁" has no place here.
+That fits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Each model is
+tested: tokenizer.json is written only if thousands of difficult texts get the ids of the original; otherwise the folder
+needs the package sentencepiece. The test leaves out one text, an added token by itself that is not special (Phi-3's
+"</s>"), whose "▁" cannot be expressed.
 """
 
 import random
@@ -26,11 +26,11 @@ from fusion_jax.data.tokenizer import SentencePieceTokenizer
 
 TRIALS = 3000
 _SPACE = "▁"
-_BLANK = r"[\s\x{1c}-\x{1f}]"  # what Python strips, in the words of the library's regular expressions
+_BLANK = r"[\s\x{1c}-\x{1f}]"  # white space that Python strips, in the library's regular expressions
 
 
 def tokenizer_json(tokenizer: SentencePieceTokenizer) -> str | None:
-    """The file's text, or None where no tokenizer.json gives the same ids."""
+    """The text of tokenizer.json; None where its ids would differ."""
     try:
         converted = _convert(tokenizer)
     except ValueError:  # ids with gaps
@@ -67,9 +67,9 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         steps.append(normalizers.Replace(tokenizers.Regex(f"(?<={any_of(right)}){_BLANK}+"), ""))
     if left:
         steps.append(normalizers.Replace(tokenizers.Regex(f"{_BLANK}+(?={any_of(left)})"), ""))
-    # A text that begins with a space gets another one, and so does one that an added token opens which is no special
-    # one; all others get theirs below. The library puts each added token through this, as a text of its own, and
-    # tokens that others add later, too: those stay as they are.
+    # A text that begins with a space, or with an added token that is not special, gets another one here; all others get
+    # theirs below. The library also normalises each added token by itself, and tokens that are added later: those stay
+    # as they are.
     others = [token for token in added if not tokenizer.is_special(token)]
     opening = [" "] + [f"(?:{any_of(others)})(?!\\z)"] * bool(others)
     steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?={'|'.join(opening)})"), _SPACE))
@@ -93,7 +93,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
 
 
 def _trials(tokenizer: SentencePieceTokenizer) -> Iterator[str]:
-    """Texts with runs of white space, added tokens beside it, rare characters and learnt pieces."""
+    """Difficult texts: runs of white space, added tokens beside it, rare characters and learned pieces."""
     rng = random.Random(0)
     pieces = [tokenizer.model.id_to_piece(i) for i in range(len(tokenizer.model))]
     odd = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\x1c", "\x85", "\x00", _SPACE]

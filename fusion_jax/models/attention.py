@@ -1,8 +1,7 @@
-"""Attention behind one function: `attention` picks a kernel, `reference_attention` is the plain one tests compare with.
+"""Attention: `attention` chooses a kernel; tests compare all kernels with `reference_attention`.
 
-A query may look at a key when both carry the same segment id, the id is not 0 and, if `causal`, the key is not
-later (nor, with a `window`, so many positions behind or more). Two packed examples and padding in one row (x: may
-look):
+A query sees a key when both have the same segment id, the id is not 0 and, if `causal`, the key is not later (nor, with
+a `window`, that many positions earlier or more). Two packed examples and padding in one row (x: sees):
 
     segment   1 1 1 2 2 0
           1   x . . . . .
@@ -27,14 +26,14 @@ MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
 def _mask(q_segments, kv_segments, causal: bool, window: int):
-    """Boolean (..., Q, K), or None where nothing is masked."""
+    """Which key each query sees, boolean (..., Q, S); None where nothing is masked."""
     mask = None
     if q_segments is not None:
         mask = (q_segments[..., :, None] == kv_segments[..., None, :]) & (kv_segments[..., None, :] > 0)
     if causal:
         q_length, k_length = q_segments.shape[-1], kv_segments.shape[-1]
-        behind = jnp.arange(q_length)[:, None] - jnp.arange(k_length)[None, :]
-        lower = (behind >= 0) & (behind < window) if window else behind >= 0
+        distance = jnp.arange(q_length)[:, None] - jnp.arange(k_length)[None, :]
+        lower = (distance >= 0) & (distance < window) if window else distance >= 0
         mask = lower if mask is None else mask & lower
     return mask
 
@@ -63,18 +62,20 @@ score_product.defvjp(_product_forward, _product_backward)
 
 def reference_weights(
     q: Float[Array, "B Q H d"],
-    k: Float[Array, "B K G d"],
+    k: Float[Array, "B S K d"],
     q_segments: Int[Array, "B Q"] | None = None,
-    kv_segments: Int[Array, "B K"] | None = None,
+    kv_segments: Int[Array, "B S"] | None = None,
     causal: bool = False,
     window: int = 0,
-) -> Float[Array, "B G R Q K"]:
-    """What every query gives every key, float32; the H heads as G groups of R that share keys and values. A row sums
-    to 1, or to 0 where its query sees no key."""
+) -> Float[Array, "B K G Q S"]:
+    """The weight that every query gives every key, float32.
+
+    The H heads are K groups of G, which share keys and values. A query's weights sum to 1, or to 0 without a key.
+    """
     batch, q_length, heads, size = q.shape
-    groups = k.shape[2]
-    q = q.reshape(batch, q_length, groups, heads // groups, size)
-    weights = score_product("bqghd,bkgd->bghqk", q, k) / math.sqrt(size)
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, q_length, kv_heads, heads // kv_heads, size)
+    weights = score_product("BQKGd,BSKd->BKGQS", q, k) / math.sqrt(size)
     mask = _mask(q_segments, kv_segments, causal, window)
     if mask is not None:
         mask = mask[:, None, None]
@@ -85,32 +86,35 @@ def reference_weights(
 
 def reference_attention(
     q: Float[Array, "B Q H d"],
-    k: Float[Array, "B K G d"],
-    v: Float[Array, "B K G d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K d"],
     q_segments: Int[Array, "B Q"] | None = None,
-    kv_segments: Int[Array, "B K"] | None = None,
+    kv_segments: Int[Array, "B S"] | None = None,
     causal: bool = False,
     window: int = 0,
 ) -> Float[Array, "B Q H d"]:
-    """Softmax attention, scale d^-0.5, G key/value heads shared by H / G query heads each; softmax in float32."""
+    """Softmax attention with scale d^-0.5; each of K key/value heads serves H / K query heads. Softmax in float32.
+
+    Returns zeros where a query sees no key.
+    """
     weights = reference_weights(q, k, q_segments, kv_segments, causal, window)
-    return jnp.einsum("bghqk,bkgd->bqghd", weights.astype(v.dtype), v).reshape(q.shape)
+    return jnp.einsum("BKGQS,BSKd->BQKGd", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def cached_attention(
     q: Float[Array, "B 1 H d"],
-    k: Float[Array, "B G d C"],
-    v: Float[Array, "B G C d"],
+    k: Float[Array, "B K d C"],
+    v: Float[Array, "B K C d"],
     kv_segments: Int[Array, "B C"],
 ) -> Float[Array, "B 1 H d"]:
-    """`reference_attention` of one new token over a cache that holds it; keys of segment 0 are not seen."""
+    """`reference_attention` of one new token over a cache of C slots that holds it; slots of segment 0 are not seen."""
     batch, _, heads, size = q.shape
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
-    scores = jnp.einsum("bghd,bgdk->bghk", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
-    # Chosen, not added: with a sum here XLA's CPU took twice as long for a whole step of eight rows.
+    scores = jnp.einsum("BKGd,BKdC->BKGC", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
+    # Select, do not add a mask: with a sum here a whole step of eight rows took twice as long on a CPU.
     scores = jnp.where((kv_segments > 0)[:, None, None], scores, MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = jnp.einsum("bghk,bgkd->bghd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("BKGC,BKCd->BKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(batch, 1, heads, size)
 
 
@@ -152,7 +156,7 @@ def _blocked(causal, window, q, k, v, q_segments, kv_segments):
 
 def _blocked_forward(causal, window, q, k, v, q_segments, kv_segments):
     out, lse = jax.lax.map(lambda a: _head_forward(causal, window, *a), (q, k, v, q_segments, kv_segments))
-    # Named, so that a remat policy can keep them: recomputing attention is the dear part of a layer.
+    # Named, so that a remat policy can keep them: attention is the expensive part of a layer to recompute.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, q_segments, kv_segments, out, lse)
 
@@ -166,7 +170,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
-    """Same contract as `reference_attention`, one head at a time; memory O(Q K) once instead of B H times."""
+    """`reference_attention`, one head at a time: the scores take memory once, not for each of B rows and H heads."""
     batch, q_length, heads, size = q.shape
     repeat = heads // k.shape[2]
     k, v = (jnp.repeat(x, repeat, axis=2) if repeat > 1 else x for x in (k, v))
@@ -185,8 +189,8 @@ def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0
     """`reference_attention` by the fastest kernel for this device and shape.
 
     Args:
-      q: (B, Q, H, d). k, v: (B, K, G, d) with G dividing H.
-      q_segments, kv_segments: int (B, Q), (B, K); 0 is padding. Both or neither; `causal` needs both.
+      q: (B, Q, H, d), queries. k, v: (B, S, K, d), keys and values, with K dividing H.
+      q_segments, kv_segments: int (B, Q), (B, S); 0 is padding. Both or neither; `causal` needs both.
       window: with `causal`, how many positions a query sees, itself included; 0 for all.
 
     Returns:
@@ -201,7 +205,7 @@ def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0
 
 
 def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, causal: bool, window: int):
-    """The kernel for a device and a shape: any of them keeps `reference_attention`'s contract.
+    """Chooses the kernel for a device and a shape; each keeps the contract of `reference_attention`.
 
     | device | long rows | short ones, and one new token |
     |---|---|---|
@@ -209,7 +213,7 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
     | NVIDIA GPU, 16 bits | the decoder's packed rows: Triton flash; others: cuDNN | plain |
     | CPU | one head at a time | plain |
     """
-    # Short rows fit the cache whole: there one batched product beats a loop.
+    # The scores of short rows fit into the processor's cache, where one batched product is faster than a loop.
     if q_length * k_length < 128 * 128:
         return reference_attention
     if platform == "cpu":

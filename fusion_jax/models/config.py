@@ -248,26 +248,31 @@ class FusionConfig:
 
     @property
     def encoder_layers(self) -> int:
-        """Layers of the tower that run. `paper` reads no state behind 2h - 1 (h early layers), so neither layer 2h - 1
-        nor what follows it is in the program: the last two of 39, the last one of an even number."""
+        """The number of the tower's layers that run.
+
+        `paper` reads no state after 2h - 1, with h early layers, so that layer 2h - 1 and those after it are not in the
+        program: the last two of 39 layers, the last one of an even number.
+        """
         return self.vision.layers if self.taps == "released" else 2 * self.vision.early_layers - 1
 
     @property
     def exchange_layers(self) -> int:
+        """The number of exchange layers, 0 without semantic exchange."""
         return self.exchange.layers if self.semantic_exchange else 0
 
     @property
     def drawn_latent_counts(self) -> tuple[int, ...]:
-        """The l^2 that steps of training are drawn from; empty without latents."""
+        """The set from which training draws the l^2 of each step; empty without latents."""
         return self.latent_counts if self.semantic_exchange else ()
 
     @property
     def fixed_latent_count(self) -> int:
-        """l^2 for validation and inference, where nothing is drawn: the middle of the set. 0 without latents."""
+        """The l^2 of validation and inference: the middle of the set, 0 without latents."""
         return sorted(self.latent_counts)[len(self.latent_counts) // 2] if self.semantic_exchange else 0
 
     @property
     def uses_quadrants(self) -> bool:
+        """Whether the exchange's context comes from four plain views of the image."""
         return self.context == "quadrants" and self.semantic_exchange
 
     @property
@@ -286,6 +291,7 @@ class FusionConfig:
 
     @property
     def tap_count(self) -> int:
+        """How many states of the tower the projector concatenates."""
         return 3 if self.taps == "released" else 2
 
     @property
@@ -294,13 +300,13 @@ class FusionConfig:
         return self.text_guided or self.mapping_loss_weight > 0
 
     def stacks(self) -> tuple[Stack, ...]:
-        """How the decoder is cut into scans.
+        """The scans of the decoder, in order.
 
         The published 32 layers with exchanges after 0, 3, ..., 27:
 
             10 x [layer exchange layer layer]   then   2 x [layer]
 
-        A start above 0 adds plain layers in front; a last group that is cut short is a scan of one.
+        A start above 0 adds plain layers before these; a shorter last group is a scan of one block.
         """
         e, depth, count = self.exchange, self.llm.layers, self.exchange_layers
         if count == 0:

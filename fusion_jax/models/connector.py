@@ -1,4 +1,4 @@
-"""Between the two spaces: grids of visual tokens, adaptive pooling (`batch.adaptive_cells`), bilinear resizing.
+"""Pools and resizes grids of visual tokens: adaptive max pooling (`batch.adaptive_cells`), bilinear resizing.
 
 All grids are row-major.
 """
@@ -19,15 +19,15 @@ def adaptive_max_pool(grid: Float[Array, "N h w D"], cells: int) -> Float[Array,
             grid = grid.reshape(shape).max(axis + 1)
         else:
             index, valid = adaptive_cells(size, cells)
-            taken = jnp.take(grid, jnp.asarray(index.ravel()), axis=axis)
-            taken = taken.reshape(*grid.shape[:axis], *index.shape, *grid.shape[axis + 1 :])
+            values = jnp.take(grid, jnp.asarray(index.ravel()), axis=axis)
+            values = values.reshape(*grid.shape[:axis], *index.shape, *grid.shape[axis + 1 :])
             valid = valid.reshape((1,) * axis + index.shape + (1,) * (grid.ndim - axis - 1))
-            grid = jnp.where(valid, taken, -jnp.inf).max(axis + 1)
+            grid = jnp.where(valid, values, -jnp.inf).max(axis + 1)
     return grid
 
 
 def stitch_quadrants(quadrants: Float[Array, "N 4 P D"]) -> Float[Array, "N twice_h twice_w D"]:
-    """Top left, top right, bottom left, bottom right, each h x h, to one 2h x 2h grid."""
+    """Joins top left, top right, bottom left and bottom right, each h x h, to one 2h x 2h grid."""
     n, _, patches, width = quadrants.shape
     side = int(patches**0.5)
     x = quadrants.reshape(n, 2, 2, side, side, width).transpose(0, 1, 3, 2, 4, 5)
@@ -46,7 +46,7 @@ def _bilinear(size: int, out: int) -> np.ndarray:
 
 
 def resize_tokens(tokens: Float[Array, "N P D"], count: int) -> Float[Array, "N count D"]:
-    """Bilinear resize of a square grid of tokens to `count` tokens (FUSION-L, tiles)."""
+    """Resizes a square grid of tokens bilinearly to a square of `count` tokens (FUSION-L, tiles)."""
     n, patches, width = tokens.shape
     if patches == count:
         return tokens

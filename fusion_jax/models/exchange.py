@@ -1,11 +1,11 @@
-"""Semantic exchange: each latent token queries its own window of the image, led by the question.
+"""Semantic exchange: each latent token, guided by the question, queries its own window of the image.
 
     p = W_in [H_P ; T_L]                 query: the question's last hidden state and the latent
     c = W_context(window)                keys and values
     y = LN(W_o attention(W_q LN p, W_k LN c, W_v LN c) + p)
     T_L <- T_L + W_2 gelu(W_1 y)
 
-Latents of all rounds read the state before the layer; none sees another's update within it.
+Latents of all rounds read the state before the layer, so none sees the update of another.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from fusion_jax.models import attention, layers, partition
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExchangePlan:
-    """What every exchange layer of one forward pass needs besides the hidden states; see `data.layout.Batch`.
+    """What every exchange layer of one forward pass needs besides the hidden states; see `batch.Batch`.
 
     Attributes:
       context: (G, C, D) tokens of each group's images that serve as keys and values.
@@ -55,22 +55,22 @@ class SemanticExchange(nn.Module):
         rounds, count = plan.windows.shape[1:3]
         square = {"axes": ("embed", "heads"), "dtype": self.dtype}
 
-        # Gather: the row index of every latent, (B, R, L). Those of absent rounds lie beyond the row, each elsewhere:
-        # they read zeros and are not written back, and no two writes meet.
+        # Gather: the position of every latent in its row, (B, R, L). Those of absent rounds are beyond the row, all of
+        # them different: they read zeros and are not written back, and no two writes collide.
         position = plan.latent_start[..., None] + jnp.arange(count)
         beyond = length + jnp.arange(rounds * count).reshape(rounds, count)
         position = jnp.where(plan.latent_start[..., None] >= 0, position, beyond)
         latents = partition.take_once(x, position)
         question = partition.take(x, jnp.maximum(plan.round_end, 0))
 
-        # W_in on the concatenation, its halves applied apart: the question's half once per round, not per latent.
+        # W_in of the concatenation, half by half: the question's half is applied once per round, not per latent.
         w_in = self.param(
             "in", nn.with_logical_partitioning(layers.fan_in(), ("embed", "heads")), (2 * width, width), jnp.float32
         )
         w_in = partition.constrain(w_in.astype(self.dtype), None, "heads")
         p = jnp.dot(question, w_in[:width])[:, :, None] + jnp.dot(latents, w_in[width:])
 
-        # Keys and values once per image, then each latent takes its window's.
+        # Keys and values are computed once per image; each latent then reads those of its window.
         c = layers.Dense(width, name="context", **square)(plan.context)
         k = layers.Dense(width, name="key", **square)(layers.LayerNorm(1e-5, name="key_norm")(c))
         v = layers.Dense(width, name="value", **square)(layers.LayerNorm(1e-5, name="value_norm")(c))
@@ -87,25 +87,27 @@ class SemanticExchange(nn.Module):
 
 
 def _attend_windows(q, k, v, plan: ExchangePlan, heads: int):
-    """Attention of each latent to its window, fetched token by token: q (B, R, L, D); k, v (G, C, D)."""
+    """Attention of each latent to its window of M tokens, gathered one by one: q (B, R, L, D); k, v (G, C, D)."""
     batch, rounds, count, window = plan.windows.shape
     groups, _, width = k.shape
     per_head = width // heads
     flat = jnp.maximum(plan.windows, 0).reshape(groups, -1)  # a group's rows read the group's tokens
     k, v = (partition.take(a, flat, "heads").reshape(batch, rounds, count, window, heads, per_head) for a in (k, v))
     q = q.reshape(batch, rounds, count, heads, per_head)
-    scores = attention.score_product("brlhd,brlmhd->brlhm", q, k) * per_head**-0.5
+    scores = attention.score_product("BRLHd,BRLMHd->BRLHM", q, k) * per_head**-0.5
     scores = jnp.where((plan.windows >= 0)[:, :, :, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("brlhm,brlmhd->brlhd", weights, v).reshape(batch, rounds, count, width)
+    return jnp.einsum("BRLHM,BRLMHd->BRLHd", weights, v).reshape(batch, rounds, count, width)
 
 
 def _attend_cells(q, k, v, plan: ExchangePlan, heads: int):
-    """The same where the windows are the cells of a grid that l divides: each round fetches its whole crop, as a
-    product with a one-hot matrix, and cuts it. The gradient is a product too; that of single tokens is a scatter with
-    as many additions as there are tokens in all windows, which on an H100 took a twelfth of a training step.
+    """`_attend_windows` where l divides the grid's side, so that the windows are the cells of the grid.
 
-        i, j: cell of the l x l grid; u, w: token within the cell
+    Each round fetches its whole crop by a product with a one-hot matrix and cuts it into cells. The gradient is a
+    product too; that of gathered tokens is a scatter with as many additions as there are tokens in all windows, which
+    took a twelfth of a training step on an H100.
+
+        i, j: cell of the l x l grid; u, w: token within the cell; N: crops of a group; P: tokens of a crop
     """
     batch, rounds, count = q.shape[:3]
     groups, _, width = k.shape
@@ -115,12 +117,12 @@ def _attend_cells(q, k, v, plan: ExchangePlan, heads: int):
 
     def fetch(a):
         crops = a.reshape(groups, -1, side**2, width)
-        taken = jnp.einsum("grn,gntd->grtd", chosen, crops, precision=jax.lax.Precision.HIGHEST)
-        taken = taken.reshape(batch, rounds, cells, cell, cells, cell, heads, per_head)
-        return partition.constrain(taken, "batch", *(None,) * 5, "heads", None)
+        fetched = jnp.einsum("GRN,GNPD->GRPD", chosen, crops, precision=jax.lax.Precision.HIGHEST)
+        fetched = fetched.reshape(batch, rounds, cells, cell, cells, cell, heads, per_head)
+        return partition.constrain(fetched, "batch", *(None,) * 5, "heads", None)
 
     q = q.reshape(batch, rounds, cells, cells, heads, per_head)
     k, v = fetch(k), fetch(v)
-    scores = attention.score_product("brijhd,briujwhd->brijhuw", q, k) * per_head**-0.5
+    scores = attention.score_product("BRijHd,BRiujwHd->BRijHuw", q, k) * per_head**-0.5
     weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
-    return jnp.einsum("brijhuw,briujwhd->brijhd", weights, v).reshape(batch, rounds, count, width)
+    return jnp.einsum("BRijHuw,BRiujwHd->BRijHd", weights, v).reshape(batch, rounds, count, width)

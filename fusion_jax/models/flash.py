@@ -1,7 +1,7 @@
-"""Attention kernels that never write the scores to memory, for TPU and GPU, made to fit our contract.
+"""Attention kernels for TPU and GPU that never write the scores to memory.
 
-Each takes and gives what `attention.reference_attention` does: packed segments, padding, grouped heads, zeros where a
-query sees no key. Lengths are padded to whole blocks with positions of segment 0, which nobody looks at.
+Each has the contract of `attention.reference_attention`: packed segments, padding, grouped heads, zeros where a query
+sees no key. Lengths are padded to whole blocks with positions of segment 0, which no query sees.
 """
 
 import math
@@ -15,23 +15,23 @@ from fusion_jax.models import segment_flash
 from fusion_jax.models.remat import ATTENTION
 
 LANES = 128  # of a TPU: its blocks are multiples of it
-NOBODY = -1  # a segment of padded keys: no query carries it
+UNSEEN = -1  # the segment of padded keys, which no query has
 
 
 def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
-    """(B, n, ...) to (B, length, ...)."""
+    """Pads (B, n, ...) to (B, length, ...)."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
 def _segments(q, k, q_segments, kv_segments):
-    """Segment ids where there are none: everybody is in segment 1."""
+    """The segment ids, or all in segment 1 where there are none."""
     if q_segments is not None:
         return q_segments, kv_segments
     return jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
 
 
 def _zero_blind(out, q_segments, kv_segments, causal):
-    """Zeros where a query sees no key, as padding does; kernels leave anything there."""
+    """Sets zeros where a query sees no key, as that of padding; kernels leave arbitrary values there."""
     sees = q_segments > 0
     if not causal:  # a causal query sees at least itself
         sees &= (q_segments[:, :, None] == kv_segments[:, None, :]).any(-1)
@@ -39,11 +39,11 @@ def _zero_blind(out, q_segments, kv_segments, causal):
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """(padded length, block): one block up to 1024 positions, beyond it the block that pads least."""
+    """(padded length, block): one block up to 1024 positions, else the block that pads least."""
     if length <= 1024:
         padded = math.ceil(length / LANES) * LANES
         return padded, padded
-    return min(((math.ceil(length / b) * b, b) for b in (512, 384, 256)), key=lambda found: (found[0], -found[1]))
+    return min(((math.ceil(length / b) * b, b) for b in (512, 384, 256)), key=lambda size: (size[0], -size[1]))
 
 
 def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, interpret=False):
@@ -67,7 +67,7 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
     )
     q = (q.astype(jnp.float32) / math.sqrt(size)).astype(q.dtype)
     q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in ((q, q_padded), (k, k_padded), (v, k_padded)))
-    ids = splash.SegmentIds(_pad(ours, q_padded), _pad(theirs, k_padded, NOBODY))
+    ids = splash.SegmentIds(_pad(ours, q_padded), _pad(theirs, k_padded, UNSEEN))
     out = jax.vmap(kernel)(q, k, v, ids).transpose(0, 2, 1, 3)[:, :q_length]
     if q_segments is None:
         return out.astype(v.dtype)
@@ -77,7 +77,7 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
 def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):
     """Flash attention in Triton (GPU) of a packed sequence with itself: the same positions and segments on both sides.
 
-    Causal; knows no window.
+    It is causal and has no window.
     """
     assert causal and not window
     length = q.shape[1]
@@ -89,17 +89,17 @@ def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, i
 
 
 def cudnn_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, implementation="cudnn"):
-    """cuDNN's fused attention (NVIDIA GPU). It knows no segments: they come as an array of two bytes a pair.
+    """cuDNN's fused attention (NVIDIA GPU). It has no segments, so they become a mask of two bytes a pair.
 
-    float16 and bfloat16 only. `implementation`: `jax.nn.dot_product_attention`'s; tests take another.
+    float16 and bfloat16 only. `implementation`: that of `jax.nn.dot_product_attention`; tests use another.
     """
     q_length, k_length, extra = q.shape[1], k.shape[1], {}
-    # Its backward pass wants even lengths.
+    # Its backward pass needs even lengths.
     q, k, v = (_pad(x, x.shape[1] + x.shape[1] % 2) for x in (q, k, v))
     if q_segments is not None:
-        ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], NOBODY)
+        ours, theirs = _pad(q_segments, q.shape[1]), _pad(kv_segments, k.shape[1], UNSEEN)
         sees = (ours[:, :, None] == theirs[:, None, :]) & (theirs > 0)[:, None, :]
-        # A query without a key would make its gradient NaN: it looks at all of them, and `_zero_blind` takes that back.
+        # A query without a key would make its gradient NaN: it sees all keys, and `_zero_blind` undoes that.
         extra["mask"] = (sees | ~sees.any(-1, keepdims=True))[:, None]
     elif k.shape[1] > k_length:
         extra["key_value_seq_lengths"] = jnp.full(len(k), k_length, jnp.int32)

@@ -1,4 +1,4 @@
-"""The whole model: encoder led by the question, projectors, latents, decoder with exchange.
+"""The whole model: encoder guided by the question, projectors, latents, decoder with exchange layers.
 
 `init(config, key)` gives the parameters, `Fusion(config).apply(...)` runs one of the methods; nothing else of Flax is
 needed outside this folder.
@@ -24,8 +24,8 @@ from fusion_jax.models.vision import VisionEncoder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Visual:
-    """What the encoder side hands to the decoder and the mapping loss; G groups of rows with K crops each, P patches,
-    T question tokens.
+    """What the decoder and the mapping loss get from the encoder. G groups of rows with K crops each, P patches, T
+    question tokens, D the width of the LLM and Dv that of the encoder.
 
     Attributes:
       image_tokens: (G, V, D) the part of the visual table that comes from images (see `data.layout`): K I tokens of
@@ -78,7 +78,7 @@ class Fusion(nn.Module):
         self.llm = llm.Decoder(c, self.dtype, self.remat)
 
     def encode(self, batch: Batch) -> Visual:
-        """Everything before the decoder. The batch must have at least one crop (K >= 1)."""
+        """Runs everything before the decoder. The batch must have at least one crop (K >= 1)."""
         c = self.config
         g, k = batch.crop_kind.shape
         blank = batch.crop_kind == ZERO_IMAGE
@@ -99,7 +99,7 @@ class Fusion(nn.Module):
         resized = [connector.resize_tokens(whole, c.image_tokens) if c.image_tokens else whole]
         if c.tile_grids:
             resized.append(connector.resize_tokens(whole, c.tokens_per_tile))
-        # (G K, I, D) to (G, K I, D): crops of a group lie one after the other, first as whole views, then as tiles.
+        # (G K, I, D) to (G, K I, D): the crops of a group one after the other, first as whole views, then as tiles.
         tokens = [part.reshape(g, -1, part.shape[-1]) for part in resized]
         context = latents = None
         if c.semantic_exchange:
@@ -128,7 +128,7 @@ class Fusion(nn.Module):
         )
 
     def _initial_latents(self, batch: Batch, grid: Float[Array, "GK h w D"]) -> Float[Array, "B R L D"]:
-        """Learned ones, or the grid of each round's whole view pooled."""
+        """The learned latents, or the pooled grid of each round's whole view."""
         c = self.config
         b, rounds = batch.round_end.shape
         count = batch.latent_count
@@ -152,7 +152,7 @@ class Fusion(nn.Module):
         return ExchangePlan(encoded.context, batch.windows, *rounds, side)
 
     def assemble(self, batch: Batch, encoded: Visual) -> Float[Array, "B S D"]:
-        """The decoder's input: text embeddings, and the visual table's entries at visual places."""
+        """The decoder's input: text embeddings, and entries of the visual table at visual positions."""
         text = self.llm.embed(batch.tokens)
         table, g = encoded.image_tokens, batch.crop_kind.shape[0]
         if encoded.latents is not None:
@@ -178,7 +178,7 @@ class Fusion(nn.Module):
         return hidden, encoded, cache
 
     def decode(self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: llm.Cache):
-        """One more token a row. Returns float32 logits (B, V) and the cache."""
+        """Decodes one more token a row. Returns float32 logits (B, V) and the cache."""
         x = self.llm.embed(tokens[:, None])
         hidden, cache = self.llm(x, jnp.ones_like(tokens)[:, None], positions[:, None], None, cache)
         return self.llm.logits(hidden[:, 0]), cache
@@ -188,12 +188,12 @@ class Fusion(nn.Module):
 
 
 def _merge(x):
-    """(A, B, ...) to (A B, ...)."""
+    """Reshapes (A, B, ...) to (A B, ...)."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def head_kernel(config: FusionConfig, params) -> Float[Array, "D V"]:
-    """The output head (D, padded vocabulary) out of the parameters."""
+    """Takes the output head (D, padded vocabulary) from the parameters."""
     decoder = params["llm"]
     return decoder["embedding"].T if config.llm.tied_head else decoder["head"]
 

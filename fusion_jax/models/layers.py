@@ -1,6 +1,6 @@
-"""Small layers shared by the encoder and the decoder: parameters, dense, norms, MLPs, rotary embedding.
+"""Small layers that the encoder and the decoder share: dense layers, norms, MLPs, rotary embedding.
 
-Parameters are float32 masters with logical axis names; compute happens in `dtype`, norms in float32.
+Parameters are float32 and have logical axis names; products are computed in `dtype`, norms in float32.
 """
 
 import math
@@ -20,6 +20,7 @@ Init = Callable[..., jax.Array]
 
 
 def normal(stddev: float = 0.02) -> Init:
+    """Normal initialiser with mean 0."""
     return nn.initializers.normal(stddev)
 
 
@@ -29,7 +30,7 @@ def fan_in(branches: int = 1) -> Init:
 
 
 class Dense(nn.Module):
-    """y = x W + b with W (inputs, features), the last axis contracted; axis 0 lies along the rows of the batch."""
+    """y = x W + b with W (inputs, features), the last axis contracted; axis 0 is sharded like the rows of the batch."""
 
     features: int
     axes: tuple[str, str]
@@ -54,7 +55,7 @@ class Dense(nn.Module):
                 jnp.float32,
             )
             y = y + bias.astype(self.dtype)
-        # The width of the residual stream is whole everywhere; heads and hidden units are dealt as their weights are.
+        # The residual stream has its whole width on each device; heads and hidden units are sharded like their weights.
         split = None if self.axes[1] == "embed" else self.axes[1]
         return partition.constrain(y, "batch", *(None,) * (y.ndim - 2), split)
 
@@ -94,10 +95,12 @@ class RMSNorm(nn.Module):
 
 
 def gelu_erf(x: Array) -> Array:
+    """GELU by the error function."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def gelu_tanh(x: Array) -> Array:
+    """GELU by the approximation with tanh."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -140,7 +143,7 @@ def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, n
 
 
 def example_lengths(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """How many tokens the example of each token has; examples are runs of one segment with positions 0, 1, ..."""
+    """The number of tokens in the example of each token; an example is a run of one segment at positions 0, 1, ..."""
     places = jnp.arange(segments.shape[1])
     ends = jnp.concatenate([segments[:, :-1] != segments[:, 1:], jnp.ones_like(segments[:, :1], bool)], 1)
     end = jax.lax.cummin(jnp.where(ends, places, segments.shape[1]), axis=1, reverse=True)
@@ -150,13 +153,13 @@ def example_lengths(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -
 def rotary(
     rope: RopeConfig, per_head: int, positions: Int[Array, "B S"], lengths: Int[Array, "B _S"]
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
-    """cos and sin of the rotary angles, float32, the LongRoPE attention factor included.
+    """cos and sin of the rotary angles, float32, with LongRoPE's attention factor.
 
     Args:
       positions: position of each token within its own example.
-      lengths: tokens of the whole example that each token is of (_S is S, or 1 where a row is one example): beyond
-        `original_length` LongRoPE's long factors hold for all of its tokens, else the short ones. The published code
-        looks at the longest row of the batch instead, so that a long row changes its neighbours.
+      lengths: the number of tokens of each token's whole example (_S is S, or 1 where a row is one example). An example
+        longer than `original_length` takes LongRoPE's long factors for all of its tokens, any other the short ones. The
+        published code takes the longest row of the batch instead, so that a long row changes the others.
     """
     short, long, scale = _inverse_frequencies(rope, per_head)
     frequencies = jnp.asarray(short, jnp.float32)
@@ -170,7 +173,7 @@ def rotary(
 def apply_rotary(
     x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
 ) -> Float[Array, "B S H d"]:
-    """Rotate-half form: the first half of the head dimension pairs with the second."""
+    """Rotates queries or keys; each element of the head's first half is paired with one of its second half."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

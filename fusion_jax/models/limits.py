@@ -1,7 +1,7 @@
-"""Between which values the fields of a model config make sense.
+"""The ranges within which the fields of a model config make sense.
 
-The largest lie far beyond any real model: a size above is a mistake or an attack, and is refused before memory is taken
-for it.
+The largest values are far beyond any real model: a larger size is a mistake or an attack, and is refused before any
+memory is allocated for it.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "head_dim": (0, 1 << 17),
     "vocab_size": (1, 1 << 24),
     "sliding_window": (0, _POSITIONS),
-    "norm_eps": (1e-20, 1.0),  # smaller ones vanish in float32
+    "norm_eps": (1e-20, 1.0),  # smaller values vanish in float32
     "theta": (1e-6, 1e15),
     "factor": _FACTORS,
     "low_freq_factor": _FACTORS,
     "high_freq_factor": _FACTORS,
     "short_factors": _FACTORS,
     "long_factors": _FACTORS,
-    "original_length": (2, _POSITIONS),  # the logarithm of it is divided by
+    "original_length": (2, _POSITIONS),  # its logarithm is a divisor
     "max_length": (1, _POSITIONS),
     "tile_tokens": (0, 1 << 20),
     "mapping_loss_weight": (0, 1e6),
@@ -41,7 +41,7 @@ MOST_CHOICES = 256  # sets of latents, grids of tiles
 
 
 def within(name: str, value: int | float, least: int | float, most: int | float) -> None:
-    """UserError unless the value lies in least .. most; no NaN does."""
+    """UserError unless least <= value <= most; NaN is refused."""
     check(not value < least, f"{name}={brief(value)} must be at least {least}.")
     check(least <= value <= most, f"{name}={brief(value)} must be between {least} and {most}.")
 

@@ -1,4 +1,9 @@
-"""Llama-family decoder with semantic exchange layers between its layers, and its key/value cache."""
+"""The decoder, a Llama with semantic exchange layers between its layers, and its key/value cache.
+
+Families of LLMs differ in fields of `LLMConfig` (biases of q, k and v, a tied head, a sliding window, kinds of rotary
+embedding), not in code. One whose layer differs otherwise gets a field there and its case in `DecoderLayer`;
+`interop/families.py` has a row for each, which says how its files become these fields.
+"""
 
 from dataclasses import dataclass
 
@@ -20,16 +25,16 @@ class Cache:
     """Keys and values of the tokens seen so far, one buffer for all layers.
 
     Attributes:
-      keys: (layers, B, G, d, capacity), rotary embedding applied. values: (layers, B, G, capacity, d). As a new token's
-        products with them read them: neither is copied first.
-      segments: (B, capacity) int32, 1 where a slot holds a real token. positions: (B, capacity) int32, its position.
-      reach: (B,) int32, how many positions of the row are read at most, the answer's to come included. With LongRoPE it
-        decides at the prefill which factors turn the row's keys, so that all of them are turned alike.
-      length: int32 scalar, the next slot to write. Rows share slots; each token carries its own position.
+      keys: (layers, B, K, d, C), K heads and C slots, rotary embedding applied. values: (layers, B, K, C, d). These are
+        the orders in which the products of a new token read them, so that neither is copied first.
+      segments: (B, C) int32, 1 where a slot holds a real token. positions: (B, C) int32, its position.
+      reach: (B,) int32, how many positions of the row are read at most, those of the coming answer included. With
+        LongRoPE it decides at the prefill which factors rotate the row's keys, so that all are rotated by the same.
+      length: int32 scalar, the next slot to write. All rows write the same slot, each its own position.
     """
 
-    keys: Float[Array, "layers B G d C"]
-    values: Float[Array, "layers B G C d"]
+    keys: Float[Array, "layers B K d C"]
+    values: Float[Array, "layers B K C d"]
     segments: Int[Array, "B C"]
     positions: Int[Array, "B C"]
     reach: Int[Array, " B"]
@@ -37,7 +42,7 @@ class Cache:
 
 
 def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype: DTypeLike) -> Cache:
-    """A cache for `capacity` tokens a row. reach: see `Cache`."""
+    """An empty cache with `capacity` slots. reach: see `Cache`."""
     rows, slots = (config.layers, len(reach), config.kv_heads), jnp.zeros((len(reach), capacity), jnp.int32)
     keys = jnp.zeros((*rows, config.per_head, capacity), dtype)
     return Cache(keys, jnp.zeros((*rows, capacity, config.per_head), dtype), slots, slots, reach, jnp.int32(0))
@@ -86,7 +91,7 @@ class DecoderLayer(nn.Module):
             y = attention.cached_attention(q, k, v, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
-        # As many residual branches as layers, twice: their sum stays at the scale of the embedding.
+        # There are two residual branches a layer; this keeps the sum of all at the scale of the embedding.
         residual = {"dtype": self.dtype, "kernel_init": layers.fan_in(2 * c.layers)}
         x = x + layers.Dense(c.width, ("heads", "embed"), name="out", **residual)(y.reshape(batch, length, -1))
         x = partition.constrain(x, "batch", None, None)
@@ -127,7 +132,7 @@ class Decoder(nn.Module):
         c = self.config.llm
         self.embedding = self.param(
             "embedding",
-            # At the scale of image tokens and of what the layers add, so that a word is not drowned by its first layer.
+            # At the scale of image tokens and of what the layers add, so that the first layer does not drown a word.
             nn.with_logical_partitioning(layers.normal(0.5), ("vocab", "embed")),
             (c.padded_vocab, c.width),
             jnp.float32,
@@ -143,7 +148,7 @@ class Decoder(nn.Module):
         self.stacks = [
             nn.scan(
                 block,
-                variable_axes={"params": 0, "intermediates": 0},  # the latter for `levels.py` alone
+                variable_axes={"params": 0, "intermediates": 0},  # the latter for attention maps alone
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=stack.blocks,
@@ -154,18 +159,18 @@ class Decoder(nn.Module):
         self.norm = layers.RMSNorm(c.norm_eps)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        # Each device looks its columns up for the rows of its whole fsdp group and the columns are then exchanged for
-        # rows: a batch's embeddings travel, not the table.
+        embedded = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Each device looks up its columns for the rows of its whole fsdp group, and the columns are then exchanged for
+        # rows: the embeddings of a batch are sent, not the table.
         rest = (None,) * (tokens.ndim - 1)
-        return partition.constrain(partition.constrain(found, "rows", *rest, "embed"), "batch", *rest, None)
+        return partition.constrain(partition.constrain(embedded, "rows", *rest, "embed"), "batch", *rest, None)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """(D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
+        """The head's weights (D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
         return self.embedding.T if self.config.llm.tied_head else self.head
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits over the real vocabulary."""
+        """float32 logits over the vocabulary without its padding."""
         kernel = self.head_kernel()[:, : self.config.llm.vocab_size].astype(self.dtype)
         return jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
@@ -177,9 +182,9 @@ class Decoder(nn.Module):
         plan: ExchangePlan | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Hidden states after the final norm.
+        """Returns the hidden states after the final norm, and the cache where there is one.
 
-        With a cache: several tokens are a prefill, which starts at an empty cache; one token is a decode step.
+        With a cache, several tokens are a prefill, which needs an empty cache; one token is a decode step.
         """
         c = self.config.llm
         lengths = layers.example_lengths(segments, positions) if cache is None else cache.reach[:, None]
@@ -187,18 +192,20 @@ class Decoder(nn.Module):
         buffers = cached = seen = slot = None
         if cache is not None:
             slot = cache.length
-            cached, places = (
+            cached, cached_positions = (
                 jax.lax.dynamic_update_slice(old, new, (0, slot))
                 for old, new in ((cache.segments, segments), (cache.positions, positions))
             )
             buffers = (cache.keys, cache.values)
-            # The window counts positions, not slots: padding lies between a prompt and its answer.
-            seen = jnp.where(positions[:, -1:] - places < c.sliding_window, cached, 0) if c.sliding_window else cached
+            # The window counts positions, not slots: there is padding between a prompt and its answer.
+            seen = cached
+            if c.sliding_window:
+                seen = jnp.where(positions[:, -1:] - cached_positions < c.sliding_window, cached, 0)
         shared = _Shared(cos, sin, segments, seen, slot, plan)
         carry = (partition.constrain(x.astype(self.dtype), "batch", None, None), buffers, jnp.int32(0))
         for stack in self.stacks:
             carry, _ = stack(carry, shared)
         x, buffers, _ = carry
         if cache is not None:
-            cache = Cache(*buffers, cached, places, cache.reach, slot + segments.shape[1])
+            cache = Cache(*buffers, cached, cached_positions, cache.reach, slot + segments.shape[1])
         return self.norm(x), cache

@@ -3,9 +3,9 @@
 | policy | kept | cost |
 |---|---|---|
 | none | everything | most memory |
-| dots | results of matrix products and attention | elementwise work again |
-| attention | layer inputs and attention outputs | one forward of the matrix products again |
-| full | layer inputs | one whole forward again |
+| dots | results of matrix products and attention | recomputes elementwise work |
+| attention | layer inputs and attention outputs | recomputes a forward pass of the matrix products |
+| full | layer inputs | recomputes a whole forward pass |
 """
 
 import flax.linen as nn
@@ -13,8 +13,8 @@ import jax
 
 from fusion_jax.errors import check_choice
 
-ATTENTION = "attention"  # name of what attention kernels keep for their backward passes
-# Kernels that name nothing themselves are kept by what they are.
+ATTENTION = "attention"  # the name that attention kernels give to what their backward passes need
+# Kernels that give no names are recognised by their primitives.
 _KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
 
 _policies = jax.checkpoint_policies
@@ -30,7 +30,7 @@ POLICIES = {
 
 
 def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """`module` wrapped for use inside a scan. Raises UserError for an unknown policy name."""
+    """Wraps a module for use inside a scan. Raises UserError for an unknown policy."""
     check_choice("remat=", policy, POLICIES)
     if policy == "none":
         return module

@@ -1,4 +1,4 @@
-"""Causal flash attention of packed rows in Triton (NVIDIA GPU), which skips what other segments hold.
+"""Causal flash attention of packed rows in Triton (NVIDIA GPU), which skips blocks of other segments.
 
     one program                 goes over                          and gives
     forward: a block of queries  keys from `first` to the diagonal  output, log-sum-exp
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-_HIDDEN = -1e30  # a score that nothing comes of, and that no sum makes infinite
-_LAST = 2**30  # from here on, segments of padding, which stands behind all others
+_HIDDEN = -1e30  # a score whose weight is 0, and which no sum makes infinite
+_LAST = 2**30  # the first segment id of padding, which comes after all others
 _LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a block, warps and pipeline stages of a program."""
+    """The sizes of a kernel: queries and keys of a block, warps and pipeline stages of a program."""
 
     queries: int
     keys: int
@@ -38,8 +38,12 @@ BLOCKS = FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Bl
 
 
 def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """The first block of keys that each block of queries must look at, and one more than the last block of queries that
-    must look at each block of keys: int32 (B, S / queries) and (B, S / keys)."""
+    """Which blocks may hold the same segments.
+
+    Returns:
+      first: int32 (B, S / queries), the first block of keys that each block of queries must read. last: int32
+      (B, S / keys), one more than the last block of queries that must read each block of keys.
+    """
     batch = len(segments)
     of_queries, of_keys = (segments.reshape(batch, -1, size) for size in (queries, keys))
     meets = (of_queries.min(-1)[:, :, None] <= of_keys.max(-1)[:, None]) & (
@@ -51,7 +55,7 @@ def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax
 
 
 def _load(ref, start, size, width):
-    """(size, padded width) of a (S, width) array."""
+    """Loads (size, padded width) of a (S, width) array, from row `start` on, with zeros beyond the width."""
     columns = jnp.arange(ref.shape[-1])[None] < width
     return plt.load(ref.at[pl.ds(start, size), :], mask=columns, other=0.0)
 
@@ -134,8 +138,11 @@ def _queries_kernel(
 
 
 def _call(kernel, name, blocks, grid_size, shape, repeat, interpret, in_kinds, out_kinds, *arrays):
-    """One kernel over (blocks of the row, heads, rows). Kinds of arrays: `heads`, `groups` (whole rows of one head or
-    group of heads), `row` (B, S), `bound` (B, blocks), `sums` (B, H, S), `part` and `part_sums` (a block of them)."""
+    """Calls a kernel on a grid of (blocks of the row, heads, rows).
+
+    Kinds of arrays: `heads` and `groups` (whole rows of a query head, or of the key/value head that a group of heads
+    shares), `row` (B, S), `bound` (B, blocks), `sums` (B, H, S); `part` and `part_sums` are a block of heads and sums.
+    """
     batch, length, heads, width = shape
     padded = pl.next_power_of_2(width)
     own = length // grid_size
@@ -166,10 +173,10 @@ def _call(kernel, name, blocks, grid_size, shape, repeat, interpret, in_kinds, o
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def segment_attention(q, k, v, segments, blocks=BLOCKS, interpret=False):
-    """Causal attention within segments: q (B, S, H, d); k, v (B, S, G, d) with G dividing H; segments int32 (B, S).
+    """Causal attention within segments: q (B, S, H, d); k, v (B, S, K, d) with K dividing H; segments int32 (B, S).
 
-    S must be a multiple of every block. Padding, segment 0, sees some of the padding before it. 16 bits only on a
-    device.
+    S must be a multiple of every block. Padding, segment 0, sees some of the padding before it. On a device the
+    arrays must have 16 bits.
     """
     return _forward(q, k, v, segments, blocks, interpret)[0]
 

@@ -1,6 +1,6 @@
-"""Text-guided SigLIP encoder: the question's tokens join the patches and both update layer by layer.
+"""Text-guided SigLIP encoder: the question's tokens join the patches, and every layer updates both.
 
-Who sees whom (rows query, columns key; padding of the text is never seen):
+Which keys (columns) each query (rows) sees; padding of the text is never seen:
 
                  early half, `paper`   early half, `released`   late half
                  image  text           image  text              image  text
@@ -22,13 +22,13 @@ from fusion_jax.models.remat import remat
 
 
 def normalise(crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N H W 3"]:
-    """uint8 pixels to [-1, 1]; a blank crop is 0.0, the mid-grey that no uint8 gives."""
+    """Maps uint8 pixels to [-1, 1]; a blank crop becomes 0.0, a mid-grey that no uint8 has."""
     pixels = crops.astype(jnp.float32) / 127.5 - 1.0
     return jnp.where(blank[:, None, None, None], 0.0, pixels)
 
 
 def patchify(pixels: Float[Array, "N H W 3"], patch: int) -> Float[Array, "N P pixels"]:
-    """Row-major patches, each flattened as (row, column, channel). Pixels beyond the last whole patch are cut off."""
+    """Cuts into row-major patches, each flattened as (row, column, channel); a rest of pixels is dropped."""
     n, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
     x = pixels[:, : rows * patch, : columns * patch]
@@ -37,7 +37,7 @@ def patchify(pixels: Float[Array, "N H W 3"], patch: int) -> Float[Array, "N P p
 
 
 def _along_rows(x: Float[Array, "N L D"]) -> Float[Array, "N L D"]:
-    """Crops lie with the rows that they belong to."""
+    """Shards crops like the rows that they belong to."""
     return partition.constrain(x, "batch", None, None)
 
 
@@ -74,7 +74,7 @@ class EncoderLayer(nn.Module):
             hidden = jnp.where(early, 0, text_segments)
             visible_to_image = jnp.concatenate([image_segments, hidden], 1)
         else:
-            # One constant score for all keys, as the published code gives early text queries, is a query of zeros.
+            # The published code gives early text queries the same score for all keys, which a query of zeros does too.
             q_text = jnp.where(early, 0, q_text).astype(q.dtype)
         image = attention.attention(q[:, :patches], k, v, image_segments, visible_to_image)
         text = attention.attention(q_text, k, v, text_segments, visible_to_text)
@@ -89,7 +89,7 @@ class EncoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class _TapWeights:
-    """Per state 0..K-1, its weight in the shallow and in the deep mean."""
+    """The weights of states 0..K-1 in the shallow and in the deep mean."""
 
     shallow: np.ndarray
     deep: np.ndarray
@@ -97,7 +97,7 @@ class _TapWeights:
     @classmethod
     def of(cls, config: VisionConfig) -> "_TapWeights":
         # With K layers and h = K // 2: shallow is the mean of states 0..h-1, deep of h..2h-1; state k enters layer k,
-        # so that without the last state, K, as a tap nothing reads layer 2h-1 or any behind it.
+        # so that, unless the last state K is a tap, nothing reads layer 2h-1 or any after it.
         half, state = config.early_layers, np.arange(config.layers)
         shallow = (state < half) / half
         deep = ((state >= half) & (state < 2 * half)) / half
@@ -105,12 +105,12 @@ class _TapWeights:
 
 
 def _add(sums, shallow, deep, x):
-    """Both means' sums, float32, with the weighted state `x` in them."""
+    """Adds the weighted state `x` to the sums of both means, float32."""
     return sums[0] + shallow * x, sums[1] + deep * x
 
 
 class _EncoderStep(nn.Module):
-    """Scan body: one layer over the plain and the guided crops, so that its weights are fetched once for both."""
+    """Scan body: one layer for the plain and the guided crops, so that its weights are gathered once for both."""
 
     config: VisionConfig
     mask: str
@@ -145,7 +145,7 @@ class VisionEncoder(nn.Module):
         )
         scan = nn.scan(
             remat(_EncoderStep, self.remat),
-            variable_axes={"params": 0, "intermediates": 0},  # the latter for `levels.py` alone
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for attention maps alone
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.config.encoder_layers,

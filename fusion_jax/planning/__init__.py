@@ -1,1 +1,1 @@
-"""What `python -m fusion_jax.plan` is made of: the typical step, the program compiled for it, and what bounds it."""
+"""Plans a run without its hardware: the typical step, the program compiled for it, and what bounds its speed."""

@@ -1,5 +1,7 @@
-"""Compiling a large program takes minutes in which Python hears nothing: it happens in a thread of its own, so that the
-command says meanwhile that it lives, and ends when Ctrl-C comes."""
+"""Compiles in a thread of its own, so that meanwhile the command reports progress and can be stopped by Ctrl-C.
+
+Compiling a large program takes minutes, in which Python handles no signals.
+"""
 
 import concurrent.futures
 import contextlib
@@ -9,54 +11,54 @@ import time
 from collections.abc import Iterator
 
 _EVERY = 20.0  # seconds between two lines in a log file
-_LOOK = 0.2
+_POLL = 0.2  # seconds between two checks whether the compiler has finished
 
 
 def compiled(lowered, what: str, options: dict | None = None):
-    """`lowered.compile()`.
+    """Returns `lowered.compile()`.
 
     Args:
-      what: is compiled, for the line on standard error. options: for the compiler.
+      what: the name of the program, for the line on standard error. options: for the compiler.
 
     Raises:
-      what compiling raises. KeyboardInterrupt: at once; the compiler then goes on until the process ends.
+      KeyboardInterrupt: at once; the compiler then goes on until the process ends. Otherwise whatever compiling raises.
     """
     result = concurrent.futures.Future()
 
     def work() -> None:
         try:
             result.set_result(lowered.compile(compiler_options=options))
-        except BaseException as error:  # whatever it is, it belongs to the caller
+        except BaseException as error:  # raised again in the caller's thread
             result.set_exception(error)
 
     threading.Thread(target=work, name="compiling", daemon=True).start()
-    with _lines(what) as tick:
-        while not concurrent.futures.wait([result], timeout=_LOOK).done:
-            tick()
+    with _progress(what) as report:
+        while not concurrent.futures.wait([result], timeout=_POLL).done:
+            report()
     return result.result()
 
 
 @contextlib.contextmanager
-def _lines(what: str) -> Iterator:
-    """Gives a function that says now and then how long it takes: in a terminal in one line that goes again."""
-    start = said = time.monotonic()
+def _progress(what: str) -> Iterator:
+    """Yields a function that now and then writes how long compiling has taken, in a terminal on one line."""
+    start = last = time.monotonic()
     terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def write(text: str) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # nobody listens, or there is no standard error
+        with contextlib.suppress(OSError, AttributeError):  # it is closed, or there is none
             sys.stderr.write(text)
             sys.stderr.flush()
 
-    def tick() -> None:
-        nonlocal said
+    def report() -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - said >= (1.0 if terminal else _EVERY):
-            said = now
+        if now - last >= (1.0 if terminal else _EVERY):
+            last = now
             line = f"compiling {what}, {now - start:.0f} s so far"
             write(f"\r{line}\x1b[K" if terminal else f"{line}\n")
 
     try:
-        yield tick
+        yield report
     finally:
-        if terminal and said > start:
+        if terminal and last > start:
             write("\r\x1b[K")

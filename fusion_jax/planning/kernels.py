@@ -1,4 +1,6 @@
-"""Kernels that a program calls by name, whose FLOPs no product in its text shows: counted by their operands' shapes.
+"""FLOPs of the kernels that a program calls by name, counted by the shapes of their operands.
+
+The program's text shows no products of theirs:
 
 | kernel | products of an attention, each 2 Sq Sk d FLOPs a head |
 |---|---|
@@ -6,7 +8,7 @@
 | Triton (GPU) | the same three |
 | cuDNN (GPU) | scores and output; scores, d(weights), d(query), d(key), d(value) |
 
-Blocks that a causal mask or a window hides are never computed, and by the Triton kernels none between segments.
+Blocks that a causal mask or a window hides are never computed; the Triton kernels also skip those between segments.
 """
 
 import math
@@ -14,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 from fusion_jax.models import flash, segment_flash
-from fusion_jax.planning.hlo import Kernel
+from fusion_jax.planning.work import Kernel
 
 _SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
 _TRITON = (("segment_flash_forward", 2), ("segment_flash_keys", 4), ("segment_flash_queries", 3))
@@ -23,7 +25,7 @@ _CUDNN_BLOCK = 128
 
 
 def kind(kernel: Kernel) -> str:
-    """What people call it."""
+    """The kernel's name in reports."""
     if kernel.target == "tpu_custom_call":
         return "splash attention"
     if "triton" in kernel.target:
@@ -35,10 +37,10 @@ def flops(kernel: Kernel, packed: float = 1.0) -> float:
     """FLOPs of one call.
 
     Args:
-      packed: share of a causal row's blocks that do not lie between segments, see `packed_share`.
+      packed: share of a causal row's blocks that are within segments, see `packed_share`.
 
     Raises:
-      ValueError: nobody has said what such a kernel computes.
+      ValueError: the kernel is unknown.
     """
     if kernel.target == "tpu_custom_call":
         return _splash(kernel)
@@ -48,7 +50,11 @@ def flops(kernel: Kernel, packed: float = 1.0) -> float:
 
 
 def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int = 0) -> float:
-    """The share of an attention's blocks (of queries, of keys) that a causal mask leaves, with a window fewer."""
+    """The share of an attention's blocks that a causal mask, and a window where there is one, leaves to compute.
+
+    Args:
+      blocks: (queries, keys) of a block. window: keys that a query sees, 0 for all before it.
+    """
     q_block, k_block = blocks
     rows, columns = math.ceil(q_length / q_block), math.ceil(k_length / k_block)
     count = 0
@@ -59,26 +65,26 @@ def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int 
 
 
 def packed_share(lengths: Sequence[int], rows: int, row_length: int) -> float:
-    """The share of the blocks on and below the diagonal of all rows whose queries and keys meet in a segment.
+    """Of the blocks on and below the diagonal of all rows, the share in which queries meet keys of their segment.
 
     Args:
-      lengths: of the segments in these rows. A segment begins and ends anywhere in a block.
+      lengths: of the segments in these rows. A segment may begin and end anywhere in a block.
     """
 
     def below(length: float) -> float:
         blocks = length / segment_flash.FORWARD.queries
         return blocks * (blocks + 1) / 2
 
-    met = sum(below(length + segment_flash.FORWARD.queries) for length in lengths)
-    return min(1.0, met / (rows * below(row_length)))
+    within = sum(below(length + segment_flash.FORWARD.queries) for length in lengths)
+    return min(1.0, within / (rows * below(row_length)))
 
 
 def _arrays(kernel: Kernel) -> list[tuple[int, ...]]:
-    """Query, key and value come first."""
-    found = [s.dims for s in kernel.operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f16", "f32")]
-    if len(found) < 3:
+    """Shapes of the kernel's arrays; query, key and value come first."""
+    arrays = [s.dims for s in kernel.operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f16", "f32")]
+    if len(arrays) < 3:
         raise _unknown(kernel)
-    return found
+    return arrays
 
 
 def _unknown(kernel: Kernel) -> ValueError:
@@ -93,7 +99,7 @@ def _products(kernel: Kernel, table: tuple[tuple[str, int], ...]) -> int:
 
 
 def _splash(kernel: Kernel) -> float:
-    """Arrays are (..., heads, length, head size)."""
+    """FLOPs of splash attention; its arrays are (..., heads, length, head size)."""
     products = _products(kernel, _SPLASH)
     query, key = _arrays(kernel)[:2]
     block = flash._blocks(query[-2])[1]
@@ -103,7 +109,7 @@ def _splash(kernel: Kernel) -> float:
 
 
 def _triton(kernel: Kernel) -> float:
-    """Arrays are (rows, length, heads, head size); causal, as `attention.choose` has it."""
+    """FLOPs of our Triton kernels, which are causal; their arrays are (rows, length, heads, head size)."""
     products = _products(kernel, _TRITON)
     query, key = _arrays(kernel)[:2]
     blocks = _TRITON_BLOCKS[products]
@@ -112,7 +118,7 @@ def _triton(kernel: Kernel) -> float:
 
 
 def _cudnn(kernel: Kernel) -> float:
-    """Its configuration says the scores' shape and the mask."""
+    """FLOPs of cuDNN's attention; its configuration holds the shape of the scores and the mask."""
     scores = re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', kernel.rest)
     if scores is None:
         raise _unknown(kernel)
@@ -126,6 +132,7 @@ def _cudnn(kernel: Kernel) -> float:
 
 
 def _gemm(kernel: Kernel) -> float:
+    """FLOPs of a matrix product by cuBLAS."""
     contracted = re.search(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]', kernel.rest)
     if contracted is None:
         raise _unknown(kernel)

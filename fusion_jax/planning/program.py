@@ -1,4 +1,4 @@
-"""The real train step, compiled for chips that are not here."""
+"""Compiles the real train step of a stage for chips that need not be here."""
 
 import re
 import time
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig
 from fusion_jax.devices import sharding
 from fusion_jax.devices.chips import Topology
-from fusion_jax.errors import check
+from fusion_jax.errors import check, check_choice
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import compiling, typical
 from fusion_jax.planning.typical import TypicalStep
@@ -25,10 +25,11 @@ class Program:
     """A compiled train step and what it was compiled for.
 
     Attributes:
-      text: its optimized HLO; empty where it does not fit. needed, limit: bytes of HBM a chip takes and has, as the
-        compiler says; of a program that was not compiled, since its arguments alone do not fit, theirs.
-      parameters, optimizer, batch: bytes a chip of its arguments. temporaries: bytes beyond them.
-      parameter_count: of the model. compiled: whether it was, in so many seconds.
+      text: its optimized HLO; empty where it does not fit. needed, limit: bytes of HBM that it takes on a chip and that
+        a chip has, according to the compiler; where the arguments alone do not fit, nothing was compiled and `needed`
+        is what they take.
+      parameters, optimizer, batch: bytes of its arguments on a chip. temporaries: bytes beyond them.
+      parameter_count: of the model. compiled: whether it was compiled. seconds: that this took.
     """
 
     config: RunConfig
@@ -54,11 +55,19 @@ class Program:
         return self.needed - self.parameters - self.optimizer - self.batch
 
 
+def find_stage(config: RunConfig, name: str) -> StageConfig:
+    """The config's stage of that name, or its first where the name is empty. UserError where there is none."""
+    matches = [stage for stage in config.stages if name in ("", stage.name)]
+    if not matches:
+        check_choice("--stage=", name, [stage.name for stage in config.stages])
+    return matches[0]
+
+
 def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
-    """`fsdp=64,tensor=2`: sizes not named are 1, or what remains if none is -1. Without text the config's.
+    """Reads a mesh such as `fsdp=64,tensor=2`, where axes that are not named have size 1; empty text is the config's.
 
     Raises:
-      UserError: it cannot be read, or names another axis.
+      UserError: the text cannot be read, or names another axis.
     """
     if not text:
         return config
@@ -67,27 +76,27 @@ def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
         name, _, size = part.partition("=")
         check(
             name in sharding.AXES and re.fullmatch(r"-1|\d+", size) is not None,
-            f"--mesh={text}: {part!r} is none of {', '.join(f'{axis}=N' for axis in sharding.AXES)}.",
+            f"--mesh={text}: {part!r} is not one of {', '.join(f'{axis}=N' for axis in sharding.AXES)}.",
         )
         sizes[name] = int(size)
     return MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes)
 
 
 def bytes_per_chip(tree) -> int:
-    """Of arrays with shardings, abstract or not: what one device holds."""
+    """Bytes that one device holds of a tree of arrays with shardings, which may be abstract."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None):
-    """Everything that can be wrong, before anything is compiled.
+    """Finds everything that can be wrong before anything is compiled.
 
     Returns:
       (mesh, typical step).
 
     Raises:
-      UserError: mesh, model or batch do not divide.
+      UserError: the mesh does not divide the chips, the model or the batch.
     """
     sizes = sharding.mesh_sizes(config.mesh, topology.chips)
     typical_step = typical.step(config, stage, sizes[0] * sizes[1], latent_count)
@@ -97,7 +106,7 @@ def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_co
 
 
 def abstract_arguments(config: RunConfig, stage: StageConfig, mesh: Mesh, step: TypicalStep):
-    """(optimizer, labels, arguments of the train step as shapes with shardings)."""
+    """Returns (optimizer, labels, arguments of the train step as shapes with shardings)."""
     params = state.abstract_parameters(config.model, mesh)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     rows, everywhere = sharding.of_rows(mesh), sharding.replicated(mesh)
@@ -108,7 +117,7 @@ def abstract_arguments(config: RunConfig, stage: StageConfig, mesh: Mesh, step: 
 
 
 def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None) -> Program:
-    """Compiles a stage's train step, of the largest l^2 by default.
+    """Compiles a stage's train step, by default at the largest l^2.
 
     Raises:
       UserError: as `prepare`.
@@ -119,8 +128,8 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
     old, batch, _ = arguments
     start = time.perf_counter()
     needed, limit, text = bytes_per_chip((old, batch)), topology.limit or topology.chip.hbm, ""
-    worth_it = topology.limit is None or needed <= topology.limit
-    if worth_it:
+    may_fit = topology.limit is None or needed <= topology.limit
+    if may_fit:
         lowered = compile_train_step(model, stage, tx, labels, mesh).lower(*arguments)
         try:
             compiled = compiling.compiled(lowered, f"{stage.name} for {topology.name}", topology.options)
@@ -144,25 +153,25 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
         optimizer=bytes_per_chip(old.opt_state),
         batch=bytes_per_chip(batch),
         parameter_count=sum(int(np.prod(x.shape)) for x in jax.tree.leaves(old.params)),
-        compiled=worth_it,
+        compiled=may_fit,
         seconds=seconds,
     )
 
 
-def _memory(plan, mesh: Mesh) -> float:
-    """Bytes that a compiled program takes on a chip."""
+def _memory(analysis, mesh: Mesh) -> float:
+    """Bytes that a compiled program takes on a chip, from XLA's memory analysis of it."""
     if mesh.devices.flat[0].platform == "tpu":
         # Its `temp_size_in_bytes` counts gaps between buffers twice: up to 10 GiB more than the chip needs.
-        return plan.peak_memory_in_bytes + plan.generated_code_size_in_bytes
+        return analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes
     # A GPU's temporaries are one allocation, gaps included.
-    own = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+    own = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + own + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
 
 
 def _too_large(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there are) of the compiler's complaint that a program does not fit; (0, 0) of another."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    if not found:
+    """Reads (bytes needed, bytes available) from the compiler's error for a program that does not fit; else (0, 0)."""
+    sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if not sizes:
         return 0.0, 0.0
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return float(sizes[1]) * units[sizes[2]], float(sizes[3]) * units[sizes[4]]

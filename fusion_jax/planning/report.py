@@ -1,4 +1,4 @@
-"""From a compiled program to what it needs and what it may reach: the bounds, the table, the JSON line."""
+"""Analyses a compiled program: what a step needs, how fast it can be at most; as a table and as a JSON line."""
 
 import math
 from collections import defaultdict
@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from fusion_jax.devices import flops, sharding
 from fusion_jax.devices.chips import Topology
-from fusion_jax.planning import hlo, kernels, typical
+from fusion_jax.planning import kernels, typical
 from fusion_jax.planning.program import Program
+from fusion_jax.planning.work import read
 from fusion_jax.training import losses
 
 # Published samples of each stage, in millions.
@@ -20,8 +21,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Report:
-    """Of a step. FLOPs are of all chips, in `kernels` by kind; bytes are of one, in `collectives` by (kind, mesh axes);
-    seconds are lower bounds."""
+    """What a step needs.
+
+    Attributes:
+      samples: of a step, on average over l^2. model_flops, compiled_flops: of all chips, those that the model needs and
+      those that the program computes. kernels: the latter by kind of kernel. hbm_bytes: of one chip. collectives:
+      bytes that one chip sends, by (kind, mesh axes). seconds: lower bounds by cause, each as if the others took none.
+    """
 
     topology: Topology
     program: Program
@@ -54,23 +60,23 @@ class Report:
 
 
 def axes_of(groups, mesh: Mesh) -> str:
-    """Mesh axes along which the members of a collective's groups differ: `fsdp`, `data+fsdp`, ..."""
+    """The mesh axes along which the members of a collective's groups differ, such as `fsdp` or `data+fsdp`."""
     places = np.array([np.unravel_index(device, mesh.devices.shape) for device in groups[0]])
     varying = [axis for axis, column in zip(sharding.AXES, places.T) if len(set(column.tolist())) > 1]
     return "+".join(varying) or "none"
 
 
 def analyse(program: Program, topology: Topology) -> Report:
-    """Counts a program's work and divides it by the chip's rates."""
+    """Counts a program's work, and divides it by the chip's rates to bound the time of a step."""
     config, stage, step, chip = program.config, program.stage, program.step, topology.chip
     model_flops = flops.step_flops(config.model, step.shape)
     shards = sharding.batch_shards(program.mesh)
     samples = typical.mean_samples(config, stage, shards)
     if not program.text:
         return Report(topology, program, samples, model_flops)
-    # The only loop whose rounds its data decides is the cross-entropy's over supervised positions.
+    # The only loop whose count its data decides is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
-    work = hlo.read(program.text, topology.chips, chunks)
+    work = read(program.text, topology.chips, chunks)
     packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
     by_kind = defaultdict(float)
     for kernel in work.kernels:
@@ -107,7 +113,7 @@ def _number(value: float, digits: int = 4) -> float | None:
 
 
 def line(report: Report, stage_samples: float | None) -> dict:
-    """The JSON line: see docs/scaling.md."""
+    """The JSON line of a report; docs/scaling.md describes its keys."""
     program = report.program
     chip_hours = report.chip_hours(stage_samples) if stage_samples else math.nan
     return {
@@ -126,7 +132,7 @@ def line(report: Report, stage_samples: float | None) -> dict:
 
 
 def table(report: Report, stage_samples: float | None) -> str:
-    """The same and where it comes from, for reading."""
+    """The report for reading, with what its figures are made of."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     noun, plural = topology.noun, topology.noun + "s" * (topology.chips > 1)
@@ -164,12 +170,11 @@ def table(report: Report, stage_samples: float | None) -> str:
     out.append("Lower bounds of a step, seconds (each as if the others took no time)")
     for name, seconds in report.seconds.items():
         out.append(f"  {name:<22} {seconds:.4f}")
-    tokens = report.step_seconds
     out += [
         f"  step                   {report.step_seconds:.4f}, bound by {report.bound_by}",
         f"  MFU                    at most {report.mfu:.1%}",
         f"  samples a second       at most {report.samples_per_second:.1f} "
-        f"({step.tokens / tokens:,.0f} tokens of the LLM)",
+        f"({step.tokens / report.step_seconds:,.0f} tokens of the LLM)",
     ]
     if stage_samples:
         hours = report.chip_hours(stage_samples)

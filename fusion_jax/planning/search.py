@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and batch size suit a topology: one compilation after the other, the best so far kept."""
+"""Searches for the mesh, remat policy and batch size that suit a topology, one compilation after the other."""
 
 import dataclasses
 import logging
@@ -12,11 +12,11 @@ from fusion_jax.planning.report import Report
 
 log = logging.getLogger("fusion_jax")
 
-_CHEAPEST_FIRST = ("none", "dots", "attention", "full")  # by what is computed again
+_CHEAPEST_FIRST = ("none", "dots", "attention", "full")  # by how much is recomputed
 
 
 def meshes(chips: int, slices: int) -> Iterator[MeshConfig]:
-    """Parameters over all chips of a slice; copied a few times; with tensor parallelism beside."""
+    """Yields meshes to try: parameters sharded over a slice, with a few copies of them, or with tensor parallelism."""
     per_slice = chips // slices
     for copies, tensor in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4)):
         if per_slice % (copies * tensor) == 0 and per_slice > copies * tensor:
@@ -30,10 +30,10 @@ def search(
     policies: Sequence[str],
     latent_count: int | None = None,
 ) -> list[Report]:
-    """Everything tried, the best first: what fits before what does not, then by samples a second.
+    """Reports on everything that was tried, the best first: what fits before what does not, then by samples a second.
 
-    First the remat policies from the one that computes least again, until one fits; with that one the meshes; with the
-    best mesh twice and half the batch.
+    It tries the remat policies first, from the one that recomputes least until one fits; with that policy the meshes;
+    and with the best mesh twice and half the batch.
 
     Raises:
       UserError: nothing could be compiled at all.
@@ -46,17 +46,19 @@ def search(
         except UserError as error:
             log.info("left out: %s", error)
             return None
-        found = report.analyse(program.compile_step(config, stage, topology, latent_count), topology)
-        tried.append(found)
-        log.info("%s", summary(found))
-        return found
+        analysed = report.analyse(program.compile_step(config, stage, topology, latent_count), topology)
+        tried.append(analysed)
+        log.info("%s", summary(analysed))
+        return analysed
 
     for policy in sorted(policies, key=_CHEAPEST_FIRST.index):
-        found = attempt(dataclasses.replace(config, remat=policy), stage)
-        if found and found.program.fits:
+        attempted = attempt(dataclasses.replace(config, remat=policy), stage)
+        if attempted and attempted.program.fits:
             break
     if not tried:
-        raise UserError("--search: the config's mesh or batch divides nothing here; give another --mesh.")
+        raise UserError(
+            "--search: the config's mesh does not divide the chips, the model or the batch; give another --mesh."
+        )
     chosen = dataclasses.replace(config, remat=best(tried).program.config.remat)
     first = tuple(tried[0].program.mesh.shape.values())
     for mesh in meshes(topology.chips, topology.slices):
@@ -74,18 +76,20 @@ def _merit(tried: Report) -> tuple[bool, float]:
 
 
 def best(tried: Sequence[Report]) -> Report:
+    """The report that fits with most samples a second, or the smallest where none fits."""
     return max(tried, key=_merit)
 
 
 def summary(tried: Report) -> str:
-    """One line of a ranking."""
+    """One line of the ranking."""
     p = tried.program
     mesh = ",".join(f"{axis}={size}" for axis, size in p.mesh.shape.items() if size > 1)
-    what = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
+    about = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
     if not p.fits:
-        return f"{what} {'' if p.compiled else 'and more '}of {p.limit / report.GIB:.1f}, does not fit"
-    return f"{what}, {tried.samples_per_second:.1f} samples/s and {tried.mfu:.1%} MFU at most ({tried.bound_by})"
+        return f"{about} {'' if p.compiled else 'and more '}of {p.limit / report.GIB:.1f}, does not fit"
+    return f"{about}, {tried.samples_per_second:.1f} samples/s and {tried.mfu:.1%} MFU at most ({tried.bound_by})"
 
 
 def ranking(tried: Sequence[Report]) -> str:
+    """All reports for reading, one a line."""
     return "\n".join(["Tried, the best first:", *(f"  {summary(one)}" for one in tried)])

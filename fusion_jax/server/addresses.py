@@ -1,4 +1,4 @@
-"""Which addresses are the API's and which the page's, and what is said to a request for any other."""
+"""Tells the API's addresses from the page's, and answers requests for any others."""
 
 import re
 
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from fusion_jax.server.error import ApiError
 
 GRADIO = "/gradio_api"
-# What Gradio's page asks for, by method. Everything else of Gradio's is closed.
+# The addresses that Gradio's page requests, with their methods. All other routes of Gradio are closed.
 PAGE = {
     "/": "GET",
     "/login": "GET, POST",
@@ -21,34 +21,34 @@ PAGE = {
     f"{GRADIO}/queue/data": "GET",
 }
 FILE = f"{GRADIO}/file="
-_LONGEST = 200  # characters of a file's path; no file of Gradio's has a longer one, and file systems refuse such names
+_LONGEST = 200  # characters of a file's path: no file of Gradio has a longer one, and file systems refuse them
 _STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
 
 
-def tidied(path: str) -> str:
-    """The path without slashes at its end or in a row, where it is the API's: clients join addresses as they like."""
+def normalized(path: str) -> str:
+    """The path without trailing or repeated slashes, where it is the API's: clients join addresses in many ways."""
     plain = "/" + "/".join(filter(None, path.split("/")))
     return plain if plain in ("/health", "/metrics", "/v1") or plain.startswith("/v1/") else path
 
 
 def is_static(path: str) -> bool:
-    """Whether a file of Gradio's own may lie there."""
+    """Whether the path may be one of Gradio's own files."""
     return len(path) <= _LONGEST and _STATIC.fullmatch(path) is not None
 
 
 def page_methods(path: str) -> str:
-    """The methods that the page takes at an address, "" where it is not the page's."""
+    """The methods that the page takes at an address; "" where the address is not the page's."""
     return PAGE.get(path) or ("GET" if is_static(path) or path.startswith(FILE) else "")
 
 
 def refusal(request: Request, error: HTTPException) -> JSONResponse:
-    """404 with what there is, 405 with what may be asked there, in the API's form."""
-    asked = f"{request.method} {request.scope['path'][:200]}"
+    """An error in the API's form: 404 lists what is served, 405 the methods that the address takes."""
+    request_line = f"{request.method} {request.scope['path'][:200]}"
     if error.status_code == 405:
         allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
-        text = f"{asked}: this address takes {allowed} only."
+        text = f"{request_line}: this address takes {allowed} only."
         return JSONResponse(ApiError(405, text, "method_not_allowed").body(), 405, {"Allow": allowed})
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
     served = [f"{min(route.methods)} {route.path.replace(':path}', '}')}" for route in routes]
-    text = f"{asked} is not served here; there are {', '.join(served)}."
+    text = f"{request_line} is not an address of this server; its addresses are {', '.join(served)}."
     return JSONResponse(ApiError(404, text, "not_found").body(), 404)

@@ -1,15 +1,16 @@
-"""Connections that strangers hold: how many there may be, and how long each may take for what it is at.
+"""Limits the connections that callers hold open: their number, and the time of each state.
 
-uvicorn itself waits for ever for headers, for a body and for a reader. A connection is always at one of these:
+uvicorn alone waits for ever for headers, for a body and for a reader. Here a connection is always in one of these
+states, each with a limit:
 
     idle        no request: the first bytes, or the rest of the headers, are awaited     header_seconds, then 408
-    body        the headers are here, the body is not                                    body_seconds, then 408
+    body        the headers have arrived, the body has not                               body_seconds, then 408
     writing     the caller does not read what is written                                 write_seconds, then cut
     closing     the last bytes are on their way to a caller who may not read them        write_seconds, then cut
     answering   the application works: its own deadline counts
 
-Nor does it bound what it takes at once: whatever has arrived is taken apart before anybody else has a turn. Here little
-is read at a time, and a request of very many headers or of very small chunks is refused.
+Nor does uvicorn bound what it parses at once: all bytes that have arrived are parsed before another connection has its
+turn. Here little is read at a time, and a request with very many headers or very small chunks is refused.
 """
 
 import asyncio
@@ -27,23 +28,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fusion_jax.server.error import ApiError
 
 LOOK = 0.5  # seconds between two looks at a connection
-_FAREWELL = 5  # seconds for the last answers of a server that has failed
-_GRACE = 5.0  # seconds that the application has to say by itself that a body is late
-_READ = 1 << 14  # bytes that are read, and taken apart, at a time
+_LAST_ANSWERS = 5  # seconds for the last answers of a server that ends
+_GRACE = 5.0  # seconds in which the application itself may answer that a body is late
+_READ = 1 << 14  # bytes that are read and parsed at a time
 HEADER_BYTES = 1 << 15
 HEADERS = 128
-CHUNKS = 1000  # of a body that may have any size; those of a body with more have
-CHUNK_BYTES = 256  # bytes at least, on the average
-REST_BYTES = 1 << 16  # of a body that are still read when its request has been answered
-REST_SECONDS = 2.0  # that a caller has to take the answer while he still sends
-# A connection makes room for a new one where all are taken, if for so many seconds it was waiting for its caller,
+CHUNKS = 1000  # chunks of a body that may have any size
+CHUNK_BYTES = 256  # least mean size in bytes of the chunks after these
+REST_BYTES = 1 << 16  # bytes of a body that are still read after its request has been answered
+REST_SECONDS = 2.0  # seconds for a caller to read the answer while it still sends
+# Where all connections are taken, one makes room for a new one if it has waited for its caller for HELD_SECONDS and the
+# caller sends fewer than HELD_RATE bytes a second, or reads nothing.
 HELD_SECONDS = 2.0
-HELD_RATE = 1 << 14  # and he has sent fewer bytes a second, and read nothing
+HELD_RATE = 1 << 14
 
 
 @dataclass(frozen=True)
 class Patience:
-    """connections: open at once at most. The seconds are explained above."""
+    """Limits of the connections. connections: open at once at most. The seconds are explained above."""
 
     connections: int = 512
     header_seconds: float = 10.0
@@ -52,7 +54,7 @@ class Patience:
 
 
 class _Http(h11.Connection):
-    """h11's, which refuses requests that take far more work than they have bytes."""
+    """h11's parser, which also refuses requests that take far more work than their bytes suggest."""
 
     def __init__(self):
         super().__init__(h11.SERVER, HEADER_BYTES)
@@ -73,7 +75,7 @@ class _Http(h11.Connection):
 
 
 class _Flow(FlowControl):
-    """uvicorn's, which does not read on behind requests that wait for the answer to another."""
+    """uvicorn's flow control, which also stops reading where pipelined requests wait for an earlier answer."""
 
     def __init__(self, transport: asyncio.Transport, http: h11.Connection):
         super().__init__(transport)
@@ -87,9 +89,9 @@ class _Flow(FlowControl):
 class Connection(H11Protocol, asyncio.BufferedProtocol):
     """uvicorn's HTTP/1.1 with these limits.
 
-    Beyond the number of connections one makes room that has waited for its caller: the one that has been idle for
-    longest, or else the one that has been held for longest. So those who ask nothing, send slowly or do not read shut
-    nobody out. Where all are being answered the new one gets status 503.
+    Where there are too many connections, one that waits for its caller makes room: the one that has been idle for
+    longest, or else the one that has been held for longest. So callers who send nothing, send slowly or do not read
+    shut nobody out. Where all are being answered, the new one gets status 503.
     """
 
     def __init__(self, patience: Patience, **named):
@@ -97,8 +99,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.conn = _Http()
         self._patience = patience
         self._buffer = bytearray(_READ)
-        self._seen, self._since = "", time.monotonic()  # what it was at when last looked at, and since when
-        self._sent = 0  # bytes of the caller since then
+        self._seen, self._since = "", time.monotonic()  # its state at the last look, and since when
+        self._sent = 0  # bytes that the caller has sent since then
         self._answered = None  # the request whose answer came before its body, and the body's bytes since then
         self._rest = 0
         self._next_look: asyncio.TimerHandle | None = None
@@ -109,11 +111,11 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._next_look = self.loop.call_later(LOOK, self._look)
         if len(self.connections) > self._patience.connections:
             others = [one for one in self.connections if one is not self]
-            found = [one for one in others if one.at() == "idle"] or [one for one in others if one.held()]
-            if not found:
+            candidates = [one for one in others if one.at() == "idle"] or [one for one in others if one.held()]
+            if not candidates:
                 self.end(ApiError(503, "Too many connections are open; try again.", "too_many_connections"))
                 return
-            oldest = min(found, key=lambda one: one._since)
+            oldest = min(candidates, key=lambda one: one._since)
             if oldest.at() in ("writing", "closing"):
                 oldest.transport.abort()
             else:
@@ -125,22 +127,22 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self._sent += count
-        # Another request may begin in the very bytes that the one before it ended in.
+        # The bytes in which one request ends may also begin the next.
         if not self._answered_early() or self.cycle is not self._answered:
             self._answered, self._rest = self.cycle, 0
         if self._answered_early() and self._rest <= REST_BYTES:
             self._rest += count
             if self._rest > REST_BYTES and self.transport.can_write_eof():
-                self.transport.write_eof()  # the answer is all; reading goes on, so that he gets it
+                self.transport.write_eof()  # the answer is complete; reading goes on, so that the caller receives it
         if self._rest <= REST_BYTES:
             self.data_received(bytes(self._buffer[:count]))
 
     def _answered_early(self) -> bool:
-        """Whether the answer is out and the request's body is not here."""
+        """Whether the answer has been sent before the request's body has arrived."""
         return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
 
     def held(self) -> bool:
-        """Whether the caller has kept this connection waiting for long enough to lose it to another."""
+        """Whether the connection has waited for its caller for long enough to be given to another."""
         waited = time.monotonic() - self._since
         at = self.at()
         if at != self._seen or waited < HELD_SECONDS:
@@ -156,9 +158,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self.end(ApiError(400, "This is no valid HTTP request.", "invalid_http"))
+        self.end(ApiError(400, "This is not a valid HTTP request.", "invalid_http"))
 
     def at(self) -> str:
+        """The state of the connection, as in the module's table."""
         if self.transport.is_closing():
             return "closing"
         if self.cycle is None or self.cycle.response_complete:
@@ -171,24 +174,24 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._next_look = self.loop.call_later(LOOK, self._look)
         at, now, patience = self.at(), time.monotonic(), self._patience
         if at != self._seen:
-            # What an idle connection waits for began with its last answer, not with this look.
+            # An idle connection has been waiting since its last answer, not since this look.
             self._since = self._since if not self._seen else now
             self._seen, self._sent = at, 0
         waited = now - self._since
         if at == "idle" and waited > min(patience.header_seconds, REST_SECONDS) and self._answered_early():
             self.end()
         elif at == "idle" and waited > patience.header_seconds:
-            asked = bool(self.conn.trailing_data[0])  # half a request; without any byte there is nobody to tell
-            self.end(ApiError(408, "The request's headers did not arrive in time.", "timeout") if asked else None)
+            begun = bool(self.conn.trailing_data[0])  # without any byte of a request no answer is due
+            self.end(ApiError(408, "The request's headers did not arrive in time.", "timeout") if begun else None)
         elif at == "body" and waited > patience.body_seconds + _GRACE:
             self.end(ApiError(408, "The request's body did not arrive in time.", "timeout"))
         elif at in ("writing", "closing") and waited > patience.write_seconds:
             self.transport.abort()
 
     def end(self, error: ApiError | None = None) -> None:
-        """Closes the connection, and says why where no answer has begun."""
+        """Closes the connection, after an answer with the error where none has begun."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # its application may say no more
+            self.cycle.disconnected = True  # its application may send nothing more
             self.cycle.message_event.set()
         if error is not None and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
@@ -205,9 +208,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says farewell when the time for open requests is up.
+    """uvicorn's server, which ends open requests with an error when their time is up.
 
-    By itself it cancels their tasks: streams break off without a word, and each leaves a traceback in the log.
+    uvicorn alone cancels their tasks: streams break off without an error, and each leaves a traceback in the log.
     """
 
     def __init__(self, config: uvicorn.Config, drain_seconds: float, give_up: Callable[[], None]):
@@ -215,16 +218,17 @@ class Server(uvicorn.Server):
         self._drain, self._give_up = drain_seconds, give_up
 
     async def shutdown(self, sockets=None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._drain, self._farewell)
+        timer = asyncio.get_running_loop().call_later(self._drain, self._end_requests)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
 
-    def _farewell(self) -> None:
+    def _end_requests(self) -> None:
+        """Ends every open request."""
         self._give_up()  # ends every answer with an error
         for connection in list(self.server_state.connections):
-            if connection.at() in ("body", "writing", "closing"):  # nothing can be said to these
+            if connection.at() in ("body", "writing", "closing"):  # no answer can be sent to these
                 connection.transport.abort()
 
 
@@ -237,13 +241,17 @@ def make_server(
     problem: Callable[[], str] = str,
     give_up: Callable[[], None] = lambda: None,
 ) -> Server:
-    """The server of an application. drain_seconds: for open requests when it is to end; then give_up, which must end
-    all answers. problem: why it cannot go on, "" while it can; after that it ends by itself, and waits only _FAREWELL
-    seconds."""
+    """The server of an application.
+
+    Args:
+      drain_seconds: seconds for open requests when the server is to end.
+      give_up: called after these; must end all answers.
+      problem: why the server cannot go on, "" while it can. With a problem it ends, within _LAST_ANSWERS seconds.
+    """
 
     async def watch() -> None:
         if problem():
-            server.config.timeout_graceful_shutdown = _FAREWELL
+            server.config.timeout_graceful_shutdown = _LAST_ANSWERS
             server.should_exit = True
 
     server = Server(
@@ -251,11 +259,11 @@ def make_server(
             app,
             host,
             port,
-            loop="asyncio",  # uvloop reads as much at a time as it likes
+            loop="asyncio",  # uvloop would read any amount at a time
             http=functools.partial(Connection, patience),
             ws="none",
-            log_level="error",  # warnings tell what strangers send, as often as they like
-            timeout_graceful_shutdown=drain_seconds + _FAREWELL,
+            log_level="error",  # strangers could cause any number of warnings
+            timeout_graceful_shutdown=drain_seconds + _LAST_ANSWERS,
             callback_notify=watch,
             timeout_notify=0,
         ),

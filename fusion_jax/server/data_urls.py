@@ -1,6 +1,6 @@
-"""`data:` URLs of images (RFC 2397) as programs write them, decoded piece by piece.
+"""Decodes `data:` URLs of images (RFC 2397), piece by piece, in the ways that programs write them.
 
-Taken are: upper case in `data`, the media type and `base64`; no media type, or any number of parameters; white space
+Accepted are: upper case in `data`, the media type and `base64`; no media type, or any number of parameters; white space
 and line breaks; missing padding; the alphabet for URLs (`-_`); percent escapes, in base64 and in place of it.
 """
 
@@ -20,18 +20,18 @@ _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def is_data_url(address: str) -> bool:
-    """Whether it begins as one."""
+    """Whether the address begins like a data URL."""
     return _START.match(address) is not None
 
 
 def decode(address: str, most: int, where: str) -> bytes:
-    """What a data URL holds; its media type is not looked at.
+    """The data of a data URL, whatever its media type.
 
     Args:
-      most: bytes. where: of the request, for messages.
+      most: bytes at most. where: place in the request, for errors.
 
     Raises:
-      ApiError: 400 `invalid_image_url` for what is no data URL or no base64, `image_too_large` beyond `most` bytes.
+      ApiError: 400 `invalid_image_url` for an invalid URL or invalid base64, `image_too_large` for over `most` bytes.
     """
     head = _HEAD.match(address)
     if head is None:
@@ -56,18 +56,18 @@ def _invalid(where: str, text: str) -> ApiError:
 
 
 def _unescaped(text: str, start: int):
-    """Bytes of `text[start:]` with its percent escapes undone, in pieces."""
+    """Yields the bytes of `text[start:]` without percent escapes, in pieces."""
     kept = b""
     for at in range(start, len(text), _PIECE):
         piece = kept + text[at : at + _PIECE].encode()
         cut = piece.find(b"%", max(len(piece) - 2, 0)) if at + _PIECE < len(text) else -1
-        cut = len(piece) if cut < 0 else cut  # an escape may go on in the next piece
+        cut = len(piece) if cut < 0 else cut  # an escape may continue in the next piece
         kept = piece[cut:]
         yield unquote_to_bytes(piece[:cut])
 
 
 def _from_base64(pieces):
-    """What pieces of base64 say. ValueError where they are none."""
+    """Yields the data of pieces of base64. Raises ValueError where they are invalid."""
     left, padding = b"", 0
     for piece in pieces:
         piece = piece.translate(_ALPHABET, _SPACES)

@@ -1,7 +1,7 @@
-"""Answers of a form: at each token, which ones can still lead to an answer that a grammar allows.
+"""Constrains answers to a grammar: which tokens can still lead to an answer that it allows.
 
-The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It works on bytes, so each token is given to
-it as the bytes that it adds to a text, and control tokens are none of them.
+The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It works on bytes: each token stands for the
+bytes that it adds to a text, and control tokens are excluded.
 """
 
 import contextlib
@@ -16,51 +16,55 @@ from pathlib import Path
 import numpy as np
 
 from fusion_jax.data.tokenizer import Tokenizer
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Prompts
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.structured import Form
 
-_TRIAL = Path(__file__).with_name("try_grammar.py")
-_SECONDS = 20
-_KNOWN = 256  # forms that are remembered as good
-_ITEMS = 100_000  # of one step; 200 optional keys take over 5,000 with a vocabulary of 49,000 words
+_TRY_SCRIPT = Path(__file__).with_name("try_grammar.py")
+_SECONDS = 20  # for one try
+_REMEMBERED = 256  # grammars that are known to be good
+_ITEMS = 100_000  # parser items of one step; 200 optional keys take over 5,000 with a vocabulary of 49,000 tokens
 
 
 class GrammarError(Exception):
-    """An answer cannot go on: why, as a clause."""
+    """An answer cannot go on; the message is a clause that says why."""
 
 
 class Matcher:
-    """One answer on its way through its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, library, matcher, prefix: str):
-        """prefix: what the answer's tokens say before it, see `Grammars`."""
+        """prefix: the text of the answer's tokens before the answer itself, see `_opens_with_space`."""
         self._library, self._matcher, self.prefix = library, matcher, prefix
 
     def fill(self, bits: np.ndarray, row: int) -> None:
-        """Writes which tokens may come next into `bits[row]`, (R, ceil(V / 32)) int32. GrammarError where none may."""
+        """Writes the tokens that may come next into `bits[row]`. Raises GrammarError where there are none.
+
+        Args:
+          bits: (R, ceil(V / 32)) int32, one bit a token, the lowest bit first.
+        """
         self._library.fill_next_token_bitmask(self._matcher, bits, row)
         if self._matcher.is_error() or not bits[row].any():
-            said = self._matcher.get_error().partition("\n")[0] or "no token can come next"
-            raise GrammarError(said)
+            raise GrammarError(self._matcher.get_error().partition("\n")[0] or "no token can come next")
 
     def take(self, token: int) -> None:
+        """Advances by a token of the answer."""
         self._matcher.consume_token(token)
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is whole, and nothing more can be said."""
+        """Whether the answer is complete and nothing can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
 
 class Grammars:
-    """Makes matchers for one model.
+    """Makes the matchers of answers for one model.
 
     Args:
-      vocabulary: V, the logits' width, possibly larger than the tokenizer's.
+      vocabulary: V, the width of the logits, which may exceed the tokenizer's vocabulary.
     """
 
-    def __init__(self, prompts: generate.Prompts, vocabulary: int):
+    def __init__(self, prompts: Prompts, vocabulary: int):
         self._tokenizer, self._vocabulary = prompts.tokenizer, vocabulary
         self._stop_ids = prompts.stop_ids
         self._prefix = " " if _opens_with_space(prompts) else ""
@@ -70,24 +74,28 @@ class Grammars:
     def _words(self):
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        return LLTokenizer(TokenizerWrapper(_Words(self._tokenizer, self._vocabulary)), eos_token=[*self._stop_ids])
+        return LLTokenizer(
+            TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocabulary)), eos_token=[*self._stop_ids]
+        )
 
     def load(self) -> None:
-        """Reads the vocabulary, which takes a second and would hold other threads up later. Without llguidance nothing
-        happens: requests that want a form hear of it."""
+        """Reads the vocabulary, which takes a second and would block other threads later.
+
+        Without llguidance nothing happens; requests that want a form get an error.
+        """
         with contextlib.suppress(ImportError):
             _ = self._words
 
     def matcher(self, form: Form) -> Matcher:
-        """May take seconds. ApiError 400 for a form that cannot be, 501 without the library."""
+        """A matcher for one answer; may take seconds. Raises ApiError: 400 impossible form, 501 no llguidance."""
         try:
             import llguidance
             import llguidance.numpy as masks
 
             from fusion_jax.server.try_grammar import limits
         except ImportError as error:
-            said = f"{form.key} needs the package llguidance on the server: pip install 'fusion_jax[serve]'."
-            raise ApiError(501, said, "unsupported_value", form.key) from error
+            missing = f"{form.key} needs the package llguidance on the server: pip install 'fusion_jax[serve]'."
+            raise ApiError(501, missing, "unsupported_value", form.key) from error
         start = '" " answer' if self._prefix else "answer"
         rule = f"%json {form.schema}"
         if form.regex:
@@ -99,32 +107,36 @@ class Grammars:
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         for choice in form.choices:
-            if not self._can_say(choice):
+            if not self._can_spell(choice):
                 raise _refusal(form, f"the model's tokens cannot spell {choice[:80]!r}")
         self._good[grammar] = None
-        while len(self._good) > _KNOWN:
+        while len(self._good) > _REMEMBERED:
             self._good.popitem(last=False)
         return Matcher(masks, matcher, self._prefix)
 
     def _check(self, form: Form, grammar: str) -> None:
+        """Tries the grammar in a process of its own. Raises ApiError where it cannot be used."""
         try:
             tried = subprocess.run(
-                [sys.executable, "-P", str(_TRIAL)], input=grammar.encode(), capture_output=True, timeout=_SECONDS
+                [sys.executable, "-P", str(_TRY_SCRIPT)], input=grammar.encode(), capture_output=True, timeout=_SECONDS
             )
         except subprocess.TimeoutExpired as error:
             raise _refusal(form, "it takes too long to prepare") from error
-        if tried.returncode in (-signal.SIGINT, -signal.SIGTERM):  # sent to all processes of a server that is to end
+        if tried.returncode in (
+            -signal.SIGINT,
+            -signal.SIGTERM,
+        ):  # signals reach all processes of a server that is to end
             raise ApiError(503, "The server is shutting down.", "shutting_down")
         if tried.returncode:
             raise _refusal(form, "it takes too much time or memory to prepare")
         if tried.stdout:
             raise _refusal(form, tried.stdout.decode(errors="replace"))
 
-    def _can_say(self, text: str) -> bool:
-        """Whether tokens can spell a text: as it is tokenized, or else byte by byte."""
+    def _can_spell(self, text: str) -> bool:
+        """Whether tokens can spell the text: as it is tokenized, or byte by byte."""
         data = text.encode()
-        said = b"".join(map(self._tokenizer.token_bytes, _Words.ids(self._tokenizer, text)))
-        return said == data or all(bytes([byte]) in self._single for byte in data)
+        spelled = b"".join(map(self._tokenizer.token_bytes, _Vocabulary.ids(self._tokenizer, text)))
+        return spelled == data or all(bytes([byte]) in self._single for byte in data)
 
     @functools.cached_property
     def _single(self) -> frozenset[bytes]:
@@ -132,13 +144,13 @@ class Grammars:
         return frozenset(word for word in map(self._tokenizer.token_bytes, spoken) if len(word) == 1)
 
 
-class _Words:
-    """A vocabulary as llguidance takes it."""
+class _Vocabulary:
+    """The tokenizer's vocabulary in the form that llguidance reads."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int):
         known = tokenizer.vocab_size
         self.tokens = [tokenizer.token_bytes(i) if i < known else b"" for i in range(vocabulary)]
-        # Ids without a text are none that an answer could have.
+        # An answer cannot contain ids without a text.
         self.special_token_ids = [i for i, word in enumerate(self.tokens) if not word or tokenizer.is_control(i)]
         for i in self.special_token_ids:
             self.tokens[i] = self.tokens[i] or f"<id {i}>".encode()
@@ -150,25 +162,27 @@ class _Words:
 
     @staticmethod
     def ids(tokenizer: Tokenizer, text: str) -> list[int]:
-        """Of a text inside an answer: without the first word's prefix."""
+        """The tokens of a text inside an answer, without the prefix of a first word."""
         return tokenizer.encode_parts([(text, True)], after=tokenizer.vision_end_id)
 
 
-def _opens_with_space(prompts: generate.Prompts) -> bool:
-    """Whether the first word of an answer has a space before it in its tokens, as in training: SentencePiece puts one
-    before each text, and so before an answer wherever no control token stands in front of it."""
+def _opens_with_space(prompts: Prompts) -> bool:
+    """Whether the tokens of an answer begin with a space before its first word, as in training.
+
+    SentencePiece puts a space before each text, and so before an answer where no control token precedes it.
+    """
     tokenizer = prompts.tokenizer
     last = tokenizer.encode(prompts.template.answer)[-1]
     first = tokenizer.encode_parts([("Yes", True)], after=last)[0]
     return tokenizer.token_bytes(first).startswith(b" ")
 
 
-def _refusal(form: Form, said: str) -> ApiError:
-    """said: the library's words, of which its own grammar and state are left out."""
-    said = re.split(r"\n\s*\d+ \||\n<", said)[0]
-    said = " ".join(
-        re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |Enable 'coerce_one_of'.*", "", said).split()
+def _refusal(form: Form, problem: str) -> ApiError:
+    """The error for a form. problem: llguidance's message, whose dumps of grammar and state are removed."""
+    problem = re.split(r"\n\s*\d+ \||\n<", problem)[0]
+    problem = " ".join(
+        re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |Enable 'coerce_one_of'.*", "", problem).split()
     )
-    said = said.replace("Unimplemented keys:", "not supported are the keywords")
-    said = "nothing satisfies it" if said.startswith("NoExtension") else said[:300].rstrip(". ")
-    return ApiError(400, f"{form.key} cannot be used: {said}.", "invalid_value", form.key)
+    problem = problem.replace("Unimplemented keys:", "not supported are the keywords")
+    problem = "nothing satisfies it" if problem.startswith("NoExtension") else problem[:300].rstrip(". ")
+    return ApiError(400, f"{form.key} cannot be used: {problem}.", "invalid_value", form.key)

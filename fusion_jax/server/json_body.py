@@ -1,8 +1,8 @@
-"""JSON that strangers send, read in at most twice the memory that its bytes take.
+"""Parses JSON of strangers in at most twice the memory of its bytes.
 
-A parser makes an object of 60 bytes of every `{}` and may keep a text in four bytes a character. What would do so is
-refused before: a walk over the bytes, from one string to the next, counts values and text. Images are neither, they are
-data URLs in ASCII: one byte a character, and decoded piece by piece.
+A parser makes an object of 60 bytes of every `{}` and may store a text in four bytes a character. Bodies for which this
+costs too much are refused before they are parsed: a scan from one string to the next counts values and text. Images do
+not count: they are data URLs in ASCII, of one byte a character, and are decoded piece by piece.
 """
 
 import io
@@ -13,14 +13,14 @@ from pydantic_core import from_json
 
 from fusion_jax.server.error import ApiError
 
-MOST_VALUES = 20_000  # values, keys included: a conversation has a few of them for every message
+MOST_VALUES = 20_000  # values and keys; a conversation has a few for each message
 _SETTINGS = 64 << 10  # bytes besides the texts: keys, settings, spaces
-_ESCAPED = 6  # bytes that JSON may write for one byte of text: a backslash, u and four digits
+_ESCAPED = 6  # bytes of JSON for one byte of text at most: a backslash, u and four digits
 _MARKS = (b",", b":", b"[", b"{")
-_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)  # behind its opening quote
-# How a data URL begins, up to its comma; and the rest, in base64 or by percent escapes.
+_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)  # after its opening quote
+# The beginning of a data URL, up to its comma; below the rest, in base64 or with percent escapes.
 _BEGINS = re.compile(rb'"(?: |\\[nrt])*+data:((?:[ !#-+\--\[\]-~]|\\/|\\u00[23][0-9a-f]){0,1024}+),', re.IGNORECASE)
-# Some programs escape slashes, or all that could mean something in a web page; line breaks mean nothing in base64.
+# Some programs escape slashes, or all characters with a meaning in web pages; line breaks have none in base64.
 _ESCAPES = [(b"\\/", b"/"), (b"\\n", b""), (b"\\r", b""), (b"\\t", b"")]
 _ESCAPES += [
     (digits.encode(), character.strip().encode())
@@ -29,19 +29,19 @@ _ESCAPES += [
 ]
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/=_% -]++|" + b"|".join(re.escape(before) for before, _ in _ESCAPES) + rb')*+"')
 _PERCENT = re.compile(rb'[ !#-\[\]-~]*+"')
-_SMALL = 64 << 10  # bytes of a data URL whose escapes the parser may undo
-_PIECE = 1 << 20  # characters that are rewritten at once
+_SMALL = 64 << 10  # bytes of a data URL whose escapes are left to the parser
+_PIECE = 1 << 20  # bytes that are rewritten at once
 
 
 def read_json(body: io.BytesIO, text_bytes: int) -> dict[str, Any]:
-    """The object that a body says; the body is closed.
+    """The JSON object of a body. Closes the body.
 
     Args:
-      text_bytes: how many bytes all texts together may have in UTF-8. Where they have more the body may be accepted,
-        if it is small: whoever reads the texts looks again.
+      text_bytes: bytes of all texts together in UTF-8 at most. A small body with more may be accepted: whatever reads
+        the texts checks them again.
 
     Raises:
-      ApiError: 400, no JSON object in UTF-8, too many values in it, or more text than can be of use.
+      ApiError: 400 for anything but a JSON object in UTF-8, for too many values or for too much text.
     """
     data = body.getvalue()
     try:
@@ -66,14 +66,14 @@ def text_too_long(text_bytes: int) -> ApiError:
 
 
 def _unescaped(data: bytes, places: list[tuple[int, int]]) -> io.BytesIO:
-    """The data with the escapes in these places undone: for a text with escapes the parser needs its room twice."""
+    """The data without the escapes in these places: a text with escapes takes the parser twice the memory."""
     written, done, view = io.BytesIO(), 0, memoryview(data)
     for start, end in places:
         written.write(view[done:start])
         done = start
         while done < end:
             stop = min(done + _PIECE, end)
-            cut = data.rfind(b"\\", stop - 5, stop)  # an escape may go on behind the piece
+            cut = data.rfind(b"\\", stop - 5, stop)  # an escape may continue after the piece
             stop = cut if done < cut and stop < end else stop
             piece = data[done:stop]
             for before, after in _ESCAPES:
@@ -85,7 +85,10 @@ def _unescaped(data: bytes, places: list[tuple[int, int]]) -> io.BytesIO:
 
 
 def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
-    """Where there are images with escapes. ApiError for too many values or too much text. What is no JSON may pass."""
+    """The places of images with escapes. Raises ApiError for too many values or too much text.
+
+    Invalid JSON may pass.
+    """
     most, escaped = _ESCAPED * text_bytes + _SETTINGS, []
     values = size = at = 0
     while at < len(data):
@@ -111,7 +114,7 @@ def _check_size(data: bytes, text_bytes: int) -> list[tuple[int, int]]:
 
 
 def _data_url(data: bytes, quote: int) -> re.Match | None:
-    """The string that begins there up to its end, where it is a data URL."""
+    """The string that begins at the quote, up to its end, where it is a data URL."""
     head = _BEGINS.match(data, quote)
     rest = _BASE64 if head and b"base64" in head[1].lower() else _PERCENT
     return rest.match(data, head.end()) if head else None

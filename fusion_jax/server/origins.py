@@ -1,9 +1,9 @@
-"""What other sites make a visitor's browser send is refused, by the API as by the page.
+"""Refuses requests that other sites make a visitor's browser send, to the API or to the page.
 
-A browser sends what any page tells it to, to any address that it reaches: this machine's own and private ones among
-them. It says in headers which page it was (`check_origin`), and lets a page set only a few types of content without
-asking first (`check_json`). A page whose own host name is pointed at this server counts as this server's; without a key
-nothing but that name gives it away (`check_host`). Programs that are not browsers send none of this and are not meant.
+A browser sends what any page tells it to, to any address that it reaches, among them private ones and its own machine.
+Its headers name the page's origin (`check_origin`), and without a preflight a page can set only a few content types
+(`check_json`). A page whose own host name points to this server counts as this server's; without a key nothing but that
+name gives it away (`check_host`). Programs other than browsers send none of these headers and are not affected.
 
 Sites that --cors_origins names may use the API, and read all of its answers (`cors_headers`, `preflight`); never the
 page.
@@ -31,24 +31,24 @@ _MAX_AGE = 600  # seconds that a browser may remember a preflight's answer
 _HOST = "The server does not answer to this host name: set FUSION_API_KEY, or start it with --host_names."
 
 
-def read_host_names(given: Collection[str]) -> tuple[str, ...]:
-    """The names of --host_names as browsers send them. UserError for what is no host name alone."""
+def read_host_names(texts: Collection[str]) -> tuple[str, ...]:
+    """The names of --host_names as browsers send them. Raises UserError for anything but a host name."""
     names = []
-    for text in given:
+    for text in texts:
         place = _place(_ascii(text))
-        good = place is not None and place[1] is None
-        check(good, f"--host_names: {text!r} must be a host name such as demo.example.org, without scheme and port.")
+        valid = place is not None and place[1] is None
+        check(valid, f"--host_names: {text!r} must be a host name such as demo.example.org, without scheme and port.")
         names.append(place[0])
     return tuple(names)
 
 
-def read_origins(given: Collection[str]) -> tuple[str, ...]:
-    """The origins of --cors_origins as browsers send them, or ("*",). UserError for what is no origin."""
-    if "*" in given:
-        check(len(given) == 1, "--cors_origins: * allows all origins; give it alone.")
+def read_origins(texts: Collection[str]) -> tuple[str, ...]:
+    """The origins of --cors_origins as browsers send them, or ("*",). Raises UserError for anything but an origin."""
+    if "*" in texts:
+        check(len(texts) == 1, "--cors_origins: * allows all origins; give it alone.")
         return ("*",)
     origins = []
-    for text in given:
+    for text in texts:
         origin = _origin(_ascii(text.removesuffix("/")))
         check(origin != "", f"--cors_origins: {text!r} must be an origin such as https://app.example.org, no path.")
         origins.append(origin)
@@ -56,11 +56,11 @@ def read_origins(given: Collection[str]) -> tuple[str, ...]:
 
 
 def check_host(request: Request, names: Collection[str]) -> None:
-    """ApiError 421 for a host name that a stranger can own, unless it is this machine's or among `names`."""
-    given = request.headers.get("host")
-    if given is None:  # browsers always send it
+    """Raises ApiError 421 for a host name that a stranger can own, unless it is this machine's or in `names`."""
+    header = request.headers.get("host")
+    if header is None:  # browsers always send it
         return
-    host, _ = _place(given) or ("", None)
+    host, _ = _place(header) or ("", None)
     known = {_bare(socket.gethostname()), *map(_bare, names)}
     private = host and ("." not in host or host.endswith(_PRIVATE))
     if not (private or host in known or _is_address(host)):
@@ -68,7 +68,7 @@ def check_host(request: Request, names: Collection[str]) -> None:
 
 
 def check_origin(request: Request, allowed: Collection[str] = ()) -> None:
-    """ApiError 403 where the page of another site has made a browser send this. allowed: see `read_origins`."""
+    """Raises ApiError 403 where the page of another site made a browser send this. allowed: see `read_origins`."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     if origin is not None and _is_allowed(origin, allowed):
         return
@@ -81,8 +81,13 @@ def check_origin(request: Request, allowed: Collection[str] = ()) -> None:
 
 
 def cors_headers(headers: Headers, allowed: Collection[str]) -> dict[str, str]:
-    """What lets a browser show an answer to the page that asked, where its origin is allowed. Every answer carries it,
-    errors as well: else the page could not read why it was refused. headers: of the request."""
+    """The headers that let a page read an answer, where its origin is allowed.
+
+    Every answer carries them, errors as well: otherwise the page could not read why it was refused.
+
+    Args:
+      headers: of the request. allowed: see `read_origins`.
+    """
     if not allowed:
         return {}
     if "*" in allowed:
@@ -99,37 +104,41 @@ def cors_headers(headers: Headers, allowed: Collection[str]) -> dict[str, str]:
 
 
 def is_preflight(method: str, headers: Headers) -> bool:
-    """Whether a browser asks by this what a page may send."""
+    """Whether the request is a CORS preflight."""
     return method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
 
 
 def preflight(headers: Headers, allowed: Collection[str], methods: str) -> dict[str, str]:
-    """What answers it. ApiError 403 for another site's, as for the request itself. methods: of the address."""
+    """The headers that answer a preflight. Raises ApiError 403 for an origin that is not allowed.
+
+    Args:
+      methods: that the address takes, for instance "GET, HEAD".
+    """
     if not _is_allowed(headers["origin"], allowed):
         raise ApiError(403, "Another site may not use this server.", "foreign_origin")
-    asked = headers.get("access-control-request-headers", "")
-    named = {"access-control-allow-headers": asked} if _TOKENS.fullmatch(asked) else {}
+    requested = headers.get("access-control-request-headers", "")
+    allow_headers = {"access-control-allow-headers": requested} if _TOKENS.fullmatch(requested) else {}
     return {
         "access-control-allow-methods": methods,
         "access-control-max-age": str(_MAX_AGE),
         "vary": "Access-Control-Request-Method, Access-Control-Request-Headers",
-        **named,
+        **allow_headers,
     }
 
 
 def check_json(request: Request) -> None:
-    """ApiError 415 where the content is of another type, one that browsers send without asking for instance."""
+    """Raises ApiError 415 for other content than JSON, such as the types that browsers send without a preflight."""
     if media_type(request) != "application/json":
         raise ApiError(415, "The content must be of the type application/json.", "unsupported_type")
 
 
 def media_type(request: Request) -> str:
-    """What kind of content the request says that it has, without parameters; "" where it says nothing."""
+    """The media type in the request's Content-Type, in lower case without parameters; "" where it has none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def from_browser(request: Request) -> bool:
-    """Whether a page in a browser has sent this."""
+    """Whether a page in a browser sent the request."""
     return "origin" in request.headers or "sec-fetch-site" in request.headers
 
 
@@ -138,7 +147,7 @@ def _is_allowed(origin: str, allowed: Collection[str]) -> bool:
 
 
 def _origin(text: str) -> str:
-    """An origin in one spelling, "" for what is none."""
+    """An origin in one spelling; "" for anything else."""
     scheme, _, rest = text.lower().partition("://")
     place = _place(rest)
     if place is None or not _SCHEME.fullmatch(scheme):
@@ -149,15 +158,14 @@ def _origin(text: str) -> str:
 
 
 def _same_place(origin: str, host: str) -> bool:
-    """Whether an origin is the server that was asked by a Host header. Proxies and clients may leave out the port that
-    the scheme has by itself, or write it."""
+    """Whether an origin is the server of a Host header, in which the scheme's default port may be left out or not."""
     scheme, _, rest = origin.lower().partition("://")
     one, other, port = _place(rest), _place(host), _PORTS.get(scheme)
     return None not in (one, other) and (one[0], one[1] or port) == (other[0], other[1] or port)
 
 
 def _place(text: str) -> tuple[str, int | None] | None:
-    """Host in one spelling, without brackets, and port, of HOST or HOST:PORT. None for anything else."""
+    """The host, in one spelling without brackets, and the port of HOST or HOST:PORT. None for anything else."""
     form = _FORM.fullmatch(text.lower())
     if form is None:
         return None
@@ -172,12 +180,12 @@ def _place(text: str) -> tuple[str, int | None] | None:
 
 
 def _bare(name: str) -> str:
-    """A host name without its case and the dot that may end it."""
+    """A host name in lower case, without a final dot."""
     return name.lower().removesuffix(".")
 
 
 def _ascii(text: str) -> str:
-    """With host names in other letters as browsers send them."""
+    """The text with an international host name in ASCII, as browsers send it; "" where it is invalid."""
     scheme, mark, rest = text.rpartition("://")
     host, colon, port = rest.partition(":")
     try:

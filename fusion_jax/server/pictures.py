@@ -1,4 +1,4 @@
-"""Attention pictures of the served model, beside its answers: one at a time, in the caller's thread."""
+"""Draws attention pictures of the served model beside its answers, one at a time."""
 
 import threading
 
@@ -7,13 +7,15 @@ import numpy as np
 from fusion_jax.config import RunConfig
 from fusion_jax.data.sources import Record
 from fusion_jax.inference import attention_pictures
-from fusion_jax.inference.attention_maps import levels, words
-from fusion_jax.server import engine
+from fusion_jax.inference.attention_maps import levels
+from fusion_jax.inference.word_tokens import words
+from fusion_jax.server import compilations
+from fusion_jax.server.engine import Engine
 
-STEP = 128  # lengths are rounded up to this: few programs, since the first visitor with a length waits for its compiler
+STEP = 128  # lengths are rounded up to it, for few programs: the first visitor with a length waits for the compiler
 DPI = 170
-LONGEST_WORD = 24  # text without spaces is no word to press
-# What questions are made of besides what they are about.
+LONGEST_WORD = 24  # characters of a word that is suggested
+# Words that a question is not about.
 _SMALL = """
 a about all am an and any are as at be been but by can could describe did do does each few for from give had has have he
 her here his how i if in into is it its many may me more most much my name no not of on one or our out please say see
@@ -23,65 +25,65 @@ we were what when where which who whom whose why will with would yes you your
 
 
 class Busy(Exception):
-    """Another picture is being made."""
+    """Another picture is being drawn."""
 
 
 class Pictures:
     """Draws where the served model looks for a word.
 
-    The picture's program is none of the answers': it is compiled when a question of its length first asks for one, and
-    `Engine.recompilations` leaves it out. It runs beside the answers, which share the device with it.
+    Pictures have a program of their own, which is compiled for the first question of each length and not counted by
+    `Engine.recompilations`. It shares the device with the answers.
 
     Args:
-      core: whose model, parameters and limits these are. config: of the run, for its template.
+      engine: its model, parameters and limits are used. config: of the run, for its template.
     """
 
-    def __init__(self, core: engine.Engine, config: RunConfig):
-        self.core, self.config = core, config
+    def __init__(self, engine: Engine, config: RunConfig):
+        self.engine, self.config = engine, config
         self._one = threading.Lock()
 
     def draw(self, image: bytes, question: str, word: str) -> np.ndarray:
-        """The question alone, asked about the image: (height, width, 3) uint8, see `attention_pictures.draw_small`.
+        """The picture of a question without a conversation, (height, width, 3) uint8; see `draw_small`.
 
         Raises:
-          Busy: another one is being made. engine.Full, engine.Closing: as for an answer, whose places this counts with.
-          BadRecord: the question does not fit what is served, or the image cannot be read.
+          Busy: another picture is being drawn. requests.Full, requests.Closing: as for an answer, whose places count.
+          BadRecord: the question does not fit the server's limits, or the image cannot be read.
           UserError: the word is not in the question.
         """
         if not self._one.acquire(blocking=False):
             raise Busy
         try:
-            self.core.reserve()
+            self.engine.reserve()
             try:
-                # An answer's limits hold for pictures, too.
-                self.core.prepare(
+                # The limits of answers hold for pictures as well.
+                self.engine.prepare(
                     Record("picture", None, [{"from": "human", "value": question}], "the page", (image,), literal=True)
                 )
                 return self._draw(image, question, word)
             finally:
-                self.core.release()
+                self.engine.release()
         finally:
             self._one.release()
 
     def _draw(self, image: bytes, question: str, word: str) -> np.ndarray:
-        core = self.core
-        with engine.counted_apart():
+        engine = self.engine
+        with compilations.uncounted():
             attention = levels(
-                core.model,
-                core.params,
+                engine.batch.model,
+                engine.batch.params,
                 self.config,
-                core.prompts.tokenizer,
+                engine.prompts.tokenizer,
                 image,
                 question,
                 word,
-                core.prompts.latents,
+                engine.prompts.latents,
                 step=STEP,
             )
         return attention_pictures.pixels(attention_pictures.draw_small(attention), DPI)
 
 
 def suggested(question: str, most: int = 8) -> list[str]:
-    """Words of a question that may be worth looking for: those that are not small English ones, the last `most`."""
+    """The last `most` words of a question that may be worth looking for: those that are not common English ones."""
     small, chosen = set(_SMALL.split()), {}
     for word in words(question):
         if len(word) <= LONGEST_WORD and word.lower() not in small and not word.isdigit():

@@ -1,4 +1,4 @@
-"""The requests of the OpenAI API as prompts, and its answers."""
+"""Parses chat requests of the OpenAI API, and builds its answers."""
 
 import io
 import math
@@ -17,18 +17,18 @@ from fusion_jax.server.error import ApiError
 from fusion_jax.server.json_body import read_json
 from fusion_jax.server.keys import CHAT, STREAM, check_keys, read
 from fusion_jax.server.messages import read_messages
-from fusion_jax.server.requests import MOST_LIKELY, Likely
+from fusion_jax.server.requests import MOST_LOGPROBS, TokenLogprob
 from fusion_jax.server.structured import Form, read_form
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """The limits of one request.
 
     Attributes:
-      max_tokens: of an answer. body_bytes: of a request. image_bytes, image_pixels: of an image, before it is decoded.
-      images: of a conversation. text_bytes: of all its texts in UTF-8. upload_bytes: of all images
-      that the page keeps.
+      max_tokens: tokens of an answer. body_bytes: bytes of a request.
+      image_bytes, image_pixels: size of an image, checked before it is decoded. images: images of a conversation.
+      text_bytes: bytes of all texts of a conversation in UTF-8. upload_bytes: bytes of all images that the page keeps.
     """
 
     max_tokens: int
@@ -42,9 +42,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """record: the conversation with its images' bytes. how: settings. stream, usage: answer in pieces; tell the counts
-    at the end of them. addresses: of images that are still to be fetched, by their number; see `with_fetched`. form: of
-    the answer. likely: how many alternatives of each token to tell with their probabilities; None: no probabilities."""
+    """A parsed request.
+
+    Attributes:
+      record: the conversation with its images' bytes. how: the settings.
+      stream: whether to answer in pieces. usage: whether to report the token counts after them.
+      addresses: addresses of images that are still to be fetched, by the image's number; see `with_fetched`.
+      form: the form of the answer.
+      top_logprobs: how many alternatives of each token to report; None reports no log probabilities.
+    """
 
     record: Record
     how: Sampling
@@ -52,10 +58,10 @@ class ChatRequest:
     usage: bool
     addresses: dict[int, str]
     form: Form | None = None
-    likely: int | None = None
+    top_logprobs: int | None = None
 
     def with_fetched(self, fetched: dict[int, bytes], limits: Limits) -> "ChatRequest":
-        """The request with these bytes for its addresses. ApiError where one is no image, or too large."""
+        """The request with images for its addresses. Raises ApiError where one is not an image, or too large."""
         for data in fetched.values():
             check_image(data, limits, "image_url")
         images = tuple(fetched.get(number, data) for number, data in enumerate(self.record.images))
@@ -63,18 +69,18 @@ class ChatRequest:
 
 
 def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> ChatRequest:
-    """A request's body, checked. A buffer is closed as soon as it has been read, to give its memory back.
+    """Parses and checks a request's body. A buffer is closed as soon as it has been read, to free its memory.
 
     Args:
-      model: the name that is served. urls: whether images may be http(s) addresses.
+      model: the name of the served model. urls: whether images may be http(s) addresses.
 
     Raises:
-      ApiError: 400 or 404 with what is wrong.
+      ApiError: 400, or 404 for another model.
     """
     data = read_json(io.BytesIO(body) if isinstance(body, bytes) else body, limits.text_bytes)
     wanted = read(data, "model", str, model)
     if wanted != model:
-        raise ApiError(404, f"The model {wanted[:80]!r} does not exist; served is {model!r}.", "model_not_found")
+        raise ApiError(404, f"The model {wanted[:80]!r} does not exist; this server has {model!r}.", "model_not_found")
     check_keys(data, CHAT)
     options = read(data, "stream_options", dict, {})
     check_keys(options, STREAM, "stream_options")
@@ -86,34 +92,34 @@ def parse(body: bytes | io.BytesIO, model: str, limits: Limits, urls: bool) -> C
         read(options, "include_usage", bool, False, "stream_options"),
         addresses,
         read_form(data),
-        _likely(data),
+        _top_logprobs(data),
     )
 
 
-def _likely(data: dict) -> int | None:
-    """How many alternatives of each token are to be reported; None: not even its own probability."""
+def _top_logprobs(data: dict) -> int | None:
+    """How many alternatives of each token to report; None reports no log probabilities at all."""
     most = read(data, "top_logprobs", int, 0)
     if not read(data, "logprobs", bool, False):
         if most:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "invalid_value", "top_logprobs")
         return None
-    if not 0 <= most <= MOST_LIKELY:
-        raise ApiError(400, f"top_logprobs must lie in 0..{MOST_LIKELY}.", "invalid_value", "top_logprobs")
+    if not 0 <= most <= MOST_LOGPROBS:
+        raise ApiError(400, f"top_logprobs must lie in 0..{MOST_LOGPROBS}.", "invalid_value", "top_logprobs")
     return most
 
 
 def _max_tokens(data: dict, limits: Limits) -> int:
-    """Of the two names of one setting, whichever is given."""
-    given = {key: read(data, key, int, None) for key in ("max_completion_tokens", "max_tokens")}
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
+    """The longest answer in tokens, which has two names in the API."""
+    values = {key: read(data, key, int, None) for key in ("max_completion_tokens", "max_tokens")}
+    values = {key: value for key, value in values.items() if value is not None}
+    for key, value in values.items():
         if not 1 <= value <= limits.max_tokens:
-            asked = str(value) if abs(value) < 10**12 else "a number"
-            raise ApiError(400, f"{key} must lie in 1..{limits.max_tokens}, not {asked}.", "invalid_value", key)
-    if len(set(given.values())) > 1:
-        said = "max_tokens and max_completion_tokens are two names of one setting, and differ"
-        raise ApiError(400, f"{said}.", "invalid_value", "max_completion_tokens")
-    return next(iter(given.values()), limits.max_tokens)
+            shown = str(value) if abs(value) < 10**12 else "a number"
+            raise ApiError(400, f"{key} must lie in 1..{limits.max_tokens}, not {shown}.", "invalid_value", key)
+    if len(set(values.values())) > 1:
+        problem = "max_tokens and max_completion_tokens are two names of one setting, and differ"
+        raise ApiError(400, f"{problem}.", "invalid_value", "max_completion_tokens")
+    return next(iter(values.values()), limits.max_tokens)
 
 
 def _sampling(data: dict, limits: Limits) -> Sampling:
@@ -126,7 +132,7 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
         return Sampling(
             max_tokens=_max_tokens(data, limits),
             temperature=float(read(data, "temperature", number, 0)),
-            top_k=max(read(data, "top_k", int, 0), 0),  # -1 means all, too
+            top_k=max(read(data, "top_k", int, 0), 0),  # -1 means all as well
             top_p=float(read(data, "top_p", number, 1)),
             repetition_penalty=float(read(data, "repetition_penalty", number, 1)),
             seed=read(data, "seed", int, time.time_ns() % 2**32),
@@ -137,7 +143,7 @@ def _sampling(data: dict, limits: Limits) -> Sampling:
 
 
 def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int, str]]:
-    """The conversation, and the addresses of those images that are not in it."""
+    """The conversation, and the addresses of the images that it links to."""
     images: list[bytes | str] = []
 
     def take_image(address: Any, where: str) -> None:
@@ -155,7 +161,7 @@ def _record(messages: Any, limits: Limits, urls: bool) -> tuple[Record, dict[int
 
 
 def _image(address: Any, where: str, limits: Limits, urls: bool) -> bytes | str:
-    """An image's bytes, or the address that has them."""
+    """An image's bytes, or its http(s) address."""
     address = address.pop("url", None) if isinstance(address, dict) else address
     if not isinstance(address, str):
         raise ApiError(400, f"{where}: image_url needs a url.", "invalid_image_url", where)
@@ -168,7 +174,7 @@ def _image(address: Any, where: str, limits: Limits, urls: bool) -> bytes | str:
 
 
 def check_image(data: bytes, limits: Limits, where: str) -> None:
-    """ApiError where an image is too large, seen in its header, or none."""
+    """Raises ApiError where the data are not an image, or it is too large by its header."""
     if len(data) > limits.image_bytes:
         raise ApiError(400, f"{where}: the image has over {limits.image_bytes} bytes.", "image_too_large", where)
     try:
@@ -181,15 +187,16 @@ def check_image(data: bytes, limits: Limits, where: str) -> None:
 
 
 def usage(prompt: int, answer: int) -> dict[str, int]:
+    """The token counts of an answer."""
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def logprobs(tokens: Sequence[Likely], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the API tells of tokens: each one's text and bytes, and its logarithmic probability."""
+def logprobs_of(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The API's report of tokens: the text, the bytes and the log probability of each."""
 
     def named(token: int, value: float) -> dict[str, Any]:
         word = tokenizer.token_bytes(token)
-        # -9999 as that API has it, for what JSON has no number.
+        # The API's value for minus infinity, which JSON has no number for.
         value = value if math.isfinite(value) else -9999.0
         return {"token": word.decode(errors="replace"), "bytes": [*word], "logprob": value}
 
@@ -198,13 +205,13 @@ def logprobs(tokens: Sequence[Likely], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def completion(
-    name: str, model: str, created: int, text: str, finish: str, counts: dict, likely: dict | None = None
+    name: str, model: str, created: int, text: str, finish: str, counts: dict, logprobs: dict | None = None
 ) -> dict[str, Any]:
-    """The answer in one piece. likely: see `logprobs`."""
+    """The answer in one piece. logprobs: see `logprobs_of`."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": likely,
+        "logprobs": logprobs,
         "finish_reason": finish,
     }
     head = {"id": name, "object": "chat.completion", "created": created, "model": model}
@@ -212,11 +219,11 @@ def completion(
 
 
 def chunk(
-    name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None, likely=None
+    name: str, model: str, created: int, delta: dict | None, finish: str | None, counts=None, logprobs=None
 ) -> dict[str, Any]:
-    """One piece of a streamed answer; without `delta` the one that carries the counts."""
+    """One piece of a streamed answer; without `delta` the piece with the token counts."""
     choices: Sequence[dict] = ()
     if delta is not None:
-        choices = [{"index": 0, "delta": delta, "logprobs": likely, "finish_reason": finish}]
+        choices = [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
     head = {"id": name, "object": "chat.completion.chunk", "created": created, "model": model}
     return {**head, "choices": list(choices), **({"usage": counts} if counts else {})}

@@ -1,6 +1,5 @@
-"""What goes into the engine and comes out of it: requests, what they hear, and why they are turned away."""
+"""What goes into the engine and comes out of it: requests, their events, and why they are refused."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +10,7 @@ from fusion_jax.data.layout import Example
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.inference.streaming import TextStream
 
-MOST_LIKELY = 20  # alternatives of a token that can be reported
+MOST_LOGPROBS = 20  # alternatives of a token that can be reported
 
 
 class Full(Exception):
@@ -23,13 +22,16 @@ class Closing(Exception):
 
 
 class Failed(Closing):
-    """The engine has stopped for the reason that this says; only a new process answers again."""
+    """The engine has stopped, for the reason in the message; only a new process answers again."""
 
 
 @dataclass(frozen=True)
-class Likely:
-    """One token of an answer and the natural logarithm of its probability, as the model gives it before any setting;
-    top: the likeliest tokens at its place and theirs, falling."""
+class TokenLogprob:
+    """One token of an answer with its natural log probability under the model, before any setting.
+
+    Attributes:
+      top: the most likely tokens at its place and their log probabilities, in descending order.
+    """
 
     token: int
     value: float
@@ -38,18 +40,26 @@ class Likely:
 
 @dataclass(frozen=True)
 class Event:
-    """What a request hears: new text (possibly empty), and at the end how it ended: stop, length, timeout, cancelled or
-    error. tokens: new ones, where it asked for them. problem: why it ended, where that is the request's own fault."""
+    """New text of an answer (possibly empty), and at the end how it ended.
+
+    Attributes:
+      finish: stop, length, timeout, cancelled or error; None before the end.
+      tokens: the new tokens, where the request wants log probabilities.
+      problem: why the answer ended, where that is the request's own fault.
+    """
 
     text: str = ""
     finish: str | None = None
-    tokens: tuple[Likely, ...] = ()
+    tokens: tuple[TokenLogprob, ...] = ()
     problem: str = ""
 
 
 class Constraint(Protocol):
-    """What the tokens of an answer must follow, such as a `grammar.Matcher`. prefix: what they say before the answer;
-    ended: nothing can follow."""
+    """What the tokens of an answer must follow, such as a `grammar.Matcher`.
+
+    Attributes:
+      prefix: the text of the answer's tokens before the answer itself. ended: whether nothing can follow.
+    """
 
     prefix: str
     ended: bool
@@ -63,9 +73,10 @@ class Request:
     """A prompt on its way.
 
     Attributes:
-      example, how: what to answer. emit: called by the engine's thread with each Event. deadline: of time.monotonic.
-      prompt_tokens: places that the prompt takes, visual ones included. stream: the answer so far, once begun.
-      constraint: what the answer must follow. likely: how many alternatives of each token to tell; None: no `tokens`.
+      example, how: the prompt and its settings. emit: called by the engine's thread with each Event.
+      deadline: in seconds of time.monotonic. prompt_tokens: positions of the prompt, visual ones included.
+      stream: the answer so far. constraint: what the answer must follow.
+      top_logprobs: how many alternatives of each token to report; None reports no tokens.
     """
 
     example: Example
@@ -75,8 +86,7 @@ class Request:
     prompt_tokens: int
     stream: TextStream
     constraint: Constraint | None = None
-    likely: int | None = None
-    begun: float = field(default_factory=time.monotonic)
+    top_logprobs: int | None = None
     cancelled: bool = False
 
     def cancel(self) -> None:
@@ -86,7 +96,7 @@ class Request:
 
 @dataclass
 class Statistics:
-    """Counted since the start."""
+    """Counts since the engine's start; `finished` by how answers ended."""
 
     finished: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0

@@ -1,5 +1,7 @@
-"""What form an answer is to have: `response_format` as the OpenAI API has it, `structured_outputs` and `guided_*` as
-vLLM has them."""
+"""Reads the form that an answer must have, such as a JSON schema, from a chat request.
+
+The keys are `response_format` of the OpenAI API, and `structured_outputs` and `guided_*` of vLLM.
+"""
 
 import difflib
 import json
@@ -12,12 +14,12 @@ from pydantic_core import from_json
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.keys import Keys, check_keys, no_op, read
 
-MOST_BYTES = 64 << 10  # of a schema, or all choices
+MOST_BYTES = 64 << 10  # of a schema, or of all choices
 MOST_REGEX = 8 << 10
 MOST_CHOICES = 1000
-MOST_NOTES = 100  # different words of a schema that are no keywords; each takes a millisecond to compare
-# Between the parts of JSON: a space, or a line break and what the next line is indented by. Without a bound a model may
-# go on with line breaks to the end of its tokens.
+MOST_NOTES = 100  # different words of a schema that are not keywords; each takes a millisecond to compare
+# White space between the parts of JSON: a space, or a line break with an indent. Without a bound a model may write line
+# breaks to the end of its tokens.
 _SPACE = " |\\n[ \\t]{0,24}"
 
 _NAMED = (
@@ -26,8 +28,8 @@ _NAMED = (
     "$defs",
     "definitions",
     "dependentSchemas",
-)  # names that are a caller's own
-_DATA = ("enum", "const", "default", "example", "examples", "required", "discriminator")  # values that are no schemas
+)  # their keys are names of the caller's choice
+_DATA = ("enum", "const", "default", "example", "examples", "required", "discriminator")  # their values are not schemas
 _OLD = ("divisibleBy", "extends", "disallow")
 _KEYWORDS = frozenset(
     (
@@ -45,29 +47,29 @@ _KEYWORDS = frozenset(
     )
 )
 
-_FORMAT = Keys(taken=("type",))
-_SCHEMA_FORMAT = Keys(taken=("type", "json_schema"))
-_SCHEMA = Keys(taken=("schema",), ignored=("name", "description", "strict"))  # always as strict as can be
+_FORMAT = Keys(read=("type",))
+_SCHEMA_FORMAT = Keys(read=("type", "json_schema"))
+_SCHEMA = Keys(read=("schema",), ignored=("name", "description", "strict"))  # answers are always strict
 _STRUCTURED = Keys(
-    taken=("json", "json_object", "regex", "choice"),
+    read=("json", "json_object", "regex", "choice"),
     ignored=("disable_fallback",),
     fixed={
         "grammar": ("use regex or json", no_op()),
         "structural_tag": ("use regex or json", no_op()),
-        "whitespace_pattern": ("white space of JSON is the server's", no_op()),
-        "disable_any_whitespace": ("white space of JSON is the server's", no_op(False)),
-        "disable_additional_properties": ("say additionalProperties in the schema", no_op(False)),
+        "whitespace_pattern": ("the server sets the white space of JSON", no_op()),
+        "disable_any_whitespace": ("the server sets the white space of JSON", no_op(False)),
+        "disable_additional_properties": ("write additionalProperties into the schema", no_op(False)),
     },
 )
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of an answer.
+    """The form of an answer: a JSON schema or a regular expression.
 
     Attributes:
-      key: of the request, that asks for it. schema: of JSON, as JSON; or regex: of the whole answer. choices: all
-        possible answers, where they are listed.
+      key: the request's key for it. schema: a JSON schema, as JSON. regex: of the whole answer.
+      choices: all possible answers, where the request lists them; `regex` then matches them.
     """
 
     key: str
@@ -77,7 +79,7 @@ class Form:
 
 
 def read_form(data: Mapping[str, Any]) -> Form | None:
-    """The form that a request asks for, if any. ApiError 400 where it cannot be one, or there are several."""
+    """The form in a request, None where it has none. Raises ApiError 400 for an invalid form or several of them."""
     forms = [
         *_response_format(read(data, "response_format", dict, {})),
         *_structured(read(data, "structured_outputs", dict, {}), "structured_outputs.", "structured_outputs"),
@@ -85,48 +87,50 @@ def read_form(data: Mapping[str, Any]) -> Form | None:
     ]
     if len(forms) > 1:
         names = " and ".join(form.key for form in forms)
-        raise ApiError(400, f"An answer can have one form only; here are {names}.", "invalid_value", forms[1].key)
+        raise ApiError(
+            400, f"An answer can have only one form; the request has {names}.", "invalid_value", forms[1].key
+        )
     return forms[0] if forms else None
 
 
-def _response_format(wanted: Mapping[str, Any]) -> list[Form]:
-    key, kind = "response_format", wanted.get("type")
-    if not wanted or kind == "text":
-        check_keys(wanted, _FORMAT, key)
+def _response_format(value: Mapping[str, Any]) -> list[Form]:
+    key, kind = "response_format", value.get("type")
+    if not value or kind == "text":
+        check_keys(value, _FORMAT, key)
         return []
     if kind == "json_object":
-        check_keys(wanted, _FORMAT, key)
+        check_keys(value, _FORMAT, key)
         return [_json(key, {"type": "object"})]
     if kind != "json_schema":
-        said = f"{key}.type must be text, json_object or json_schema, not {json.dumps(kind)[:80]}"
-        raise ApiError(400, f"{said}.", "unsupported_value", f"{key}.type")
-    check_keys(wanted, _SCHEMA_FORMAT, key)
-    inner = read(wanted, "json_schema", dict, {}, key)
+        problem = f"{key}.type must be text, json_object or json_schema, not {json.dumps(kind)[:80]}"
+        raise ApiError(400, f"{problem}.", "unsupported_value", f"{key}.type")
+    check_keys(value, _SCHEMA_FORMAT, key)
+    inner = read(value, "json_schema", dict, {}, key)
     check_keys(inner, _SCHEMA, f"{key}.json_schema")
     return [_json(f"{key}.json_schema.schema", inner.get("schema"))]
 
 
-def _structured(wanted: Mapping[str, Any], prefix: str, place: str | None) -> list[Form]:
+def _structured(values: Mapping[str, Any], prefix: str, place: str | None) -> list[Form]:
     if place:
-        check_keys(wanted, _STRUCTURED, place)
+        check_keys(values, _STRUCTURED, place)
     forms = []
-    if wanted.get("json") is not None:
-        forms.append(_json(f"{prefix}json", wanted["json"]))
-    if read(wanted, "json_object", bool, False, place or ""):
+    if values.get("json") is not None:
+        forms.append(_json(f"{prefix}json", values["json"]))
+    if read(values, "json_object", bool, False, place or ""):
         forms.append(_json(f"{prefix}json_object", {"type": "object"}))
-    if wanted.get("regex") is not None:
-        forms.append(_regex(f"{prefix}regex", wanted["regex"]))
-    if wanted.get("choice") is not None:
-        forms.append(_choice(f"{prefix}choice", wanted["choice"]))
+    if values.get("regex") is not None:
+        forms.append(_regex(f"{prefix}regex", values["regex"]))
+    if values.get("choice") is not None:
+        forms.append(_choice(f"{prefix}choice", values["choice"]))
     return forms
 
 
 def _json(key: str, schema: Any) -> Form:
     if isinstance(schema, str) and len(schema) <= MOST_BYTES:
         try:
-            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # as the request's body
+            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # by the parser of the request's body
         except ValueError as error:
-            raise ApiError(400, f"{key} is no JSON: {str(error)[:200]}.", "invalid_value", key) from error
+            raise ApiError(400, f"{key} is not valid JSON: {str(error)[:200]}.", "invalid_value", key) from error
     if not isinstance(schema, dict):
         raise ApiError(400, f"{key} must be a JSON schema, an object.", "invalid_type", key)
     if "x-guidance" in schema:
@@ -138,11 +142,12 @@ def _json(key: str, schema: Any) -> Form:
 
 
 def _check_words(key: str, schema: Any, notes: set[str]) -> None:
-    """ApiError 400 for a keyword that is almost one of JSON Schema: that means nothing there, and would change nothing
-    in silence. Those that mean something and are not supported are refused by llguidance, and other words are notes.
+    """Raises ApiError 400 for a word that is almost a keyword of JSON Schema, and would silently have no effect.
+
+    llguidance refuses keywords that it does not support. All other words are notes of the caller.
 
     Args:
-      notes: words that have been seen to be notes; more are added.
+      notes: words that are known to be notes; new ones are added.
     """
     if not isinstance(schema, dict):
         return
@@ -150,11 +155,11 @@ def _check_words(key: str, schema: Any, notes: set[str]) -> None:
         if word not in _KEYWORDS and word not in notes:
             near = _nearest(word)
             if near or word in _OLD:
-                said = f"did you mean {near[0]}?" if near else "it is of a draft before JSON Schema's fourth"
-                raise ApiError(400, f"{key}: {word[:80]} is no keyword of JSON Schema; {said}", "invalid_value", key)
+                hint = f"did you mean {near[0]}?" if near else "it was one before JSON Schema's fourth draft"
+                raise ApiError(400, f"{key}: {word[:80]} is not a keyword of JSON Schema; {hint}", "invalid_value", key)
             notes.add(word)
             if len(notes) > MOST_NOTES:
-                many = f"{key} has over {MOST_NOTES} different words that are no keywords of JSON Schema"
+                many = f"{key} has over {MOST_NOTES} different words that are not keywords of JSON Schema"
                 raise ApiError(400, f"{many}.", "invalid_value", key)
         if word not in _KEYWORDS or word in _DATA:
             continue
@@ -164,7 +169,7 @@ def _check_words(key: str, schema: Any, notes: set[str]) -> None:
 
 
 def _nearest(word: str) -> list[str]:
-    """Keywords that a word may have been meant to be."""
+    """Keywords that a misspelt word may stand for."""
     letters = sorted(word)
     near = difflib.get_close_matches(word, _KEYWORDS, n=1, cutoff=0.8 if len(word) > 4 else 1)
     return near or [known for known in _KEYWORDS if sorted(known) == letters]
@@ -174,7 +179,7 @@ def _regex(key: str, regex: Any) -> Form:
     if not isinstance(regex, str) or not regex:
         raise ApiError(400, f"{key} must be a regular expression, a text.", "invalid_type", key)
     _check_size(key, len(regex.encode()), MOST_REGEX)
-    if (len(regex) - len(regex.rstrip("\\"))) % 2:  # llguidance would leave it out
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:  # llguidance would ignore it
         raise ApiError(400, f"{key} ends with a backslash that escapes nothing.", "invalid_value", key)
     return Form(key, regex=regex)
 

@@ -1,8 +1,8 @@
-"""Tries a grammar apart from the server: a program of its own, which loads nothing but llguidance.
+"""Tries a grammar under limits, as a program of its own that loads nothing but llguidance.
 
-Grammars come from strangers. Some of a few hundred bytes would take minutes or gigabytes, and a library that finds no
-memory ends its process; so each one is first built and walked through here, under limits. In: a grammar in llguidance's
-Lark; out: what is wrong with it, or nothing.
+Grammars come from strangers. Some of a few hundred bytes would take minutes or gigabytes, and a library without memory
+ends its process; so each grammar is first built and walked through here. The input is a grammar in llguidance's Lark;
+the output is what is wrong with it, or nothing.
 """
 
 import contextlib
@@ -13,13 +13,16 @@ import time
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 _SECONDS, _BYTES = 2, 1 << 30
-_WALK, _WALK_SECONDS = 200, 1.0  # bytes and seconds of the answer that is tried
+_WALK, _WALK_SECONDS = 200, 1.0  # bytes and seconds of the answer that is walked
 _END, _QUOTE = 256, 0x22
 
 
 def limits(items: int = 5_000) -> LLParserLimits:
-    """Of one grammar: far below the library's, which are for trusted ones. items: that one step may take, the more the
-    longer the vocabulary: a mask goes through all of its words."""
+    """Limits of one grammar, far below the library's, which are meant for trusted grammars.
+
+    Args:
+      items: parser items of one step. A mask goes through the whole vocabulary, so a long one needs more.
+    """
     return LLParserLimits(
         initial_lexer_fuel=500_000,
         step_lexer_fuel=100_000,
@@ -32,7 +35,7 @@ def limits(items: int = 5_000) -> LLParserLimits:
 
 
 class _Bytes:
-    """A vocabulary of bytes and an end."""
+    """A vocabulary of all bytes and an end token."""
 
     eos_token_id, bos_token_id = _END, None
     tokens = (*(bytes([i]) for i in range(_END)), b"<end>")
@@ -43,7 +46,7 @@ class _Bytes:
 
 
 def problem(grammar: str) -> str:
-    """What is wrong with a grammar: it cannot be read, nothing satisfies it, or it becomes too complex on the way."""
+    """Why a grammar cannot be used, "" where it can: it is invalid, nothing satisfies it, or it becomes too complex."""
     matcher = LLMatcher(LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=limits())
     begun, last = time.monotonic(), None
     for _ in range(_WALK):
@@ -53,7 +56,7 @@ def problem(grammar: str) -> str:
         allowed = [byte for byte in range(_END) if bits >> byte & 1]
         if not allowed:
             break
-        # Into the keys and texts of JSON, where many ways are open.
+        # A quote where possible: the keys and texts of JSON have the most continuations.
         last = _QUOTE if _QUOTE in allowed and last != _QUOTE else allowed[len(allowed) // 2]
         matcher.consume_token(last)
     return matcher.get_error() if matcher.is_error() else ""
@@ -61,7 +64,7 @@ def problem(grammar: str) -> str:
 
 def main() -> None:
     for limit, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # a lower one holds already, or the system has none
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force, or the system has none
             resource.setrlimit(limit, (most, most))
     sys.stdout.write(problem(sys.stdin.read()))
 

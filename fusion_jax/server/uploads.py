@@ -1,4 +1,4 @@
-"""Visitors' images in one private folder: each with its owner, bounded in bytes, number and time."""
+"""Keeps visitors' images in one private folder, within limits of bytes, number and time for each owner."""
 
 import os
 import secrets
@@ -15,11 +15,11 @@ from fusion_jax.data import image
 from fusion_jax.errors import BadRecord
 
 KEPT = 24 * 3600  # seconds that an image is kept
-SPARED = 600  # seconds that an image is kept even where others wait for its room
+SPARED = 600  # seconds that an image is kept even where another needs its space
 FILES = 4096
-OWN_FILES = 64  # of one owner
-OWN_PART = 8  # an owner has a part of all bytes that is one in so many, or one image
-# By their first bytes, never by a name: what a browser may show. Everything else is a download.
+OWN_FILES = 64  # images of one owner
+OWN_PART = 8  # an owner may have one OWN_PART-th of all bytes, or one image
+# The types that a browser may display, recognized by their first bytes, never by a name. All others are downloads.
 _KINDS = (
     (b"\x89PNG\r\n", "image/png", ".png"),
     (b"\xff\xd8\xff", "image/jpeg", ".jpg"),
@@ -41,13 +41,13 @@ class _Image:
 
 
 class Uploads:
-    """Images by names that nobody can guess, given back to their owner alone.
+    """Images under names that nobody can guess, returned to their owner alone.
 
-    Each owner has a share, and his oldest images make room for his newest. Where the folder is full, those of the owner
-    who holds most make room for whoever holds less; where all hold as little, one's own, and those that are old enough.
+    Each owner has a share, in which the oldest images make room for the newest. Where the folder is full, images of the
+    owner with the most make room for owners with less; among equals, the owner's own images do, and old ones.
 
     Args:
-      folder: where a folder of mode 0700 is made for them. most: bytes of all images. files: number of them.
+      folder: where a folder of mode 0700 is made for the images. most: bytes of all images. files: most images.
     """
 
     def __init__(self, folder: Path, most: int, files: int = FILES):
@@ -57,7 +57,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def add(self, owner: str, data: bytes) -> str:
-        """Keeps an image. Returns its name. Raises NoRoom, and BadRecord where the data are no image."""
+        """Keeps an image and returns its name. Raises NoRoom, and BadRecord where the data are not an image."""
         image.read_size(data, "upload")
         kind, suffix = _kind(data)
         name = secrets.token_hex(16) + suffix
@@ -66,7 +66,7 @@ class Uploads:
             self._images[name] = _Image(owner, len(data), kind, time.monotonic())
             self._bytes += len(data)
         try:
-            # Exclusive: whatever lies there already is neither followed nor overwritten.
+            # Exclusive: an existing file or link is neither followed nor overwritten.
             descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(data)
@@ -76,18 +76,18 @@ class Uploads:
             raise NoRoom from error
         return name
 
-    def path(self, given: str, owner: str) -> Path:
-        """Where an image lies, by its name or its path. Raises BadRecord where the owner has no such image."""
-        return self._find(given, owner)[0]
+    def path(self, name: str, owner: str) -> Path:
+        """The path of an image, by its name or its path. Raises BadRecord where the owner has no such image."""
+        return self._find(name, owner)[0]
 
-    def about(self, given: str, owner: str) -> tuple[int, str]:
+    def about(self, name: str, owner: str) -> tuple[int, str]:
         """An image's size in bytes and its media type. Raises as `path` does."""
-        known = self._find(given, owner)[1]
+        known = self._find(name, owner)[1]
         return known.size, known.kind
 
-    def read(self, given: str, owner: str, start: int = 0, most: int = -1) -> bytes:
-        """An image, or `most` of its bytes from `start` on. Raises as `path` does."""
-        path, known = self._find(given, owner)
+    def read(self, name: str, owner: str, start: int = 0, most: int = -1) -> bytes:
+        """The bytes of an image, or `most` of them from `start` on. Raises as `path` does."""
+        path, known = self._find(name, owner)
         try:
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                 about = os.fstat(file.fileno())
@@ -99,7 +99,7 @@ class Uploads:
             raise BadRecord("missing_image", "upload", "the image is gone; upload it again") from error
 
     def sweep(self) -> None:
-        """Deletes what has been kept long enough."""
+        """Deletes images that are older than KEPT."""
         with self._lock:
             self._drop_older(KEPT)
 
@@ -110,8 +110,8 @@ class Uploads:
             self._bytes = self.most
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _find(self, given: str, owner: str) -> tuple[Path, _Image]:
-        name = given.removeprefix(f"{self.folder}/")
+    def _find(self, name: str, owner: str) -> tuple[Path, _Image]:
+        name = name.removeprefix(f"{self.folder}/")
         with self._lock:
             known = self._images.get(name)
         if known is None or known.owner != owner:
@@ -119,6 +119,7 @@ class Uploads:
         return self.folder / name, known
 
     def _make_room(self, owner: str, size: int) -> None:
+        """Deletes images until one of `size` bytes fits. Raises NoRoom where it cannot."""
         held = [name for name, known in self._images.items() if known.owner == owner]
         left = sum(self._images[name].size for name in held)
         while held and (len(held) >= OWN_FILES or left + size > self.most // OWN_PART):
@@ -159,7 +160,7 @@ class Uploads:
 
 
 def _kind(data: bytes) -> tuple[str, str]:
-    """Media type, and how the name ends."""
+    """The media type of an image, and the suffix for its name."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp", ".webp"
     if data[4:12] in (b"ftypavif", b"ftypavis"):

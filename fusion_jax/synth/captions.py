@@ -1,4 +1,4 @@
-"""The caption pool: captions out of text, JSONL, Parquet and TensorFlow Datasets, never all of them in memory."""
+"""Reads captions from text, JSONL, Parquet and TensorFlow Datasets, never all of them into memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,23 +8,23 @@ from fusion_jax.errors import UserError, check
 from fusion_jax.files import parse_json
 from fusion_jax.synth.config import PoolConfig
 
-MAX_LINE = 1 << 20  # bytes; a longer one is no caption
+MAX_LINE = 1 << 20  # bytes
 _MAX_SCORE = 1e6
 
 
 def read_pool(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
-    """What one pool holds, in its order.
+    """The captions of one pool, in its order.
 
     Yields:
-      `caption`, as it stands there (None where a record has no text); `record`, its number from 0; where the pool has
-      them, `image` (a path) and the scores `clip_score` and `blip_score`.
+      Mappings with `caption`, unchanged (None where a record has no text); `record`, its number from 0; where the pool
+      has them, `image` (a path) and the scores `clip_score` and `blip_score`.
 
     Raises:
       UserError: a missing, empty, mis-encoded or otherwise unreadable file.
     """
     count = 0
-    for count, found in enumerate(_open(pool, seed), start=1):
-        yield {"record": count - 1} | found
+    for count, record in enumerate(_open(pool, seed), start=1):
+        yield {"record": count - 1} | record
         if count == pool.limit:
             return
     check(count > 0, f"{pool.path} holds no captions.")
@@ -39,7 +39,7 @@ def _open(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
     readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in readers:
         raise UserError(
-            f"Cannot tell what {path} is: captions come from {', '.join(readers)} files or tfds:NAME:SPLIT."
+            f"{path} has an unknown suffix: captions come from {', '.join(readers)} files or tfds:NAME:SPLIT."
         )
     check(path.is_file(), f"There is no caption file {path}.")
     check(path.stat().st_size > 0, f"{path} is empty.")
@@ -51,7 +51,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
             if len(line) > MAX_LINE:
-                raise UserError(f"{path}, line {number} is longer than {MAX_LINE} bytes: no file of captions.")
+                raise UserError(f"{path}, line {number} is longer than {MAX_LINE} bytes; give a file of captions.")
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{path} is UTF-16, not UTF-8; convert it first: iconv -f UTF-16 -t UTF-8.")
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -62,7 +62,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     f"{path} is not valid UTF-8 in line {number} (byte {e.start + 1} of it); convert it first."
                 ) from e
             if "\0" in text:
-                raise UserError(f"{path}, line {number} holds zero bytes: no text file in UTF-8.")
+                raise UserError(f"{path}, line {number} holds zero bytes; give a text file in UTF-8.")
             if text.strip():
                 yield number, text.rstrip("\r\n")
 
@@ -108,15 +108,15 @@ def _parquet(pool: PoolConfig, path: Path) -> Iterator[dict[str, Any]]:
 
 def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
     caption = record.get(pool.text)
-    found: dict[str, Any] = {"caption": caption if isinstance(caption, str) else None}
+    fields: dict[str, Any] = {"caption": caption if isinstance(caption, str) else None}
     image = record.get(pool.image) if pool.image else None
     if isinstance(image, str) and image:
-        found["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
+        fields["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
     for key in ("clip_score", "blip_score"):
         score = record.get(key)
         if isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < _MAX_SCORE:  # and no NaN
-            found[key] = float(score)
-    return found
+            fields[key] = float(score)
+    return fields
 
 
 def _tfds(pool: PoolConfig) -> Iterator[dict[str, Any]]:

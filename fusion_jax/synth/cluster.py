@@ -1,4 +1,4 @@
-"""The same stages on a cluster, by Ray Data.
+"""Runs the stages on a cluster, by Ray Data.
 
     first pass    blocks -> [cpu: filter] -> [llm: judge describe refilter] -> [images: draw] -> [scorer: score] ->
     saved second pass   blocks -> [llm: qa] -> [vision: verify] -> saved
@@ -7,8 +7,8 @@
 Each bracket is a pool of workers, as many as ray.actors says, with ray.gpus and ray.cpus each; blocks travel through
 them side by side. No pass has two pools of one model, so that no model is loaded twice. The workers run `run_stages` as
 a local run does, so the output is the same. They write images and paid replies into the run's folder, which therefore
-lies on a disk that all machines share; a block whose worker is lost goes to another, which finds in the journal what
-had been paid for. Blocks are saved by this process, after each pass.
+lies on a disk that all machines share; a block whose worker is lost goes to another, which takes from the
+journal what was paid for. Blocks are saved by this process, after each pass.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
 from fusion_jax.synth.engine import Work, needed, stages_of, threads_for
+from fusion_jax.synth.models import Models
 from fusion_jax.synth.stages import STAGES, run_stages
-from fusion_jax.synth.tools import Tools
 
 log = logging.getLogger("fusion_jax")
 
@@ -46,35 +46,35 @@ POOLS = {
 
 def passes(stages: list[str]) -> list[list[tuple[str, list[str]]]]:
     """Neighbouring stages of one pool together, and a new pass where a pool would come twice: [[(pool, stages)]]."""
-    found: list[list[tuple[str, list[str]]]] = [[]]
+    result: list[list[tuple[str, list[str]]]] = [[]]
     for stage in stages:
         pool = POOLS[stage]
-        if not found[-1] or found[-1][-1][0] != pool:
-            if pool in dict(found[-1]):
-                found.append([])
-            found[-1].append((pool, []))
-        found[-1][-1][1].append(stage)
-    return found
+        if not result[-1] or result[-1][-1][0] != pool:
+            if pool in dict(result[-1]):
+                result.append([])
+            result[-1].append((pool, []))
+        result[-1][-1][1].append(stage)
+    return result
 
 
 class Worker:
     """One worker of a pool: takes a block's samples through some stages."""
 
     def __init__(self, config: SynthConfig, out: str, stages: list[str], share: float):
-        self._tools, self._stages = Tools(config, Path(out), share), stages
+        self._models, self._stages = Models(config, Path(out), share), stages
         self._threads = threads_for(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._tools.journal.refresh()  # another worker may have begun this block and died
+        self._models.journal.refresh()  # another worker may have begun this block and died
         work = json.loads(row["work"])
 
         def through(line: dict[str, Any]) -> dict[str, Any]:
             todo = [stage for stage in self._stages if stage in line["todo"]]
-            return line | {"sample": run_stages(self._tools, line["sample"], todo)}
+            return line | {"sample": run_stages(self._models, line["sample"], todo)}
 
         with ThreadPoolExecutor(self._threads) as pool:
-            made = list(pool.map(through, work))
-        return row | {"work": json.dumps(made)}
+            lines = list(pool.map(through, work))
+        return row | {"work": json.dumps(lines)}
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
@@ -84,8 +84,8 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
         import ray.data
     except ImportError as e:
         raise UserError("engine='ray' needs the package ray: pip install 'fusion_jax[ray]'.") from e
-    tools = Tools(config, out)
-    tools.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
+    models = Models(config, out)
+    models.check(tuple(name for name in needed(work) if _is_endpoint(config, name)))  # the others load on the workers
     if not ray.is_initialized():
         ray.init(address=config.ray.address or None, log_to_driver=False, logging_level=logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False

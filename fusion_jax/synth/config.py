@@ -1,18 +1,16 @@
-"""What a synthesis run makes and with what: frozen dataclasses, each field a key of configs/synthesize*.py."""
+"""Configs of a synthesis run: frozen dataclasses, each field a key of configs/synthesize*.py."""
 
 from dataclasses import dataclass, field
 
 from fusion_jax.errors import check, check_choice
 from fusion_jax.models.limits import within
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig, ScorerConfig, check_ranges
 
-LANGUAGE_BACKENDS = ("embedded", "endpoint", "vllm")
-IMAGE_BACKENDS = ("embedded", "endpoint", "diffusers")
-STRUCTURED = ("json_schema", "json_object", "none")
 ENGINES = ("local", "ray")
 ROLES = ("llm", "images", "scorer", "vision", "cpu")  # workers of engine "ray"
 
 # Least and most of the fields that are numbers; None, where it is allowed, is within.
-_PRICE, _SHARE, _SCORE = (0, 1e9), (0, 1), (-10, 10)
+_SHARE, _SCORE = (0, 1), (-10, 10)
 _FILTER_RANGES = {
     "alphanumeric_min": _SHARE,
     "perplexity_max": (1, 1e12),
@@ -24,25 +22,6 @@ _FILTER_RANGES = {
     "blip_min": _SHARE,
     "clip_min": (-1, 1),
     "understood_min": _SHARE,
-}
-_MODEL_RANGES = {
-    "temperature": (0, 100),
-    "max_tokens": (1, 1 << 20),
-    "price_prompt": _PRICE,
-    "price_completion": _PRICE,
-}
-_IMAGE_RANGES = {
-    "width": (16, 4096),
-    "height": (16, 4096),
-    "steps": (1, 10_000),
-    "guidance": (0, 1000),
-    "price_image": _PRICE,
-}
-_TRAFFIC_RANGES = {
-    "concurrency": (1, 4096),  # each takes a thread
-    "retries": (0, 1000),
-    "timeout": (1e-3, 86400),
-    "requests_per_second": (0, 1e6),
 }
 _SELECT_RANGES = {
     "image_score_min": _SCORE,
@@ -60,35 +39,32 @@ _RUN_RANGES = {
 }
 
 
-def _check_ranges(config: object, ranges: dict[str, tuple[float, float]]) -> None:
-    for name, (least, most) in ranges.items():
-        value = getattr(config, name)
-        if value is not None:
-            within(name, value, least, most)
-
-
 @dataclass(frozen=True)
 class PoolConfig:
-    """One source of captions.
-
-    path: .txt (a caption a line), .jsonl, .parquet, `tfds:name[/config][:version]:split`, or captions that the
-    embedded backend writes: `embedded:COUNT`, `embedded:STYLE:COUNT`. text: field with the caption (TFDS:
-    `captions/text`). image: field with the caption's own image, if it has one, relative to image_folder. limit:
-    captions to take, 0 for all. source, licence: what every record says of its origin; required, except of embedded
-    ones. data_dir: TFDS's. kinds: {kind: weight} of this pool, where it has its own. split: file that its records go
-    to, instead of their stage's and of no mixture: "held_out" for a test.
-    """
+    """One source of captions."""
 
     path: str
+    """A .txt (a caption a line), .jsonl or .parquet file, `tfds:name[/config][:version]:split`, or captions that the
+    embedded backend writes: `embedded:COUNT` or `embedded:STYLE:COUNT`."""
     text: str = "caption"
+    """Field with the caption (TFDS: `captions/text`)."""
     image: str = ""
+    """Field with the caption's own image, if it has one, relative to image_folder."""
     image_folder: str = ""
+    """Folder of the captions' own images; empty: the folder of the file."""
     limit: int = 0
+    """Number of captions to use; 0: all."""
     source: str = ""
+    """Where the captions come from, kept with every record; required, except for embedded captions."""
     licence: str = ""
+    """The captions' licence, kept with every record; required, except for embedded captions."""
     data_dir: str = ""
+    """TFDS's data folder; empty: its default."""
     kinds: dict[str, float] = field(default_factory=dict)
+    """{kind: weight} of this pool's captions; empty: the run's kinds."""
     split: str = ""
+    """File for this pool's records, which then belong to no mixture, such as held_out for a test; empty: the file of
+    their stage."""
 
     def __post_init__(self):
         check(self.limit >= 0, f"pool {self.path}: limit={self.limit} must not be negative.")
@@ -99,160 +75,77 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Thresholds of the text filters, by default as published; None turns one off.
-
-    ngram: length of the n-grams, of characters and of words, whose repetition counts. perplexity_model: KenLM file;
-    without one the perplexity filter is off. flagged_words_file: a word a line, instead of the built-in ones.
-    blip_min, clip_min: image-text matching of captions that have an image, by the pool's fields `blip_score` and
-    `clip_score`; a missing CLIP score is computed where a scorer is configured and the pool has images.
-    understood_min: share of a caption's content words that the embedded backend's scene must keep (scene/reading.py);
-    other backends are not measured.
-    """
+    """Thresholds of the text filters (filters.py), by default as published; None turns one off."""
 
     alphanumeric_min: float | None = 0.60
+    """Least share of letters and digits among the characters."""
     perplexity_max: float | None = 5500.0
+    """Largest perplexity under perplexity_model."""
     perplexity_model: str = ""
+    """KenLM file for the perplexity; empty: the perplexity is not measured."""
     flagged_words: bool = True
+    """Whether texts with flagged words are dropped."""
     flagged_words_file: str = ""
+    """Flagged words, one a line; empty: the built-in ones."""
     character_repetition_max: float | None = 0.0937
+    """Largest share of repeated n-grams of characters."""
     word_repetition_max: float | None = 0.0309
+    """Largest share of repeated n-grams of words."""
     special_min: float | None = 0.165
+    """Least share of characters that are not letters."""
     special_max: float | None = 0.420
+    """Largest share of characters that are not letters."""
     ngram: int = 10
+    """Length of the n-grams, of characters and of words, whose repetition counts."""
     blip_min: float | None = 0.8
+    """Least image-text matching score of captions with an image, from the pool's field `blip_score`."""
     clip_min: float | None = 0.28
+    """Least CLIP score of captions with an image, from the pool's field `clip_score`, or computed where that is missing
+    and a scorer is configured."""
     understood_min: float | None = 0.6
+    """Least share of a caption's content words that the embedded backend's scene keeps (worlds/scenes/reading.py);
+    other backends are not measured."""
 
     def __post_init__(self):
-        _check_ranges(self, _FILTER_RANGES)
+        check_ranges(self, _FILTER_RANGES)
         if self.special_min is not None and self.special_max is not None:
             least, most = self.special_min, self.special_max
             check(least <= most, f"special_min={least} lies above special_max={most}: no text passes.")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A language or vision model.
-
-    backend: embedded; endpoint (OpenAI-compatible: vLLM, SGLang, Ollama, hosted); vllm (in this process).
-    model: as served, or vLLM's model folder. base_url: of the endpoint up to and with /v1; empty: OPENAI_BASE_URL.
-    api_key_env: the environment variable that holds the key; the key itself is never part of a config.
-    concurrency: requests under way. requests_per_second: 0 for no limit. timeout: seconds for a whole request.
-    retries: of one request after overload, cut connections and the like. structured: how the answer's form is asked
-    for; where the endpoint does not offer it, the next weaker one is taken.
-    price_prompt, price_completion: per million tokens, for the books.
-    """
-
-    backend: str = "embedded"
-    model: str = ""
-    base_url: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    temperature: float = 0.7
-    max_tokens: int = 2048
-    concurrency: int = 16
-    requests_per_second: float = 0.0
-    timeout: float = 120.0
-    retries: int = 8
-    structured: str = "json_schema"
-    price_prompt: float = 0.0
-    price_completion: float = 0.0
-
-    def __post_init__(self):
-        check_choice("backend=", self.backend, LANGUAGE_BACKENDS)
-        check_choice("structured=", self.structured, STRUCTURED)
-        check(self.backend == "embedded" or bool(self.model), f"backend={self.backend!r} needs a model.")
-        _check_ranges(self, _MODEL_RANGES | _TRAFFIC_RANGES)
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """The image generator.
-
-    backend: embedded; endpoint (OpenAI-compatible /images/generations); diffusers (any text-to-image pipeline).
-    model: as served, or the pipeline's name or local folder. steps, guidance: of diffusers pipelines.
-    dtype, device: of diffusers; device empty: cuda where there is one. The rest as in `ModelConfig`.
-    price_image: of one image. image_hosts: HOST:PORT of servers on a private network that the endpoint's replies may
-    name in the addresses of images; its own is always allowed, as are ports 80 and 443 on the internet.
-    """
-
-    backend: str = "embedded"
-    model: str = "black-forest-labs/FLUX.1-dev"
-    width: int = 384
-    height: int = 384
-    steps: int = 50
-    guidance: float = 3.5
-    dtype: str = "bfloat16"
-    device: str = ""
-    base_url: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    requests_per_second: float = 0.0
-    timeout: float = 300.0
-    retries: int = 8
-    price_image: float = 0.0
-    image_hosts: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_choice("backend=", self.backend, IMAGE_BACKENDS)
-        _check_ranges(self, _IMAGE_RANGES | _TRAFFIC_RANGES)
-        for place in self.image_hosts:
-            host, _, port = place.rpartition(":")
-            check(
-                bool(host) and "/" not in host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16,
-                f"images.image_hosts: {place!r} must be HOST:PORT.",
-            )
-
-
-@dataclass(frozen=True)
-class ScorerConfig:
-    """CLIP or SigLIP for CLIPScores. path: local folder; empty: no CLIPScores, images are judged by SSIM_a alone.
-
-    weight: CLIPScore = weight * max(cosine, 0), 2.5 as in its paper.
-    """
-
-    path: str = ""
-    device: str = ""
-    weight: float = 2.5
-
-    def __post_init__(self):
-        within("weight", self.weight, 1e-6, 1e6)
-
-
-@dataclass(frozen=True)
 class SelectConfig:
-    """What is kept of the finished samples.
-
-    image_score_min: CLIPScore + 0.5 SSIM_a below this drops a sample as soon as its image is scored; None: images are
-    not scored. ssim_scale: how far SSIM_a sizes an image down. keep: share of each kind kept after ranking by the
-    statements' mean CLIPScore (without a scorer, by the image score). text_similarity: Jaccard similarity of word
-    3-shingles from which texts are the same; None: texts may be alike. image_distance: differing bits of 64-bit
-    perceptual hashes up to which images are the same; -1: images may be alike. validation: share of the samples that
-    goes into validation.json.
-    """
+    """Which finished samples become records."""
 
     image_score_min: float | None = 0.0
+    """Least CLIPScore + 0.5 SSIM_a of a sample, checked as soon as its image is scored; None: no scoring."""
     ssim_scale: float = 0.5
+    """Factor by which SSIM_a resizes an image down."""
     keep: float = 1.0
+    """Share of each kind kept, ranked by the mean CLIPScore of statements or, without a scorer, by the image score."""
     text_similarity: float | None = 0.8
+    """Jaccard similarity of word 3-shingles from which texts count as the same; None: texts may be alike."""
     image_distance: int = 4
+    """Differing bits of 64-bit perceptual hashes up to which images count as the same; -1: images may be alike."""
     validation: float = 0.0
+    """Share of the samples that goes into validation.json."""
 
     def __post_init__(self):
-        _check_ranges(self, _SELECT_RANGES)
+        check_ranges(self, _SELECT_RANGES)
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Of engine "ray". address: of the cluster; empty starts a local one.
-
-    actors: workers for each of `llm`, `images`, `scorer`, `vision` and `cpu`, 1 by default. gpus, cpus: what one worker
-    of each takes, 0 and 0.1 by default: workers that ask endpoints mostly wait.
-    """
+    """The cluster of engine "ray"; workers are `llm`, `images`, `scorer`, `vision` and `cpu`."""
 
     address: str = ""
+    """Address of the cluster; empty: starts a local one."""
     actors: dict[str, int] = field(default_factory=dict)
+    """{worker: how many}, 1 of each by default."""
     gpus: dict[str, float] = field(default_factory=dict)
+    """{worker: GPUs that one takes}, 0 by default."""
     cpus: dict[str, float] = field(default_factory=dict)
+    """{worker: CPUs that one takes}, 0.1 by default: workers that call endpoints mostly wait."""
 
     def __post_init__(self):
         for name, least, most in (("actors", 1, 1 << 16), ("gpus", 0, 1 << 16), ("cpus", 0, 1 << 16)):
@@ -263,39 +156,50 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """A whole run.
-
-    pools: captions in. kinds: {kind: weight}; each caption becomes one kind, drawn by seed in these shares.
-    stages: {kind: training stage} where it is not the kind's own (see synth/kinds).
-    attempts: how often a model is asked for an answer that keeps the limits. verify: whether answers are verified.
-    block: captions worked on and saved together. processes: of a local run, for CPU-bound backends.
-    journal: folder of paid replies, by default the run's own; another run's folder gives this one its replies.
-    shards: write ArrayRecord shards besides the JSON files. mixtures: {stage: {other stage: sampling strategy}}, what a
-    stage's mixture takes besides its own records. tokenizer: pieces of a SentencePiece vocabulary that is trained on
-    the stages' texts, for models that start from nothing; 0 for none.
-    """
+    """A whole run."""
 
     pools: tuple[PoolConfig, ...]
+    """Sources of captions."""
     kinds: dict[str, float]
+    """{kind: weight}; each caption becomes one kind, drawn by seed in proportion to the weights."""
     stages: dict[str, str] = field(default_factory=dict)
+    """{kind: training stage} where it is not the kind's own (synth/kinds)."""
     seed: int = 0
+    """Seed of every draw."""
     filters: FilterConfig = FilterConfig()
-    llm: ModelConfig = ModelConfig()
-    vision: ModelConfig = ModelConfig()
-    images: ImageConfig = ImageConfig()
-    scorer: ScorerConfig = ScorerConfig()
+    """Text filters."""
+    llm: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
+    """The model that judges captions and writes descriptions, questions and answers."""
+    vision: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
+    """The model that verifies answers by the images."""
+    images: ImageConfig = ImageConfig()  # noqa: RUF009 (frozen)
+    """The image generator."""
+    scorer: ScorerConfig = ScorerConfig()  # noqa: RUF009 (frozen)
+    """The model that compares images with texts."""
     select: SelectConfig = SelectConfig()
+    """Which finished samples become records."""
     attempts: int = 3
+    """How often a model is asked for an answer that keeps the limits."""
     judge: bool = True
+    """Whether the llm judges first if a caption can be drawn."""
     verify: bool = True
+    """Whether answers are verified."""
     block: int = 256
+    """Captions worked on and saved together."""
     engine: str = "local"
+    """local (this machine) or ray (a cluster)."""
     processes: int = 1
+    """Processes of a local run; more than one only with the embedded backend, which is bound by the CPU."""
     ray: RayConfig = RayConfig()
+    """The cluster of engine ray."""
     journal: str = ""
+    """Folder of paid replies; empty: the run's own. The folder of another run lets this one use its replies."""
     shards: bool = True
+    """Whether ArrayRecord shards are written besides the JSON files."""
     mixtures: dict[str, dict[str, str]] = field(default_factory=dict)
+    """{stage: {other stage: sampling strategy}}: what a stage's mixture has besides its own records."""
     tokenizer: int = 0
+    """Pieces of a SentencePiece vocabulary to train on the stages' texts, for models without pretraining; 0: none."""
 
     def __post_init__(self):
         from fusion_jax.data.sources import parse_strategy
@@ -305,7 +209,7 @@ class SynthConfig:
         for pool in self.pools:
             check(
                 not pool.split or (pool.split.isidentifier() and pool.split not in STAGES),
-                f"pool {pool.path}: split={pool.split!r} must be a plain name and no stage, as held_out.",
+                f"pool {pool.path}: split={pool.split!r} must be a plain name such as held_out, and not a stage.",
             )
             check(bool(pool.kinds or self.kinds), "config.kinds is empty; give at least one kind and its weight.")
         weights = {"kinds": self.kinds} | {f"pools[{i}].kinds": pool.kinds for i, pool in enumerate(self.pools)}
@@ -329,7 +233,7 @@ class SynthConfig:
         for stage, others in self.mixtures.items():
             for other, how in others.items():
                 parse_strategy(how, f"config.mixtures.{stage}.{other}")
-        _check_ranges(self, _RUN_RANGES)
+        check_ranges(self, _RUN_RANGES)
         backends = {self.llm.backend, self.vision.backend, self.images.backend}
         check(
             self.processes == 1 or backends == {"embedded"},
@@ -342,7 +246,7 @@ class SynthConfig:
         return sorted(set().union(*(pool.kinds or self.kinds for pool in self.pools)))
 
 
-# What may differ between a run and the one that goes on with it: it does not change the result.
+# Fields that may change when a run goes on: they do not change the result.
 OPERATIONAL = {
     "": ("engine", "processes", "ray", "journal"),
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),

@@ -1,4 +1,4 @@
-"""Runs the stages over all blocks in this process or a few, and knows what is left to do.
+"""Runs the stages over all blocks, in this process or in several, and lists what is left to do.
 
 Samples of several blocks are under way at once, so that no block's last, slow request leaves an endpoint idle; a block
 is saved when its last sample is through.
@@ -21,21 +21,21 @@ from fusion_jax.command_line.cli import out_of_ctrl_c
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
 from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.models import Models
 from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
-from fusion_jax.synth.tools import Tools
 
 log = logging.getLogger("fusion_jax")
 
-_GRACE = 3.0  # seconds that requests under way are given when a run ends early: what they bring is paid for
+_GRACE = 3.0  # seconds for requests under way when a run ends early: their replies are paid for
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be done with one block.
+    """The work on one block.
 
     Attributes:
-      number: the block's. size: how many samples it has. todo: stages they have yet to go through. again: samples that
-        a failing endpoint dropped go through their stage, and the later ones that are done, once more.
+      number: the block's. size: its samples. todo: stages that they still have to go through.
+      again: samples that a failing endpoint dropped go through that stage, and the later ones that are done, again.
     """
 
     number: int
@@ -44,8 +44,8 @@ class Work:
     again: bool
 
 
-def plan(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
-    """The blocks with something left to do. UserError where a stage before the wanted ones is missing."""
+def remaining(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
+    """The blocks, of `count`, that have not been through all `stages`. UserError where an earlier stage is missing."""
     left = []
     for number in range(count):
         done = blocks.read_done(out, number)
@@ -67,7 +67,7 @@ def needed(work: list[Work]) -> tuple[str, ...]:
 
 
 def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
-    """The stages one sample goes through; what a failing endpoint had dropped is taken up again."""
+    """The stages one sample goes through; one that a failing endpoint dropped starts again at the failed stage."""
     if not (work.again and _failed(sample)):
         return work.todo
     failed = sample.pop("dropped")["stage"]
@@ -76,7 +76,7 @@ def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
-    """Does the work. UserError for what ends a run; blocks that are finished stay so."""
+    """Does the work, a block at a time; finished blocks stay finished. UserError for what ends a run."""
     if not work:
         return
     if config.processes > 1 and len(work) > 1:
@@ -87,19 +87,19 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
             done = pool.imap_unordered(_work_in_process, work)
             _follow(done, work, progress)
         return
-    tools = Tools(config, out)
-    tools.check(needed(work))
+    models = Models(config, out)
+    models.check(needed(work))
     try:
-        with contextlib.closing(work_through(tools, work)) as done:
+        with contextlib.closing(work_through(models, work)) as done:
             _follow(done, work, progress)
     finally:
-        tools.journal.close()
+        models.journal.close()
 
 
 def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
-    """Shows how many captions, those that are lost on the way included, have been worked on."""
+    """Shows a progress bar of the captions that have been worked on, dropped ones included."""
     sizes = {one.number: one.size for one in work}
-    # A terminal gets a live bar; a log file a line now and then.
+    # A terminal gets a live bar, a log file a line every ten seconds.
     slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
     total = sum(sizes.values())
     with tqdm.tqdm(total=total, unit="caption", desc="synthesis", disable=not progress, **slow) as bar:
@@ -107,17 +107,17 @@ def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
             bar.update(sizes[number])
 
 
-_tools: Tools | None = None  # of a worker process
+_models: Models | None = None  # of a worker process
 
 
 def _start_process(config: SynthConfig, out: Path) -> None:
-    global _tools
-    _tools = Tools(config, out, share=1 / config.processes)
+    global _models
+    _models = Models(config, out, share=1 / config.processes)
 
 
 def _work_in_process(work: Work) -> int:
-    assert _tools is not None
-    return next(work_through(_tools, [work]))
+    assert _models is not None
+    return next(work_through(_models, [work]))
 
 
 def threads_for(config: SynthConfig) -> int:
@@ -127,53 +127,53 @@ def threads_for(config: SynthConfig) -> int:
     return 2 * max(remote) if remote else 1
 
 
-def work_through(tools: Tools, work: list[Work]) -> Iterator[int]:
+def work_through(models: Models, work: list[Work]) -> Iterator[int]:
     """Yields the number of each block once it is saved."""
-    threads = threads_for(tools.config)
-    ahead = 1 + -(-2 * threads // tools.config.block)  # blocks under way
+    threads = threads_for(models.config)
+    ahead = 1 + -(-2 * threads // models.config.block)  # blocks under way
     if threads == 1:
         for one in work:
-            done, samples = blocks.read_block(tools.out, one.number)
-            made = [run_stages(tools, sample, stages_of(sample, one, done)) for sample in samples]
-            yield _save(tools, one, done, made)
+            done, samples = blocks.read_block(models.out, one.number)
+            finished = [run_stages(models, sample, stages_of(sample, one, done)) for sample in samples]
+            yield _save(models, one, done, finished)
         return
     under_way: collections.deque[tuple[Work, list[str], list[Future]]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for one in work:
-                tools.journal.refresh()
-                done, samples = blocks.read_block(tools.out, one.number)
-                futures = [pool.submit(run_stages, tools, s, stages_of(s, one, done)) for s in samples]
+                models.journal.refresh()
+                done, samples = blocks.read_block(models.out, one.number)
+                futures = [pool.submit(run_stages, models, s, stages_of(s, one, done)) for s in samples]
                 under_way.append((one, done, futures))
                 if len(under_way) > ahead:
-                    yield _finish(tools, *under_way[0])
+                    yield _finish(models, *under_way[0])
                     under_way.popleft()
             while under_way:
-                yield _finish(tools, *under_way[0])
+                yield _finish(models, *under_way[0])
                 under_way.popleft()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            tools.stop()
+            models.stop()
             try:
                 running = [one for _, _, futures in under_way for one in futures if one.running()]
                 concurrent.futures.wait(running, _GRACE)
             finally:
-                tools.cut()
+                models.cut()
             raise
 
 
-def _finish(tools: Tools, work: Work, done: list[str], futures: list[Future]) -> int:
-    return _save(tools, work, done, [future.result() for future in futures])
+def _finish(models: Models, work: Work, done: list[str], futures: list[Future]) -> int:
+    return _save(models, work, done, [future.result() for future in futures])
 
 
-def _save(tools: Tools, work: Work, done: list[str], samples: list[Sample]) -> int:
-    with _said(tools.out):
-        blocks.write_block(tools.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
+def _save(models: Models, work: Work, done: list[str], samples: list[Sample]) -> int:
+    with _as_user_error(models.out):
+        blocks.write_block(models.out, work.number, [s for s in STAGES if s in done or s in work.todo], samples)
     return work.number
 
 
 @contextlib.contextmanager
-def _said(out: Path) -> Iterator[None]:
+def _as_user_error(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:

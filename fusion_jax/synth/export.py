@@ -1,4 +1,4 @@
-"""From the selection to what training reads.
+"""Writes the selected samples as records, shards and mixtures for training.
 
 OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
 OUT/validation.json                          the validation share of all of them, and what a pool is kept for
@@ -45,8 +45,11 @@ _MISSED = 20  # words that captions have and the embedded backend cannot draw, t
 
 
 def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
-    """Writes all that stands above and returns the counts: records by file, kind and reason. UserError without any
-    record."""
+    """Writes the files listed above and returns the counts: records by file and kind, dropped captions by reason.
+
+    Raises:
+      UserError: there is no selection.
+    """
     selection = out / "work" / "selection.jsonl"
     check(selection.exists(), f"There is no {selection}; run the stage `select` first.")
     chosen = verdicts(selection)
@@ -68,9 +71,9 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
             if verdict is None or "reason" in verdict:
                 why = sample.get("dropped") or {"stage": "select", **verdict}
                 dropped[f"{why['stage']}: {why['reason']}"] += 1
-                said = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
+                line = {"id": sample["id"], "caption": sample["caption"], "origin": sample["origin"]}
                 left_out.line(
-                    said | {key: why[key] for key in ("stage", "reason", "detail")} | sample.get("reading", {})
+                    line | {key: why[key] for key in ("stage", "reason", "detail")} | sample.get("reading", {})
                 )
                 continue
             name = sample["stage"] if verdict["split"] == "train" else verdict["split"]
@@ -100,7 +103,7 @@ def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
 
 
 class _Readings:
-    """What the embedded backend made of all captions together."""
+    """Sums what the embedded backend understood of all captions."""
 
     def __init__(self):
         self._shares: list[float] = []
@@ -108,6 +111,7 @@ class _Readings:
         self._too_little = self._unknown = self._invented = self._inventions = 0
 
     def add(self, sample: Sample) -> None:
+        """Counts a sample, dropped or not."""
         reason = sample.get("dropped", {}).get("reason")
         self._unknown += reason == "not_drawable"
         if reading := sample.get("reading"):
@@ -141,11 +145,11 @@ def _part(config: SynthConfig, name: str, how: str) -> str:
 
 
 def _texts(out: Path, files: Counter[str]) -> Iterator[str]:
-    """What the stages' records say."""
+    """The texts of the stages' records."""
     for name in STAGES:
         if files[name]:
-            for made in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
-                yield from (turn["value"].removeprefix("<image>\n") for turn in made["conversations"])
+            for record in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))[:_TOKENIZER_RECORDS]:
+                yield from (turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
 
 
 def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
@@ -186,12 +190,12 @@ def rights(config: SynthConfig, sample: Sample) -> dict[str, str]:
 def _lineage(config: SynthConfig, sample: Sample, file: str) -> dict[str, Any]:
     keys = ("id", "kind", "caption", "origin", "descriptions", "answer", "state", "images", "pairs", "wrong")
     keys += ("unverified", "statements", "scores", "lineage")
-    made = {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
-    return made | rights(config, sample) | sample.get("reading", {})
+    line = {"file": f"{file}.json"} | {key: sample[key] for key in keys if key in sample}
+    return line | rights(config, sample) | sample.get("reading", {})
 
 
 class _Whole:
-    """A file of JSON that appears when it is finished: a list by `item`, or lines by `line`."""
+    """A JSON file that appears once it is complete: a list of `item`s, or `line`s."""
 
     def __init__(self, path: Path):
         self._path, self._part = path, path.with_name(f".{path.name}.tmp")
@@ -202,10 +206,12 @@ class _Whole:
         return self
 
     def item(self, value: Any) -> None:
+        """Adds an item to the list."""
         self._file.write(("[\n" if not self._items else ",\n") + json.dumps(value, ensure_ascii=False))
         self._items += 1
 
     def line(self, value: Any) -> None:
+        """Adds a line."""
         self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def __exit__(self, kind, *_) -> None:
@@ -221,7 +227,7 @@ class _Whole:
 
 
 def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
-    """A stage without records has no files."""
+    """Removes the files of stages without records."""
     for name in every:
         if not files[name]:
             (out / f"{name}.json").unlink()
@@ -230,10 +236,10 @@ def _drop_empty(out: Path, every: tuple[str, ...], files: Counter[str]) -> None:
 
 
 def _shards(out: Path, name: str) -> None:
-    """Shards of one file; those of an earlier selection, which the run itself made, go first."""
-    folder, told = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
+    """Writes the shards of one file; those of an earlier selection of this run are removed."""
+    folder, recorded = out / "shards" / name, out / "work" / f"shards_{name}.sha256"
     digest = shards.hash_file(out / f"{name}.json")
-    if not told.exists() or told.read_text() != digest:
+    if not recorded.exists() or recorded.read_text() != digest:
         shutil.rmtree(folder, ignore_errors=True)
-        write_once(told, digest.encode())
+        write_once(recorded, digest.encode())
     shard_writing.convert(out / f"{name}.json", out, folder, max_bad_records=0.0, progress=False)

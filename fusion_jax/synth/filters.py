@@ -1,12 +1,14 @@
-"""The published text filters. Each is a ratio and a threshold; the first that a text fails names the reason.
+"""The published text filters: each compares a ratio of the text with thresholds.
+
+The first filter that a text fails names the reason.
 
     "A red kite over the grey sea."    23 letters or digits of 29 characters: alphanumeric 0.79, special 0.24
 
 The thresholds are the papers', the definitions those of the data-cleaning tool whose filters carry these names:
 
 - alphanumeric: share of the characters that are letters or digits;
-- special: share of the characters that are no letters: punctuation, digits, white space, emoji. White space makes up
-  most of it in a sentence; one below 0.165 is hardly made of words;
+- special: share of the characters that are not letters: punctuation, digits, white space, emoji. White space makes up
+  most of it in a sentence; a text below 0.165 hardly consists of words;
 - character repetition: of all n-grams of characters, the share taken by the most frequent ones, as many as the square
   root of the number of different n-grams, leaving out those seen once;
 - word repetition: of all n-grams of words, the share of those seen more than once;
@@ -23,7 +25,7 @@ from pathlib import Path
 from fusion_jax.errors import UserError
 from fusion_jax.synth.config import FilterConfig
 
-# Where a run names no list of its own: words that make a picture unfit whatever stands around them.
+# For runs without a list of their own: words that make a picture unfit in any context.
 FLAGGED = frozenset(
     {"porn", "porno", "pornography", "pornographic", "xxx", "nude", "nudes", "nudity", "naked", "topless", "nsfw"}
     | {"sex", "sexy", "sexual", "hentai", "erotic", "erotica", "fetish", "orgy", "blowjob", "dildo", "masturbation"}
@@ -52,8 +54,8 @@ def character_repetition(text: str, n: int) -> float:
 
 def word_repetition(text: str, n: int) -> float:
     """Share of n-grams of words that are seen more than once; 0 for texts of fewer words."""
-    said = re.findall(r"\w+", text.lower())
-    counts = Counter(tuple(said[i : i + n]) for i in range(len(said) - n + 1)).values()
+    words = re.findall(r"\w+", text.lower())
+    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values()
     return sum(count for count in counts if count > 1) / max(sum(counts), 1)
 
 
@@ -61,7 +63,7 @@ def word_repetition(text: str, n: int) -> float:
 def load_perplexity_model(path: str):
     """A KenLM model. UserError without the package or the file."""
     if not Path(path).is_file():
-        raise UserError(f"There is no KenLM model {path} (filters.perplexity_model).")
+        raise UserError(f"There is not a KenLM model {path} (filters.perplexity_model).")
     try:
         import kenlm
     except ImportError as e:
@@ -71,11 +73,11 @@ def load_perplexity_model(path: str):
     try:
         return kenlm.Model(path)
     except OSError as e:
-        raise UserError(f"{path} is no KenLM model: {e}.") from e
+        raise UserError(f"{path} is not a KenLM model: {e}.") from e
 
 
 def perplexity(text: str, model_path: str) -> float:
-    """By words, in lower case, as the published models were made."""
+    """Perplexity by words in lower case, as the published models were trained."""
     return load_perplexity_model(model_path).perplexity(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
 
 
@@ -85,14 +87,14 @@ def flagged_words(path: str) -> frozenset[str]:
     if not path:
         return FLAGGED
     try:
-        said = Path(path).read_text(encoding="utf-8").lower().split("\n")
+        words = Path(path).read_text(encoding="utf-8").lower().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"Cannot read filters.flagged_words_file {path}: {e}.") from e
-    return frozenset(word.strip() for word in said if word.strip())
+    return frozenset(word.strip() for word in words if word.strip())
 
 
 def check_config(config: FilterConfig) -> None:
-    """UserError now for files that are missing, rather than after an hour."""
+    """UserError for missing files, before the run begins."""
     flagged_words(config.flagged_words_file)
     if config.perplexity_model:
         load_perplexity_model(config.perplexity_model)
@@ -101,9 +103,9 @@ def check_config(config: FilterConfig) -> None:
 def failed(text: str, config: FilterConfig) -> tuple[str, str] | None:
     """Reason and detail of the first filter that the text fails; None if it passes all."""
     if config.flagged_words:
-        said = set(re.findall(r"\w+", text.lower()))
-        if found := said & flagged_words(config.flagged_words_file):
-            return "flagged_words", sorted(found)[0]
+        words = set(re.findall(r"\w+", text.lower()))
+        if flagged := words & flagged_words(config.flagged_words_file):
+            return "flagged_words", sorted(flagged)[0]
     measures = (
         ("alphanumeric", alphanumeric_ratio, config.alphanumeric_min, None),
         ("special_characters", special_ratio, config.special_min, config.special_max),

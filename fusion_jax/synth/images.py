@@ -1,4 +1,4 @@
-"""Images of the engine: the published quality score, perceptual hashes, and files that appear whole or not at all."""
+"""The quality score and perceptual hash of images, and how image files are written."""
 
 import os
 import struct
@@ -41,8 +41,11 @@ def _window_means(x: Float[np.ndarray, "*C H W"]) -> np.ndarray:
 
 
 def ssim_a(image: Image.Image, scale: float = 0.5) -> float:
-    """The papers' measure of an image's make: SSIM of the whole with itself, resized down by `scale` and back, plus a
-    quarter of the sum of the same over its four quadrants: at most 2. High where structures are larger than noise."""
+    """The papers' measure of an image's quality, at most 2; high where structures are larger than noise.
+
+    SSIM of the image with itself, resized down by `scale` and back, plus a quarter of the sum of the same over its four
+    quadrants.
+    """
     grey = image.convert("L")
     width, height = grey.size
     w, h = width // 2, height // 2

@@ -1,11 +1,11 @@
-"""Replies that were paid for, kept so that nothing is ever asked twice.
+"""Keeps the replies that were paid for, so that no request is sent twice.
 
     JOURNAL/<process>.jsonl     KEY {"text": "...", "prompt_tokens": 812, ...}\\n
 
 KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
 to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
 line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
-disk. Only keys and places stay in memory. A damaged line counts as none: its request is asked for again.
+disk. Only keys and places stay in memory. A damaged line counts as none: its request is repeated.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ Place = tuple[Path, int, int]  # file, start and length of a value
 
 
 def make_key(*parts: Any) -> str:
-    """A name for what JSON can say: (32,) hexadecimal digits."""
-    said = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(said.encode()).hexdigest()[:_KEY]
+    """The key of a JSON value: 32 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY]
 
 
 class Journal:
@@ -45,9 +45,8 @@ class Journal:
             raise UserError(f"Cannot write the journal {folder}: {e.strerror}.") from e
         self._lock = threading.Lock()
         self._places: dict[bytes, Place] = {}
-        self._others: dict[
-            bytes, list[Place]
-        ] = {}  # of keys that stand there more than once: of two one may be damaged
+        # Of keys that occur more than once: one of the values may be damaged.
+        self._others: dict[bytes, list[Place]] = {}
         self._read: dict[Path, int] = {}  # bytes of each file that are known
         self._file = -1
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
@@ -55,13 +54,13 @@ class Journal:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes up what other processes have written since."""
+        """Reads what other processes have written since."""
         with self._lock:
             for path in sorted(self.folder.glob("*.jsonl")):
                 if path != self._path:
-                    self._take_up(path)
+                    self._read_new(path)
 
-    def _take_up(self, path: Path) -> None:
+    def _read_new(self, path: Path) -> None:
         start = self._read.get(path, 0)
         if path.stat().st_size == start:
             return
@@ -81,7 +80,7 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> dict | None:
-        """What was kept under the key, or None."""
+        """The value kept under the key, or None."""
         name = bytes.fromhex(key)
         with self._lock:
             places = [self._places[name], *self._others.get(name, ())] if name in self._places else []
@@ -89,13 +88,13 @@ class Journal:
 
     def put(self, key: str, value: dict) -> None:
         """Keeps a value; UserError where it cannot be written."""
-        said = json.dumps(value, separators=(",", ":")).encode()
+        content = json.dumps(value, separators=(",", ":")).encode()
         with self._lock:
             try:
                 if self._file < 0:
                     self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 start = os.lseek(self._file, 0, os.SEEK_END)
-                line = key.encode() + b" " + said + b"\n"
+                line = key.encode() + b" " + content + b"\n"
                 if os.write(self._file, line) != len(line):
                     os.ftruncate(self._file, start)
                     raise OSError("the disk is full")
@@ -104,9 +103,10 @@ class Journal:
                     self._synced = time.monotonic()
             except OSError as e:
                 raise UserError(f"Cannot write the journal {self._path}: {e}.") from e
-            self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(said))
+            self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(content))
 
     def close(self) -> None:
+        """Writes out and closes this process's file; a later `put` begins another one."""
         with self._lock:
             if self._file >= 0:
                 os.fsync(self._file)
@@ -116,24 +116,24 @@ class Journal:
                 self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def values(self):
-        """Everything kept, once each, in no particular order: for the books."""
+        """All values, once each and in any order, for the sum of costs."""
         with self._lock:
             places = sorted((place, key) for key, place in self._places.items())
         for place, key in places:
-            found = next(filter(None, map(_value, [place, *self._others.get(key, ())])), None)
-            if found is not None:
-                yield found
+            value = next(filter(None, map(_value, [place, *self._others.get(key, ())])), None)
+            if value is not None:
+                yield value
 
 
 def _value(place: Place) -> dict | None:
-    """What stands there; None where it is damaged."""
+    """The value at a place; None where it is damaged."""
     path, start, length = place
     try:
         with open(path, "rb") as f:
             f.seek(start)
-            found = json.loads(f.read(length))
+            value = json.loads(f.read(length))
     except OSError as e:
         raise UserError(f"Cannot read the journal {path}: {e.strerror}.") from e
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None

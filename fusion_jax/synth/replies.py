@@ -1,7 +1,7 @@
-"""From what a model said to clean values: JSON or prose in, text without control characters and markup out.
+"""Cleans the replies of models: JSON or prose in, text without control characters and markup out.
 
 A reply may be anything, a megabyte of opening brackets for instance. So all of this takes time in proportion to the
-text: what is repeated in a pattern has a bound wherever a second repetition or a later mark could take it as well.
+text: a repetition in a pattern has a bound wherever a second repetition or a later mark could match the same text.
 """
 
 import html
@@ -15,10 +15,9 @@ from fusion_jax.web.client import check_depth
 
 MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
 _STARTS = 1000  # brackets that are tried as the start of JSON
-_TRIED = 2_000_000  # characters that are read for that in all: each try may go to the end of the text
-_MARKS = (
-    30  # combining marks on one letter, as Unicode's stream-safe form has it: more take quadratic time to put in order
-)
+_TRIED = 2_000_000  # characters that all tries read together: each may go to the end of the text
+# Combining marks on one letter, as in Unicode's stream-safe form: more take quadratic time to normalise.
+_MARKS = 30
 
 _THINKING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
 _SCRIPT = re.compile(r"<(script|style)\b", re.IGNORECASE)
@@ -52,7 +51,7 @@ _BOLD = re.compile(r"(\*\*|__)(?=\S)(.{1,200}?)(?<=\S)\1")
 
 
 class Invalid(Exception):
-    """An answer that cannot be used; `reason` is what it is counted under."""
+    """An answer that cannot be used; `reason` is the short name under which it is counted."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(detail or reason)
@@ -88,19 +87,24 @@ def clean_text(text: Any) -> str:
 
 
 def _without(text: str, opening: re.Pattern, closing: str, instead: str) -> str:
-    """The text with `instead` in place of all that stands between an opening mark and the next closing one of its name;
-    what is never closed stays. closing: pattern, with the opening's first group for {}."""
+    """The text with `instead` in place of each part from an opening mark to the next closing mark of the same name.
+
+    A mark that is never closed stays.
+
+    Args:
+      closing: pattern, with the first group of the opening for {}.
+    """
     kept, at, start = [], 0, 0
     unclosed: set[str] = set()
-    while found := opening.search(text, start):
-        name, start = found[1].lower(), found.end()
+    while match := opening.search(text, start):
+        name, start = match[1].lower(), match.end()
         if name in unclosed:
             continue
         end = re.compile(closing.format(name), re.IGNORECASE).search(text, start)
         if end is None:
             unclosed.add(name)
             continue
-        kept += [text[at : found.start()], instead]
+        kept += [text[at : match.start()], instead]
         at = start = end.end()
     return "".join(kept) + text[at:]
 
@@ -143,8 +147,7 @@ def refuses(text: str) -> bool:
 
 
 def find_json(text: str) -> Any:
-    """The first JSON object or list in a reply, wherever it stands; None if there is none, or only one that is nested
-    too deeply to be worked on."""
+    """The first JSON object or list anywhere in a reply; None if there is none, or if it is nested too deep."""
     text = without_thinking(text)
     fenced = [match[1] for match in itertools.islice(_FENCE.finditer(text), 8)]
     decoder = json.JSONDecoder(strict=False)
@@ -157,7 +160,7 @@ def find_json(text: str) -> Any:
                 if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
                     check_depth(value)
                     return value
-            except RecursionError:  # nobody's answer; each further bracket of it would take as long
+            except RecursionError:  # not an answer; each further bracket of it would take as long
                 return None
             except json.JSONDecodeError as error:
                 end = end if error.msg.startswith("Unterminated string") else error.pos
@@ -182,11 +185,11 @@ def pairs_from_prose(text: str) -> list[dict[str, Any]]:
     """Questions and answers out of "Q: ... A: ..." in its usual spellings; options out of lettered lines."""
     lines = (line.strip() for line in _BOLD.sub(r"\2", prose(text)).split("\n"))
     text = "\n".join(_NUMBERED.sub("", line) if _NUMBERED_QUESTION.match(line) else line for line in lines if line)
-    found, at = [], 0
-    while (asked := _QUESTION_LINE.search(text, at)) and (told := _ANSWER_LINE.search(text, asked.end())):
-        following = _QUESTION_LINE.search(text, told.end() + 1)
+    pairs, at = [], 0
+    while (q := _QUESTION_LINE.search(text, at)) and (a := _ANSWER_LINE.search(text, q.end())):
+        following = _QUESTION_LINE.search(text, a.end() + 1)
         at = following.start() if following else len(text)
-        question, answer = text[asked.end() : told.start()].strip(), text[told.end() : at].strip()
+        question, answer = text[q.end() : a.start()].strip(), text[a.end() : at].strip()
         if not (question and answer):
             continue
         options = {letter.upper(): option for letter, option in _OPTION.findall(question)}
@@ -197,5 +200,5 @@ def pairs_from_prose(text: str) -> list[dict[str, Any]]:
             letter = re.match(r"\(?([A-Da-d])(?:[.):]|\s*$)", answer)
             if letter and letter[1].upper() in options:
                 pair["answer"] = options[letter[1].upper()]
-        found.append(pair)
-    return found
+        pairs.append(pair)
+    return pairs

@@ -1,7 +1,7 @@
-"""report.html: one file to look at, without scripts and without anything from elsewhere.
+"""Writes report.html: one file to look at, without scripts and without anything from other places.
 
 Counts by stage and reason, histograms of the scores, calls, tokens and cost by model, and samples of every kind with
-their questions and answers. Everything that a model or a caption said is escaped.
+their questions and answers. All texts of models and captions are escaped.
 """
 
 import base64
@@ -65,14 +65,14 @@ def write_report(out: Path, counts: dict[str, Any], books: dict[str, dict[str, f
       books: as `costs` gives them.
     """
     scores: dict[str, list[float]] = {name: [] for name in _SCORES}
-    shown: dict[str, list[dict]] = {name: [] for name in KINDS}
+    examples: dict[str, list[dict]] = {name: [] for name in KINDS}
     with open(out / "lineage.jsonl", encoding="utf-8") as f:
-        for made in map(json.loads, f):
+        for record in map(json.loads, f):
             for name, values in scores.items():
-                if made["scores"].get(name) is not None:
-                    values.append(made["scores"][name])
-            if len(shown[made["kind"]]) < PER_KIND:
-                shown[made["kind"]].append(made)
+                if record["scores"].get(name) is not None:
+                    values.append(record["scores"][name])
+            if len(examples[record["kind"]]) < PER_KIND:
+                examples[record["kind"]].append(record)
     parts = [
         "<h1>Synthesis</h1>",
         f"<p>{counts['captions']} captions became {sum(counts['records'].values())} records.</p>",
@@ -90,9 +90,9 @@ def write_report(out: Path, counts: dict[str, Any], books: dict[str, dict[str, f
         _books(books),
         "<h2>Samples</h2>",
     ]
-    for kind, made in shown.items():
-        if made:
-            parts += [f"<h3>{_text(kind)}</h3>", '<div class="grid">', *(_card(out, one) for one in made), "</div>"]
+    for kind, records in examples.items():
+        if records:
+            parts += [f"<h3>{_text(kind)}</h3>", '<div class="grid">', *(_card(out, one) for one in records), "</div>"]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Synthesis</title><style>{_STYLE}</style>'
     path = out / "report.html"
     write_once(path, (page + "\n".join(parts) + "</html>\n").encode(errors="replace"))
@@ -106,10 +106,10 @@ def _text(value: Any) -> str:
 def _table(head: tuple[str, ...], rows) -> str:
     def cell(value):
         number = isinstance(value, int | float)
-        said = (
+        text = (
             f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}" if number else value
         )
-        return f"<td{' class=n' if number else ''}>{_text(said)}</td>"
+        return f"<td{' class=n' if number else ''}>{_text(text)}</td>"
 
     lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>"]
     lines += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
@@ -125,8 +125,8 @@ def _flow(counts: dict[str, Any]) -> str:
     rows, left = [], counts["captions"]
     for stage in ("pool", *STAGES, "select"):
         reasons = by_stage.get(stage, {})
-        said = ", ".join(f"{reason} {lost:,}" for reason, lost in sorted(reasons.items(), key=lambda one: -one[1]))
-        rows.append((stage, left, sum(reasons.values()), said))
+        summary = ", ".join(f"{reason} {lost:,}" for reason, lost in sorted(reasons.items(), key=lambda one: -one[1]))
+        rows.append((stage, left, sum(reasons.values()), summary))
         left -= sum(reasons.values())
     rows.append(("records", left, 0, ""))
     return _table(("stage", "in", "lost", "reasons"), rows)
@@ -134,18 +134,18 @@ def _flow(counts: dict[str, Any]) -> str:
 
 def _understood(counts: dict[str, Any]) -> list[str]:
     """What the embedded backend kept of the captions; nothing where another one described them."""
-    found = counts.get("understood")
-    if not found:
+    readings = counts.get("understood")
+    if not readings:
         return []
     rows = [
-        ("captions that name something it can draw", found["captions"]),
-        ("captions that name nothing it can draw", found["nothing_known"]),
-        ("share of their content words that the scenes keep, mean", found["kept_share"]),
-        ("dropped because too little was kept", found["too_little"]),
-        ("others with things that the caption does not name", found["with_inventions"]),
-        ("such things in all", found["inventions"]),
+        ("captions that name something it can draw", readings["captions"]),
+        ("captions that name nothing it can draw", readings["nothing_known"]),
+        ("share of their content words that the scenes keep, mean", readings["kept_share"]),
+        ("dropped because too little was kept", readings["too_little"]),
+        ("others with things that the caption does not name", readings["with_inventions"]),
+        ("such things in all", readings["inventions"]),
     ]
-    missed = ", ".join(f"{word} {count}" for word, count in found["missed"].items()) or "none"
+    missed = ", ".join(f"{word} {count}" for word, count in readings["missed"].items()) or "none"
     return [
         "<h2>What the embedded backend understood</h2>",
         _table(("", ""), rows),
@@ -183,9 +183,9 @@ def _histogram(title: str, values: list[float], bins: int = 30) -> str:
     )
 
 
-def _card(out: Path, made: dict[str, Any]) -> str:
+def _card(out: Path, record: dict[str, Any]) -> str:
     pictures = []
-    for image in made["images"]:
+    for image in record["images"]:
         try:
             small = open_file(out / image["file"])
         except OSError:
@@ -196,17 +196,18 @@ def _card(out: Path, made: dict[str, Any]) -> str:
         small.save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
         pictures.append(f'<img alt="" src="data:image/jpeg;base64,{data}">')
-    said = []
-    for pair in made["pairs"]:
+    rounds = []
+    for pair in record["pairs"]:
         options = "".join(f"\n- {option}" for option in pair.get("options", ()))
-        said.append(f'<p class="q">{_text(pair["question"] + options)}</p><p class="a">{_text(pair["answer"])}</p>')
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in made["scores"].items() if value is not None)
+        rounds.append(f'<p class="q">{_text(pair["question"] + options)}</p><p class="a">{_text(pair["answer"])}</p>')
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in record["scores"].items() if value is not None)
     reading = ""
-    if "kept_share" in made:
-        lists = ((name, ", ".join(made[name]) or "nothing") for name in ("understood", "missed", "invented"))
-        reading = f"{made['kept_share']:.0%} of the caption kept; " + "; ".join(f"{n}: {w}" for n, w in lists)
+    if "kept_share" in record:
+        lists = ((name, ", ".join(record[name]) or "nothing") for name in ("understood", "missed", "invented"))
+        reading = f"{record['kept_share']:.0%} of the caption kept; " + "; ".join(f"{n}: {w}" for n, w in lists)
     return (
-        f'<div class="card">{"".join(pictures)}{"".join(said)}<p class="small">Caption: {_text(made["caption"])}<br>'
+        f'<div class="card">{"".join(pictures)}{"".join(rounds)}'
+        f'<p class="small">Caption: {_text(record["caption"])}<br>'
         f"{_text(reading)}<br>{_text(scores)}<br>"
-        f"{_text(made['id'])}, {_text(made['source'])}, {_text(made['licence'])}</p></div>"
+        f"{_text(record['id'])}, {_text(record['source'])}, {_text(record['licence'])}</p></div>"
     )

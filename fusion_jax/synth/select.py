@@ -1,8 +1,8 @@
 """Chooses among the finished samples: the best of each kind, none twice, some for validation.
 
 Ranking is by the mean CLIPScore of the statements, as published, or by the image score where there is no scorer. Going
-down that ranking, a sample is left out if a better one says nearly the same or looks nearly the same. The papers have
-no such step; generators repeat themselves.
+down that ranking, a sample is left out if a better one says nearly the same or looks nearly the same. The
+papers do not have this step; generators repeat themselves.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def select(config: SynthConfig, out: Path, blocks: int) -> Path:
         n = sample["n"]
         ranked.append((sample["kind"], rank_score(sample), n, sample["id"]))
         if config.select.text_similarity is not None:
-            texts[n] = shingles(said(sample))
+            texts[n] = shingles(whole_text(sample))
         hashes[n] = [int(one, 16) for one in sample.get("hashes", ())]
         if "split" in sample:
             splits[n] = sample["split"]
@@ -68,19 +68,19 @@ def select(config: SynthConfig, out: Path, blocks: int) -> Path:
 
 
 def verdicts(path: Path) -> Iterator[dict[str, Any]]:
-    """What `select` wrote."""
+    """The lines that `select` wrote."""
     with open(path, encoding="utf-8") as f:
         yield from map(json.loads, f)
 
 
 def rank_score(sample: Sample) -> float:
     scores = sample["scores"]
-    found = scores["image"] if scores["statement"] is None else scores["statement"]
-    return 0.0 if found is None else found
+    score = scores["image"] if scores["statement"] is None else scores["statement"]
+    return 0.0 if score is None else score
 
 
-def said(sample: Sample) -> str:
-    """All that a sample says: two samples about alike pictures may still ask different things."""
+def whole_text(sample: Sample) -> str:
+    """All texts of a sample: two samples about similar pictures may still have different questions."""
     return " ".join([*sample["descriptions"], *(f"{pair['question']} {pair['answer']}" for pair in sample["pairs"])])
 
 
@@ -91,10 +91,10 @@ def _split(config: SynthConfig, name: str) -> str:
 
 def shingles(text: str) -> np.ndarray:
     """Hashes of the runs of three words, sorted, each once: (runs,) uint64."""
-    said_words = re.findall(r"\w+", text.lower())
-    runs = {" ".join(said_words[i : i + _SHINGLE]) for i in range(max(1, len(said_words) - _SHINGLE + 1))}
-    found = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest()) for run in runs]
-    return np.array(sorted(found), np.uint64)
+    words = re.findall(r"\w+", text.lower())
+    runs = {" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))}
+    hashes = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest()) for run in runs]
+    return np.array(sorted(hashes), np.uint64)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
@@ -115,22 +115,22 @@ class TextIndex:
         self._sets: dict[str, np.ndarray] = {}
         self._last: tuple[bytes, Any] = (b"", None)
 
-    def _sketch(self, found: np.ndarray):
-        if self._last[0] != found.tobytes():
+    def _sketch(self, hashes: np.ndarray):
+        if self._last[0] != hashes.tobytes():
             sketch = self._minhash(num_perm=_PERMUTATIONS, hashfunc=lambda x: int(x) & 0xFFFFFFFF)
-            sketch.update_batch(found.tolist())
-            self._last = (found.tobytes(), sketch)
+            sketch.update_batch(hashes.tolist())
+            self._last = (hashes.tobytes(), sketch)
         return self._last[1]
 
-    def find(self, found: np.ndarray) -> str | None:
+    def find(self, hashes: np.ndarray) -> str | None:
         """The name of a text that is nearly the same, the earliest added; None if there is none."""
-        near = self._lsh.query(self._sketch(found))
-        same = [name for name in near if similarity(self._sets[name], found) >= self._threshold]
+        near = self._lsh.query(self._sketch(hashes))
+        same = [name for name in near if similarity(self._sets[name], hashes) >= self._threshold]
         return min(same, default=None)
 
-    def add(self, name: str, found: np.ndarray) -> None:
-        self._lsh.insert(name, self._sketch(found))
-        self._sets[name] = found
+    def add(self, name: str, hashes: np.ndarray) -> None:
+        self._lsh.insert(name, self._sketch(hashes))
+        self._sets[name] = hashes
 
 
 class ImageIndex:

@@ -3,9 +3,9 @@
     caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement
     -> rank -> (select.py)
 
-A sample is a dict that JSON can hold. A stage adds its findings to it, or raises `Drop`, which the sample then carries
-as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `again` marks what may succeed another time
-(an endpoint that was down). Keys, by the stage that adds them:
+A sample is a dict that JSON can hold. A stage adds keys to it or raises `Drop`, which the sample then keeps as
+`dropped`: {stage, reason, detail, again}; later stages skip it. `again` marks what may succeed another time (an
+endpoint that was down). Keys, by the stage that adds them:
 
     pool       id, n, key (hash of caption and kind: the root of all its seeds), kind, stage, caption,
                origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
@@ -13,8 +13,8 @@ as `dropped`: {stage, reason, detail, again}; later stages leave it alone. `agai
                kept_share}: what of the caption the scene keeps, and what it shows besides
     draw       images [{file, seed}]
     score      scores {clip, ssim_a, image}; hashes (perceptual, one an image) where alike images go
-    qa         pairs [{question, answer}], with options of multiple choice and, where the backend tells it, the topic;
-               asked (how many pairs there were)
+    qa         pairs [{question, answer}], with options of multiple choice and the topic where the backend knows it;
+               asked (number of pairs before verification)
     verify     pairs (the right ones), wrong, unverified
     statement  statements, where there is a scorer
     rank       scores.statement
@@ -31,15 +31,15 @@ from fusion_jax.synth import filters, images
 from fusion_jax.synth.backends.base import BackendError, Refused, Retryable
 from fusion_jax.synth.kinds import KINDS, Ask, Kind
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
+from fusion_jax.synth.models import Models
 from fusion_jax.synth.replies import Invalid
-from fusion_jax.synth.tools import Tools
 from fusion_jax.synth.worlds.scenes.reading import complaint
 
 Sample = dict[str, Any]
 
 
 class Drop(Exception):
-    """The sample goes, for this reason."""
+    """Drops the sample for this reason."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False):
         super().__init__(detail or reason)
@@ -47,32 +47,33 @@ class Drop(Exception):
 
 
 def make_seed(*parts: Any) -> int:
-    """31 bits out of whatever names the draw: the same on every machine, in whatever order samples are worked on."""
+    """A seed of 31 bits from the parts that name a draw: the same on every machine and in any order of the samples."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
-def _ask(tools: Tools, sample: Sample, stage: str, ask: Ask, data: dict, where: str = "") -> tuple[dict, Any]:
+def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where: str = "") -> tuple[dict, Any]:
     """The clean answer to a request and the reply it was in. Drop once all attempts are used up.
 
     Args:
-      where: tells requests of one stage apart.
+      where: distinguishes the requests of one stage.
     """
 
     def call(seed: int, messages: list[dict]):
         if stage == "verify":
-            shown = [tools.image(image["file"]) for image in sample["images"]]
-            return tools.vision.verify(shown, messages, data["question"], data["answer"], seed, data)
-        return tools.llm.chat(messages, ask.schema, seed, stage, data)
+            pictures = [models.image(image["file"]) for image in sample["images"]]
+            return models.vision.verify(pictures, messages, data["question"], data["answer"], seed, data)
+        return models.llm.chat(messages, ask.schema, seed, stage, data)
 
-    model = tools.vision if stage == "verify" else tools.llm
-    # Image files are named by what decides them: their names stand for them.
-    shown = [image["file"] for image in sample["images"]] if stage == "verify" else []
+    model = models.vision if stage == "verify" else models.llm
+    # The name of an image file is a hash of what decides the image: in the request it stands for the image.
+    pictures = [image["file"] for image in sample["images"]] if stage == "verify" else []
     drop, complaint = Drop("no_answer"), ""
-    for attempt in range(tools.config.attempts):
-        seed = make_seed(tools.config.seed, sample["key"], stage, where, attempt)
+    for attempt in range(models.config.attempts):
+        seed = make_seed(models.config.seed, sample["key"], stage, where, attempt)
         messages = ask.messages(data, complaint)
         try:
-            reply = tools.paid(model, stage, [messages, ask.schema, seed, shown], lambda s=seed, m=messages: call(s, m))
+            request = [messages, ask.schema, seed, pictures]
+            reply = models.ask(model, stage, request, lambda s=seed, m=messages: call(s, m))
             answer = ask.read(reply.text, reply.parsed, data)
         except Refused as e:
             drop = Drop("refused", str(e))
@@ -82,65 +83,65 @@ def _ask(tools: Tools, sample: Sample, stage: str, ask: Ask, data: dict, where: 
             continue
         except BackendError as e:
             raise Drop(e.reason, str(e), again=isinstance(e, Retryable)) from e
-        made = {"model": model.name, "settings": model.settings, "prompt": ask.version, "seed": seed}
-        sample["lineage"][stage] = made | {"attempts": attempt + 1}
+        origin = {"model": model.name, "settings": model.settings, "prompt": ask.version, "seed": seed}
+        sample["lineage"][stage] = origin | {"attempts": attempt + 1}
         return answer, reply
     raise drop
 
 
-def _filter(tools: Tools, sample: Sample) -> None:
-    config = tools.config.filters
-    if found := filters.failed(sample["caption"], config):
-        raise Drop(*found)
-    if "image" in sample and "clip_score" not in sample and config.clip_min is not None and tools.scorer is not None:
+def _filter(models: Models, sample: Sample) -> None:
+    config = models.config.filters
+    if fault := filters.failed(sample["caption"], config):
+        raise Drop(*fault)
+    if "image" in sample and "clip_score" not in sample and config.clip_min is not None and models.scorer is not None:
         try:
             image = images.open_file(sample["image"])
         except OSError as e:
             raise Drop("missing_image", str(e)) from e
-        sample["clip_score"] = float(tools.scorer.similarity([image], [sample["caption"]])[0, 0])
+        sample["clip_score"] = float(models.scorer.similarity([image], [sample["caption"]])[0, 0])
     for key, least in (("clip_score", config.clip_min), ("blip_score", config.blip_min)):
         if least is not None and sample.get(key, least) < least:
             raise Drop(key, f"{sample[key]:.4g}")
 
 
-def _judge(tools: Tools, sample: Sample) -> None:
-    if not tools.config.judge:
+def _judge(models: Models, sample: Sample) -> None:
+    if not models.config.judge:
         return
-    answer, _ = _ask(tools, sample, "judge", JUDGE, {"caption": sample["caption"]})
+    answer, _ = _ask(models, sample, "judge", JUDGE, {"caption": sample["caption"]})
     if not answer["drawable"]:
         raise Drop("not_drawable")
 
 
-def _describe(tools: Tools, sample: Sample) -> None:
+def _describe(models: Models, sample: Sample) -> None:
     kind = KINDS[sample["kind"]]
     data = {"kind": kind.name, "caption": sample["caption"]}
-    sample["answer"], reply = _ask(tools, sample, "describe", kind.describe, data)
+    sample["answer"], reply = _ask(models, sample, "describe", kind.describe, data)
     sample["descriptions"] = kind.descriptions(sample["answer"])
     sample["state"] = reply.state
-    # Only a backend that draws from a vocabulary of its own tells what it understood. It is no part of the scene.
+    # Only the embedded backend measures what it understood of a caption; the state is kept without it.
     if isinstance(reply.state, dict) and "reading" in reply.state:
         sample["reading"] = reply.state.pop("reading")
-        least = tools.config.filters.understood_min
+        least = models.config.filters.understood_min
         if least is not None and sample["reading"]["kept_share"] < least:
             raise Drop("too_little_understood", complaint(sample["reading"]))
 
 
-def _refilter(tools: Tools, sample: Sample) -> None:
+def _refilter(models: Models, sample: Sample) -> None:
     for text in sample["descriptions"]:
-        if found := filters.failed(text, tools.config.filters):
-            raise Drop(*found)
+        if fault := filters.failed(text, models.config.filters):
+            raise Drop(*fault)
 
 
 def _data(sample: Sample) -> dict[str, Any]:
     return {key: sample[key] for key in ("kind", "caption", "descriptions", "state")}
 
 
-def _draw(tools: Tools, sample: Sample) -> None:
-    drawn, model = [], tools.generator
+def _draw(models: Models, sample: Sample) -> None:
+    drawn, model = [], models.generator
     for index, description in enumerate(sample["descriptions"]):
-        seed = make_seed(tools.config.seed, sample["key"], "draw", index)
+        seed = make_seed(models.config.seed, sample["key"], "draw", index)
         try:
-            name = tools.drawn(description, seed, _data(sample) | {"index": index})
+            name = models.draw(description, seed, _data(sample) | {"index": index})
         except BackendError as e:
             raise Drop(e.reason, str(e), again=isinstance(e, Retryable)) from e
         drawn.append({"file": name, "seed": seed})
@@ -152,42 +153,42 @@ def _draw(tools: Tools, sample: Sample) -> None:
     }
 
 
-def _score(tools: Tools, sample: Sample) -> None:
-    config = tools.config
-    shown = [tools.image(image["file"]) for image in sample["images"]]
+def _score(models: Models, sample: Sample) -> None:
+    config = models.config
+    pictures = [models.image(image["file"]) for image in sample["images"]]
     if config.select.image_distance >= 0:
-        sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in shown]
-    sample["lineage"]["score"] = {"model": tools.scorer.name if tools.scorer else None}
+        sample["hashes"] = [f"{images.perceptual_hash(image):016x}" for image in pictures]
+    sample["lineage"]["score"] = {"model": models.scorer.name if models.scorer else None}
     if config.select.image_score_min is None:
         sample["scores"] = dict.fromkeys(("ssim_a", "clip", "image"))
         return
-    made = [images.ssim_a(image, config.select.ssim_scale) for image in shown]
-    clip = _clip_scores(tools, shown, sample["descriptions"], paired=True)
-    values = [(clip[i] if clip else 0.0) + 0.5 * made[i] for i in range(len(shown))]
+    ssim_a = [images.ssim_a(image, config.select.ssim_scale) for image in pictures]
+    clip = _clip_scores(models, pictures, sample["descriptions"], paired=True)
+    values = [(clip[i] if clip else 0.0) + 0.5 * ssim_a[i] for i in range(len(pictures))]
     # Of a pair of images the worse one counts.
-    scores = {"ssim_a": min(made), "clip": min(clip) if clip else None, "image": min(values)}
+    scores = {"ssim_a": min(ssim_a), "clip": min(clip) if clip else None, "image": min(values)}
     sample["scores"] = {key: None if value is None else round(value, 6) for key, value in scores.items()}
     if sample["scores"]["image"] < config.select.image_score_min:
         raise Drop("image_score", f"{sample['scores']['image']:.4g}")
 
 
-def _clip_scores(tools: Tools, shown: list, texts: list[str], paired: bool) -> list[float] | None:
+def _clip_scores(models: Models, pictures: list, texts: list[str], paired: bool) -> list[float] | None:
     """CLIPScores, weight * max(cosine, 0): of image i with text i, or of each text with its best image."""
-    if tools.scorer is None:
+    if models.scorer is None:
         return None
-    cosines = np.maximum(tools.scorer.similarity(shown, texts), 0) * tools.config.scorer.weight
+    cosines = np.maximum(models.scorer.similarity(pictures, texts), 0) * models.config.scorer.weight
     return [float(x) for x in (np.diagonal(cosines) if paired else cosines.max(axis=0))]
 
 
-def _qa(tools: Tools, sample: Sample) -> None:
+def _qa(models: Models, sample: Sample) -> None:
     kind = KINDS[sample["kind"]]
     if kind.ask is None:  # the caption itself is what is learned
-        request = kind.turns([{"answer": ""}], make_seed(tools.config.seed, sample["key"], "turns"))[0][0]
+        request = kind.turns([{"answer": ""}], make_seed(models.config.seed, sample["key"], "turns"))[0][0]
         sample["pairs"] = [{"question": request, "answer": sample["descriptions"][0]}]
     else:
-        answer, reply = _ask(tools, sample, "qa", kind.ask, _data(sample))
+        answer, reply = _ask(models, sample, "qa", kind.ask, _data(sample))
         sample["pairs"] = answer["pairs"]
-        # The embedded backend knows what its questions are about. What a model writes is never taken for it.
+        # The embedded backend knows the topics of its questions. The texts of a model are never read as topics.
         topics = reply.state.get("topics") if isinstance(reply.state, dict) else None
         for pair in sample["pairs"]:
             if isinstance(topics, dict) and pair["question"] in topics:
@@ -195,14 +196,14 @@ def _qa(tools: Tools, sample: Sample) -> None:
     sample["asked"] = len(sample["pairs"])
 
 
-def _verify(tools: Tools, sample: Sample) -> None:
-    if not tools.config.verify:
+def _verify(models: Models, sample: Sample) -> None:
+    if not models.config.verify:
         return
     kept, wrong, unverified = [], [], []
     for k, pair in enumerate(sample["pairs"]):
         data = _data(sample) | {"question": _whole_question(pair), "answer": pair["answer"]}
         try:
-            answer, _ = _ask(tools, sample, "verify", VERIFY, data, str(k))
+            answer, _ = _ask(models, sample, "verify", VERIFY, data, str(k))
         except Drop as e:
             if e.again:  # the endpoint failed, not the answer: the whole sample may be tried another time
                 raise
@@ -220,9 +221,9 @@ def _whole_question(pair: dict) -> str:
     return f"{pair['question']} ({', '.join(pair['options'])})"
 
 
-def _statement(tools: Tools, sample: Sample) -> None:
+def _statement(models: Models, sample: Sample) -> None:
     """Statements only serve the scorer: without one, none is paid for."""
-    if not tools.config.scorer.path:
+    if not models.config.scorer.path:
         return
     if KINDS[sample["kind"]].ask is None:
         sample["statements"] = list(sample["descriptions"])
@@ -230,22 +231,22 @@ def _statement(tools: Tools, sample: Sample) -> None:
         data = _data(sample) | {
             "pairs": [{"question": _whole_question(p), "answer": p["answer"]} for p in sample["pairs"]]
         }
-        answer, _ = _ask(tools, sample, "statement", STATEMENT, data)
+        answer, _ = _ask(models, sample, "statement", STATEMENT, data)
         sample["statements"] = answer["statements"]
 
 
-def _rank(tools: Tools, sample: Sample) -> None:
+def _rank(models: Models, sample: Sample) -> None:
     """The mean CLIPScore of the statements, each with the image that it fits better."""
     sample["scores"]["statement"] = None
-    if tools.scorer is None:
+    if models.scorer is None:
         return
-    shown = [tools.image(image["file"]) for image in sample["images"]]
-    found = _clip_scores(tools, shown, sample["statements"], paired=False)
-    sample["scores"]["statement"] = round(sum(found) / len(found), 6)
+    pictures = [models.image(image["file"]) for image in sample["images"]]
+    scores = _clip_scores(models, pictures, sample["statements"], paired=False)
+    sample["scores"]["statement"] = round(sum(scores) / len(scores), 6)
 
 
 # In order; what each needs beside the CPU decides where a cluster runs it.
-STAGES: dict[str, Callable[[Tools, Sample], None]] = {
+STAGES: dict[str, Callable[[Models, Sample], None]] = {
     "filter": _filter,
     "judge": _judge,
     "describe": _describe,
@@ -271,13 +272,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run_stages(tools: Tools, sample: Sample, stages: list[str]) -> Sample:
+def run_stages(models: Models, sample: Sample, stages: list[str]) -> Sample:
     """The sample after these stages; it is changed in place. Only errors that end the run are raised."""
     for stage in stages:
         if "dropped" in sample:
             break
         try:
-            STAGES[stage](tools, sample)
+            STAGES[stage](models, sample)
         except Drop as e:
             detail = " ".join(str(e).split())[:300]
             sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": detail, "again": e.again}
@@ -289,8 +290,8 @@ def run_stages(tools: Tools, sample: Sample, stages: list[str]) -> Sample:
 def conversation(sample: Sample, kind: Kind, seed: int) -> list[dict[str, str]]:
     """The turns of a finished sample as training reads them; image tags stand before the first question."""
     turns = kind.turns(sample["pairs"], make_seed(seed, sample["key"], "turns"))
-    said = []
+    messages = []
     for i, (question, answer) in enumerate(turns):
         tags = "<image>\n" * kind.images if i == 0 else ""
-        said += [{"from": "human", "value": tags + question}, {"from": "gpt", "value": answer}]
-    return said
+        messages += [{"from": "human", "value": tags + question}, {"from": "gpt", "value": answer}]
+    return messages

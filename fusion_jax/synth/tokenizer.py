@@ -4,8 +4,8 @@ The ids, as in the released tokenizers, only fewer:
 
     0 <unk>   1 <s>   2 </s>   3..258 single bytes   259.. pieces   V <|endoftext|>   V+1 <|assistant|> ... V+4 <|user|>
 
-The chat marks lie behind SentencePiece's own vocabulary of V pieces: SentencePiece does not know them, whoever loads
-the folder splits the text at them first.
+The chat marks come after SentencePiece's own vocabulary of V pieces: SentencePiece does not know them, and loaders of
+the folder split the text at them first.
 """
 
 import itertools
@@ -25,7 +25,7 @@ ADDED_TOKENS = (
     ("<|user|>", True),
 )
 EOS = "<|endoftext|>"
-# Stands in every row of the Phi-3 template: said so often that it takes few tokens.
+# Part of every row of the Phi-3 template: repeated so often that it becomes few tokens.
 _SYSTEM = ["You are a helpful AI assistant."] * 20
 
 
@@ -35,8 +35,8 @@ def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size:
     The result depends on the texts and their order only.
 
     Args:
-      texts: what the tokenizer should write in few tokens.
-      folder: where the files go; made where missing.
+      texts: training texts.
+      folder: where the files go; created where missing.
       vocab_size: the number of pieces, 259 of them taken by the bytes and the three control pieces. A text too small to
         fill it gives a smaller vocabulary.
 

@@ -186,7 +186,7 @@ def check_resume(inputs: Inputs, workdir: Path, attempt) -> None:
     source = inputs.sources.get(stage.name)
     if source is None:
         return
-    inputs.over = bool(distributed.of_first(_is_over(stage, len(source), folder)))
+    inputs.over = distributed.gather(_is_over(stage, len(source), folder))[0]
     data = None if inputs.over else inputs.data.get(stage.name)
     with attempt():
         resume.check_inputs(config, stage, data, inputs.tokenizer, about, folder, inputs.accepted)

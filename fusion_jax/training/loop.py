@@ -11,7 +11,7 @@ import jax
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.loader import Fed
 from fusion_jax.data.planner import Counts
-from fusion_jax.devices import flops, sharding
+from fusion_jax.devices import flops, peaks, sharding
 from fusion_jax.models import fusion
 from fusion_jax.training import metrics, optim, state
 from fusion_jax.training.memory import memory_in_use
@@ -42,10 +42,9 @@ class Loop:
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
         self._done = 0.0  # `Fed.done` of the last step
         self._mesh, self._step_fn, self._phase = mesh, step_fn, phase
-        self._peak = flops.peak(model.dtype)
-        self._parts = sharding.batch_shards(mesh) / len(
-            sharding.held_shards(mesh)
-        )  # of a batch, each as large as this process's
+        self._peak = peaks.peak(model.dtype)
+        # Shards of a batch over those that this process holds.
+        self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))
         self._compiled: set[int] = set()  # latent counts that have a program
         self._running: deque = deque()  # results of steps that may still be computing
         self._spikes = metrics.Spikes()

@@ -21,6 +21,7 @@ from fusion_jax.errors import BadRecord, check, first_line
 from fusion_jax.evals.runner import evaluate_tasks
 from fusion_jax.files import printable
 from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import first_question
 from fusion_jax.models import fusion
 from fusion_jax.training.step import compile_evaluation
 from fusion_jax.training.stopping import Stop, is_process_lost
@@ -88,7 +89,7 @@ class Reports:
 
     def _has(self, step: int, kind: str) -> bool:
         """Whether an earlier start has written the report. The first process decides, as all must do the same."""
-        return bool(distributed.of_first(self.writer.has(step, f"{kind}/")))
+        return distributed.gather(self.writer.has(step, f"{kind}/"))[0]
 
     @contextlib.contextmanager
     def _tolerate(self, step: int, kind: str) -> Iterator[None]:
@@ -160,7 +161,7 @@ class Reports:
             usable = False
             with contextlib.suppress(BadRecord):
                 record = source[measured.number]
-                prompt = generate.first_question(record)
+                prompt = first_question(record)
                 maker(prompt, prompt=True)
                 usable = True
             if not all(distributed.gather(usable)):

@@ -241,7 +241,11 @@ def test_what_cannot_be_set_is_named_with_what_there_is():
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])
 @pytest.mark.parametrize(
     ("name", "times"),
-    [("train --config=x --workdir=y", 1), ("convert import --from=x --to=y", 1), ("convert import --from=x --to=y", 2)],
+    [
+        ("train --config=x --workdir=y", 1),
+        ("convert import --from=x --out=y", 1),
+        ("convert import --from=x --out=y", 2),
+    ],
 )
 def test_ctrl_c_while_a_command_is_loaded(name, library, times):
     """JAX alone takes seconds. The signal comes in the middle of them, wherever the command imports it."""

@@ -15,7 +15,7 @@ from fusion_jax.data import chat_template
 from fusion_jax.data.conversation import TEMPLATES, encode_conversation, encode_prompt, stop_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.interop import hf_config
+from fusion_jax.interop.families import choose_template
 
 PHI = """{% for m in messages %}{% if m['role'] != 'system' or m['content'] %}
 {{- '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}
@@ -191,12 +191,12 @@ def test_which_file_and_which_of_several(folder, tmp_path):
 
 def test_an_import_takes_the_folders_template_but_for_the_published_ones(folder, caplog):
     kinds = {"smol": "llama", "qwen": "qwen2", "mistral": "mistral", "llama": "llama", "phi": "phi3"}
-    found = {family: hf_config.find_template(kind, load_tokenizer(folder(family))) for family, kind in kinds.items()}
+    found = {family: choose_template(kind, load_tokenizer(folder(family))) for family, kind in kinds.items()}
     assert found == {"smol": "own", "qwen": "own", "mistral": "own", "llama": "llama3", "phi": "phi3"}
     assert not caplog.records
-    assert hf_config.find_template("qwen2", load_tokenizer(folder("qwen", "{{ x"))) == "chatml"
+    assert choose_template("qwen2", load_tokenizer(folder("qwen", "{{ x"))) == "chatml"
     assert "cannot be used" in caplog.text and "imported with chatml" in caplog.text
-    assert hf_config.find_template("qwen2", load_tokenizer(folder("qwen", ""))) == "chatml"
+    assert choose_template("qwen2", load_tokenizer(folder("qwen", ""))) == "chatml"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusion_jax.benchmarking.input_pipeline import page, photo
 from fusion_jax.data import decoding, resample
 from fusion_jax.data import image as image_module
 from fusion_jax.data.image import load_image, read_crops, read_resized, read_size, static_hd_crops
-from fusion_jax.data.input_benchmark import page, photo
 from fusion_jax.errors import BadRecord, UserError
 
 

@@ -41,13 +41,13 @@ def test_summary_adds_by_operation_and_sees_what_runs_at_once():
     program = (
         '  %custom-call.1 = bf16[8] custom-call(%a), metadata={op_type="x" op_name="jit(step)/while/body/mlp/dot"}'
     )
-    found = op_times.summary(events, steps=2, program=program)
-    assert found["span_ms"] == 5 and found["busy_share"] == 0.8
-    assert found["kinds"] == [
+    summary = op_times.summary(events, steps=2, program=program)
+    assert summary["span_ms"] == 5 and summary["busy_share"] == 0.8
+    assert summary["kinds"] == [
         {"kind": "cuBLAS product", "ms": 3.0, "share": 0.6},
         {"kind": "elementwise", "ms": 2.0, "share": 0.4},
     ]
-    first, *_, last = found["dearest"]
+    first, *_, last = summary["dearest"]
     assert first["operation"] == "custom-call.1" and first["ms"] == 2.0 and first["source"] == "jit(step)/mlp/dot"
     assert last["operation"] == "custom-call.2" and last["calls"] == 0.5
     assert len(op_times.summary(events, 2, dearest=1)["dearest"]) == 1
@@ -67,9 +67,9 @@ def test_real_trace(tmp_path):
         op_times.read(tmp_path)
     with jax.profiler.trace(str(tmp_path)):
         jax.block_until_ready([compiled(x) for _ in range(2)])
-    found = op_times.summary(op_times.read(tmp_path), 2, compiled.as_text())
-    assert 0 < found["busy_share"] <= 1 and found["span_ms"] > 0
-    sort = next(row for row in found["dearest"] if row["operation"].startswith("sort"))
+    summary = op_times.summary(op_times.read(tmp_path), 2, compiled.as_text())
+    assert 0 < summary["busy_share"] <= 1 and summary["span_ms"] > 0
+    sort = next(row for row in summary["dearest"] if row["operation"].startswith("sort"))
     # On a CPU an instruction may be several events.
     assert sort["calls"] % 3 == 0 and sort["kind"] == "gather or scatter" and sort["source"].endswith("sort")
-    assert not any(row["operation"].startswith("while") for row in found["dearest"])
+    assert not any(row["operation"].startswith("while") for row in summary["dearest"])

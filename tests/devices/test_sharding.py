@@ -1,4 +1,4 @@
-"""Meshes: sizes and what is wrong with them, equal results on all of them, what lies where, what travels."""
+"""Meshes: their sizes and what is refused, equal results on all of them, shardings, and what is communicated."""
 
 import collections
 import dataclasses
@@ -41,7 +41,7 @@ def test_the_rest_is_filled_in(config, devices, sizes):
     ("make", "words"),
     [
         (lambda: sharding.mesh_sizes(MeshConfig(3, -1, 1), 8), ("data=3, fsdp=-1", "3 does not divide", "8 device")),
-        (lambda: sharding.mesh_sizes(MeshConfig(2, 2, 1), 8), ("asks for 4", "there are 8", "-1")),
+        (lambda: sharding.mesh_sizes(MeshConfig(2, 2, 1), 8), ("needs 4", "there are 8", "-1")),
         (lambda: MeshConfig(-1, -1, 1), ("only one", "data and fsdp")),
         (lambda: MeshConfig(fsdp=0), ("config.mesh.fsdp=0", "at least 1")),
         (
@@ -57,7 +57,7 @@ def test_sizes_that_cannot_be_are_refused(make, words):
 
 
 class _Sizes:
-    """Stands for a mesh where only its sizes are looked at."""
+    """Stands for a mesh where only its sizes are used."""
 
     def __init__(self, data=1, fsdp=1, tensor=1):
         self.shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -107,21 +107,21 @@ def _mesh(sizes, per_process, order=None):
         ((1, 2, 4), 2, None, [(0,), (0,), (1,), (1,)]),  # two processes share a tensor group
         ((1, 1, 8), 4, None, [(0,), (0,)]),
         ((1, 4, 1), 2, [0, 2, 1, 3], [(0, 2), (1, 3)]),  # as on a TPU v5p of several hosts
-        ((1, 4, 3), 4, None, [(0, 1), (1, 2), (2, 3)]),  # a shard lies on two processes
+        ((1, 4, 3), 4, None, [(0, 1), (1, 2), (2, 3)]),  # a shard is on two processes
     ],
 )
 def test_each_process_feeds_the_shards_that_it_holds(monkeypatch, sizes, per_process, order, expected):
-    found, rows = [], np.arange(2 * sizes[0] * sizes[1])
+    all_held, rows = [], np.arange(2 * sizes[0] * sizes[1])
     mesh = _mesh(sizes, per_process, order)
     for process in range(len(expected)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(sharding.held_shards.__wrapped__(mesh))
-        monkeypatch.setattr(sharding, "held_shards", lambda _, held=found[-1]: held)
+        all_held.append(sharding.held_shards.__wrapped__(mesh))
+        monkeypatch.setattr(sharding, "held_shards", lambda _, held=all_held[-1]: held)
         fed = sharding.local_rows(rows, mesh)
-        assert fed.tolist() == [row for shard in found[-1] for row in (2 * shard, 2 * shard + 1)]
+        assert fed.tolist() == [row for shard in all_held[-1] for row in (2 * shard, 2 * shard + 1)]
         assert sharding.local_rows(rows[:, None][:, :0], mesh).shape == (len(fed), 0)
         monkeypatch.undo()
-    assert found == expected
+    assert all_held == expected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +164,16 @@ def test_only_data_spans_slices(monkeypatch):
     slices = [_Device(i, slice_index=i // 4) for i in range(8)]
     with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices"):
         sharding.make_mesh(MeshConfig(1, -1, 1), slices)
-    asked = {}
+    shapes = {}
 
     def hybrid(inner, outer, devices, **_):
-        asked.update(inner=inner, outer=outer)
+        shapes.update(inner=inner, outer=outer)
         return np.array(devices, object).reshape(tuple(np.multiply(inner, outer)))
 
     monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
     monkeypatch.setattr(sharding, "Mesh", lambda places, *_, **__: places)
     assert sharding.make_mesh(MeshConfig(-1, 2, 2), slices).shape == (2, 2, 2)
-    assert asked == {"inner": (1, 2, 2), "outer": (2, 1, 1)}
+    assert shapes == {"inner": (1, 2, 2), "outer": (2, 1, 1)}
 
 
 def test_first_moments_in_bfloat16():
@@ -262,9 +262,9 @@ def test_every_mesh_gives_the_losses_gradients_and_parameters_of_one_device(ran,
 @pytest.mark.slow
 def test_parameters_begin_with_the_same_bits_on_every_mesh(ran):
     arrays, _ = ran
-    made = [key for key in arrays if key.startswith("one|init|")]
-    assert len(made) > 40
-    for key in made:
+    initial = [key for key in arrays if key.startswith("one|init|")]
+    assert len(initial) > 40
+    for key in initial:
         np.testing.assert_array_equal(arrays[key], arrays[key.replace("one|", "mixed|")], err_msg=key)
 
 
@@ -293,23 +293,23 @@ def _sizes(report, kind):
 
 @pytest.mark.slow
 def test_only_gradients_travel_where_rows_alone_are_dealt(ran):
-    found = ran[1]["data"]["collectives"]
-    assert {kind for kind, _ in found} == {"all-reduce"}
+    collectives = ran[1]["data"]["collectives"]
+    assert {kind for kind, _ in collectives} == {"all-reduce"}
     largest = ran[1]["data"]["largest"]
-    assert max(_sizes(found, "all-reduce")) <= largest
+    assert max(_sizes(collectives, "all-reduce")) <= largest
 
 
 @pytest.mark.slow
 def test_hidden_states_of_all_devices_meet_nowhere(ran):
     report = ran[1]["fsdp"]
-    found = report["collectives"]
+    collectives = report["collectives"]
     whole = ROWS * LENGTH * WIDTH
-    assert report["largest"] < whole / 4  # so that one is told from the other
+    assert report["largest"] < whole / 4  # so that the two can be distinguished
     for kind in ("all-gather", "all-reduce", "reduce-scatter", "collective-permute"):
         # Parameters, their gradients, and token ids for the embedding's lookup.
-        assert max(_sizes(found, kind), default=0) <= max(report["largest"], ROWS * LENGTH), kind
+        assert max(_sizes(collectives, kind), default=0) <= max(report["largest"], ROWS * LENGTH), kind
     # Embeddings, columns against rows: a device's own share of them.
-    assert max(_sizes(found, "all-to-all")) <= whole / 8 / 8
+    assert max(_sizes(collectives, "all-to-all")) <= whole / 8 / 8
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from functools import partial
 
 import nasty_answers
 import pytest
-from bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import ai2d, choices, cv_bench, mmvp, scienceqa, seed

@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import ai2d, chartqa, mathvista, mmmu, pope, realworldqa, scienceqa, seed
@@ -46,9 +46,9 @@ def test_ai2d(tmp_path):
     assert second.about["options"] == {"A": "a", "B": "b", "C": "nan"}
     assert third.prompt.startswith("Who?\nA. leaf\nC. root\nD. none\nAnswer") and third.reference == "D"
     for cells, message in (
-        (("leaf", "", "root", "", "B"), "index 1: the answer 'B' is none of its 2 options"),
-        (("leaf", "stem", "", "", ""), "index 1: the answer '' is none of its 2 options"),
-        (("leaf", "stem", "", "", "D"), "index 1: the answer 'D' is none of its 2 options"),
+        (("leaf", "", "root", "", "B"), "index 1: the answer 'B' is not one of its 2 options"),
+        (("leaf", "stem", "", "", ""), "index 1: the answer '' is not one of its 2 options"),
+        (("leaf", "stem", "", "", "D"), "index 1: the answer 'D' is not one of its 2 options"),
     ):
         table(path, AI2D, (1, "Which?", *cells, PICTURE))
         with pytest.raises(UserError, match=message):
@@ -62,7 +62,7 @@ def test_realworldqa(tmp_path):
     assert questions[0].prompt == "How many?"
     assert questions[1].prompt.startswith("Where?\nA. None\nB. left\nC. right\n")
     table(tmp_path / "RealWorldQA.tsv", AI2D, (2, "Where?", "up", "down", "", "", "C", PICTURE))
-    with pytest.raises(UserError, match="the answer 'C' is none of its 2 options"):
+    with pytest.raises(UserError, match="the answer 'C' is not one of its 2 options"):
         run_task(Rule(str), realworldqa.TASK, tmp_path, progress=False)
 
 
@@ -76,7 +76,7 @@ def test_scienceqa(tmp_path):
         [
             ({"question": None}, r"test-0\.parquet, row 0: question is empty"),
             ({"choices": ["a", None]}, "question 0: an option is empty"),
-            ({"answer": 4}, "question 0: the answer 'E' is none of its 2 options"),
+            ({"answer": 4}, "question 0: the answer 'E' is not one of its 2 options"),
         ]
     ):
         write_parquet(tmp_path / str(n) / "test-0.parquet", [row | changes])

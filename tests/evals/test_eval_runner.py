@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from bench_files import Rule, pope_folder, write_image
+from helpers.bench_files import Rule, held_out_folder, pope_folder, write_image
 
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.evals import predictions, published, report, runner
@@ -102,7 +102,7 @@ def test_processes_share_the_work_and_process_0_joins_it(data, tmp_path):
 
 
 def test_process_0_says_when_the_others_are_gone_and_can_finish_alone(data, tmp_path):
-    with pytest.raises(UserError, match=r"4 of 8 answers are missing .* --process_count=1"):
+    with pytest.raises(UserError, match=r"4 of 8 answers are missing .* --num_processes=1"):
         run_task(Rule(sometimes), POPE, data, Output(tmp_path / "out", HEADER, 0, 2, patience=0), progress=False)
     alone = Rule(sometimes)
     result = run_task(alone, POPE, data, Output(tmp_path / "out", HEADER), progress=False)
@@ -141,7 +141,7 @@ def test_answers_of_another_checkpoint_are_refused(data, tmp_path):
     run_task(Rule(sometimes), POPE, data, Output(output, HEADER), progress=False)
     predictions.check_folder(output, HEADER)
     other = {"checkpoint": "beef", "folder": "runs/b/7"}
-    with pytest.raises(UserError, match=r"answers of another checkpoint \(runs/a/100\).*another --output_dir") as error:
+    with pytest.raises(UserError, match=r"answers of another checkpoint \(runs/a/100\).*another --out") as error:
         predictions.check_folder(output, other)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="another checkpoint"):
@@ -190,13 +190,11 @@ def test_report_escapes_what_a_model_says(data, tmp_path):
 
 
 def test_a_later_run_of_another_task_keeps_the_first_in_summary_and_report(data, tmp_path):
-    from test_held_out import write
-
     output = tmp_path / "out"
     for name, folder in (("pope", data), ("held_out", tmp_path / "held")):
         if name == "held_out":
             folder.mkdir()
-            write(folder, ["red", "blue"], ["colour", "colour"])
+            held_out_folder(folder, ["red", "blue"], ["colour", "colour"])
         result = run_task(Rule(sometimes), TASKS[name], folder, Output(output, HEADER), progress=False)
         report.write(output, HEADER, [result])
     summary = json.loads((output / "summary.json").read_text())

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint
-from bench_files import cell, pope_folder, write_parquet
+from helpers import tiny_checkpoint
+from helpers.bench_files import cell, pope_folder, write_parquet
 from helpers.shapes_data import make_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +51,9 @@ def common(folder, *more):
 
 def test_two_processes_and_one_alone_say_the_same(prepared, tmp_path):
     """Also: the output file, the questions shown, what is left in the folder, and a task without data."""
-    shared = ("--tasks=held_out,pope", f"--output_dir={tmp_path / 'two'}", "--process_count=2")
-    first = start(*common(prepared, *shared, "--process_index=0", f"--output={tmp_path / 'all.json'}", "--show=2"))
-    second = start(*common(prepared, *shared, "--process_index=1"))
+    shared = ("--tasks=held_out,pope", f"--out={tmp_path / 'two'}", "--num_processes=2")
+    first = start(*common(prepared, *shared, "--process_id=0", f"--scores_file={tmp_path / 'all.json'}", "--show=2"))
+    second = start(*common(prepared, *shared, "--process_id=1"))
     code, out, err = finish(first)
     assert code == 0, err
     assert finish(second)[0] == 0
@@ -71,7 +71,7 @@ def test_two_processes_and_one_alone_say_the_same(prepared, tmp_path):
         assert (tmp_path / "two" / name).stat().st_size > 100
 
     # Alone, and with a task that has no data: the others are as before, and the exit code says it.
-    code, out, err = finish(start(*common(prepared, "--tasks=mmvp,held_out,pope", f"--output_dir={tmp_path / 'one'}")))
+    code, out, err = finish(start(*common(prepared, "--tasks=mmvp,held_out,pope", f"--out={tmp_path / 'one'}")))
     assert code == 2 and err.splitlines()[-1].startswith("error: 1 of 3 tasks failed: mmvp: there is no file"), err
     alone = json.loads(out.splitlines()[-1])
     assert alone["held_out"] == scores["held_out"] and list(alone["failed"]) == ["mmvp"]
@@ -82,7 +82,7 @@ def test_two_processes_and_one_alone_say_the_same(prepared, tmp_path):
 
 
 def test_wrong_input_ends_in_one_sentence(prepared, tmp_path):
-    output = f"--output_dir={tmp_path / 'out'}"
+    output = f"--out={tmp_path / 'out'}"
     part = tmp_path / "out" / "pope" / "parts" / "00000-of-00001.jsonl"
     part.parent.mkdir(parents=True)
     part.write_text(json.dumps({"task": "pope", "checkpoint": "another", "folder": "runs/other/3"}) + "\n")

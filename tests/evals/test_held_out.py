@@ -2,10 +2,9 @@
 
 import base64
 import json
-from pathlib import Path
 
 import pytest
-from bench_files import write_image
+from helpers.bench_files import held_out_folder, write_image
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import held_out
@@ -21,22 +20,12 @@ class Parrot:
         return [prompt.image_path.stem for prompt in prompts]
 
 
-def write(folder: Path, answers, topics):
-    records = []
-    for i, (answer, topic) in enumerate(zip(answers, topics)):
-        write_image(folder / f"{answer}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
-        told = {"topics": [topic]} if topic else {}
-        records.append({"id": str(i), "image": f"{answer}.png", "conversations": turns, **told})
-    (folder / "held_out.json").write_text(json.dumps(records))
-
-
 def run(folder):
     return run_task(Parrot(), held_out.TASK, folder, progress=False)
 
 
 def test_score_ignores_case_and_final_punctuation_only(tmp_path):
-    write(tmp_path, ["red", "top left", "2"], ["a", "b", "c"])
+    held_out_folder(tmp_path, ["red", "top left", "2"], ["a", "b", "c"])
     questions = held_out.read(tmp_path)
     scores = [held_out.score(q, said)[1] for q, said in zip(questions, ["Red.", " top  left", "two"])]
     assert scores == [1.0, 1.0, 0.0]
@@ -53,7 +42,7 @@ def test_every_image_moves_and_none_is_lost():
 
 
 def test_a_model_that_looks_is_right_and_loses_it_on_permuted_images(tmp_path):
-    write(tmp_path, ["red", "blue", "star", "ring"], ["colour", "colour", "shape", "shape"])
+    held_out_folder(tmp_path, ["red", "blue", "star", "ring"], ["colour", "colour", "shape", "shape"])
     result = run(tmp_path)
     assert result.scores["questions"] == 4
     assert result.scores["held_out_accuracy"] == 1.0
@@ -65,12 +54,12 @@ def test_a_model_that_looks_is_right_and_loses_it_on_permuted_images(tmp_path):
 
 
 def test_records_without_topics_count_as_one(tmp_path):
-    write(tmp_path, ["red", "blue", "star"], [None, None, None])
+    held_out_folder(tmp_path, ["red", "blue", "star"], [None, None, None])
     assert run(tmp_path).scores["accuracy_per_topic"] == {"all": 1.0}
 
 
 def test_a_record_that_cannot_be_used_is_named(tmp_path):
-    write(tmp_path, ["red", "blue"], ["colour", "colour"])
+    held_out_folder(tmp_path, ["red", "blue"], ["colour", "colour"])
     records = json.loads((tmp_path / "held_out.json").read_text())
     records[1]["image"] = "../blue.png"
     (tmp_path / "held_out.json").write_text(json.dumps(records))
@@ -110,7 +99,7 @@ def test_other_forms_of_records_are_asked_alike(tmp_path):
     [(["a", "b"], "a"), ("animals", "animals"), ([], "all"), (None, "all"), ([None], "all"), (5, "5")],
 )
 def test_topics_in_any_form(tmp_path, topics, topic):
-    write(tmp_path, ["red", "blue"], ["a", "b"])
+    held_out_folder(tmp_path, ["red", "blue"], ["a", "b"])
     records = json.loads((tmp_path / "held_out.json").read_text())
     records[1]["topics"] = topics
     (tmp_path / "held_out.json").write_text(json.dumps(records))
@@ -125,7 +114,7 @@ def test_an_answer_counts_for_the_system_text_that_it_was_given_under(tmp_path):
             self.asked += len(prompts)
             return super().answer(prompts)
 
-    write(tmp_path, ["red", "blue"], ["a", "b"])
+    held_out_folder(tmp_path, ["red", "blue"], ["a", "b"])
     answerer = Counting()
     for system, asked in ((None, 4), (None, 4), ("Be brief.", 8), ("Be brief.", 8), ("Be long.", 12)):
         records = json.loads((tmp_path / "held_out.json").read_text())

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from bench_files import Rule, cell, write_parquet
+from helpers.bench_files import Rule, cell, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.prepare import prepare

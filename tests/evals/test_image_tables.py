@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from bench_files import Rule, cell, image_bytes, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.prepare import prepare
@@ -58,8 +58,8 @@ def test_an_image_may_be_another_rows_index(tmp_path, task):
         ([row(1, RED), row(2, "no image!")], "row 1, index 2: the image is not valid base64"),
         ([row(1, RED), row(2, RED[:-2])], "row 1, index 2: the image is not valid base64"),
         ([row(1, RED), row(2, base64.b64encode(b"hello" * 9).decode())], "no image of a known format.*row 1, index 2"),
-        ([row(1, RED), row("2.0", RED)], "row 1: the index '2.0' is no whole number"),
-        ([row(1, RED), row("", RED)], "row 1: the index '' is no whole number"),
+        ([row(1, RED), row("2.0", RED)], "row 1: the index '2.0' is not a whole number"),
+        ([row(1, RED), row("", RED)], "row 1: the index '' is not a whole number"),
         ([row(1, RED), row(5, RED), row(1, BLUE)], "the rows 0 and 2 have the same index 1"),
         ([row(1, RED), row(2, RED, question='"Which')], "row 1 cannot be read: .*begins with a quotation mark"),
         ([row(1, RED), row(2, RED, question='"Which" one')], "row 1 cannot be read: .*begins with a quotation mark"),
@@ -84,7 +84,7 @@ def test_damage_is_said_before_anything_is_asked(tmp_path, task, rows, message):
 def test_an_answer_that_is_no_options_letter(tmp_path, task, answer):
     write(tmp_path, task, [row(1, RED), row(2, RED, answer=answer)])
     with pytest.raises(
-        UserError, match=f"{COLUMNS[task][0]}, .*index 2.*the answer '{answer}' is none of its 2 options"
+        UserError, match=f"{COLUMNS[task][0]}, .*index 2.*the answer '{answer}' is not one of its 2 options"
     ):
         run_task(Rule(str), TASKS[task], tmp_path, progress=False)
 
@@ -94,7 +94,7 @@ def test_a_small_letter_in_a_parquet_file_names_its_row(tmp_path):
     rows = [{"id": f"validation_Art_{n}", "answer": answer, **common} for n, answer in enumerate("Ab")]
     rows = [r | {"question": "<image 1>?"} for r in rows]
     write_parquet(tmp_path / "validation-0.parquet", rows)
-    with pytest.raises(UserError, match=r"the answer 'b' is none of its 2 options .*validation-0\.parquet, row 1"):
+    with pytest.raises(UserError, match=r"the answer 'b' is not one of its 2 options .*validation-0\.parquet, row 1"):
         run_task(Rule(str), TASKS["mmmu"], tmp_path, progress=False)
 
 

@@ -4,7 +4,7 @@ import base64
 import json
 
 import pytest
-from bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_image, write_json, write_lines, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import llava_wild, mme_realworld

@@ -4,7 +4,7 @@ import base64
 import csv
 
 import pytest
-from bench_files import Rule, cell, image_bytes, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.choices import find_letter
@@ -179,11 +179,11 @@ def test_empty_cells_of_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"B": "", "C": "c"}, "MMBench_DEV_EN.tsv, index 1: the answer 'B' is none of its 2 options"),
+        ({"B": "", "C": "c"}, "MMBench_DEV_EN.tsv, index 1: the answer 'B' is not one of its 2 options"),
         ({"A": "", "B": "", "C": ""}, "index 1 has 0 options; a question has at least two"),
         ({"B": "", "C": ""}, "index 1 has 1 options"),
-        ({"answer": "D"}, "index 1: the answer 'D' is none of its 3 options"),
-        ({"answer": "AB"}, "index 1: the answer 'AB' is none of its 3 options"),
+        ({"answer": "D"}, "index 1: the answer 'D' is not one of its 3 options"),
+        ({"answer": "AB"}, "index 1: the answer 'AB' is not one of its 3 options"),
         ({"question": " "}, "row 0: question is empty"),
         ({"image": "x\ty\tz"}, "row 0 has more cells"),
     ],

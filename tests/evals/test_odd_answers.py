@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bench_files import Rule, write_image, write_json
-from test_mmvet_judge import Endpoint
+from helpers.bench_files import Rule, write_image, write_json
+from helpers.judge_endpoint import Endpoint
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import (
@@ -150,7 +150,7 @@ def test_a_table_for_people_takes_every_text(tmp_path):
 @pytest.mark.parametrize(
     ("options", "answer", "message"),
     [
-        ("(a) Open (b) Closed", "(c)", "question 1: the answer 'C' is none of its 2 options"),
+        ("(a) Open (b) Closed", "(c)", "question 1: the answer 'C' is not one of its 2 options"),
         ("", "(a)", "Index 1 has 0 options"),
         ("(a) Open", "(a)", "Index 1 has 1 options"),
     ],

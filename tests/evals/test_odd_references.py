@@ -1,7 +1,7 @@
 """References and lists in other forms than the benchmark's own: a sentence, or the same questions; no wrong figures."""
 
 import pytest
-from bench_files import Rule, cell, write_parquet
+from helpers.bench_files import Rule, cell, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals.prepare import prepare
@@ -52,28 +52,33 @@ def test_a_list_as_text_is_that_list(tmp_path, task, row, column):
         write(tmp_path / name, task, row | {column: value})
     first, second = (prepare(TASKS[task], tmp_path / name).questions for name in ("list", "text"))
     assert [(q.prompt, q.reference, q.about) for q in first] == [(q.prompt, q.reference, q.about) for q in second]
-    with pytest.raises(UserError, match=f"{column}: 'one' is no list"):
+    with pytest.raises(UserError, match=f"{column}: 'one' is not a list"):
         prepare(TASKS[task], tmp_path / "odd")
 
 
 @pytest.mark.parametrize(
     ("task", "row", "answer", "message"),
     [
-        ("mmstar", STAR, "1", "the answer '1' is none of its 2 options"),
-        ("mmstar", STAR, "x", "the answer 'x' is none of its 2 options"),
-        ("mmstar", STAR, "None", "the answer 'None' is none of its 2 options"),
-        ("cv_bench", CV, "(1)", "the answer '1' is none of its 2 options"),
-        ("seed_image", SEED | {"image": [cell()]}, "0", "the answer '0' is none of its 4 options"),
-        ("mme_realworld", REAL, "(B) y", r"the answer '\(B\) y' is none of its 2 options"),
+        ("mmstar", STAR, "1", "the answer '1' is not one of its 2 options"),
+        ("mmstar", STAR, "x", "the answer 'x' is not one of its 2 options"),
+        ("mmstar", STAR, "None", "the answer 'None' is not one of its 2 options"),
+        ("cv_bench", CV, "(1)", "the answer '1' is not one of its 2 options"),
+        ("seed_image", SEED | {"image": [cell()]}, "0", "the answer '0' is not one of its 4 options"),
+        ("mme_realworld", REAL, "(B) y", r"the answer '\(B\) y' is not one of its 2 options"),
         ("pope", POPE, "", "the answer '' is neither yes nor no"),
         ("pope", POPE, "1", "the answer '1' is neither yes nor no"),
         ("mme", MME, "maybe", "the answer 'maybe' is neither yes nor no"),
         ("chartqa", CHART, None, "the answer is empty"),
         ("ocrbench", OCR, [""], "the answer is empty"),
-        ("scienceqa", CHOICES, "B", "question 0: the answer 'B' is no option's number; the first is 0"),
-        ("scienceqa", CHOICES, 0.5, "question 0: the answer 0.5 is no option's number"),
-        ("scienceqa", CHOICES, -3, "question 0: the answer -3 is no option's number"),
-        ("ai2d", COMMON | {"options": ["a", "b"]}, "B", r"parquet, row 0: the answer 'B' is no option's number"),
+        ("scienceqa", CHOICES, "B", "question 0: the answer 'B' is not the number of an option; the first is 0"),
+        ("scienceqa", CHOICES, 0.5, "question 0: the answer 0.5 is not the number of an option"),
+        ("scienceqa", CHOICES, -3, "question 0: the answer -3 is not the number of an option"),
+        (
+            "ai2d",
+            COMMON | {"options": ["a", "b"]},
+            "B",
+            r"parquet, row 0: the answer 'B' is not the number of an option",
+        ),
     ],
 )
 def test_an_answer_that_none_can_equal(tmp_path, task, row, answer, message):

@@ -4,8 +4,7 @@ import csv
 import json
 
 import pytest
-from bench_files import Rule, cell, image_bytes, pope_folder, write_image, write_json, write_parquet
-from test_mmvet_judge import endpoint  # noqa: F401
+from helpers.bench_files import Rule, cell, image_bytes, pope_folder, write_image, write_json, write_parquet
 
 from fusion_jax.errors import RunAgain
 from fusion_jax.evals import published, report, summary
@@ -59,12 +58,12 @@ def run(data, output, judge=None, answerer=None, names=NAMES):
     return results, failed
 
 
-def test_the_others_have_their_figures_after_each_task(data, tmp_path, endpoint):  # noqa: F811
+def test_the_others_have_their_figures_after_each_task(data, tmp_path, endpoint):
     output = Output(tmp_path / "out", HEADER)
     server = endpoint(401)
     results, failed = run(data, output, server.judge())
     assert list(failed) == ["realworldqa", "chartqa", "mmvet"]
-    assert "row 0: the index '0.0' is no whole number" in failed["realworldqa"]
+    assert "row 0: the index '0.0' is not a whole number" in failed["realworldqa"]
     assert "chartqa, question 5: cannot decode the image" in failed["chartqa"] and "status 401" in failed["mmvet"]
     assert results["pope"].scores["questions"] == 3 and results["scienceqa"].scores["image_accuracy"] == 100.0
     there = json.loads((output.folder / "summary.json").read_text())["tasks"]
@@ -73,7 +72,7 @@ def test_the_others_have_their_figures_after_each_task(data, tmp_path, endpoint)
     assert there["scienceqa"]["data"]["files"] == ["ScienceQA-IMG/test-0.parquet"]
     text = (output.folder / "summary.md").read_text()
     assert text.index("## Failed") < text.index("| POPE") and "- MM-Vet: The judge grader at" in text
-    assert "- ScienceQA: config ScienceQA-IMG, split test; ScienceQA-IMG/test-0.parquet; in " in text
+    assert "- ScienceQA: config ScienceQA-IMG, split test: ScienceQA-IMG/test-0.parquet in " in text
     page = (output.folder / "report.html").read_text()
     assert "RealWorldQA failed: realworldqa: " in page and '<a href="#pope">' in page
 
@@ -107,7 +106,7 @@ def test_a_fault_of_the_program_is_logged_with_its_lines_and_ends_one_task(data,
     monkeypatch.setattr("fusion_jax.evals.pope.measure", fails)
     results, failed = run(data, Output(tmp_path / "out", HEADER), names=["pope", "scienceqa"])
     assert failed == {"pope": "ZeroDivisionError: division by zero"} and results["scienceqa"] is not None
-    assert "Traceback" in caplog.text and "pope stopped with an error that it should not have" in caplog.text
+    assert "Traceback" in caplog.text and "pope stopped with an unexpected error" in caplog.text
 
 
 def test_what_ends_the_command_is_no_tasks_failure(data, tmp_path):

@@ -1,7 +1,7 @@
 """POPE's reading of answers and figures, and the VQA accuracy with its normaliser, on cases done by hand."""
 
 import pytest
-from bench_files import Rule, cell, pope_folder, write_image, write_json, write_parquet
+from helpers.bench_files import Rule, cell, pope_folder, write_image, write_json, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import pope, textvqa, vqa

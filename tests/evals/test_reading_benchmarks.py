@@ -4,7 +4,7 @@ import json
 from functools import partial
 
 import pytest
-from bench_files import Rule, cell, write_image, write_json, write_parquet
+from helpers.bench_files import Rule, cell, write_image, write_json, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import chartqa, docvqa, mme, ocrbench, scienceqa, vqa
@@ -248,7 +248,7 @@ def test_ocrbench_folds_full_width_characters_but_not_in_formulas():
 
 def test_rows_of_several_groups_keep_their_own_pictures(tmp_path):
     """Three row groups of two rows: the picture of each row is the one in that row."""
-    from bench_files import COLOURS, image_bytes
+    from helpers.bench_files import COLOURS, image_bytes
 
     rows = [
         {"questionId": str(n), "question": f"{n}?", "answers": ["a"], "image": cell(colour)}

@@ -5,7 +5,7 @@ import json
 from functools import partial
 
 import pytest
-from bench_files import Rule, cell, image_bytes, write_image, write_json, write_parquet
+from helpers.bench_files import Rule, cell, image_bytes, write_image, write_json, write_parquet
 
 from fusion_jax.evals import choices, hallusion, mathvista, mmmu, mmstar, realworldqa
 from fusion_jax.evals.registry import TASKS

@@ -1,7 +1,7 @@
 """Which rule a task follows, and the published figures' own rule beside it or in its place."""
 
 import pytest
-from bench_files import Rule, cell, pope_folder, write_image, write_json, write_lines, write_parquet
+from helpers.bench_files import Rule, cell, pope_folder, write_image, write_json, write_lines, write_parquet
 
 from fusion_jax.errors import UserError
 from fusion_jax.evals import textvqa

@@ -83,7 +83,7 @@ def last_result(text: str) -> dict:
 
 
 def _follow() -> None:
-    """This process ends when the one that started it is killed: none stays behind on the card."""
+    """Makes this process end when the one that started it is killed, so that none is left on the card."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -115,10 +115,10 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self._out.seek(0)
-        said = self._out.read()
+        output = self._out.read()
         self._out.close()
-        errors = self._finish_log(said)
-        figures = last_result(said)
+        errors = self._finish_log(output)
+        figures = last_result(output)
         failures = figures.pop("failures", [])
         if cut:
             failures.append(f"cut by {cut}")
@@ -128,15 +128,15 @@ class Running:
             last = errors.strip().splitlines()[-1:] or ["no message"]
             failures.append(f"exit code {self.process.returncode}: {last[0][:300]}")
         elif not figures and not failures:
-            failures.append("said nothing")
+            failures.append("printed nothing")
         state = report.CUT if over else report.FAILED if failures else report.PASSED
         seconds = time.monotonic() - self.begun
         return {"state": state, "seconds": seconds, "failures": failures, "figures": figures}
 
-    def _finish_log(self, said: str) -> str:
+    def _finish_log(self, output: str) -> str:
         """Adds the output to the log, which must not grow without bound; the log."""
         errors = self._log.read_text(errors="replace")
-        text = f"{errors}\n{said}\n"
+        text = f"{errors}\n{output}\n"
         if len(text) > KEPT:
             text = f"{text[: KEPT // 4]}\n... left out ...\n{text[-KEPT // 2 :]}"
         self._log.write_text(text)
@@ -201,12 +201,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--parts", default="", help="only these, separated by commas; the device is always looked at")
+    parser.add_argument(
+        "--parts", default="", help="run these parts only, separated by commas; the device is always checked"
+    )
     parser.add_argument("--dry_run", action="store_true")
-    given = parser.parse_args()
-    end = time.monotonic() + 60 * given.minutes
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
     names = {part.name: part.title for group in GROUPS for part in group}
-    chosen = [name for name in given.parts.split(",") if name] or list(names)
+    chosen = [name for name in options.parts.split(",") if name] or list(names)
     unknown = [name for name in chosen if name not in names]
     if unknown:
         print(f"error: --parts: {unknown[0]!r} is unknown; allowed: {', '.join(names)}.", file=sys.stderr)
@@ -218,22 +220,22 @@ def main() -> int:
         if needed:
             return 2
         print("  without them the part `training` fails; the others run.", file=sys.stderr)
-    given.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     groups = [[part for part in group if part is DEVICE or part.name in chosen] for group in GROUPS]
     groups = [group for group in groups if group]
     for part in (part for group in groups for part in group):
-        (given.out / part.log).unlink(missing_ok=True)
+        (options.out / part.log).unlink(missing_ok=True)
     parts = {part.name: part.title for group in groups for part in group}
-    written = report.Report(given.out, parts, given.minutes, given.dry_run)
+    written = report.Report(options.out, parts, options.minutes, options.dry_run)
     signal.signal(signal.SIGTERM, _cut)
     signal.signal(signal.SIGINT, _cut)
     try:
-        run(groups, written, given.out, given.dry_run, end)
+        run(groups, written, options.out, options.dry_run, end)
         written.end("done")
     except Cut as cut:
         written.end(f"cut by {cut}")
         print(f"cut by {cut}", file=sys.stderr)
-    print(f"{'all parts passed' if written.passed else 'not all parts passed'}: {given.out / 'report.md'}")
+    print(f"{'all parts passed' if written.passed else 'not all parts passed'}: {options.out / 'report.md'}")
     return 0 if written.passed else 1
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from gpu_check.parts import arguments, note, say
 
-from fusion_jax import benchmark
+from fusion_jax.benchmarking import generation
 from fusion_jax.models import fusion
 from fusion_jax.models.config import VARIANTS
 
@@ -43,29 +43,29 @@ def main() -> None:
     }
     failures = []
     for rows in (1, 2) if context.dry_run else (1, 32):
-        made = benchmark.time_prefill(model, params, rows, QUESTION, ANSWER, 3)
+        timed = generation.time_prefill(model, params, rows, QUESTION, ANSWER, 3)
         figures["prefill"].append(
             {
                 "rows": rows,
-                "positions": made["length"],
-                "ms": 1e3 * made["seconds"],
-                "compile_s": made["compile_seconds"],
+                "positions": timed["length"],
+                "ms": 1e3 * timed["seconds"],
+                "compile_s": timed["compile_seconds"],
             }
         )
         say(figures, ["decode was not timed"])
-        made = benchmark.time_decode(model, params, rows, QUESTION, ANSWER, 3)
-        ms = 1e3 * made["seconds"] / (ANSWER - 1)
+        timed = generation.time_decode(model, params, rows, QUESTION, ANSWER, 3)
+        ms = 1e3 * timed["seconds"] / (ANSWER - 1)
         figures["decode"].append(
             {
                 "rows": rows,
-                "tokens_per_second": made["tokens_per_second"],
+                "tokens_per_second": timed["tokens_per_second"],
                 "ms_a_token": ms,
                 "times_the_bfloat16_floor": ms / floors["bfloat16"],
             }
         )
         note(figures["prefill"][-1], figures["decode"][-1])
-        if not made["tokens_per_second"] > 0:
-            failures.append(f"{rows} rows: {made['tokens_per_second']} tokens a second")
+        if not timed["tokens_per_second"] > 0:
+            failures.append(f"{rows} rows: {timed['tokens_per_second']} tokens a second")
         say(figures, failures)
 
 

@@ -113,8 +113,8 @@ def arguments() -> Context:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", type=json.loads, default={})
     parser.add_argument("--dry_run", action="store_true")
-    given = parser.parse_args()
-    return Context(given.dry_run, given.device)
+    options = parser.parse_args()
+    return Context(options.dry_run, options.device)
 
 
 def say(figures: dict, failures: list[str]) -> None:

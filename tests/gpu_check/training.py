@@ -38,8 +38,8 @@ def make_data(folder: Path, count: int = 64) -> None:
             ("human", "Where is it?"),
             ("gpt", f"The {colour} square is at the {place}."),
         ]
-        said = [{"from": who, "value": text} for who, text in turns[: 2 + 2 * (i % 2)]]
-        records.append({"id": str(i), "image": f"images/{i}.png", "conversations": said})
+        conversation = [{"from": who, "value": text} for who, text in turns[: 2 + 2 * (i % 2)]]
+        records.append({"id": str(i), "image": f"images/{i}.png", "conversations": conversation})
     (folder / "records.json").write_text(json.dumps(records))
     (folder / "validation.json").write_text(json.dumps(records[:8]))
     (folder / "stage2.yaml").write_text(f"datasets:\n  - json_path: records.json\n    image_folder: {folder}\n")
@@ -90,9 +90,9 @@ def main() -> None:
             failures.append(f"step {worst[0]['step']}: {worst[0]['device']} instead of {worst[0]['cpu']}")
         elif rows and not rows[-1]["cpu"] < rows[0]["cpu"]:
             failures.append("the loss did not fall")
-    shown = [row for row in rows if row["step"] in (1, 2) or row["step"] % 5 == 0 or row["step"] == steps]
+    listed = [row for row in rows if row["step"] in (1, 2) or row["step"] % 5 == 0 or row["step"] == steps]
     say(
-        {"limit": LIMIT, "largest_relative": max((row["relative"] for row in rows), default=0.0), "steps": shown},
+        {"limit": LIMIT, "largest_relative": max((row["relative"] for row in rows), default=0.0), "steps": listed},
         failures,
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose small parts say something else, with a list of files that knows of nothing wrong."""
+"""Forges a small part of a checkpoint, and updates its list of files to match."""
 
 import json
 
@@ -6,7 +6,7 @@ from fusion_jax.training import integrity
 
 
 def forge(step, part, change):
-    """Another text in a small part of a checkpoint, in the list of files too."""
+    """Replaces the text of a small part of a checkpoint, and rewrites the list of files."""
     path = step / part / "_strings.json"
     inner = change(json.loads(json.loads(path.read_text())["json"]))
     path.write_text(json.dumps({"json": inner if isinstance(inner, str) else json.dumps(inner)}))

@@ -16,7 +16,8 @@ from fusion_jax.config import MeshConfig
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.devices import sharding
-from fusion_jax.inference import generate, sampling
+from fusion_jax.inference import sampling
+from fusion_jax.inference.decoding import begin, decode, prefill
 from fusion_jax.models import partition
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import state
@@ -26,7 +27,7 @@ QUESTION = 150  # long rows: short ones take no kernel
 
 
 def abstract(tree, mesh):
-    """Shapes of a batch, or of anything else that lies along its rows."""
+    """Shapes of a batch, or of anything else that is sharded like its rows."""
     rows = sharding.of_rows(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
@@ -34,12 +35,12 @@ def abstract(tree, mesh):
 def main():
     config, mesh = tiny(), sharding.make_mesh(MeshConfig())
     model, params = Fusion(config, jnp.bfloat16), state.abstract_parameters(config, mesh)
-    found = {}
+    kernels = {}
 
     def lower(name, function, *arguments):
         with sharding.use(mesh), partition.compiled_for("tpu"):
             lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
-        found[name] = lowered.as_text().count("tpu_custom_call")
+        kernels[name] = lowered.as_text().count("tpu_custom_call")
         return lowered.out_info
 
     spec = dataclasses.replace(layout_spec(config, 250, 6, 2), crops=2)
@@ -51,11 +52,11 @@ def main():
     prompts = lay(config, [example(config, seed, answer=0, question=QUESTION) for seed in range(2)])
     batch = abstract(prompts, mesh)
     limit, settings = np.array([8, 0], np.int32), sampling.settings([sampling.Sampling()] * 2)
-    logits, positions, cache = lower("prefill", generate.prefill, model, params, batch, 300, limit)
-    begun = lower("begin", generate.begin, logits, positions, cache, batch, limit, settings)
+    logits, positions, cache = lower("prefill", prefill, model, params, batch, 300, limit)
+    begun = lower("begin", begin, logits, positions, cache, batch, limit, settings)
     for name, draw in (("decode", False), ("decode, drawn", True)):
-        lower(name, generate.decode, model, params, begun, 8, (2,), draw)
-    json.dump(found, sys.stdout)
+        lower(name, decode, model, params, begun, 8, (2,), draw)
+    json.dump(kernels, sys.stdout)
 
 
 if __name__ == "__main__":

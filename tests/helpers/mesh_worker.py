@@ -21,7 +21,7 @@ from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import optim, state
 from fusion_jax.training.step import compile_step
 
-# Sizes that everything can be dealt by 8, and rows of 37 positions, a number that no parameter has.
+# Sizes that 8 devices divide, and rows of 37 positions, a number that no parameter has.
 SIZES = {
     "vision.width": 32, "vision.mlp_dim": 48, "vision.heads": 8, "vision.layers": 2, "exchange.heads": 8,
     "llm.layers": 1, "exchange.layers": 1, "llm.width": 64, "llm.mlp_dim": 80, "llm.heads": 8, "llm.kv_heads": 8,
@@ -55,10 +55,10 @@ def batch_of(kind, config):
 
 def collectives(hlo: str):
     """[kind, [shapes of the results]] of every collective of a compiled program."""
-    found = re.findall(
+    matches = re.findall(
         r"= (\S.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", hlo
     )
-    return [[kind, re.findall(r"\[([\d,]*)\]", shapes)] for shapes, kind in found]
+    return [[kind, re.findall(r"\[([\d,]*)\]", shapes)] for shapes, kind in matches]
 
 
 def main(arrays_file: str, report_file: str):
@@ -70,8 +70,8 @@ def main(arrays_file: str, report_file: str):
             "s", "d.json", batch_size=ROWS, accumulation=accumulation, learning_rate=1e-2, b2=0.9, eps=1e-4
         )
         if name in ("one", "mixed"):
-            made = state.initial_parameters(config, 0, mesh)
-            arrays |= {f"{name}|init|{path}": leaf for path, leaf in flat(made).items()}
+            initial = state.initial_parameters(config, 0, mesh)
+            arrays |= {f"{name}|init|{path}": leaf for path, leaf in flat(initial).items()}
         abstract = state.abstract_parameters(config, mesh)
         params = jax.device_put(randomise(abstract), jax.tree.map(lambda x: x.sharding, abstract))
         tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)

@@ -1,4 +1,4 @@
-"""The page on a real server, over an engine without a model; a browser's requests; a listener that counts callers."""
+"""The page on a real server over an engine without a model, a browser's requests, and a listener."""
 
 import contextlib
 import importlib
@@ -14,8 +14,9 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.data.layout import Needs
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Buckets
 from fusion_jax.server import api, protocol
+from fusion_jax.server.options import Options
 
 pytest.importorskip("gradio", reason="the page's tests need gradio: launch/test.sh makes an environment with it")
 httpx = importlib.import_module("httpx")
@@ -27,7 +28,7 @@ JOIN, DATA, UPLOAD, CANCEL = (f"/gradio_api/{name}" for name in ("queue/join", "
 class Prompts:
     """Tokens are characters, as many as `buckets` say."""
 
-    buckets = generate.Buckets((2000,), (1000,), (40,))
+    buckets = Buckets((2000,), (1000,), (40,))
 
     def __init__(self):
         self.tokenizer = self
@@ -35,10 +36,10 @@ class Prompts:
     def encode(self, text):
         return [*text]
 
-    def takes(self, record):
-        asked = [turn["value"] for turn in record.turns if turn["from"] == "human"]
+    def measure(self, record):
+        questions = [turn["value"] for turn in record.turns if turn["from"] == "human"]
         length = sum(len(turn["value"]) for turn in record.turns)
-        return Needs(length, 0, len(asked), len(record.images)), len("".join(asked)) if record.images else 0
+        return Needs(length, 0, len(questions), len(record.images)), len("".join(questions)) if record.images else 0
 
 
 class Engine:
@@ -78,8 +79,8 @@ def png(size=(8, 6), colour="red"):
 def served(key="", names=(), streams=256, **limits):
     """(address, engine) of a server with the page."""
     engine = Engine()
-    options = api.Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20, streams=streams)
-    app = page.mount(api.make_app(engine, options), engine, options, Pictures())
+    options = Options("fusion", protocol.Limits(64, **limits), key, names, timeout=20, streams=streams)
+    app = page.mount(api.make_app(engine, options, None), engine, options, Pictures())
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))
@@ -139,12 +140,12 @@ class Browser:
 
     def events(self, session=None):
         """All messages of the session until its stream ends."""
-        found = []
+        messages = []
         with self.http.stream("GET", DATA, params={"session_hash": session or self.session}) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
-                    found.append(json.loads(line[6:]))
-        return found
+                    messages.append(json.loads(line[6:]))
+        return messages
 
     def run(self, number, values):
         """The last values of an event, or its error."""
@@ -167,7 +168,7 @@ def file(path, **more):
 
 @contextlib.contextmanager
 def listener():
-    """(address, list of the connections that came): nobody may connect."""
+    """(address, list of the connections to it), to check that nothing connects."""
     hits = []
     with socket.create_server(("127.0.0.1", 0)) as place:
 

@@ -1,4 +1,4 @@
-"""A server on the loopback interface that says exactly what a test wants, byte by byte."""
+"""A server on the loopback interface that sends exactly the bytes that a test wants."""
 
 import contextlib
 import socket
@@ -6,17 +6,17 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 
-Talk = Callable[[socket.socket, bytes], None]  # (connection, head of the request) -> says something
+Talk = Callable[[socket.socket, bytes], None]  # takes the connection and the head of the request, and answers
 
 
 def answer(body: bytes = b"", status: str = "200 OK", *headers: str) -> bytes:
-    """A whole answer after which the connection ends."""
+    """A complete answer, after which the connection is closed."""
     lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers, "", "")
     return "\r\n".join(lines).encode("latin-1") + body
 
 
 def says(*pieces: bytes, every: float = 0.0) -> Talk:
-    """Sends the pieces, one every so many seconds, and ends."""
+    """Sends the pieces, one every `every` seconds, and closes the connection."""
 
     def talk(connection: socket.socket, _head: bytes) -> None:
         for piece in pieces:
@@ -38,13 +38,13 @@ def serving(talk: Talk, tls: ssl.SSLContext | None = None) -> Iterator[tuple[int
             if tls is not None:
                 connection = tls.wrap_socket(connection, server_side=True)
             with connection:
-                said = b""
-                while b"\r\n\r\n" not in said:
+                received = b""
+                while b"\r\n\r\n" not in received:
                     piece = connection.recv(1 << 16)
                     if not piece:
                         return
-                    said += piece
-                head, _, body = said.partition(b"\r\n\r\n")
+                    received += piece
+                head, _, body = received.partition(b"\r\n\r\n")
                 for line in head.lower().split(b"\r\n"):
                     if line.startswith(b"content-length:"):
                         while len(body) < int(line.partition(b":")[2]):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from configs.quickstart_data import get_config
 from fusion_jax.synth.config import SynthConfig
-from fusion_jax.synthesize import synthesize
+from fusion_jax.synth.run import synthesize
 from fusion_jax.values.dicts import from_dict
 
 

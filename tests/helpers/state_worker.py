@@ -1,6 +1,7 @@
 """Updates with moments of other shapes than their parameters, on one device and on meshes; run by test_sharding.py.
 
-Needs four devices. Writes what each mesh gave, and where its moments lay. Also loads a tower with more layers than run.
+Needs four devices. Writes the results and the shardings of the moments on each mesh. Also loads a tower with more
+layers than run.
 """
 
 import json

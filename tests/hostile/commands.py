@@ -33,7 +33,7 @@ COMMANDS = {
         "--word=What",
     ],
     "fusion_jax.synthesize": ["--config=good.py", "--out=out"],
-    "fusion_jax.convert": ["export", "--checkpoint=gone", "--to=to", "--format=transformers"],
+    "fusion_jax.convert": ["export", "--checkpoint=gone", "--out=to", "--format=transformers"],
     "fusion_jax.shards": ["--json_path=gone.json", "--out=out"],
     "fusion_jax.inspect": ["--config=good.py"],
 }
@@ -85,7 +85,7 @@ OVERRIDES += ["", "x y"]
 FLAGS = _words(
     """steps workdir checkpoint out port max_tokens workers shards limit tasks image latents data_dir json_path
     image_folder topology mesh batch_size records_per_shard host format max_bad_records check nocheck stage samples from
-    vision llm lengths temperature dtype flagfile profile_steps process_index process_count stages retry_failed word
+    vision llm lengths temperature dtype flagfile profile_steps process_id num_processes stages retry_failed word
     layers config"""
 )
 ODD = _words("-- --- - --= -x --no --nothing = --config.")

@@ -23,7 +23,10 @@ from helpers.fixtures import params, tiny
 
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.interop import exporting, hf_config, importing, table
+from fusion_jax.interop import FORMATS, exporting, importing, table
+from fusion_jax.interop.opening import open_backbones, open_published
+from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import TensorWriter
 from fusion_jax.training import checkpoint
 
@@ -46,7 +49,7 @@ def attempts(random, folder):
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(bases / kind, work)
         if kind == "checkpoint":
-            format = exporting.FORMATS[random.integers(2)]
+            format = FORMATS[random.integers(2)]
             what, attempt = _damage_description(random, work), functools.partial(_export, work, root / "out", format)
         else:
             if kind == "backbones":
@@ -76,13 +79,13 @@ def _survive(attempt, work: Path, root: Path) -> str:
 
 def _import(kind: str, work: Path, kept: Path) -> None:
     if kind == "backbones":
-        plan = importing.plan_backbones(work / "vision", work / "llm")
+        opened = open_backbones(work / "vision", work / "llm")
     else:
-        plan = importing.plan_published(work)
-        importing.read(plan, lambda path, shape, dtype: np.empty(shape, dtype))
-    if plan.tokenizer is not None:
-        plan.tokenizer.decode(plan.tokenizer.encode("w1 w2 <s>é\n"))
-        plan.tokenizer.save(kept)
+        opened = open_published(work)
+        importing.read(opened, lambda path, shape, dtype: np.empty(shape, dtype))
+    if opened.tokenizer is not None:
+        opened.tokenizer.decode(opened.tokenizer.encode("w1 w2 <s>é\n"))
+        opened.tokenizer.save(kept)
         content = b"".join(path.read_bytes() for path in kept.iterdir())
         shutil.rmtree(kept)
         assert _SECRET.encode() not in content, "a file from elsewhere was carried on"
@@ -111,8 +114,8 @@ def _listing(root: Path) -> dict[str, tuple[int, int]]:
 
 def _bases(folder: Path) -> Path:
     weights = flatten_dict(params(_MODEL), sep="/")
-    shapes = importing.parameter_shapes(_MODEL)
-    described = hf_config.published_config(_MODEL, "llama3", {}, "float32") | {"auto_map": {"AutoModel": "x--y.Z"}}
+    shapes = parameter_shapes(_MODEL)
+    described = published_config(_MODEL, "llama3", {}, "float32") | {"auto_map": {"AutoModel": "x--y.Z"}}
 
     def write(into: Path, config: dict, rows: list[table.Row], shard_bytes: int = 10**9) -> None:
         into.mkdir(parents=True)
@@ -139,7 +142,7 @@ def _bases(folder: Path) -> Path:
     _write_tokenizer(folder / "backbones" / "llm", 61)
     _write_tokenizer(folder / "sharded", 59)
     _write_sentencepiece(folder / "sharded")
-    importing.write_checkpoint(importing.plan_published(folder / "published"), folder / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(folder / "published"), folder / "checkpoint", progress=False)
     return folder
 
 

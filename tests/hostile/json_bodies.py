@@ -6,7 +6,7 @@ import http.client
 import json
 
 from helpers import echo_server
-from inference.test_generate import picture
+from helpers.generation import picture
 
 QUICK = 500
 _CHECK = 50  # attempts between two looks at the server
@@ -177,12 +177,12 @@ def _try(server, body: bytes, look: bool) -> str:
 def _check_marks(server) -> None:
     """The prompt has the marks of its template, whatever its texts say."""
     tokenizer = server.engine.prompts.tokenizer
-    ids = [i for i in server.engine.joined[-1].input_ids.tolist() if i in tokenizer._control_ids]
+    ids = [i for i in server.engine.batch.joined[-1].input_ids.tolist() if i in tokenizer._control_ids]
     names = [tokenizer.decode([i], skip_special=False) for i in ids]
     rounds = names.count("<|user|>")
     assert names[:3] == ["<s>", "<|system|>", "<|end|>"] and rounds, names
     talk = [name for name in names[3:] if name not in ("<vision_start>", "<vision_end>")]
     talk = talk[2:] if talk[:2] == ["<|assistant|>", "<|end|>"] else talk  # a greeting
     assert talk == (["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"] * rounds)[:-1], names
-    slots = sum(1 for i in server.engine.joined[-1].input_ids.tolist() if i < 0)
+    slots = sum(1 for i in server.engine.batch.joined[-1].input_ids.tolist() if i < 0)
     assert names.count("<vision_start>") == names.count("<vision_end>") == slots, names

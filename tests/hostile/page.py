@@ -96,7 +96,7 @@ def _path(random, secret, trap, theirs):
             f"//{trap.partition('//')[2]}/",
             f"http://u:p@{trap.partition('//')[2]}/a.svg",
             theirs["path"],
-            f"{page_site.page.gradio_alone.FOLDER}/{theirs['path']}",
+            f"{page_site.page.gradio_environment.FOLDER}/{theirs['path']}",
             f"/gradio_api/file={secret}",
             secret + "\x00.png",
             "data:image/png;base64,AAAA",

@@ -157,7 +157,7 @@ def attempts(random, folder):
 
 
 def _try(server, data: bytes, leaves: str, look: bool, kept: list[socket.socket]) -> str:
-    said = b""
+    reply = b""
     one = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         pieces = [data[at : at + 7] for at in range(0, min(len(data), 140), 7)] if leaves == "drips" else [data]
@@ -167,12 +167,12 @@ def _try(server, data: bytes, leaves: str, look: bool, kept: list[socket.socket]
             begun = time.monotonic()
             one.settimeout(0.1)
             with contextlib.suppress(TimeoutError):
-                said = one.recv(1 << 16)
+                reply = one.recv(1 << 16)
             one.settimeout(10)
             with contextlib.suppress(OSError):  # closed by the server
                 one.shutdown(socket.SHUT_WR)
             while piece := one.recv(1 << 16):
-                said += piece
+                reply += piece
             assert time.monotonic() - begun < 8, "the connection stayed open"
     if leaves in ("stays", "drips"):
         kept.append(one)
@@ -182,11 +182,11 @@ def _try(server, data: bytes, leaves: str, look: bool, kept: list[socket.socket]
         if leaves == "resets":
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         one.close()
-    for answer in said.split(b"HTTP/1.1 ")[1:]:
+    for answer in reply.split(b"HTTP/1.1 ")[1:]:
         assert not answer.startswith(b"500"), answer[:200]
     if look:
         _look(server)
-    return "accepted" if b"HTTP/1.1 200" in said else "refused"
+    return "accepted" if b"HTTP/1.1 200" in reply else "refused"
 
 
 def _look(server) -> None:
@@ -194,13 +194,13 @@ def _look(server) -> None:
     assert not server.errors, server.errors
     end = time.monotonic() + 8
     while True:  # the connections that were left open may fill it for the time that they have
-        said = b""
+        reply = b""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
             one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
             one.sendall(b"Content-Length: %d\r\n\r\n" % len(_BODY) + _BODY)
             while piece := one.recv(1 << 16):
-                said += piece
-        if said.startswith(b"HTTP/1.1 200") and server.engine.reserved == 0:
+                reply += piece
+        if reply.startswith(b"HTTP/1.1 200") and server.engine.reserved == 0:
             return
-        assert time.monotonic() < end, (server.engine.reserved, said[:200])
+        assert time.monotonic() < end, (server.engine.reserved, reply[:200])
         time.sleep(0.1)

@@ -24,8 +24,8 @@ from PIL import Image
 from fusion_jax.errors import UserError
 from fusion_jax.evals.judge import Judge
 from fusion_jax.synth.backends.base import BackendError
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
-from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import Invalid
@@ -291,7 +291,7 @@ def _attempt(what: str, seed: int, talk: Talk, port: int, models: tuple, asks: l
         outcome = "refused"
     except UserError as error:
         # What ends a run (a key that is refused, a payment that is due, a model that is missing) or an evaluation.
-        said = ("refuses the key", "wants a key", "asks for payment", "does not serve", "does not answer")
+        said = ("refuses the key", "needs a key", "asks for payment", "does not serve", "does not answer")
         if not any(part in str(error) for part in said) or "\n" in str(error):
             raise
         outcome = "refused"

@@ -70,7 +70,7 @@ def test_mistakes_of_configs_and_flags(server, arguments, message):
         ("fusion_jax.train", ["--config=good.py", "--workdir=work", "--profile_steps=x"]),
         ("fusion_jax.evaluate", ["--checkpoint=gone", "--data_dir=.", "--limit=x"]),
         ("fusion_jax.evaluate", ["--checkpoint=a.png", "--data_dir=."]),
-        ("fusion_jax.evaluate", ["--checkpoint=gone", "--data_dir=.", "--output=nowhere/a.json"]),
+        ("fusion_jax.evaluate", ["--checkpoint=gone", "--data_dir=.", "--scores_file=nowhere/a.json"]),
         ("fusion_jax.train", ["--config=good.py", "--workdir=work", "--config.seed=-1"]),
         ("fusion_jax.train", ["--config=good.py", "--workdir=work", "--config.seed=99999999999999999999"]),
         ("fusion_jax.evaluate", ["--checkpoint=" + "x" * 300, "--data_dir=."]),
@@ -82,8 +82,8 @@ def test_mistakes_of_configs_and_flags(server, arguments, message):
             "fusion_jax.visualize",
             ["--checkpoint=folder", "--image=pipe", "--question=What?", "--word=What"],
         ),
-        ("fusion_jax.convert", ["import", "--from=" + "x" * 300, "--to=to"]),
-        ("fusion_jax.convert", ["import", "--from=pipe", "--to=to"]),
+        ("fusion_jax.convert", ["import", "--from=" + "x" * 300, "--out=to"]),
+        ("fusion_jax.convert", ["import", "--from=pipe", "--out=to"]),
         ("fusion_jax.shards", ["--json_path=" + "x" * 300 + ".json", "--out=out"]),
         ("fusion_jax.shards", ["--json_path=a.json", "--out=" + "x" * 300]),
         ("fusion_jax.shards", ["--json_path=a.json", "--out=/dev/null/x"]),
@@ -95,3 +95,19 @@ def test_mistakes_of_configs_and_flags(server, arguments, message):
 )
 def test_mistakes_of_each_command(server, module, arguments):
     assert commands.attempt(server, module, arguments) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("convert", ["import", "--out=x", "--dtype=bf16"], "--dtype='bf16' is unknown; .* did you mean bfloat16[?]"),
+        ("convert", ["export", "--format=onnx"], "--format='onnx' is unknown; allowed: published, transformers[.]"),
+        ("convert", ["import", "--to=x", "--vision=a", "--llm=b"], "b has no config.json"),  # the old name of --out
+        ("evaluate", ["--process_index=2", "--process_count=2", "--output_dir=x"], "--process_id=2 must be"),
+        ("evaluate", ["--output=nowhere/a.json"], "--scores_file=nowhere/a.json: give the name of a file"),
+    ],
+)
+def test_values_and_old_names_of_flags(server, module, arguments, message):
+    data = ["--checkpoint=gone", "--data_dir=."] if module == "evaluate" else []
+    code, out, err = server.run(f"fusion_jax.{module}", [*data, *arguments])
+    assert code == 2 and re.match(f"error: {message}", err) and "Traceback" not in out + err, err

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import io
 import os
 import subprocess
 import sys
@@ -15,62 +13,24 @@ import numpy as np
 import pytest
 from helpers import tiny_run
 from helpers.fixtures import example, lay, params, tiny
-from PIL import Image
+from helpers.generation import MIXED, answerer, config, make_tokenizer, weights
 
-from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.conversation import TEMPLATES
 from fusion_jax.data.sources import Record
-from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference import generate, sampling
+from fusion_jax.inference.decoding import decode, first_state
+from fusion_jax.inference.prompts import Buckets, Prompts, Steps, drawn_latents
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.inference.streaming import TextStream
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.synth.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-QUESTIONS = ("What is in the picture?", "Which colour?", "How many circles can you see here?", "Describe it.")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(
-        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
-    )
-
-
-def picture(seed, size=24):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3)).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def record(i, images=1, rounds=1):
-    turns = []
-    for r in range(rounds):
-        turns.append({"from": "human", "value": QUESTIONS[(i + r) % 4]})
-        turns.append({"from": "gpt", "value": "A red circle."})
-    turns[0]["value"] = "<image>\n" * images + turns[0]["value"]
-    pictures = tuple(picture(10 * i + k) for k in range(images))
-    return Record(str(i), None, turns[:-1], f"prompt {i}", pictures)
-
-
-MIXED = [record(0), record(1, images=0), record(2, images=2), record(3, rounds=2), record(4, images=0, rounds=2)]
-
-
-def config():
-    return RunConfig(model=tiny_run.MODEL, stages=(StageConfig(name="s", data=""),), tokenizer="", dtype="float32")
-
-
-@functools.cache
-def weights():
-    return params(tiny_run.MODEL)
-
-
-def answerer(tokenizer, **arguments):
-    model = Fusion(tiny_run.MODEL, arguments.pop("dtype", jnp.float32))
-    return generate.Answerer(model, weights(), config(), tokenizer, **arguments)
+    return make_tokenizer(tmp_path_factory.mktemp("t"))
 
 
 def padded_left(batch):
@@ -117,11 +77,11 @@ def test_empty_rows_fill_a_batch_up_and_change_nothing(tokenizer):
 def test_empty_rows_are_done_before_they_begin(tokenizer):
     prompts = answerer(tokenizer).prompts
     batch = prompts.batch([prompts.example(prompt) for prompt in MIXED[:1]], 3)
-    state = generate.first_state(Fusion(tiny_run.MODEL), weights(), batch, [Sampling(max_tokens=2)])
+    state = first_state(Fusion(tiny_run.MODEL), weights(), batch, [Sampling(max_tokens=2)])
     assert state.done.tolist() == [False, True, True] and state.positions.tolist()[1:] == [1, 1]
     assert np.isfinite(state.logits).all() and np.isfinite(state.cache.values).all()
-    _, kept, state = generate.decode(Fusion(tiny_run.MODEL), weights(), state, 9, (), False, True)
-    assert state.made.tolist() == [2, 0, 0]
+    _, kept, state = decode(Fusion(tiny_run.MODEL), weights(), state, 9, (), False, True)
+    assert state.length.tolist() == [2, 0, 0]
     assert kept[:, :2].any() and not kept[:, 2:].any(), "went on although every row was done"
 
 
@@ -148,8 +108,8 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(tokenizer):
 
 
 def test_latent_counts_are_chosen_drawn_or_refused(tokenizer):
-    assert generate.drawn_latents(tiny_run.MODEL, 3) == generate.drawn_latents(tiny_run.MODEL, 3)
-    assert {generate.drawn_latents(tiny_run.MODEL, seed) for seed in range(20)} == set(tiny_run.MODEL.latent_counts)
+    assert drawn_latents(tiny_run.MODEL, 3) == drawn_latents(tiny_run.MODEL, 3)
+    assert {drawn_latents(tiny_run.MODEL, seed) for seed in range(20)} == set(tiny_run.MODEL.latent_counts)
     prompts = answerer(tokenizer, latents=1).prompts
     assert prompts.batch([prompts.example(MIXED[0])]).latent_count == 1
     with pytest.raises(UserError, match="allowed: 1, 4"):
@@ -157,8 +117,8 @@ def test_latent_counts_are_chosen_drawn_or_refused(tokenizer):
 
 
 def test_buckets_are_the_only_shapes_and_nothing_is_cut(tokenizer):
-    buckets = generate.Buckets(lengths=(64, 144), questions=(48,), rounds=(2,), images=(0, 1))
-    prompts = generate.Prompts(config(), tokenizer, buckets)
+    buckets = Buckets(lengths=(64, 144), questions=(48,), rounds=(2,), images=(0, 1))
+    prompts = Prompts(config(), tokenizer, buckets)
     shapes = {(b.tokens.shape, b.crops.shape[1]) for b in (prompts.batch([prompts.example(m)]) for m in MIXED[:2])}
     assert all(tokens[1] in buckets.lengths and crops in (0, 1) for tokens, crops in shapes)
     with pytest.raises(BadRecord, match="max_images is 1"):
@@ -171,28 +131,36 @@ def test_buckets_are_the_only_shapes_and_nothing_is_cut(tokenizer):
 def test_a_callers_system_text_has_the_templates_place_or_joins_the_first_question(tokenizer, monkeypatch, place):
     template = dataclasses.replace(TEMPLATES["phi3"], system_frame=("S: ", ".\n") if place else None)
     monkeypatch.setitem(TEMPLATES, "phi3", template)
-    prompts = generate.Prompts(config(), tokenizer, generate.Steps())
+    prompts = Prompts(config(), tokenizer, Steps())
     turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Describe it."}]
-    asked = Record("0", None, turns, "prompt", literal=True, system="A blue <image>")
-    ids = prompts.example(asked).input_ids
-    said = tokenizer.decode(ids[ids >= 0], skip_special=False)
-    assert ("S: A blue <image>.\n" in said) == place
-    assert ("A blue <image>\n\nDescribe it." in said) != place
-    assert (template.default_system in said) != place
+    system_record = Record("0", None, turns, "prompt", literal=True, system="A blue <image>")
+    ids = prompts.example(system_record).input_ids
+    decoded = tokenizer.decode(ids[ids >= 0], skip_special=False)
+    assert ("S: A blue <image>.\n" in decoded) == place
+    assert ("A blue <image>\n\nDescribe it." in decoded) != place
+    assert (template.default_system in decoded) != place
     with pytest.raises(BadRecord, match="no place for a system text") if not place else contextlib.nullcontext():
-        prompts.example(dataclasses.replace(asked, literal=False))  # a data set's is no part of a question
+        prompts.example(dataclasses.replace(system_record, literal=False))  # a data set's is no part of a question
 
 
 def test_a_callers_system_text_counts_among_the_texts(tokenizer):
-    buckets = generate.Buckets(lengths=(64,), questions=(48,))
-    asked = Record("0", None, [{"from": "human", "value": "Hi"}], "prompt", literal=True, system="far too long " * 9999)
+    buckets = Buckets(lengths=(64,), questions=(48,))
+    system_record = Record(
+        "0", None, [{"from": "human", "value": "Hi"}], "prompt", literal=True, system="far too long " * 9999
+    )
     with pytest.raises(BadRecord, match="the texts have 129989 bytes, and no prompt has over"):
-        generate.Prompts(config(), tokenizer, buckets).example(asked)
+        Prompts(config(), tokenizer, buckets).example(system_record)
 
 
 def test_bfloat16_answers(tokenizer):
     answers = answerer(tokenizer, rows=2, max_tokens=4, dtype=jnp.bfloat16).answer(MIXED[:2])
     assert all(isinstance(answer, str) for answer in answers) and any(answers)
+
+
+def test_importing_generation_loads_neither_grain_nor_orbax():
+    script = "import sys, fusion_jax.inference.generate; print({'grain', 'orbax'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # Choosing a token.
@@ -272,7 +240,7 @@ def test_the_beginning_of_a_stop_text_is_held_back(tokenizer):
     assert ended.add([*tokenizer.encode("a circ"), 5, 9]) == "a circ" and ended.finish == "stop"
     full = TextStream(tokenizer, (), (), 3)
     full.add(tokenizer.encode("a circle and a star"))
-    assert full.finish == "length" and full.made == 3
+    assert full.finish == "length" and full.length == 3
 
 
 @pytest.mark.slow

@@ -34,34 +34,34 @@ def chat(tmp_path):
 
 
 def test_rounds_add_up_and_reset_begins_again(chat):
-    assert chat.say("What?") and chat.written() == "1 cat\n"
-    chat.say("And?")
+    assert chat.handle("What?") and chat.written() == "1 cat\n"
+    chat.handle("And?")
     assert chat.written() == "3 cat\n"
-    chat.say("/reset")
-    chat.say("What?")
+    chat.handle("/reset")
+    chat.handle("What?")
     assert chat.written() == "1 cat\n"
-    assert not chat.say("/quit")
+    assert not chat.handle("/quit")
 
 
 def test_another_image_begins_again_and_a_wrong_one_changes_nothing(chat, tmp_path):
-    chat.say("What?")
-    chat.say(f"/image {tmp_path / 'none.png'}")
+    chat.handle("What?")
+    chat.handle(f"/image {tmp_path / 'none.png'}")
     assert "error: " in chat.written() and len(chat.turns) == 2
-    chat.say(f"/image {tmp_path / 'dog.png'}")
-    chat.say("What?")
+    chat.handle(f"/image {tmp_path / 'dog.png'}")
+    chat.handle("What?")
     assert chat.written() == "1 dog\n"
-    chat.say("/image")
-    chat.say("What?")
+    chat.handle("/image")
+    chat.handle("What?")
     assert chat.written() == "1 text\n"
     with pytest.raises(UserError, match="none"):
         Chat(Echo(), Sampling(), str(tmp_path / "none.png"), print)
 
 
 def test_a_conversation_is_saved_as_a_record(chat, tmp_path):
-    chat.say("/save")
-    assert "Say where" in chat.written()
-    chat.say("What?")
-    chat.say(f"/save {tmp_path / 'saved.json'}")
+    chat.handle("/save")
+    assert "Name the file" in chat.written()
+    chat.handle("What?")
+    chat.handle(f"/save {tmp_path / 'saved.json'}")
     [record] = json.loads((tmp_path / "saved.json").read_text())
     assert record["image"].endswith("cat.png")
     assert record["conversations"] == [
@@ -72,23 +72,23 @@ def test_a_conversation_is_saved_as_a_record(chat, tmp_path):
 
 def test_a_stopped_answer_counts_as_far_as_it_came(chat):
     chat.answerer.interrupt = True
-    chat.say("What?")
+    chat.handle("What?")
     assert chat.turns[-1]["value"] == "1 " and "[stopped]" in chat.written()
-    chat.say("/what")
+    chat.handle("/what")
     assert "/image FILE" in chat.written()
 
 
 def test_what_is_typed_is_text_and_what_is_said_steers_no_terminal(chat, tmp_path, monkeypatch):
-    asked = []
+    records = []
 
     def stream(record, how):
-        asked.append(record)
+        records.append(record)
         yield "a\x1b]0;title\x07b\r\x9b2J\n\tc"
 
     monkeypatch.setattr(chat.answerer, "stream", stream)
-    chat.say("<image> <|end|>")
-    assert asked[0].literal and asked[0].turns[-1]["value"] == "<image> <|end|>"
+    chat.handle("<image> <|end|>")
+    assert records[0].literal and records[0].turns[-1]["value"] == "<image> <|end|>"
     assert "a]0;titleb2J\n\tc" in chat.written()
-    chat.say(f"/save {tmp_path / 'saved.json'}")
+    chat.handle(f"/save {tmp_path / 'saved.json'}")
     [record] = json.loads((tmp_path / "saved.json").read_text())
     assert record["conversations"][0]["value"] == "<image>\n <|end|>"  # a second tag would be a second image

@@ -150,7 +150,7 @@ def test_records_are_measured_as_they_are_laid_out(case):
         costs = []
         for latents in (1, 4):
             batch = lay_out([example], dataclasses.replace(opened.loader.spec, crops=16), latents)
-            shape = inspect_numbers.shape_of_example(example, opened.loader.spec, latents)
+            shape = flops.shape_of_examples([example], opened.loader.spec, latents)
             assert shape == flops.shape_of(batch)
             costs.append(flops.step_flops(opened.config.model, shape))
         visual = (batch.visual_index >= 0).sum()

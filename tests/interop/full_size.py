@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_jax.interop import hf_config, importing, table
+from fusion_jax.interop import table
+from fusion_jax.interop.families import family_of
+from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, TensorFolder, TensorWriter
 from fusion_jax.models.config import VARIANTS
 
@@ -27,9 +30,9 @@ def write_random(folder: Path, size: str) -> int:
     model = VARIANTS["fusion"][size]
     folder.mkdir(parents=True)
     template = {"3b": "phi3", "8b": "llama3"}[size]
-    described = hf_config.published_config(model, template, {}, "bfloat16")
+    described = published_config(model, template, {}, "bfloat16")
     (folder / "config.json").write_text(json.dumps(described))
-    rows = table.published_rows(model, importing.parameter_shapes(model), hf_config.is_fused(described))
+    rows = table.published_rows(model, parameter_shapes(model), family_of(described["model_type"]).fused)
     writer = TensorWriter(folder, {row.name: (row.shape, "bfloat16") for row in rows})
     noise = np.random.default_rng(0).standard_normal(2**24 + 1, np.float32).astype(DTYPES["bfloat16"])
     for i, row in enumerate(rows):
@@ -86,8 +89,8 @@ def main() -> None:
     try:
         source, middle, back = (arguments.dir / name for name in ("published", "checkpoint", "back"))
         result = {"size": arguments.size, "parameters": write_random(source, arguments.size)}
-        result["import"] = measured("import", "--from", source, "--to", middle)
-        result["export"] = measured("export", "--checkpoint", middle, "--format", "published", "--to", back)
+        result["import"] = measured("import", "--from", source, "--out", middle)
+        result["export"] = measured("export", "--checkpoint", middle, "--format", "published", "--out", back)
         result["equal"] = same(source, back)
         print(json.dumps(result))
     finally:

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-import tokenizers
 from flax.traverse_util import flatten_dict
+from helpers.backbones import (
+    KINDS,
+    KNOWN,
+    cheap_connectors,  # noqa: F401
+    language_model,
+    torch,
+    tower,
+    transformers,
+    write_tokenizer,
+)
 from safetensors.numpy import load_file
 
 from fusion_jax.data.examples import layout_spec
@@ -19,158 +28,38 @@ from fusion_jax.data.layout import Example, lay_out
 from fusion_jax.errors import UserError
 from fusion_jax.inference import generate
 from fusion_jax.interop import exporting, importing, table
+from fusion_jax.interop.opening import open_backbones
 from fusion_jax.models import fusion, vision
 from fusion_jax.models.fusion import Fusion, example_batch
 from fusion_jax.training import checkpoint
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-SIZES = {
-    "vocab_size": 90,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0 + 0.1 * i for i in range(6)],
-    "long_factor": [2.0 + 0.5 * i for i in range(6)],
-    "original_max_position_embeddings": 16,
-}
-
-
-def config_of(kind):
-    """Each architecture, with what sets it apart."""
-    theta = {"rope_theta": 10000.0}
-    return {
-        "llama": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=theta | LLAMA3),
-        "llama_tied": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=theta, tie_word_embeddings=True),
-        "mistral": lambda: transformers.MistralConfig(**SIZES, rope_parameters=theta, sliding_window=7),
-        "qwen2": lambda: transformers.Qwen2Config(**SIZES, rope_parameters=theta, tie_word_embeddings=True),
-        "qwen2_window": lambda: transformers.Qwen2Config(
-            **SIZES, rope_parameters=theta, use_sliding_window=True, sliding_window=5, max_window_layers=0
-        ),
-        "phi3": lambda: transformers.Phi3Config(
-            **SIZES, rope_parameters=theta | LONGROPE, original_max_position_embeddings=16, sliding_window=300
-        ),
-    }[kind]()
-
-
-KINDS = ("llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "phi3")
-
-
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-KNOWN = 80  # tokens of the tokenizer; the embedding has 90 rows, as real folders have some to spare
-SPECIAL = {
-    "llama": ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-    "phi3": ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
-    "qwen2": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
-    "mistral": ("[INST]", "[/INST]"),
-}
 TEMPLATE = {"llama": "llama3", "phi3": "phi3", "qwen2": "chatml", "mistral": "mistral"}
-
-
-def write_tokenizer(folder, kind):
-    family = kind.split("_")[0]
-    words = ["<unk>", "<s>", "</s>", *SPECIAL[family]]
-    words += [f"w{i}" for i in range(KNOWN - len(words))]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    model.add_special_tokens(list(words[: 3 + len(SPECIAL[family])]))
-    model.save(str(folder / "tokenizer.json"))
-    roles = {"eos_token": "</s>", "pad_token": "<unk>"}
-    if family != "qwen2":  # which has none
-        roles["bos_token"] = "<s>"
-    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
-
-
-@functools.cache
-def language_model(kind):
-    torch.manual_seed(KINDS.index(kind))
-    model = transformers.AutoModelForCausalLM.from_config(config_of(kind), attn_implementation="eager").eval()
-    for name, parameter in model.named_parameters():  # nothing left at 0 or 1, so that no part can hide
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.2)
-        elif "embed" not in name:
-            torch.nn.init.normal_(parameter, 0.0, 0.2)
-    return model
-
-
-@functools.cache
-def tower(whole=False):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
-    vision_part = sizes | {"image_size": 32, "patch_size": 8}
-    if not whole:
-        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision_part)).eval()
-    config = transformers.SiglipConfig(vision_config=vision_part, text_config=sizes | {"vocab_size": 50})
-    return transformers.SiglipModel(config).eval()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """(vision folder, {kind: folder}); one language model is cut into shards."""
-    root = tmp_path_factory.mktemp("backbones")
-    tower().save_pretrained(root / "vision")
-    for kind in KINDS:
-        shards = {"max_shard_size": "60KB"} if kind == "llama" else {}
-        language_model(kind).save_pretrained(root / kind, **shards)
-        write_tokenizer(root / kind, kind)
-    return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap_connectors():
-    """Projectors and exchange layers from plain noise: tracing the model's own initialiser takes seconds a model."""
-
-    def draw(model, new):
-        rng = np.random.default_rng(0)
-        for array in new.values():
-            array[...] = 0.1 * rng.standard_normal(array.shape)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importing, "_initialise", draw)
-        yield
-
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 INITIALISE = importing._initialise
 
 
 def test_connectors_start_as_in_a_run_from_nothing(folders):
-    plan, _ = imported(folders, "llama")
-    expected = flatten_dict(fusion.init(plan.model, jax.random.key(0)), sep="/")
+    opened, _ = imported(folders, "llama")
+    expected = flatten_dict(fusion.init(opened.model, jax.random.key(0)), sep="/")
     new = {path: np.empty(expected[path].shape, np.float32) for path in ("vision_to_text/in/kernel", "latents_16")}
     new |= {path: np.empty(expected[path].shape, np.float32) for path in expected if "exchange/" in path}
     assert len(new) > 10
-    INITIALISE(plan.model, new)
+    INITIALISE(opened.model, new)
     for path, array in new.items():
         np.testing.assert_allclose(array, expected[path], atol=1e-6, err_msg=path)
 
 
 @functools.cache
 def imported(root, kind, preset="paper", **changes):
-    plan = importing.plan_backbones(root / "vision", root / kind, preset, **changes)
-    return plan, importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
+    opened = open_backbones(root / "vision", root / kind, preset, **changes)
+    return opened, importing.read(opened, lambda _, shape, dtype: np.empty(shape, dtype))
 
 
-def text_logits(plan, params, ids):
-    model = Fusion(plan.model)
-    batch, (rows, length) = example_batch(plan.model, len(ids)), ids.shape
+def text_logits(opened, params, ids):
+    model = Fusion(opened.model)
+    batch, (rows, length) = example_batch(opened.model, len(ids)), ids.shape
     none = {
         name: getattr(batch, name)[:, :0]
         for name in (
@@ -199,26 +88,26 @@ def text_logits(plan, params, ids):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_language_model_gives_the_logits_of_transformers(folders, kind):
-    plan, params = imported(folders, kind)
+    opened, params = imported(folders, kind)
     ids = np.random.default_rng(0).integers(3, KNOWN, (2, 40))  # beyond LongRoPE's original length and each window
     with torch.no_grad():
         expected = language_model(kind)(torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(text_logits(plan, params, ids)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
+    np.testing.assert_allclose(text_logits(opened, params, ids)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
     if kind == "phi3":  # and below it, where the short factors hold
         short = ids[:, :12]
         with torch.no_grad():
             expected = language_model(kind)(torch.from_numpy(short)).logits.numpy()
-        np.testing.assert_allclose(text_logits(plan, params, short)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
+        np.testing.assert_allclose(text_logits(opened, params, short)[..., :KNOWN], expected[..., :KNOWN], atol=1e-4)
 
 
 def test_cached_answers_across_longropes_original_length_are_those_of_transformers(folders):
     """Two prompts of one batch: the first passes the length (16) with its answer, the second one does not."""
-    plan, params = imported(folders, "phi3")
+    opened, params = imported(folders, "phi3")
     ids = np.random.default_rng(0).integers(3, KNOWN, 12).astype(np.int32)
     asked = [Example(ids[:length], None, ids[:0], None) for length in (12, 7)]
-    spec = dataclasses.replace(layout_spec(plan.model, 12, 1, 1), crops=0)
+    spec = dataclasses.replace(layout_spec(opened.model, 12, 1, 1), crops=0)
     params = jax.tree.map(jnp.asarray, params)
-    got = generate.greedy(Fusion(plan.model), params, lay_out(asked, spec, 0), 10, (), keep_logits=True)
+    got = generate.greedy(Fusion(opened.model), params, lay_out(asked, spec, 0), 10, (), keep_logits=True)
     for row, prompt in enumerate(asked):
         whole = torch.from_numpy(np.concatenate([prompt.input_ids, got.tokens[row, :-1]])).long()[None]
         assert whole.shape[1] == (21, 16)[row]
@@ -229,15 +118,15 @@ def test_cached_answers_across_longropes_original_length_are_those_of_transforme
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_added_tokens_have_the_mean_of_the_vocabulary(folders, kind):
-    plan, params = imported(folders, kind)
+    opened, params = imported(folders, kind)
     embedding = params["llm"]["embedding"]
     # The rows beyond the tokenizer's tokens are cut off; behind those that stay come the two that are added.
-    assert plan.model.llm.vocab_size == KNOWN + 2 == plan.tokenizer.vocab_size
-    assert (plan.tokenizer.vision_start_id, plan.tokenizer.vision_end_id) == (KNOWN, KNOWN + 1)
-    assert plan.template == TEMPLATE[kind.split("_")[0]]
+    assert opened.model.llm.vocab_size == KNOWN + 2 == opened.tokenizer.vocab_size
+    assert (opened.tokenizer.vision_start_id, opened.tokenizer.vision_end_id) == (KNOWN, KNOWN + 1)
+    assert opened.template == TEMPLATE[kind.split("_")[0]]
     np.testing.assert_allclose(embedding[KNOWN : KNOWN + 2], np.tile(embedding[:KNOWN].mean(0), (2, 1)), atol=1e-6)
     assert not embedding[KNOWN + 2 :].any()
-    if not plan.model.llm.tied_head:
+    if not opened.model.llm.tied_head:
         head = params["llm"]["head"]
         np.testing.assert_allclose(head[:, KNOWN + 1], head[:, :KNOWN].mean(1), atol=1e-6)
 
@@ -245,16 +134,16 @@ def test_added_tokens_have_the_mean_of_the_vocabulary(folders, kind):
 @pytest.mark.parametrize("whole", [False, True])
 def test_vision_tower_gives_the_states_of_transformers(folders, tmp_path, whole):
     tower(whole).save_pretrained(tmp_path / "tower")
-    plan = importing.plan_backbones(tmp_path / "tower", folders / "llama")
-    params = importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
-    assert plan.model.vision.layers == 3
+    opened = open_backbones(tmp_path / "tower", folders / "llama")
+    params = importing.read(opened, lambda _, shape, dtype: np.empty(shape, dtype))
+    assert opened.model.vision.layers == 3
     pixels = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3), np.uint8)
     inner = tower(whole).vision_model if whole else tower()
     with torch.no_grad():
         given = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         states = inner(given, output_hidden_states=True).hidden_states
     # Without text the taps are means of states: shallow of 0, deep of 1 (three layers are kept).
-    config = dataclasses.replace(plan.model, text_guided=False, taps="released")
+    config = dataclasses.replace(opened.model, text_guided=False, taps="released")
     encoder = vision.VisionEncoder(config, jnp.float32)
     variables = {"params": jax.tree.map(jnp.asarray, params["vision"])}
     embedded = encoder.apply(variables, jnp.asarray(pixels), jnp.zeros(1, bool), method="embed")
@@ -265,12 +154,12 @@ def test_vision_tower_gives_the_states_of_transformers(folders, tmp_path, whole)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
-    plan = importing.plan_backbones(folders / "vision", folders / kind, "released")
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    opened = open_backbones(folders / "vision", folders / kind, "released")
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in language_model(kind).state_dict().items():
-        if name == "lm_head.weight" and plan.model.llm.tied_head:
+        if name == "lm_head.weight" and opened.model.llm.tied_head:
             assert name not in written
             continue
         fused = next((key for key in FUSED if key in name), None)  # one tensor each in Phi's files, parts in ours
@@ -289,10 +178,10 @@ def test_export_gives_the_tensors_back_bit_for_bit(folders, tmp_path, kind):
 
 
 def test_layers_behind_the_last_tap_stay_in_the_files_alone(folders, tmp_path):
-    plan = importing.plan_backbones(folders / "vision", folders / "qwen2")
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    opened = open_backbones(folders / "vision", folders / "qwen2")
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
-    assert (plan.model.vision.layers, plan.model.encoder_layers) == (3, 1)
+    assert (opened.model.vision.layers, opened.model.encoder_layers) == (3, 1)
     written = load_file(tmp_path / "out" / "model.safetensors")
     given = {name.removeprefix("vision_model."): tensor for name, tensor in tower().state_dict().items()}
     kept = {name for name in given if name.startswith(("encoder.layers.1.", "encoder.layers.2."))}
@@ -316,8 +205,8 @@ def test_layers_behind_the_last_tap_stay_in_the_files_alone(folders, tmp_path):
 
 
 def test_a_model_that_needs_all_layers_is_not_loaded_from_fewer(folders, tmp_path):
-    plan = importing.plan_backbones(folders / "vision", folders / "llama", "released")
-    model = dataclasses.replace(plan.model, taps="paper")
+    opened = open_backbones(folders / "vision", folders / "llama", "released")
+    model = dataclasses.replace(opened.model, taps="paper")
     params = jax.tree.map(jnp.asarray, fusion.init(model, jax.random.key(0)))
     ocp.save_checkpointables(tmp_path / "0", {"params": params})
     like = jax.eval_shape(lambda: fusion.init(dataclasses.replace(model, taps="released"), jax.random.key(0)))
@@ -331,8 +220,8 @@ def test_half_precision_sources_keep_their_dtype(folders, tmp_path):
     write_tokenizer(tmp_path / "llm", "llama")
     language_model("llama").to(torch.float32)
     language_model.cache_clear()
-    plan = importing.plan_backbones(folders / "vision", tmp_path / "llm", "released")
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    opened = open_backbones(folders / "vision", tmp_path / "llm", "released")
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
     written, source = (
         safetensors_torch.load_file(tmp_path / "out" / "model.safetensors"),
@@ -349,20 +238,20 @@ def test_unsupported_architectures_are_named(folders, tmp_path):
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, "llama")
     with pytest.raises(UserError, match=r"model_type 'gpt2' is unknown; allowed language models: llama"):
-        importing.plan_backbones(folders / "vision", tmp_path)
+        open_backbones(folders / "vision", tmp_path)
     with pytest.raises(UserError, match=r"vision tower of type 'llama' is unknown"):
-        importing.plan_backbones(folders / "llama", folders / "llama")
+        open_backbones(folders / "llama", folders / "llama")
 
 
 def test_a_tokenizer_is_needed_and_must_fit(folders, tmp_path):
     language_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"holds neither tokenizer.model nor tokenizer.json"):
-        importing.plan_backbones(folders / "vision", tmp_path)
+        open_backbones(folders / "vision", tmp_path)
     write_tokenizer(tmp_path, "llama")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
     with pytest.raises(UserError, match=r"the tokenizer has 80 tokens, but config.json gives the model .* 50\."):
-        importing.plan_backbones(folders / "vision", tmp_path)
+        open_backbones(folders / "vision", tmp_path)
 
 
 def test_vision_tokens_amid_others_are_refused(folders, tmp_path):
@@ -370,8 +259,8 @@ def test_vision_tokens_amid_others_are_refused(folders, tmp_path):
     shutil.copytree(folders / "llama", tmp_path / "llama")
     path = tmp_path / "llama" / "tokenizer.json"
     path.write_text(path.read_text().replace('"<unk>"', '"<vision_start>"'))
-    with pytest.raises(UserError, match=r"llama: the tokenizer has other tokens behind <vision_start>"):
-        importing.plan_backbones(folders / "vision", tmp_path / "llama")
+    with pytest.raises(UserError, match=r"llama: the tokenizer has other tokens after <vision_start>"):
+        open_backbones(folders / "vision", tmp_path / "llama")
 
 
 def test_a_tower_must_have_the_layers_of_its_config(folders, tmp_path):
@@ -379,20 +268,20 @@ def test_a_tower_must_have_the_layers_of_its_config(folders, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(UserError, match=r"encoder.layers.4, the last of the 5 layers"):
-        importing.plan_backbones(tmp_path, folders / "llama")
+        open_backbones(tmp_path, folders / "llama")
 
 
 def test_published_export_refuses_windows_that_its_llama_ignores(folders, tmp_path):
-    plan = importing.plan_backbones(folders / "vision", folders / "mistral", "released")
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    opened = open_backbones(folders / "vision", folders / "mistral", "released")
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     with pytest.raises(UserError, match=r"differs in llm.sliding_window"):
         exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)
 
 
 def test_exports_load_with_their_processor(folders, tmp_path):
     """A Qwen folder: no BOS of its own, a tokenizer.json, chatml."""
-    plan = importing.plan_backbones(folders / "vision", folders / "qwen2")
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
+    opened = open_backbones(folders / "vision", folders / "qwen2")
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = processor([[{"role": "user", "content": "w1 w2"}]])["input_ids"][0].tolist()
@@ -400,9 +289,25 @@ def test_exports_load_with_their_processor(folders, tmp_path):
 
     expected = conversation.encode_prompt(
         [{"from": "human", "value": "w1 w2"}],
-        plan.tokenizer,
+        opened.tokenizer,
         conversation.find_template("chatml"),
         False,
         latents_without_image=False,
     )
     assert ids == expected.input_ids.tolist()
+
+
+def test_every_family_is_one_row(monkeypatch):
+    """A further family like Llama is known everywhere by its row: its config.json, template and attention windows."""
+    from fusion_jax.interop import families, hf_config
+
+    config = {"model_type": "new", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "sliding_window": 3}
+    with pytest.raises(UserError, match="model_type 'new' is unknown"):
+        hf_config.llm_config(config)
+    row = families.Family("chatml", implies={"qkv_bias": True}, windows=families.FAMILIES["qwen2"].windows)
+    monkeypatch.setitem(families.FAMILIES, "new", row)
+    assert families.choose_template("new", None) == "chatml"
+    assert hf_config.llm_config(config).qkv_bias and hf_config.llm_config(config).sliding_window == 0
+    windowed = config | {"use_sliding_window": True, "max_window_layers": 0}
+    assert hf_config.llm_config(windowed).sliding_window == 3

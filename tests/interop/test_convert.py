@@ -10,37 +10,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from helpers.fixtures import params, tiny
+from helpers.goldens import CASES, GOLDENS, needs_goldens
+from helpers.published_folder import PUBLISHED, equal_trees, write_published
 from safetensors.numpy import load_file, save_file
 
 from fusion_jax import convert
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, table
-from fusion_jax.interop.tensors import TensorFolder, TensorWriter, new_folder
+from fusion_jax.interop.new_folder import new_folder
+from fusion_jax.interop.opening import UNUSED, open_published
+from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
+from fusion_jax.interop.tensors import TensorFolder
 from fusion_jax.models.config import VARIANTS, FusionConfig, RopeConfig
 from fusion_jax.training import checkpoint, resume
 
-GOLDENS = Path(os.environ.get("FUSION_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens" / "models"))
-CASES = sorted(p.parent.name for p in GOLDENS.glob("*/case.json"))
-# The published code always has 16 heads in its exchange layers, and its encoders these patches and layers.
-PUBLISHED = {"exchange.heads": 16, "vision.image_size": 384, "vision.patch_size": 16, "vision.layers": 39}
 MODEL = tiny("released", **PUBLISHED)
-
-
-def write_published(folder: Path, model: FusionConfig, weights: dict, template: str = "llama3", shard_bytes=10**9):
-    """A folder in the published format, by the table alone."""
-    folder.mkdir(parents=True)
-    described = hf_config.published_config(model, template, {}, "float32")
-    (folder / "config.json").write_text(json.dumps(described))
-    flat = flatten_dict(weights, sep="/")
-    rows = table.published_rows(model, importing.parameter_shapes(model), hf_config.is_fused(described))
-    writer = TensorWriter(folder, {row.name: (row.shape, "float32") for row in rows}, shard_bytes)
-    for row in rows:
-        writer[row.name][...] = table.to_published(
-            row, lambda path, index: np.asarray(flat[path] if index is None else flat[path][index]), model
-        )
-    return folder
 
 
 @pytest.fixture
@@ -48,15 +34,10 @@ def published(tmp_path):
     return write_published(tmp_path / "published", MODEL, params(MODEL))
 
 
-def equal_trees(a, b):
-    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
-    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[k]), np.asarray(b[k])) for k in a)
-
-
-@pytest.mark.skipif(not CASES, reason=f"no golden cases under {GOLDENS} (set FUSION_GOLDENS)")
+@needs_goldens
 @pytest.mark.parametrize("case", CASES)
 def test_published_folders_come_back_bit_for_bit(case, tmp_path):
-    importing.write_checkpoint(importing.plan_published(GOLDENS / case / "hf"), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(GOLDENS / case / "hf"), tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)
     before, after = (
         load_file(GOLDENS / case / "hf" / "model.safetensors"),
@@ -135,16 +116,16 @@ def expected_tensors(model: FusionConfig, phi: bool) -> dict[str, tuple[int, ...
 @pytest.mark.parametrize("name", ["fusion", "fusion_x"])
 def test_table_covers_every_published_tensor_at_full_size(name, size):
     model = VARIANTS[name][size]
-    rows = table.published_rows(model, importing.parameter_shapes(model), fused=size == "3b")
+    rows = table.published_rows(model, parameter_shapes(model), fused=size == "3b")
     expected = expected_tensors(model, phi=size == "3b")
-    table.check_complete(rows, expected, importing.UNUSED, name)
+    table.check_complete(rows, expected, UNUSED, name)
     # And everything of ours is in the table.
-    assert {path for row in rows for path, _ in row.paths} == set(importing.parameter_shapes(model))
+    assert {path for row in rows for path, _ in row.paths} == set(parameter_shapes(model))
 
 
 def test_checkpoint_exports_as_it_trains(published, tmp_path):
     """float32 export of a bfloat16 import, and the dtype asked for."""
-    importing.write_checkpoint(importing.plan_published(published, dtype="bfloat16"), tmp_path / "half", progress=False)
+    importing.write_checkpoint(open_published(published, dtype="bfloat16"), tmp_path / "half", progress=False)
     exporting.export(tmp_path / "half", tmp_path / "out", "published", "float32", progress=False)
     name = "model.layers.1.mlp.down_proj.weight"
     before, after = (
@@ -156,15 +137,15 @@ def test_checkpoint_exports_as_it_trains(published, tmp_path):
 
 
 def test_parameters_are_restored_as_float32_masters(published, tmp_path):
-    plan = importing.plan_published(published, dtype="bfloat16")
-    importing.write_checkpoint(plan, tmp_path / "half", progress=False)
-    like = jax.eval_shape(lambda: params(plan.model))
+    opened = open_published(published, dtype="bfloat16")
+    importing.write_checkpoint(opened, tmp_path / "half", progress=False)
+    like = jax.eval_shape(lambda: params(opened.model))
     restored = checkpoint.load_params(checkpoint.find(tmp_path / "half"), like)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(restored)} == {"float32"}
 
 
 def test_continued_runs_take_sizes_from_the_checkpoint(published, tmp_path):
-    importing.write_checkpoint(importing.plan_published(published), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(published), tmp_path / "checkpoint", progress=False)
     about = checkpoint.load_about(tmp_path / "checkpoint")
     # A config need not know what comes with the weights ...
     vague = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, vocab_size=1000))
@@ -215,7 +196,7 @@ def integers(tensors):
 def test_tensors_that_do_not_fit(published, tmp_path, edit, message):
     change(published, edit)
     with pytest.raises(UserError, match=message):
-        importing.plan_published(published)
+        open_published(published)
 
 
 def edit_config(folder, **changes):
@@ -228,7 +209,7 @@ def edit_config(folder, **changes):
     [
         ({"num_hidden_layers": 3}, r"lacks model.layers.2"),
         ({"hidden_size": 32}, r"the config asks for"),
-        ({"model_type": "gpt2"}, r"'gpt2' is no published FUSION model"),
+        ({"model_type": "gpt2"}, r"'gpt2' is not a published FUSION model"),
         ({"vision_config": None, "mm_vision_tower": "someone/tower"}, r"mm_vision_tower 'someone/tower' is unknown"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope scaling of type 'yarn' is unknown"),
         ({"rope_scaling": {"rope_type": "llama3"}}, r"rope scaling of type 'llama3' lacks 'factor'"),
@@ -245,14 +226,14 @@ def edit_config(folder, **changes):
 def test_configs_that_contradict_the_weights_or_are_unknown(published, changes, message):
     edit_config(published, **changes)
     with pytest.raises(UserError, match=message):
-        importing.plan_published(published)
+        open_published(published)
 
 
 def test_truncated_file(published):
     file = published / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model.safetensors is damaged or cut short"):
-        importing.plan_published(published)
+        open_published(published)
 
 
 def test_index_and_shards_must_agree(tmp_path):
@@ -270,7 +251,7 @@ def test_index_and_shards_must_agree(tmp_path):
     with pytest.raises(UserError, match=r"places \['model.norm.weight'\] in"):
         TensorFolder(source)
     index.write_text("{")
-    with pytest.raises(UserError, match=r"is no valid index"):
+    with pytest.raises(UserError, match=r"is not a valid index"):
         TensorFolder(source)
 
 
@@ -278,12 +259,12 @@ def test_index_and_shards_must_agree(tmp_path):
 def test_missing_files(published, missing):
     (published / missing).unlink()
     with pytest.raises(UserError, match=missing.replace(".", r"\.")):
-        importing.plan_published(published)
+        open_published(published)
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match=r"has no config.json"):
-        importing.plan_published(tmp_path / "nowhere")
+        open_published(tmp_path / "nowhere")
 
 
 def test_pickled_weights_need_a_flag(published, tmp_path):
@@ -292,32 +273,32 @@ def test_pickled_weights_need_a_flag(published, tmp_path):
     (published / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, published / "pytorch_model.bin")
     with pytest.raises(UserError, match="--allow_pickle"):
-        importing.plan_published(published)
-    plan = importing.plan_published(published, allow_pickle=True)
-    weights = importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
+        open_published(published)
+    opened = open_published(published, allow_pickle=True)
+    weights = importing.read(opened, lambda _, shape, dtype: np.empty(shape, dtype))
     np.testing.assert_array_equal(weights["llm"]["norm"]["scale"], tensors["model.norm.weight"])
     # What would run code is refused by the reader itself.
     torch.save({"model.norm.weight": print}, published / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read as tensors without running code"):
-        importing.plan_published(published, allow_pickle=True)
+        open_published(published, allow_pickle=True)
 
 
 def test_targets_must_be_new_or_empty(published, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "precious").write_text("mine")
-    plan = importing.plan_published(published)
+    opened = open_published(published)
     with pytest.raises(UserError, match="target is not empty"):
-        importing.write_checkpoint(plan, target, progress=False)
+        importing.write_checkpoint(opened, target, progress=False)
     assert [path.name for path in target.iterdir()] == ["precious"]
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match="is a file"):
-        importing.write_checkpoint(plan, file, progress=False)
+        importing.write_checkpoint(opened, file, progress=False)
 
 
 def test_failures_leave_nothing_behind(published, tmp_path, monkeypatch):
-    plan = importing.plan_published(published)
+    opened = open_published(published)
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def full(fd, offset, size):
@@ -325,12 +306,12 @@ def test_failures_leave_nothing_behind(published, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"GB cannot be reserved in .*: No space left on device"):
-        importing.write_checkpoint(plan, tmp_path / "target", progress=False)
+        importing.write_checkpoint(opened, tmp_path / "target", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_failure_of_the_checkpoint_writer_leaves_nothing_behind(published, tmp_path, monkeypatch):
-    plan = importing.plan_published(published)
+    opened = open_published(published)
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def fail(path, items, overwrite):
@@ -340,14 +321,14 @@ def test_a_failure_of_the_checkpoint_writer_leaves_nothing_behind(published, tmp
 
     monkeypatch.setattr(importing.ocp, "save_checkpointables", fail)
     with pytest.raises(UserError, match="target could not be written: RESOURCE_EXHAUSTED"):
-        importing.write_checkpoint(plan, tmp_path / "target", progress=False)
+        importing.write_checkpoint(opened, tmp_path / "target", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_disk_room_is_looked_at_first(published, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"target needs 0.00 GB of disk room, but 0.00 GB are free"):
-        importing.write_checkpoint(importing.plan_published(published), tmp_path / "target", progress=False)
+        importing.write_checkpoint(open_published(published), tmp_path / "target", progress=False)
     assert not (tmp_path / "target").exists()
 
 
@@ -356,9 +337,9 @@ def test_numbers_beyond_float16_are_refused(published, tmp_path):
         tensors["model.norm.weight"] = np.full(16, 1e5, np.float32)
 
     change(published, enlarge)
-    plan = importing.plan_published(published, dtype="float16")
+    opened = open_published(published, dtype="float16")
     with pytest.raises(UserError, match=r"model.norm.weight has numbers beyond the range of float16"):
-        importing.write_checkpoint(plan, tmp_path / "target", progress=False)
+        importing.write_checkpoint(opened, tmp_path / "target", progress=False)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -375,11 +356,11 @@ def test_interrupted_folders_never_take_the_name(tmp_path):
 
 
 def test_models_that_the_published_code_cannot_hold(published, tmp_path):
-    importing.write_checkpoint(importing.plan_published(published), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(published), tmp_path / "checkpoint", progress=False)
     source = exporting.open_checkpoint(tmp_path / "checkpoint")
     for changes in ({"taps": "paper"}, {"latent_init": "learned"}, {"text_guided": False}, {"image_tokens": 4}):
         with pytest.raises(UserError, match=next(iter(changes))):
-            hf_config.published_config(dataclasses.replace(source.config.model, **changes), "llama3", {}, "float32")
+            published_config(dataclasses.replace(source.config.model, **changes), "llama3", {}, "float32")
     with pytest.raises(UserError, match="format 'gguf' is unknown; allowed: published, transformers"):
         exporting.export(tmp_path / "checkpoint", tmp_path / "out", "gguf")
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
@@ -390,21 +371,19 @@ def test_models_that_the_published_code_cannot_hold(published, tmp_path):
 
 def test_where_an_image_stands_is_no_matter_of_the_published_format():
     """Older checkpoints keep a late image in its turn; they are exported all the same, with their folder's words."""
-    origin = hf_config.published_config(MODEL, "llama3", {}, "float32") | {
+    origin = published_config(MODEL, "llama3", {}, "float32") | {
         "extra": "word",
         "max_position_embeddings": 99,
     }
     before = dataclasses.replace(MODEL, image_place="turn")
-    assert hf_config.published_config(before, "llama3", {}, "float32") == hf_config.published_config(
-        MODEL, "llama3", {}, "float32"
-    )
-    exported = hf_config.published_config(before, "llama3", origin, "float32")
-    assert exported == hf_config.published_config(MODEL, "llama3", origin, "float32")
+    assert published_config(before, "llama3", {}, "float32") == published_config(MODEL, "llama3", {}, "float32")
+    exported = published_config(before, "llama3", origin, "float32")
+    assert exported == published_config(MODEL, "llama3", origin, "float32")
     assert exported["extra"] == "word"
 
 
 def test_a_checkpoint_without_tokenizer_says_so(published, tmp_path):
-    importing.write_checkpoint(importing.plan_published(published), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(published), tmp_path / "checkpoint", progress=False)
     with pytest.raises(UserError, match="holds no tokenizer"):
         exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
     assert not (tmp_path / "out").exists()
@@ -418,13 +397,13 @@ def test_command_line(published, tmp_path):
         command = [sys.executable, "-m", "fusion_jax.convert", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1])
 
-    done = run("import", "--from", published, "--to", tmp_path / "checkpoint")
+    done = run("import", "--from", published, "--out", tmp_path / "checkpoint")
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
-    done = run("export", "--checkpoint", tmp_path / "checkpoint", "--format", "published", "--to", tmp_path / "out")
+    done = run("export", "--checkpoint", tmp_path / "checkpoint", "--format", "published", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert load_file(tmp_path / "out/model.safetensors").keys() >= load_file(published / "model.safetensors").keys()
-    done = run("import", "--from", published, "--vision", published, "--to", tmp_path / "x")
+    done = run("import", "--from", published, "--vision", published, "--out", tmp_path / "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Give --from DIR for a whole model, or both --vision DIR and --llm DIR" in done.stderr
     done = run("transmogrify")

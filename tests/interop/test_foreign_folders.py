@@ -14,49 +14,27 @@ from pathlib import Path
 
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-import tokenizers
-from flax.traverse_util import flatten_dict
-from helpers.fixtures import params, tiny
+from helpers.fixtures import tiny
+from helpers.published_folder import PUBLISHED, write_with_tokenizer
 
 from fusion_jax import convert
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.interop import exporting, hf_config, importing, table
-from fusion_jax.interop.tensors import TensorFolder, TensorWriter, check_room, new_folder
+from fusion_jax.interop import FORMATS, exporting, importing, model_card
+from fusion_jax.interop.new_folder import check_room, new_folder
+from fusion_jax.interop.opening import open_backbones, open_published
+from fusion_jax.interop.tensors import TensorFolder
 from fusion_jax.training import checkpoint
 
-# Numbers that the published code can open.
-SIZES = {"exchange.heads": 16, "vision.image_size": 384, "vision.patch_size": 16, "vision.layers": 39}
-MODEL = tiny("released", **SIZES)
-WORDS = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "two", "cubes"]
-
-
-def write(folder: Path, shard_bytes: int = 10**9) -> Path:
-    folder.mkdir(parents=True)
-    weights = flatten_dict(params(MODEL), sep="/")
-    config = hf_config.published_config(MODEL, "llama3", {}, "float32")
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = table.published_rows(MODEL, importing.parameter_shapes(MODEL), fused=False)
-    writer = TensorWriter(folder, {row.name: (row.shape, "float32") for row in rows}, shard_bytes)
-    for row in rows:
-        writer[row.name][...] = table.to_published(
-            row, lambda path, index: weights[path] if index is None else weights[path][index], MODEL
-        )
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    model.add_special_tokens(WORDS[:6])
-    model.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return folder
+MODEL = tiny("released", **PUBLISHED)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
-    write(root / "one")
-    write(root / "shards", shard_bytes=30_000)
-    importing.write_checkpoint(importing.plan_published(root / "one"), root / "checkpoint", progress=False)
+    write_with_tokenizer(root / "one", MODEL)
+    write_with_tokenizer(root / "shards", MODEL, shard_bytes=30_000)
+    importing.write_checkpoint(open_published(root / "one"), root / "checkpoint", progress=False)
     return root
 
 
@@ -125,7 +103,7 @@ NAN, INFINITY = float("nan"), float("inf")
 def test_config_values_of_wrong_kinds_and_sizes(folder, key, value):
     with_entries(folder / "config.json", **{key: value})
     what = "layers.9998" if value == 9999 else key
-    refused(lambda: importing.plan_published(folder), str(folder), what)
+    refused(lambda: open_published(folder), str(folder), what)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +123,7 @@ def test_tower_values_of_wrong_kinds_and_sizes(folder, key, value):
     tower = json.loads((folder / "config.json").read_text())["vision_config"]
     tower[key] = value
     with_entries(folder / "config.json", vision_config=tower)
-    refused(lambda: importing.plan_published(folder), str(folder), key)
+    refused(lambda: open_published(folder), str(folder), key)
 
 
 LLAMA3 = {
@@ -184,7 +162,7 @@ LONGROPE = {
 )
 def test_rotary_settings_of_wrong_kinds(folder, scaling, word):
     with_entries(folder / "config.json", rope_scaling=scaling)
-    refused(lambda: importing.plan_published(folder), str(folder), word)
+    refused(lambda: open_published(folder), str(folder), word)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +179,7 @@ def test_rotary_settings_of_wrong_kinds(folder, scaling, word):
 )
 def test_texts_that_are_no_config(folder, text, word):
     (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(lambda: importing.plan_published(folder), "config.json", word)
+    refused(lambda: open_published(folder), "config.json", word)
 
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -220,7 +198,7 @@ def test_pipes_folders_and_endless_files_are_not_read(folder, name):
     ):
         path.unlink(missing_ok=True)
         make()
-        refused(lambda: importing.plan_published(folder), name)
+        refused(lambda: open_published(folder), name)
         if path.is_dir():
             path.rmdir()
 
@@ -233,7 +211,7 @@ def test_links_do_not_carry_files_of_this_machine_into_checkpoints(folder, tmp_p
     secret.write_text((folder / "tokenizer.json").read_text() if name == "tokenizer.json" else "{}")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    refused(lambda: importing.plan_published(folder), str(folder / name), "link out of its folder", str(secret))
+    refused(lambda: open_published(folder), str(folder / name), "link out of its folder", str(secret))
 
 
 def test_links_of_a_hugging_face_cache_are_followed(made, tmp_path):
@@ -244,8 +222,8 @@ def test_links_of_a_hugging_face_cache_are_followed(made, tmp_path):
     for number, path in enumerate(sorted((made / "one").iterdir())):
         shutil.copy(path, cache / "blobs" / f"{number}")
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / f"{number}")
-    plan = importing.plan_published(snapshot)
-    assert plan.tokenizer == load_tokenizer(made / "one")
+    opened = open_published(snapshot)
+    assert opened.tokenizer == load_tokenizer(made / "one")
 
 
 @pytest.mark.parametrize(
@@ -270,9 +248,7 @@ def test_links_of_a_hugging_face_cache_are_followed(made, tmp_path):
 def test_indexes_of_wrong_forms(made, tmp_path, placed, word):
     folder = shutil.copytree(made / "shards", tmp_path / "folder")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    refused(
-        lambda: importing.plan_published(folder), "model.safetensors.index.json" if word != "missing" else "gone", word
-    )
+    refused(lambda: open_published(folder), "model.safetensors.index.json" if word != "missing" else "gone", word)
 
 
 def header(path: Path, text: bytes, said: int | None = None) -> None:
@@ -295,19 +271,19 @@ def header(path: Path, text: bytes, said: int | None = None) -> None:
 )
 def test_headers_that_lie(folder, text, said, word):
     header(folder / "model.safetensors", text, said)
-    refused(lambda: importing.plan_published(folder), str(folder), word)
+    refused(lambda: open_published(folder), str(folder), word)
 
 
 def test_headers_of_a_million_tensors_are_not_read(folder):
     path = folder / "model.safetensors"
     path.write_bytes((1 << 26).to_bytes(8, "little"))
     os.truncate(path, (1 << 26) + 8)
-    refused(lambda: importing.plan_published(folder), "model.safetensors", "header of 67,108,864 bytes")
+    refused(lambda: open_published(folder), "model.safetensors", "header of 67,108,864 bytes")
 
 
 def test_a_tensor_larger_than_the_memory_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1)
-    refused(lambda: importing.plan_published(folder), "model.safetensors", "more than this machine's")
+    refused(lambda: open_published(folder), "model.safetensors", "more than this machine's")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +323,7 @@ def test_tokenizer_files_of_wrong_forms(folder, name, content, words):
     if path.is_file() and isinstance(content, dict) and name != "tokenizer.json":
         content = json.loads(path.read_text()) | content
     path.write_text(json.dumps(content))
-    refused(lambda: importing.plan_published(folder), str(folder), name, *words)
+    refused(lambda: open_published(folder), str(folder), name, *words)
 
 
 def test_tokenizer_files_that_ask_to_pad_or_cut_are_not_obeyed(folder):
@@ -385,9 +361,9 @@ def test_pickles_that_lie_or_run_code(folder):
     torch.save({"a": torch.zeros(3, device="meta")}, path)
     tried()
     torch.save({5: torch.zeros(3)}, path)
-    tried("other things than named tensors")
+    tried("values that are not named tensors")
     torch.save([torch.zeros(3)], path)
-    tried("other things than named tensors")
+    tried("values that are not named tensors")
     # What PyTorch stores, compressed: a bomb would be like this.
     torch.save({"a": torch.zeros(3)}, path)
     with zipfile.ZipFile(path) as whole:
@@ -399,7 +375,7 @@ def test_pickles_that_lie_or_run_code(folder):
     path.unlink()
     os.mkfifo(path)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": path.name}}))
-    tried("no regular file")
+    tried("not a regular file")
 
 
 # ---- Checkpoints.
@@ -450,11 +426,11 @@ def test_checkpoints_that_say_odd_things_of_themselves(made, tmp_path, path, val
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("format", exporting.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_exports_point_to_no_code_of_others(folder, tmp_path, format):
     with_entries(folder / "config.json", auto_map={"AutoModel": "someone/elsewhere--evil.Model"}, custom_pipelines={})
     with_entries(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["someone/elsewhere--evil.T", None]})
-    importing.write_checkpoint(importing.plan_published(folder), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(folder), tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", format, progress=False)
     for path in (tmp_path / "out").glob("*.json"):
         assert "elsewhere" not in path.read_text(), path
@@ -484,16 +460,16 @@ def test_paths_of_other_kinds_than_folders(made, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     target = tmp_path / "out"
     for name in ("file", "pipe"):
-        refused(lambda name=name: importing.plan_published(tmp_path / name), f"{name} is no folder")
-        refused(lambda name=name: importing.plan_backbones(tmp_path / name, made / "one"), f"{name} is no folder")
-        refused(lambda name=name: importing.plan_backbones(made / "one", tmp_path / name), f"{name} is no folder")
+        refused(lambda name=name: open_published(tmp_path / name), f"{name} is neither a folder nor")
+        refused(lambda name=name: open_backbones(tmp_path / name, made / "one"), f"{name} is neither a folder nor")
+        refused(lambda name=name: open_backbones(made / "one", tmp_path / name), f"{name} is neither a folder nor")
         refused(lambda name=name: exporting.export(tmp_path / name, target, "published"), "holds no checkpoint")
     refused(lambda: exporting.export(made / "one", target, "published"), "holds no checkpoint")
     for name in ("x" * 300, "a\0b", "a\x1b[2Jb"):
-        refused(lambda name=name: importing.plan_published(tmp_path / name), "has no config.json")
+        refused(lambda name=name: open_published(tmp_path / name), "has no config.json")
         refused(lambda name=name: load_tokenizer(tmp_path / name), "no tokenizer folder")
     # And the command ends as commands do.
-    command = [sys.executable, "-m", "fusion_jax.convert", "import", "--from", tmp_path / "pipe", "--to", target]
+    command = [sys.executable, "-m", "fusion_jax.convert", "import", "--from", tmp_path / "pipe", "--out", target]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1], timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert not target.exists()
@@ -501,19 +477,19 @@ def test_paths_of_other_kinds_than_folders(made, tmp_path):
 
 @pytest.mark.parametrize("value", ['"a text"', '"1.5"', "[1]", "true", "1" + "0" * 400])
 def test_metrics_of_a_run_that_hold_something_else_than_numbers(tmp_path, value):
-    source = exporting.Checkpoint(tmp_path / "checkpoints" / "4", None, {}, {})
+    step = tmp_path / "checkpoints" / "4"
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 4, "ce": 1.25, "note": "x"}\n{"step": 5, "ce": "later"}\n')
-    assert "| ce | 1.2500 |" in exporting._metrics(source)
+    assert "| ce | 1.2500 |" in model_card.metrics_at(step)
     file.write_text(f'{{"step": 4, "ce": {value}}}\n')
-    refused(lambda: exporting._metrics(source), str(file))
+    refused(lambda: model_card.metrics_at(step), str(file))
 
 
 def test_sizes_are_refused_before_memory_is_taken(folder):
     with_entries(folder / "config.json", num_hidden_layers=10_000, intermediate_size=1 << 20)
     tracemalloc.start()
     try:
-        refused(lambda: importing.plan_published(folder), "layers.9999")
+        refused(lambda: open_published(folder), "layers.9999")
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tokenizers
 from flax.traverse_util import flatten_dict
-from test_backbones import LLAMA3, LONGROPE, SIZES, cheap_connectors, folders, language_model  # noqa: F401
+from helpers.backbones import LLAMA3, LONGROPE, SIZES, cheap_connectors, language_model  # noqa: F401
 
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import gguf_file, gguf_tokenizer, importing
+from fusion_jax.interop.opening import open_backbones
 from fusion_jax.training import checkpoint
 
 gguf = pytest.importorskip("gguf", reason="needs the test extra: pip install 'fusion_jax[test]'")
@@ -83,21 +84,21 @@ def write_gguf(path, kind, pack=None, edit=None):
 
 
 def read(vision, llm):
-    plan = importing.plan_backbones(vision, llm)
-    return plan, flatten_dict(importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype)), sep="/")
+    opened = open_backbones(vision, llm)
+    return opened, flatten_dict(importing.read(opened, lambda _, shape, dtype: np.empty(shape, dtype)), sep="/")
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "phi3", "qwen2"])
-def test_a_file_is_the_folder_that_it_was_made_from(folders, tmp_path, kind):  # noqa: F811
+def test_a_file_is_the_folder_that_it_was_made_from(folders, tmp_path, kind):
     write_gguf(tmp_path / "model.gguf", kind)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folders / kind / name, tmp_path)
-    plan, params = read(folders / "vision", tmp_path)
-    expected_plan, expected = read(folders / "vision", folders / kind)
-    assert (plan.model, plan.template, plan.tokenizer) == (
-        expected_plan.model,
-        expected_plan.template,
-        expected_plan.tokenizer,
+    opened, params = read(folders / "vision", tmp_path)
+    expected_opened, expected = read(folders / "vision", folders / kind)
+    assert (opened.model, opened.template, opened.tokenizer) == (
+        expected_opened.model,
+        expected_opened.template,
+        expected_opened.tokenizer,
     )
     assert params.keys() == expected.keys()
     for path, array in params.items():
@@ -177,18 +178,18 @@ def at(data: bytes, text: bytes, form: str, value, skip: int = 0) -> bytes:
 
 
 HOSTILE = {
-    "empty": (lambda d: b"", "is no GGUF file"),
-    "other magic": (lambda d: b"GGML" + d[4:], "is no GGUF file"),
+    "empty": (lambda d: b"", "is not a GGUF file"),
+    "other magic": (lambda d: b"GGML" + d[4:], "is not a GGUF file"),
     "version 1": (lambda d: at(d, b"GGUF", "<I", 1), "GGUF of version 1"),
     "big end first": (lambda d: at(d, b"GGUF", ">I", 3), "GGUF of version 50331648"),
-    "many tensors": (lambda d: at(d, b"GGUF", "<Q", 1 << 60, 4), "it speaks of 1,152,921,504,606,846,976 tensors"),
-    "many keys": (lambda d: at(d, b"GGUF", "<Q", 1 << 40, 12), "it speaks of 1,099,511,627,776 keys"),
+    "many tensors": (lambda d: at(d, b"GGUF", "<Q", 1 << 60, 4), "it claims 1,152,921,504,606,846,976 tensors"),
+    "many keys": (lambda d: at(d, b"GGUF", "<Q", 1 << 40, 12), "it claims 1,099,511,627,776 keys"),
     "long key": (lambda d: at(d, b"GGUF", "<Q", 1 << 62, 20), "a text of 4,611,686,018,427,387,904 bytes"),
     "long text": (lambda d: at(d, b"general.architecture", "<Q", 1 << 24, 4), "damaged or cut short: its header ends"),
     "unknown type": (lambda d: at(d, b"general.architecture", "<I", 77), "values of the unknown type 77"),
-    "long list": (lambda d: at(d, b"tokenizer.ggml.tokens", "<Q", 1 << 50, 8), "ggml.tokens speaks of 1,125,899,906,8"),
+    "long list": (lambda d: at(d, b"tokenizer.ggml.tokens", "<Q", 1 << 50, 8), "ggml.tokens claims 1,125,899,906,8"),
     "list of lists": (lambda d: at(d, b"tokenizer.ggml.tokens", "<I", 9, 4), "values of the unknown type 9"),
-    "no text": (lambda d: d.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.\xff\xfedel"), "is no UTF-8"),
+    "no text": (lambda d: d.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.\xff\xfedel"), "is not UTF-8"),
     "twice": (
         lambda d: d.replace(b"llama.block_count", b"llama.block_bount", 0).replace(
             b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id"
@@ -197,12 +198,12 @@ HOSTILE = {
     ),
     "many axes": (lambda d: at(d, b"output_norm.weight", "<I", 1 << 31), "output_norm.weight has 2147483648 axes"),
     "huge tensor": (lambda d: at(d, b"output_norm.weight", "<Q", 1 << 63, 4), "output_norm.weight has the shape"),
-    "large tensor": (lambda d: at(d, b"output_norm.weight", "<Q", 1 << 40, 4), "output_norm.weight ends behind"),
+    "large tensor": (lambda d: at(d, b"output_norm.weight", "<Q", 1 << 40, 4), "output_norm.weight ends after"),
     "no numbers": (lambda d: at(d, b"output_norm.weight", "<Q", 0, 4), "output_norm.weight has the shape"),
     "unknown packing": (lambda d: at(d, b"output_norm.weight", "<I", 4, 12), "output_norm.weight is packed as 4"),
     "packed ints": (lambda d: at(d, b"output_norm.weight", "<I", 26, 12), "output_norm.weight is packed as I32"),
-    "odd rows": (lambda d: at(d, b"output_norm.weight", "<I", 8, 12), "rows of 48 are no whole blocks"),
-    "far away": (lambda d: at(d, b"output_norm.weight", "<Q", 1 << 62, 16), "output_norm.weight ends behind"),
+    "odd rows": (lambda d: at(d, b"output_norm.weight", "<I", 8, 12), "rows of 48 are not whole blocks"),
+    "far away": (lambda d: at(d, b"output_norm.weight", "<Q", 1 << 62, 16), "output_norm.weight ends after"),
     "cut short": (lambda d: d[:-100], "it is cut short"),
     "cut in the header": (lambda d: d[:3000], "damaged or cut short: its header ends at 3,000"),
     "other architecture": (lambda d: d.replace(b"llama", b"gemma"), "'gemma' is not supported; supported: llama, phi3"),
@@ -216,18 +217,21 @@ HOSTILE = {
     "no epsilon": (lambda d: at(d, b"layer_norm_rms_epsilon", "<f", float("nan"), 4), "rms_epsilon must be a number"),
     "other scaling": (lambda d: at(d, b"original_context_length", "<I", 64, 4), "another scaling than Llama 3's"),
     "no BPE": (lambda d: d.replace(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert"), "type 'bert' cannot be read"),
-    "other splits": (lambda d: d.replace(b"smollm", b"falcon"), r"\('falcon'\) splits texts is not known; lay the"),
+    "other splits": (
+        lambda d: d.replace(b"smollm", b"falcon"),
+        r"how its tokenizer \('falcon'\) splits texts; lay the",
+    ),
     "no such token": (lambda d: at(d, b"eos_token_id", "<I", 1 << 30, 4), "eos_token_id must be a whole number"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_damaged_or_unknown_is_one_sentence(folders, whole, tmp_path, name):  # noqa: F811
+def test_what_is_damaged_or_unknown_is_one_sentence(folders, whole, tmp_path, name):
     edit, message = HOSTILE[name]
     path = tmp_path / "x.gguf"
     path.write_bytes(edit(whole))
     with pytest.raises(UserError, match=message) as caught:
-        importing.plan_backbones(folders / "vision", path)
+        open_backbones(folders / "vision", path)
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
@@ -271,9 +275,9 @@ def edited(tmp_path, **values):
         ({"split__count": 3}, "is one of 3 parts; join them first"),
     ],
 )
-def test_options_that_are_not_supported_are_named(folders, tmp_path, values, message):  # noqa: F811
+def test_options_that_are_not_supported_are_named(folders, tmp_path, values, message):
     with pytest.raises(UserError, match=message):
-        importing.plan_backbones(folders / "vision", edited(tmp_path, **values))
+        open_backbones(folders / "vision", edited(tmp_path, **values))
 
 
 def test_folders_with_none_one_and_several_files(tmp_path):
@@ -294,14 +298,14 @@ def test_without_the_package_a_sentence_says_how_to_install_it(whole, tmp_path, 
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "x.gguf").write_bytes(whole)
     with pytest.raises(UserError, match=r"x.gguf: reading GGUF needs a package: pip install 'fusion_jax\[gguf\]'"):
-        importing.plan_backbones(tmp_path, tmp_path / "x.gguf")
+        open_backbones(tmp_path, tmp_path / "x.gguf")
 
 
-def test_the_tokenizer_lasts_until_the_checkpoint_is_written(folders, tmp_path):  # noqa: F811
-    plan = importing.plan_backbones(folders / "vision", edited(tmp_path))
-    expected = plan.tokenizer.encode(TEXTS[0])
-    importing.write_checkpoint(plan, tmp_path / "checkpoint", progress=False)
-    files = Path(plan.kept.name)
-    del plan
+def test_the_tokenizer_lasts_until_the_checkpoint_is_written(folders, tmp_path):
+    opened = open_backbones(folders / "vision", edited(tmp_path))
+    expected = opened.tokenizer.encode(TEXTS[0])
+    importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
+    files = Path(opened.kept.name)
+    del opened
     checkpoint.save_tokenizer(checkpoint.load_about(tmp_path / "checkpoint"), tmp_path)
     assert load_tokenizer(tmp_path).encode(TEXTS[0]) == expected and not files.exists()

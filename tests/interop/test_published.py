@@ -6,13 +6,16 @@ import jax
 import numpy as np
 import pytest
 from helpers.fixtures import params, tiny
+from helpers.goldens import GOLDENS
+from helpers.published_folder import PUBLISHED, equal_trees, write_with_tokenizer
 from safetensors.numpy import load_file
-from test_convert import GOLDENS, PUBLISHED, equal_trees
-from test_foreign_folders import write
 
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting, hf_config, importing, published
+from fusion_jax.interop.opening import Opened, open_published
+from fusion_jax.interop.published_config import published_config
+from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.models.config import GIANT, SO400M, FusionConfig, replace
 from fusion_jax.training import checkpoint
 
@@ -22,15 +25,13 @@ SIGLIP = {"vision.patch_size": 14, "vision.layers": 26}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in the published format, with a tokenizer."""
-    return write(tmp_path_factory.mktemp("published") / "in")
+    return write_with_tokenizer(tmp_path_factory.mktemp("published") / "in", tiny("released", **PUBLISHED))
 
 
 def saved(folder, path, model: FusionConfig, template: str = "llama3"):
     """A checkpoint of random parameters, as training leaves it, with nothing of the folder but its tokenizer."""
     flat = params(model)
-    about = checkpoint.describe(
-        importing.run_config(importing.Plan(model, template, None, [], {})), load_tokenizer(folder), {}
-    )
+    about = checkpoint.describe(importing.run_config(Opened(model, template, None, [], {})), load_tokenizer(folder), {})
     importing.ocp.save_checkpointables(path, {"params": flat, "about": about})
     return jax.tree.map(np.asarray, flat)
 
@@ -97,7 +98,7 @@ def test_transformers_opens_the_folders_of_the_tower_and_of_the_model(folder, tm
         ({"vision.layers": 26}, "llama3", "384 pixels, patches of 16 and 27 layers"),
         ({"vision.layers": 40}, "llama3", "384 pixels, patches of 16 and 41 layers"),
         ({"vision.patch_size": 14}, "llama3", "384 pixels, patches of 14 and 40 layers"),
-        ({}, "chatml", "writes conversations as phi3 or llama3, and this model's template is chatml"),
+        ({}, "chatml", "writes conversations as llama3 or phi3, and this model's template is chatml"),
         ({}, "own", "this model's template is own"),
     ],
 )
@@ -115,7 +116,7 @@ def test_a_refusal_writes_nothing(folder, tmp_path):
 
 
 def described(model: FusionConfig, **origin):
-    return hf_config.published_config(model, "llama3", origin, "float32")
+    return published_config(model, "llama3", origin, "float32")
 
 
 def test_towers_known_by_hub_id_need_no_folder(tmp_path):
@@ -129,7 +130,7 @@ def test_towers_known_by_hub_id_need_no_folder(tmp_path):
 
 def test_names_that_would_choose_the_other_encoder(tmp_path):
     model = tiny("released", **PUBLISHED | SIGLIP)
-    shapes = importing.parameter_shapes(model)
+    shapes = parameter_shapes(model)
     with pytest.raises(UserError, match=r"name a folder without that word instead of .*siglip2-runs/out"):
         published.place_tower(model, described(model), tmp_path / "siglip2-runs" / "out", shapes)
     # The words of the folder it came from stay where they choose the right one; a path of elsewhere does not.
@@ -147,7 +148,7 @@ def test_names_that_would_choose_the_other_encoder(tmp_path):
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason=f"no golden cases under {GOLDENS} (set FUSION_GOLDENS)")
 def test_the_words_of_a_golden_folder_stay_and_its_tower_lies_beside_them(tmp_path):
     case = GOLDENS / "llama_siglip"
-    importing.write_checkpoint(importing.plan_published(case / "hf"), tmp_path / "checkpoint", progress=False)
+    importing.write_checkpoint(open_published(case / "hf"), tmp_path / "checkpoint", progress=False)
     exporting.export(tmp_path / "checkpoint", tmp_path / "out", "published", progress=False)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_vision_tower"] == "vision_siglip"
     given = load_file(case / "vision_siglip" / "model.safetensors")

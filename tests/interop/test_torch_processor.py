@@ -7,7 +7,11 @@ import http.server
 import io
 import json
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -17,8 +21,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from helpers import fixtures
-from interop import test_torch_model as shared
-from interop.test_torch_model import CHATS, messages, picture, torch, transformers
+from helpers.exported_model import CHATS, export, messages, picture, torch, transformers
 from PIL import Image
 
 from fusion_jax.data import conversation
@@ -128,7 +131,7 @@ def test_what_a_text_may_be(processors, tokenizer):
             processor(text=wrong, images=given)
     with pytest.raises(TypeError, match="no argument paddding"):
         processor(text=text, images=image, paddding=True)
-    with pytest.raises(ValueError, match="no place for tools"):
+    with pytest.raises(ValueError, match="does not support tools"):
         processor.apply_chat_template(prompt, tools=[{"name": "f"}])
 
 
@@ -206,7 +209,7 @@ def test_images_of_every_kind(processors, server, tmp_path):
         (np.full((5, 7, 3), -1.0), "below 0"),
         (np.full((5, 7, 3), 70000), "which value is white"),
         (b"GIF87", "Cannot read the image"),
-        (3.5, "A float is no image"),
+        (3.5, "A float is not an image"),
         ("data:image/png;base64,%%%", "does not hold base64"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -364,7 +367,7 @@ def test_cutting_never_goes_through_an_image_or_a_question(processors):
         some = cut(both, max_length=limit)
         assert torch.equal(some["input_ids"], once["input_ids"]) and some["latent_start"].shape == (1, 1)
         assert torch.equal(some["labels"], once["labels"])
-    with pytest.raises(ValueError, match="cut its image and the question behind it"):
+    with pytest.raises(ValueError, match="cut its image and the question after it"):
         cut(both, max_length=int(full["round_end"][0, 0]))
     with pytest.raises(ValueError, match="cut its last question"):
         cut(chat(image), max_length=30)
@@ -499,7 +502,7 @@ def test_a_model_without_an_exact_tokenizer_json_keeps_its_own(tokenizer, tmp_pa
 
 def test_the_pipeline_answers_as_generate_does(tokenizer, tmp_path):
     config = fixtures.tiny("paper", **{"llm.vocab_size": tokenizer.vocab_size})
-    model = shared.export(tmp_path, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    model = export(tmp_path, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
     pipe = transformers.pipeline("image-text-to-text", str(tmp_path), trust_remote_code=True)
     image = picture(0)
     image.save(tmp_path / "a.png")
@@ -517,3 +520,37 @@ def test_the_pipeline_answers_as_generate_does(tokenizer, tmp_path):
     assert len(pipe(text=[own, own], **given)) == 2
     begun = pipe(text=[*own, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}], generate_kwargs=ways)
     assert begun[0]["generated_text"][-1]["content"][0]["text"].startswith("A")
+
+
+ALONE = """
+import sys
+
+for name in ("jax", "jaxlib", "flax", "grain", "orbax", "fusion_jax"):
+    sys.modules[name] = None  # importing it fails
+
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+part = {"type": "image", "path": sys.argv[2]}
+inputs = processor([{"role": "user", "content": [part, {"type": "text", "text": "What is red?"}]}])
+print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
+"""
+
+
+def test_an_exported_folder_opens_where_this_package_cannot_be_imported(tokenizer, tmp_path):
+    config = fixtures.tiny("paper", **{"llm.vocab_size": tokenizer.vocab_size})
+    folder, image = tmp_path / "exported", tmp_path / "a.png"
+    folder.mkdir()
+    model = export(folder, config, fixtures.params(config), tokenizer, TEMPLATES["phi3"])
+    for file in folder.glob("*.py"):
+        imports = [line for line in file.read_text().splitlines() if re.match(r"\s*(from|import) fusion_jax\b", line)]
+        assert not imports, (file.name, imports)
+    picture(0).save(image)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE, str(folder), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(chat({"type": "image", "path": str(image)}))
+    assert json.loads(done.stdout.splitlines()[-1]) == model.generate(**inputs, max_new_tokens=4)[0].tolist()

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import exported_model as exported
 from helpers import fixtures
+from helpers.exported_model import torch
 
-exported = pytest.importorskip("interop.test_torch_model", reason="the exported model needs torch and transformers")
-import torch  # noqa: E402
-
-from fusion_jax.batch import PIXELS  # noqa: E402
-from fusion_jax.data import tiles  # noqa: E402
-from fusion_jax.data.tiles import choose_tiling  # noqa: E402
-from fusion_jax.interop.importing import parameter_shapes  # noqa: E402
-from fusion_jax.interop.torch import names  # noqa: E402
-from fusion_jax.models.config import VARIANTS  # noqa: E402
-from fusion_jax.models.fusion import Fusion  # noqa: E402
+from fusion_jax.batch import PIXELS
+from fusion_jax.data import tiles
+from fusion_jax.data.tiles import choose_tiling
+from fusion_jax.interop.shapes import parameter_shapes
+from fusion_jax.interop.torch import names
+from fusion_jax.models.config import VARIANTS
+from fusion_jax.models.fusion import Fusion
 
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))
 # Tiles of 2 x 2 tokens whose latents' cells overlap; of all 3 x 3 patches, with the image's tokens resized.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import fixtures
 
-exported = pytest.importorskip("interop.test_torch_model", reason="the exported model needs torch and transformers")
+exported_model = pytest.importorskip("helpers.exported_model", reason="the exported model needs torch and transformers")
 import ways  # noqa: E402
 
 
@@ -17,8 +17,8 @@ import ways  # noqa: E402
 def plain() -> ways.Plain:
     """A model of two sets of latents whose head is its embedding."""
     config = fixtures.tiny(**{"llm.tied_head": True, "latent_counts": (4, 9, 1)})
-    folder = tempfile.mkdtemp(dir=exported._modules.name)
-    exported.export(Path(folder), config, fixtures.params(config))
+    folder = tempfile.mkdtemp(dir=exported_model.MODULES.name)
+    exported_model.export(Path(folder), config, fixtures.params(config))
     return ways.Plain(folder)
 
 

@@ -102,7 +102,7 @@ def test_each_end_of_a_part_is_told(tmp_path, monkeypatch):
     assert states["raises"] == ("failed", ["exit code 1: ValueError: no such kernel"])
     assert states["judged"] == ("failed", ["too slow"])
     assert states["hangs"] == ("cut", ["over its 3 s"])
-    assert states["silent"] == ("failed", ["said nothing"])
+    assert states["silent"] == ("failed", ["printed nothing"])
     assert parts["raises"]["figures"] == parts["hangs"]["figures"] == {"figure": 1}
     assert "no such kernel" in (tmp_path / "x.log").read_text()
 

@@ -268,7 +268,7 @@ def test_cached_decode_keeps_to_the_sliding_window_of_positions():
     segments, positions = counted(LENGTHS, 9)
     cache = llm.empty_cache(config.llm, jnp.full(2, TOTAL), 12, jnp.float32)
     _, cache = run(jnp.asarray(ROWS[:, :9]), *arrays(segments, positions), None, cache)
-    for step in range(2):  # the second row's padding lies inside a window of slots
+    for step in range(2):  # the second row's padding is inside a window of slots
         places = LENGTHS + step
         x = jnp.asarray(ROWS[np.arange(2), places][:, None])
         hidden, cache = run(x, *arrays(np.ones((2, 1)), places[:, None]), None, cache)
@@ -316,11 +316,11 @@ def test_head_is_the_embedding_where_tied():
 @functools.cache
 def prompts():
     """Two prompts of different lengths; each with an image."""
-    made = []
+    unanswered = []
     for seed, question in ((0, 5), (1, 2)):
         e = example(tiny(), seed, question=question, answer=1)
-        made.append(type(e)(e.input_ids[:-1], None, e.question_ids, e.crops))
-    return made
+        unanswered.append(type(e)(e.input_ids[:-1], None, e.question_ids, e.crops))
+    return unanswered
 
 
 @functools.cache
@@ -353,24 +353,24 @@ def test_decoding_across_longropes_original_length_equals_one_pass_over_all_of_i
     factors = {"short_factors": (1.0, 1.0), "long_factors": (4.0, 9.0)}
     rope = RopeConfig("longrope", original_length=12, max_length=48, **factors)
     config = tiny(**{"llm.rope": rope, "llm.layers": 1, "semantic_exchange": False})
-    asked = [example(config, seed, image=False, question=question, answer=0) for seed, question in ((0, 8), (1, 5))]
-    asked = [dataclasses.replace(one, labels=None) for one in asked]
-    assert [len(one.input_ids) for one in asked] == [10, 7]
-    got = generate.greedy(Fusion(config), params(config), lay(config, asked), 6, (), keep_logits=True)
+    questions = [example(config, seed, image=False, question=question, answer=0) for seed, question in ((0, 8), (1, 5))]
+    questions = [dataclasses.replace(one, labels=None) for one in questions]
+    assert [len(one.input_ids) for one in questions] == [10, 7]
+    generated = generate.greedy(Fusion(config), params(config), lay(config, questions), 6, (), keep_logits=True)
     always_short = replace(config, **{"llm.rope.long_factors": (1.0, 1.0)})
-    # Nothing is read behind the last token.
+    # Nothing is read after the last token.
     wholes = [
-        dataclasses.replace(prompt, input_ids=np.concatenate([prompt.input_ids, got.tokens[row, :-1]]))
-        for row, prompt in enumerate(asked)
+        dataclasses.replace(prompt, input_ids=np.concatenate([prompt.input_ids, generated.tokens[row, :-1]]))
+        for row, prompt in enumerate(questions)
     ]
     together = _logits(config, lay(config, wholes))
-    for row, (prompt, whole) in enumerate(zip(asked, wholes)):
+    for row, (prompt, whole) in enumerate(zip(questions, wholes)):
         assert len(whole.input_ids) == (15, 12)[row]
         for with_long, equal in ((config, True), (always_short, row == 1)):
             logits = _logits(with_long, lay(config, [whole]))[0, len(prompt.input_ids) - 1 :]
-            assert np.allclose(got.logits[row], logits, atol=1e-4) == equal
+            assert np.allclose(generated.logits[row], logits, atol=1e-4) == equal
         answers = together[row, len(prompt.input_ids) - 1 : len(whole.input_ids)]
-        np.testing.assert_allclose(got.logits[row], answers, atol=1e-4)  # without a cache rows are as independent
+        np.testing.assert_allclose(generated.logits[row], answers, atol=1e-4)  # without a cache rows are as independent
 
 
 def _logits(config, batch):

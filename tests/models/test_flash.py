@@ -91,10 +91,10 @@ def test_blocks_of_other_segments_are_skipped():
 @pytest.mark.parametrize("case", CASES)
 def test_cudnn_is_asked_for_what_it_can_do(case, monkeypatch):
     """Its gradient is NaN where a query sees no key, and it refuses to train on odd lengths."""
-    asked, real = [], jax.nn.dot_product_attention
+    calls, real = [], jax.nn.dot_product_attention
 
     def record(q, k, v, **arguments):
-        asked.append((q, k, arguments.get("mask")))
+        calls.append((q, k, arguments.get("mask")))
         return real(q, k, v, **arguments)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
@@ -105,7 +105,7 @@ def test_cudnn_is_asked_for_what_it_can_do(case, monkeypatch):
     ours = flash.cudnn_attention(q, k, v, *segments, *CASES[case][2:4], implementation="xla")
     theirs = reference_attention(q, k, v, *segments, *CASES[case][2:4])
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    [(q, k, mask)] = asked
+    [(q, k, mask)] = calls
     assert q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
     assert mask is None or np.asarray(mask).any(-1).all()
 

@@ -187,22 +187,22 @@ def test_variant_has_the_published_shapes(name, size, tower, llm, visual):
     assert (config.vision.heads, config.llm.heads, config.llm.kv_heads) == (tower["heads"], llm["heads"], llm["kv"])
     assert config.llm.vocab_size == llm["vocab"] and config.exchange.heads == 16
     assert abs(config.tokens_per_image + np.mean(config.latent_counts) - visual) / visual < 0.02
-    found = {path: leaf.shape for path, leaf in flatten_dict(shapes(config), sep="/").items()}
+    by_path = {path: leaf.shape for path, leaf in flatten_dict(shapes(config), sep="/").items()}
 
     v, dv, d = "vision/layers/layer/", tower["width"], llm["width"]
-    assert found["vision/patch_embedding/kernel"] == (tower["patch"] ** 2 * 3, dv)
-    assert found["vision/position_embedding"] == (tower["patches"], dv)
+    assert by_path["vision/patch_embedding/kernel"] == (tower["patch"] ** 2 * 3, dv)
+    assert by_path["vision/position_embedding"] == (tower["patches"], dv)
     # 39 published layers: the taps of `paper` read states 0 to 37, the output of the 37th layer.
     run = tower["layers"] - 2 if name.startswith("flare") else tower["layers"]
     assert config.vision.layers == tower["layers"] and config.encoder_layers == run
-    assert found[v + "query/kernel"] == (run, dv, dv)
-    assert found[v + "mlp/in/kernel"] == (run, dv, tower["mlp"])
-    assert found["vision_to_text/in/kernel"] == ((2 if name.startswith("flare") else 3) * dv, d)
-    assert found["vision_to_text/out/kernel"] == (d, d)
-    assert found["text_to_vision/in/kernel"] == (d, dv) and found["text_to_vision/out/kernel"] == (dv, dv)
+    assert by_path[v + "query/kernel"] == (run, dv, dv)
+    assert by_path[v + "mlp/in/kernel"] == (run, dv, tower["mlp"])
+    assert by_path["vision_to_text/in/kernel"] == ((2 if name.startswith("flare") else 3) * dv, d)
+    assert by_path["vision_to_text/out/kernel"] == (d, d)
+    assert by_path["text_to_vision/in/kernel"] == (d, dv) and by_path["text_to_vision/out/kernel"] == (dv, dv)
 
     def layers(suffix):
-        return [shape for path, shape in found.items() if path.startswith("llm/stack") and path.endswith(suffix)]
+        return [shape for path, shape in by_path.items() if path.startswith("llm/stack") and path.endswith(suffix)]
 
     per_head = d // llm["heads"]
     for suffix, shape in (
@@ -214,14 +214,14 @@ def test_variant_has_the_published_shapes(name, size, tower, llm, visual):
         stacks = [s for s in layers(suffix) if s[1:] == shape]
         # Exchange layers have a query and a key of their own, D x D.
         extra = 10 if suffix in ("query/kernel", "key/kernel") else 0
-        own = [s for p, s in found.items() if p.startswith("llm/stack") and p.endswith("exchange/" + suffix)]
+        own = [s for p, s in by_path.items() if p.startswith("llm/stack") and p.endswith("exchange/" + suffix)]
         assert sum(s[0] for s in own) == extra
         assert sum(s[0] for s in stacks) - (extra if shape == (d, d) else 0) == llm["layers"], suffix
-    assert found["llm/head"][0] == d and found["llm/embedding"][1] == d
-    assert llm["vocab"] <= found["llm/embedding"][0] == found["llm/head"][1] < llm["vocab"] + 128
-    exchange = sum(np.prod(shape, dtype=np.int64) for path, shape in found.items() if "/exchange/" in path)
+    assert by_path["llm/head"][0] == d and by_path["llm/embedding"][1] == d
+    assert llm["vocab"] <= by_path["llm/embedding"][0] == by_path["llm/head"][1] < llm["vocab"] + 128
+    exchange = sum(np.prod(shape, dtype=np.int64) for path, shape in by_path.items() if "/exchange/" in path)
     assert abs(exchange - llm["exchange"]) / llm["exchange"] < 0.02
-    tables = {path: shape for path, shape in found.items() if path.startswith("latents_")}
+    tables = {path: shape for path, shape in by_path.items() if path.startswith("latents_")}
     assert tables == ({f"latents_{n}": (n, d) for n in (4, 16, 36, 64, 144)} if name.startswith("flare") else {})
 
 
@@ -316,9 +316,9 @@ def test_text_only_row_of_the_released_weights_looks_at_a_zero_image():
     noisy.crops[2], noisy.quadrants[2] = 200, 200
     after, _ = forward_fn(config)(params(config), noisy)
     np.testing.assert_array_equal(np.asarray(after), np.asarray(hidden))
-    gone = dataclasses.replace(batch, round_end=np.where(np.arange(4)[:, None] == 2, -1, batch.round_end))
-    gone = dataclasses.replace(gone, latent_start=np.where(np.arange(4)[:, None] == 2, -1, batch.latent_start))
-    after, _ = forward_fn(config)(params(config), gone)
+    absent = dataclasses.replace(batch, round_end=np.where(np.arange(4)[:, None] == 2, -1, batch.round_end))
+    absent = dataclasses.replace(absent, latent_start=np.where(np.arange(4)[:, None] == 2, -1, batch.latent_start))
+    after, _ = forward_fn(config)(params(config), absent)
     assert np.abs(np.asarray(after) - np.asarray(hidden))[2].max() > 1e-3
 
 

@@ -53,12 +53,12 @@ def layer_params(config, k):
 
 def states(config, x, text, mask=TEXT_MASK):
     """All states from 0 on, one layer after the other."""
-    found = [jnp.concatenate([x, text], 1)]
+    states = [jnp.concatenate([x, text], 1)]
     segments = jnp.asarray(mask, jnp.int32)
     for k in range(config.encoder_layers):
         early = jnp.asarray(k < config.vision.layers // 2)
-        found.append(layer_fn(config.mask)(layer_params(config, k), found[-1], segments, early))
-    return [np.asarray(s) for s in found]
+        states.append(layer_fn(config.mask)(layer_params(config, k), states[-1], segments, early))
+    return [np.asarray(s) for s in states]
 
 
 # Pixels and patches.

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from fusion_jax import train
 from fusion_jax.command_line.cli import run_main
 from fusion_jax.devices import distributed
-from fusion_jax.inference import generate
+from fusion_jax.inference import decoding, generate
 
 
 def interleaved(sizes, devices, **_):
@@ -25,7 +25,7 @@ def answered(self, prompts, *arguments, answer=generate.Answerer.answer):
     return answers
 
 
-def begun(logits, *arguments, begin=generate.begin):
+def begun(logits, *arguments, begin=decoding.begin):
     weights = np.random.default_rng(0).standard_normal(logits.shape[1])
     print("logits", json.dumps((distributed.whole(logits) @ weights).tolist()))
     return begin(logits, *arguments)
@@ -33,6 +33,6 @@ def begun(logits, *arguments, begin=generate.begin):
 
 if __name__ == "__main__":
     mesh_utils.create_device_mesh = interleaved
-    generate.Answerer.answer, generate.begin = answered, begun
+    generate.Answerer.answer, decoding.begin = answered, begun
     train.define_flags()
     run_main(train.main)

@@ -1,4 +1,4 @@
-"""The page, a visitor of it and a file that nobody may see, for the page's tests; see page_site."""
+"""Fixtures of the page, a visitor, a secret file, a checkpoint and a server process; see page_site, server_process."""
 
 import pytest
 
@@ -26,3 +26,20 @@ def secret(tmp_path):
     path.write_text("a-secret-that-stays-here")
     path.chmod(0o600)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from helpers.server_process import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("mein Öl")
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    from helpers.server_process import running
+
+    with running(folder) as process:
+        yield process

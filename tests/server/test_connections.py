@@ -10,7 +10,7 @@ import pytest
 from helpers.echo_server import serving
 from helpers.raw_client import begin, rest
 
-from fusion_jax.server import api, connections
+from fusion_jax.server import connections, running_request
 from fusion_jax.server.connections import Patience
 
 CHUNK = b"1\r\n \r\n"
@@ -69,12 +69,12 @@ def test_no_flood_holds_up_the_others(server, what):
     thread.start()
     try:
         time.sleep(0.3)
-        found = [health(server) for _ in range(5)]
+        healths = [health(server) for _ in range(5)]
     finally:
         over.set()
         thread.join()
-    assert {status for status, _ in found} == {200}
-    assert max(seconds for _, seconds in found) < 1.0, found
+    assert {status for status, _ in healths} == {200}
+    assert max(seconds for _, seconds in healths) < 1.0, healths
     assert not server.errors
 
 
@@ -107,8 +107,8 @@ def test_small_chunks_of_a_small_body_are_read(server):
         more = CHUNKED + KEY + b"Connection: close\r\n"
         assert answer in rest(begin(server, head(b"POST /v1/chat/completions", more) + chunks))
     tiny = b"1\r\n \r\n" * 1500 + b"0\r\n\r\n"
-    said = rest(begin(server, head(b"POST /v1/chat/completions", CHUNKED + KEY) + tiny))
-    assert said.startswith(b"HTTP/1.1 400") and b"invalid_http" in said
+    reply = rest(begin(server, head(b"POST /v1/chat/completions", CHUNKED + KEY) + tiny))
+    assert reply.startswith(b"HTTP/1.1 400") and b"invalid_http" in reply
 
 
 def test_a_body_behind_its_answer_is_read_where_it_is_short(server):
@@ -142,8 +142,8 @@ def test_very_many_headers_are_refused(server):
 
 
 def test_requests_behind_others_are_answered_in_turn(server):
-    said = rest(begin(server, head(b"GET /health") * 3000 + head(b"GET /health", b"Connection: close\r\n")))
-    assert said.count(b"HTTP/1.1 200") == 3001
+    reply = rest(begin(server, head(b"GET /health") * 3000 + head(b"GET /health", b"Connection: close\r\n")))
+    assert reply.count(b"HTTP/1.1 200") == 3001
 
 
 @pytest.mark.parametrize("line", [b"POST /v1/chat/completions", b"POST /nothing"])
@@ -162,7 +162,9 @@ def test_callers_who_send_slowly_do_not_shut_out_others(tmp_path, monkeypatch, l
 
 def test_callers_who_do_not_read_do_not_shut_out_others(tmp_path, monkeypatch):
     monkeypatch.setattr(connections, "HELD_SECONDS", 0.6)
-    monkeypatch.setattr(api, "_sse", lambda data, real=api._sse: real(data) + b": padding\n" * 1_000_000)
+    monkeypatch.setattr(
+        running_request, "_sse", lambda data, real=running_request._sse: real(data) + b": padding\n" * 1_000_000
+    )
     body = b'{"messages": [{"role": "user", "content": "What?"}], "stream": true, "max_tokens": 4}'
     with serving(tmp_path, Patience(connections=10)) as server:
         deaf = []

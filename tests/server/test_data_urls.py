@@ -6,7 +6,7 @@ import math
 from urllib.parse import quote
 
 import pytest
-from inference.test_generate import picture
+from helpers.generation import picture
 
 from fusion_jax.server import data_urls, json_body, protocol
 from fusion_jax.server.protocol import ApiError, Limits

@@ -10,39 +10,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_run
-from inference.test_generate import QUESTIONS, config, picture, weights
+from helpers.generation import QUESTIONS, config, make_tokenizer, picture, weights
 
 from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import needs
 from fusion_jax.data.sources import Record
-from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.inference import generate
+from fusion_jax.inference.decoding import begin, decode, prefill
+from fusion_jax.inference.prompts import Buckets, Prompts
 from fusion_jax.inference.sampling import Sampling, settings
 from fusion_jax.inference.streaming import TextStream
 from fusion_jax.models.config import RopeConfig, replace
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.server.engine import Closing, Engine, Full
+from fusion_jax.server.engine import Engine
 from fusion_jax.server.grammar import GrammarError, Grammars
+from fusion_jax.server.requests import Closing, Full
+from fusion_jax.server.running_batch import RunningBatch
 from fusion_jax.server.structured import read_form
-from fusion_jax.synth.tokenizer import train_tokenizer
 
 # Some prompts pass LongRoPE's original length, some do with their answers, others never: each has its own factors.
 ROPE = RopeConfig("longrope", original_length=70, max_length=512, short_factors=(1.0,) * 4, long_factors=(9.0,) * 4)
 MODEL = replace(tiny_run.MODEL, **{"llm.rope": ROPE})
-BUCKETS = generate.Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), images=(0, 1, 2))
+BUCKETS = Buckets(lengths=(80, 160), questions=(64,), rounds=(2,), images=(0, 1, 2))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(
-        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], tmp_path_factory.mktemp("t"), 600)
-    )
+    return make_tokenizer(tmp_path_factory.mktemp("t"))
 
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
-    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
-    one = Engine(Fusion(MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24, queue_limit=80)
+    prompts = Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    one = Engine(RunningBatch(Fusion(MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24), queue_limit=80)
     one.start()
     yield one
     one.close(10)
@@ -79,9 +79,9 @@ def alone(engine, record, how):
     prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
     batch = prompts.batch([prompts.example(record)])
     room = batch.tokens.shape[1] + 24  # one program for all limits
-    prefilled = generate.prefill(engine.model, engine.params, batch, room, limit)
-    state = generate.begin(*prefilled, batch, limit, settings([how]))
-    tokens, _, _ = generate.decode(engine.model, engine.params, state, 24, prompts.stop_ids, not how.greedy)
+    prefilled = prefill(engine.batch.model, engine.batch.params, batch, room, limit)
+    state = begin(*prefilled, batch, limit, settings([how]))
+    tokens, _, _ = decode(engine.batch.model, engine.batch.params, state, 24, prompts.stop_ids, not how.greedy)
     stream = TextStream(prompts.tokenizer, prompts.stop_ids, how.stop, how.max_tokens)
     return stream.add(tokens[0].tolist())
 
@@ -89,7 +89,7 @@ def alone(engine, record, how):
 def test_64_mixed_requests_equal_one_by_one_without_compiling(engine):
     requests = [mixed(i) for i in range(64)]
     spec = layout_spec(MODEL, 1, 1, 1)
-    lengths = [generate.needs(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
+    lengths = [needs(engine.prepare(record), spec, engine.prompts.latents).length for record, _ in requests]
     reach = [length + how.max_tokens - 1 for length, (_, how) in zip(lengths, requests)]
     kinds = [(length > ROPE.original_length, far > ROPE.original_length) for length, far in zip(lengths, reach)]
     assert set(kinds) == {(False, False), (False, True), (True, True)}
@@ -113,20 +113,20 @@ def test_a_cancelled_request_frees_its_row_and_a_late_one_times_out(engine):
 
 
 def test_places_are_limited(engine):
-    taken = engine.rows + engine.queue_limit
-    for _ in range(taken):
+    available = engine.rows + engine.queue_limit
+    for _ in range(available):
         engine.reserve()
     with pytest.raises(Full):
         engine.reserve()
-    for _ in range(taken):
+    for _ in range(available):
         engine.release()
     engine.reserve()
     engine.release()
 
 
 def test_closing_answers_what_was_accepted_and_refuses_the_rest(engine, tokenizer):
-    prompts = generate.Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
-    other = Engine(engine.model, engine.params, prompts, rows=4, max_tokens=24)
+    prompts = Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    other = Engine(RunningBatch(engine.batch.model, engine.batch.params, prompts, rows=4, max_tokens=24))
     other.start()
     record, how = mixed(0)
     assert "".join(other.answer(other.prepare(record), how)) == "".join(engine.answer(engine.prepare(record), how))
@@ -174,16 +174,16 @@ def grammars(engine):
 def collect_formed(engine, requests):
     """[(text, finish, tokens)] of (record, sampling, form or None, likely), all at once."""
     events, done = queue.Queue(), {}
-    told = [["", None, []] for _ in requests]
+    results = [["", None, []] for _ in requests]
     for i, (record, how, constraint, likely) in enumerate(requests):
         engine.submit(engine.prepare(record), how, lambda event, i=i: events.put((i, event)), 300.0, constraint, likely)
     while len(done) < len(requests):
         i, event = events.get(timeout=300)
-        told[i][0] += event.text
-        told[i][2] += event.tokens
+        results[i][0] += event.text
+        results[i][2] += event.tokens
         if event.finish:
-            told[i][1] = done[i] = event.finish
-    return told
+            results[i][1] = done[i] = event.finish
+    return results
 
 
 def follows(form, text):
@@ -192,8 +192,8 @@ def follows(form, text):
     if "guided_regex" in form:
         return re.fullmatch(form["guided_regex"], text) is not None
     schema = form.get("guided_json") or form["response_format"]["json_schema"]["schema"]
-    said = json.loads(text)
-    return said in schema["enum"] if "enum" in schema else list(said) == ["a", "b"] and said["b"] in ("x", "y z")
+    spoken = json.loads(text)
+    return spoken in schema["enum"] if "enum" in schema else list(spoken) == ["a", "b"] and spoken["b"] in ("x", "y z")
 
 
 def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
@@ -207,20 +207,20 @@ def test_answers_follow_their_forms_and_change_no_others(engine, grammars):
             how = Sampling(max_tokens=24, temperature=1.5 if i % 4 else 0.0, seed=i)
             requests.append((record, how, grammars.matcher(read_form(FORMS[i // 2 % 4])), None))
     before = engine.recompilations  # what the tests themselves have compiled
-    told = collect_formed(engine, requests)
+    results = collect_formed(engine, requests)
     assert engine.recompilations == before
-    said = set()
-    for i, (text, finish, _) in enumerate(told):
+    spoken = set()
+    for i, (text, finish, _) in enumerate(results):
         if i in free:
             assert text == alone(engine, *free[i])
         elif finish == "stop":
             assert follows(FORMS[i // 2 % 4], text), text
-            said.add(text)
+            spoken.add(text)
         else:
             assert finish == "length" and i // 2 % 4 == 3, (i, text)  # white space within JSON may be long
-    assert len(said) > 5
+    assert len(spoken) > 5
     # The device's rows are free again.
-    assert engine.busy == 0 and np.asarray(engine._state.done).all()
+    assert engine.busy == 0 and np.asarray(engine.batch.state.done).all()
 
 
 def test_a_form_that_is_whole_ends_with_its_last_token(engine, grammars):
@@ -245,21 +245,21 @@ def test_probabilities_are_the_models_own(engine):
     assert text == plain and none == []
     prompts, limit = engine.prompts, np.array([how.max_tokens], np.int32)
     batch = prompts.batch([prompts.example(record)])
-    prefilled = generate.prefill(engine.model, engine.params, batch, batch.tokens.shape[1] + 24, limit)
-    state = generate.begin(*prefilled, batch, limit, settings([how]))
-    ids, logits, _ = generate.decode(engine.model, engine.params, state, 10, prompts.stop_ids, True, True)
+    prefilled = prefill(engine.batch.model, engine.batch.params, batch, batch.tokens.shape[1] + 24, limit)
+    state = begin(*prefilled, batch, limit, settings([how]))
+    ids, logits, _ = decode(engine.batch.model, engine.batch.params, state, 10, prompts.stop_ids, True, True)
     shares = np.asarray(jax.nn.log_softmax(logits[0]))
     assert 0 < len(tokens) <= 10
     for k, one in enumerate(tokens):
         assert one.token == ids[0, k] and len(one.top) == 3
         np.testing.assert_allclose(one.value, shares[k, one.token], atol=1e-4)
         np.testing.assert_allclose([value for _, value in one.top], np.sort(shares[k])[::-1][:3], atol=1e-4)
-    said = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
-    assert said.decode(errors="replace").strip() == text
+    spoken = b"".join(prompts.tokenizer.token_bytes(one.token) for one in tokens)
+    assert spoken.decode(errors="replace").strip() == text
     greedy = collect_formed(engine, [(record, Sampling(max_tokens=10), None, 20)])[0]
     assert all(one.top[0] == (one.token, one.value) and len(one.top) == 20 for one in greedy[2])
     with pytest.raises(UserError, match=r"0\.\.20"):
-        engine.submit(engine.prepare(record), how, print, 1.0, likely=21)
+        engine.submit(engine.prepare(record), how, print, 1.0, top_logprobs=21)
 
 
 def test_a_form_that_leads_nowhere_ends_its_own_answer_alone(engine):
@@ -280,11 +280,11 @@ def test_a_form_that_leads_nowhere_ends_its_own_answer_alone(engine):
     example = engine.prepare(mixed(0)[0])
     engine.submit(example, Sampling(max_tokens=20), events.put, 60.0, Nowhere())
     texts, _ = collect(engine, [mixed(4)])
-    heard = []
-    while not heard or heard[-1].finish is None:
-        heard.append(events.get(timeout=60))
-    heard = heard[-1:]
-    assert [(event.finish, "no token can come next" in event.problem) for event in heard] == [("error", True)]
+    received = []
+    while not received or received[-1].finish is None:
+        received.append(events.get(timeout=60))
+    received = received[-1:]
+    assert [(event.finish, "no token can come next" in event.problem) for event in received] == [("error", True)]
     assert texts == [alone(engine, *mixed(4))] and not engine.problem
 
 

@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 from helpers.echo_server import serving
-from inference.test_generate import QUESTIONS, config
+from helpers.generation import QUESTIONS, config
 
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Prompts, Steps
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.grammar import Grammars
 from fusion_jax.server.structured import read_form
@@ -29,7 +29,7 @@ V = 640
 def grammars(request, tmp_path_factory):
     """Of models whose answers begin with a word, and with a space and a word."""
     tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle."], tmp_path_factory.mktemp("t"), 600))
-    prompts = generate.Prompts(dataclasses.replace(config(), template=request.param), tokenizer, generate.Steps())
+    prompts = Prompts(dataclasses.replace(config(), template=request.param), tokenizer, Steps())
     return Grammars(prompts, V)
 
 
@@ -122,7 +122,7 @@ def test_a_form_that_was_good_is_not_tried_again(grammars, monkeypatch):
 
 @pytest.mark.parametrize("grammars", ["phi3"], indirect=True)
 def test_a_model_that_cannot_spell_a_choice_says_so(grammars, monkeypatch):
-    monkeypatch.setattr(grammars, "_can_say", lambda text: text != "猫")
+    monkeypatch.setattr(grammars, "_can_spell", lambda text: text != "猫")
     with pytest.raises(ApiError, match="cannot spell '猫'"):
         grammars.matcher(read_form({"guided_choice": ["a", "猫"]}))
 

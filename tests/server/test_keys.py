@@ -4,7 +4,7 @@ import json
 import typing
 
 import pytest
-from test_protocol import LIMITS, parse
+from helpers.requests import LIMITS, parse
 
 from fusion_jax.server import protocol
 from fusion_jax.server.error import ApiError
@@ -82,7 +82,7 @@ def test_what_is_not_supported_is_refused_by_name_and_its_default_is_not(key, va
 def test_misspelt_keys_are_refused_with_what_may_be_meant(key, meant):
     for value in (1, None):
         error = refused(**{key: value})
-        assert error.code == "unknown_parameter" and f"{key} is no key of a request;" in error.message
+        assert error.code == "unknown_parameter" and f"{key} is not a key of a request;" in error.message
         assert meant is None or f"did you mean {meant}" in error.message
 
 
@@ -102,15 +102,15 @@ def test_what_changes_no_answer_is_taken():
         "top_k": -1,
     }
     wanted = parse(**harmless, seed=1)
-    assert wanted == parse(seed=1) and wanted.form is None and wanted.likely is None
+    assert wanted == parse(seed=1) and wanted.form is None and wanted.top_logprobs is None
 
 
 def test_every_key_of_the_official_client_is_known():
     params = pytest.importorskip("openai.types.chat.completion_create_params")
     keys = {*typing.get_type_hints(params.CompletionCreateParamsBase), "stream"}
-    assert len(keys) > 30 and keys <= {*CHAT.taken, *CHAT.ignored, *CHAT.fixed}
+    assert len(keys) > 30 and keys <= {*CHAT.read, *CHAT.ignored, *CHAT.fixed}
     options = pytest.importorskip("openai.types.chat").ChatCompletionStreamOptionsParam
-    assert {*typing.get_type_hints(options)} <= {*STREAM.taken, *STREAM.ignored, *STREAM.fixed}
+    assert {*typing.get_type_hints(options)} <= {*STREAM.read, *STREAM.ignored, *STREAM.fixed}
 
 
 def test_the_two_names_of_the_longest_answer():
@@ -125,7 +125,7 @@ def test_the_two_names_of_the_longest_answer():
 
 
 def test_probabilities_are_asked_for_in_pairs():
-    assert parse(logprobs=True).likely == 0 and parse(logprobs=True, top_logprobs=20).likely == 20
+    assert parse(logprobs=True).top_logprobs == 0 and parse(logprobs=True, top_logprobs=20).top_logprobs == 20
     for wrong in ({"top_logprobs": 2}, {"logprobs": False, "top_logprobs": 1}):
         assert "needs logprobs" in refused(**wrong).message
     for most in (21, -1):
@@ -143,8 +143,8 @@ def test_probabilities_are_asked_for_in_pairs():
         ),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "wrong type"),
         ({"response_format": {"type": "json"}}, "response_format.type", 'not "json"'),
-        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "no key"),
-        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema", "no key"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "not a key"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema", "not a key"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "must be a JSON schema"),
         ({"response_format": "json"}, "response_format", "wrong type"),
         ({"structured_outputs": {"choices": ["a"]}}, "structured_outputs.choices", "did you mean choice?"),
@@ -155,14 +155,14 @@ def test_probabilities_are_asked_for_in_pairs():
         ({"guided_choice": [f"{i}" for i in range(1001)]}, "guided_choice", "at most 1000"),
         ({"guided_regex": "a" * 9000}, "guided_regex", "at most 8192"),
         ({"guided_regex": "a\\\\\\"}, "guided_regex", "a backslash that escapes nothing"),
-        ({"guided_json": "{"}, "guided_json", "no JSON"),
+        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
         ({"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit"),  # as in a body
         ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json", "at most 65536"),
         ({"guided_json": {"properties": {"a": {"tpye": "string"}}}}, "guided_json", "did you mean type?"),
-        ({"guided_json": {"divisibleBy": 2}}, "guided_json", "a draft before"),
+        ({"guided_json": {"divisibleBy": 2}}, "guided_json", "before JSON Schema's fourth draft"),
         ({"guided_json": {f"note {i}": 1 for i in range(101)}}, "guided_json", "over 100 different words"),
         ({"guided_json": {"x-guidance": {"lenient": True}}}, "guided_json", "not supported"),
-        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "one form only"),
+        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "only one form"),
     ],
 )
 def test_what_lies_within_a_key_is_looked_at_as_well(keys, param, said):

@@ -7,12 +7,12 @@ import random
 import re
 
 import pytest
-from inference.test_generate import QUESTIONS, config, picture
-from test_protocol import LIMITS, data_url, parse
+from helpers.generation import QUESTIONS, config, picture
+from helpers.requests import LIMITS, data_url, parse
 
 from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.data.tokenizer import load_tokenizer
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Prompts, Steps
 from fusion_jax.server import protocol
 from fusion_jax.server.error import ApiError
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -24,7 +24,7 @@ WORDS = ("Qa <image>", "Qb <|end|>", "Qc\n", " Qd", "Qe [/INST]", "Qf", "Qg", "Q
 def prompts(request, tmp_path_factory):
     """With a place for a system text, and without."""
     tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, *WORDS], tmp_path_factory.mktemp("t"), 600))
-    return generate.Prompts(dataclasses.replace(config(), template=request.param), tokenizer, generate.Steps())
+    return Prompts(dataclasses.replace(config(), template=request.param), tokenizer, Steps())
 
 
 def prompted(prompts, messages):
@@ -47,17 +47,17 @@ def test_no_text_is_lost_and_none_is_added(prompts):
     empty = prompted(prompts, [{"role": "user", "content": "Qz"}]).replace("Qz", "")
     marks = set(re.findall(r"<[^>]*>|\[/?INST\]|\S+", empty)) | {"</s>", "<|assistant|>", "<|end|>"}
     for roles in conversations():
-        said = [*zip((*roles, "user"), WORDS)]
-        text = prompted(prompts, [{"role": role, "content": word} for role, word in said])
-        words = [word.strip() for _, word in said]
-        found = sorted(words, key=text.index)
+        pairs = [*zip((*roles, "user"), WORDS)]
+        text = prompted(prompts, [{"role": role, "content": word} for role, word in pairs])
+        words = [word.strip() for _, word in pairs]
+        in_order = sorted(words, key=text.index)
         assert all(text.count(word) == 1 for word in words), (roles, text)
         # A system text before the user's first word has a place of its own, in front.
-        first = [role for role, _ in said].index("user")
-        front = [word.strip() for role, word in said[:first] if role in ("system", "developer")]
+        first = [role for role, _ in pairs].index("user")
+        front = [word.strip() for role, word in pairs[:first] if role in ("system", "developer")]
         spoken = [word for word in words if word not in front]
-        assert [word for word in found if word not in front] == spoken, (roles, text)
-        assert [word for word in found if word in front] == front, (roles, text)
+        assert [word for word in in_order if word not in front] == spoken, (roles, text)
+        assert [word for word in in_order if word in front] == front, (roles, text)
         rest = text
         for word in sorted(words, key=len, reverse=True):
             rest = rest.replace(word, " ", 1)
@@ -66,15 +66,17 @@ def test_no_text_is_lost_and_none_is_added(prompts):
 
 
 def test_a_greeting_stands_in_front_as_an_answer_does_between_rounds(prompts):
-    asked = {"role": "user", "content": "Qf"}
-    greeted = prompted(prompts, [{"role": "assistant", "content": "Qg"}, asked])
-    later = prompted(prompts, [{"role": "user", "content": "Qh"}, {"role": "assistant", "content": "Qg"}, asked])
+    last_question = {"role": "user", "content": "Qf"}
+    greeted = prompted(prompts, [{"role": "assistant", "content": "Qg"}, last_question])
+    later = prompted(
+        prompts, [{"role": "user", "content": "Qh"}, {"role": "assistant", "content": "Qg"}, last_question]
+    )
     assert greeted.endswith(later[later.index("Qg") :])
     template = prompts.template
     assert template.greeting.strip() in greeted[: greeted.index("Qg")]
     assert template.greeting.strip() == ("<|assistant|>" if template.name == "phi3" else "[INST]  [/INST]")
     # A data set's is left out, as its training was.
-    record = parse([{"role": "assistant", "content": "Qg"}, asked]).record
+    record = parse([{"role": "assistant", "content": "Qg"}, last_question]).record
     ids = prompts.example(dataclasses.replace(record, literal=False)).input_ids
     assert "Qg" not in prompts.tokenizer.decode(ids, skip_special=False)
 
@@ -96,7 +98,7 @@ def test_text_parts_are_one_text_and_images_lead_it_on_lines_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "content_text"),
     [
         ({"content": None}, ""),
         ({}, ""),
@@ -106,10 +108,10 @@ def test_text_parts_are_one_text_and_images_lead_it_on_lines_of_their_own():
         ({"content": "A <image> and <|end|>", "name": "bot"}, "A <image> and <|end|>"),
     ],
 )
-def test_an_assistants_message_may_be_a_refusal_or_no_words(message, said):
+def test_an_assistants_message_may_be_a_refusal_or_no_words(message, content_text):
     user = {"role": "user", "content": "a"}
     wanted = parse([user, {"role": "assistant", **message}, user])
-    assert wanted.record.turns[1] == {"from": "gpt", "value": said}
+    assert wanted.record.turns[1] == {"from": "gpt", "value": content_text}
     assert len(wanted.record.turns) == 3
 
 
@@ -151,10 +153,10 @@ def test_what_a_message_cannot_be_is_named(message, where, code):
 
 
 def test_names_that_tell_speakers_of_one_role_apart_are_refused():
-    said = [{"role": "user", "content": "a", "name": name} for name in ("Ann", "Ann", None, "Bob")]
-    assert parse(said[:3]).record.turns[0]["value"] == "a\n\na\n\na"
+    named = [{"role": "user", "content": "a", "name": name} for name in ("Ann", "Ann", None, "Bob")]
+    assert parse(named[:3]).record.turns[0]["value"] == "a\n\na\n\na"
     with pytest.raises(ApiError, match=r"messages\[3\]: several names of one role \(user\)"):
-        parse(said)
+        parse(named)
 
 
 def test_the_clients_own_answer_may_be_sent_back():

@@ -94,8 +94,8 @@ def ask(server, headers, path="/v1/chat/completions", method="POST"):
     ],
 )
 def test_other_sites_cannot_use_the_api(server, headers, status, code):
-    found, said, names = ask(server, headers)
-    assert (found, said) == (status, code)
+    found, reply, names = ask(server, headers)
+    assert (found, reply) == (status, code)
     assert not [name for name in names if name.startswith("access-control")]
     if status in (403, 421):
         assert ask(server, headers, "/v1/models", "GET")[:2] == (status, code)

@@ -3,15 +3,16 @@
 import shutil
 
 import pytest
+from helpers.generation import picture
 from helpers.page_site import png, served
-from test_server import KEY, bomb, folder, metrics, picture, server  # noqa: F401
+from helpers.server_process import KEY, bomb, metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")]
 
 
-def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folder):  # noqa: F811
+def test_the_page_answers_about_an_uploaded_image_and_shows_errors(server, folder):
     before = metrics(server)["fusion_answer_tokens_total"]
     (folder / "good.png").write_bytes(picture(1))
     (folder / "large.png").write_bytes(bomb())
@@ -76,10 +77,15 @@ def test_an_answer_is_text_and_calls_nowhere(tmp_path):
         chromium = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = chromium.new_page()
         page.set_default_timeout(60_000)
-        asked, problems = [], []
-        page.on("request", lambda request: asked.append(request.url))
+        urls, problems = [], []
+        page.on("request", lambda request: urls.append(request.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda said: problems.append(said.text) if "Security Policy" in said.text else None)
+        page.on(
+            "console",
+            lambda console_message: (
+                problems.append(console_message.text) if "Security Policy" in console_message.text else None
+            ),
+        )
         page.goto(address)
         page.locator("#image input[type=file]").set_input_files(tmp_path / "good.png")
         page.locator("#image img").first.wait_for()
@@ -89,7 +95,7 @@ def test_an_answer_is_text_and_calls_nowhere(tmp_path):
         text = page.locator("#chat").inner_text()
         assert answer in text and "<b>Which</b> colour is it?" in text
         assert not page.locator("#chat .message :is(a, img)").count() and page.evaluate("window.hit") is None
-        assert all(url.startswith((address, "data:", "blob:")) for url in asked) and not problems
+        assert all(url.startswith((address, "data:", "blob:")) for url in urls) and not problems
 
         page.get_by_role("button", name="Clear").click()  # of the conversation alone
         page.locator("#chat .bot").wait_for(state="detached")

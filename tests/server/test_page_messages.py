@@ -7,7 +7,7 @@ import pytest
 from helpers.page_site import png, served
 
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.server.engine import Full
+from fusion_jax.server.requests import Full
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ASK = ("textbox", "image", "slider", "slider")
@@ -53,19 +53,19 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "said"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
-def test_after_an_error_the_question_is_in_the_line_again_and_nowhere_else(site, visitor, broken, error, said):
+@pytest.mark.parametrize(("error", "written"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+def test_after_an_error_the_question_is_in_the_line_again_and_nowhere_else(site, visitor, broken, error, written):
     visitor.ask("First?")
     broken.error = error
     chat, line, _, state, _ = visitor.ask("Second?")
     assert texts(chat) == ["First?", "A red circle."] and line == "Second?"
-    assert state.startswith(f"{ALERT}{said}</p><p>Round 2 of 40; about") and "secret" not in state
+    assert state.startswith(f"{ALERT}{written}</p><p>Round 2 of 40; about") and "secret" not in state
     broken.error = None
     chat, line, _, state, _ = visitor.ask("Third?")
     assert texts(chat) == ["First?", "A red circle.", "Third?", "A red circle."] and not line
     assert ALERT not in state and "Round 3 of 40" in state
-    said = [turn["value"] for turn in site[1].records[-1].turns]
-    assert said == ["First?", "A red circle.", "Third?"]
+    written = [turn["value"] for turn in site[1].records[-1].turns]
+    assert written == ["First?", "A red circle.", "Third?"]
 
 
 def test_an_answer_that_breaks_off_stays_as_far_as_it_came(site, visitor, broken):
@@ -117,7 +117,7 @@ def test_a_browser_shows_no_error_that_is_over(tmp_path, monkeypatch):
         state.get_by_text("Round 1 of 40; about").wait_for()
         (tmp_path / "none.png").write_text("no image")
         page.locator("#image input[type=file]").set_input_files(tmp_path / "none.png")
-        page.locator(".toast-body").get_by_text("This is no image that can be used").wait_for()
+        page.locator(".toast-body").get_by_text("This image cannot be used").wait_for()
         page.locator("#image input[type=file]").set_input_files(name)
         page.locator(".toast-body").wait_for(state="detached", timeout=5000)  # Gradio itself leaves it for ten seconds
         page.locator("#image img").first.wait_for()

@@ -4,13 +4,14 @@ import time
 
 import jax
 import pytest
+from helpers.api_addresses import ANSWERS, check_answer
 from helpers.page_site import JOIN, file, httpx, listener, page, png
-from test_addresses import ANSWERS, check_answer
 
 from fusion_jax.errors import UserError
-from fusion_jax.server import gate
-from fusion_jax.server.engine import Closing, Full
+from fusion_jax.server import gradio_proxy
+from fusion_jax.server.page_text import problem_text
 from fusion_jax.server.pictures import Busy
+from fusion_jax.server.requests import Closing, Full
 
 CANARY = "a-secret-that-stays-here"
 
@@ -51,7 +52,7 @@ def test_no_event_hands_out_a_file_of_the_server(site, visitor, secret):
                     assert answer.status_code in (400, 403) and CANARY not in answer.text, (number, values)
                     tried += 1
     assert tried > 200
-    root = page.gradio_alone.FOLDER
+    root = page.gradio_environment.FOLDER
     assert not [path for path in root.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
 
 
@@ -142,8 +143,8 @@ def test_only_what_the_page_needs_is_run(visitor, path):
         ({"data": ["x", None, 0, None]}, 400),
         ({"data": ["x", None, 1e300, 16]}, 400),
         ({"data": ["x", "a.png", 0, 16]}, 400),
-        ({"data": ["x" * (gate.LONGEST_TEXT + 1), None, 0, 16]}, 413),
-        ({"data": ["x" * gate.EVENT_BYTES, None, 0, 16]}, 413),
+        ({"data": ["x" * (gradio_proxy.LONGEST_TEXT + 1), None, 0, 16]}, 413),
+        ({"data": ["x" * gradio_proxy.EVENT_BYTES, None, 0, 16]}, 413),
         ({"fn_index": 99}, 400),
         ({"fn_index": "0"}, 400),
         ({"fn_index": True}, 400),
@@ -254,4 +255,4 @@ def test_answers_are_shown_as_plain_text(visitor):
     ],
 )
 def test_the_page_says_why(refusal, text):
-    assert text in page._problem(refusal)
+    assert text in problem_text(refusal)

@@ -7,12 +7,12 @@ import time
 import pytest
 from helpers.page_site import DATA, Browser, served
 
-from fusion_jax.server import gate, listeners
+from fusion_jax.server import event_streams, gradio_proxy
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    monkeypatch.setattr(listeners, "_LOOK", 0.1)
+    monkeypatch.setattr(event_streams, "_POLL", 0.1)
 
 
 def listen(browser, session):
@@ -26,15 +26,15 @@ def listen(browser, session):
 
 def ends(one, seconds=3.0):
     """What has come until the answer ended; None where it goes on."""
-    said, end = b"", time.monotonic() + seconds
+    reply, end = b"", time.monotonic() + seconds
     with contextlib.suppress(TimeoutError):
-        while not said.endswith(b"0\r\n\r\n") and b'{"detail"' not in said:
+        while not reply.endswith(b"0\r\n\r\n") and b'{"detail"' not in reply:
             one.settimeout(max(end - time.monotonic(), 0.01))
             piece = one.recv(1 << 16)
             if not piece:
                 break
-            said += piece
-        return said
+            reply += piece
+        return reply
     return None
 
 
@@ -47,9 +47,9 @@ def test_one_event_does_not_open_many_streams(site, visitor):
     """530 of them once held all connections for ever."""
     post(visitor, "abc")
     streams = [listen(visitor, "abc") for _ in range(20)]
-    said = [ends(one) for one in streams]
-    assert None not in said
-    assert sum(b"HTTP/1.1 200" in one for one in said) >= 1
+    reply = [ends(one) for one in streams]
+    assert None not in reply
+    assert sum(b"HTTP/1.1 200" in one for one in reply) >= 1
     assert b"HTTP/1.1 404" in ends(listen(visitor, "abc"))  # nothing is on its way any more
     assert b"HTTP/1.1 404" in ends(listen(visitor, "never"))
     for one in streams:
@@ -68,7 +68,7 @@ def test_a_new_stream_of_a_session_ends_the_old_one(site, visitor):
 
 
 def test_a_browser_has_few_streams_and_all_together_have_few(monkeypatch):
-    monkeypatch.setattr(listeners, "OWN", 5)
+    monkeypatch.setattr(event_streams, "STREAMS_PER_BROWSER", 5)
     with served(streams=6) as (address, engine), Browser(address) as many, Browser(address) as one:
         engine.go.clear()
         post(one, "mine")
@@ -87,8 +87,10 @@ def test_a_browser_has_few_streams_and_all_together_have_few(monkeypatch):
 
 
 def test_no_stream_is_endless(monkeypatch):
-    real = listeners.Listeners
-    monkeypatch.setattr(gate, "Listeners", lambda most, seconds, pending: real(most, 1.0, lambda session: True))
+    real = event_streams.EventStreams
+    monkeypatch.setattr(
+        gradio_proxy, "EventStreams", lambda most, seconds, pending: real(most, 1.0, lambda session: True)
+    )
     with served() as (address, engine), Browser(address) as one:
         engine.go.clear()
         post(one, "abc")

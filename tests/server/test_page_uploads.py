@@ -13,8 +13,8 @@ from helpers.page_site import UPLOAD, Browser, png, served
 from PIL import Image
 
 from fusion_jax.errors import BadRecord
-from fusion_jax.server import gate, page, uploads
-from fusion_jax.server.intake import return_large_buffers
+from fusion_jax.server import page_events, upload_forms, uploads
+from fusion_jax.server.environment import return_large_buffers
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from fusion_jax.server.intake import return_large_buffers
 def test_only_images_are_kept(visitor, data):
     for name in ("a.png", "a.html", "a.svg"):
         answer = visitor.upload(data, name)
-        assert answer.status_code == 415 and answer.text.startswith("This is no image")
+        assert answer.status_code == 415 and answer.text.startswith("This image cannot be used")
     assert visitor.http.get("/gradio_api/file=a.html").status_code == 404
 
 
@@ -61,9 +61,9 @@ def test_a_name_of_a_file_says_nothing(visitor, name):
 
 
 def test_pages_in_the_shape_of_images_are_shown_as_images(visitor):
-    made = io.BytesIO()
-    Image.new("P", (1, 1)).save(made, "GIF")
-    (kept,) = visitor.upload(made.getvalue() + b"<script>alert(1)</script>", "a.html").json()
+    image_file = io.BytesIO()
+    Image.new("P", (1, 1)).save(image_file, "GIF")
+    (kept,) = visitor.upload(image_file.getvalue() + b"<script>alert(1)</script>", "a.html").json()
     shown = visitor.http.get(f"/gradio_api/file={kept}")
     assert shown.headers["content-type"] == "image/gif" and shown.headers["x-content-type-options"] == "nosniff"
 
@@ -90,7 +90,7 @@ def test_an_upload_of_another_form_is_not_even_read(visitor, caplog):
     begun = time.monotonic()
     for kind in ("application/x-www-form-urlencoded", "application/json", "text/plain", "", "multipart/mixed"):
         answer = visitor.http.post(UPLOAD, content=b"&" * (30 << 20), headers={"Content-Type": kind})
-        assert answer.status_code == 415 and answer.text == "An upload is a form with one file."
+        assert answer.status_code == 415 and answer.text == "An upload must be a form with one file."
     assert time.monotonic() - begun < 5
     assert visitor.upload(headers={"Content-Encoding": "gzip"}).status_code == 415
     for body in (b"junk", b"--b\r\nbad header\r\n\r\n", b"--bxx"):
@@ -107,8 +107,8 @@ def test_uploads_are_bounded_in_all():
         assert one.upload(png() + bytes(10_000_000)).status_code == 413
         others = [Browser(address) for _ in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            found = sorted(answer.status_code for answer in pool.map(lambda other: other.upload(noise), others))
-        assert found == [200] * 3 + [507] * 5
+            statuses = sorted(answer.status_code for answer in pool.map(lambda other: other.upload(noise), others))
+        assert statuses == [200] * 3 + [507] * 5
         assert one.upload(noise).text == "The server has no room for another image; try again later."
         for other in others:
             other.http.close()
@@ -146,7 +146,7 @@ def test_a_share_is_of_bytes_too(tmp_path):
 
 
 def test_slow_uploads_make_room_for_others(monkeypatch):
-    monkeypatch.setattr(gate, "SLOW", 4.0)
+    monkeypatch.setattr(upload_forms, "SLOW", 4.0)
     with served() as (address, _), Browser(address) as one:
         place = (one.http.base_url.host, one.http.base_url.port)
         cookies = "; ".join(f"{name}={value}" for name, value in one.http.cookies.items())
@@ -154,7 +154,7 @@ def test_slow_uploads_make_room_for_others(monkeypatch):
             f"POST {UPLOAD} HTTP/1.1\r\nHost: x\r\nCookie: {cookies}\r\nContent-Length: 9999\r\n"
             "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b"
         ).encode()
-        slow = [socket.create_connection(place, timeout=20) for _ in range(gate.UPLOADS)]
+        slow = [socket.create_connection(place, timeout=20) for _ in range(upload_forms.AT_ONCE)]
         for connection in slow:
             connection.sendall(head)
         time.sleep(1.5)  # in which even a busy server has taken them all in
@@ -275,4 +275,4 @@ def test_few_images_of_questions_are_in_memory_at_once(monkeypatch):
             one.join(number, ["What?", image, 0, 16], session_hash=f"page{k}")
         for k in range(10):
             assert one.events(f"page{k}")[-1]["msg"] == "close_stream"
-        assert most == page._READING
+        assert most == page_events._READING

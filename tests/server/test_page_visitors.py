@@ -12,7 +12,8 @@ import pytest
 from helpers.page_site import CANCEL, DATA, JOIN, UPLOAD, Browser, Engine, httpx, page, served
 from starlette.testclient import TestClient
 
-from fusion_jax.server import api, protocol, talks, visitors
+from fusion_jax.server import api, conversations, protocol, visitors
+from fusion_jax.server.options import Options
 
 KEY = "a-key-for-the-test"
 
@@ -27,8 +28,8 @@ def test_another_browser_neither_hears_nor_cancels(site, visitor):
         time.sleep(0.01)
     with Browser(site[0], session=visitor.session) as other:
         other.http.post(CANCEL, json={"session_hash": visitor.session, "fn_index": 0, "event_id": "0" * 32})
-        heard = other.http.get(DATA, params={"session_hash": visitor.session}).text
-        assert "Mine" not in heard and "answer" not in heard.lower()
+        messages = other.http.get(DATA, params={"session_hash": visitor.session}).text
+        assert "Mine" not in messages and "answer" not in messages.lower()
         owner = httpx.get(site[0] + DATA, params={"session_hash": visitor.session})
         assert owner.status_code == 403  # nor without a cookie
     engine.go.set()
@@ -147,8 +148,8 @@ def test_the_environment_opens_nothing(tmp_path):
         "GRADIO_MCP_SERVER": "True",
     }
     script = (
-        "from fusion_jax.server import gradio_alone; import os, stat;"
-        "print(oct(stat.S_IMODE(os.stat(gradio_alone.FOLDER).st_mode)), gradio_alone.FOLDER);"
+        "from fusion_jax.server import gradio_environment; import os, stat;"
+        "print(oct(stat.S_IMODE(os.stat(gradio_environment.FOLDER).st_mode)), gradio_environment.FOLDER);"
         "print(sorted(name for name in os.environ if name.startswith('GRADIO_')))"
     )
     ran = subprocess.run(
@@ -165,24 +166,38 @@ def test_the_environment_opens_nothing(tmp_path):
     assert not list(tmp_path.iterdir())  # gone with the process
 
 
+def test_gradio_is_imported_without_the_environment():
+    script = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'gradio': print('GRADIO_SHARE' in os.environ)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import fusion_jax.server.page"
+    )
+    environment = os.environ | {"GRADIO_SHARE": "True"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]
+
+
 def test_uploads_go_with_the_server():
-    before = set(page.gradio_alone.FOLDER.iterdir())
+    before = set(page.gradio_environment.FOLDER.iterdir())
     with served() as (address, _), Browser(address) as one:
         one.upload()
-        (made,) = set(page.gradio_alone.FOLDER.iterdir()) - before
-        assert len(list(made.iterdir())) == 1
-    assert not made.exists()
+        (uploads_folder,) = set(page.gradio_environment.FOLDER.iterdir()) - before
+        assert len(list(uploads_folder.iterdir())) == 1
+    assert not uploads_folder.exists()
 
 
 def test_without_the_page_nothing_of_it_is_there():
-    app = api.make_app(Engine(), api.Options("fusion", protocol.Limits(64)))  # what --page=false serves
+    app = api.make_app(Engine(), Options("fusion", protocol.Limits(64)), None)  # what --page=false serves
     with TestClient(app) as client:
         for path in ("/", JOIN, UPLOAD, "/theme.css", "/login", "/gradio_api/file=x"):
             assert client.get(path).status_code == client.post(path).status_code == 404
 
 
 def test_conversations_are_bounded():
-    kept = talks.Talks(most=2)
+    kept = conversations.Conversations(most=2)
     first = kept.get("a")
     first.append("x")
     kept.get("b")
@@ -195,19 +210,19 @@ def test_conversations_are_bounded():
 
 
 def test_one_browser_does_not_crowd_out_others_conversations():
-    kept = talks.Talks(most=100)
+    kept = conversations.Conversations(most=100)
     mine = kept.get("me-1")
     for k in range(500):
         kept.get(f"him-{k}")
         kept.get(f"her-{k}")
-        assert not kept.asked(f"nobody-{k}")  # looking is no conversation
-    assert kept.get("me-1") is mine and len(kept._talks) == 100
+        assert not kept.questions(f"nobody-{k}")  # looking is no conversation
+    assert kept.get("me-1") is mine and len(kept._messages) == 100
     mine.append({"role": "user", "content": "What?"})
-    assert kept.asked("me-1") == ["What?"]
-    kept = talks.Talks()
+    assert kept.questions("me-1") == ["What?"]
+    kept = conversations.Conversations()
     for k in range(500):
         kept.get(f"him-{k}")
-    assert len(kept._talks) == talks.OWN and "him-499" in kept._talks
+    assert len(kept._messages) == conversations.PER_BROWSER and "him-499" in kept._messages
 
 
 def test_a_login_arrives_at_once_or_not_at_all(monkeypatch):

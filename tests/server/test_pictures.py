@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_run
-from inference.test_generate import QUESTIONS, config, picture, weights
+from helpers.generation import QUESTIONS, config, picture, weights
 
 from fusion_jax.data.sources import Record
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Buckets, Prompts
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.server import pictures as module
-from fusion_jax.server.engine import Closing, Engine, Full
+from fusion_jax.server.engine import Engine
 from fusion_jax.server.pictures import Busy, Pictures, suggested
+from fusion_jax.server.requests import Closing, Full
+from fusion_jax.server.running_batch import RunningBatch
 from fusion_jax.synth.tokenizer import train_tokenizer
 
-BUCKETS = generate.Buckets(lengths=(144,), questions=(64,), rounds=(1,), images=(0, 1))
+BUCKETS = Buckets(lengths=(144,), questions=(64,), rounds=(1,), images=(0, 1))
 QUESTION = "How many circles can you see here?"
 
 
@@ -31,8 +33,8 @@ def make(tmp_path_factory):
     )
 
     def make(dtype=jnp.float32, queue_limit=4):
-        prompts = generate.Prompts(config(), tokenizer, BUCKETS)
-        return Engine(Fusion(tiny_run.MODEL, dtype), weights(), prompts, 2, max_tokens=96, queue_limit=queue_limit)
+        prompts = Prompts(config(), tokenizer, BUCKETS)
+        return Engine(RunningBatch(Fusion(tiny_run.MODEL, dtype), weights(), prompts, 2, max_tokens=96), queue_limit)
 
     return make
 
@@ -55,13 +57,13 @@ def compiled():
     """Names of the programs that are compiled meanwhile."""
     names = []
 
-    def heard(event, duration, **more):
+    def listen(event, duration, **more):
         if event.endswith("backend_compile_duration"):
             names.append(more.get("fun_name"))
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
-    jax.monitoring.unregister_event_duration_listener(heard)
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def ask(i):

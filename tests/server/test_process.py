@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from inference.test_generate import QUESTIONS, config, weights
+from helpers.generation import QUESTIONS, config, weights
 
 from fusion_jax.config import StageConfig
 from fusion_jax.data.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ def post(address, body):
         return error.code, json.load(error)["error"]
 
 
-def said(text):
+def output(text):
     return b'{"messages": [{"role": "user", "content": "' + text + b'"}]}'
 
 
@@ -97,7 +97,7 @@ def peak(pid):
 
 def grown(pid, address, body):
     """Peak of resident memory while a body is sent, in its sizes; the answer."""
-    post(address, said(b"Hi"))
+    post(address, output(b"Hi"))
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     before = peak(pid)
     answer = post(address, body)
@@ -114,15 +114,15 @@ def test_large_bodies_take_at_most_twice_their_size(server):
         "keys": b"{" + b'"":0,' * (SIZE // 5) + b'"":0}',
         "numbers": b'{"a": [' + b"1," * (SIZE // 2) + b"1]}",
         "one number": b'{"a": ' + b"1" * SIZE + b"}",
-        "one text": said(b"a" * SIZE),
-        "one text in four bytes a character": said(b"a" * SIZE + "\N{GRINNING FACE}".encode()),
-        "escapes": said(rb"\"" * (SIZE // 2)),
-        "spaces": b" " * SIZE + said(b"Hi"),
+        "one text": output(b"a" * SIZE),
+        "one text in four bytes a character": output(b"a" * SIZE + "\N{GRINNING FACE}".encode()),
+        "escapes": output(rb"\"" * (SIZE // 2)),
+        "spaces": b" " * SIZE + output(b"Hi"),
         "depth": b"[" * SIZE,
         "an open text": b'{"a": "' + b"a" * SIZE,
         "an image": part % (b"data:image/png;base64," + image),
         "an escaped image": part % (b"data:image\\/png;base64," + image.replace(b"/", b"\\/")),
-        "a text like an image": said(b"data:image/png;base64," + image),
+        "a text like an image": output(b"data:image/png;base64," + image),
     }
     for name, body in bodies.items():
         times, (status, error) = grown(one.pid, address, body)
@@ -134,7 +134,7 @@ def test_large_bodies_take_at_most_twice_their_size(server):
 def test_many_large_bodies_at_once_stay_within_their_memory(server):
     """--max_bodies_bytes is 64 MB, and what is being read takes at most twice as much for a moment."""
     one, address = server
-    post(address, said(b"Hi"))
+    post(address, output(b"Hi"))
     Path(f"/proc/{one.pid}/clear_refs").write_text("5")
     before, statuses = peak(one.pid), []
     body = b'{"a": "data:;base64,' + b"A" * SIZE + b'"}'
@@ -145,7 +145,7 @@ def test_many_large_bodies_at_once_stay_within_their_memory(server):
         thread.join()
     assert set(statuses) <= {400, 429, None} and len(statuses) == 16
     assert peak(one.pid) - before < 3 * (64 << 20)
-    assert post(address, said(b"Hi"))[0] == 200
+    assert post(address, output(b"Hi"))[0] == 200
 
 
 def test_a_stopped_server_ends_well_whatever_its_callers_do(server):
@@ -177,7 +177,7 @@ def test_a_stream_that_outlasts_the_time_to_drain_ends_with_an_error(folder, tmp
 def test_the_launcher_starts_a_server_with_a_failed_device_again(folder, tmp_path):
     log, by = tmp_path / "log.txt", ["bash", TESTS.parent / "launch" / "restart.sh", "--pause", "1", "--"]
     with process(folder, log, by=by, ECHO_BREAKS="2") as (one, address):
-        assert post(address, said(b"Hi"))[1]["code"] == "engine_failed"
+        assert post(address, output(b"Hi"))[1]["code"] == "engine_failed"
         for _ in range(300):
             if log.read_text().count("listening on") == 2:
                 break
@@ -205,7 +205,7 @@ def _try(address, body):
 def test_a_failed_device_answers_everybody_and_ends_with_a_code_to_start_again_on(folder, tmp_path):
     log, answers = tmp_path / "log.txt", []
     with process(folder, log, ECHO_PACE="0.3", ECHO_BREAKS="4") as (one, address):
-        threads = [threading.Thread(target=lambda: answers.append(post(address, said(b"Hi")))) for _ in range(10)]
+        threads = [threading.Thread(target=lambda: answers.append(post(address, output(b"Hi")))) for _ in range(10)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,33 +1,17 @@
 """What requests may say, and what the API answers to the rest."""
 
-import base64
 import dataclasses
 import io
 import json
 
 import pytest
-from inference.test_generate import picture
+from helpers.generation import picture
+from helpers.requests import LIMITS, parse, shown
 from PIL import Image
 
 from fusion_jax.data.conversation import IMAGE_SLOT
 from fusion_jax.server import protocol
-from fusion_jax.server.protocol import ApiError, Limits
-
-LIMITS = Limits(max_tokens=64, image_pixels=10_000, image_bytes=1 << 20, images=2, text_bytes=50_000)
-
-
-def data_url(data):
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def shown(data, text="What?"):
-    address = {"url": data_url(data) if isinstance(data, bytes) else data}
-    return [{"type": "image_url", "image_url": address}, {"type": "text", "text": text}]
-
-
-def parse(messages=None, fetcher=None, **keys):
-    messages = [{"role": "user", "content": "Hi"}] if messages is None else messages
-    return protocol.parse(json.dumps({"messages": messages, **keys}).encode(), "fusion", LIMITS, fetcher)
+from fusion_jax.server.protocol import ApiError
 
 
 def test_a_conversation_becomes_turns_and_images():

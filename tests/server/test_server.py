@@ -3,88 +3,32 @@
 import base64
 import concurrent.futures
 import contextlib
-import io
 import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import pytest
 from helpers import tiny_run
-from inference.test_generate import QUESTIONS, config, picture, weights
-from PIL import Image
+from helpers.generation import QUESTIONS, picture
+from helpers.server_process import KEY, bomb, metrics
 
-from fusion_jax.config import StageConfig
 from fusion_jax.data.sources import Record
-from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.inference import generate
+from fusion_jax.inference.prompts import Buckets, Prompts
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.training import checkpoint, optim, state
+from fusion_jax.training import checkpoint
 
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
 pytest.importorskip("uvicorn")
-ROOT = Path(__file__).parents[2]
-KEY = "a-key-for-the-test"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint of random weights."""
-    folder = tmp_path_factory.mktemp("mein Öl")
-    tokenizer = load_tokenizer(
-        train_tokenizer([*QUESTIONS, "A red circle and a blue star."], folder / "tokenizer", 600)
-    )
-    stage = StageConfig(name="s", data="")
-    tx = optim.optimizer(stage, weights())
-    saved = checkpoint.Checkpoints(folder / "s" / checkpoint.FOLDER, checkpoint.describe(config(), tokenizer))
-    saved.finish(1, state.create(weights(), tx), {}, 10.0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    """(address, process); page and all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = ["--checkpoint", folder, "--port", port, "--rows", 4, "--queue", 40, "--max_tokens", 48]
-    arguments += ["--lengths", "80,160", "--question_lengths", 64, "--rounds", 2, "--images", 1]
-    log = (folder / "log.txt").open("w")
-    temporary = folder / "für eine Zeit"
-    temporary.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fusion_jax.serve", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "FUSION_API_KEY": KEY, "TMPDIR": str(temporary)},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "log.txt").read_text()
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address, process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +43,13 @@ def question(i):
     return [{"role": "user", "content": [*image, {"type": "text", "text": QUESTIONS[i % len(QUESTIONS)]}]}]
 
 
-def metrics(server):
-    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=20).read().decode()
-    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, value in lines}
-
-
 @pytest.fixture(scope="module")
 def expected(folder):
     """The answers to `question(0)` ... `question(7)` by the batch function."""
     loaded = checkpoint.load_model(folder)
     one = generate.Answerer(Fusion(tiny_run.MODEL, jnp.float32), loaded.params, loaded.config, loaded.tokenizer, rows=1)
-    buckets = generate.Buckets((80, 160), (64,), (2,), (0, 1))
-    one.prompts = generate.Prompts(loaded.config, loaded.tokenizer, buckets)
+    buckets = Buckets((80, 160), (64,), (2,), (0, 1))
+    one.prompts = Prompts(loaded.config, loaded.tokenizer, buckets)
     answers = []
     for i in range(8):
         text = ("<image>\n" if i % 4 else "") + QUESTIONS[i % len(QUESTIONS)]
@@ -152,8 +90,8 @@ def test_the_official_client_gets_answers_of_a_form(client):
         # White space, of which these random weights say much, may cut an answer off: the client raises then.
         with contextlib.suppress(openai.LengthFinishReasonError):
             how = {"max_tokens": 48, "seed": seed, "temperature": 1.0, "response_format": Seen}
-            made = client.chat.completions.parse(model="fusion", messages=question(1), **how)
-            seen.append(made.choices[0].message.parsed)
+            completion = client.chat.completions.parse(model="fusion", messages=question(1), **how)
+            seen.append(completion.choices[0].message.parsed)
     assert seen and all(isinstance(one, Seen) for one in seen)
     choices = ["A red circle", "a blue star"]
     for wanted in ({"structured_outputs": {"choice": choices}}, {"guided_choice": choices}):
@@ -190,11 +128,11 @@ def test_every_role_of_the_official_client_is_heard(client):
         messages = [{"role": role, "content": content} for role, content in messages]
         return client.chat.completions.create(model="fusion", messages=messages, max_tokens=1).usage.prompt_tokens
 
-    asked = counted(("user", "What is in the image?"))
+    base = counted(("user", "What is in the image?"))
     for role in ("assistant", "developer"):
-        said = ((role, "A red circle."), (role, "A red circle and a blue star."))
-        one, more = (counted(text, ("user", "What is in the image?")) for text in said)
-        assert asked != one < more
+        both = ((role, "A red circle."), (role, "A red circle and a blue star."))
+        one, more = (counted(text, ("user", "What is in the image?")) for text in both)
+        assert base != one < more
     assert counted(("user", "What?"), ("assistant", None), ("user", "What?")) > counted(("user", "What?"))
 
 
@@ -225,13 +163,6 @@ def post(server, body, read=True):
         return error.code
 
 
-def bomb():
-    """A small file of 50 million pixels."""
-    file = io.BytesIO()
-    Image.new("1", (10_000, 5_000)).save(file, "PNG")
-    return file.getvalue()
-
-
 def with_image(data):
     address = "data:image/png;base64," + base64.b64encode(data).decode()
     return json.dumps(
@@ -248,24 +179,24 @@ def test_200_requests_of_16_callers_a_tenth_of_them_broken(client, server, expec
         if i % 10 == 9:
             body, status = broken[i // 10 % 5]
             return post(server, body, read=body is not leaves) == status
-        made = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model="fusion", messages=question(i % 8), max_tokens=24, stream=bool(i % 3 == 0)
         )
         if i % 3 == 0:
-            return "".join(p.choices[0].delta.content or "" for p in made) == expected[i % 8]
-        return made.choices[0].message.content == expected[i % 8]
+            return "".join(p.choices[0].delta.content or "" for p in completion) == expected[i % 8]
+        return completion.choices[0].message.content == expected[i % 8]
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         right = list(pool.map(ask, range(200)))
     assert all(right), [i for i, good in enumerate(right) if not good]
     for _ in range(100):
-        told = metrics(server)
-        if not told["fusion_requests_open"]:
+        counts = metrics(server)
+        if not counts["fusion_requests_open"]:
             break
         time.sleep(0.1)
-    assert told["fusion_requests_open"] == told["fusion_rows_busy"] == told["fusion_requests_waiting"] == 0
-    assert told["fusion_recompilations"] == 0
-    assert told["fusion_decode_chunks_total"] < told["fusion_answer_tokens_total"] / 8  # rows shared their chunks
+    assert counts["fusion_requests_open"] == counts["fusion_rows_busy"] == counts["fusion_requests_waiting"] == 0
+    assert counts["fusion_recompilations"] == 0
+    assert counts["fusion_decode_chunks_total"] < counts["fusion_answer_tokens_total"] / 8  # rows shared their chunks
 
 
 def test_the_key_is_not_in_the_log(server, folder):

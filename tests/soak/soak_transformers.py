@@ -43,7 +43,11 @@ def all_versions(folder: Path, versions: tuple[str, ...] = VERSIONS) -> str:
 
 def _exports(folder: Path) -> dict[str, Path]:
     """An exported folder of every model, with a small tokenizer."""
-    from interop.test_torch_model import CHATS, TEMPLATES, export, load_tokenizer, train_tokenizer
+    from helpers.exported_model import CHATS, export
+
+    from fusion_jax.data.conversation import TEMPLATES
+    from fusion_jax.data.tokenizer import load_tokenizer
+    from fusion_jax.synth.tokenizer import train_tokenizer
 
     texts = [text for rounds in CHATS.values() for r in rounds for text in r if text]
     tokenizer = load_tokenizer(train_tokenizer(texts * 20, folder / "tokenizer", 300))

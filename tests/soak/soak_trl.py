@@ -24,7 +24,11 @@ def train(folder: Path) -> str:
 
 
 def _export(folder: Path) -> Path:
-    from interop.test_torch_model import TEMPLATES, export, load_tokenizer, train_tokenizer
+    from helpers.exported_model import export
+
+    from fusion_jax.data.conversation import TEMPLATES
+    from fusion_jax.data.tokenizer import load_tokenizer
+    from fusion_jax.synth.tokenizer import train_tokenizer
 
     texts = ["What colour is it? Please.", "It is red.", "It is blue."] * 20
     tokenizer = load_tokenizer(train_tokenizer(texts, folder / "tokenizer", 300))

@@ -95,7 +95,7 @@ def test_tfds(tmp_path):
         ("other.jsonl", b'{"text": "a"}\n', "no field 'caption'"),
         ("list.jsonl", b'["a"]\n', "no field 'caption'"),
         ("broken.parquet", b"PAR1 no", "Cannot read"),
-        ("a.csv", b"a,b", "Cannot tell"),
+        ("a.csv", b"a,b", "unknown suffix"),
         ("endless.txt", b"x" * (2 << 20), "longer than"),
     ],
 )

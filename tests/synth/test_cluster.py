@@ -4,9 +4,9 @@ import os
 import threading
 import time
 
-import model_server
 import pytest
-from test_endpoints import OUTPUT, make_config, run
+from helpers import model_server
+from helpers.synth_run import OUTPUT, make_config, run
 
 from fusion_jax.synth import cluster
 from fusion_jax.synth.stages import STAGES

@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.falsify import Liar, planted
 
 from fusion_jax.synth import filters
 from fusion_jax.synth.backends import embedded
@@ -19,7 +20,10 @@ from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.config import FilterConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.worlds.scenes import claims, compose, contrast, graph, write
-from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes.forms import CAPTION_KINDS
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
+from fusion_jax.synth.worlds.scenes.world import scenes_of
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 PER_KIND = 25
@@ -48,10 +52,10 @@ def test_replies_keep_every_limit_of_their_kind(kind):
         data, pairs = sample(kind, number)
         assert len(data["descriptions"]) == KINDS[kind].images == len(data["state"]["scenes"])
         assert KINDS[kind].turns(pairs, number)
-        if kind in embedded.CAPTION_KINDS:
+        if kind in CAPTION_KINDS:
             assert len(data["descriptions"][0].split()) <= 12
         else:
-            assert embedded.scenes_of({"descriptions": data["descriptions"]}) == embedded.scenes_of(data)
+            assert scenes_of({"descriptions": data["descriptions"]}) == scenes_of(data)
 
 
 def test_reasons_are_long_and_contrasts_differ():
@@ -59,7 +63,7 @@ def test_reasons_are_long_and_contrasts_differ():
         _, pairs = sample("reasoning", number)
         assert all(100 <= len(pair["answer"].split()) <= 500 for pair in pairs) and len(pairs) <= 6
         data, _ = sample("contrast_long", number)
-        left, right = embedded.scenes_of(data)
+        left, right = scenes_of(data)
         assert left != right
         assert all(120 <= len(text.split()) <= 180 for text in data["descriptions"])
 
@@ -124,7 +128,7 @@ def test_answers_are_true_by_a_second_reader(kind):
 
 def test_captions_of_each_kind_say_what_is_there():
     for number in range(PER_KIND):
-        for kind in embedded.CAPTION_KINDS:
+        for kind in CAPTION_KINDS:
             data, _ = sample(kind, number)
             groups = data["state"]["scenes"][0]["groups"]
             words = re.findall(r"[a-z]+", data["descriptions"][0].lower())
@@ -139,13 +143,13 @@ def test_captions_of_each_kind_say_what_is_there():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].ask])
 def test_the_oracle_drops_what_is_planted_and_nothing_else(kind):
-    model, vision = embedded.LanguageModel(wrong_share=0.2), embedded.VisionModel()
+    model, vision = Liar(0.2), embedded.VisionModel()
     judged: Counter = Counter()
     for number in range(70):
         data, pairs = sample(kind, number, model)
         for k, pair in enumerate(pairs):
             reply = vision.verify([], [], pair["question"], pair["answer"], 0, data)
-            judged[embedded.planted(number, k, 0.2), reply.parsed["correct"]] += 1
+            judged[planted(number, k, 0.2), reply.parsed["correct"]] += 1
     assert judged[True, False] > 12
     assert judged[True, True] <= 0.01 * judged[True, False]
     assert judged[False, False] <= 0.01 * judged[False, True]
@@ -156,7 +160,7 @@ def test_the_oracle_finds_every_right_answer_about_more_of_two_pictures():
     asked = 0
     for number in range(150):
         data, _ = sample("contrast_long", number)
-        scenes = embedded.scenes_of(data)
+        scenes = scenes_of(data)
         for fact in contrast.facts(*scenes):
             if fact.topic == "more":
                 asked += 1
@@ -259,7 +263,7 @@ def test_texts_are_not_near_duplicates_and_pass_the_filters():
 
 def test_statements_are_one_for_each_pair_and_say_the_answer():
     for kind in ("conv_short", "contrast_short", "multi_choice"):
-        data, pairs = sample(kind, 5, embedded.LanguageModel(wrong_share=0.5))
+        data, pairs = sample(kind, 5, Liar(0.5))
         reply = embedded.LanguageModel().chat([], None, 5, "statement", data | {"pairs": pairs})
         statements = KINDS[kind].ask and reply.parsed["statements"]
         assert len(statements) == len(pairs)

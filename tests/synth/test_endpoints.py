@@ -9,16 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import model_server
 import pytest
-import tile_world
+from helpers import model_server, tile_world
+from helpers.synth_run import OUTPUT, make_config, run
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks
-from fusion_jax.synth.config import SynthConfig
-from fusion_jax.synth.kinds import KINDS
-from fusion_jax.synthesize import synthesize
-from fusion_jax.values.dicts import from_dict
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-a-very-secret-key"
@@ -27,27 +23,6 @@ KEY = "sk-a-very-secret-key"
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-def make_config(folder, url, count, *, kinds=tuple(KINDS), traffic=None, **more):
-    pool = folder / "captions.txt"
-    if not pool.exists():
-        pool.write_text("\n".join(tile_world.captions(count)))
-    endpoint = {"backend": "endpoint", "base_url": url, "concurrency": 24, "timeout": 5.0} | (traffic or {})
-    return {
-        "pools": [{"path": str(pool), "source": "tiles", "licence": "CC0"}],
-        "kinds": dict.fromkeys(kinds, 1.0),
-        "llm": endpoint | {"model": "tile-writer", "price_prompt": 1.0, "price_completion": 2.0},
-        "vision": endpoint | {"model": "tile-viewer"},
-        "images": endpoint | {"model": "tile-painter", "width": 64, "height": 64},
-        "select": {"image_distance": -1, "text_similarity": 1.0},
-        "block": 16,
-        "shards": False,
-    } | more
-
-
-def run(config, out, **more):
-    return synthesize(from_dict(SynthConfig, config), out, progress=False, **more)
 
 
 def lines(path):
@@ -105,9 +80,6 @@ def test_wrong_answers_go_and_right_ones_stay(tmp_path):
     assert right + wrong > 500 and 0.15 < wrong / (right + wrong) < 0.25
     assert wrong_kept <= 0.01 * wrong
     assert right_lost <= 0.01 * right
-
-
-OUTPUT = ("stage1.json", "stage1_5.json", "lineage.jsonl", "dropped.jsonl", "stage1.yaml", "stage1_5.yaml")
 
 
 def test_killed_again_and_again(tmp_path):

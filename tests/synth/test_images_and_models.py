@@ -14,8 +14,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.synth import images
 from fusion_jax.synth.backends import endpoint
 from fusion_jax.synth.backends.base import Unusable
+from fusion_jax.synth.backends.config import ImageConfig, ScorerConfig
 from fusion_jax.synth.backends.vllm import Gatherer
-from fusion_jax.synth.config import ImageConfig, ScorerConfig
 
 
 def picture(seed=0, side=64):

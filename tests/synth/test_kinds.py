@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import tile_world
+from helpers import tile_world
 
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY

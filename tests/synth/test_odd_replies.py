@@ -12,16 +12,16 @@ import shutil
 import threading
 import time
 
-import model_server
 import pytest
+from helpers import model_server
 from helpers.raw_server import answer, says, serving
+from helpers.synth_run import make_config, run
 from PIL import Image
-from test_endpoints import make_config, run
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import BackendError, Retryable, Unusable
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.synth.backends.endpoint import ChatEndpoint, ImageEndpoint
-from fusion_jax.synth.config import ImageConfig, ModelConfig
 from fusion_jax.synth.kinds import KINDS
 from fusion_jax.synth.kinds.common import JUDGE, STATEMENT, VERIFY
 from fusion_jax.synth.replies import MAX_TEXT, Invalid
@@ -248,7 +248,7 @@ def test_the_timeout_holds_for_the_whole_request(head):
 def test_a_redirect_of_the_endpoint_is_not_followed_and_named_before_the_run():
     with serving(says(answer(chat("{}")))) as (other, seen):
         with serving(says(answer(b"", "307 X", f"Location: http://127.0.0.1:{other}/v1"))) as (port, _):
-            with pytest.raises(UserError, match=r"redirects elsewhere; name that place in llm\.base_url"):
+            with pytest.raises(UserError, match=r"redirects to another address; give that one as llm\.base_url"):
                 client(ChatEndpoint, port).check()
             with pytest.raises(Unusable, match="HTTP 307"):
                 client(ChatEndpoint, port).chat([], None, 1, "judge", {})

@@ -16,8 +16,7 @@ from configs.quickstart_data import get_config
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.errors import UserError
 from fusion_jax.synth.tokenizer import ADDED_TOKENS
-from fusion_jax.synth.worlds.shapes import questions
-from fusion_jax.synth.worlds.shapes import scene as scenes
+from fusion_jax.synth.worlds.shapes import facts, grid
 from fusion_jax.training import checks
 
 COUNTS = {"stage1": 110, "stage1_5": 90, "stage2": 100, "validation": 20, "held_out": 100}
@@ -79,13 +78,13 @@ def test_records_are_llava_records(made, name):
 def test_tests_ask_one_question_each_and_every_topic(made):
     for name in ("validation", "held_out"):
         assert all(len(record["topics"]) == 1 for record in records(made, name))
-    assert {record["topics"][0] for record in records(made, "held_out")} == set(questions.KINDS)
+    assert {record["topics"][0] for record in records(made, "held_out")} == set(facts.KINDS)
 
 
 def test_held_out_pairs_are_nowhere_in_the_training_text(made):
     for name in list(COUNTS)[:4]:
         text = (made / f"{name}.json").read_text(encoding="utf-8")
-        assert not any(" ".join(pair) in text for pair in scenes.UNSEEN)
+        assert not any(" ".join(pair) in text for pair in grid.UNSEEN)
 
 
 def test_mixtures_name_their_files(made):
@@ -100,7 +99,7 @@ def test_the_tokenizer_writes_words_as_one_piece_and_knows_every_character(made)
     folder = made / "tokenizer"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
-    for word in (*scenes.COLOURS, *scenes.SHAPES, "yes", "no", "small", "large"):
+    for word in (*grid.COLOURS, *grid.SHAPES, "yes", "no", "small", "large"):
         assert len(pieces.encode(word)) == 1, word
     assert len(pieces.encode("What colour is the star?")) <= 7
     assert len(pieces.encode("You are a helpful AI assistant.")) <= 10
@@ -124,7 +123,7 @@ def test_config_mistakes_are_named(tmp_path):
         return [get_config("1,1,1,1,1").to_dict()["pools"][0] | changes]
 
     for changes, words in (
-        ({"pools": pools(split="stage1")}, "plain name and no stage"),
+        ({"pools": pools(split="stage1")}, "plain name such as held_out, and not a stage"),
         ({"pools": pools(kinds={})}, "config.kinds is empty"),
         ({"pools": pools(kinds={"conv": 1.0})}, r"pools\[0\].kinds: kind 'conv' is unknown"),
         ({"pools": pools(path="embedded:cubes:3")}, "STYLE one of scenes, shapes/train"),

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import model_server
 import pytest
-from test_endpoints import OUTPUT, make_config, run
+from helpers import model_server
+from helpers.synth_run import OUTPUT, make_config, run
 
 from fusion_jax.errors import UserError
 
@@ -87,14 +87,14 @@ def test_what_was_paid_for_stays_and_the_corrected_command_goes_on(tmp_path, mon
         assert manifest["config"]["images"]["model"] == "tile-painter"
         assert model_server.stats(url)["answered_again"] <= 2  # those under way when the run ended
     # A run with something to its name is not taken over by another config.
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match="another configuration"):
         run(config | {"seed": 3}, out)
 
 
 def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path):
-    from fusion_jax.synth import blocks
+    from fusion_jax.synth.folder import locked
 
-    with model_server.running() as url, blocks.locked(tmp_path / "out"):
+    with model_server.running() as url, locked(tmp_path / "out"):
         with pytest.raises(UserError, match="Another process is working"):
             run(make_config(tmp_path, url, 8), tmp_path / "out")
         assert (tmp_path / "out" / "lock").exists()

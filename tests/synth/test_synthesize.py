@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tile_world
+from helpers import tile_world
 from PIL import Image
 
 from fusion_jax.data.sources import load_source
@@ -18,9 +18,10 @@ from fusion_jax.synth import blocks, select
 from fusion_jax.synth.backends import factory
 from fusion_jax.synth.backends.base import Reply
 from fusion_jax.synth.config import SynthConfig
+from fusion_jax.synth.folder import locked
 from fusion_jax.synth.kinds import KINDS
+from fusion_jax.synth.run import synthesize
 from fusion_jax.synth.stages import STAGES
-from fusion_jax.synthesize import synthesize
 from fusion_jax.values.dicts import from_dict
 
 ROOT = Path(__file__).parents[2]
@@ -308,16 +309,16 @@ def test_near_duplicates_go(tmp_path, monkeypatch):
 def test_other_folders_are_left_alone(made, tmp_path):
     config, out, _ = made
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no synthesis run"):
+    with pytest.raises(UserError, match="holds files that are not a synthesis run"):
         run(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="is a file"):
         run(config, tmp_path / "mine.txt")
-    with pytest.raises(UserError, match=r"made otherwise \(config.seed was 0 and is 5\)"):
+    with pytest.raises(UserError, match=r"another configuration \(config.seed was 0 and is 5\)"):
         run(config | {"seed": 5}, out)
     with pytest.raises(UserError, match=r"config.images.width was 64 and is 96"):
         run(config | {"images": {"width": 96, "height": 64}}, out)
-    with blocks.locked(out), pytest.raises(UserError, match="Another process is working"):
+    with locked(out), pytest.raises(UserError, match="Another process is working"):
         run(config, out)
 
 

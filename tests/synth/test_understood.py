@@ -8,8 +8,9 @@ import pytest
 from fusion_jax.errors import UserError
 from fusion_jax.synth import blocks, engine
 from fusion_jax.synth.backends import embedded
-from fusion_jax.synth.config import FilterConfig, ImageConfig, PoolConfig, SelectConfig, SynthConfig
-from fusion_jax.synthesize import synthesize
+from fusion_jax.synth.backends.config import ImageConfig
+from fusion_jax.synth.config import FilterConfig, PoolConfig, SelectConfig, SynthConfig
+from fusion_jax.synth.run import synthesize
 
 CAPTIONS = [
     "A man with an umbrella at a bus stop",

@@ -1,4 +1,4 @@
-"""What a program for an accelerator is made of, read from what it was lowered to and what the compiler made of it."""
+"""Reads what a program for an accelerator consists of, from its lowered and its compiled form."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ _KERNELS = {
     "Triton forward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*segment_flash_forward",
     "Triton backward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*segment_flash_(?:keys|queries)",
 }
-# What makes a device wait for its host: a queue between them, a call of Python, arrays that lie in the host's memory.
+# What makes a device wait for its host: a queue between them, a call of Python, arrays in the host's memory.
 _HOST = (
     r" (outfeed|infeed)\(",
     r" (send|recv)\(.*is_host_transfer=true",
@@ -39,32 +39,32 @@ def read(lowered, compiled) -> Facts:
 
 
 def kernels(text: str) -> dict[str, int]:
-    found = {name: len(re.findall(pattern, text)) for name, pattern in _KERNELS.items()}
-    return {name: count for name, count in found.items() if count}
+    matches = {name: len(re.findall(pattern, text)) for name, pattern in _KERNELS.items()}
+    return {name: count for name, count in matches.items() if count}
 
 
 def host(text: str) -> list[str]:
-    found = Counter(match[1] for pattern in _HOST for match in re.finditer(pattern, text))
-    return sorted(found)
+    matches = Counter(match[1] for pattern in _HOST for match in re.finditer(pattern, text))
+    return sorted(matches)
 
 
 def float32_products(module) -> list[str]:
     """Source names of products whose operands are float32, from StableHLO: there every product is still one
     operation, of the dtypes that our code gave it."""
-    found = []
+    matches = []
 
     def look(operation) -> None:
         if operation.name in ("stablehlo.dot_general", "stablehlo.convolution") and any(
             "f32" in str(operand.type.element_type) for operand in operation.operands
         ):
-            found.append(_source(str(operation.location)))
+            matches.append(_source(str(operation.location)))
         for region in operation.regions:
             for block in region:
                 for inside in block:
                     look(inside.operation)
 
     look(module.operation)
-    return sorted(set(found))
+    return sorted(set(matches))
 
 
 def _source(location: str) -> str:

@@ -33,13 +33,16 @@ from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out
 from fusion_jax.data.plan import Sizes
 from fusion_jax.devices import chips, sharding
-from fusion_jax.inference import attention_maps, generate, sampling
+from fusion_jax.inference import attention_maps, attention_weights, decoding, sampling
+from fusion_jax.inference.decoding import CHUNK
+from fusion_jax.inference.prompts import Buckets, Steps, fit
 from fusion_jax.models import fusion as fusion_model
 from fusion_jax.models import partition
 from fusion_jax.models.config import replace
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import program, typical
-from fusion_jax.server import engine
+from fusion_jax.server import running_batch
+from fusion_jax.server.requests import MOST_LOGPROBS
 from fusion_jax.training import state
 from fusion_jax.training.step import compile_evaluation, compile_step
 
@@ -80,7 +83,7 @@ class Compiled:
 
     @property
     def results(self):
-        """What the program gives, as shapes that lie where it puts them."""
+        """What the program gives, as shapes with its shardings."""
         return jax.tree.map(_at, self.lowered.out_info, self.compiled.output_shardings)
 
 
@@ -101,7 +104,7 @@ def _compile(function, mesh: Mesh, *arguments) -> Compiled:
 
 
 def _off_mesh(function, mesh: Mesh, *arguments) -> Compiled:
-    """Of a function that the product calls without `sharding.use`: only its arguments and results lie on the mesh."""
+    """Compiles a function that the product calls without `sharding.use`: only arguments and results are on the mesh."""
     platform = mesh.devices.flat[0].platform
     with partition.compiled_for(platform):
         traced = jax.jit(function).trace(*arguments)
@@ -109,15 +112,15 @@ def _off_mesh(function, mesh: Mesh, *arguments) -> Compiled:
 
 
 def _model(config: RunConfig, mesh: Mesh, remat: str = "none"):
-    """The model and its parameters as they lie on a mesh."""
+    """The model, and its parameters sharded over a mesh."""
     return Fusion(config.model, jnp.dtype(config.dtype), remat), state.abstract_parameters(config.model, mesh)
 
 
-def _prompts(config: RunConfig, mesh: Mesh, rows: int, sizes: generate.Buckets | generate.Steps) -> Batch:
+def _prompts(config: RunConfig, mesh: Mesh, rows: int, sizes: Buckets | Steps) -> Batch:
     """So many questions about images, laid out as answering does."""
     latents = config.model.fixed_latent_count
-    asked = [dataclasses.replace(example(config.model, i, answer=0), labels=None) for i in range(rows)]
-    batch = lay_out(asked, generate.fit(asked, config.model, latents, sizes), latents)
+    prompts = [dataclasses.replace(example(config.model, i, answer=0), labels=None) for i in range(rows)]
+    batch = lay_out(prompts, fit(prompts, config.model, latents, sizes), latents)
     return jax.tree.map(lambda x: _at(x, sharding.of_rows(mesh)), batch)
 
 
@@ -147,46 +150,46 @@ def validation(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 def answers(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What `generate.Answerer` runs: sample answers, benchmarks in training, and those of a checkpoint."""
     model, params = _model(config, mesh, config.remat)
-    batch = _prompts(config, mesh, sharding.batch_shards(mesh), generate.Steps())
+    batch = _prompts(config, mesh, sharding.batch_shards(mesh), Steps())
     limit = np.full(len(batch.tokens), ANSWER, np.int32)
-    prefill = _compile(generate.prefill, mesh, model, params, batch, batch.tokens.shape[1] + ANSWER, limit)
+    prefill = _compile(decoding.prefill, mesh, model, params, batch, batch.tokens.shape[1] + ANSWER, limit)
     yield prefill
     settings = sampling.settings([sampling.Sampling()] * len(limit))
-    begin = _compile(generate.begin, mesh, *prefill.results, batch, limit, settings)
+    begin = _compile(decoding.begin, mesh, *prefill.results, batch, limit, settings)
     yield begin
-    yield _compile(generate.decode, mesh, model, params, begin.results, generate.CHUNK, (2,), False)
+    yield _compile(decoding.decode, mesh, model, params, begin.results, CHUNK, (2,), False)
 
 
 def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What the server's engine runs, on one device."""
     model, params = _model(config, mesh)
-    buckets = generate.Buckets((LENGTH,), (QUESTION,))
+    buckets = Buckets((LENGTH,), (QUESTION,))
     prompts = SimpleNamespace(buckets=buckets, config=config.model)
-    server = engine.Engine(model, params, prompts, rows=4, max_tokens=ANSWER)
+    server = running_batch.RunningBatch(model, params, prompts, rows=4, max_tokens=ANSWER)
     batch = _prompts(config, mesh, 1, buckets)
     limit = np.full(1, ANSWER, np.int32)
-    prefill = _compile(generate.prefill, mesh, model, params, batch, server.capacity, limit)
+    prefill = _compile(decoding.prefill, mesh, model, params, batch, server.capacity, limit)
     yield prefill
-    words = engine._text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
+    words = running_batch.text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
     settings = sampling.settings([sampling.Sampling()])
-    begin = _compile(generate.begin, mesh, *prefill.results, words, limit, settings)
+    begin = _compile(decoding.begin, mesh, *prefill.results, words, limit, settings)
     yield begin
-    rows = _everywhere(jax.eval_shape(server._empty), mesh)
-    joined = _compile(engine._insert, mesh, rows, begin.results, np.int32(0))
+    rows = _everywhere(jax.eval_shape(server.empty), mesh)
+    joined = _compile(running_batch.insert, mesh, rows, begin.results, np.int32(0))
     yield joined
-    yield _compile(engine._release, mesh, joined.results, np.zeros(server.rows, bool))
-    yield _compile(generate.decode, mesh, model, params, joined.results, server.chunk, (2,), True)
-    reported = (False, engine.MOST_LIKELY, server._all_allowed())
-    yield _compile(generate.decode, mesh, model, params, joined.results, 1, (2,), True, *reported)
+    yield _compile(running_batch.release, mesh, joined.results, np.zeros(server.rows, bool))
+    yield _compile(decoding.decode, mesh, model, params, joined.results, server.chunk, (2,), True)
+    reported = (False, MOST_LOGPROBS, server.all_allowed())
+    yield _compile(decoding.decode, mesh, model, params, joined.results, 1, (2,), True, *reported)
 
 
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What `fusion_jax.inference.attention_pictures` measures, on one device."""
     model, params = _model(config, mesh)
     one = dataclasses.replace(example(config.model, answer=0), labels=None)
-    batch = attention_maps._lay_out(config.model, one, config.model.fixed_latent_count)
-    words = (attention_maps._indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
-    yield _compile(attention_maps._measure, mesh, model, params, _everywhere(batch, mesh), *words)
+    batch = attention_maps.lay_out_prompt(config.model, one, config.model.fixed_latent_count)
+    words = (attention_maps.indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
+    yield _compile(attention_weights.measure_word, mesh, model, params, _everywhere(batch, mesh), *words)
 
 
 def beginning(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
@@ -213,11 +216,11 @@ def planted(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 
 
 def off_mesh(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
-    """What must not work: a prompt of parameters that lie on several chips, outside their mesh."""
+    """What must not work: a prefill whose parameters are on several chips, outside of their mesh."""
     model, params = _model(config, mesh)
-    batch = _prompts(config, mesh, sharding.batch_shards(mesh), generate.Steps())
+    batch = _prompts(config, mesh, sharding.batch_shards(mesh), Steps())
     limit = np.ones(len(batch.tokens), np.int32)
-    yield _off_mesh(lambda *arguments: generate.prefill(model, *arguments, LENGTH, limit), mesh, params, batch)
+    yield _off_mesh(lambda *arguments: decoding.prefill(model, *arguments, LENGTH, limit), mesh, params, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +253,7 @@ OFF_MESH = Group(("planted: off the mesh",), off_mesh)
 class Target:
     """Described devices, and the programs that are compiled for them.
 
-    topology: of `planning.chips`. order: of its devices on the mesh; by default as the product lays them.
+    topology: of `devices.chips`. order: of its devices on the mesh; by default that of the product.
     """
 
     topology: str
@@ -288,8 +291,8 @@ def main(name: str, wanted: list[str]) -> None:
             start, line = time.perf_counter(), {"target": name, "name": one}
             try:
                 making = making or group.make(group.config, target.mesh(group), **group.more)
-                made = next(making)
-                line |= dataclasses.asdict(facts.read(made.lowered, made.compiled))
+                built = next(making)
+                line |= dataclasses.asdict(facts.read(built.lowered, built.compiled))
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {error}"[:2000]
             print(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}), flush=True)

@@ -27,7 +27,7 @@ PERMITTED = {
     # JAX's splash kernel: the sum of each row of the gradient, weighed by the output.
     "step": {"hsd,hsd->hs"},
     # Sums over the places of a word, of attention weights and embeddings that were computed in bfloat16.
-    "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(_measure)"},
+    "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(measure_word)"},
 }
 
 
@@ -65,8 +65,8 @@ def _compile(target: str) -> dict[str, dict]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(worker), target]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
-    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
-    return found | {"": {"error": f"the compiler ended with code {done.returncode}:\n{done.stderr[-3000:]}"}}
+    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    return lines | {"": {"error": f"the compiler ended with code {done.returncode}:\n{done.stderr[-3000:]}"}}
 
 
 def kernels(target: str, name: str) -> dict[str, int]:
@@ -98,26 +98,26 @@ def _place(name: str) -> str:
 @pytest.mark.parametrize(("target", "name"), cases(planted=False))
 def test_program_is_compiled_as_meant(compiled, target, name):
     all_of_them = compiled(target)
-    made = all_of_them.get(name, all_of_them[""])
-    assert "error" not in made, made["error"]
-    assert made["kernels"] == kernels(target, name)
+    program = all_of_them.get(name, all_of_them[""])
+    assert "error" not in program, program["error"]
+    assert program["kernels"] == kernels(target, name)
     permitted = PERMITTED.get(name.split(":")[0], set())
-    assert [one for one in made["float32"] if _place(one) not in permitted] == []
-    assert made["host"] == []
+    assert [one for one in program["float32"] if _place(one) not in permitted] == []
+    assert program["host"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "name"), cases(planted=True))
 def test_what_must_not_be_is_seen(compiled, target, name):
-    made = compiled(target)[name]
+    program = compiled(target)[name]
     match name.removeprefix("planted: "):
         case "float32":
-            assert made["float32"] == ["jit(product)/dot_general"]
+            assert program["float32"] == ["jit(product)/dot_general"]
         case "callback":
             # For a GPU, JAX asks for the device that is to call, which is not here.
-            assert made.get("host") == ["recv", "send"] or "Unknown backend: 'gpu'" in made["error"]
+            assert program.get("host") == ["recv", "send"] or "Unknown backend: 'gpu'" in program["error"]
         case "off the mesh":
-            assert "cannot be automatically partitioned" in made["error"]
+            assert "cannot be automatically partitioned" in program["error"]
 
 
 def test_host_is_seen_in_programs_however_they_reach_it():

@@ -10,12 +10,11 @@ import pytest
 from helpers import tiny_run
 from helpers.shapes_data import make_shapes
 
-from fusion_jax import doctor
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.devices.device_check import Problem
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
-from fusion_jax.training import checks
+from fusion_jax.training import checks, config_check
 from fusion_jax.training.run import train
 
 
@@ -81,7 +80,7 @@ FAULTS = {
     "wandb": (lambda config, _: dataclasses.replace(config, wandb_project="p"), "needs Weights & Biases"),
     "mesh": (
         lambda config, _: dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2)),
-        "asks for 4 device(s), there are 1",
+        "needs 4 device(s), but there are 1",
     ),
     "freeze": (
         lambda config, _: stage(config, 1, freeze=("^lm/",)),
@@ -110,8 +109,8 @@ def test_each_fault_ends_training_before_it_begins_and_the_doctor_says_the_same(
         train(config, tmp_path / "run")
     assert all(part in str(error.value) for part in expected.split(".*")), str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-    reported = doctor.check_inputs(checks.open_inputs, config, str(tmp_path / "run"), (), 1)
-    assert [problem.what for problem in reported if problem.stops] == [str(error.value)]
+    found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
+    assert [problem.what for problem in found if problem.stops] == [str(error.value)]
 
 
 def test_a_stage_too_short_for_validation_goes_without_and_says_so(config, tmp_path):
@@ -119,8 +118,8 @@ def test_a_stage_too_short_for_validation_goes_without_and_says_so(config, tmp_p
     problems = []
     inputs = checks.open_inputs(config, tmp_path / "run", (), problems)
     assert not problems and list(inputs.validation) == ["stage2"]
-    reported = list(doctor.check_inputs(checks.open_inputs, config, str(tmp_path / "run"), (), 1))
-    assert [(problem.stops, problem.what.partition(":")[0]) for problem in reported] == [
+    found = list(config_check.check_inputs(config, str(tmp_path / "run"), (), 1))
+    assert [(problem.stops, problem.what.partition(":")[0]) for problem in found] == [
         (False, "stage1 has no validation")
     ]
 
@@ -132,12 +131,12 @@ def test_the_doctor_names_all_faults_at_once(config, tmp_path):
         evaluate_every=1,
         validation_data="gone.json",
     )
-    reported = list(doctor.check_inputs(checks.open_inputs, config, str(tmp_path), (), 6))
-    assert len(reported) == 5 and all(problem.stops for problem in reported), reported
+    found = list(config_check.check_inputs(config, str(tmp_path), (), 6))
+    assert len(found) == 5 and all(problem.stops for problem in found), found
     # A mesh of devices that are not here: their number decides.
     config = dataclasses.replace(config, mesh=MeshConfig(data=-1))
-    reported = [problem.what for problem in doctor.check_inputs(checks.open_inputs, config, str(tmp_path), (), 8)]
-    assert any("2 row(s) a microbatch do not divide over 8 devices" in what for what in reported), reported
+    found = [problem.what for problem in config_check.check_inputs(config, str(tmp_path), (), 8)]
+    assert any("2 row(s) a microbatch do not divide over 8 devices" in what for what in found), found
 
 
 def test_the_doctor_passes_warnings_on(config, tmp_path):
@@ -148,16 +147,16 @@ def test_the_doctor_passes_warnings_on(config, tmp_path):
         validation_data=str(tmp_path / "validation.json"),
         validation_image_folder=str(Path(config.validation_data).parent),
     )
-    reported = list(doctor.check_inputs(checks.open_inputs, config, str(tmp_path), (), 1))
-    assert reported and all(isinstance(problem, Problem) and not problem.stops for problem in reported)
-    assert "1 validation record(s) of the first 3 cannot be used" in reported[0].what
+    found = list(config_check.check_inputs(config, str(tmp_path), (), 1))
+    assert found and all(isinstance(problem, Problem) and not problem.stops for problem in found)
+    assert "1 validation record(s) of the first 3 cannot be used" in found[0].what
 
 
 def test_a_stage_of_which_no_checkpoint_can_be_read_is_said_by_both(config, tmp_path):
     step = tmp_path / "run" / "stage1" / "checkpoints" / "4"
     (step / "about").mkdir(parents=True)
     (step / "about" / "_strings.json").write_text("{")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 4: .*; move that folder away") as error:
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 4: .*; move that folder away") as error:
         train(config, tmp_path / "run")
-    reported = doctor.check_inputs(checks.open_inputs, config, str(tmp_path / "run"), (), 1)
-    assert [problem.what for problem in reported if problem.stops] == [str(error.value)]
+    found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
+    assert [problem.what for problem in found if problem.stops] == [str(error.value)]

@@ -5,12 +5,12 @@ import dataclasses
 import gc
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from helpers import tiny_checkpoint
 from helpers.forged import forge, without
 from helpers.shapes_data import make_shapes
 
@@ -20,9 +20,6 @@ from fusion_jax.models import fusion
 from fusion_jax.training import init_from, integrity, resume
 from fusion_jax.training.about import load_about, save_tokenizer
 from fusion_jax.training.loading import find_checkpoint, load_model
-
-sys.path.append(str(Path(__file__).parents[1] / "evals"))
-import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

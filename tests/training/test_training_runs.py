@@ -118,7 +118,7 @@ def test_stage_alone_from_an_earlier_checkpoint(data, finished, tmp_path):
 def test_evaluation_reads_the_checkpoint_alone(data, finished, tmp_path):
     workdir, _ = finished
     output = tmp_path / "evaluation.json"
-    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--output", output, "--show", 2)
+    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--scores_file", output, "--show", 2)
     assert result.returncode == 0, result.stderr
     scores = json.loads(output.read_text())["held_out"]
     assert scores["questions"] == 16 == len(scores["examples"])
@@ -133,16 +133,16 @@ def test_exported_run_answers_the_same_in_torch(data, finished, tmp_path):
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'fusion_jax[torch]'")
     pytest.importorskip("transformers", reason="needs transformers: pip install 'fusion_jax[torch]'")
     workdir, _ = finished
-    result = run("convert", "export", "--checkpoint", workdir, "--format", "published", "--to", tmp_path / "published")
+    result = run("convert", "export", "--checkpoint", workdir, "--format", "published", "--out", tmp_path / "published")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "knows the released preset only; this model differs in mask, taps" in result.stderr
+    assert "has the released preset only; this model differs in mask, taps" in result.stderr
     assert list(tmp_path.iterdir()) == []
     folder = tmp_path / "transformers"
-    result = run("convert", "export", "--checkpoint", workdir, "--format", "transformers", "--to", folder)
+    result = run("convert", "export", "--checkpoint", workdir, "--format", "transformers", "--out", folder)
     assert result.returncode == 0, result.stderr
     assert "| stage2 | stage2.yaml | 4 |" in (folder / "README.md").read_text()
 
-    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--output", tmp_path / "jax.json")
+    result = run("evaluate", "--checkpoint", workdir, "--data_dir", data, "--scores_file", tmp_path / "jax.json")
     assert result.returncode == 0, result.stderr
     script = ROOT / "tests" / "interop" / "answer_in_torch.py"
     done = subprocess.run(

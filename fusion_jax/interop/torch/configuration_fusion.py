@@ -40,18 +40,24 @@ EXCHANGE = {"start": 0, "stride": 3, "layers": 10, "heads": 16}  # after decoder
 
 
 class FusionConfig(PretrainedConfig):
-    """The whole model. `vision`, `llm` (with `rope`) and `exchange` are dicts; what they leave out has these defaults.
+    """The whole model.
 
-    text_guided: the question's tokens enter the encoder. mapping_loss_weight: lambda of the dual-semantic mapping loss.
-    semantic_exchange: latents and exchange layers. latent_counts: the l^2 that training drew from; latent_count: the
-    one to use when nothing is asked. image_tokens: tokens per image, 0 for one per patch. tile_grids: (rows, columns)
-    of tiles that an image may be cut into, empty for fixed resolution; tile_tokens: as image_tokens, of a tile. mask,
-    taps, context, latent_init, text_only: `paper` or `released` arithmetic, see where they are used. template: the text
-    around turns.
+    `vision`, `llm` (with `rope`) and `exchange` are dicts; keys that they leave out have the defaults above.
+
+    Args:
+      text_guided: the question's tokens enter the encoder.
+      mapping_loss_weight: lambda of the dual-semantic mapping loss.
+      semantic_exchange: the model has latents and exchange layers.
+      latent_counts: the l^2 that training drew from. latent_count: the default of them.
+      image_tokens: tokens of an image, 0 for one per patch.
+      tile_grids: (rows, columns) of tiles into which an image may be cut, empty for fixed resolution.
+      tile_tokens: tokens of a tile, 0 for one per patch.
+      mask, taps, context, latent_init, text_only: `paper` or `released` arithmetic, see where they are used.
+      template: the text around turns.
     """
 
     model_type = "fusion_jax"
-    # Of a FusionOutput, what is no prediction; the cache under its older and its newer name.
+    # Parts of a FusionOutput that are not predictions; the cache has an older and a newer name.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "ce", "v2t", "t2v"]  # noqa: RUF012
 
     def __init__(
@@ -99,7 +105,7 @@ class FusionConfig(PretrainedConfig):
         self.hide_question_id_zero = hide_question_id_zero
         self.latent_count = latent_count
         self.template = template
-        # What transformers' generation and cache code asks for.
+        # Names that transformers' generation and cache code reads.
         self.hidden_size = self.llm["width"]
         self.num_hidden_layers = self.llm["layers"]
         self.num_attention_heads = self.llm["heads"]
@@ -123,7 +129,7 @@ class FusionConfig(PretrainedConfig):
 
     @property
     def encoder_layers(self) -> int:
-        """Layers of the tower that run: without its last state as a tap nothing reads what follows state 2h - 1."""
+        """Layers of the tower that run: unless its last state is a tap, nothing reads what follows state 2h - 1."""
         layers = self.vision["layers"]
         return layers if self.taps == "released" else 2 * (layers // 2) - 1
 
@@ -133,8 +139,10 @@ class FusionConfig(PretrainedConfig):
 
     @property
     def table_tokens(self) -> int:
-        """Places that an image has in the table that `visual_index` points into: those of its whole view and, with
-        dynamic resolution, as many as the tiles of any image can take, a row end behind each row of tokens."""
+        """Positions of an image in the table into which `visual_index` points.
+
+        With dynamic resolution there are as many for tiles as any image needs, with a row end after each row of tokens.
+        """
         side = math.isqrt(self.tile_tokens or self.patches)
         grids = [(rows * side, columns * side) for rows, columns in self.tile_grids if rows * columns > 1]
         return self.tokens_per_image + max((rows * (columns + 1) for rows, columns in grids), default=0)

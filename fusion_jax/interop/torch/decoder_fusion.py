@@ -1,4 +1,4 @@
-"""The decoder's layers and the exchange between its latents and the image."""
+"""Layers of the decoder, and the exchange between its latents and the image."""
 
 import inspect
 import math
@@ -13,15 +13,16 @@ from transformers import Cache
 from .configuration_fusion import FusionConfig
 from .vision_fusion import merge_heads, split_heads
 
-# transformers before 5.1 does not count the places of a cache of fixed length by itself.
-_NAMES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# transformers before 5.1 does not count the positions of a cache of fixed length by itself.
+_CACHE_NEEDS_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
 class Exchange(NamedTuple):
-    """What the exchange layers read and where they write.
+    """Inputs of the exchange layers, and the positions of the latents that they update.
 
-    context: (M, C, D). image, row, end: (K,) the round's image, its row and the place of its question's last token.
-    places: (K, L) where its latents are. index, real: (1 or K, L, W) the windows over the image's context.
+    Attributes:
+      context: (M, C, D). image, row, end: (K,) a round's image, its row and the position of its question's last token.
+      places: (K, L) positions of its latents. index, real: (1 or K, L, W) windows over the image's context.
     """
 
     context: Tensor
@@ -62,7 +63,7 @@ class ExchangeLayer(nn.Module):
         p = self.proj_in(torch.cat([question, latents], -1))
         c = self.proj_context(e.context)
         q = self.project("q", p)
-        # Keys and values once per image; then each latent takes its window's.
+        # Keys and values are computed once per image; then each latent gathers those of its window.
         k, v = (self.project(name, c)[e.image[:, None, None], e.index] for name in "kv")
         q = split_heads(q.reshape(rounds * count, 1, -1), self.heads)
         k, v = (split_heads(a.flatten(0, 1), self.heads) for a in (k, v))
@@ -76,7 +77,7 @@ class ExchangeLayer(nn.Module):
 
 
 class SamplerLayer(nn.Module):
-    """Only there for the names of the tensors, `vision_sampler_layers.0.layers.0`."""
+    """Wraps a layer so that tensors are named `vision_sampler_layers.0.layers.0`."""
 
     def __init__(self, config: FusionConfig):
         super().__init__()
@@ -99,7 +100,7 @@ class FusionRMSNorm(nn.Module):
 
 
 def inverse_frequencies(rope: dict, head_dim: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Inverse frequencies below and beyond the original length, and the factor on cos and sin."""
+    """Inverse frequencies up to and beyond the original length, and the factor on cos and sin."""
     base = rope["theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope["kind"] == "default":
         return base, base, 1.0
@@ -156,8 +157,8 @@ class DecoderLayer(nn.Module):
         v = split_heads(attn["v_proj"](y), self.kv_heads)
         if cache is not None:
             places = ({"cache_position": torch.arange(past, past + x.shape[1], device=x.device)},)
-            k, v = cache.update(k, v, self.index, *(places if _NAMES_PLACES else ()))
-            if mask is not None:  # a cache of fixed length has places that are still empty
+            k, v = cache.update(k, v, self.index, *(places if _CACHE_NEEDS_POSITIONS else ()))
+            if mask is not None:  # a cache of fixed length has positions that are still empty
                 mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))
         if self.kv_heads < self.heads:
             k, v = (a.repeat_interleave(self.heads // self.kv_heads, 1) for a in (k, v))
@@ -167,8 +168,10 @@ class DecoderLayer(nn.Module):
 
 
 def decoder_mask(attention_mask: Tensor, queries: int, window: int, dense: bool = False) -> tuple[Tensor | None, bool]:
-    """Mask (B, 1, queries, S) for the last `queries` of the S positions, or (unless `dense`) None and whether to be
-    causal instead."""
+    """Mask (B, 1, queries, S) for the last `queries` of the S positions.
+
+    Unless `dense` it may be None; the second value tells then whether attention is causal.
+    """
     length = attention_mask.shape[1]
     if not dense and (window == 0 or window >= length) and queries in (1, length) and attention_mask.all():
         return None, queries > 1
@@ -177,5 +180,5 @@ def decoder_mask(attention_mask: Tensor, queries: int, window: int, dense: bool 
     seen = key <= query
     if window:
         seen = seen & (key > query - window)
-    # Padding sees itself: attention to nothing would be NaN, and NaN spreads.
+    # Padding attends to itself: attention over no keys would be NaN, and NaN spreads.
     return (seen & attention_mask.bool()[:, None] | (key == query))[:, None], False

@@ -1,4 +1,4 @@
-"""Everything of an exported folder but its tensors: configs, tokenizer, chat template, and the model's own code."""
+"""Writes an exported folder without its tensors: configs, tokenizer, chat template and code."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ from fusion_jax.data.tokenizer import VISION_END, VISION_START, SentencePieceTok
 from fusion_jax.interop.tokenizer_json import tokenizer_json
 from fusion_jax.models.config import FusionConfig
 
-# What transformers runs with trust_remote_code; each file imports only the others and installed packages. First those
-# written for it, then files of training, so that images are read and cut as there.
-_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "given", "layout", "processing")
+# The code that transformers runs with trust_remote_code; each file imports only the others and installed packages.
+# `_CODE` is written for the export. `_SHARED` are files of training, so that images are read and cut as there.
+_PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "arguments", "layout", "processing")
 _CODE = tuple(f"{part}_fusion" for part in _PARTS)
 _SHARED = (
     "data/avif",
@@ -23,6 +23,8 @@ _SHARED = (
     "data/formats",
     "data/grey",
     "data/jpeg2000",
+    "data/pieces",
+    "data/row_text",
     "data/tiles",
     "files",
 )
@@ -48,7 +50,7 @@ def write_side_files(
     here = Path(__file__).parent
     for source in (*(here / f"{name}.py" for name in _CODE), *(here.parents[1] / f"{name}.py" for name in _SHARED)):
         code = re.sub(r"^from fusion_jax\.(?:\w+\.)*(\w+) import", r"from .\1 import", source.read_text(), flags=re.M)
-        if source.stem == "processing_fusion":  # transformers 4.57 copies only the files that this one names itself
+        if source.stem == "processing_fusion":  # transformers 4.57 copies only the files that this one imports itself
             code += "".join(f"from .{Path(name).name} import __name__ as _  # noqa\n" for name in _SHARED)
         (folder / source.name).write_text(code, encoding="utf-8")
     ids = {}
@@ -86,7 +88,7 @@ def write_side_files(
 
 
 def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
-    """What the exported processor needs to know of model, tokenizer and template."""
+    """The exported processor's settings, from model, tokenizer and template."""
     return {
         "processor_class": "FusionProcessor",
         "auto_map": {"AutoProcessor": "processing_fusion.FusionProcessor"},
@@ -106,13 +108,15 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
 
 
 def _described(template: Template) -> dict[str, Any]:
-    """`system`: what stands before the first round of a conversation that brings no system text."""
+    """The template as a dict; `system` is the text before the first round of a conversation without a system text."""
     return dataclasses.asdict(template) | {"system": "".join(text for text, _ in template.system_parts(None))}
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> None:
-    """Says in the tokenizer's files what ours knows by itself: the two vision tokens, the padding token, and where
-    tokenizer.json was made from SentencePiece (`converted`) what that says of the added tokens."""
+    """Adds to the tokenizer's files what our tokenizer knows by itself: the two vision tokens and the padding token.
+
+    Where tokenizer.json was converted from SentencePiece (`converted`), the properties of added tokens are added, too.
+    """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     added = config.setdefault("added_tokens_decoder", {})
@@ -123,18 +127,18 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> 
         for token, i in tokenizer.added.items():
             left, right = tokenizer.strips(token)
             entry = {"content": token, **flags, "lstrip": left, "rstrip": right, "special": tokenizer.is_special(token)}
-            # transformers adds a token anew whose flags are not those of tokenizer.json.
+            # transformers adds a token again if its flags differ from those of tokenizer.json.
             added[str(i)] = entry | {"normalized": True}
         config["clean_up_tokenization_spaces"] = False
         config |= tokenizer.tokens
     config["pad_token"] = tokenizer.decode([tokenizer.pad_id], skip_special=False)
     config["padding_side"] = "left"  # as generation needs it
     config["processor_class"] = "FusionProcessor"
-    # The generic class runs tokenizer.json as it is; others may rebuild it their own way.
+    # The generic class runs tokenizer.json as it is; other classes may rebuild it.
     generic = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "LlamaTokenizer"
     config["tokenizer_class"] = generic
-    for another in ("chat_template", "auto_map"):  # of the model the tokenizer came from; ours lie beside
-        config.pop(another, None)
+    for key in ("chat_template", "auto_map"):  # of the model that the tokenizer came from; ours are files of their own
+        config.pop(key, None)
     _write(path, config)
     other = folder / "special_tokens_map.json"
     if other.is_file():
@@ -143,19 +147,19 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> 
 
 
 def chat_template(model_config: FusionConfig, template: Template) -> str:
-    """The readable prompt as a Jinja template over messages; visual places are tags."""
+    """The readable prompt as a Jinja template over messages; visual positions are tags."""
 
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False)
 
-    def said(part: str) -> str:
+    def text_of(part: str) -> str:
         return "said(m) | trim" if part in template.trims else "said(m)"
 
     system = text("".join(part for part, _ in template.system_parts(None)))
     if template.system_frame is not None:
-        before, behind = map(text, template.system_frame)
-        given = said("system").replace("(m)", "(messages[0])")
-        system = f'{before} + ({given}) + {behind} if messages[0].role == "system" and said(messages[0]) else {system}'
+        before, after = map(text, template.system_frame)
+        own = text_of("system").replace("(m)", "(messages[0])")
+        system = f'{before} + ({own}) + {after} if messages[0].role == "system" and said(messages[0]) else {system}'
 
     placeless = "" if template.system_frame is not None else " and not said(m)"
     slot = f"{VISION_START}%s{VISION_END}"
@@ -193,11 +197,11 @@ def chat_template(model_config: FusionConfig, template: Template) -> str:
         '    {%- if "<image>" in said(m) -%}',
         f'      {{{{- {text(slot % "<image>")} + "\\n" + (said(m) | replace("<image>", "") | trim) -}}}}',
         "    {%- else -%}",
-        f"      {{{{- {said('question')} -}}}}",
+        f"      {{{{- {text_of('question')} -}}}}",
         "    {%- endif -%}",
         f"    {{{{- {text(template.answer)} if add_generation_prompt or not loop.last else {text(closing)} -}}}}",
         "  {%- elif ns.asked -%}",
-        f"    {{%- generation -%}}{{{{- ({said('answer')}) + {text(template.end)} -}}}}{{%- endgeneration -%}}",
+        f"    {{%- generation -%}}{{{{- ({text_of('answer')}) + {text(template.end)} -}}}}{{%- endgeneration -%}}",
         "  {%- endif -%}",
         "{%- endfor -%}",
     ]

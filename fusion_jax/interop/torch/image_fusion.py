@@ -1,5 +1,7 @@
-"""Images of any kind to the pixels that training saw: files as training reads them, resized as Pillow up to version 12
-did it, whichever version is installed."""
+"""Turns images of any kind into the pixels that training would see.
+
+Files are read as in training, and resized as by Pillow up to version 12, whichever version is installed.
+"""
 
 import time
 from http.client import HTTPException
@@ -24,16 +26,21 @@ KEYS = ("image", "image_url", "url", "path", "base64")
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """An image of any kind as RGB of 8 bits.
+    """Converts an image of any kind to RGB with 8 bits.
 
     Args:
-      image: a PIL image of any mode; a numpy array or torch tensor of one image, (height, width), (height, width,
-        channels) or (channels, height, width) with 1, 3 or 4 channels, values of 8 bits, or others by the rule for
-        files without a word about white: 0 to 1, or the least of 8, 10, 12, 14 and 16 bits that holds them; what an
-        image file contains, as bytes or as text in base64; a path; a URL of http, https, file or data.
+      image: one of
+        - a PIL image of any mode;
+        - a numpy array or torch tensor of one image, (height, width), (height, width, channels) or (channels, height,
+          width) with 1, 3 or 4 channels. Values have 8 bits, or follow the rule for files that do not define white: 0
+          to 1, or the least of 8, 10, 12, 14 and 16 bits that holds them;
+        - the contents of an image file as bytes, or as text in base64;
+        - a path;
+        - a URL of http, https, file or data.
 
     Raises:
-      ValueError: it cannot be read, with the reason. OSError: there is no such file, or no answer from the URL.
+      ValueError: it cannot be read, with the reason.
+      OSError: there is no such file, or the URL does not answer.
     """
     if isinstance(image, Image.Image):
         return _of_pillow(image)
@@ -47,22 +54,22 @@ def to_rgb(image: Any) -> Image.Image:
     try:
         return decode_opened(open_image(data))
     except Image.UnidentifiedImageError as e:
-        raise ValueError(f"Cannot read {name}: it is none of {ALLOWED}.") from e
+        raise ValueError(f"Cannot read {name}: it is not one of {ALLOWED}.") from e
     except Exception as e:  # decoders answer damaged bytes with almost any exception
         raise ValueError(f"Cannot read {name}: {_reason(e)}") from e
 
 
 def _of_pillow(image: Image.Image) -> Image.Image:
-    """Rotations noted in EXIF data are not applied, as in training."""
+    """Converts a PIL image. As in training, rotations in EXIF data are not applied."""
     if not min(image.size):
-        raise ValueError(f"An image of {image.width} x {image.height} pixels has none.")
+        raise ValueError(f"An image of {image.width} x {image.height} pixels is empty.")
     try:
         deep_colour, info = is_deep_colour(image), dict(image.info)
         image.load()
         try:
             return in_eight_bits(image, deep_colour)
         finally:
-            image.info = info  # its transparency is left out of the result alone
+            image.info = info  # only the result loses its transparency
     except Exception as e:
         raise ValueError(f"Cannot use the image of mode {image.mode}: {_reason(e)}") from e
 
@@ -85,7 +92,7 @@ def _of_array(values: np.ndarray | torch.Tensor) -> Image.Image:
     channels = (1, 3, 4)
     if values.ndim != 3 or not values.size or not (values.shape[0] in channels or values.shape[2] in channels):
         raise ValueError(
-            f"An array of shape {list(shape)} is no image: give (height, width), (height, width, channels) or "
+            f"An array of shape {list(shape)} is not an image: give (height, width), (height, width, channels) or "
             "(channels, height, width) with 1, 3 or 4 channels."
         )
     first = values.shape[0] in channels and (channels_first or values.shape[2] not in channels)
@@ -104,7 +111,7 @@ def _of_array(values: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def _read(image: Any) -> tuple[bytes, str]:
-    """What an image file contains, and what errors call it."""
+    """The contents of an image file, and its name in errors."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image), "the image"
     if isinstance(image, Path):
@@ -114,7 +121,7 @@ def _read(image: Any) -> tuple[bytes, str]:
             image.seek(0)
             return image.read(), "the image"
         raise ValueError(
-            f"A {type(image).__name__} is no image: PIL images, arrays, tensors, bytes, paths, URLs and base64 are."
+            f"A {type(image).__name__} is not an image: give a PIL image, array, tensor, bytes, path, URL or base64."
         )
     scheme = image.lstrip()[:8].lower()
     if scheme.startswith("data:"):
@@ -124,7 +131,7 @@ def _read(image: Any) -> tuple[bytes, str]:
     if scheme.startswith("file:"):
         url = urlsplit(image.strip())
         if url.netloc.lower() not in ("", "localhost"):
-            raise ValueError(f"Cannot read the image {image.strip()}: it lies on another machine, {url.netloc}.")
+            raise ValueError(f"Cannot read the image {image.strip()}: it is on another machine, {url.netloc}.")
         path = url2pathname(url.path)
         return read_file(path, MAX_BYTES)[0], f"the image {path}"
     if len(image) > 255 or not Path(image).exists():
@@ -132,18 +139,20 @@ def _read(image: Any) -> tuple[bytes, str]:
         if data is not None and format_of(data[:16]) is not None:
             return data, "the image in base64"
         if len(image) > 4096:
-            raise ValueError(f"A text of {len(image)} characters is no image: neither a path, nor a URL, nor base64.")
+            raise ValueError(
+                f"A text of {len(image)} characters is not an image: neither a path, nor a URL, nor base64."
+            )
     return read_file(image, MAX_BYTES)[0], f"the image {image}"
 
 
 def _fetched(url: str) -> bytes:
-    """What is at a URL of http or https, or its beginning where that is too large already.
+    """Fetches a URL of http or https; of a file that is too large only the beginning.
 
     Raises:
-      OSError: nothing is there, or it takes longer than URL_SECONDS.
+      OSError: the server does not answer with a file, or takes longer than URL_SECONDS.
     """
     end, data = time.monotonic() + URL_SECONDS, bytearray()
-    escaped = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # people write spaces and letters of every script
+    escaped = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # URLs may be written with spaces and letters of any script
     try:
         with urlopen(Request(escaped, headers={"User-Agent": "transformers"}), timeout=URL_SECONDS) as answer:
             while len(data) <= MAX_BYTES and (part := answer.read1(1 << 20)):
@@ -158,7 +167,7 @@ def _fetched(url: str) -> bytes:
 def _of_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
-        raise ValueError("A data URL has no comma, behind which its image would begin.")
+        raise ValueError("A data URL has no comma, after which its image would begin.")
     if head.strip().lower().endswith("base64"):
         data = _of_base64(unquote(body))
         if data is None:
@@ -168,7 +177,7 @@ def _of_data_url(url: str) -> bytes:
 
 
 def _of_base64(text: str) -> bytes | None:
-    """As training reads it; None for another text."""
+    """Decodes base64 as in training; None for another text."""
     try:
         return from_base64(text) or None
     except ValueError:
@@ -176,15 +185,20 @@ def _of_base64(text: str) -> bytes | None:
 
 
 def resized(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8, bicubically: columns first, then rows, each by itself. Pillow 13 begins with the rows
-    in most upright images when it is asked for both at once, and rounds to other values on its way."""
+    """Resizes bicubically to (height, width, 3) uint8: first the columns, then the rows.
+
+    In one call Pillow 13 would begin with the rows of most upright images, which rounds to other values.
+    """
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return np.array(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def static_views(image: Any, size: int, quadrants: bool) -> np.ndarray:
-    """(5 or 1, size, size, 3) uint8: the quadrants of the image at twice the size, if wanted, and the whole image last.
-    Both sizes are resized from the original, without keeping the aspect ratio."""
+    """Views of fixed resolution, (5 or 1, size, size, 3) uint8: the four quadrants if wanted, and the whole image last.
+
+    Quadrants are cut from the image at twice the size. Both sizes are resized from the original, and the aspect ratio
+    is not kept.
+    """
     image = to_rgb(image)
     whole = resized(image, size, size)[None]
     if not quadrants:
@@ -195,7 +209,7 @@ def static_views(image: Any, size: int, quadrants: bool) -> np.ndarray:
 
 
 def tiled_views(image: Any, size: int, grids: list[tuple[int, int]]) -> tuple[np.ndarray, Tiling]:
-    """Dynamic resolution: (N, size, size, 3) uint8, tiles row by row and the whole image last; how it is cut."""
+    """Views of dynamic resolution, (N, size, size, 3) uint8: tiles row by row, the whole image last; and the tiling."""
     image = to_rgb(image)
     tiling, whole = choose_tiling(image.size, grids, size), resized(image, size, size)[None]
     if tiling == WHOLE:

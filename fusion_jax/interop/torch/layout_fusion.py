@@ -1,4 +1,4 @@
-"""Rows of text and visual places, and batches of them, as in training."""
+"""Lays out rows of text and visual positions, and collates them to batches, as in training."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,12 @@ PADDINGS["do_not_pad"] = "none"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a batch needs to know of the model: the id at visual places and behind rows, pixels of a view's side,
-    latents of a round, and as the processor's settings; tiled: dynamic resolution."""
+    """The settings of the model that a batch depends on.
+
+    Attributes:
+      pad_id: the id at visual positions and in padding. image_size: pixels of a view's side.
+      count: latents of a round. tiled: whether resolution is dynamic. The others are the processor's settings.
+    """
 
     pad_id: int
     image_size: int
@@ -34,11 +38,11 @@ class Row:
     """One conversation from position 0.
 
     Attributes:
-      views: (V, size, size, 3) uint8, the whole view last; None without an image. tiling: six numbers with dynamic
-        resolution, see `FusionProcessor.views`; else empty. kind: NO_IMAGE, PIXELS or ZERO_IMAGE. closed: it ends with
-        an answer that is complete.
+      views: (V, size, size, 3) uint8, the whole view last; None without an image.
+      tiling: six numbers with dynamic resolution, see `FusionProcessor.views`; else empty.
+      kind: NO_IMAGE, PIXELS or ZERO_IMAGE. closed: whether it ends with a complete answer.
       ids, labels: of every position. visual: -1 for text, else an index into the row's table, see `fill`.
-      start, end: of each round the place of its first latent, and of the last token before its answer.
+      start, end: of each round the position of its first latent, and of the last token before its answer.
     """
 
     encoded: Encoded
@@ -53,17 +57,20 @@ class Row:
     end: list[int] = field(default_factory=list)
 
     def image_places(self, image_tokens: int) -> int:
-        """Positions of its image: the whole view, then row by row the kept tokens of the tiles and a row end."""
+        """Number of positions of its image: the whole view, then row by row the kept tile tokens and a row end."""
         if not self.tiling:
             return image_tokens
         rows, _, top, bottom, left, right = self.tiling
         return image_tokens + ((bottom - top) * (right - left + 1) if rows else 0)
 
     def fill(self, image_tokens: int, tile_tokens: int, count: int, image_first: bool, pad_id: int) -> None:
-        """Lays the encoded text out, `count` latents a round. The row's visual table has the image's whole view, room
-        for the most tokens that tiles may take, and the latents of its rounds."""
-        # The first visual place of the image's round holds the image, the latents follow: the published order. With
-        # `image_first` it is that of the conversation.
+        """Lays out the encoded text, with `count` latents in each round.
+
+        The row's visual table has the image's whole view, room for as many tokens as tiles may have, and the latents of
+        the rounds.
+        """
+        # In the published order the first visual position of the image's round holds the image, and the latents follow.
+        # With `image_first` the image is at the first visual position of the conversation.
         markers = [token for token in self.encoded.ids if token < 0]
         if IMAGE in markers:
             place = markers.index(IMAGE)
@@ -86,7 +93,7 @@ class Row:
             self.labels += [label] * len(places)
 
     def cut(self, limit: int) -> None:
-        """Cuts the row to that many positions, inside an answer or behind one.
+        """Cuts the row to `limit` positions, within an answer or after one.
 
         Raises:
           ValueError: the image or the last question would be cut.
@@ -96,16 +103,16 @@ class Row:
         if not self.end:
             length = limit  # an answer alone
         else:
-            needed = [end + 2 for end in self.end if end + 2 <= limit]  # a round without any of its answer is none
+            needed = [end + 2 for end in self.end if end + 2 <= limit]  # rounds with a part of their answer
             image = self.visual.index(0) if 0 in self.visual else 0
             if not self.closed or not needed or needed[-1] <= image:
-                what = "its last question" if not self.closed else "its image and the question behind it"
+                part = "its last question" if not self.closed else "its image and the question after it"
                 raise ValueError(
                     f"A conversation has {len(self.ids)} positions with its visual tokens, and cutting it to "
-                    f"max_length={limit} would cut {what}: give a larger max_length, or truncation=False."
+                    f"max_length={limit} would cut {part}: give a larger max_length, or truncation=False."
                 )
             rounds = len(needed)
-            # The next round goes with all that stands between it and the answer before.
+            # The next round is cut with everything between it and the answer before.
             answers = [i for i, label in enumerate(self.labels[:limit]) if label >= 0]
             length = limit if rounds == len(self.end) else answers[-1] + 1
             self.end, self.start = self.end[:rounds], self.start[:rounds]
@@ -122,8 +129,11 @@ def collate(
     return_tensors: str | None,
     masks: bool,
 ) -> BatchFeature:
-    """The rows as one batch. `visual_index`, `round_end` and `latent_start` count from each row's first token, so that
-    whoever pads or moves rows later needs to move nothing else."""
+    """Makes one batch of rows.
+
+    `visual_index`, `round_end` and `latent_start` count from each row's first token, so that they stay right when rows
+    are padded or moved later.
+    """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r} is not known; use True, 'longest', 'max_length' or False.")
     if return_tensors not in ("pt", "np", None):
@@ -142,7 +152,7 @@ def collate(
         raise ValueError("Rows of different lengths make no tensor: give padding=True, or return_tensors=None.")
 
     def padded(lists: list[list[int]], value: int, width: int | None = None) -> Tensor:
-        """Lists as one tensor, from column 0 where a width is given, else where the rows stand."""
+        """Lists as one tensor: from column 0 if there is a width, else aligned with the rows."""
         out = torch.full((len(lists), length if width is None else width), value)
         for line, values in zip(out, lists):
             start = length - len(values) if width is None and side == "left" else 0

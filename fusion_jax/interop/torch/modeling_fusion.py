@@ -48,8 +48,13 @@ class FusionOutput(CausalLMOutputWithPast):
 
 
 class Visual(NamedTuple):
-    """What the encoder side gives. table: (B, N I + R L, D) what visual_index points into, I with the room for tiles;
-    places: (B, S) where it stands; question, patches: pairs that the mapping loss compares, None without."""
+    """Outputs of the encoder.
+
+    Attributes:
+      table: (B, N I + R L, D) into which visual_index points; I includes the room for tiles.
+      places: (B, S) bool, the visual positions.
+      question, patches: pairs that the mapping loss compares, None without it.
+    """
 
     table: Tensor
     exchange: Exchange | None
@@ -67,7 +72,7 @@ class FusionModelOutput(ModelOutput):
 
 
 class Learned(nn.Module):
-    """Parameters that no layer owns, by name; `forward` gives one of them."""
+    """Parameters that no layer owns, by name; `forward` returns one of them."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -82,7 +87,7 @@ class Learned(nn.Module):
 
 
 class FusionModel(nn.Module):
-    """Encoder, projectors, latents, decoder with exchange; all but the head and the losses."""
+    """Encoder, projectors, latents and decoder with exchange: all except the head and the losses."""
 
     gradient_checkpointing = False
 
@@ -121,7 +126,7 @@ class FusionModel(nn.Module):
         round_end: Tensor | None = None,
         latent_start: Tensor | None = None,
     ) -> Visual:
-        """Everything before the decoder. Only images that exist are encoded, and only tiles that they have."""
+        """Computes everything before the decoder. Only existing images and tiles are encoded."""
         config, encoder, device = self.config, self.vision_tower["vision_tower"]["vision_model"], visual_index.device
         b, n = pixel_values.shape[:2]
         if image_kind is None:
@@ -155,11 +160,11 @@ class FusionModel(nn.Module):
         exchange = None
         if config.semantic_exchange and latent_start is not None and (latent_start >= 0).any():
             row, r = (latent_start >= 0).nonzero(as_tuple=True)
-            # The number of latents follows from how many places the rounds own.
+            # The number of latents follows from the number of positions that the rounds own.
             count = int((visual_index >= table.shape[1]).sum()) // len(row)
             side = math.isqrt(count)
             if side == 0 or side**2 != count:
-                raise ValueError(f"visual_index gives each round {count} latents, which is no square.")
+                raise ValueError(f"visual_index gives each round {count} latents, which is not a square number.")
             grid = square(tokens)
             if config.uses_quadrants:
                 plain = self.mm_projector(encoder(encoder.embed(pixels[:, :QUADRANTS].flatten(0, 1)))).to(device)
@@ -193,14 +198,14 @@ class FusionModel(nn.Module):
         return Visual(table, exchange, visual_index >= 0, *pairs)
 
     def with_tiles(self, tokens: Tensor, tiles: Tensor, cut: list[list[int]]) -> Tensor:
-        """Each image's tokens of its whole view, then those of its tiles row by row, each row closed by the row end.
+        """Joins the tokens of each image's whole view with those of its tiles, row by row with a row end after each.
 
         Args:
           tokens: (M, I, D). tiles: (tiles of all images, tokens of a tile, D). cut: rows and columns of each image's
             tiles; top, bottom, left and right of the tokens in their merged grid that are kept.
 
         Returns:
-          (M, the most tokens of an image, D), zeros behind an image's tokens.
+          (M, the most tokens of an image, D), with zeros after an image's tokens.
         """
         end = self.row_end("weight").to(tokens)
         if self.training:  # distributed training waits for every parameter's gradient
@@ -216,8 +221,10 @@ class FusionModel(nn.Module):
         return torch.stack([F.pad(own, (0, 0, 0, widest - len(own))) for own in listed])
 
     def idle(self, x: Tensor) -> Tensor:
-        """0, in a way that every parameter that serves images has a (zero) gradient: distributed training waits for
-        it, whether or not this process has an image in its batch."""
+        """Returns 0, computed so that every parameter that serves images has a (zero) gradient.
+
+        Distributed training waits for these gradients, whether or not this process has an image in its batch.
+        """
         config, size = self.config, self.config.vision["image_size"]
         count = config.latent_counts[0] if config.semantic_exchange else 0
         first = self.table_tokens
@@ -246,21 +253,21 @@ class FusionModel(nn.Module):
         return 0.0 * total
 
     def rotary(self, attention_mask: Tensor, queries: int, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, queries, d / 2) of the last places of each row, float32."""
+        """cos and sin, float32 (B, 1, queries, d / 2), of the last positions of each row."""
         lengths = attention_mask.long().cumsum(1)
         positions = (lengths - 1).clamp(min=0)[:, -queries:]
         short, long, scale = self.frequencies
         rope, device = self.config.llm["rope"], attention_mask.device
         frequencies = torch.tensor(short, dtype=torch.float32, device=device)
         if rope["kind"] == "longrope":
-            # Each row has the long factors for all of its tokens or for none: transformers' rule for a batch of one.
+            # A row has the long factors for all of its tokens or for none, as transformers has for a batch of one.
             beyond = (lengths[:, -1] if reach is None else reach.to(device)) > rope["original_length"]
             if reach is None and queries < lengths.shape[1]:
                 cached = lengths[:, -queries - 1]
                 if (beyond & (cached > 0) & (cached <= rope["original_length"])).any():
                     raise ValueError(
-                        f"A row passes the {rope['original_length']} positions of LongRoPE's short factors, which its "
-                        "cached keys were turned by: give every call `reach`, each row's tokens and longest answer."
+                        f"A row passes the {rope['original_length']} positions of LongRoPE's short factors, by which "
+                        "its cached keys were rotated: give every call `reach`, each row's tokens and longest answer."
                     )
             frequencies = torch.where(
                 beyond[:, None], torch.tensor(long, dtype=torch.float32, device=device), frequencies
@@ -272,7 +279,7 @@ class FusionModel(nn.Module):
     def decode(
         self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache, past: int, reach, states: list | None
     ) -> Tensor:
-        """x: (B, S, D). states: takes the input of every layer, if wanted."""
+        """x: (B, S, D). states: a list to which the input of every layer is appended, or None."""
         queries = x.shape[1]
         dense = cache is not None and not isinstance(cache, DynamicCache)
         mask, causal = decoder_mask(attention_mask, queries, self.config.llm["sliding_window"], dense)
@@ -338,7 +345,7 @@ class FusionModel(nn.Module):
         return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
 
     def check_whole(self, images: dict[str, Tensor]) -> None:
-        """ValueError if only a part of what an image needs is there: the model would answer as if it saw it."""
+        """ValueError if only some of an image's inputs exist, as the model would then answer without seeing it."""
         index = images.get("visual_index")
         if "pixel_values" not in images and (index is None or not (index >= 0).any()):
             return
@@ -352,14 +359,15 @@ class FusionModel(nn.Module):
 
 
 def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict[str, Tensor]:
-    """`visual_index` (B, S), `round_end` and `latent_start`, which count from each row's first token, as places of the
-    rows: wherever they begin, and whatever follows them.
+    """Converts `visual_index` (B, S), `round_end` and `latent_start` to positions of the padded rows.
+
+    They count from each row's first token, wherever that is and whatever follows.
 
     Args:
-      read: positions that the first call of a conversation has read, or reads now.
+      read: number of positions that the first call of a conversation has read, or reads now.
 
     Raises:
-      ValueError: visual places or questions lie behind those.
+      ValueError: visual positions or questions come after those.
     """
     index, start = images["visual_index"], attention_mask.long().argmax(1, keepdim=True)
     at = torch.arange(index.shape[1], device=index.device) + start
@@ -368,7 +376,7 @@ def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict
     ends = moved["round_end"][moved["latent_start"] >= 0] if len(moved) == 2 else at[:0]
     if ((index >= 0) & (at >= read)).any() or (ends >= read).any():
         raise ValueError(
-            "A conversation's images, latents and questions are read all at once: give it whole and without a cache, "
+            "A conversation's images, latents and questions are read all at once: pass it whole and without a cache, "
             "and leave out prefill_chunk_size."
         )
     column = torch.arange(attention_mask.shape[1], device=index.device) - start
@@ -379,7 +387,7 @@ def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.float(), b.float().to(a.device)
     norms = a.square().sum(-1) * b.square().sum(-1)
-    # The floor stands under the root: a zero vector then has a finite gradient.
+    # The floor is under the root, so that a zero vector has a finite gradient.
     return 1.0 - (a * b).sum(-1) * torch.rsqrt(norms.clamp(min=1e-16))
 
 
@@ -394,7 +402,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (if config.tie_word_embeddings)
     _supports_sdpa = True
     _can_compile_fullgraph = False
-    # The tower's layers that the taps leave out: in the files where an imported tower had them.
+    # Layers of the tower that the taps do not read; files have them where the imported tower had them.
     _keys_to_ignore_on_load_unexpected = [r"\.vision_model\.encoder\.layers\.\d+\."]  # noqa: RUF012
 
     def __init__(self, config: FusionConfig):
@@ -454,11 +462,11 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> FusionOutput | tuple:
-        """One forward pass; `FusionProcessor` makes its inputs. Without images leave out all that concerns them.
+        """Runs one forward pass. `FusionProcessor` makes its inputs; without images leave out all that concern them.
 
         Args:
-          input_ids: (B, S), the pad token at visual places; or inputs_embeds, (B, S, D). attention_mask: (B, past + S),
-            0 for padding.
+          input_ids: (B, S), the pad token at visual positions; or inputs_embeds, (B, S, D).
+          attention_mask: (B, past + S), 0 for padding.
           visual_index: (B, up to S) from each row's first token on, -1 for text, else an index into the row's
             [N * I image tokens | R * L latents]. With dynamic resolution I is `config.table_tokens`: the tokens of the
             whole view, then those of the tiles row by row, each row closed by the row end.
@@ -468,15 +476,15 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
           tilings: (B, N, 6) rows and columns of the image's tiles; top, bottom, left and right of the tokens that are
             kept of their merged grid. Zeros where it has none.
           question_ids, question_mask: (B, N, T) question tokens that guide the image's encoding.
-          round_image, round_end, latent_start: (B, R) the round's image, the place of the last token before its answer
-            and of its first latent, from the row's first token on; -1 where there is none.
+          round_image, round_end, latent_start: (B, R) the round's image, the position of the last token before its
+            answer and of its first latent, from the row's first token on; -1 where there is none.
           labels: (B, S) token ids, not shifted; negative where unsupervised. num_items_in_batch: supervised tokens of
             all batches that are accumulated; the loss is then this batch's share of their mean.
-          past_key_values: the cache; `cache` is the same, as transformers calls it from 5.24 on.
-          logits_to_keep: only the last so many positions' logits, or those at these places; 0 for all.
-          reach: (B,) tokens that each row may come to have, which chooses LongRoPE's factors; by default those that it
-            has. `generate` gives those of the prompt and of the longest answer, but for the last, which is not read.
-          kwargs: what transformers says besides; nothing here needs it.
+          past_key_values: the cache; from 5.24 on transformers calls it `cache`.
+          logits_to_keep: number of last positions that get logits, or these positions; 0 for all.
+          reach: (B,) most tokens that each row will have, by which LongRoPE's factors are chosen; by default those that
+            it has. `generate` passes those of the prompt and of the longest answer without its last, which is not read.
+          kwargs: other arguments of transformers, which are ignored.
         """
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -528,7 +536,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def losses(self, logits: Tensor, labels: Tensor, visual: Visual | None, items=None) -> dict[str, Tensor]:
         """Means over the batch's supervised tokens, question tokens and patches."""
         supervised = labels[:, 1:] >= 0
-        if visual is not None:  # trainers that train on all of input_ids mean the text
+        if visual is not None:  # trainers that supervise all of input_ids mean the text
             supervised &= ~visual.places[:, 1:].to(labels.device)
         count = supervised.sum()
         chosen = logits[:, :-1][supervised].float()
@@ -545,8 +553,10 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         return {"loss": loss, "ce": ce, "v2t": v2t, "t2v": t2v}
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
-        """As in transformers. With LongRoPE each row's factors are chosen once, by its prompt and its longest answer:
-        keys that are cached cannot change theirs."""
+        """Generates as in transformers.
+
+        With LongRoPE each row's factors are chosen once, by its prompt and longest answer, as cached keys are fixed.
+        """
         ids = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), inputs)
         if self.config.llm["rope"]["kind"] == "longrope" and kwargs.get("reach") is None and ids is not None:
             mask = kwargs.get("attention_mask")
@@ -557,12 +567,12 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def longest_answer(self, prompt: int, generation_config, kwargs: dict) -> int:
         """Most tokens that `generate` may add to prompts of this length."""
 
-        def said(name):
+        def option(name):
             places = (kwargs.get(name), getattr(generation_config, name, None))
             return next((value for value in places if value is not None), None)
 
-        new, length = said("max_new_tokens"), said("max_length")
-        if new is None and length in (None, 20):  # transformers may note that nothing is said as a length of 20
+        new, length = option("max_new_tokens"), option("max_length")
+        if new is None and length in (None, 20):  # transformers may write 20 where no length is set
             new, length = self.generation_config.max_new_tokens, self.generation_config.max_length
         if new is None:
             new = 20 if length in (None, 20) else length - prompt
@@ -572,14 +582,14 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        made = inputs.get("attention_mask")
-        if not isinstance(made, Tensor) or made.ndim != 2:  # made for a cache of fixed length; the model makes its own
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:  # for a cache of fixed length; the model makes its own
             inputs["attention_mask"] = attention_mask
         return inputs
 
 
 def check_positions(positions: Tensor, attention_mask: Tensor | None) -> None:
-    """ValueError if positions (B, S) are others than those that the model counts itself."""
+    """ValueError if positions (B, S) differ from those that the model counts itself."""
     queries = positions.shape[-1]
     if attention_mask is None:
         steps = positions.diff(dim=-1)

@@ -1,4 +1,4 @@
-"""Names of the tensors in the `transformers` format."""
+"""Names the tensors of the `transformers` format."""
 
 import dataclasses
 import re
@@ -8,9 +8,12 @@ from fusion_jax.models.config import FusionConfig
 
 
 def rows(config: FusionConfig, shapes: table.Shapes) -> list[table.Row]:
-    """The table of a model of the `transformers` format: the published names with nothing fused, but for the exchange's
-    projections. There `q_proj` is a norm and a linear layer in one; here each has its name, so that whoever asks for
-    `q_proj` (LoRA, quantisation) means a linear layer."""
+    """The table of a model in the `transformers` format.
+
+    Names are the published ones with nothing fused, except in the exchange: there the published `q_proj` is a norm and
+    a linear layer in one. Here each has its own name, so that `q_proj` is a linear layer, as LoRA and quantisation
+    expect.
+    """
     names = table.published_rows(config, shapes, fused=False)
     return [dataclasses.replace(row, name=_own(row.name)) for row in names]
 

@@ -1,4 +1,4 @@
-"""Conversations and images to the inputs of an exported model."""
+"""Turns conversations and images into the inputs of an exported model."""
 
 import math
 from pathlib import Path
@@ -10,8 +10,8 @@ from transformers.utils import cached_file
 
 from fusion_jax.data.tiles import most_tokens
 
+from .arguments_fusion import GROUPS, batch, flat, is_image, places_of
 from .configuration_fusion import NO_IMAGE, PIXELS, ZERO_IMAGE
-from .given_fusion import GROUPS, batch, flat, is_image, places_of
 from .image_fusion import static_views, tiled_views
 from .layout_fusion import Layout, Row, collate
 from .text_fusion import (
@@ -29,7 +29,7 @@ from .text_fusion import (
     read_messages,
 )
 
-# Keys of processor_config.json, and what stands for them where they are missing.
+# Keys of processor_config.json, and their defaults.
 SETTINGS = {
     "template": None,
     "bos_token_id": None,
@@ -45,7 +45,7 @@ SETTINGS = {
     "tile_tokens": 0,
     "sentencepiece": False,
 }
-# What other processors take and what changes nothing here: a row begins as in training whatever is said.
+# Arguments of other processors that have no effect here: a row always begins as in training.
 _WITHOUT_EFFECT = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids")
 _OTHERS = ("videos", "audio", "tools")
 
@@ -55,12 +55,12 @@ class FusionProcessor(ProcessorMixin):
 
     A conversation is a list of {"role": "user" | "assistant", "content": text or list of parts}, a part being
     {"type": "text", "text": ...} or {"type": "image"}, which may carry its picture as "image", "url", "path" or
-    "base64", or {"type": "image_url", "image_url": {"url": ...}}. A picture is what `image_fusion.to_rgb` takes. At
-    most one image a conversation. A first message of role "system" takes the place of the template's own system text,
-    where the template can hold one. A conversation that ends with the user waits for an answer; one that ends with the
+    "base64", or {"type": "image_url", "image_url": {"url": ...}}. `image_fusion.to_rgb` lists the kinds of pictures. A
+    conversation has at most one image. A first message of role "system" replaces the template's own system text, where
+    the template can hold one. A conversation that ends with the user waits for an answer; one that ends with the
     assistant is a training row and gets labels.
 
-    image_token is how a text says where its image goes; image_token_id what stands at all visual places of input_ids.
+    `image_token` marks the position of the image in a text; `image_token_id` is the id at all visual positions.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -85,11 +85,14 @@ class FusionProcessor(ProcessorMixin):
         sentencepiece=False,
         chat_template=None,
     ):
-        """latent_count 0: the model has no latents. bos_token_id: stands in front of every conversation, None: nothing
-        does. template: dict of system, question, answer, end, between; system_frame (before and after a conversation's
-        own system text), or None; trims (which of system, question and answer lose the white space around them).
-        tile_grids: (rows, columns) of dynamic resolution, tile_tokens: of each tile. sentencepiece: only the folder's
-        tokenizer.model gives the ids of training, not its tokenizer.json."""
+        """Args:
+        template: dict of system, question, answer, end, between; system_frame (before and after a conversation's own
+          system text), or None; trims (those of system, question and answer that lose surrounding white space).
+        bos_token_id: the id before every conversation; None for none.
+        latent_count: latents of a round; 0 for a model without latents.
+        tile_grids: (rows, columns) of dynamic resolution. tile_tokens: of each tile.
+        sentencepiece: only the folder's tokenizer.model gives the ids of training, not its tokenizer.json.
+        """
         super().__init__(tokenizer, chat_template=chat_template)
         values = locals()
         for name in SETTINGS:
@@ -152,7 +155,7 @@ class FusionProcessor(ProcessorMixin):
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
-        """Ids of `text`; behind an added token (id `after`) there is no word prefix, and it may swallow white space."""
+        """Ids of `text`; after an added token (id `after`) it has no word prefix, and may lose white space."""
         token = self._added.get(after)
         if token is None:
             return self._ids(text)
@@ -177,24 +180,23 @@ class FusionProcessor(ProcessorMixin):
         pad_to_multiple_of=None,
         **options,
     ) -> BatchFeature:
-        """The model's inputs.
+        """Returns the model's inputs.
 
         Args:
-          conversations: one conversation or a list of them, or what `apply_chat_template` has made of them: one text or
-            a list. `text` is another name for it. A text that is no such prompt is a question if it has an image, and
-            else what follows a prompt (an answer with its end), tokenized as it is there.
-          images: of the conversations that do not carry theirs: one list for each, or one list of all in the order of
-            their places, or one image for each. An image is a PIL image, array, tensor, bytes, path, URL or base64.
+          conversations: one conversation or a list of them, or the prompts that `apply_chat_template` returns for them.
+            `text` is another name for it. A text that is not such a prompt is a question if it has an image; otherwise
+            it follows a prompt (an answer with its end) and is tokenized as it would be there.
+          images: of the conversations that do not carry theirs: a list for each, or one list of all in the order of
+            their positions, or one image for each. An image is a PIL image, array, tensor, bytes, path, URL or base64.
           latent_count: l^2, by default the model's own.
-          padding: True or "longest", "max_length" (then max_length is needed), or False: rows of one length alone are
-            then made into tensors. padding_side: by default the tokenizer's; generation needs "left".
-          truncation: cuts rows to max_length positions at their end, and only inside an answer or behind one: a round
-            whose question or visual places would be cut goes whole. ValueError where the image or the last question
-            would go.
+          padding: True or "longest", "max_length" (which needs max_length), or False, with which only rows of one
+            length become tensors. padding_side: by default the tokenizer's; generation needs "left".
+          truncation: cuts the ends of rows to max_length positions, but only within an answer or after one: a round
+            whose question or visual positions would be cut is removed whole.
           return_tensors: "pt", "np", or None for lists.
 
         Raises:
-          ValueError: with what is wrong.
+          ValueError: an argument is wrong, or the image or the last question would be cut.
         """
         options = flat(options)
         padding, truncation, max_length, pad_to_multiple_of, padding_side, return_tensors = (
@@ -213,7 +215,7 @@ class FusionProcessor(ProcessorMixin):
         goes_on = options.pop("continue_final_message", False)
         for name in _OTHERS:
             if options.pop(name, None):
-                raise ValueError(f"{name}: this model takes texts and images alone.")
+                raise ValueError(f"{name}: this model takes texts and images only.")
         unknown = sorted(set(options) - set(_WITHOUT_EFFECT))
         if unknown:
             raise TypeError(f"The processor has no argument {', '.join(unknown)}.")
@@ -252,25 +254,28 @@ class FusionProcessor(ProcessorMixin):
         processor_kwargs=None,
         **kwargs,
     ):
-        """The readable prompt of a conversation or of a list of them, or with `tokenize` the model's inputs.
+        """Returns the readable prompts of conversations, or with `tokenize` the model's inputs.
 
         Args:
-          images, and others: as for the processor itself. add_generation_prompt: whether the header of an answer stands
-            behind a last question. continue_final_message: the last answer stays open. return_dict: False gives
-            input_ids alone. What other chat templates may ask for is not looked at.
+          conversation: one conversation or a list of them.
+          images, and others: as for the processor itself.
+          add_generation_prompt: whether the header of an answer follows a last question.
+          continue_final_message: the last answer stays open.
+          return_dict: False for input_ids only.
+          kwargs: others are ignored.
         """
         many = bool(conversation) and isinstance(conversation[0], list | tuple)
         ways = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         own = chat_template in (None, self.chat_template)
         if kwargs.get("tools"):
-            raise ValueError("The model's chat template has no place for tools.")
+            raise ValueError("The model's chat template does not support tools.")
         if tokenize:
             if not own:
                 raise ValueError("The ids follow the model's own template; render another one with tokenize=False.")
             names = ("latent_count", "padding_side", "return_tensors", "padding", "truncation", "max_length")
             names += ("pad_to_multiple_of", "return_assistant_tokens_mask", *GROUPS)
             options = {**{name: kwargs[name] for name in names if name in kwargs}, **(processor_kwargs or {}), **ways}
-            if options.get("return_assistant_tokens_mask"):  # trainers that ask for it look at lists
+            if options.get("return_assistant_tokens_mask"):  # trainers that use it expect lists
                 options.setdefault("return_tensors", None)
             inputs = self(conversation, options.pop("images", images), **options)
             return inputs if return_dict else inputs["input_ids"]
@@ -286,7 +291,7 @@ class FusionProcessor(ProcessorMixin):
         return prompts if many else prompts[0]
 
     def _limit(self, max_length: int | None) -> int | None:
-        """Most positions of a row."""
+        """Largest number of positions of a row; None without a limit."""
         own = self.tokenizer.model_max_length
         return max_length if max_length is not None else own if own < 1 << 40 else None
 
@@ -296,7 +301,7 @@ class FusionProcessor(ProcessorMixin):
         """Ids and labels, the image or None, and how the conversation ends.
 
         Args:
-          rendered: the prompt alone is wanted; the image may be missing.
+          rendered: only the prompt is needed, so that the image may be missing.
         """
         if isinstance(conversation, str):
             text = conversation
@@ -329,8 +334,11 @@ class FusionProcessor(ProcessorMixin):
         return self._text.encoded(chat), image, chat.end
 
     def views(self, image) -> tuple[np.ndarray, list[int]]:
-        """(V, size, size, 3) uint8, the whole image last; its quadrants or tiles first; and for dynamic resolution rows
-        and columns of tiles, and top, bottom, left and right of the tokens that hold any of the image."""
+        """Views of an image, (V, size, size, 3) uint8: its quadrants or tiles, and the whole image last.
+
+        With dynamic resolution the second value has the rows and columns of tiles, and top, bottom, left and right of
+        the tokens that show a part of the image; otherwise it is empty.
+        """
         if not self.tile_grids:
             return static_views(image, self.image_size, self.quadrants), []
         views, tiling = tiled_views(image, self.image_size, self.tile_grids)

@@ -1,11 +1,13 @@
-"""Conversations, and prompts that the chat template wrote, to token ids and labels, as in training."""
+"""Turns conversations and written prompts into token ids and labels, as in training."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .configuration_fusion import IGNORE
+from fusion_jax.data.pieces import NO_DUMMY_PREFIX, Added, Pieces
+from fusion_jax.data.row_text import IGNORE, RowText
+
 from .image_fusion import KEYS
 
 try:  # only folders without tokenizer.json need it
@@ -13,21 +15,24 @@ try:  # only folders without tokenizer.json need it
 except ImportError:
     sentencepiece = None
 
-IMAGE_TAG = "<image>"  # how a turn's text says that it carries the image
+IMAGE_TAG = "<image>"  # marks the image in the text of a turn
 LATENTS_TAG = "<latent_image>"
-VISION_START, VISION_END = "<vision_start>", "<vision_end>"  # frame every visual place
-# Stand-ins in a row of ids until the layout fills the places.
+VISION_START, VISION_END = "<vision_start>", "<vision_end>"  # around all visual positions
+# Stand-ins in a row of ids until the layout fills the positions.
 IMAGE, LATENTS = -200, -300
-SPACE = "▁"  # SentencePiece's visible stand-in for a space
 _FRAMED = re.compile(f"{VISION_START}({IMAGE_TAG}|{LATENTS_TAG}){VISION_END}")
-# How a conversation ends: with a question that is still open, or whose answer comes next, or goes on, or is closed.
+# How a conversation ends: with an open question, before an answer, within an answer, or after one.
 ASKING, WAITING, ANSWERING, CLOSED = "asking", "waiting", "answering", "closed"
 
 
 @dataclass
 class Chat:
-    """system: all that stands before the first round. rounds: (question, answer or None); the question that carries the
-    image begins with its tag. end: ASKING, WAITING, ANSWERING or CLOSED."""
+    """A conversation.
+
+    Attributes:
+      system: the text before the first round. end: ASKING, WAITING, ANSWERING or CLOSED.
+      rounds: (question, answer or None); the question with the image begins with its tag.
+    """
 
     system: str
     rounds: list[tuple[str, str | None]]
@@ -40,8 +45,13 @@ class Chat:
 
 @dataclass
 class Encoded:
-    """ids: token ids with IMAGE and LATENTS where visual tokens go. labels: ids where supervised, else IGNORE. ends:
-    places of the last token before each answer. question_ids: what guides the encoder. prompt: the readable text."""
+    """A conversation as ids.
+
+    Attributes:
+      ids: token ids, with IMAGE and LATENTS in place of visual tokens. labels: ids where supervised, else IGNORE.
+      ends: positions of the last token before each answer. question_ids: the question that guides the encoder.
+      prompt: the readable text.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -51,12 +61,13 @@ class Encoded:
 
 
 class ChatText:
-    """What the model's template makes of conversations, and back.
+    """Writes conversations with the model's template, and reads them back.
 
     Args:
-      template: dict, see `FusionProcessor`. encode: text and the id of the token it follows, or None, to ids.
-      first: ids in front of every conversation. latents: whether rounds have latents; latents_without_image: also those
-        of text alone. text_guided: the question guides the encoder.
+      template: dict, see `FusionProcessor`.
+      encode: returns the ids of a text, which follows the token with an id or None.
+      first: ids before every conversation. latents: whether rounds have latents; latents_without_image: also those of
+        text only. text_guided: the question guides the encoder.
     """
 
     def __init__(
@@ -79,14 +90,14 @@ class ChatText:
     def trimmed(self, part: str, text: str) -> str:
         return text.strip() if part in self.template.get("trims", ()) else text
 
-    def system(self, said: str) -> str:
-        """What stands before the first round; `said` is the conversation's own system text, or empty."""
-        if not said:
+    def system(self, own: str) -> str:
+        """The text before the first round; `own` is the conversation's system text, or empty."""
+        if not own:
             return self.template["system"]
         if not self.template.get("system_frame"):
             raise ValueError("The model's chat template cannot hold a system message.")
-        before, behind = self.template["system_frame"]
-        return before + self.trimmed("system", said) + behind
+        before, after = self.template["system_frame"]
+        return before + self.trimmed("system", own) + after
 
     def is_prompt(self, text: str) -> bool:
         """Whether a text begins as the template's prompts do."""
@@ -95,15 +106,15 @@ class ChatText:
         return any(start and text.startswith(start) for start in starts)
 
     def has_marks(self, text: str) -> bool:
-        """Whether the template's own words are in a text."""
+        """Whether a text contains the template's own words."""
         marks = (self.template[key].strip() for key in ("question", "answer", "end"))
         return any(mark and mark in text for mark in marks)
 
     def read(self, text: str) -> Chat:
-        """The conversation that the template has written.
+        """Reads a conversation that the template has written.
 
         Raises:
-          ValueError: the text is no such conversation.
+          ValueError: the text is not such a conversation.
         """
         t, rounds, end = self.template, [], CLOSED
         if not t["answer"]:
@@ -136,14 +147,15 @@ class ChatText:
         return Chat(system, [(self._placed(question), answer) for question, answer in rounds], end)
 
     def _placed(self, question: str) -> str:
-        """A written question without the frames of visual places; the image's tag in front of it."""
-        question = _FRAMED.sub(lambda found: IMAGE_TAG if found[1] == IMAGE_TAG else "", question)
-        before, tag, behind = question.partition(IMAGE_TAG)
-        return question if not tag or not before.strip() else f"{IMAGE_TAG}\n{(before + behind).strip()}"
+        """A written question without the tokens around visual positions, and with the image's tag at its start."""
+        question = _FRAMED.sub(lambda match: IMAGE_TAG if match[1] == IMAGE_TAG else "", question)
+        before, tag, after = question.partition(IMAGE_TAG)
+        return question if not tag or not before.strip() else f"{IMAGE_TAG}\n{(before + after).strip()}"
 
     def encoded(self, chat: Chat) -> Encoded:
-        """Cuts the text at placeholders and at answers and tokenizes each piece by itself."""
-        template, row, has_image = self.template, _Row(self.encode, self.first), chat.has_image
+        """Tokenizes a conversation piece by piece; pieces end at placeholders and at answers."""
+        template, has_image = self.template, chat.has_image
+        row = RowText(self.encode_parts, self.first, (VISION_START, VISION_END))
         row.text(chat.system)
         for k, (question, answer) in enumerate(chat.rounds):
             last, question = k == len(chat.rounds) - 1, self.trimmed("question", question)
@@ -158,71 +170,36 @@ class ChatText:
             row.end_question()
             if answer is not None:
                 answer = self.trimmed("answer", answer)
-                row.answer(answer if last and chat.end == ANSWERING else answer + template["end"])
+                row.answer(answer, "" if last and chat.end == ANSWERING else template["end"])
         question_ids = []
         if has_image and self.text_guided:
             texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in chat.rounds]
             question_ids = [*self.first, *self.encode("".join(texts), None)]
         return Encoded(row.ids, row.labels, row.ends, question_ids, "".join(row.prompt))
 
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None) -> list[int]:
+        """Ids of texts that follow each other; here none of them is literal."""
+        return self.encode("".join(text for text, _ in parts), after)
+
     def continued(self, text: str) -> Encoded:
-        """A text that follows a prompt: an answer, as those who train on prompts and completions give it."""
+        """A text that follows a prompt: an answer, as trainers on prompts and completions pass it."""
         if _FRAMED.search(text) or IMAGE_TAG in text:
-            raise ValueError("A text that does not begin as this model's prompts do has no place for an image.")
+            raise ValueError("A text that does not begin as this model's prompts do cannot hold an image.")
         header = self.encode(self.template["answer"], None)
         ids = self.encode(text, header[-1] if header else None)
         return Encoded(ids, [IGNORE] * len(ids), [], [], text)
 
 
-class _Row:
-    """A row under construction. Text is gathered and tokenized in one piece when something else comes."""
-
-    def __init__(self, encode, first: list[int]):
-        self.encode = encode
-        self.ids, self.labels, self.ends, self.prompt = [*first], [IGNORE] * len(first), [], []
-        self._pending, self._after = "", None  # text that waits, and the id it follows; None where a piece starts
-
-    def text(self, text: str) -> None:
-        self._pending += text
-        self.prompt.append(text)
-
-    def placeholder(self, marker: int, tag: str) -> None:
-        self.text(VISION_START)
-        self._flush()
-        self.ids.append(marker)
-        self.labels.append(IGNORE)
-        self.prompt.append(tag)
-        self._after = None
-        self.text(VISION_END)
-
-    def end_question(self) -> None:
-        self._flush()
-        self.ends.append(len(self.ids) - 1)
-
-    def answer(self, text: str) -> None:
-        self.prompt.append(text)
-        new = self.encode(text, self._after)
-        self.ids += new
-        self.labels += new
-        self._after = self.ids[-1]
-
-    def _flush(self) -> None:
-        new = self.encode(self._pending, self._after)
-        self.ids += new
-        self.labels += [IGNORE] * len(new)
-        self._pending, self._after = "", self.ids[-1] if self.ids else None
-
-
 def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tuple[Chat, Any]:
-    """A conversation, and its image or None.
+    """Reads a conversation, and its image or None.
 
     Args:
       messages: see `FusionProcessor`. images: those that the messages do not carry themselves.
 
     Raises:
-      ValueError: the messages are no conversation of this model, with the reason.
+      ValueError: the messages are not a conversation of this model, with the reason.
     """
-    turns, said, images = [], "", list(images)
+    turns, system, images = [], "", list(images)
     for k, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"A message is {message!r}; it must be a dict of role and content.")
@@ -233,7 +210,7 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
             raise ValueError(f"A turn's content is {content!r}; it must be a text or a list of parts.")
         written = content if isinstance(content, str) else "".join(_part(part, role, images) for part in content)
         if role == "system":
-            said = written
+            system = written
         else:
             turns.append((role, written))
     turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
@@ -247,18 +224,18 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
         questions[owner] = f"{IMAGE_TAG}\n{questions[owner].replace(IMAGE_TAG, '').strip()}"
     rounds = [(question, answers[k] if k < len(answers) else None) for k, question in enumerate(questions)]
     end = CLOSED if len(turns) % 2 == 0 else WAITING
-    return Chat(text.system(said), rounds, end), images[0] if images else None
+    return Chat(text.system(system), rounds, end), images[0] if images else None
 
 
 def check_images(places: int, images: int) -> None:
     if max(places, images) > 1:
         raise ValueError(f"{max(places, images)} images; one image per conversation is supported.")
     if places and not images:
-        raise ValueError("The conversation says where its image goes, but there is no image.")
+        raise ValueError("The conversation has a position for an image, but there is no image.")
 
 
 def _part(part: Any, role: str, images: list[Any]) -> str:
-    """What a part of a message says; its image goes to `images`."""
+    """The text of a part of a message; its image is appended to `images`."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -274,49 +251,23 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
 
 
 class SentencePieceText:
-    """Text to ids exactly as the model was trained: SentencePiece, added tokens cut out first, longest match first.
-
-    One "▁" goes before each text and is dropped where a special token opens it.
-    """
+    """Turns text into ids exactly as in training, by the SentencePiece model and the tokenizer's added tokens."""
 
     def __init__(self, model: bytes, tokenizer):
         if sentencepiece is None:
             raise ImportError("This model's tokenizer.model needs the package: pip install sentencepiece")
-        # A protobuf message may be continued: normalizer_spec { add_dummy_prefix: false }; the last value wins.
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self.tokenizer = tokenizer
-        self.look_up_added()
         self.guard = tokenizer.unk_token or self.model.id_to_piece(self.model.unk_id())
-        self.guard_length = len(self.model.encode(self.guard))
+        self.look_up_added()
 
     def look_up_added(self) -> None:
         self.known = len(self.tokenizer)
-        self.added = {token.content: (i, token) for i, token in self.tokenizer.added_tokens_decoder.items()}
-        names = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.splitter = re.compile("(" + "|".join(names) + ")")
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        added = {token.content: Added(i, token.special, token.lstrip, token.rstrip) for i, token in tokens}
+        self.pieces = Pieces(self.model, added, self.guard)
 
     def __call__(self, text: str) -> list[int]:
-        if not text:
-            return []
-        if self.known != len(self.tokenizer):  # somebody has added more
+        if self.known != len(self.tokenizer):  # more tokens were added
             self.look_up_added()
-        # Odd places hold added tokens, even places the text between them.
-        parts = self.splitter.split(SPACE + text.replace(SPACE, " "))
-        for k in range(1, len(parts), 2):
-            token = self.added[parts[k]][1]
-            if token.lstrip:
-                parts[k - 1] = parts[k - 1].rstrip()
-            if token.rstrip:
-                parts[k + 1] = parts[k + 1].lstrip()
-        if len(parts) > 1 and parts[0] == SPACE and self.added[parts[1]][1].special:
-            parts[0] = ""
-        ids = []
-        for k, part in enumerate(parts):
-            if k % 2:
-                ids.append(self.added[part][0])
-            elif part.startswith((SPACE, " ")):
-                # Some models trim white space in front of what they are given: give them something else in front.
-                ids += self.model.encode(self.guard + part)[self.guard_length :]
-            elif part:
-                ids += self.model.encode(part)
-        return ids
+        return self.pieces.encode(text)

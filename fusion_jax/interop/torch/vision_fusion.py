@@ -1,4 +1,4 @@
-"""The vision encoder, led by the question, and the grids of its tokens."""
+"""The vision encoder, which the question guides, and the grids of its tokens."""
 
 import math
 
@@ -19,9 +19,11 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def checkpointed(owner: nn.Module, call, *args):
-    """`call(*args)`, run again for its gradient as transformers was asked to. Several processes never do so in the
-    reentrant way, the default before transformers 5: there every layer may run once only, and the encoder's see two
-    kinds of views."""
+    """Calls `call(*args)` with gradient checkpointing as transformers is set to.
+
+    Several processes never use the reentrant way, the default before transformers 5: it allows each layer to run only
+    once, and those of the encoder see two kinds of views.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return checkpoint(call, *args, use_reentrant=False)
     return owner._gradient_checkpointing_func(call, *args)
@@ -54,13 +56,13 @@ class VisionLayer(nn.Module):
         return torch.cat([image, F.scaled_dot_product_attention(q_text, k, v, keys)], 2)
 
     def forward(self, x: Tensor, patches: int, keys: Tensor | None, early: bool) -> Tensor:
-        """x: (M, P or P + T, Dv); keys: (M, 1, 1, P + T) bool, what is no padding, None for all."""
+        """x: (M, P or P + T, Dv); keys: (M, 1, 1, P + T) bool, False for padding, None for no padding."""
         x = x + self.self_attn["out_proj"](merge_heads(self.attend(self.layer_norm1(x), patches, keys, early)))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x)), approximate="tanh"))
 
 
 class VisionEncoder(nn.Module):
-    """SigLIP tower led by the question; its output is a concatenation of residual states (taps)."""
+    """SigLIP tower guided by the question; its output is a concatenation of residual states (taps)."""
 
     gradient_checkpointing = False
 
@@ -85,7 +87,7 @@ class VisionEncoder(nn.Module):
         return x + self.embeddings["position_embedding"](places).to(x.device)
 
     def forward(self, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """State 0 of the image and the projected question (M, T, Dv) to taps (M, P + T, taps * Dv)."""
+        """Encodes state 0 of the image and the projected question (M, T, Dv) to taps (M, P + T, taps * Dv)."""
         patches, keys = x.shape[1], None
         if text is not None:
             x = torch.cat([x, text.to(x)], 1)  # text gets no position embedding
@@ -109,7 +111,7 @@ class VisionEncoder(nn.Module):
 
 
 def resize(tokens: Tensor, count: int) -> Tensor:
-    """A square grid of tokens (M, P, D) to `count` tokens, bilinearly; 0 leaves them as they are."""
+    """Resizes a square grid of tokens (M, P, D) bilinearly to `count` tokens; 0 leaves them as they are."""
     if count in (0, tokens.shape[1]):
         return tokens
     side = math.isqrt(count)
@@ -123,12 +125,12 @@ def square(tokens: Tensor) -> Tensor:
 
 
 def pool(grid: Tensor, cells: int) -> Tensor:
-    """(M, h, w, D) to (M, cells^2, D) by the maximum of each of the adaptive cells (see `windows`)."""
+    """Pools (M, h, w, D) to (M, cells^2, D) by the maximum of each adaptive cell (see `windows`)."""
     return F.adaptive_max_pool2d(grid.permute(0, 3, 1, 2), cells).flatten(2).transpose(1, 2)
 
 
 def stitch(parts: Tensor, rows: int, columns: int) -> Tensor:
-    """Grids that lie row by row, (M rows columns, P, D), to one grid each, (M, rows side, columns side, D)."""
+    """Joins grids that are listed row by row, (M rows columns, P, D), to (M, rows side, columns side, D)."""
     grid = square(parts).unflatten(0, (-1, rows, columns)).transpose(2, 3)
     return grid.flatten(3, 4).flatten(1, 2)
 
@@ -153,8 +155,10 @@ def windows(height: int, width: int, cells: int, device, line: int = 0) -> tuple
 
 
 def tiled_windows(boxes: list[list[int]], side: int, cells: int, device) -> tuple[Tensor, Tensor]:
-    """Windows over the whole view and the tiles of each image: indices into its visual tokens (see `TiledTokens`) and
-    which are real, both (M, cells^2, W).
+    """Windows over the whole view and the tiles of each image.
+
+    Returns indices into the image's visual tokens (see `FusionModel.with_tiles`) and which of them are real, both (M,
+    cells^2, W).
 
     Args:
       boxes: (top, bottom, left, right) of each image's tokens in the merged grid; all zero without tiles. side: of the
@@ -166,9 +170,9 @@ def tiled_windows(boxes: list[list[int]], side: int, cells: int, device) -> tupl
         parts = [whole], [whole_real]
         if bottom > top:
             height, width = bottom - top, right - left
-            taken, taken_real = windows(height, width, cells, device, width + 1)  # each row has its end
-            parts[0].append(side * side + taken)
-            parts[1].append(taken_real)
+            tiles, tiles_real = windows(height, width, cells, device, width + 1)  # each row has its end
+            parts[0].append(side * side + tiles)
+            parts[1].append(tiles_real)
         index.append(torch.cat(parts[0], 1))
         real.append(torch.cat(parts[1], 1))
     widest = max((one.shape[1] for one in index), default=0)

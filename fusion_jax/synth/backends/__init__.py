@@ -1,1 +1,1 @@
-"""Where replies, images, verdicts and scores come from; `base.py` says what each must offer."""
+"""The models behind the data engine: replies, images, verdicts and scores."""

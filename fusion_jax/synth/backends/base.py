@@ -1,4 +1,4 @@
-"""What the data engine asks of its models, and how they may fail.
+"""The interface of the models that the data engine calls, and how they may fail.
 
 Every request travels in two forms: as chat messages (a prompt and the caption as data), which endpoints read, and as
 `data`, the structured request that the prompt was made from, which the embedded backend reads. `seed` is all the
@@ -12,7 +12,7 @@ randomness a backend may use: equal arguments, equal reply. What `data` holds an
     verify     kind, caption, descriptions, state              {"correct": bool}
     draw       kind, caption, descriptions, state, index       (an image: that of descriptions[index])
 
-`describe` by kind. All but the first line are the published limits, and a reply that breaks them is asked for again:
+`describe` by kind. All but the first line are the published limits, and a reply that breaks them is requested anew:
 
     multi_choice, conv_short, conv_long, reasoning   {"description"}
     text_qa          {"description": 110-150 words, "texts": <= 3 of <= 12 words, each standing in the description}
@@ -25,8 +25,8 @@ randomness a backend may use: equal arguments, equal reply. What `data` holds an
 
 `descriptions` are the texts that the images are drawn from: one, or left and right for the contrast kinds; the caption
 itself for the caption kinds. `kind` is absent from `judge`. Pairs of multi_choice are {"question", "options": [2 to 4
-texts], "answer": one of them}. Conversations of the caption kinds are made without a `qa` request; their one pair to
-verify asks for the caption. `state` is what the `describe` reply had in `Reply.state`, or None: anything that JSON can
+texts], "answer": one of them}. Conversations of the caption kinds need no `qa` request; their one pair to verify
+asks for the caption. `state` is what the `describe` reply had in `Reply.state`, or None: anything that JSON can
 say, kept with the sample (a scene graph, for instance). Texts of replies pass the text filters (synth/filters.py).
 """
 
@@ -42,9 +42,9 @@ class Reply:
     """One answer of a model.
 
     Attributes:
-      text: as the model said it. parsed: the object in it, where the backend knows; else the engine reads `text`.
-      prompt_tokens, completion_tokens: as counted by the backend; 0 where nothing is counted.
-      state: of a `describe` reply: handed back with every later request about the sample. Must survive JSON.
+      text: the model's answer. parsed: the object in it where the backend has it; else the engine reads `text`.
+      prompt_tokens, completion_tokens: as counted by the backend, 0 where it does not count.
+      state: of a `describe` reply: goes along with every later request about the sample. JSON must hold it.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Reply:
 
 
 class BackendError(Exception):
-    """A request came to nothing. `reason` is a short name under which the sample is counted."""
+    """A request failed. `reason` is a short name under which the sample is counted."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(detail or reason)
@@ -68,7 +68,7 @@ class BackendError(Exception):
 class Retryable(BackendError):
     """Overload, a cut connection, a timeout: the same request may well succeed later.
 
-    `wait`: seconds that the other side asked to be left alone for, or None.
+    `wait`: seconds to wait, where the endpoint names them, or None.
     """
 
     def __init__(self, reason: str, detail: str = "", wait: float | None = None):
@@ -77,11 +77,11 @@ class Retryable(BackendError):
 
 
 class Refused(BackendError):
-    """The model would not answer. Paid for like an answer; asked again only with another seed."""
+    """The model refused to answer. That is paid for like an answer; a further try takes another seed."""
 
 
 class Unusable(BackendError):
-    """This request can never be answered (too long, for instance): the sample goes, the run goes on."""
+    """No further try can succeed (the request is too long, for instance): the sample is dropped, the run continues."""
 
 
 class LanguageModel(Protocol):
@@ -109,7 +109,7 @@ class LanguageModel(Protocol):
 
 
 class VisionModel(Protocol):
-    """Says whether an answer about images is right; attributes as of `LanguageModel`."""
+    """Decides whether an answer about images is right; attributes as of `LanguageModel`."""
 
     name: str
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""CLIP or SigLIP by local path, through transformers, as scorer."""
+"""The scorer: CLIP or SigLIP from a local folder, through transformers."""
 
 import threading
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fusion_jax.errors import UserError
-from fusion_jax.synth.config import ScorerConfig
+from fusion_jax.synth.backends.config import ScorerConfig
 
 
 class ClipScorer:
@@ -40,14 +40,14 @@ class ClipScorer:
         """(images, texts) float32, cosine of the embeddings."""
         torch = self._torch
         with self._lock, torch.inference_mode():
-            shown = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-            said = self._processor(
+            image_inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+            text_inputs = self._processor(
                 text=texts, return_tensors="pt", padding="max_length", truncation=True, max_length=self._length
             )
-            seen = self._embed(self._model.get_image_features(**shown.to(self._device)))
-            read = self._embed(self._model.get_text_features(**said.to(self._device)))
-            return (seen @ read.T).float().cpu().numpy()
+            image_vectors = self._embed(self._model.get_image_features(**image_inputs.to(self._device)))
+            text_vectors = self._embed(self._model.get_text_features(**text_inputs.to(self._device)))
+            return (image_vectors @ text_vectors.T).float().cpu().numpy()
 
-    def _embed(self, found):
-        found = getattr(found, "pooler_output", found)  # transformers 5 returns more than the embedding
-        return self._torch.nn.functional.normalize(found, dim=-1)
+    def _embed(self, output):
+        output = getattr(output, "pooler_output", output)  # transformers 5 returns more than the embedding
+        return self._torch.nn.functional.normalize(output, dim=-1)

@@ -1,4 +1,4 @@
-"""Images by a `diffusers` pipeline in this process: FLUX.1-dev or any other that draws texts, by name or folder."""
+"""Draws images with a `diffusers` pipeline in this process, such as FLUX.1-dev."""
 
 import inspect
 import json
@@ -11,9 +11,9 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Refused
-from fusion_jax.synth.config import ImageConfig
+from fusion_jax.synth.backends.config import ImageConfig
 
-_ROOM = 1.15  # what drawing takes beyond the weights, at the least
+_ROOM = 1.15  # memory that drawing takes at least, as a multiple of the weights
 _MULTIPLE = 16  # pipelines draw sides of such lengths; others are cut from the next larger one
 
 
@@ -37,7 +37,7 @@ class Diffusion:
         self._device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise UserError(f"images.dtype={config.dtype!r} is no type; use bfloat16, float16 or float32.")
+            raise UserError(f"images.dtype={config.dtype!r} is not a dtype; use bfloat16, float16 or float32.")
         if Path(config.model).is_dir():
             _check_memory(Path(config.model), dtype.itemsize, self._device, torch)
         try:
@@ -62,12 +62,12 @@ class Diffusion:
             # On the CPU: the same noise on every device.
             noise = self._torch.Generator("cpu").manual_seed(seed)
             try:
-                made = self._pipeline(prompt=description, width=width, height=height, generator=noise, **self._options)
+                drawn = self._pipeline(prompt=description, width=width, height=height, generator=noise, **self._options)
             except self._torch.OutOfMemoryError as e:
                 raise self._too_large(self._config) from e
-        if any(getattr(made, "nsfw_content_detected", None) or ()):
+        if any(getattr(drawn, "nsfw_content_detected", None) or ()):
             raise Refused("refused", "the pipeline's safety checker hid the image")
-        return made.images[0].convert("RGB").crop((0, 0, *size))
+        return drawn.images[0].convert("RGB").crop((0, 0, *size))
 
     def _too_large(self, config: ImageConfig) -> UserError:
         return UserError(
@@ -77,7 +77,7 @@ class Diffusion:
 
 
 def _check_memory(folder: Path, itemsize: int, device: str, torch) -> None:
-    """UserError before loading where the weights alone are too many: a process out of host memory is simply killed."""
+    """UserError before loading where the weights alone do not fit: a process out of host memory would be killed."""
     need = sum(_elements(file) for file in folder.glob("*/*.safetensors") if ".fp16." not in file.name) * itemsize
     if device.startswith("cuda"):
         free, where = torch.cuda.mem_get_info(torch.device(device))[0], device
@@ -97,7 +97,7 @@ def _elements(file: Path) -> int:
             header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
         return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, struct.error, MemoryError) as e:
-        raise UserError(f"{file} is no safetensors file: {e}.") from e
+        raise UserError(f"{file} is not a safetensors file: {e}.") from e
 
 
 def _host_memory() -> int | None:

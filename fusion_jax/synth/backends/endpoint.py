@@ -1,7 +1,7 @@
-"""OpenAI-compatible endpoints: chat for language and vision models, images for generators.
+"""Calls OpenAI-compatible endpoints: chat for language and vision models, images for generators.
 
 Servers differ in what they know. What one rejects by name (a form of structured output, `seed`, `max_tokens` under that
-name) is left out or replaced from then on, and said once in the log.
+name) is left out or replaced from then on, which is logged once.
 """
 
 import base64
@@ -14,18 +14,18 @@ from PIL import Image
 from fusion_jax.data.image import load_image
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.synth.backends.base import Refused, Reply, Retryable, Unusable
+from fusion_jax.synth.backends.config import STRUCTURED, ImageConfig, ModelConfig
 from fusion_jax.synth.backends.http import MAX_IMAGE, Client, Rate, Rejected
-from fusion_jax.synth.config import STRUCTURED, ImageConfig, ModelConfig
 
 log = logging.getLogger("fusion_jax")
 
 _JPEG_QUALITY = 92
 _MAX_CONTENT = 1 << 20  # characters of an answer
-_MAX_TOKENS = 1 << 40  # in one reply; more is no count
+_MAX_TOKENS = 1 << 40  # in one reply; a larger number is an error
 
 
 class ChatEndpoint:
-    """A language or a vision model behind /chat/completions."""
+    """A language or vision model served at /chat/completions."""
 
     paid = True
 
@@ -39,6 +39,7 @@ class ChatEndpoint:
         self._left_out: frozenset[str] = frozenset()
 
     def check(self) -> None:
+        """See `Client.check`."""
         self.client.check()
 
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
@@ -52,7 +53,7 @@ class ChatEndpoint:
                 if e.reason == "not_found":
                     raise UserError(
                         f"{self.client.address}/chat/completions does not serve {self.name!r} ({e}); "
-                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                        f"check {self.client.what}.model and {self.client.what}.base_url."
                     ) from e
                 if not self._adapt(body, str(e)):
                     raise
@@ -67,8 +68,8 @@ class ChatEndpoint:
             {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images
         ]
         parts.append({"type": "text", "text": messages[-1]["content"]})
-        asked = [*messages[:-1], {"role": "user", "content": parts}]
-        return self.chat(asked, _VERDICT, seed, "verify", {})
+        request = [*messages[:-1], {"role": "user", "content": parts}]
+        return self.chat(request, _VERDICT, seed, "verify", {})
 
     def _body(self, messages: list[dict], schema: dict | None, seed: int, purpose: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -86,33 +87,33 @@ class ChatEndpoint:
         return {key: value for key, value in body.items() if key not in self._left_out}
 
     def _adapt(self, body: dict[str, Any], complaint: str) -> bool:
-        """Whether the request can be made otherwise after such a complaint."""
-        said = complaint.lower()
-        if "max_tokens" in body and "max_completion_tokens" in said:
+        """Changes later requests after a complaint of the endpoint; False where there is nothing left to change."""
+        complaint = complaint.lower()
+        if "max_tokens" in body and "max_completion_tokens" in complaint:
             self._length_key = "max_completion_tokens"
             log.info("%s: max_completion_tokens in place of max_tokens", self.client.address)
             return True
         for key in ("seed", "temperature"):
-            if key in body and key in said:
+            if key in body and key in complaint:
                 self._left_out |= {key}
                 log.info("%s does not take %s: left out", self.client.address, key)
                 return True
-        about_format = any(word in said for word in ("response_format", "schema", "json", "structured", "guided"))
+        about_format = any(word in complaint for word in ("response_format", "schema", "json", "structured", "guided"))
         if "response_format" in body and about_format:
-            asked = STRUCTURED.index(body["response_format"]["type"])
-            self._structured = max(self._structured, asked + 1)
+            used = STRUCTURED.index(body["response_format"]["type"])
+            self._structured = max(self._structured, used + 1)
             log.info(
                 "%s does not offer %s: %s instead",
                 self.client.address,
-                STRUCTURED[asked],
+                STRUCTURED[used],
                 STRUCTURED[self._structured],
             )
             return True
         return False
 
-    def _reply(self, found: dict[str, Any]) -> Reply:
+    def _reply(self, body: dict[str, Any]) -> Reply:
         try:
-            choice = found["choices"][0]
+            choice = body["choices"][0]
             message = choice["message"]
             content = message.get("content")
         except (KeyError, IndexError, TypeError, AttributeError) as e:
@@ -125,7 +126,7 @@ class ChatEndpoint:
             raise Unusable("reply_too_long", f"over {_MAX_CONTENT} characters")
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Refused("refused", self.client.scrub(str(message.get("refusal") or "content filter"))[:300])
-        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
         prompt, completion = (_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens"))
         return Reply(self.client.scrub(content), None, prompt, completion)
 
@@ -136,9 +137,9 @@ def _text_of(part: Any) -> str | None:
     return part["text"] if isinstance(part.get("text"), str) else None
 
 
-def _count(said: Any) -> int:
-    """A number of tokens; 0 where something else stands in its place."""
-    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said <= _MAX_TOKENS else 0
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where the field holds something else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS else 0
 
 
 _VERDICT = {
@@ -150,7 +151,7 @@ _VERDICT = {
 
 
 class ImageEndpoint:
-    """A generator behind /images/generations."""
+    """An image generator served at /images/generations."""
 
     paid = True
 
@@ -162,10 +163,11 @@ class ImageEndpoint:
         self._left_out: frozenset[str] = frozenset()
 
     def check(self) -> None:
+        """See `Client.check`."""
         self.client.check()
 
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
-        """See `ImageGenerator.draw`. An image of another size than asked for is resized."""
+        """See `ImageGenerator.draw`. An image of another size is resized."""
         del data
         body = {
             "model": self.name,
@@ -178,13 +180,13 @@ class ImageEndpoint:
         for _ in range(4):
             try:
                 sent = {key: value for key, value in body.items() if key not in self._left_out}
-                found = self.client.post("/images/generations", sent, MAX_IMAGE)
+                reply = self.client.post("/images/generations", sent, MAX_IMAGE)
                 break
             except Rejected as e:
                 if e.reason == "not_found":
                     raise UserError(
                         f"{self.client.address}/images/generations does not serve {self.name!r} ({e}); "
-                        f"look at {self.client.what}.model and {self.client.what}.base_url."
+                        f"check {self.client.what}.model and {self.client.what}.base_url."
                     ) from e
                 unknown = [key for key in ("seed", "response_format") if key in sent and key in str(e).lower()]
                 if not unknown:
@@ -193,17 +195,17 @@ class ImageEndpoint:
                 log.info("%s does not take %s: left out", self.client.address, unknown[0])
         else:
             raise Unusable("bad_request", "the endpoint rejects every form of the request")
-        image = _decode(self._file(found))
+        image = _decode(self._file(reply))
         return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
-    def _file(self, found: dict[str, Any]) -> bytes:
-        listed = found.get("data")
-        first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], dict) else {}
+    def _file(self, body: dict[str, Any]) -> bytes:
+        entries = body.get("data")
+        first = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
         if isinstance(first.get("b64_json"), str):
             try:
                 return base64.b64decode(first["b64_json"], validate=True)
             except ValueError as e:  # binascii.Error among them; other letters than ASCII
-                raise Unusable("bad_image", "the image is no base64") from e
+                raise Unusable("bad_image", "the image is not base64") from e
         if isinstance(first.get("url"), str):
             return self.client.fetch(first["url"])
         raise Unusable("bad_image", "the reply holds no image")
@@ -213,7 +215,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         return load_image(data)
     except BadRecord as e:
-        raise Unusable("bad_image", f"what was drawn cannot be used: {e.detail}") from e
+        raise Unusable("bad_image", f"the image cannot be used: {e.detail}") from e
 
 
 def _data_url(image: Image.Image) -> str:

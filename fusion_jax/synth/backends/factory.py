@@ -1,11 +1,11 @@
-"""Backends by their names in a config. Each is imported only when a run wants it."""
+"""Makes backends by their names in a config; each is imported only when a run uses it."""
 
 import importlib
 from types import ModuleType
 from typing import Any
 
 from fusion_jax.synth.backends.base import ImageGenerator, LanguageModel, Scorer, VisionModel
-from fusion_jax.synth.config import ImageConfig, ModelConfig, ScorerConfig
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig, ScorerConfig
 
 
 def embedded() -> ModuleType:
@@ -16,7 +16,7 @@ def embedded() -> ModuleType:
 
 
 class Factory:
-    """Makes the models of one process; those behind one address share its rate."""
+    """Makes the models of one process; those at one address share its rate."""
 
     def __init__(self, share: float = 1.0):
         """Args: share: the part of the configured traffic that this process may make."""
@@ -24,7 +24,7 @@ class Factory:
         self._rates: dict[str, Any] = {}
 
     def language_model(self, config: ModelConfig, what: str = "llm") -> LanguageModel:
-        """Args: what: the config's key, for messages."""
+        """The model that writes. Args: what: the config's key, for messages."""
         if config.backend == "embedded":
             return embedded().LanguageModel()
         if config.backend == "vllm":
@@ -36,9 +36,11 @@ class Factory:
         return ChatEndpoint(config, what, self._rates, self._share)
 
     def vision_model(self, config: ModelConfig) -> VisionModel:
+        """The model that verifies answers."""
         return embedded().VisionModel() if config.backend == "embedded" else self.language_model(config, "vision")
 
     def image_generator(self, config: ImageConfig) -> ImageGenerator:
+        """The model that draws."""
         if config.backend == "embedded":
             return embedded().ImageGenerator()
         if config.backend == "diffusers":
@@ -50,7 +52,7 @@ class Factory:
         return ImageEndpoint(config, "images", self._rates, self._share)
 
     def scorer(self, config: ScorerConfig) -> Scorer | None:
-        """None where no model is configured."""
+        """The model that compares images with texts; None where none is configured."""
         if not config.path:
             return None
         from fusion_jax.synth.backends.clip import ClipScorer

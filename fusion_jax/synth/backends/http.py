@@ -1,11 +1,11 @@
-"""One HTTP endpoint: how many requests at once, how many a second, what is tried again and what ends the run.
+"""Sends requests to one HTTP endpoint: how many at once, what is retried and what ends the run.
 
     caller thread -> [rate] -> [one of `concurrency` places] -> request -> reply
                        ^                                          |
                        +--------- back-off, place given up <------+  429, 5xx, time-out, cut connection, broken JSON
 
-A request that waits holds no place, so places are busy as long as anybody has something to send. Models behind one
-address share its rate; each has places of its own. When the endpoint says 429 all wait for as long as it asks.
+A request that waits holds no place, so all places are busy while there are requests. Models at one address share its
+rate; each has places of its own. After a 429 all wait for as long as the endpoint demands.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError, check
 from fusion_jax.synth.backends.base import Refused, Retryable, Unusable
-from fusion_jax.synth.config import ImageConfig, ModelConfig
+from fusion_jax.synth.backends.config import ImageConfig, ModelConfig
 from fusion_jax.web.client import Answer, Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 from fusion_jax.web.fetch import PORTS, FetchError, fetch
 
@@ -35,7 +35,7 @@ _REASONS = {"timeout": "timeout", "cut": "cut_connection", "encoded": "broken_re
 
 
 class Rate:
-    """When the next request to an address may leave; for all threads and models of a process."""
+    """Spaces the requests to an address, for all threads and models of a process."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -46,12 +46,12 @@ class Rate:
         with self._lock:
             now = time.monotonic()
             mine = max(self._next, now)
-            # Up to a tenth of a second that nobody used may be caught up on.
+            # Up to a tenth of a second of unused time may be caught up on.
             self._next = max(self._next, now - 0.1) + gap
         return mine - now
 
     def pause(self, seconds: float) -> None:
-        """Nobody's turn comes sooner than that."""
+        """Lets no request leave for so many seconds."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
@@ -62,18 +62,18 @@ class Client:
     def __init__(self, config: ModelConfig | ImageConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
         """
         Args:
-          what: the config's key, for messages. rates: by address, of all clients in this process; ours is added.
+          what: the config's key, for messages. rates: by address, of all clients in this process; this one's is added.
           share: of the configured traffic that this process may make.
 
         Raises:
-          UserError: no or no usable address.
+          UserError: the address is missing or cannot be used.
         """
         self.what, self.model, self._key_name = what, config.model, config.api_key_env
         self.address = _address(config, what)
         self._key = os.environ.get(config.api_key_env, "")
         check(
             is_key(self._key),
-            f"The key in {self._key_name} holds a line break, a space or another character that no key has.",
+            f"The key in {self._key_name} holds a line break, a space or another character that no key may have.",
         )
         self._headers = {"User-Agent": "fusion_jax"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         # Addresses of images may name the endpoint's own host, wherever that is, and what the config names.
@@ -89,7 +89,7 @@ class Client:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """No request is sent from now on, and nobody waits; those under way may still be answered."""
+        """Sends no request from now on and ends all waiting; those under way may still be answered."""
         self._stopped.set()
 
     def cut(self) -> None:
@@ -98,9 +98,13 @@ class Client:
         self._web.cut()
 
     def post(self, path: str, body: dict[str, Any], most: int = MAX_TEXT) -> dict[str, Any]:
-        """The reply's JSON object, out of at most so many bytes.
+        """The reply's JSON object.
 
-        Raises as `LanguageModel.chat`; `Rejected` for a request that the endpoint did not like.
+        Args:
+          most: bytes that the reply may have.
+
+        Raises:
+          As `LanguageModel.chat`; `Rejected` for a request that the endpoint does not accept.
         """
         data = json.dumps(body).encode()
         tries = turned_away = 0
@@ -108,9 +112,9 @@ class Client:
             self._sleep(self._rate.turn(self._gap))
             try:
                 with self._places:
-                    found = self._send("POST", f"{self.address}{path}", data, most)
+                    reply = self._send("POST", f"{self.address}{path}", data, most)
                 self._dead = 0
-                return found
+                return reply
             except Retryable as e:
                 if e.reason == "rate_limited":
                     turned_away += 1
@@ -123,10 +127,10 @@ class Client:
                 self._back_off(tries + min(turned_away, 6), e.wait)
 
     def check(self) -> None:
-        """Asks for the list of models: UserError for no endpoint, a wrong key or a model that is not served."""
+        """Fetches the list of models. UserError for a missing endpoint, a wrong key or a model that is not served."""
         for attempt in range(self._retries + 1):
             try:
-                found = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
+                reply = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
                 break
             except Retryable as e:
                 if attempt == self._retries or (e.reason == "no_connection" and attempt == 2):
@@ -135,19 +139,19 @@ class Client:
             except Rejected as e:
                 if e.reason == "redirect":
                     raise UserError(
-                        f"{self.address} redirects elsewhere; name that place in {self.what}.base_url."
+                        f"{self.address} redirects to another address; give that one as {self.what}.base_url."
                     ) from e
                 return  # an endpoint without such a list; the first request will tell
             except (Refused, Unusable):
                 return
-        listed = found.get("data")
+        listed = reply.get("data")
         served = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if served and self.model not in served:
             some = self._clean(", ".join(sorted(map(str, served))[:8]))
             raise UserError(f"{self.address} does not serve {self.what}.model {self.model!r}; it serves {some}.")
 
     def fetch(self, url: str) -> bytes:
-        """What lies at an address that a reply gave, without our key; the same time and size as for a reply."""
+        """The content of an address in a reply, fetched without the key; time and size are limited as for a reply."""
         try:
             with self._places:
                 return fetch(
@@ -178,46 +182,46 @@ class Client:
     def _judge(self, answer: Answer) -> dict[str, Any]:
         status, body = answer.status, answer.body
         try:
-            found = read_json(body)
+            content = read_json(body)
         except ValueError:
-            found = None
+            content = None
         if 200 <= status < 300:
-            if not isinstance(found, dict):
-                raise Retryable("broken_reply", "the reply is no JSON object, or one that is too deep")
-            return found
-        error = found.get("error", found) if isinstance(found, dict) else None
+            if not isinstance(content, dict):
+                raise Retryable("broken_reply", "the reply is not a JSON object, or is nested too deep")
+            return content
+        error = content.get("error", content) if isinstance(content, dict) else None
         error = error if isinstance(error, dict) else {"message": error or body[:400].decode(errors="replace")}
         message = self._clean(error.get("message") or "")
         code = str(error.get("code") or error.get("type") or "")[:200]
-        said = f"HTTP {status}: {message}"
+        summary = f"HTTP {status}: {message}"
         if status in (401, 403) and "policy" not in code:
             why = (
-                f"refuses the key in {self._key_name}" if self._key else f"wants a key, and {self._key_name} is not set"
+                f"refuses the key in {self._key_name}" if self._key else f"needs a key, and {self._key_name} is not set"
             )
-            raise UserError(f"{self.address} {why} ({said}).")
+            raise UserError(f"{self.address} {why} ({summary}).")
         if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached"):
-            raise UserError(f"{self.address} asks for payment ({said}); the same command goes on from here.")
+            raise UserError(f"{self.address} asks for payment ({summary}); the same command goes on from here.")
         if status == 404:
-            raise Rejected("not_found", said)
+            raise Rejected("not_found", summary)
         if "content_policy" in code or "content_filter" in code or "moderation" in code:
-            raise Refused("refused", said)
+            raise Refused("refused", summary)
         if status in (408, 409, 425, 429) or status >= 500:
             reason = {429: "rate_limited", 408: "timeout"}.get(status, "server_error")
-            raise Retryable(reason, said, retry_after(answer.headers, _LONGEST_WAIT))
+            raise Retryable(reason, summary, retry_after(answer.headers, _LONGEST_WAIT))
         # Redirects are not followed: the key and the captions are for this place alone.
-        raise Rejected("redirect" if 300 <= status < 400 else "bad_request", said)
+        raise Rejected("redirect" if 300 <= status < 400 else "bad_request", summary)
 
     def _clean(self, text: Any) -> str:
-        """A message of the other side: short, printable, and without our key."""
+        """A message of the endpoint: short, printable, and without the key."""
         text = self.scrub(str(text))[:2000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
     def scrub(self, text: str) -> str:
-        """A model's words without our key, should it have got hold of it."""
+        """The text without the key, should it contain it."""
         return text.replace(self._key, "***") if self._key else text
 
     def _back_off(self, tries: int, wait: float | None) -> None:
-        """Longer from try to try, unless the endpoint said how long; never all at the same moment."""
+        """Sleeps longer from try to try, or as long as the endpoint demands; with jitter, so that retries spread."""
         self.counts["retries"] += 1
         if wait is None:
             self._sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
@@ -238,11 +242,11 @@ class Client:
 
 
 class Rejected(Unusable):
-    """HTTP 4xx: this request, as it is, will never be answered."""
+    """HTTP 4xx: no repetition of this request can succeed."""
 
 
 class Stopped(Unusable):
-    """The run ends; nothing came of this request."""
+    """The run ends before this request was answered."""
 
     def __init__(self):
         super().__init__("stopped", "the run was stopped")

@@ -1,4 +1,4 @@
-"""A language or vision model in this process through vLLM, for the workers of a cluster.
+"""Runs a language or vision model in this process through vLLM, for the workers of a cluster.
 
 Samples are worked on by threads, one request each; vLLM is fast on many at once. So requests of all threads are
 gathered and handed over together, as soon as the last ones are done.
@@ -17,7 +17,7 @@ from PIL import Image
 
 from fusion_jax.errors import UserError
 from fusion_jax.synth.backends.base import Reply, Unusable
-from fusion_jax.synth.config import ModelConfig
+from fusion_jax.synth.backends.config import ModelConfig
 
 
 class Gatherer:
@@ -30,7 +30,7 @@ class Gatherer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def __call__(self, item: Any) -> Any:
-        """The item's result; raises what the work raised."""
+        """The item's result. Raises the error of the work."""
         done: Future = Future()
         self._waiting.put((item, done))
         return done.result()
@@ -56,7 +56,7 @@ class Gatherer:
                     done.set_result(result)
 
     def _one_by_one(self, batch: list[tuple[Any, Future]]) -> None:
-        """What failed together: one item alone may be at fault, and the others pay for nothing."""
+        """Repeats a failed batch item by item: one item may have caused the failure, and the others then succeed."""
         for item, done in batch:
             try:
                 done.set_result(self._work([item])[0])
@@ -110,15 +110,15 @@ class VllmModel:
         except ValueError as e:  # longer than the model's context, for instance
             raise Unusable("bad_request", " ".join(str(e).split())[:300]) from e
 
-    def _answer(self, asked: list[tuple[list[dict], dict | None, int]]) -> list[Reply]:
+    def _answer(self, requests: list[tuple[list[dict], dict | None, int]]) -> list[Reply]:
         options = []
-        for _, schema, seed in asked:
+        for _, schema, seed in requests:
             form = self._structured(json=json.dumps(schema)) if schema and self._use_schema else None
             options.append(self._vllm.SamplingParams(seed=seed, structured_outputs=form, **self.settings))
-        found = self._llm.chat([messages for messages, _, _ in asked], options, use_tqdm=False)
+        outputs = self._llm.chat([messages for messages, _, _ in requests], options, use_tqdm=False)
         return [
             Reply(one.outputs[0].text, None, len(one.prompt_token_ids or ()), len(one.outputs[0].token_ids))
-            for one in found
+            for one in outputs
         ]
 
 

@@ -51,10 +51,10 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    found = only_caption(text)
-    if not found:
+    answer = only_caption(text)
+    if not answer:
         return None
-    return found | {"colors": [word for word in re.findall(r"[a-z]+", found["caption"].lower()) if word in NAMES]}
+    return answer | {"colors": [word for word in re.findall(r"[a-z]+", answer["caption"].lower()) if word in NAMES]}
 
 
 KIND = Kind(

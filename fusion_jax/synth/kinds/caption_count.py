@@ -35,25 +35,26 @@ def check(value: dict, data: dict) -> dict:
             raise Invalid("too_many_objects", f"{each['count']} of a kind, the limit is {EACH}")
     if sum(each["count"] for each in objects) > IN_ALL:
         raise Invalid("too_many_objects", f"more than {IN_ALL} objects in all")
-    # "a", "an" and "the" may stand for one; every other number has to be said, and no number but these.
-    said = _numbers(text)
+    # "a", "an" and "the" may stand for one; every other number must be in the caption, and no number but these.
+    numbers = _numbers(text)
     counts = [each["count"] for each in objects]
-    if sorted(n for n in said if n != 1) != sorted(n for n in counts if n != 1) or said.count(1) > counts.count(1):
+    several, counted = (sorted(n for n in each if n != 1) for each in (numbers, counts))
+    if several != counted or numbers.count(1) > counts.count(1):
         raise Invalid("counts_differ", "the caption's numbers are not those of the list")
     return {"caption": text, "objects": objects}
 
 
 def prose(text: str) -> dict | None:
     """Each number word counts the word after it, or the one after that where adjectives come between."""
-    found = only_caption(text)
-    if not found:
+    answer = only_caption(text)
+    if not answer:
         return None
-    said = words(found["caption"])
+    caption_words = words(answer["caption"])
     objects = []
-    for i, word in enumerate(said[:-1]):
+    for i, word in enumerate(caption_words[:-1]):
         if (count := _number(word)) is not None:
-            objects.append({"name": said[i + 1], "count": count})
-    return found | {"objects": objects}
+            objects.append({"name": caption_words[i + 1], "count": count})
+    return answer | {"objects": objects}
 
 
 KIND = Kind(

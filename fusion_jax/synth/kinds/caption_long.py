@@ -28,7 +28,6 @@ KIND = Kind(
     name="caption_long",
     stage="stage1",
     describe=dataclasses.replace(DESCRIBE, check=check),
-    descriptions=lambda answer: [answer["description"]],
     ask=None,
     turns=turns,
 )

@@ -34,9 +34,9 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    found = only_caption(text)
-    place = _PLACE.search(found["caption"].rstrip(".")) if found else None
-    return found | {"scene": place[2]} if place else None
+    answer = only_caption(text)
+    place = _PLACE.search(answer["caption"].rstrip(".")) if answer else None
+    return answer | {"scene": place[2]} if place else None
 
 
 KIND = Kind(

@@ -22,10 +22,10 @@ def check(value: dict, data: dict) -> dict:
     if not stands_in(relation, text):
         raise Invalid("relation_not_in_caption", f"{relation!r} is not in the caption")
     if not _RELATION.search(relation):
-        raise Invalid("no_relation", f"{relation!r} says no position")
+        raise Invalid("no_relation", f"{relation!r} does not name a position")
     objects = list(dict.fromkeys(drop_article(one_line(name)) for name in value["objects"]))
     if len(objects) < 2:
-        raise Invalid("too_few_objects", "a position is one to something: name at least two things")
+        raise Invalid("too_few_objects", "a position relates two things: name at least two")
     for name in objects:
         if not stands_in(name, text):
             raise Invalid("object_not_in_caption", f"{name!r} is not in the caption")
@@ -33,16 +33,16 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    """What stands before the first word of position, and what stands behind it."""
-    found = only_caption(text)
-    place = _RELATION.search(found["caption"]) if found else None
+    """The words before and after the first word of position."""
+    answer = only_caption(text)
+    place = _RELATION.search(answer["caption"]) if answer else None
     if not place:
         return None
     before = re.split(
-        r"\b(?:is|are|sits?|sitting|stands?|standing|lies|lying|placed)\b", found["caption"][: place.start()]
+        r"\b(?:is|are|sits?|sitting|stands?|standing|lies|lying|placed)\b", answer["caption"][: place.start()]
     )
-    after = re.split(r"[,.;]", found["caption"][place.end() :])
-    return found | {"objects": [before[0].strip(" ,"), after[0].strip()], "relation": place[0]}
+    after = re.split(r"[,.;]", answer["caption"][place.end() :])
+    return answer | {"objects": [before[0].strip(" ,"), after[0].strip()], "relation": place[0]}
 
 
 KIND = Kind(

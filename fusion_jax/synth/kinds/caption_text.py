@@ -25,31 +25,31 @@ def check(value: dict, data: dict) -> dict:
     listed_texts = {tuple(map(str.lower, words(each["text"]))) for each in texts}
     for written in _WRITTEN.findall(text):
         if tuple(map(str.lower, words(written))) not in listed_texts:
-            raise Invalid("no_carrier", f"nothing is said to carry {written!r}")
+            raise Invalid("no_carrier", f"the caption does not say what carries {written!r}")
     return {"caption": text, "texts": texts}
 
 
 def prose(text: str) -> dict | None:
-    """A carrier is the noun before the quotation, or the one behind "on"."""
-    found = only_caption(text)
-    if not found:
+    """A carrier is the noun before the quotation, or the one after "on"."""
+    answer = only_caption(text)
+    if not answer:
         return None
     texts = []
-    for match in _WRITTEN.finditer(found["caption"]):
+    for match in _WRITTEN.finditer(answer["caption"]):
         before = re.sub(
             r"\b(?:saying|reading|reads?|says|with|that|the|words?|text|labell?ed|written)\b",
             " ",
-            found["caption"][: match.start()],
+            answer["caption"][: match.start()],
             flags=re.IGNORECASE,
         )
         behind = re.match(
-            r"\s*(?:written |painted |printed )?on (?:an?|the) ([\w-]+(?: [\w-]+)?)", found["caption"][match.end() :]
+            r"\s*(?:written |painted |printed )?on (?:an?|the) ([\w-]+(?: [\w-]+)?)", answer["caption"][match.end() :]
         )
         nouns = words(_WRITTEN.sub(" ", before))
         carrier = behind[1].split()[-1] if behind else nouns[-1] if nouns else None
         if carrier:
             texts.append({"text": match[1], "carrier": carrier})
-    return found | {"texts": texts}
+    return answer | {"texts": texts}
 
 
 KIND = Kind(

@@ -1,4 +1,4 @@
-"""What several kinds share: their limits as checks, the judge's and the verifier's requests, the wording of turns."""
+"""What several kinds share: checks of limits, the requests of judge and verifier, wordings."""
 
 import re
 from collections.abc import Callable
@@ -18,11 +18,11 @@ CAPTION_REQUESTS = (
 )
 
 
-_LETTERS = 40  # of a word with what stands around it, on average and at the most
+_LETTERS = 40  # characters of a word and its punctuation, at most on average
 
 
 def limit_words(text: str, low: int, high: int, what: str) -> str:
-    """The text itself; `Invalid` (too_long, too_short) where it has another number of words."""
+    """Returns the text. `Invalid` (too_long, too_short) where its number of words is not within low .. high."""
     if len(text) > _LETTERS * (high + 5):
         raise Invalid("too_long", f"{what} has {len(text)} characters, the limit is {high} words")
     count = len(words(text))
@@ -39,7 +39,7 @@ def caption(value: dict) -> str:
 
 
 def stands_in(part: str, whole: str) -> bool:
-    """Whether the words of `part` stand in `whole`, next to each other."""
+    """Whether `whole` contains the words of `part`, next to each other."""
     inner, outer = (" ".join(word.lower() for word in words(text)) for text in (part, whole))
     return bool(inner) and f" {inner} " in f" {outer} "
 
@@ -56,8 +56,8 @@ def only_caption(text: str) -> dict | None:
 
 def only_description(text: str) -> dict | None:
     """Prose in place of a description's JSON."""
-    said = replies.prose(text)
-    return {"description": said} if said else None
+    description = replies.prose(text)
+    return {"description": description} if description else None
 
 
 def only_pairs(text: str) -> dict | None:
@@ -113,8 +113,21 @@ def check_pairs(most: int, answer_words: tuple[int, int]) -> Callable[[dict, dic
     return check
 
 
-PAIRS_SCHEMA = obj(pairs=listed(obj(question=TEXT, answer=TEXT)))
-PAIRS_FORM = '{"pairs": [{"question": "...", "answer": "..."}, ...]}'
+def questions(instructions: str, most: int, answer_words: tuple[int, int]) -> Ask:
+    """The request for questions and answers about descriptions.
+
+    Args:
+      instructions: the prompt. most: pairs that are kept. answer_words: least and most words of an answer.
+    """
+    return Ask(
+        instructions=instructions,
+        form='{"pairs": [{"question": "...", "answer": "..."}, ...]}',
+        schema=obj(pairs=listed(obj(question=TEXT, answer=TEXT))),
+        check=check_pairs(most, answer_words),
+        prose=only_pairs,
+        shows=("descriptions",),
+    )
+
 
 DESCRIBE = Ask(
     instructions=(
@@ -148,8 +161,8 @@ def _check_judge(value: dict, data: dict) -> dict:
 
 def _yes_or_no(key: str) -> Callable[[str], dict | None]:
     def read(text: str) -> dict | None:
-        found = re.match(r"\W*(yes|no|true|false|correct|incorrect|wrong)\b", replies.prose(text), re.IGNORECASE)
-        return {key: found[1].lower() in ("yes", "true", "correct")} if found else None
+        match = re.match(r"\W*(yes|no|true|false|correct|incorrect|wrong)\b", replies.prose(text), re.IGNORECASE)
+        return {key: match[1].lower() in ("yes", "true", "correct")} if match else None
 
     return read
 

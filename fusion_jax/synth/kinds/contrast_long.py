@@ -1,7 +1,7 @@
-"""Two pictures that differ, asked about with answers in sentences: at most seven pairs."""
+"""Two pictures that differ: at most seven questions with answers in sentences."""
 
-from fusion_jax.synth.kinds.base import Ask, Kind
-from fusion_jax.synth.kinds.common import PAIRS_FORM, PAIRS_SCHEMA, check_pairs, only_pairs, plain_turns
+from fusion_jax.synth.kinds.base import Kind
+from fusion_jax.synth.kinds.common import plain_turns, questions
 from fusion_jax.synth.kinds.contrast_short import GROUNDED, SIDES
 
 MOST, ANSWER_WORDS = 7, (5, 250)
@@ -11,16 +11,11 @@ KIND = Kind(
     stage="stage1_5",
     describe=SIDES,
     descriptions=lambda answer: [answer["left"], answer["right"]],
-    ask=Ask(
-        instructions=(
-            "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
-            "to 7 questions, each with an answer of one to five whole sentences. " + GROUNDED
-        ),
-        form=PAIRS_FORM,
-        schema=PAIRS_SCHEMA,
-        check=check_pairs(MOST, ANSWER_WORDS),
-        prose=only_pairs,
-        shows=("descriptions",),
+    ask=questions(
+        "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
+        "to 7 questions, each with an answer of one to five whole sentences. " + GROUNDED,
+        most=MOST,
+        answer_words=ANSWER_WORDS,
     ),
     turns=plain_turns,
     images=2,

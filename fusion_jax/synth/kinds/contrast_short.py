@@ -1,18 +1,13 @@
-"""Two pictures that differ, asked about with short answers: at most seven pairs. Shares its pictures' prompt with
-contrast_long."""
+"""Two pictures that differ: at most seven questions with short answers.
+
+The prompt for the pictures is shared with contrast_long.
+"""
 
 import re
 
 from fusion_jax.synth import replies
 from fusion_jax.synth.kinds.base import TEXT, Ask, Kind, obj
-from fusion_jax.synth.kinds.common import (
-    PAIRS_FORM,
-    PAIRS_SCHEMA,
-    check_pairs,
-    limit_words,
-    only_pairs,
-    short_turns,
-)
+from fusion_jax.synth.kinds.common import limit_words, questions, short_turns
 from fusion_jax.synth.replies import Invalid, clean_text
 
 MOST, ANSWER_WORDS = 7, (1, 12)
@@ -33,13 +28,13 @@ def check_sides(value: dict, data: dict) -> dict:
 
 
 def sides_from_prose(text: str) -> dict | None:
-    said = replies.prose(text)
-    left = _LEFT.search(said)
-    right = _RIGHT.search(said, left.end()) if left else None
+    answer = replies.prose(text)
+    left = _LEFT.search(answer)
+    right = _RIGHT.search(answer, left.end()) if left else None
     if not (left and right):
         return None
     marks = ' *#\n\t"“”-_'
-    return {"left": said[left.end() : right.start()].strip(marks), "right": said[right.end() :].strip(marks)}
+    return {"left": answer[left.end() : right.start()].strip(marks), "right": answer[right.end() :].strip(marks)}
 
 
 SIDES = Ask(
@@ -67,16 +62,11 @@ KIND = Kind(
     stage="stage1_5",
     describe=SIDES,
     descriptions=lambda answer: [answer["left"], answer["right"]],
-    ask=Ask(
-        instructions=(
-            "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
-            "to 7 questions with short answers, a word or a phrase of at most 12 words. " + GROUNDED
-        ),
-        form=PAIRS_FORM,
-        schema=PAIRS_SCHEMA,
-        check=check_pairs(MOST, ANSWER_WORDS),
-        prose=only_pairs,
-        shows=("descriptions",),
+    ask=questions(
+        "You write a conversation about two pictures that you know from their descriptions, the left one first: 3 "
+        "to 7 questions with short answers, a word or a phrase of at most 12 words. " + GROUNDED,
+        most=MOST,
+        answer_words=ANSWER_WORDS,
     ),
     turns=short_turns,
     images=2,

@@ -52,28 +52,27 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    found = only_pairs(text)
-    pairs = [pair for pair in found["pairs"] if "options" in pair] if found else []
+    answer = only_pairs(text)
+    pairs = [pair for pair in answer["pairs"] if "options" in pair] if answer else []
     return {"pairs": pairs} if pairs else None
 
 
 def turns(pairs: list[dict], number: int) -> list[tuple[str, str]]:
     """Options in an order of the sample's own: models put the right one at the same places again and again."""
-    made = []
+    rounds = []
     for k, pair in enumerate(pairs):
         options = list(pair["options"])
         random.Random(f"{number}/{k}").shuffle(options)
         lines = [f"{LETTERS[i]}. {option}" for i, option in enumerate(options)]
         question = "\n".join([pair["question"], *lines, "Answer with the letter of the right option."])
-        made.append((question, LETTERS[options.index(pair["answer"])]))
-    return made
+        rounds.append((question, LETTERS[options.index(pair["answer"])]))
+    return rounds
 
 
 KIND = Kind(
     name="multi_choice",
     stage="stage1_5",
     describe=DESCRIBE,
-    descriptions=lambda answer: [answer["description"]],
     ask=Ask(
         instructions=(
             "You write multiple choice questions about a picture that you know from its description. Write 4 to 8, "

@@ -4,15 +4,7 @@ import re
 
 from fusion_jax.synth import replies
 from fusion_jax.synth.kinds.base import TEXT, Ask, Kind, listed, obj
-from fusion_jax.synth.kinds.common import (
-    PAIRS_FORM,
-    PAIRS_SCHEMA,
-    check_pairs,
-    limit_words,
-    only_pairs,
-    plain_turns,
-    stands_in,
-)
+from fusion_jax.synth.kinds.common import limit_words, plain_turns, questions, stands_in
 from fusion_jax.synth.replies import Invalid, clean_text, one_line
 
 DESCRIPTION_WORDS = (110, 150)
@@ -25,7 +17,7 @@ def check(value: dict, data: dict) -> dict:
     del data
     description = limit_words(clean_text(value["description"]), *DESCRIPTION_WORDS, "the description")
     texts = list(dict.fromkeys(one_line(text) for text in value["texts"]))
-    for text in texts:  # before they are looked for in each other, which takes long for long ones
+    for text in texts:  # before the search for each in the others, which is slow for long texts
         limit_words(text, 1, TEXT_WORDS, "a written text")
     quoted = [one_line(text) for text in _WRITTEN.findall(description)]
     texts += [text for text in quoted if not any(stands_in(text, known) for known in texts)]  # what it forgot to list
@@ -41,8 +33,8 @@ def check(value: dict, data: dict) -> dict:
 
 
 def prose(text: str) -> dict | None:
-    said = replies.prose(text)
-    return {"description": said, "texts": _WRITTEN.findall(said)} if said else None
+    description = replies.prose(text)
+    return {"description": description, "texts": _WRITTEN.findall(description)} if description else None
 
 
 KIND = Kind(
@@ -61,19 +53,13 @@ KIND = Kind(
         check=check,
         prose=prose,
     ),
-    descriptions=lambda answer: [answer["description"]],
-    ask=Ask(
-        instructions=(
-            "You write questions about the writing in a picture that you know from its description: 2 to 5 of them. "
-            "Ask what is written, on what, where, in which colour or style, and what follows from it. Answers quote "
-            "the writing exactly. The person who answers sees only the picture, never the description: do not mention "
-            "a description. Ask only about what is clearly there, or clearly not there."
-        ),
-        form=PAIRS_FORM,
-        schema=PAIRS_SCHEMA,
-        check=check_pairs(MOST, ANSWER_WORDS),
-        prose=only_pairs,
-        shows=("descriptions",),
+    ask=questions(
+        "You write questions about the writing in a picture that you know from its description: 2 to 5 of them. "
+        "Ask what is written, on what, where, in which colour or style, and what follows from it. Answers quote "
+        "the writing exactly. The person who answers sees only the picture, never the description: do not mention "
+        "a description. Ask only about what is clearly there, or clearly not there.",
+        most=MOST,
+        answer_words=ANSWER_WORDS,
     ),
     turns=plain_turns,
 )

@@ -1,4 +1,4 @@
-"""What each noun looks like. An artist gets a source of small differences and returns a `Sculpture`.
+"""Draws each noun by an artist: a function that returns a `Sculpture`, varied by a random generator.
 
 Coordinates are those of `Sculpture`: the ground at y = 0, the top at y = 1. Parts without a colour take the thing's
 own; they make up most of every thing, so that its colour is what one sees.
@@ -20,7 +20,7 @@ ARTISTS: dict[str, Callable[[random.Random], Sculpture]] = {
     name: getattr(room, name) for name in NOUNS for room in _ROOMS if hasattr(room, name)
 }
 
-# Where a text goes on a carrier: left, bottom, right and top as shares of its drawing.
+# The place of the text on a carrier: left, bottom, right and top as shares of its drawing.
 PANELS = {
     "sign": (0.05, 0.46, 0.95, 0.96),
     "billboard": (0.04, 0.35, 0.96, 0.96),

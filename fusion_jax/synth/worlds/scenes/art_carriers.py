@@ -1,4 +1,4 @@
-"""Artists of what carries writing (besides the mug); see art.py for what an artist is."""
+"""Artists of the things that carry writing, except the mug (see art.py)."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Artists of fruit, household things, toys and luggage; see art.py for what an artist is."""
+"""Artists of fruit, household things, toys and luggage (see art.py)."""
 
 import math
 import random

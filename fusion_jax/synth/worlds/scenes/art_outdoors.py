@@ -1,4 +1,4 @@
-"""Artists of what stands, grows, drives, lives or flies outdoors; see art.py for what an artist is."""
+"""Artists of what stands, grows, drives, lives or flies outdoors (see art.py)."""
 
 import math
 import random

@@ -1,7 +1,7 @@
-"""Reads an answer and says whether it is true of a scene: the oracle that verifies answers.
+"""Checks whether an answer is true of a scene: the oracle that verifies answers.
 
 Two tests, both must pass:
-1. If the question is one that `ask.py` knows, the answer must hold the words that make it right.
+1. If the question is one that `facts.py` knows, the answer must hold the words that make it right.
 2. Every sentence's claims must hold: what there is, how many, in which colour, where, in what relation, with what text.
 
 A sentence without claims that can be read here is let pass. With two scenes, sentences say which picture they mean:
@@ -11,7 +11,7 @@ A sentence without claims that can be read here is let pass. With two scenes, se
 import re
 from collections.abc import Sequence
 
-from fusion_jax.synth.worlds.scenes import ask, contrast, graph, language
+from fusion_jax.synth.worlds.scenes import contrast, facts, graph, language
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
 from fusion_jax.synth.worlds.scenes.language import COUNT_WORDS, Mention
 from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUNS, NUMBERS
@@ -25,17 +25,17 @@ _IMAGES = re.compile(r"\b(?:(only )?the (left|right) image|(both|neither) (?:of 
 
 def correct(question: str, answer: str, scenes: Sequence[Scene]) -> bool:
     """Whether an answer is right by the scene graph of one picture, or of a left and a right one."""
-    known = ask.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
+    known = facts.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
     fact = known.get(" ".join(question.split("\n")[0].split()).lower())
     if fact is not None:
-        said = " ".join(answer.lower().split()).rstrip(".").strip('"')
-        if said == fact.short.lower():
+        text = " ".join(answer.lower().split()).rstrip(".").strip('"')
+        if text == fact.short.lower():
             return True
-        if said in {wrong.lower() for wrong in fact.wrong}:
+        if text in {wrong.lower() for wrong in fact.wrong}:
             return False
         # "Yes" and "no" decide at the beginning; any other word may stand anywhere.
         anywhere = "^" if fact.key in ("yes", "no") else r"(?<!\w)"
-        if not re.search(rf"{anywhere}{re.escape(fact.key.lower())}(?!\w)", said):
+        if not re.search(rf"{anywhere}{re.escape(fact.key.lower())}(?!\w)", text):
             return False
     return true(answer, scenes)
 
@@ -59,15 +59,15 @@ def _parts(sentence: str, scenes: int) -> list[tuple[str, tuple[int, ...], bool]
         return [(sentence, (0,), False)]
     parts = []
     for clause in re.split(r", (?:while|but|and|whereas) |; ", sentence):
-        found = _IMAGES.search(clause.lower())
-        if found is None:
+        match = _IMAGES.search(clause.lower())
+        if match is None:
             continue
-        if found[3]:
-            parts.append((clause, (0, 1), found[3] == "neither"))
+        if match[3]:
+            parts.append((clause, (0, 1), match[3] == "neither"))
         else:
-            side = 0 if found[2] == "left" else 1
+            side = 0 if match[2] == "left" else 1
             parts.append((clause, (side,), False))
-            if found[1]:
+            if match[1]:
                 parts.append((clause, (1 - side,), True))
     return parts
 
@@ -101,12 +101,12 @@ def _holds(sentence: str, scene: Scene, last: list[Group], negated: bool) -> tup
     if negated:
         return True, []
     for mention, fitting in zip(mentioned, groups):
-        said = _IS_COLOUR.match(low[mention.end :])
-        if said and fitting and {g.colour for g in fitting} != {COLOUR_WORDS[said[1]]}:
+        colour = _IS_COLOUR.match(low[mention.end :])
+        if colour and fitting and {g.colour for g in fitting} != {COLOUR_WORDS[colour[1]]}:
             return False, []
     if not mentioned and last:
-        said = re.match(rf"^(?:it is|they are)\s+({_COLOUR})\b", low.strip())
-        if said and {g.colour for g in last} != {COLOUR_WORDS[said[1]]}:
+        colour = re.match(rf"^(?:it is|they are)\s+({_COLOUR})\b", low.strip())
+        if colour and {g.colour for g in last} != {COLOUR_WORDS[colour[1]]}:
             return False, []
     positive = [fitting for mention, fitting in zip(mentioned, groups) if not mention.negated]
     if not (
@@ -159,9 +159,9 @@ def _texts_hold(sentence: str, mentioned: list[Mention], groups: list[list[Group
 
 
 def _numbers_hold(low: str, mentioned: list[Mention], groups: list[list[Group]], scene: Scene) -> bool:
-    said = _THINGS.search(low)
+    stated = _THINGS.search(low)
     total = sum(g.count for g in scene.groups)
-    if said and re.search(r"\bin all\b|\btogether\b", low) and COUNT_WORDS[said[1]] != total:
+    if stated and re.search(r"\bin all\b|\btogether\b", low) and COUNT_WORDS[stated[1]] != total:
         return False
     less = _LESS.search(low)
     if less and COUNT_WORDS[less[1]] - COUNT_WORDS[less[2]] != COUNT_WORDS[less[3]]:
@@ -174,5 +174,5 @@ def _numbers_hold(low: str, mentioned: list[Mention], groups: list[list[Group]],
 
 def _compares(low: str) -> bool:
     """Whether a line says "more" and later "than"."""
-    found = ((re.search(r"\bmore\b", line), line) for line in low.split("\n"))
-    return any(more and re.search(r"\bthan\b", line[more.end() :]) for more, line in found)
+    lines = ((re.search(r"\bmore\b", line), line) for line in low.split("\n"))
+    return any(more and re.search(r"\bthan\b", line[more.end() :]) for more, line in lines)

@@ -1,4 +1,4 @@
-"""Makes scenes: out of nothing, out of a draft that leaves things open, and as a variation of another.
+"""Makes scenes: at random, from a draft that leaves things open, and as variations of another.
 
 Everything is drawn from the generator that is passed in, so a seed decides.
 """
@@ -9,14 +9,15 @@ from collections.abc import Iterable
 
 from fusion_jax.synth.worlds.scenes import graph
 from fusion_jax.synth.worlds.scenes.graph import MAX_OF_A_KIND, MAX_TEXT_WORDS, MAX_THINGS, Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLUMNS, NOUNS, ROWS, SETTINGS, SIZES, TEXTS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLUMNS, NOUNS, ROWS, SIZES, TEXTS
 from fusion_jax.synth.worlds.scenes.parse import Draft, DraftGroup
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 # Things that may as well carry no text; a sign without one would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")
 AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
-# A scene that nobody prescribes holds no two things one of which is more than so many times as high as the other: a
-# snail beside a house would be a dot. What hangs or flies is drawn by a rule of its own and may differ more.
+# Largest ratio of heights in a scene that no caption prescribes: a snail beside a house would be a dot. What hangs or
+# flies is drawn by a rule of its own, and its height may differ more.
 RATIO, AIR_RATIO = 8.0, 25.0
 
 BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side are tiny
@@ -27,7 +28,7 @@ class Impossible(ValueError):
 
 
 def _fits(noun: str, setting: str) -> bool:
-    """Whether one may come upon a thing there: under a roof or not, and neither lost in it nor too large for it."""
+    """Whether a thing belongs in a setting: indoors or outdoors, and neither too small nor too large for it."""
     place, thing = SETTINGS[setting], NOUNS[noun]
     at_home = thing.home in ("anywhere", "indoors" if place.indoors else "outdoors", "sky" if place.sky else "")
     return at_home and noun not in place.shows and place.metres[0] <= thing.metres <= place.metres[1]
@@ -66,7 +67,7 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
 
     Args:
       draft: as `parse.parse` reads it. rng: decides what is open.
-      exact: refuse what cannot be drawn as it is said (a seventh thing, a mug above an apple), not leave it out.
+      exact: raise for what cannot be drawn as described (a seventh thing, a mug above an apple) instead of omitting it.
       colours: at most so many different ones, as far as the draft leaves them open.
 
     Raises:
@@ -78,7 +79,7 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
     slots = _slots(groups, relations, rng)
     if slots is None:
         if exact:
-            raise Impossible("the positions contradict each other, or a thing cannot be where it is said to be")
+            raise Impossible("the positions contradict each other, or a thing cannot be at its position")
         # One relation after the other, as long as they hold together.
         kept: list[tuple[int, str, int]] = []
         for relation in relations:
@@ -108,7 +109,7 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
         air = NOUNS[group.noun].air
         if group.row is not None and (group.row == "air") != air:
             if exact:
-                raise Impossible(f"a {group.noun} is not drawn there")
+                raise Impossible(f"a {group.noun} cannot be drawn in the {group.row} row")
             group.row = None
         room = min(
             MAX_OF_A_KIND - sum(g.count or 1 for g in kept if g.noun == group.noun),
@@ -126,7 +127,7 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
         moved[i] = len(kept)
         kept.append(group)
     if not kept:
-        raise Impossible("nothing in it is known to this drawer")
+        raise Impossible("it names nothing that can be drawn")
     return kept, moved
 
 
@@ -138,7 +139,7 @@ def _slots(groups: list[DraftGroup], relations, rng: random.Random) -> list[tupl
         rows = ("air",) if NOUNS[group.noun].air else ("back", "front")
         free = [(r, c) for r in rows for c in COLUMNS if group.row in (None, r) and group.column in (None, c)]
         rng.shuffle(free)
-        # What is high stands behind what is low, mostly: near the viewer it would hide the rest or shrink it.
+        # High things mostly stand behind low ones: near the viewer they would hide the rest or shrink it.
         if standing and max(standing) > 2 * min(standing) and rng.random() < 0.85:
             high = NOUNS[group.noun].metres ** 2 > max(standing) * min(standing)
             free.sort(key=lambda slot: (slot[0] == "front") == high)
@@ -177,7 +178,7 @@ def _colour(noun: str, setting: str, others, rng: random.Random, limit: int | No
 
 
 def _without_twins(groups: list[Group]) -> list[Group]:
-    """Without a second group of the same noun and colour, which only chance can have made."""
+    """Drops a second group of the same noun and colour, which only chance can have made."""
     seen: dict[tuple[str, str], Group] = {}
     for group in groups:
         seen.setdefault((group.noun, group.colour), group)
@@ -196,27 +197,27 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
     """The draft with more groups, up to `groups` of them and `texts` written texts of at most `longest` words, all that
     still fit."""
     phrases = [text for text in TEXTS if len(text.split()) <= longest]
-    made = Draft(
+    extended = Draft(
         draft.setting or choose_setting(draft, rng), [dataclasses.replace(g) for g in draft.groups], draft.relations
     )
-    for group in made.groups:
+    for group in extended.groups:
         group.count = group.count or 1
-        if sum(bool(g.text) for g in made.groups) < texts and NOUNS[group.noun].carrier and group.count == 1:
+        if sum(bool(g.text) for g in extended.groups) < texts and NOUNS[group.noun].carrier and group.count == 1:
             group.text = group.text or rng.choice(phrases)
-    groups = max(groups, len(made.groups) + max(0, texts - sum(bool(g.text) for g in made.groups)))
-    while len(made.groups) < groups:
-        there = {group.noun for group in made.groups}
-        air = sum(NOUNS[group.noun].air for group in made.groups)
-        room = MAX_THINGS - sum(group.count or 1 for group in made.groups)
-        writing = sum(bool(g.text) for g in made.groups) < texts
+    groups = max(groups, len(extended.groups) + max(0, texts - sum(bool(g.text) for g in extended.groups)))
+    while len(extended.groups) < groups:
+        there = {group.noun for group in extended.groups}
+        air = sum(NOUNS[group.noun].air for group in extended.groups)
+        room = MAX_THINGS - sum(group.count or 1 for group in extended.groups)
+        writing = sum(bool(g.text) for g in extended.groups) < texts
         pool = [
             name
             for name, noun in NOUNS.items()
             if name not in there
             and (noun.carrier if writing else not noun.carrier or name in PLAIN_CARRIERS)
-            and _fits(name, made.setting)
+            and _fits(name, extended.setting)
             and _in_proportion(name, there)
-            and (air < AIR_SLOTS if noun.air else len(made.groups) - air < GROUND_SLOTS)
+            and (air < AIR_SLOTS if noun.air else len(extended.groups) - air < GROUND_SLOTS)
         ]
         # Things that hang or fly are few among the nouns: without a weight most pictures would have an empty sky.
         weights = [2.5 if NOUNS[name].air else 1.0 for name in pool]
@@ -226,14 +227,14 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
         # Writing has to be large enough to read: beside it, the fewer.
         most = min(room, _most(noun, groups) if not texts else _most(noun, 3) - (_most(noun, 3) == 2))
         count = 1 if writing else min(most, rng.choices((1, 2, 3), (5, 2, 2))[0])
-        made.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
-    return made
+        extended.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
+    return extended
 
 
-def vary(made: Scene, rng: random.Random) -> Scene:
+def vary(scene: Scene, rng: random.Random) -> Scene:
     """Another scene that differs from this one in up to five ways: colours, counts, things, places, the setting."""
     changes = rng.sample(("colour", "count", "noun", "setting", "swap", "drop", "colour"), rng.randint(3, 5))
-    setting, groups = made.setting, list(made.groups)
+    setting, groups = scene.setting, list(scene.groups)
     for change in changes:
         k = rng.randrange(len(groups))
         group = groups[k]
@@ -251,7 +252,7 @@ def vary(made: Scene, rng: random.Random) -> Scene:
             noun = rng.choice(pool or [group.noun])
             group = dataclasses.replace(group, noun=noun, colour=_colour(noun, setting, groups, rng, None))
         elif change == "setting":
-            places = [n for n, p in SETTINGS.items() if p.indoors == made.place.indoors and n != setting]
+            places = [n for n, p in SETTINGS.items() if p.indoors == scene.place.indoors and n != setting]
             places = [n for n in places if all(g.colour not in SETTINGS[n].clash and _fits(g.noun, n) for g in groups)]
             setting = rng.choice(places or [setting])
         elif change == "swap":
@@ -268,4 +269,4 @@ def vary(made: Scene, rng: random.Random) -> Scene:
         if not graph.fault(Scene(setting, tuple(candidate))):
             groups = candidate
     varied = graph.scene(setting, groups)
-    return varied if varied != made else vary(made, rng)
+    return varied if varied != scene else vary(scene, rng)

@@ -1,11 +1,12 @@
-"""What may be asked about a left and a right picture together."""
+"""The facts that may be asked about a left and a right picture together."""
 
 import functools
 import random
 
-from fusion_jax.synth.worlds.scenes.ask import Fact
+from fusion_jax.synth.worlds.scenes.facts import Fact
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, SETTINGS, article
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, article
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 from fusion_jax.synth.worlds.scenes.write import be, where
 
 SIDES = ("left", "right")
@@ -16,42 +17,42 @@ def _number(count: int, noun: str) -> str:
     return f"one {noun}" if count == 1 else f"{NUMBERS[count]} {NOUNS[noun].plural}"
 
 
-@functools.lru_cache(maxsize=64)  # asked for by every question of a sample
+@functools.lru_cache(maxsize=64)  # needed for every question of a sample
 def by_question(left: Scene, right: Scene) -> dict[str, Fact]:
-    """The fact behind each question, in lower case."""
+    """{question in lower case: its fact}."""
     return {question.lower(): fact for fact in facts(left, right) for question in fact.questions}
 
 
 def facts(left: Scene, right: Scene) -> list[Fact]:
-    """Everything that may be asked of the pair, in a fixed order."""
+    """All facts about the pair, in a fixed order."""
     scenes = (left, right)
-    found = [*_settings(scenes)]
-    nouns = dict.fromkeys(group.noun for made in scenes for group in made.groups)
+    facts = [*_settings(scenes)]
+    nouns = dict.fromkeys(group.noun for scene in scenes for group in scene.groups)
     hidden = {*left.place.shows, *right.place.shows}
     for noun in nouns:
-        counts = [made.count(noun) for made in scenes]
+        counts = [scene.count(noun) for scene in scenes]
         if all(counts):
-            found += _colours(scenes, noun)
-            found += _places(scenes, noun)
+            facts += _colours(scenes, noun)
+            facts += _places(scenes, noun)
         if noun in hidden:
             continue
-        found += _which_image(noun, counts)
+        facts += _which_image(noun, counts)
         if all(counts) and counts[0] != counts[1]:
-            found += _more(noun, counts)
+            facts += _more(noun, counts)
         for side, count in zip(SIDES, counts):
             if count:
                 question = f"How many {NOUNS[noun].plural} are there in the {side} image?"
                 sentence = f"In the {side} image there {'is' if count == 1 else 'are'} {_number(count, noun)}."
                 wrong = tuple(n for n in NUMBERS[1:5] if n != NUMBERS[count])
-                found.append(Fact("count", (question,), noun, NUMBERS[count], sentence, wrong, NUMBERS[count]))
+                facts.append(Fact("count", (question,), noun, NUMBERS[count], sentence, wrong, NUMBERS[count]))
     for noun in NOUNS:
         if noun not in nouns and noun not in hidden:
-            found += _which_image(noun, [0, 0])
-    return found
+            facts += _which_image(noun, [0, 0])
+    return facts
 
 
-def _only(made: Scene, noun: str) -> Group | None:
-    groups = [group for group in made.groups if group.noun == noun]
+def _only(scene: Scene, noun: str) -> Group | None:
+    groups = [group for group in scene.groups if group.noun == noun]
     return groups[0] if len(groups) == 1 else None
 
 
@@ -67,13 +68,13 @@ def _settings(scenes) -> list[Fact]:
         same = Fact(
             "same", ("Are both images set in the same surroundings?",), "setting", "no", sentence, ("yes",), "no"
         )
-    found = [same]
-    for side, made, here in zip(SIDES, scenes, (left, right)):
+    facts = [same]
+    for side, scene, here in zip(SIDES, scenes, (left, right)):
         question = f"Where does the scene in the {side} image take place?"
-        wrong = tuple(f"{s.preposition} {article(s.phrase)}" for s in SETTINGS.values() if s is not made.place)
+        wrong = tuple(f"{s.preposition} {article(s.phrase)}" for s in SETTINGS.values() if s is not scene.place)
         sentence = f"The scene in the {side} image takes place {here}."
-        found.append(Fact("setting", (question,), side, here, sentence, wrong, made.place.phrase))
-    return found
+        facts.append(Fact("setting", (question,), side, here, sentence, wrong, scene.place.phrase))
+    return facts
 
 
 def _which_image(noun: str, counts: list[int]) -> list[Fact]:
@@ -92,15 +93,15 @@ def _which_image(noun: str, counts: list[int]) -> list[Fact]:
 
 
 def _colours(scenes, noun: str) -> list[Fact]:
-    groups = [_only(made, noun) for made in scenes]
+    groups = [_only(scene, noun) for scene in scenes]
     if None in groups:
         return []
-    found = []
+    facts = []
     for side, group in zip(SIDES, groups):
         question = f"What color {be(group)} the {group.words} in the {side} image?"
         wrong = tuple(c for c in NOUNS[noun].colours if c != group.colour)
         sentence = f"In the {side} image the {group.words} {be(group)} {group.colour}."
-        found.append(Fact("colour", (question,), noun, group.colour, sentence, wrong, group.colour))
+        facts.append(Fact("colour", (question,), noun, group.colour, sentence, wrong, group.colour))
     a, b = groups
     if a.plural == b.plural:
         question = f"{'Do' if a.plural else 'Does'} the {a.words} have the same color in both images?"
@@ -111,21 +112,21 @@ def _colours(scenes, noun: str) -> list[Fact]:
             sides = [f"in the {s} image the {g.words} {be(g)} {g.colour}" for s, g in zip(SIDES, groups)]
             sentence = f"No, {sides[0]}, while {sides[1]}."
         wrong = ("no",) if short == "yes" else ("yes",)
-        found.append(Fact("same", (question,), noun, short, sentence, wrong, short))
-    return found
+        facts.append(Fact("same", (question,), noun, short, sentence, wrong, short))
+    return facts
 
 
 def _places(scenes, noun: str) -> list[Fact]:
-    groups = [_only(made, noun) for made in scenes]
+    groups = [_only(scene, noun) for scene in scenes]
     if None in groups or groups[0].slot == groups[1].slot:
         return []
     a, b = groups
     question = f"Where {be(a)} the {a.words} in the left image?"
     sentence = f"In the left image the {a.words} {be(a)} {where(a)}."
-    found = [Fact("place", (question,), noun, where(a), sentence, (where(b),), where(a))]
+    facts = [Fact("place", (question,), noun, where(a), sentence, (where(b),), where(a))]
     question = f"Where {be(b)} the {b.words} in the right image?"
     sentence = f"In the right image the {b.words} {be(b)} {where(b)}."
-    return [*found, Fact("place", (question,), noun, where(b), sentence, (where(a),), where(b))]
+    return [*facts, Fact("place", (question,), noun, where(b), sentence, (where(a),), where(b))]
 
 
 def _more(noun: str, counts: list[int]) -> list[Fact]:
@@ -145,10 +146,10 @@ def _there(count: int, noun: str) -> str:
 
 
 def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fact]:
-    """Up to `most` facts, one thing asked about once, differences before likenesses."""
+    """Up to `most` facts, each about another thing, differences before likenesses."""
     listed = facts(left, right)
     rng.shuffle(listed)
-    there = {group.noun for made in (left, right) for group in made.groups} | {"setting", *SIDES}
+    there = {group.noun for scene in (left, right) for group in scene.groups} | {"setting", *SIDES}
     chosen: list[Fact] = []
     topics = ["image", "same", "count", "colour", "more", "place", "setting"]
     rng.shuffle(topics)
@@ -156,7 +157,7 @@ def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fac
         pool = [f for f in listed if f.topic == topic and f.about not in {c.about for c in chosen}]
         # One question in four about what is in neither picture is enough.
         pool = [f for f in pool if f.about in there or rng.random() < 0.02]
-        # Most things keep their color, and most are there once: so often another one is asked about first.
+        # Most things keep their color, and most occur once: with this probability another answer comes first.
         usual, often = {"same": ("yes", 0.6), "count": ("one", 0.5)}.get(topic, ("", 0.0))
         if rng.random() < often:
             pool.sort(key=lambda f, usual=usual: f.short == usual)
@@ -165,11 +166,11 @@ def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fac
     return chosen
 
 
-def details(made: Scene, side: str, fact: Fact) -> list[str]:
+def details(scene: Scene, side: str, fact: Fact) -> list[str]:
     """True sentences about one picture's share in an answer, none of which repeats what the fact's own says."""
-    group = _only(made, fact.about) if fact.about in NOUNS else None
+    group = _only(scene, fact.about) if fact.about in NOUNS else None
     if group is None or fact.topic == "place":
         return []
-    # How many there are and in which color was said where the fact is about that.
+    # The sentence of a fact about number or color already names both.
     named = f"the {group.words}" if fact.topic in ("colour", "same", "count", "more") else group.full
     return [f"In the {side} image, {named} {be(group)} {where(group)}."]

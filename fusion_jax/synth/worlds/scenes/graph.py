@@ -15,17 +15,8 @@ import itertools
 import random
 from typing import Any
 
-from fusion_jax.synth.worlds.scenes.lexicon import (
-    COLOURS,
-    COLUMNS,
-    NOUNS,
-    NUMBERS,
-    ROWS,
-    SETTINGS,
-    SIZES,
-    Setting,
-    article,
-)
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, SIZES, article
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS, Setting
 
 MAX_THINGS = 6
 MAX_OF_A_KIND = 3
@@ -98,54 +89,54 @@ class Scene:
 def scene(setting: str, groups: list[Group] | tuple[Group, ...]) -> Scene:
     """A scene with its groups in order; raises ValueError where it breaks a rule."""
     ordered = sorted(groups, key=lambda g: (ROWS.index(g.row), COLUMNS.index(g.column)))
-    made = Scene(setting, tuple(ordered))
-    if problem := fault(made):
+    result = Scene(setting, tuple(ordered))
+    if problem := fault(result):
         raise ValueError(problem)
-    return made
+    return result
 
 
-def fault(made: Scene) -> str:
+def fault(scene: Scene) -> str:
     """The first rule that a scene breaks, or ""."""
-    if made.setting not in SETTINGS:
-        return f"no setting {made.setting!r}"
-    if not made.groups:
+    if scene.setting not in SETTINGS:
+        return f"{scene.setting!r} is not a setting"
+    if not scene.groups:
         return "a scene shows at least one thing"
-    for g in made.groups:
+    for g in scene.groups:
         if g.noun not in NOUNS or g.colour not in COLOURS or g.size not in SIZES:
-            return f"no {g.size} {g.colour} {g.noun} is known"
+            return f"a {g.size} {g.colour} {g.noun} cannot be drawn"
         if g.row not in ROWS or g.column not in COLUMNS or (g.row == "air") != NOUNS[g.noun].air:
             return f"{g.noun} cannot be in the {g.row} row"
         if g.count < 1 or (g.text and (g.count > 1 or not NOUNS[g.noun].carrier)):
-            return f"{g.count} {g.noun} with text {g.text!r}"
+            return f"{g.count} {g.noun} cannot carry the text {g.text!r}"
         if len(g.text.split()) > MAX_TEXT_WORDS:
             return f"a text of {len(g.text.split())} words, more than {MAX_TEXT_WORDS}"
-        if made.count(g.noun) > MAX_OF_A_KIND:
-            return f"{made.count(g.noun)} {NOUNS[g.noun].plural}, more than {MAX_OF_A_KIND}"
-    if sum(g.count for g in made.groups) > MAX_THINGS:
+        if scene.count(g.noun) > MAX_OF_A_KIND:
+            return f"{scene.count(g.noun)} {NOUNS[g.noun].plural}, more than {MAX_OF_A_KIND}"
+    if sum(g.count for g in scene.groups) > MAX_THINGS:
         return f"more than {MAX_THINGS} things"
-    if len({g.slot for g in made.groups}) < len(made.groups):
+    if len({g.slot for g in scene.groups}) < len(scene.groups):
         return "two groups in one slot"
-    if len({(g.noun, g.colour) for g in made.groups}) < len(made.groups):
+    if len({(g.noun, g.colour) for g in scene.groups}) < len(scene.groups):
         return "two groups of the same noun and colour"
     return ""
 
 
-def to_json(made: Scene) -> dict[str, Any]:
+def to_json(scene: Scene) -> dict[str, Any]:
     """The scene as JSON objects: travels with the sample as its state."""
-    return {"version": VERSION, "setting": made.setting, "groups": [dataclasses.asdict(g) for g in made.groups]}
+    return {"version": VERSION, "setting": scene.setting, "groups": [dataclasses.asdict(g) for g in scene.groups]}
 
 
 def from_json(state: Any) -> Scene:
     """The inverse of `to_json`; raises ValueError for anything else."""
     try:
         if state["version"] != VERSION:
-            raise ValueError(f"scene graph of version {state['version']}, this program reads {VERSION}")
+            raise ValueError(f"the scene graph has version {state['version']}, this program reads {VERSION}")
         return scene(state["setting"], [Group(**group) for group in state["groups"]])
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a scene graph: {error}") from None
 
 
-# What holds between two groups, by the words that say it. `b` is the one after the words.
+# Relations between two groups, each by its words, with the opposite one.
 OPPOSITES = {"left of": "right of", "above": "below", "in front of": "behind"}
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 
@@ -167,28 +158,28 @@ def holds(relation: str, a: Group, b: Group) -> bool:
         return a.row == "front" and b.row == "back"
     if relation in ("below", "behind"):
         return holds(OPPOSITES[relation], b, a)
-    raise ValueError(f"no relation {relation!r}")
+    raise ValueError(f"{relation!r} is not a relation")
 
 
-def relations(made: Scene) -> list[tuple[Group, str, Group]]:
+def relations(scene: Scene) -> list[tuple[Group, str, Group]]:
     """All that holds between groups, each pair in both directions."""
-    pairs = itertools.permutations(made.groups, 2)
+    pairs = itertools.permutations(scene.groups, 2)
     return [(a, relation, b) for a, b in pairs for relation in OPPOSITES if holds(relation, a, b)]
 
 
-def names(made: Scene, group: Group) -> tuple[str, ...]:
-    """The definite names that fit this group alone: "the apple", "the red apple"; with its number where it is one."""
-    found = []
-    same = [g for g in made.groups if g.noun == group.noun]
+def names(scene: Scene, group: Group) -> tuple[str, ...]:
+    """The definite names that fit this group alone: "the apple", "the red apples"."""
+    fitting = []
+    same = [g for g in scene.groups if g.noun == group.noun]
     if len(same) == 1:
-        found.append(f"the {group.words}")
-    found.append(f"the {group.colour} {group.words}")
-    return tuple(found)
+        fitting.append(f"the {group.words}")
+    fitting.append(f"the {group.colour} {group.words}")
+    return tuple(fitting)
 
 
-def absent_nouns(made: Scene) -> list[str]:
+def absent_nouns(scene: Scene) -> list[str]:
     """Nouns that are nowhere in the picture, the backdrop included, in the lexicon's order."""
-    there = {group.noun for group in made.groups} | set(made.place.shows)
+    there = {group.noun for group in scene.groups} | set(scene.place.shows)
     return [noun for noun in NOUNS if noun not in there]
 
 

@@ -1,4 +1,4 @@
-"""Reads the English of captions, descriptions and answers: which things a sentence names, where, and in what relation.
+"""Reads the English of captions, descriptions and answers: things, places and relations.
 
     "In the foreground on the left stand two small red apples, to the left of the mug."
      place front, left               mention: 2 small red apple    left of   mention: the mug
@@ -12,7 +12,8 @@ import functools
 import itertools
 import re
 
-from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUN_WORDS, NUMBERS, SETTINGS, SIZE_WORDS
+from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, NOUN_WORDS, NUMBERS, SIZE_WORDS
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 COUNT_WORDS = {word: i for i, word in enumerate(NUMBERS)} | {str(i): i for i in range(1, 10)}
 COUNT_WORDS |= {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "several": 3, "some": 3, "pair": 2, "couple": 2}
@@ -69,8 +70,8 @@ class Mention:
     Attributes:
       noun: key of `NOUNS`. start, end: its place in the sentence. definite: with "the" or the like.
       negated: "no apple", "not ... an apple".
-      count: the number said ("a" says none), or None. plural: the noun's number.
-      colour, size: as said, or None.
+      count: the number in words or digits ("a" is not one), or None. plural: the noun's number.
+      colour, size: where named, or None.
     """
 
     noun: str
@@ -87,7 +88,7 @@ class Mention:
 def sentences(text: str) -> list[str]:
     """Splits at full stops that do not stand in quotation marks."""
     hidden = QUOTE.sub(lambda quote: '"' + re.sub(r"[.!?;]", "\x00", quote[1]) + '"', text)
-    ends = [0, *(found.end() for found in re.finditer(r"[.!?;](?:\s+|$)", hidden)), len(text)]
+    ends = [0, *(stop.end() for stop in re.finditer(r"[.!?;](?:\s+|$)", hidden)), len(text)]
     return [text[a:b].strip() for a, b in itertools.pairwise(ends) if text[a:b].strip()]
 
 
@@ -103,17 +104,17 @@ def setting_phrases(text: str) -> list[str]:
 
 
 def mask(sentence: str) -> str:
-    """In lower case, with quotations and what is said of the backdrop blanked out at equal length."""
+    """The sentence in lower case, with quotations and phrases about the backdrop replaced by blanks."""
     low = QUOTE.sub(lambda quote: " " * len(quote[0]), sentence.lower())
-    return _backdrop_phrases().sub(lambda found: " " * len(found[0]), low)
+    return _backdrop_phrases().sub(lambda phrase: " " * len(phrase[0]), low)
 
 
 def mentions(sentence: str) -> list[Mention]:
     """The things that a sentence names, in order. The longest run of nouns counts as its last: "apple tree". A noun
     before one that is not known ("bus stop") names nothing."""
     low = mask(sentence)
-    tokens = [(found[0], found.start(), found.end()) for found in _TOKEN.finditer(low)]
-    found = []
+    tokens = [(token[0], token.start(), token.end()) for token in _TOKEN.finditer(low)]
+    mentions_ = []
     for i, (word, _, end) in enumerate(tokens):
         if word not in NOUN_WORDS or (i + 1 < len(tokens) and tokens[i + 1][0] in NOUN_WORDS):
             continue
@@ -129,7 +130,7 @@ def mentions(sentence: str) -> list[Mention]:
             if earlier in _ARTICLES:
                 break
         words = [tokens[j][0] for j in before[::-1]]
-        # "One" after "the" or in "one of" is no number of things.
+        # "One" after "the" or in "one of" is not a number of things.
         count = next((COUNT_WORDS[w] for w in words if w in COUNT_WORDS), None)
         article = next((w for w in words if w in _ARTICLES), None)
         negated = (
@@ -137,7 +138,7 @@ def mentions(sentence: str) -> list[Mention]:
             or count == 0
             or bool(re.search(r"\bnor\s+(?:is|are)?", _lead(low, tokens, before, i)))
         )
-        found.append(
+        mentions_.append(
             Mention(
                 noun=noun,
                 start=tokens[before[-1] if before else i][1],
@@ -150,7 +151,7 @@ def mentions(sentence: str) -> list[Mention]:
                 size=next((SIZE_WORDS[w] for w in words if w in SIZE_WORDS), None),
             )
         )
-    return found
+    return mentions_
 
 
 def _is_first_half(between: str, word: str) -> bool:
@@ -188,4 +189,4 @@ def places(text: str) -> tuple[str | None, str | None]:
 
 def quotes(sentence: str) -> list[tuple[str, int]]:
     """The quoted texts and where they begin."""
-    return [(" ".join(found[1].split()), found.start()) for found in QUOTE.finditer(sentence) if found[1].strip()]
+    return [(" ".join(quote[1].split()), quote.start()) for quote in QUOTE.finditer(sentence) if quote[1].strip()]

@@ -1,4 +1,4 @@
-"""Where each thing of a scene is drawn, and how large.
+"""Places the things of a scene in the picture and chooses their sizes.
 
 The three rows are bands of the picture, the columns divide their width:
 
@@ -68,7 +68,7 @@ def metres(group: Group) -> float:
     return NOUNS[group.noun].metres * SIZES[group.size]
 
 
-@functools.lru_cache(maxsize=4)  # asked for by the stage and by the things on it
+@functools.lru_cache(maxsize=4)  # needed for the stage and for the things on it
 def layout(scene: Scene, size: tuple[int, int], seed: int) -> tuple[Placed, ...]:
     """Where every single thing is drawn, from back to front."""
     slots = _slots(scene, size, seed)

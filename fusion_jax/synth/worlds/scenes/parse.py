@@ -1,4 +1,4 @@
-"""Text to scene: reads a caption or a description into a `Draft`, whatever it leaves open.
+"""Parses a caption or a description into a `Draft` of a scene.
 
 `compose.settle` turns a draft into a scene. Of a description written by `write.py`, the draft is complete, and settling
 it gives the scene it was written from.
@@ -9,12 +9,13 @@ import re
 
 from fusion_jax.synth.worlds.scenes import language
 from fusion_jax.synth.worlds.scenes.language import Mention
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, SETTING_WORDS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS
+from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 
 
 @dataclasses.dataclass
 class DraftGroup:
-    """A group as far as a text tells; None is what it leaves open."""
+    """A group as far as a text describes it; None where it leaves a field open."""
 
     noun: str
     count: int | None = None
@@ -27,7 +28,7 @@ class DraftGroup:
 
 @dataclasses.dataclass
 class Draft:
-    """What a text says of a scene.
+    """A scene as far as a text describes it.
 
     Attributes:
       setting: or None. groups: in the text's order. relations: (index of a group, relation, index of another).
@@ -51,8 +52,8 @@ def _setting(text: str) -> str | None:
     if phrases := language.setting_phrases(language.QUOTE.sub(" ", text)):
         return phrases[0]
     low = language.QUOTE.sub(" ", text.lower())
-    found = [(m.start(), SETTING_WORDS[m[0]]) for m in re.finditer(r"[a-z]+", low) if m[0] in SETTING_WORDS]
-    names = [name for _, name in sorted(found)]
+    matches = [(m.start(), SETTING_WORDS[m[0]]) for m in re.finditer(r"[a-z]+", low) if m[0] in SETTING_WORDS]
+    names = [name for _, name in sorted(matches)]
     # "A snowy field", "a street at night": the word that says more wins.
     return next((name for name in ("night", "snow") if name in names), names[0] if names else None)
 
@@ -80,7 +81,7 @@ def _read(sentence: str, draft: Draft) -> None:
 
 
 def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
-    """The group that a mention means, and whether it is new. None for what is said not to be there."""
+    """The group that a mention means, and whether it is new. None for a negated mention."""
     if mention.negated:
         return None, False
     for i, group in enumerate(draft.groups):
@@ -97,7 +98,7 @@ def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
 
 
 def _place(sentence: str, mentioned: list[Mention], fresh: list[tuple[Mention, int]], draft: Draft) -> None:
-    """Gives what a sentence brings in the place it names: the whole sentence's for one thing, else its clause's."""
+    """Sets the places of new groups: the place that the sentence names for one thing, else that of its clause."""
     for mention, index in fresh:
         if len(fresh) == 1:
             row, column = language.places(sentence)

@@ -1,4 +1,4 @@
-"""How much of a caption is in the scenes that were made of it, and what they show besides.
+"""Measures how much of a caption its scenes show, and lists what they show besides.
 
     caption              "A man with a red umbrella at the beach"      scene: red umbrella, beach, blue bucket
     content words        man  red  umbrella  beach                     function words and "picture", "shown" are none
@@ -18,7 +18,8 @@ from typing import Any
 from fusion_jax.synth.worlds.scenes import graph, language
 from fusion_jax.synth.worlds.scenes.graph import Scene
 from fusion_jax.synth.worlds.scenes.language import COUNT_WORDS, Mention
-from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SETTING_WORDS, SIZE_WORDS, article
+from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SIZE_WORDS, article
+from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 from fusion_jax.synth.worlds.scenes.write import ink
 
 KEPT_MIN = 0.6  # captions of which less is kept are dropped, unless config.filters says otherwise
@@ -43,7 +44,7 @@ _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What became of a caption.
+    """Which words of a caption its scene keeps.
 
     Attributes:
       understood, missed: its content words, in their order. invented: what the scenes show besides, as phrases.
@@ -65,7 +66,7 @@ class Reading:
 
 
 def read(caption: str, scene: Scene) -> Reading:
-    """Compares a caption with the scene that was made of it."""
+    """Compares a caption with its scene."""
     kept, inside = _kept_spans(caption, scene), _inside(caption)
     understood, missed = [], []
     for quote in language.QUOTE.finditer(caption):
@@ -145,7 +146,7 @@ def _is_name(word: str, mention: Mention) -> bool:
 
 
 def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
-    """What the scene shows and the caption does not say: things, colors of things it names, the surroundings."""
+    """What the scene shows and the caption does not name: things, colors of things it names, the surroundings."""
     named: dict[str, list[Mention]] = {}
     for mention in language.mentions(caption):
         named.setdefault(mention.noun, []).append(mention)
@@ -168,6 +169,6 @@ def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
 
 
 def complaint(reading: dict[str, Any]) -> str:
-    """Why a caption is dropped, of what `Reading.to_json` gives."""
+    """The reason why a caption is dropped, from the mapping of `Reading.to_json`."""
     kept, missed = (", ".join(reading[key]) or "nothing" for key in ("understood", "missed"))
     return f"{reading['kept_share']:.0%} of its words can be drawn ({kept}); not: {missed}"

@@ -1,4 +1,4 @@
-"""How a thing is modelled: parts with soft shading and a dark rim, in any colour.
+"""Models a thing from parts with soft shading and a dark rim, in any colour.
 
 An artist (art.py) places parts on a `Sculpture`; each part is a mask that bulges towards the light in the upper left.
 The result, a `Master`, is kept: drawing a thing then is one resize and one multiplication. Colour comes last, since all
@@ -150,7 +150,7 @@ class Sculpture:
         self.coverage[region] = self.coverage[region] * keep + cover
 
     def solid(self) -> Image.Image:
-        """A mask of all that is there so far."""
+        """A mask of all parts so far."""
         return Image.fromarray((self.coverage * 255).astype(np.uint8))
 
     def finish(self) -> Master:
@@ -166,7 +166,7 @@ class Sculpture:
 
 def _towards_light(mask: Image.Image, reach: float) -> np.ndarray:
     """(height, width) in about -1..1: how much the surface of a bulging mask turns to the upper left."""
-    step = max(1, int(reach / 10))  # the slope is smooth: found on a smaller image where the reach is large
+    step = max(1, int(reach / 10))  # the slope is smooth: computed on a smaller image where the reach is large
     small = mask.reduce(step) if step > 1 else mask
     height = ndimage.gaussian_filter(np.asarray(small, np.float32) / 255, reach / step / 2, truncate=2.5)
     down, right = np.gradient(height)

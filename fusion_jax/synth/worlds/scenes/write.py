@@ -1,4 +1,4 @@
-"""Scene to text: captions of the published kinds and descriptions of a wanted length.
+"""Writes a scene as text: captions of the published kinds and descriptions of a given length.
 
 What is written is true of the scene, and `parse.py` reads a description back to the very scene it was written from.
 """
@@ -28,10 +28,12 @@ _LYING = ("apple", "pear", "pumpkin", "ball", "hat", "book")
 
 
 def capital(text: str) -> str:
+    """The text with a capital letter at its beginning."""
     return text[:1].upper() + text[1:]
 
 
 def count_words(text: str) -> int:
+    """The number of words, by white space."""
     return len(text.split())
 
 
@@ -39,7 +41,7 @@ def where(group: Group, rng: random.Random | None = None, used: list[str] | None
     """ "in the foreground on the left": the slot in words; without a generator always the same ones.
 
     Args:
-      used: phrases of the text so far, to which these are added: the one used least is taken.
+      used: phrases of the text so far; the least frequent ones are chosen and added.
     """
     row, column = _ROW_PHRASES[group.row], _COLUMN_PHRASES[group.column]
     if group.noun in _FLYING:
@@ -56,11 +58,12 @@ def where(group: Group, rng: random.Random | None = None, used: list[str] | None
 
 
 def be(group: Group) -> str:
+    """ "is" or "are"."""
     return "are" if group.plural else "is"
 
 
 def stands(group: Group, rng: random.Random) -> str:
-    """A verb for how a group is there."""
+    """A verb for how a group stands, lies, sits, flies or hangs."""
     if group.row != "air":
         own = ("sits", "sit") if group.noun in _SITTING else ("lies", "lie") if group.noun in _LYING else None
         one, many = rng.choice((own or ("stands", "stand"), own or ("is placed", "are placed"), ("can be seen",) * 2))
@@ -74,13 +77,13 @@ def stands(group: Group, rng: random.Random) -> str:
 
 
 def ink(group: Group) -> str:
-    """The colour of the letters on a carrier, as draw.py chooses it."""
+    """The colour of the letters on a carrier, as drawing.py chooses it."""
     r, g, b = RGB[group.colour]
     return "black" if 0.3 * r + 0.59 * g + 0.11 * b > 120 else "white"
 
 
 def written(group: Group, rng: random.Random, form: int | None = None) -> str:
-    """The words after a carrier's name that tell its text, or nothing; `form` 0 to 3 chooses them."""
+    """The words after a carrier's name that quote its text, or nothing; `form` 0 to 3 chooses them."""
     if not group.text:
         return ""
     form = rng.randrange(4) if form is None else form
@@ -92,14 +95,14 @@ def written(group: Group, rng: random.Random, form: int | None = None) -> str:
     )[form]
 
 
-def called(made: Scene, group: Group, rng: random.Random | None = None) -> str:
+def called(scene: Scene, group: Group, rng: random.Random | None = None) -> str:
     """A definite name that fits this group alone: "the apples", "the red apples"."""
-    names = graph.names(made, group)
+    names = graph.names(scene, group)
     return names[0] if rng is None else rng.choice(names)
 
 
-def _opening(made: Scene, rng: random.Random) -> list[str]:
-    place = made.place
+def _opening(scene: Scene, rng: random.Random) -> list[str]:
+    place = scene.place
     phrase = article(place.phrase)
     first = rng.choice(
         (
@@ -133,29 +136,30 @@ def _introduction(group: Group, form: int, rng: random.Random, used: list[str]) 
     )[form]
 
 
-def relation_sentence(made: Scene, a: Group, relation: str, b: Group, rng: random.Random) -> str:
+def relation_sentence(scene: Scene, a: Group, relation: str, b: Group, rng: random.Random) -> str:
+    """A sentence that says the relation of a to b."""
     words = f"to the {relation}" if relation in ("left of", "right of") else relation
     verb = rng.choice((be(a), stands(a, rng)))
-    return f"{capital(called(made, a, rng))} {verb} {words} {called(made, b, rng)}."
+    return f"{capital(called(scene, a, rng))} {verb} {words} {called(scene, b, rng)}."
 
 
-def _extras(made: Scene, rng: random.Random) -> list[str]:
+def _extras(scene: Scene, rng: random.Random) -> list[str]:
     """Further true sentences, in a random order."""
-    found = []
-    pairs = graph.relations(made)
+    sentences = []
+    pairs = graph.relations(scene)
     rng.shuffle(pairs)
     seen = set()
     for a, relation, b in pairs:
         if frozenset((a, b)) not in seen:
             seen.add(frozenset((a, b)))
-            found.append(relation_sentence(made, a, relation, b, rng))
-    found = found[:4]
-    first, second, third = rng.sample(graph.absent_nouns(made), 3)
-    found += [f"There is no {first} in sight.", f"No {second} and no {third} can be seen."]
-    total = sum(group.count for group in made.groups)
+            sentences.append(relation_sentence(scene, a, relation, b, rng))
+    sentences = sentences[:4]
+    first, second, third = rng.sample(graph.absent_nouns(scene), 3)
+    sentences += [f"There is no {first} in sight.", f"No {second} and no {third} can be seen."]
+    total = sum(group.count for group in scene.groups)
     if total > 1:
-        found.append(f"Taken together, these are {NUMBERS[total]} things.")
-    found += rng.sample(
+        sentences.append(f"Taken together, these are {NUMBERS[total]} things.")
+    sentences += rng.sample(
         (
             "Light falls from the upper left.",
             "Everything has a thin dark outline and a soft shine.",
@@ -164,34 +168,34 @@ def _extras(made: Scene, rng: random.Random) -> list[str]:
             "The view is straight ahead, from slightly above.",
             "It looks like an illustration made for children.",
             "All that matters is plainly visible.",
-            *(() if made.place.indoors else ("The air is clear, without fog or rain.",)),
+            *(() if scene.place.indoors else ("The air is clear, without fog or rain.",)),
             "The shading makes every shape look solid.",
             "The colors are strong and easy to tell apart.",
         ),
         7,
     )
-    found.append(made.place.mood)
-    rng.shuffle(found)
-    return found
+    sentences.append(scene.place.mood)
+    rng.shuffle(sentences)
+    return sentences
 
 
-def description(made: Scene, rng: random.Random, low: int = 60, high: int = 180) -> str:
-    """One paragraph of `low` to `high` words that tells the whole scene."""
-    opening = _opening(made, rng)
-    order = list(made.groups)
+def description(scene: Scene, rng: random.Random, low: int = 60, high: int = 180) -> str:
+    """One paragraph of `low` to `high` words that describes the whole scene."""
+    opening = _opening(scene, rng)
+    order = list(scene.groups)
     rng.shuffle(order)
     # Each form once: the text filters count repetition.
     used: list[str] = []
     body = [_introduction(group, form, rng, used) for group, form in zip(order, rng.sample(range(6), 6))]
-    said = [*opening, *body]
-    extras = _extras(made, rng)
+    sentences = [*opening, *body]
+    extras = _extras(scene, rng)
     goal = rng.randint(low + (high - low) // 4, high - (high - low) // 4)
     for sentence in extras:
-        total = count_words(" ".join(said))
+        total = count_words(" ".join(sentences))
         if total >= goal or total + count_words(sentence) > high:
             continue
-        said.append(sentence)
-    return " ".join(said)
+        sentences.append(sentence)
+    return " ".join(sentences)
 
 
 def group_phrase(group: Group, size: bool = True, colour: bool = True) -> str:
@@ -210,46 +214,46 @@ def _fitting(candidates: list[str], rng: random.Random) -> str | None:
     return rng.choice(fitting) if fitting else None
 
 
-def _in(made: Scene) -> str:
+def _in(scene: Scene) -> str:
     """ "on a sandy beach", or "over a sandy beach" where nothing touches it."""
-    aloft = all(group.row == "air" for group in made.groups)
-    over = aloft and (made.place.preposition == "on" or not made.place.indoors)
-    return f"{'over' if over else made.place.preposition} {article(made.place.phrase)}"
+    aloft = all(group.row == "air" for group in scene.groups)
+    over = aloft and (scene.place.preposition == "on" or not scene.place.indoors)
+    return f"{'over' if over else scene.place.preposition} {article(scene.place.phrase)}"
 
 
-def _set(made: Scene, phrases: list[str]) -> str:
+def _set(scene: Scene, phrases: list[str]) -> str:
     """ "two red cars on a city street"; "a city street with a bird and a car": what flies over it is not on it."""
-    aloft = {group.row == "air" for group in made.groups}
-    if len(aloft) > 1 and made.place.preposition == "on":
-        return f"{article(made.place.phrase)} with {listed(phrases)}"
-    return f"{listed(phrases)} {_in(made)}"
+    aloft = {group.row == "air" for group in scene.groups}
+    if len(aloft) > 1 and scene.place.preposition == "on":
+        return f"{article(scene.place.phrase)} with {listed(phrases)}"
+    return f"{listed(phrases)} {_in(scene)}"
 
 
-def color_caption(made: Scene, rng: random.Random) -> dict | None:
+def color_caption(scene: Scene, rng: random.Random) -> dict | None:
     """What has which colour; None where twelve words are too few."""
-    groups = list(made.groups)
+    groups = list(scene.groups)
     rng.shuffle(groups)
     bare = [group_phrase(g, size=False) for g in groups]
     sized = [group_phrase(g) for g in groups]
     forms = [
-        f"{_set(made, bare)}.",
-        f"{_set(made, sized)}.",
+        f"{_set(scene, bare)}.",
+        f"{_set(scene, sized)}.",
         f"{listed(sized)}.",
         f"there are {listed(bare)}.",
         f"a picture of {listed(bare)}.",
     ]
     forms = [f for f in forms if groups[0].plural or not f.startswith("there are")]
     text = _fitting(forms, rng)
-    return text and {"caption": text, "colors": list(made.colours)}
+    return text and {"caption": text, "colors": list(scene.colours)}
 
 
-def count_caption(made: Scene, rng: random.Random) -> dict | None:
+def count_caption(scene: Scene, rng: random.Random) -> dict | None:
     """How many of what."""
-    groups = list(made.groups)
+    groups = list(scene.groups)
     rng.shuffle(groups)
     coloured = [rng.random() < 0.5 for _ in groups]
     phrases = [group_phrase(g, size=False, colour=c) for g, c in zip(groups, coloured)]
-    text = _fitting([f"{_set(made, phrases)}.", f"{listed(phrases)}."], rng)
+    text = _fitting([f"{_set(scene, phrases)}.", f"{listed(phrases)}."], rng)
     names: dict[str, dict] = {}
     for g, colour in zip(groups, coloured):
         name = f"{g.colour} {g.words}" if colour else g.words
@@ -259,37 +263,37 @@ def count_caption(made: Scene, rng: random.Random) -> dict | None:
     return text and {"caption": text, "objects": list(names.values())}
 
 
-def scene_caption(made: Scene, rng: random.Random) -> dict | None:
+def scene_caption(scene: Scene, rng: random.Random) -> dict | None:
     """Things in one surrounding."""
-    groups = list(made.groups)
+    groups = list(scene.groups)
     rng.shuffle(groups)
     be_there = "are" if len(groups) > 1 or groups[0].plural else "is"
     full, bare = [group_phrase(g) for g in groups], [group_phrase(g, size=False) for g in groups]
-    forms = [f"{_set(made, full)}.", f"{_set(made, bare)}.", f"{article(made.place.phrase)} with {listed(bare)}."]
-    if not _set(made, bare).startswith(article(made.place.phrase)):
-        forms += [f"{listed(full)} {be_there} {_in(made)}.", f"{_in(made)}, {listed(bare)}."]
+    forms = [f"{_set(scene, full)}.", f"{_set(scene, bare)}.", f"{article(scene.place.phrase)} with {listed(bare)}."]
+    if not _set(scene, bare).startswith(article(scene.place.phrase)):
+        forms += [f"{listed(full)} {be_there} {_in(scene)}.", f"{_in(scene)}, {listed(bare)}."]
     text = _fitting(forms, rng)
-    return text and {"caption": text, "scene": made.place.phrase}
+    return text and {"caption": text, "scene": scene.place.phrase}
 
 
-def spatial_caption(made: Scene, rng: random.Random) -> dict | None:
+def spatial_caption(scene: Scene, rng: random.Random) -> dict | None:
     """Where things are to each other."""
-    pairs = graph.relations(made)
+    pairs = graph.relations(scene)
     rng.shuffle(pairs)
     for a, relation, b in pairs:
         words = f"to the {relation}" if relation in ("left of", "right of") else relation
         full = f"{group_phrase(a)} {be(a)} {words} {group_phrase(b)}"
         bare = f"{group_phrase(a, size=False)} {words} {group_phrase(b, size=False)}"
-        forms = [f"{full}.", f"{bare}."] + ([f"{bare} {_in(made)}."] if {a.row, b.row} <= {"back", "front"} else [])
+        forms = [f"{full}.", f"{bare}."] + ([f"{bare} {_in(scene)}."] if {a.row, b.row} <= {"back", "front"} else [])
         text = _fitting(forms, rng)
         if text:
             return {"caption": text, "objects": [a.words, b.words], "relation": words}
     return None
 
 
-def text_caption(made: Scene, rng: random.Random) -> dict | None:
+def text_caption(scene: Scene, rng: random.Random) -> dict | None:
     """What is written, and on what; None where nothing is."""
-    groups = list(made.texts)
+    groups = list(scene.texts)
     if not groups:
         return None
     rng.shuffle(groups)
@@ -299,30 +303,30 @@ def text_caption(made: Scene, rng: random.Random) -> dict | None:
         f"{listed(phrases)}.",
         f"{listed(other)}.",
     ]
-    if made.place.preposition == "in" or all(g.row != "air" for g in groups):
-        here = f"{made.place.preposition} {article(made.place.phrase)}"
+    if scene.place.preposition == "in" or all(g.row != "air" for g in groups):
+        here = f"{scene.place.preposition} {article(scene.place.phrase)}"
         forms += [f"{listed(phrases)} {here}.", f"{listed(other)} {here}."]
     text = _fitting(forms, rng)
     return text and {"caption": text, "texts": [{"text": g.text, "carrier": g.words} for g in groups]}
 
 
-def pool_caption(made: Scene, rng: random.Random) -> str:
-    """A caption as people write them: names what is there, some colours, a place, perhaps a relation or a text."""
-    groups = list(made.groups)
+def pool_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption as people write them: things, some colours, a place, perhaps a relation or a text."""
+    groups = list(scene.groups)
     rng.shuffle(groups)
     # Each way to tell a text once: the text filters count repetition.
     phrases = [
         group_phrase(g, size=rng.random() < 0.6, colour=rng.random() < 0.85) + written(g, rng, form)
         for g, form in zip(groups, rng.sample(range(4), 4))
     ]
-    forms = [_set(made, phrases), f"{article(made.place.phrase)} with {listed(phrases)}"]
-    if not forms[0].startswith(article(made.place.phrase)):
-        forms += [f"{_in(made)}, there {be(groups[0])} {listed(phrases)}", f"a picture of {forms[0]}"]
-    pairs = graph.relations(made)
+    forms = [_set(scene, phrases), f"{article(scene.place.phrase)} with {listed(phrases)}"]
+    if not forms[0].startswith(article(scene.place.phrase)):
+        forms += [f"{_in(scene)}, there {be(groups[0])} {listed(phrases)}", f"a picture of {forms[0]}"]
+    pairs = graph.relations(scene)
     if pairs and len(groups) == 2:
         a, relation, b = rng.choice(pairs)
         words = f"to the {relation}" if relation in ("left of", "right of") else relation
         first, second = group_phrase(a) + written(a, rng, 0), group_phrase(b) + written(b, rng, 3)
-        beyond = made.place.preposition == "on" and "air" in (a.row, b.row)
-        forms += [f"{first} {words} {second}{'' if beyond else ' ' + _in(made)}"] * 2
+        beyond = scene.place.preposition == "on" and "air" in (a.row, b.row)
+        forms += [f"{first} {words} {second}{'' if beyond else ' ' + _in(scene)}"] * 2
     return capital(rng.choice(forms)) + "."

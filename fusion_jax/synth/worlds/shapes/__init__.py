@@ -1,0 +1,1 @@
+"""Plain shapes on a grid: the quickstart's world."""

@@ -1,122 +1,83 @@
-"""The simple drawing style: plain shapes on a grid (`synth/scenes.py`), for models that start from nothing.
+"""The world of plain shapes, for models without pretraining: a caption names its picture.
 
-A picture is named by seed, split and number, and everything about it follows from the name: what it shows, every pixel,
-every question. So its state is the name, and its caption too:
-
-    "Plain shapes, picture 17 of train 0"
+The functions are those of `synth/worlds`. A picture decides everything, so neither schema nor seed changes an answer.
 """
 
-import dataclasses
-import functools
-import random
-import re
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
 
-from fusion_jax.synth.worlds.shapes import questions
-from fusion_jax.synth.worlds.shapes import scene as scenes
-from fusion_jax.synth.worlds.shapes.questions import Round
+from fusion_jax.synth.backends.base import Unusable
+from fusion_jax.synth.worlds.shapes import picture
+from fusion_jax.synth.worlds.shapes.picture import KINDS, SPLITS, STYLE, Picture
 
-STYLE = "shapes"
-SPLITS = ("train", "validation", "held_out")
-KINDS = ("caption_long", "conv_long", "conv_short", "multi_choice")
-_NAMED = re.compile(rf"Plain shapes, picture (\d{{1,12}}) of ({'|'.join(SPLITS)}) (\d{{1,12}})")
+STYLES = tuple(f"{STYLE}/{split}" for split in SPLITS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One picture of a data set: `split` is of `SPLITS`; `held_out` has unseen pairs of colour and shape."""
-
-    seed: int
-    split: str
-    index: int
-
-    def rng(self, purpose: str) -> random.Random:
-        # Seeded by a string: the same on every machine and every Python, and independent from purpose to purpose.
-        return random.Random(f"{self.seed}/{self.split}/{self.index}/{purpose}")
-
-    @functools.cached_property
-    def _aimed(self) -> tuple[scenes.Scene, questions.Fact]:
-        rng = self.rng("scene")
-        goal = questions.target(self.index, rng)
-        return questions.target_scene(goal, rng, "held_out" if self.split == "held_out" else "train")
-
-    @property
-    def scene(self) -> scenes.Scene:
-        return self._aimed[0]
-
-    @property
-    def fact(self) -> questions.Fact:
-        """What the picture was drawn to be asked about."""
-        return self._aimed[1]
-
-    def draw(self, pixels: int) -> Image.Image:
-        return scenes.draw(self.scene, pixels, self.rng("image"))
-
-    def describe(self) -> str:
-        return questions.caption(self.scene, self.rng("description"))
-
-    def ask(self, kind: str) -> list[Round]:
-        """Questions and answers of one of `KINDS`; pictures of the tests are asked about one fact, in short."""
-        rng = self.rng(kind)
-        if kind == "conv_long":
-            return questions.sentence_rounds(self.scene, rng)
-        if kind == "multi_choice":
-            return questions.choice_rounds(self.scene, self.fact, rng)
-        if self.split == "train":
-            return questions.short_rounds(self.scene, self.fact, rng)
-        return [questions.short_round(self.fact, rng)]
-
-    @property
-    def caption(self) -> str:
-        """The caption that names it, for the data engine's pool."""
-        return f"Plain shapes, picture {self.index} of {self.split} {self.seed}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"style": STYLE, **dataclasses.asdict(self)}
+def captions(count: int, seed: int, style: str) -> Iterator[str]:
+    """The names of the first `count` pictures of a split."""
+    split = style.removeprefix(f"{STYLE}/")
+    for number in range(count):
+        yield Picture(seed, split, number).caption
 
 
-# The engine asks for one picture again and again, and finding its scene takes longer than drawing it.
-_picture = functools.lru_cache(maxsize=8)(Picture)
-
-
-def from_caption(caption: str) -> Picture | None:
-    """The picture that a caption names, or None."""
-    found = _NAMED.fullmatch(caption)
-    return _picture(int(found[3]), found[2], int(found[1])) if found else None
-
-
-def from_json(state: Any) -> Picture | None:
-    """The picture of a state, or None for a state of another style. ValueError for a broken one."""
-    if not isinstance(state, dict) or state.get("style") != STYLE:
-        return None
+def _find(request: dict[str, Any]) -> Picture | None:
+    """The picture that a request is about, or None for a request of another world."""
     try:
-        return _picture(int(state["seed"]), SPLITS[SPLITS.index(state["split"])], int(state["index"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not the state of a picture of shapes: {error}") from None
+        return picture.from_json(request.get("state")) or picture.from_caption(request.get("caption", ""))
+    except ValueError as error:
+        raise Unusable("foreign_state", str(error)) from None
 
 
-def description(picture: Picture, kind: str) -> str:
-    """What is drawn, in words: learned as it is by captions, at the length of a description for the others."""
-    if kind == "caption_long":
-        return picture.describe()
-    return (
-        f"{picture.describe()} Each of them is plain, with a dark outline, on a soft gray background without anything "
-        "else."
-    )
+def _picture(request: dict[str, Any]) -> Picture:
+    named = _find(request)
+    assert named is not None, "owns() holds for this request"
+    return named
 
 
-def correct(picture: Picture, question: str, answer: str) -> bool:
-    """Whether an answer is right: by all facts of the scene, in every wording. What is no question is a caption."""
-    asked = question.split("\n")[0].split(" (")[0].strip()  # without options
-    said = answer.strip()
-    for kind, wordings in questions.WORDINGS.items():
-        if not asked.startswith(tuple(wording.partition("{")[0] for wording in wordings)):
-            continue
-        for fact in questions.facts(picture.scene, kind, "held_out"):  # all pairs of colour and shape
-            be = "are" if fact.plural else "is"
-            if asked in (wording.format(s=fact.subject, be=be) for wording in wordings):
-                return said.lower() in (fact.answer.lower(), fact.statement.lower())
-    # A caption lists the same shapes in some wording: it is right if it is one of those that can be written.
-    return any(said == questions.caption(picture.scene, random.Random(k)) for k in range(200))
+def owns(request: dict[str, Any]) -> bool:
+    """Whether the request's state or caption names a picture of shapes. Raises `Unusable` for a broken state."""
+    return _find(request) is not None
+
+
+def drawable(caption: str) -> bool:
+    """True: a caption of this world names its picture."""
+    del caption
+    return True
+
+
+def describe(request: dict[str, Any], schema: dict | None, seed: int) -> tuple[dict, dict]:
+    """The picture in words, and its name as the state. Raises `Unusable` for a kind that is not of `KINDS`."""
+    del schema, seed
+    if request["kind"] not in KINDS:
+        raise Unusable("no_such_kind", f"pictures of shapes come in the kinds {', '.join(KINDS)}")
+    named = _picture(request)
+    return {"description": named.description(request["kind"])}, named.to_json()
+
+
+def ask(request: dict[str, Any], schema: dict | None, seed: int) -> list[dict]:
+    """Questions and answers of the request's kind, each with its topic and, where it is a choice, its options."""
+    del schema, seed
+    pairs = []
+    for each in _picture(request).ask(request["kind"]):
+        options = {"options": list(each.options)} if each.options else {}
+        pairs.append({"question": each.question, "answer": each.answer, "topic": each.kind} | options)
+    return pairs
+
+
+def statements(pairs: list[dict], request: dict[str, Any]) -> list[str]:
+    """Each question and its answer, one after the other."""
+    del request
+    return [f"{pair['question']} {pair['answer']}" for pair in pairs]
+
+
+def verify(question: str, answer: str, request: dict[str, Any]) -> bool:
+    """Whether the answer is right by what the picture shows."""
+    return _picture(request).correct(question, answer)
+
+
+def draw(description: str, request: dict[str, Any], size: tuple[int, int], seed: int) -> Image.Image:
+    """The picture as a square of the shorter side, stretched to `size`."""
+    del description, seed
+    return _picture(request).draw(min(size)).resize(size)

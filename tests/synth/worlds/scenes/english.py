@@ -4,7 +4,8 @@ import itertools
 import re
 
 from fusion_jax.synth.worlds.scenes import graph, language
-from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, NOUNS
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 _ONE = "|".join([*NOUNS, "image", "scene", "picture"])
 _MANY = "|".join([*(noun.plural for noun in NOUNS.values()), "things", "letters", "images"])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from fusion_jax.synth.worlds.scenes import backdrop, compose, draw, graph
+from fusion_jax.synth.worlds.scenes import backdrop, compose, drawing, graph
 from fusion_jax.synth.worlds.scenes.art import ARTISTS, PANELS, VARIANTS, master
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLOURS, COLUMNS, NOUNS, RGB, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLOURS, COLUMNS, NOUNS, RGB
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 SIZE = (384, 384)
 
@@ -38,7 +39,7 @@ def paint_of(scene: Scene, k: int, seed: int) -> np.ndarray:
         scene.setting, (*scene.groups[:k], dataclasses.replace(group, colour=other, text=""), *scene.groups[k + 1 :])
     )
     plain = Scene(scene.setting, (*scene.groups[:k], dataclasses.replace(group, text=""), *scene.groups[k + 1 :]))
-    pictures = [np.asarray(draw.draw(s, SIZE, seed)).astype(int) for s in (plain, twin)]
+    pictures = [np.asarray(drawing.draw(s, SIZE, seed)).astype(int) for s in (plain, twin)]
     return np.abs(pictures[0] - pictures[1]).max(-1) > 12
 
 
@@ -56,8 +57,8 @@ def nearest_colour(pixels: np.ndarray) -> str:
 
 def things_seen(scene: Scene, seed: int) -> int:
     """How many things stand side by side in a picture, by how it differs from the picture without them."""
-    empty = np.asarray(draw.stage(scene, SIZE, seed)).astype(int)
-    mask = np.abs(np.asarray(draw.draw(scene, SIZE, seed)).astype(int) - empty).max(-1) > 30
+    empty = np.asarray(drawing.stage(scene, SIZE, seed)).astype(int)
+    mask = np.abs(np.asarray(drawing.draw(scene, SIZE, seed)).astype(int) - empty).max(-1) > 30
     if scene.groups[0].noun == "snail":  # its feelers stand apart from its shell
         mask = paint_of(scene, 0, seed)
     rows = np.flatnonzero(mask.any(1))
@@ -85,7 +86,7 @@ def test_colours_and_places_in_the_picture_are_those_of_the_graph(number):
     for k, group in enumerate(scene.groups):
         mask = paint_of(scene, k, number)
         assert mask.sum() > 250 * group.count, group
-        picture = np.asarray(draw.draw(scene, SIZE, number))
+        picture = np.asarray(drawing.draw(scene, SIZE, number))
         inner = ndimage.binary_erosion(mask)  # at the edge the backdrop shines through
         bright = inner & (picture.max(-1) > np.percentile(picture[inner].max(-1), 40))
         assert nearest_colour(picture[bright]) == group.colour, group
@@ -115,7 +116,7 @@ def test_one_counts_in_the_picture_what_the_graph_says(noun):
 
 def test_what_stands_in_front_never_hides_what_is_behind():
     for number, scene in enumerate(some_scenes(150, texts=1)):
-        placed = draw.layout(scene, SIZE, number)
+        placed = drawing.layout(scene, SIZE, number)
         for thing in placed:
             assert min(thing.box) >= 0 and thing.box[2] <= SIZE[0] and thing.box[3] <= SIZE[1]
             left, top, right, bottom = thing.box
@@ -139,8 +140,8 @@ def test_writing_lies_on_its_carrier_and_is_legible(noun):
         group = Group(noun, 1, "yellow", size, row, "center", text)
         # The same letters in no ink: a text of spaces only would be another layout, so another text of its length.
         other = dataclasses.replace(group, text=text.translate(str.maketrans("OPENFreshbadotwuivglx", "|" * 21)))
-        (box,) = [placed.box for placed in draw.layout(Scene("beach", (group,)), SIZE, 3)]
-        pictures = [np.asarray(draw.draw(Scene("beach", (g,)), SIZE, 3)).astype(int) for g in (group, other)]
+        (box,) = [placed.box for placed in drawing.layout(Scene("beach", (group,)), SIZE, 3)]
+        pictures = [np.asarray(drawing.draw(Scene("beach", (g,)), SIZE, 3)).astype(int) for g in (group, other)]
         rows, columns = np.nonzero(np.abs(pictures[0] - pictures[1]).max(-1) > 60)
         assert rows.min() >= box[1] and rows.max() < box[3]
         assert columns.min() >= box[0] and columns.max() < box[2]
@@ -162,25 +163,25 @@ def test_backdrops_are_textured_and_differ(setting):
 @pytest.mark.parametrize("size", [(64, 64), (512, 384), (200, 300), (768, 768)])
 def test_any_size(size):
     scene = some_scenes(1, texts=1)[0]
-    image = draw.draw(scene, size, 0)
+    image = drawing.draw(scene, size, 0)
     assert image.size == size and image.mode == "RGB"
 
 
 def test_a_seed_repeats_and_another_one_differs():
     scene = some_scenes(1)[0]
-    first, again, other = (draw.draw(scene, SIZE, seed).tobytes() for seed in (4, 4, 5))
+    first, again, other = (drawing.draw(scene, SIZE, seed).tobytes() for seed in (4, 4, 5))
     assert first == again != other
 
 
 def test_pictures_do_not_depend_on_the_process_or_on_what_it_drew_before():
     scene = some_scenes(2)[1]
-    here = hashlib.sha256(draw.draw(scene, SIZE, 9).tobytes()).hexdigest()
+    here = hashlib.sha256(drawing.draw(scene, SIZE, 9).tobytes()).hexdigest()
     code = (
         "import hashlib\n"
-        "from fusion_jax.synth.worlds.scenes import compose, draw, graph\n"
+        "from fusion_jax.synth.worlds.scenes import compose, drawing, graph\n"
         "rng = graph.generator('drawing', 1)\n"
         "scene = compose.settle(compose.random_draft(rng, rng.randint(2, 6), 0), rng)\n"
-        "print(hashlib.sha256(draw.draw(scene, (384, 384), 9).tobytes()).hexdigest())\n"
+        "print(hashlib.sha256(drawing.draw(scene, (384, 384), 9).tobytes()).hexdigest())\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from fusion_jax.synth.worlds.scenes import backdrop, compose, draw, graph, layout
+from fusion_jax.synth.worlds.scenes import backdrop, compose, drawing, graph, layout
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, SETTINGS
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS
 from fusion_jax.synth.worlds.scenes.parse import parse
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 SIZE = (384, 384)
 FLIES_BY_ITSELF = ("bird", "butterfly", "airplane", "balloon")
@@ -78,7 +79,7 @@ def test_nothing_hangs_or_stands_on_nothing(scenes):
         for one in layout.layout(scene, SIZE, number):
             group = scene.groups[one.group]
             if group.row == "air":
-                assert group.noun in (*draw.HANGING, "kite", *FLIES_BY_ITSELF)
+                assert group.noun in (*drawing.HANGING, "kite", *FLIES_BY_ITSELF)
             else:  # its feet are on the ground, which begins at 0.5 to 0.56 of the height
                 assert 0.58 * SIZE[1] < one.box[3] < 0.97 * SIZE[1], (scene, one)
 
@@ -90,7 +91,7 @@ def test_what_cannot_fly_by_itself_is_tied_to_something(noun, setting):
     (placed,) = layout.layout(scene, SIZE, 3)
     rng = graph.generator(3, "backdrop")
     bare = np.asarray(backdrop.backdrop(setting, SIZE, rng.uniform(0.5, 0.56), rng)).astype(int)
-    tied = np.abs(np.asarray(draw.stage(scene, SIZE, 3)).astype(int) - bare).max(-1) > 0
+    tied = np.abs(np.asarray(drawing.stage(scene, SIZE, 3)).astype(int) - bare).max(-1) > 0
     left, top, right, bottom = placed.box
     assert tied[top - 2 : bottom, left:right].any()  # it begins at the thing
     rows, columns = np.nonzero(tied)

@@ -5,6 +5,7 @@ import pytest
 from fusion_jax.synth.backends import embedded
 from fusion_jax.synth.backends.base import Unusable
 from fusion_jax.synth.worlds.scenes import compose, graph, language, reading
+from fusion_jax.synth.worlds.scenes.forms import KINDS
 from fusion_jax.synth.worlds.scenes.parse import parse
 
 
@@ -85,7 +86,7 @@ def test_a_noun_before_another_names_nothing(text, nouns):
 def test_every_kind_says_what_it_kept_and_of_its_own_captions_keeps_nearly_all():
     model, shares = embedded.LanguageModel(), []
     for number, caption in enumerate(embedded.captions(60, 31)):
-        kind = (*embedded.CAPTION_KINDS, *embedded.CONTRAST_KINDS, *embedded._DESCRIBED_KINDS)[number % 13]
+        kind = KINDS[number % 13]
         found = model.chat([], None, number, "describe", {"kind": kind, "caption": caption}).state["reading"]
         assert set(found) == {"understood", "missed", "invented", "kept_share"}
         shares.append(found["kept_share"])

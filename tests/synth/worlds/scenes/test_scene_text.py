@@ -4,8 +4,9 @@ import pytest
 
 from fusion_jax.synth.worlds.scenes import compose, graph, language, write
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, SETTINGS, TEXTS
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, TEXTS
 from fusion_jax.synth.worlds.scenes.parse import parse
+from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
 
 def some_scene(number: int, texts: int | None = None) -> Scene:

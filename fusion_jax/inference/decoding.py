@@ -1,0 +1,191 @@
+"""The compiled programs of generation: prefill with exchange, then cached decoding in one loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.batch import Batch
+from fusion_jax.inference import sampling
+from fusion_jax.models import llm
+from fusion_jax.models.fusion import Fusion
+
+CHUNK = 8  # tokens that are decoded between two looks at the answers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The carry of decoding: B rows, which may be at different places of their answers.
+
+    Attributes:
+      logits: (B, V) float32 of the next token. positions: (B,) int32, that of the next token.
+      cache: all rows write their next token into the same slot. Answers follow the prompts in a ring of slots, so a row
+        can take a new prompt at any time; no answer may be longer than the ring.
+      ring: int32 scalar, the first slot of the ring.
+      done: (B,) bool, whether the row's answer is complete. length: (B,) int32, tokens of the answer so far.
+      limit: (B,) int32, most tokens of the answer.
+      seen: (B, V) bool, tokens of the prompt and the answer. settings: how each row's tokens are chosen.
+    """
+
+    logits: jax.Array
+    positions: jax.Array
+    cache: llm.Cache
+    ring: jax.Array
+    done: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    seen: jax.Array
+    settings: sampling.Settings
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[jax.Array, jax.Array, llm.Cache]:
+    """Runs the prompts and fills a cache with room for `capacity` tokens a row.
+
+    Prompts may be padded on the right, as `data.layout` does, or on the left: each row's next token comes from its own
+    last real one. The logits of an empty row are finite and mean nothing.
+
+    Args:
+      limit: (B,) int32, the longest answer of each row. With LongRoPE, prompt and limit together decide the factors.
+
+    Returns:
+      float32 logits (B, V) of the next token, its position (B,), and the cache.
+    """
+    place = batch.tokens.shape[1] - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
+    positions = jnp.take_along_axis(batch.positions, place[:, None], axis=1)[:, 0] + 1
+    reach = positions + jnp.maximum(limit, 1) - 1  # nothing is read after an answer's last token
+    cache = llm.empty_cache(model.config.llm, reach, capacity, model.dtype)
+    hidden, _, cache = model.apply({"params": params}, batch, cache)
+    last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+    return model.apply({"params": params}, last, method="logits"), positions, cache
+
+
+@jax.jit
+def begin(logits, positions, cache: llm.Cache, batch: Batch, limit, settings: sampling.Settings) -> State:
+    """The state after a prefill of `batch`. limit: (B,) int32; a row with 0 is done before it begins."""
+    rows = jnp.arange(len(logits))[:, None]
+    words = (batch.segment_ids > 0) & (batch.visual_index < 0)
+    seen = (
+        jnp.zeros(logits.shape, bool).at[rows, jnp.where(words, batch.tokens, logits.shape[1])].set(True, mode="drop")
+    )
+    none = jnp.zeros_like(limit)
+    return State(logits, positions, cache, jnp.int32(batch.tokens.shape[1]), limit <= 0, none, limit, seen, settings)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """Log probabilities of tokens under the model itself, before any setting and any mask: natural, float32.
+
+    Attributes:
+      chosen: (B, steps) of the tokens of the answer. ids: (B, steps, K) int32, the most likely tokens in descending
+        order. values: (B, steps, K) of these.
+    """
+
+    chosen: jax.Array
+    ids: jax.Array
+    values: jax.Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "steps", "stop_ids", "draw", "keep_logits", "top_logprobs"),
+    donate_argnames=("state",),
+)
+def decode(
+    model: Fusion,
+    params,
+    state: State,
+    steps: int,
+    stop_ids: tuple[int, ...],
+    draw: bool,
+    keep_logits: bool = False,
+    top_logprobs: int = 0,
+    allowed=None,
+):
+    """Up to `steps` tokens a row; stops early once every row is done.
+
+    Args:
+      draw: whether rows follow their settings; without it all rows are greedy, and nothing else is computed.
+      top_logprobs: K, how many of the most likely tokens to report at each step, 0 for no report. Not with
+        `keep_logits`.
+      allowed: (B, ceil(V / 32)) int32, one bit a token, the lowest bit first: whether a row may take it. The same at
+        every step, and at least one token of each row. None allows all.
+
+    Returns:
+      tokens (B, steps) int32, filled with the first stop id after a row's end; the float32 logits (B, steps, V) that
+      they were chosen from, or `Logprobs`, or None; the state after them. The old state's buffers are donated.
+    """
+    rows, vocabulary = state.logits.shape
+    fill = stop_ids[0] if stop_ids else 0
+    tokens = jnp.full((rows, steps), fill, jnp.int32)
+    kept = jnp.zeros((rows, steps, vocabulary), jnp.float32) if keep_logits else None
+    if top_logprobs:
+        none = jnp.zeros((rows, steps, top_logprobs), jnp.float32)
+        kept = Logprobs(none[..., 0], none.astype(jnp.int32), none)
+    if allowed is not None:
+        words = jnp.arange(vocabulary)
+        allowed = (allowed[:, words // 32] >> (words % 32)) & 1 > 0
+    capacity = state.cache.segments.shape[1]
+
+    def unfinished(carry):
+        step, _, _, now = carry
+        return (step < steps) & ~jnp.all(now.done)
+
+    def forward(now: State, token):
+        logits, cache = model.apply({"params": params}, token, now.positions, now.cache, method="decode")
+        following = jnp.where(cache.length >= capacity, now.ring, cache.length)
+        return logits, dataclasses.replace(cache, length=following)
+
+    def body(carry):
+        step, tokens, kept, now = carry
+        logits = now.logits if allowed is None else jnp.where(allowed, now.logits, -jnp.inf)
+        chosen = jnp.argmax(logits, -1).astype(jnp.int32)
+        seen = now.seen
+        if draw:
+            chosen = sampling.choose(logits, now.settings, seen, now.length)
+            seen = seen.at[jnp.arange(rows), chosen].set(True)
+        token = jnp.where(now.done, fill, chosen)
+        tokens = tokens.at[:, step].set(token)
+        if keep_logits:
+            kept = kept.at[:, step].set(now.logits)
+        if top_logprobs:
+            shares = jax.nn.log_softmax(now.logits, axis=-1)
+            values, ids = jax.lax.top_k(shares, top_logprobs)
+            own = jnp.take_along_axis(shares, token[:, None], axis=-1)[:, 0]
+            new = Logprobs(own, ids, values)
+            kept = jax.tree.map(lambda old, one: old.at[:, step].set(one.astype(old.dtype)), kept, new)
+        length = now.length + ~now.done
+        done = now.done | (length >= now.limit)
+        for stop in stop_ids:
+            done = done | (token == stop)
+        # Runs even where no row goes on: a condition here would copy the whole cache at every step.
+        logits, cache = forward(now, token)
+        # A row that is done keeps its position, which would otherwise grow for ever.
+        positions = now.positions + ~done
+        return (
+            step + 1,
+            tokens,
+            kept,
+            State(logits, positions, cache, now.ring, done, length, now.limit, seen, now.settings),
+        )
+
+    _, tokens, kept, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), tokens, kept, state))
+    return tokens, kept, state
+
+
+def first_state(model: Fusion, params, batch: Batch, samplings: Sequence[sampling.Sampling]) -> State:
+    """Prefills the batch; the cache has room for the longest answer, `Sampling.max_tokens` of each row.
+
+    Rows after those of `samplings` are done before they begin.
+    """
+    empty = len(batch.tokens) - len(samplings)
+    limit = np.array([one.max_tokens for one in samplings] + [0] * empty, np.int32)
+    logits, positions, cache = prefill(model, params, batch, batch.tokens.shape[1] + int(limit.max()), limit)
+    settings = sampling.settings([*samplings, *[sampling.Sampling()] * empty])
+    return begin(logits, positions, cache, batch, limit, settings)

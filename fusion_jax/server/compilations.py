@@ -1,0 +1,34 @@
+"""Counts the programs that this process compiles, except in threads that ask not to be counted."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import jax
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+_count = 0
+_thread = threading.local()
+
+
+def _listen(event: str, duration: float, **more) -> None:
+    global _count
+    _count += event == _EVENT and not getattr(_thread, "uncounted", False)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def count() -> int:
+    """The number of programs compiled so far."""
+    return _count
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Leaves out what this thread compiles meanwhile: work beside the answers, such as attention pictures."""
+    _thread.uncounted = True
+    try:
+        yield
+    finally:
+        _thread.uncounted = False

@@ -1,0 +1,216 @@
+"""The running batch on the device: R rows of prompts and answers, which requests join and leave.
+
+The cache has R rows of P + A slots. A new prompt is prefilled alone and copied into slots [0, P) of a free row; all
+rows write their next token into the same slot of the ring [P, P + A). A row lives A steps at most, so the tokens that
+it still needs are never overwritten, wherever in the ring it began:
+
+    slot     0 ......... P-1 | P ... ^ ... P+A-1          ^ written next, by all rows
+    row 0    prompt   . . .  | a a a a . . a a a          an answer that wrapped around the end of the ring
+    row 1    prompt prompt . | . . a a . . . . .
+    row 2    free
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.batch import Batch
+from fusion_jax.data.conversation import IMAGE, LATENTS
+from fusion_jax.data.examples import layout_spec
+from fusion_jax.data.layout import Example, needs
+from fusion_jax.data.tiles import WHOLE
+from fusion_jax.errors import check
+from fusion_jax.inference import sampling
+from fusion_jax.inference.decoding import CHUNK, Logprobs, State, begin, decode, prefill
+from fusion_jax.inference.prompts import Prompts
+from fusion_jax.inference.sampling import Sampling
+from fusion_jax.models import llm
+from fusion_jax.models.fusion import Fusion
+from fusion_jax.server.requests import MOST_LOGPROBS
+
+
+class RunningBatch:
+    """The rows on the device, and the compiled programs that change them. One thread uses it at a time.
+
+    Args:
+      prompts: with `prompts.Buckets`; its longest prompt is P. rows: R. max_tokens: A, the longest answer.
+      chunk: tokens that a step decodes.
+    """
+
+    def __init__(
+        self, model: Fusion, params, prompts: Prompts, rows: int = 8, max_tokens: int = 512, chunk: int = CHUNK
+    ):
+        check(rows >= 1, f"--rows={rows} must be at least 1.")
+        check(max_tokens >= 1, f"--max_tokens={max_tokens} must be at least 1.")
+        self.model, self.params, self.prompts = model, params, prompts
+        self.rows, self.max_tokens, self.chunk = rows, max_tokens, chunk
+        self.capacity = prompts.buckets.lengths[-1]
+        self.state: State | None = None
+
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """Every (length, question tokens, rounds, images) that is compiled."""
+        b = self.prompts.buckets
+        return [(s, t, r, i) for s in b.lengths for t in b.questions for r in b.rounds for i in b.images]
+
+    def empty(self) -> State:
+        """The state with all rows free."""
+        config, rows = self.model.config.llm, self.rows
+        none = jnp.zeros(rows, jnp.int32)
+        cache = llm.empty_cache(config, none.copy(), self.capacity + self.max_tokens, self.model.dtype)
+        return State(
+            logits=jnp.zeros((rows, config.vocab_size), jnp.float32),
+            positions=none,
+            # Copies: steps donate their buffers, which must differ.
+            cache=replace(cache, positions=cache.positions.copy(), length=jnp.int32(self.capacity)),
+            ring=jnp.int32(self.capacity),
+            done=jnp.ones(rows, bool),
+            length=none.copy(),
+            limit=none.copy(),
+            seen=jnp.zeros((rows, config.vocab_size), bool),
+            settings=jax.tree.map(jnp.asarray, sampling.settings([Sampling()] * rows)),
+        )
+
+    def warm_up(self) -> None:
+        """Empties all rows and runs every program once: prefills of all shapes, joining, leaving, all ways of decoding.
+
+        A shape that no prompt can have (an image needs more positions than its length) is left out.
+        """
+        self.state = self.empty()
+        for length, question, rounds, images in self.shapes():
+            example = self._longest(length, question, rounds, images)
+            if example is not None:
+                self.join(0, example, Sampling())
+        for how in (Sampling(), Sampling(temperature=1.0)):
+            self.join(0, example_of_text(), how)
+            self.step(draw=not how.greedy)
+        for allowed in (None, self.all_allowed()):
+            self.join(0, example_of_text(), Sampling())
+            self.step_reporting(allowed)
+        self.leave(range(self.rows))
+        jax.block_until_ready(self.state)
+
+    def _longest(self, length: int, question: int, rounds: int, images: int) -> Example | None:
+        """A prompt that falls into this bucket and no smaller one: as long as it, and just large enough otherwise.
+
+        None where no prompt does.
+        """
+        b = self.prompts.buckets
+        question, rounds, images = (
+            max((known + 1 for known in sizes if known < size), default=min(size, 1))
+            for size, sizes in ((question, b.questions), (rounds, b.rounds), (images, b.images))
+        )
+        config, spec = self.prompts.config, layout_spec(self.prompts.config, 1, 1, 1)
+        latents = config.semantic_exchange and (images > 0 or config.text_only == "zero_image")
+        marks = [IMAGE] * images + [LATENTS] * (rounds if latents else 0)
+        crops = None
+        if images:
+            size, views = config.vision.image_size, 5 if config.uses_quadrants else 1
+            crops = np.zeros((images, views, size, size, 3), np.uint8)
+        guide = np.ones(question if images and config.text_guided else 0, np.int32)
+        tilings = (WHOLE,) * images if config.tile_grids else ()
+        probe = Example(np.array([1, *marks, 1], np.int32), None, guide, crops, "warm-up", tilings)
+        free = length - needs(probe, spec, self.prompts.latents).length
+        if free < 0:
+            return None
+        return replace(probe, input_ids=np.array([1, *marks, 1, *[1] * free], np.int32))
+
+    def join(self, row: int, example: Example, how: Sampling) -> None:
+        """Prefills a prompt and puts it into a free row."""
+        batch = self.prompts.batch([example])
+        limit = np.array([how.max_tokens], np.int32)
+        logits, positions, cache = prefill(self.model, self.params, batch, self.capacity, limit)
+        new = begin(logits, positions, cache, text_only(batch, self.capacity), limit, sampling.settings([how]))
+        self.state = insert(self.state, new, np.int32(row))
+
+    def step(self, draw: bool) -> np.ndarray:
+        """Decodes a chunk of tokens in all rows, (R, chunk) int32. draw: see `decoding.decode`."""
+        tokens, _, self.state = decode(self.model, self.params, self.state, self.chunk, self.prompts.stop_ids, draw)
+        return np.asarray(tokens)
+
+    def step_reporting(self, allowed: np.ndarray | None) -> tuple[np.ndarray, Logprobs]:
+        """A step with the tokens' log probabilities.
+
+        Args:
+          allowed: the tokens that may come next, see `decoding.decode`. They depend on the token before, so the step
+            then decodes one token a row. None allows all.
+        """
+        steps = self.chunk if allowed is None else 1
+        most = min(MOST_LOGPROBS, self.model.config.llm.vocab_size)
+        stop_ids = self.prompts.stop_ids
+        tokens, report, self.state = decode(
+            self.model, self.params, self.state, steps, stop_ids, True, top_logprobs=most, allowed=allowed
+        )
+        return np.asarray(tokens), jax.tree.map(np.asarray, report)
+
+    def all_allowed(self) -> np.ndarray:
+        """A mask for `step_reporting` that allows every token, (R, ceil(V / 32)) int32."""
+        return np.full((self.rows, -(-self.model.config.llm.vocab_size // 32)), -1, np.int32)
+
+    def leave(self, rows: Iterable[int]) -> None:
+        """Frees rows."""
+        left = np.zeros(self.rows, bool)
+        left[list(rows)] = True
+        self.state = release(self.state, left)
+
+
+def example_of_text() -> Example:
+    """A prompt of one token, for warming up."""
+    return Example(np.array([1], np.int32), None, np.zeros(0, np.int32), None, "warm-up")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TextOnly:
+    """The part of a `Batch` that `decoding.begin` reads."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    visual_index: np.ndarray
+
+
+def text_only(batch: Batch, capacity: int) -> TextOnly:
+    """What `decoding.begin` reads of a batch, padded to one shape for all buckets: (rows, capacity)."""
+    width = capacity - batch.tokens.shape[1]
+
+    def padded(x, fill):
+        return np.pad(x, ((0, 0), (0, width)), constant_values=fill)
+
+    return TextOnly(padded(batch.tokens, 0), padded(batch.segment_ids, 0), padded(batch.visual_index, -1))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def insert(state: State, new: State, row) -> State:
+    """The state with one row replaced by `new`, a state of one row whose cache holds a prompt."""
+
+    def put(old, one, axis=0):
+        return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), row, axis)
+
+    def buffer(old, one):  # values (layers, R, G, C, d) and (layers, 1, G, P, d), keys with the last two swapped
+        return jax.lax.dynamic_update_slice(old, one.astype(old.dtype), (0, row, 0, 0, 0))
+
+    def slots(old, one):  # (R, C) and (1, P): padding clears what an earlier answer left in the ring
+        return put(old, jnp.pad(one, ((0, 0), (0, old.shape[1] - one.shape[1]))))
+
+    cache = replace(
+        state.cache,
+        keys=buffer(state.cache.keys, new.cache.keys),
+        values=buffer(state.cache.values, new.cache.values),
+        segments=slots(state.cache.segments, new.cache.segments),
+        positions=slots(state.cache.positions, new.cache.positions),
+        reach=put(state.cache.reach, new.cache.reach),
+    )
+    rows = {
+        name: put(getattr(state, name), getattr(new, name))
+        for name in ("logits", "positions", "done", "length", "limit", "seen")
+    }
+    return replace(state, cache=cache, settings=jax.tree.map(put, state.settings, new.settings), **rows)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def release(state: State, left) -> State:
+    """The state with the rows of the mask `left`, (R,) bool, done."""
+    return replace(state, done=state.done | left, positions=jnp.where(left, 0, state.positions))
