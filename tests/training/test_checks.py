@@ -156,7 +156,7 @@ def test_a_stage_of_which_no_checkpoint_can_be_read_is_said_by_both(config, tmp_
     step = tmp_path / "run" / "stage1" / "checkpoints" / "4"
     (step / "about").mkdir(parents=True)
     (step / "about" / "_strings.json").write_text("{")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 4: .*; move that folder away") as error:
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 4: .*; move that folder away") as error:
         train(config, tmp_path / "run")
     found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
     assert [problem.what for problem in found if problem.stops] == [str(error.value)]
