@@ -11,13 +11,14 @@ from fusion_jax.evals import predictions
 from fusion_jax.files import new_file, whole_file, write_whole
 from fusion_jax.synth import images
 from fusion_jax.synth.folder import locked
-from fusion_jax.training import metrics
+from fusion_jax.training.jsonl import truncate_rows
+from fusion_jax.training.plots import plot_losses
 
 WRITERS = {
     "whole": (lambda f: write_whole(f / "config.json", "{}"), "config.tmp", "config.json"),
     "rows": (lambda f: predictions.write_rows(f / "rows.jsonl", [{"a": 1}]), "rows.tmp", "rows.jsonl"),
-    "log": (lambda f: metrics.truncate(f / "metrics.jsonl", 1), "metrics.tmp", "metrics.jsonl"),
-    "plot": (lambda f: metrics.plot_losses({"s": f / "metrics.jsonl"}, f / "l.png"), "l.tmp", "l.png"),
+    "log": (lambda f: truncate_rows(f / "metrics.jsonl", 1), "metrics.tmp", "metrics.jsonl"),
+    "plot": (lambda f: plot_losses({"s": f / "metrics.jsonl"}, f / "l.png"), "l.tmp", "l.png"),
     "image": (lambda f: images.write_once(f / "a.png", b"x"), f".a.png.{os.getpid()}.tmp", "a.png"),
     "plan": (
         lambda f: shard_folder.write_json(f, f / "partial" / "plan.json", {}),

@@ -21,8 +21,9 @@ from fusion_jax.data import typical
 from fusion_jax.devices import flops, op_times, peaks, sharding
 from fusion_jax.errors import UserError
 from fusion_jax.models import fusion
-from fusion_jax.training import optim, state, watch
-from fusion_jax.training import step as train_step
+from fusion_jax.training import optim, state
+from fusion_jax.training.memory import explain_memory_errors, memory_in_use
+from fusion_jax.training.step import compile_step as compile_train_step
 
 TRACED = 2  # steps
 
@@ -73,7 +74,7 @@ def compile_step(work: Work) -> CompiledStep:
     batch = sharding.put_batch(sharding.local_rows(work.batch, mesh), mesh)
     start = time.perf_counter()
     rates = optim.learning_rates(stage, 500, 1000)
-    step = train_step.compile_step(work.model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
+    step = compile_train_step(work.model, stage, tx, labels, mesh).lower(current, batch, rates).compile()
     return CompiledStep(step, current, batch, rates, time.perf_counter() - start)
 
 
@@ -96,7 +97,7 @@ def measure(config: ConfigDict, latent_count: int | None, trace: bool) -> dict:
         batch, samples = typical.random_batch(run, stage, shards, latent_count)
         shape = {"rows": len(batch.tokens), "latents": batch.latent_count, "accumulation": stage.accumulation}
         try:
-            with watch.says_when_memory_is_short(run.remat):
+            with explain_memory_errors(run.remat):
                 return shape | _time_step(Work(model, stage, mesh, batch), samples, RUN_REPEATS, trace)
         except UserError:
             if len(batch.tokens) <= shards * stage.accumulation:
@@ -115,7 +116,7 @@ def _time_step(work: Work, samples: int, repeats: int, trace: bool) -> dict:
         "samples_per_second": samples / seconds,
         "compile_seconds": step.compile_seconds,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        **{key: value for key, value in watch.memory().items() if key == "hbm_peak_gib"},
+        **{key: value for key, value in memory_in_use().items() if key == "hbm_peak_gib"},
         "model_tflop_per_step": cost / 1e12,
         "model_gflop_per_second": cost / seconds / 1e9,
         "mfu": cost / seconds / peaks.peak(work.model.dtype),

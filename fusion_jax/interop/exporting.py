@@ -37,6 +37,7 @@ from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, size_of
 from fusion_jax.interop.torch import names
 from fusion_jax.training import checkpoint, loading
 from fusion_jax.training.about import config_of
+from fusion_jax.training.checkpoint_arrays import Damaged, raise_if_no_damage, stored_shapes, unreadable
 from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
@@ -67,7 +68,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = checkpoint.find(path)
     about = checkpoint.load_about(folder)
     config = config_of(about, folder)
-    stored = flatten_dict(loading.stored_shapes(folder), sep="/")
+    stored = flatten_dict(stored_shapes(folder), sep="/")
     parameters = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
     shapes = parameter_shapes(config.model)
     every = table.all_shapes(config.model, shapes)
@@ -104,7 +105,7 @@ def export(path: str | Path, target: str | Path, format: str, dtype: str | None 
         try:
             source = open_checkpoint(folder)
         except UserError as error:
-            raise loading.Damaged(str(error)) from error
+            raise Damaged(str(error)) from error
         return _export(source, target, format == "published", dtype, progress)
 
     return loading.use(path, from_folder)
@@ -253,7 +254,7 @@ def _load(source: Checkpoint, paths: list[str]) -> dict[str, np.ndarray]:
     try:
         loaded = ocp.load_checkpointables(source.folder, {"params": unflatten_dict(like, sep="/")})["params"]
     except Exception as error:
-        loading.raise_if_no_damage(error)
-        raise loading.unreadable(source.folder, error) from error
+        raise_if_no_damage(error)
+        raise unreadable(source.folder, error) from error
     flat = flatten_dict(loaded, sep="/")
     return {path: np.asarray(flat[path]) for path in paths}

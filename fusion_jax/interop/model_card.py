@@ -7,7 +7,8 @@ from fusion_jax import __version__
 from fusion_jax.config import RunConfig
 from fusion_jax.errors import UserError
 from fusion_jax.files import brief, shown
-from fusion_jax.training import checkpoint, metrics
+from fusion_jax.training import checkpoint
+from fusion_jax.training.jsonl import read_rows
 
 
 def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> str:
@@ -80,7 +81,7 @@ def metrics_at(folder: Path) -> list[str]:
         return []
     last: dict[str, float] = {}
     try:
-        for entry in metrics.read(file):
+        for entry in read_rows(file):
             if entry["step"] <= checkpoint.step_of(folder):
                 wanted = ("total", "ce", "v2t", "t2v")
                 for name, value in entry.items():

@@ -17,7 +17,7 @@ from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import compiling, typical
 from fusion_jax.planning.typical import TypicalStep
 from fusion_jax.training import optim, state
-from fusion_jax.training import step as train_step
+from fusion_jax.training.step import compile_step as compile_train_step
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
     needed, limit, text = bytes_per_chip((old, batch)), topology.limit or topology.chip.hbm, ""
     may_fit = topology.limit is None or needed <= topology.limit
     if may_fit:
-        lowered = train_step.compile_step(model, stage, tx, labels, mesh).lower(*arguments)
+        lowered = compile_train_step(model, stage, tx, labels, mesh).lower(*arguments)
         try:
             compiled = compiling.compiled(lowered, f"{stage.name} for {topology.name}", topology.options)
         except jax.errors.JaxRuntimeError as error:

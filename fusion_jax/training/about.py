@@ -1,4 +1,4 @@
-"""The `about` entry of a checkpoint: config, tokenizer files, origin, environment. What reads it trusts none of it."""
+"""The `about` entry of a checkpoint (config, tokenizer files, environment): written, read, checked."""
 
 import base64
 import binascii
@@ -32,14 +32,14 @@ log = logging.getLogger("fusion_jax")
 
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
 _MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
-# What `about` says of itself. 1, or no number: a BOS token (without one the padding token) stood in front of every
-# conversation, whatever the tokenizer's files say. 2: see `data.templates.first_ids`.
+# The version of the entry. 1, or none: every conversation began with a BOS token (or else the padding token), whatever
+# the tokenizer's files say. 2: see `data.templates.first_ids`.
 FORMAT = 2
 _KINDS = {
     "config": dict,
     "tokenizer": dict,
     "origin": dict,
-    "records": dict,  # numbers alone, of earlier versions
+    "records": dict,  # only numbers of records, from earlier versions
     "data": dict,
     "conversation": list,
     "stage": dict,
@@ -48,7 +48,7 @@ _KINDS = {
 _PART = {"name": str, "drawn": int, "chosen": int, "records": int, "bytes": int, "hash": str}
 
 
-def describe(
+def describe_run(
     config: RunConfig,
     tokenizer: Tokenizer | None,
     origin: dict[str, Any] | None = None,
@@ -57,8 +57,8 @@ def describe(
     """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
 
     Args:
-      origin: what an import keeps of the folder it read, for the way back (see `interop.importing.Plan`).
-      data: of each stage, what its files are (`RecordSource.describe`).
+      origin: what an import keeps of the folder that it read, for an export (see `interop.importing.Plan`).
+      data: a description of each stage's files (`RecordSource.describe`).
     """
     files = {}
     if tokenizer is not None:
@@ -77,16 +77,18 @@ def describe(
     return {"json": json.dumps(about)}
 
 
-def of_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
-    """The entry of a run with the stage that a checkpoint is of; `order` is `order.order_in`."""
+def with_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
+    """The entry of a run with the stage of a checkpoint added; `order` is from `checkpoint_folders.order_in`."""
     return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
 
 
 def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
-    """Tokens, labels and question tokens of a conversation that is always the same one: others mean that template,
-    tokenizer or the code between them has changed. Empty where the tokenizer lacks the template's tokens."""
-    said = ("human", "<image>\nWhat is it?"), ("gpt", "A tree."), ("human", "How tall?"), ("gpt", "12 m, I'd say.")
-    turns = [{"from": who, "value": text} for who, text in said]
+    """Tokens, labels and question tokens of a fixed conversation, to recognise other templates, tokenizers or code.
+
+    Empty if the tokenizer lacks a token of the template.
+    """
+    texts = ("human", "<image>\nWhat is it?"), ("gpt", "A tree."), ("human", "How tall?"), ("gpt", "12 m, I'd say.")
+    turns = [{"from": role, "value": text} for role, text in texts]
     try:
         encoded = encode_conversation(turns, tokenizer, chat_template.find(template, tokenizer), 1)
     except UserError:
@@ -95,7 +97,7 @@ def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its config: versions, devices, the commit where it runs from a git checkout."""
+    """What a run depends on besides its config: versions, devices, and the commit if it runs from a git checkout."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(__file__).parents[2]
     commit = None
@@ -116,10 +118,10 @@ def environment() -> dict[str, Any]:
 
 
 def load_text(folder: Path, part: str) -> Any:
-    """What the JSON text of a small part of a step folder (`about`, `data`) holds.
+    """Reads the JSON of a small part of a step folder (`about`, `data`).
 
     Raises:
-      ValueError: it cannot be read, or is larger than any that is written; says why.
+      ValueError: it cannot be read, or is larger than any that is written; the error says why.
     """
     try:
         size = sum((folder / name).stat().st_size for name in integrity.files(folder) if name.startswith(f"{part}/"))
@@ -128,12 +130,12 @@ def load_text(folder: Path, part: str) -> Any:
         return json.loads(ocp.load_checkpointables(folder, {part: None})[part]["json"])
     except MemoryError:
         raise
-    except Exception as error:  # Orbax, TensorStore and json each have their own for each kind of damage
+    except Exception as error:  # Orbax, TensorStore and json raise errors of many types
         raise ValueError(first_line(error)) from error
 
 
 def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) -> dict[str, Any]:
-    """`about` itself where its entries have the right forms and the `needed` ones are there.
+    """Returns `about` if its entries have the right types and the `needed` ones are there.
 
     Raises:
       ValueError: names the entry.
@@ -152,7 +154,9 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
         if name not in TOKENIZER_FILES:
             raise ValueError(f"its about has a tokenizer file {name[:80]!r}; known are {', '.join(TOKENIZER_FILES)}")
         if not isinstance(content, str) or len(content) > LARGEST:
-            raise ValueError(f"the content of the tokenizer file {name!r} in its about is no text of sensible size")
+            raise ValueError(
+                f"the content of the tokenizer file {name!r} in its about is not a text of a sensible size"
+            )
     for name, count in about.get("records", {}).items():
         if type(count) is not int or count < 0:
             raise ValueError(f"'records' of its about has {count!r:.80} for {name[:80]!r} instead of a number")
@@ -161,7 +165,7 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
             if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
                 raise ValueError(f"'data' of its about has {parts!r:.80} for {name[:80]!r} instead of files' numbers")
     if not all(type(token) is int for token in about.get("conversation", [])):
-        raise ValueError("'conversation' of its about has something that is no token")
+        raise ValueError("'conversation' of its about has something that is not a token")
     stage = about.get("stage", {"name": "", "order": 0})
     if {key: type(value) for key, value in stage.items()} != {"name": str, "order": int}:
         raise ValueError(f"'stage' of its about is {stage!r:.80} instead of a name and an order")
@@ -172,18 +176,18 @@ def load_about(folder: Path) -> dict[str, Any]:
     """The `about` entry of a step folder.
 
     Raises:
-      UserError: it has none, it is damaged, or an entry of it has a wrong form; names the folder.
+      UserError: it is missing or damaged, or one of its entries has a wrong type; names the folder.
     """
     try:
         about = check_form(load_text(folder, "about"))
     except ValueError as error:
-        raise UserError(f"{folder} is no whole checkpoint: {error}") from error
+        raise UserError(f"{folder} is not an intact checkpoint: {error}") from error
     config_of(about, folder)
     return about
 
 
 def config_of(about: dict[str, Any], folder: Path | str) -> RunConfig:
-    """The run config of an `about` entry. UserError, which names the folder, where it is none."""
+    """The run config of an `about` entry. UserError, which names the folder, if it is not valid."""
     try:
         config = from_dict(RunConfig, about["config"])
         _check_model(config.model)
@@ -195,7 +199,7 @@ def config_of(about: dict[str, Any], folder: Path | str) -> RunConfig:
 
 
 def _check_model(model: FusionConfig) -> None:
-    """UserError where a size is beyond any model: merely describing its parameters would take all memory."""
+    """UserError if a size is too large for any model: describing its parameters alone would take all memory."""
     tokens = (model.vision.patches, model.image_tokens, model.tile_tokens, *model.latent_counts)
     for name, value, most in (
         ("vision.layers", model.vision.layers, _MOST_LAYERS),
@@ -209,20 +213,21 @@ def _check_model(model: FusionConfig) -> None:
 
 
 def always_bos(about: dict[str, Any], where: Path | str) -> bool:
-    """Whether a checkpoint was trained with a BOS token in front of every conversation, asked for or not."""
+    """Whether a checkpoint was trained with a BOS token before every conversation, whatever its tokenizer says."""
     if about.get("format", 1) >= 2:
         return False
     config = config_of(about, where)
-    template = TEMPLATES.get(config.template)  # that of a tokenizer came later
+    template = TEMPLATES.get(config.template)  # templates of a tokenizer came later
     return template is not None and template.bos is None and any(stage.data for stage in config.stages)
 
 
 def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
-    """Writes the tokenizer's files of an `about` entry. Where the checkpoint was trained with a BOS token that they do
-    not ask for (`always_bos`), they say so from now on.
+    """Writes the tokenizer's files of an `about` entry.
+
+    If the checkpoint was trained with a BOS token that they do not ask for (`always_bos`), they are changed to do so.
 
     Raises:
-      UserError: the checkpoint has none, or one that is no known file of a tokenizer.
+      UserError: the checkpoint has no tokenizer, or an unknown file of one.
     """
     if not about["tokenizer"]:
         raise UserError(
@@ -256,14 +261,14 @@ def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
 
 
 def check_size(folder: Path, like: Any) -> None:
-    """UserError where parameters of the shapes of `like` cannot be what the files of a step folder hold.
+    """UserError if the files of a step folder are too small for parameters of the shapes of `like`.
 
-    Stored arrays compress, but not a hundred times: a config that promises more than that would only fill the memory.
+    Arrays compress, but not a hundredfold: a config that promises more than that would only fill the memory.
     """
-    wanted = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    described = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     stored = sum(path.stat().st_size for path in (folder / "params").rglob("*") if path.is_file())
     check(
-        wanted <= 100 * stored + (1 << 30),
-        f"{folder} is no whole checkpoint: its config describes parameters of {wanted / 2**30:,.1f} GiB, "
+        described <= 100 * stored + (1 << 30),
+        f"{folder} is not an intact checkpoint: its config describes parameters of {described / 2**30:,.1f} GiB, "
         f"its files have {stored / 2**30:,.3f} GiB.",
     )

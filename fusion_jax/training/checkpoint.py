@@ -1,14 +1,14 @@
-"""Checkpoints with Orbax: parameters, optimizer, input iterator, config and tokenizer in one atomic folder a step.
+"""Saves and restores the checkpoints of a stage with Orbax: one atomic folder for each saved step.
 
     WORKDIR/<stage>/checkpoints/<step>/{params, train, data, about, files.*.json}
 
-`about` (JSON: the run's config with the model's in it, the tokenizer's files, the environment) makes a step folder
-self-describing: `load_model` needs nothing else. `files` says what the others must look like (`integrity.py`).
+`params` holds the parameters, `train` the rest of the training state, `data` the state of the input. `about` (JSON: the
+config of the run and its model, the tokenizer's files, the environment) makes a step folder self-describing:
+`load_model` needs nothing else. `files` lists the sizes and checksums of all other files (`integrity.py`).
 """
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -25,27 +25,26 @@ from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.training import integrity
 from fusion_jax.training.about import check_form, config_of, load_text
-from fusion_jax.training.about import describe as describe
-from fusion_jax.training.about import environment as environment
+from fusion_jax.training.about import describe_run as describe  # noqa: F401
 from fusion_jax.training.about import load_about as load_about
-from fusion_jax.training.about import of_stage as of_stage
 from fusion_jax.training.about import save_tokenizer as save_tokenizer
+from fusion_jax.training.checkpoint_arrays import abstract, check_shapes, load_parts, raise_if_no_damage
+from fusion_jax.training.checkpoint_folders import FOLDER as FOLDER
+from fusion_jax.training.checkpoint_folders import discard, remove
+from fusion_jax.training.checkpoint_folders import order_in as order_in
+from fusion_jax.training.checkpoint_folders import step_of as step_of
+from fusion_jax.training.checkpoint_folders import steps_in as steps_in
 from fusion_jax.training.loading import Loaded as Loaded
-from fusion_jax.training.loading import abstract, check_shapes, load_parts, raise_if_no_damage
-from fusion_jax.training.loading import find as find
+from fusion_jax.training.loading import find_checkpoint as find  # noqa: F401
 from fusion_jax.training.loading import load_model as load_model
 from fusion_jax.training.loading import load_params as load_params
-from fusion_jax.training.order import FOLDER as FOLDER
-from fusion_jax.training.order import order_in as order_in
-from fusion_jax.training.order import step_of as step_of
-from fusion_jax.training.order import steps_in as steps_in
 from fusion_jax.training.state import TrainState
 
 log = logging.getLogger("fusion_jax")
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
-    """Parameters apart from the rest, so that they can be read alone."""
+    """Splits the parameters from the rest, so that they can be read alone."""
     rest = {
         "step": state.step,
         "opt_state": state.opt_state,
@@ -55,40 +54,40 @@ def _split(state: TrainState) -> tuple[dict, dict]:
     return state.params, rest
 
 
-# What a folder that is full, gone or slow raises; anything else is a mistake of ours.
-_TROUBLE = (OSError, ValueError, TimeoutError)
-_WRITING = ".writing"  # of a folder whose files are not all there and listed
+# Errors of a folder that is full, missing or slow; anything else is a bug.
+_FOLDER_ERRORS = (OSError, ValueError, TimeoutError)
+_WRITING = ".writing"  # suffix of a folder whose files are not all written and listed
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", f"*{_WRITING}", "*.deleting")
-_PATIENCE_MS = 600_000  # that a process waits for the others when a checkpoint is complete, or read
-_READ_PATIENCE = 30.0  # seconds; of one that could not read it
+_PATIENCE_MS = 600_000  # for which a process waits for the others when a checkpoint is complete, or read
+_READ_PATIENCE = 30.0  # seconds, the same for a process that could not read it
 
 
 class Checkpoints:
-    """The checkpoints of one stage: one folder a step, written in the background.
+    """The checkpoints of one stage, one folder for each saved step, written in the background.
 
-    A save that fails costs that checkpoint, not the run: it is reported, and the next save tries again. With several
+    A save that fails costs that checkpoint, not the run: the log says so, and the next save tries again. With several
     processes all call every method at the same steps.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], keep: int = 3, keep_every: int = 0):
-        """OSError: the folder cannot be made."""
+        """OSError: the folder cannot be created."""
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._about, self._keep, self._keep_every = about, keep, keep_every
         self._writer: threading.Thread | None = None
-        self._written: int | None = None  # the newest checkpoint that is known to be whole
-        self._problem = ""  # of the last save
+        self._written: int | None = None  # the newest checkpoint that is known to be intact
+        self._problem = ""  # why the last save failed
         self._unexpected: BaseException | None = None
         ours = json.loads(about["json"])
         self._needed = [name for name in ("config", "tokenizer") if name in ours]
-        self._compares = bool(ours.get("config"))  # a benchmark's says nothing
-        self._replaces = True  # whether the save under way lets older checkpoints go
+        self._compares = bool(ours.get("config"))  # the entry of a benchmark is empty
+        self._replaces = True  # whether older checkpoints are deleted after the current save
         self._saves = 0
         self._meet = get_barrier_sync_fn()
         self._options = ocp.Context()
-        # Random mantissas compress by a tenth, at the price of all cores for seconds.
+        # Random mantissas compress by a tenth only, which takes all cores for seconds.
         self._options.array.saving.use_compression = False
-        # In the background, a folder that cannot be made leaves threads that wait for it for minutes, at exit too.
+        # Otherwise a folder that cannot be created leaves threads that wait for it for minutes, even at exit.
         self._options.async_options.create_directories_asynchronously = False
         _silence_repetitions()
         self._sweep()
@@ -98,11 +97,11 @@ class Checkpoints:
         return steps_in(self.folder)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts saving; waits for the save before this one.
+        """Starts saving, after waiting for the previous save.
 
         Args:
-          state: while its last step was skipped, what the parameters are worth is not known: no older one is deleted.
-          data: state of the input iterator right behind the batch of this step. JSON, the same in all processes.
+          state: if its last step was skipped, the parameters may be worthless, and no older checkpoint is deleted.
+          data: state of the input iterator right after the batch of this step. JSON, the same in all processes.
         """
         self._wait()
         if all_agree(step == self._written):
@@ -114,17 +113,17 @@ class Checkpoints:
         try:
             with self._options:
                 response = ocp.save_checkpointables_async(self.folder / f"{step}{_WRITING}", items, overwrite=True)
-        except _TROUBLE as error:
+        except _FOLDER_ERRORS as error:
             self._report(step, error)
             return
         self._writer = threading.Thread(target=self._complete, args=(response, step), name="checkpoint", daemon=True)
         self._writer.start()
 
     def finish(self, step: int, state: TrainState, data: dict[str, Any], patience: float) -> None:
-        """Like `save`, but returns only when the checkpoint is complete; tries again for `patience` seconds.
+        """Like `save`, but waits until the checkpoint is complete, and tries again for `patience` seconds.
 
         Raises:
-          UserError: it still fails.
+          UserError: the checkpoint still cannot be written.
         """
         deadline, pause = time.monotonic() + patience, 1.0
         self.save(step, state, data)
@@ -143,21 +142,22 @@ class Checkpoints:
     def restore(
         self, like: TrainState, accept: Callable[[int, Any], None] | None = None
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that is whole; damaged ones before it are set aside, and the log says so.
+        """Restores the newest intact checkpoint; newer ones that are damaged are set aside, and the log says so.
 
         Args:
-          like: arrays or `jax.ShapeDtypeStruct`s: shapes, dtypes and shardings to restore into, whatever wrote them.
-          accept: takes a step and the input iterator's state, and raises where that is none: the checkpoint is damaged.
+          like: arrays or `jax.ShapeDtypeStruct`s: shapes, dtypes and shardings to restore into, on whatever mesh the
+            checkpoint was written.
+          accept: called with a step and the state of the input; raises if that is invalid: the checkpoint is damaged.
 
         Returns:
-          Step, state and the input iterator's state; None where there is no checkpoint.
+          Step, training state and the state of the input; None if there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, but none is whole, or one process alone cannot read it.
+          UserError: there are checkpoints, but none is intact, or one process alone cannot read it.
         """
         like = abstract(like)
         damaged: dict[int, str] = {}
-        # What process 0 sees there: on a shared disk another one may not know a new name yet, or still know an old one.
+        # The steps that process 0 sees: on a shared disk others may not see a new name yet, or still see an old one.
         for step in reversed(distributed.gather(self.steps())[0]):
             folder = self.folder / str(step)
             damage = integrity.problem(folder, jax.process_index(), jax.process_count())
@@ -165,10 +165,10 @@ class Checkpoints:
             if all_agree(damage is None):
                 if integrity.unlisted(folder):
                     log.warning("checkpoint %s has no list of its files: their bytes cannot be checked", folder)
-                # What is small and may be wrong comes before what takes long, and all the processes together.
-                data, damage = _damage_of(self._load_data, folder, step, accept)
+                # Small parts that may be wrong are read before the arrays, which take long and need all processes.
+                data, damage = _try_to_load(self._load_data, folder, step, accept)
                 if all_agree(damage is None):
-                    state, damage = _damage_of(self._load_state, folder, like)
+                    state, damage = _try_to_load(self._load_state, folder, like)
                     read_by_all(folder, damage)
                 if all_agree(state is not None):
                     self._set_aside(damaged, step)
@@ -178,13 +178,13 @@ class Checkpoints:
             log.warning("checkpoint %s is damaged: %s", folder, damaged[step])
         if damaged:
             raise UserError(
-                f"No checkpoint in {self.folder} is whole (step {max(damaged)}: {damaged[max(damaged)]}); move that "
+                f"No checkpoint in {self.folder} is intact (step {max(damaged)}: {damaged[max(damaged)]}); move that "
                 "folder away to begin the stage again."
             )
         return None
 
     def _load_data(self, folder: Path, step: int, accept) -> dict[str, Any]:
-        """The input state of a step folder whose texts are all in order."""
+        """The state of the input in a step folder, all of whose JSON parts are checked."""
         data = load_text(folder, "data")
         about = check_form(load_text(folder, "about"), self._needed)
         if self._compares:
@@ -202,13 +202,13 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether a save is still going on in the background."""
+        """Whether a save is still running in the background."""
         return self._writer is not None and self._writer.is_alive()
 
     def distrust(self, first: int) -> None:
-        """Sets the checkpoints from step `first` on aside: their parameters have not given a finite loss.
+        """Sets aside the checkpoints from step `first` on, whose parameters have not given a finite loss.
 
-        Where none is older they stay, with a warning: to begin the stage again is for a person to decide.
+        If there is no older one, they stay, with a warning: a person must decide whether to begin the stage again.
         """
         self._wait()
         steps = self.steps()
@@ -226,22 +226,22 @@ class Checkpoints:
             try:
                 self._rename(step, "diverged")
             except OSError as error:
-                log.warning("it stays as it was: %s", first_line(error))
+                log.warning("it could not be renamed: %s", first_line(error))
 
     def close(self) -> None:
         """Waits for the last save."""
         self._wait()
 
     def _complete(self, response, step: int) -> None:
-        """Waits for a save, names its folder, and deletes the checkpoints that are no longer kept."""
+        """Waits for a save, gives its folder its final name, and deletes the checkpoints that are no longer kept."""
         try:
             response.result()
             self._list_and_name(step)
             self._written, self._problem = step, ""
-        except _TROUBLE as error:
+        except _FOLDER_ERRORS as error:
             self._report(step, error)
             return
-        except BaseException as error:  # raised where the training loop waits
+        except BaseException as error:  # raised again when the training loop waits
             self._unexpected = error
             return
         try:
@@ -250,10 +250,10 @@ class Checkpoints:
             log.warning("an old checkpoint stays in %s: %s", self.folder, first_line(error))
 
     def _list_and_name(self, step: int) -> None:
-        """Gives a folder whose files are all written the name of a checkpoint, once each process has listed its own.
+        """Lists the files of a complete folder, and gives it the name of a checkpoint when each process has done so.
 
         Raises:
-          OSError: a list or the folder's name could not be written, here or by another process.
+          OSError: a list could not be written or the folder not be renamed, here or by another process.
         """
         writing, final = self.folder / f"{step}{_WRITING}", self.folder / str(step)
 
@@ -262,22 +262,22 @@ class Checkpoints:
                 for process in range(jax.process_count()):
                     if not (writing / f"files.{process}.json").is_file():
                         raise OSError(f"process {process} could not list its files")
-                _discard(final)
+                discard(final)
                 writing.rename(final)
 
-        trouble = None
-        # Whatever fails here, the others wait at both meetings.
+        problem = None
+        # Whatever fails here, the other processes wait at both barriers.
         for number, action in enumerate((lambda: integrity.write(writing, jax.process_index()), name)):
             try:
-                if trouble is None:
+                if problem is None:
                     action()
             except OSError as error:
-                trouble = error
+                problem = error
             self._meet(key=f"{final}.{self._saves}.{number}", timeout_ms=_PATIENCE_MS)
-        if trouble is None and not final.is_dir():
-            trouble = OSError("another process could not list its files, or name the folder")
-        if trouble is not None:
-            raise trouble
+        if problem is None and not final.is_dir():
+            problem = OSError("another process could not list its files, or name the folder")
+        if problem is not None:
+            raise problem
 
     def _wait(self) -> None:
         if self._writer is not None:
@@ -289,19 +289,19 @@ class Checkpoints:
     def _report(self, step: int, error: BaseException) -> None:
         self._problem = first_line(error)
         log.warning("no checkpoint of step %d: %s; training goes on, the next save tries again", step, self._problem)
-        self._sweep()  # what was half written takes the room of the next attempt
+        self._sweep()  # unfinished files take the space of the next attempt
 
     def _delete_old(self) -> None:
         if jax.process_index() == 0 and self._replaces:
             for step in self.steps()[: -self._keep]:
                 if not (self._keep_every and step % self._keep_every == 0):
-                    _discard(self.folder / str(step))
+                    discard(self.folder / str(step))
 
     def _sweep(self) -> None:
         if jax.process_index() == 0:
             for pattern in _UNFINISHED:
                 for path in self.folder.glob(pattern):
-                    _remove(path)
+                    remove(path)
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         for step in damaged:
@@ -309,55 +309,40 @@ class Checkpoints:
             self._rename(step, "damaged")
 
     def _rename(self, step: int, reason: str) -> None:
-        """Takes a checkpoint out of those that are used."""
+        """Renames a checkpoint so that it is no longer used."""
         if jax.process_index() == 0:
             target = self.folder / f"{step}.{reason}"
-            _remove(target)
+            remove(target)
             (self.folder / str(step)).rename(target)
 
 
-def _damage_of(load: Callable, *arguments) -> tuple[Any, str | None]:
-    """What loading gives, and None; or None, and the damage that it met."""
+def _try_to_load(load: Callable, *arguments) -> tuple[Any, str | None]:
+    """The result of loading, and None; or None, and a description of the damage."""
     try:
         return load(*arguments), None
-    except Exception as error:  # each part of a file and each library has its own kind of damage
+    except Exception as error:  # damage raises other errors in each part and library
         raise_if_no_damage(error)
         return None, first_line(error)
 
 
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _discard(folder: Path) -> None:
-    """Removes what has the name of a checkpoint. Renamed first: a kill in between leaves none that looks whole."""
-    if folder.is_symlink() or folder.exists():
-        target = folder.with_name(f"{folder.name}.deleting")
-        _remove(target)
-        _remove(folder.rename(target))
-
-
 def all_agree(here: bool) -> bool:
-    """Whether it holds in every process."""
+    """Whether a condition holds in every process. A collective."""
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
 
 
 def read_by_all(folder: Path, damage: object) -> None:
-    """UserError where this process alone could not read a checkpoint (`damage`): Orbax has the others wait for it."""
+    """UserError if this process alone could not read a checkpoint (`damage`): in Orbax the others wait for it."""
     patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
     if not distributed.meet(f"read/{folder.absolute()}", patience):
         raise UserError(
-            f"The checkpoint {folder} cannot be read by every process ({damage or 'another one does not answer'})."
+            f"The checkpoint {folder} cannot be read by every process ({damage or 'another process does not answer'})."
         )
 
 
 class _NotRepeated(logging.Filter):
-    """Orbax logs a failed save once per thread that it passes through, each with its traceback; we say it once."""
+    """Orbax logs a failed save once per thread that it passes through, each with its traceback; we log it once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "_SignalingThread.run() raised" not in str(record.msg)

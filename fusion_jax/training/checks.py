@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run's inputs, looked at before any long work: by training, and by the doctor."""
+"""Opens and checks all inputs of a run before any long work, for training and for the doctor."""
 
 import contextlib
 import dataclasses
@@ -22,22 +22,28 @@ from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.devices import distributed, sharding
 from fusion_jax.errors import UserError, check
 from fusion_jax.evals.registry import find_tasks
-from fusion_jax.training import checkpoint, input_check, metrics, optim, resume, state, validation
+from fusion_jax.training import input_check, optim, resume, state, validation
+from fusion_jax.training.about import load_text
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
+from fusion_jax.training.init_from import check_initial
 from fusion_jax.training.validation import NothingUsable, Validation
+from fusion_jax.training.writer import import_wandb
 
 log = logging.getLogger("fusion_jax")
 
 
 @dataclass
 class Inputs:
-    """What a run starts with.
+    """The inputs of a run, opened and checked.
 
     Attributes:
-      config: with what the weights of a checkpoint decide. first: index of the stage to go on with; begun: whether it
-        has a checkpoint; over: by the newest of those it is, so that its data have not been compared.
+      config: with the values that depend on a checkpoint's weights.
+      first: index of the stage to continue with. begun: whether that stage has a checkpoint. over: whether its newest
+        checkpoint is that of its last step, so that its data have not been compared.
       accepted: `resume.INPUTS` that may have changed. tokenizer, origin: see `resume.start_from`.
-      sources, data: records of each stage and what they are (`RecordSource.describe`), by name. sizes: of the batches
-        of each stage that is to be trained, by name. validation: of each stage that has one, by name.
+      sources, data: the records of each stage and their description (`RecordSource.describe`), by name of the stage.
+      sizes: of the batches of each stage that will be trained, by name.
+      validation: of each stage that has one, by name.
     """
 
     config: RunConfig
@@ -52,17 +58,17 @@ class Inputs:
     data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     sizes: dict[str, Sizes] = field(default_factory=dict)
     validation: dict[str, Validation] = field(default_factory=dict)
-    # The files of a tokenizer that comes from a checkpoint lie here.
+    # Holds the files of a tokenizer that comes from a checkpoint.
     scratch: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
 
 
 def check_accepted(accepted: Sequence[str]) -> None:
-    """UserError where --accept_changed names something unknown."""
+    """UserError if --accept_changed names something unknown."""
     for name in accepted:
         check(name in resume.INPUTS, f"--accept_changed={name} is unknown; allowed: {', '.join(resume.INPUTS)}.")
 
 
-def look(
+def open_inputs(
     config: RunConfig,
     workdir: Path,
     accepted: Sequence[str] = (),
@@ -73,9 +79,10 @@ def look(
 
     Args:
       accepted: `resume.INPUTS` that may have changed since the checkpoint.
-      problems: None: the first that is wrong is raised. A list: all of them go there, and what rests on one of them is
-        left out.
-      devices: as many as the mesh is for, which need not be here; None: those that are. 0: unknown.
+      problems: None: the first problem is raised. A list: it receives all problems, and checks that depend on a failed
+        one are left out.
+      devices: the number of devices that the mesh is for, which need not be here; None: those of this machine or run;
+        0: unknown.
     """
 
     @contextlib.contextmanager
@@ -89,8 +96,8 @@ def look(
 
     with attempt():
         check_accepted(accepted)
-    # ---- Where to go on: the last stage that has a checkpoint.
-    begun = [i for i, stage in enumerate(config.stages) if checkpoint.steps_in(checkpoints(workdir, stage))]
+    # ---- Where to continue: the last stage that has a checkpoint.
+    begun = [i for i, stage in enumerate(config.stages) if steps_in(checkpoints(workdir, stage))]
     inputs = Inputs(config, begun[-1] if begun else 0, bool(begun), accepted=accepted)
     with attempt():
         if config.init_from:
@@ -110,7 +117,7 @@ def look(
             with attempt():
                 sharding.check_model(config.model, inputs.mesh)
             for stage in config.stages:
-                if not stage.packing:  # which has a multiple of the devices' rows anyway
+                if not stage.packing:  # whose rows are always a multiple of the devices'
                     with attempt():
                         rows = stage.batch_size // stage.accumulation
                         sharding.check_rows(rows, inputs.mesh, f"stage {stage.name!r}")
@@ -120,7 +127,7 @@ def look(
             optim.labels(stage, shapes)
     if config.init_from and not begun and tokenizer is not None:
         with attempt():
-            resume.check_initial(config, shapes)
+            check_initial(config, shapes)
     # ---- Data.
     for stage in config.stages:
         with attempt():
@@ -147,12 +154,12 @@ def look(
             check_evaluation(config)
     if config.wandb_project:
         with attempt():
-            metrics.import_wandb()
+            import_wandb()
     return inputs
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """UserError where the model has too few rows for its tokens, or it lacks the template's."""
+    """UserError if the model has too few rows for the tokenizer's tokens, or the tokenizer lacks the template's."""
     check(
         tokenizer.vocab_size <= config.model.llm.vocab_size,
         f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
@@ -162,7 +169,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh:
-    """The mesh over so many devices. UserError where its sizes do not fit them."""
+    """The mesh over a number of devices. UserError if its sizes do not fit that number."""
     return jax.sharding.AbstractMesh(sharding.mesh_sizes(config.mesh, devices), sharding.AXES)
 
 
@@ -188,19 +195,20 @@ def check_resume(inputs: Inputs, workdir: Path, attempt) -> None:
 
 
 def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
-    """Whether the newest checkpoint is that behind the stage's last step, so that nothing of its data is read."""
+    """Whether the newest checkpoint is that of the stage's last step, so that its data will not be read."""
     try:
-        position = checkpoint.load_text(folder / str(checkpoint.steps_in(folder)[-1]), "data")
+        position = load_text(folder / str(steps_in(folder)[-1]), "data")
         return stage_is_over(stage, records, position)
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it says so
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: restoring it will say so
         return False
 
 
 def measure_validation(
     config: RunConfig, stages: Sequence[StageConfig], tokenizer: Tokenizer | None
 ) -> dict[str, Validation]:
-    """The validation of each stage that has one, by name; stages of equal sizes share what is measured. A collective.
-    Without a tokenizer the data are opened, and that is all.
+    """The validation of each stage that has one, by name. A collective.
+
+    Stages of equal sizes share what is measured. Without a tokenizer the data are only opened.
 
     Raises:
       UserError: the data cannot be opened, are not the same for all processes, or can be used in no stage.
@@ -224,16 +232,16 @@ def measure_validation(
             usable[stage.name] = dataclasses.replace(measured, stage=stage, broken={})
         else:
             without[stage.name] = measured
-    # A stage of short rows may go without; where all of them do, something is wrong.
+    # A stage of short rows may have no validation; if none has one, something is wrong.
     if not usable:
         raise next(iter(without.values()))
-    for name, why in without.items():
-        log.warning("%s has no validation: %s", name, why)
+    for name, reason in without.items():
+        log.warning("%s has no validation: %s", name, reason)
     return usable
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """UserError where the benchmarks that are due in training are unknown, or their data are not there."""
+    """UserError if the benchmarks to run during training are unknown, or their data are missing."""
     check(
         bool(config.evaluation_tasks) and Path(config.evaluation_data).is_dir(),
         f"config.evaluate_every={config.evaluate_every} needs evaluation_tasks (they are "
@@ -244,4 +252,4 @@ def check_evaluation(config: RunConfig) -> None:
 
 def checkpoints(workdir: Path, stage: StageConfig) -> Path:
     """The folder of a stage's checkpoints."""
-    return workdir / stage.name / checkpoint.FOLDER
+    return workdir / stage.name / FOLDER

@@ -39,7 +39,7 @@ def state_bytes(total: int, trained: int) -> int:
 
 
 def check_inputs(config, workdir: str | None, accepted, devices: int) -> Findings:
-    """Runs the checks with which training itself begins (`checks.look`), and yields every error and warning of theirs.
+    """Runs the checks with which training begins (`checks.open_inputs`), and yields all their errors and warnings.
 
     Args:
       config: RunConfig. accepted: what may have changed, see `--accept_changed`. devices: how many there are, 0 where
@@ -54,7 +54,7 @@ def check_inputs(config, workdir: str | None, accepted, devices: int) -> Finding
     printed, log.handlers = log.handlers, [handler]
     try:
         with tempfile.TemporaryDirectory() as nowhere:
-            checks.look(config, Path(workdir or nowhere), accepted, problems, devices)
+            checks.open_inputs(config, Path(workdir or nowhere), accepted, problems, devices)
     except OSError as error:
         problems.append(UserError(f"{error.filename or workdir} cannot be used ({error.strerror or error})."))
     finally:

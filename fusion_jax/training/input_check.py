@@ -1,4 +1,4 @@
-"""The input of a stage, over all its processes: the bad records are listed and counted, and the plans compared."""
+"""Checks the input of a stage over all processes: bad records, equal data, equal planned batches."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ log = logging.getLogger("fusion_jax")
 
 
 def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
-    """UserError where the processes do not hold the same records. A collective. `data`: of `RecordSource.describe`."""
-    all_ = distributed.gather(data)
-    for process, other in enumerate(all_):
-        different = differences(other, all_[0], "process 0")
+    """UserError if the processes hold different records. A collective. `data`: from `RecordSource.describe`."""
+    by_process = distributed.gather(data)
+    for process, other in enumerate(by_process):
+        different = differences(other, by_process[0], "process 0")
         check(
             not different,
             f"The data of {name} are not the same for all processes: process {process} has {', '.join(different)}; "
@@ -37,9 +37,9 @@ def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
 
 
 def check_same_tokenizer(tokenizer: Tokenizer) -> None:
-    """UserError where the processes do not have the same tokenizer. A collective."""
-    all_ = distributed.gather(tokenizer.fingerprint)
-    other = next((i for i, one in enumerate(all_) if one != all_[0]), None)
+    """UserError if the processes have different tokenizers. A collective."""
+    by_process = distributed.gather(tokenizer.fingerprint)
+    other = next((i for i, fingerprint in enumerate(by_process) if fingerprint != by_process[0]), None)
     check(
         other is None,
         f"The tokenizer is not the same for all processes: the files in {tokenizer.folder} of process {other} are not "
@@ -48,29 +48,29 @@ def check_same_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose: str) -> list[str]:
-    """What is different in two descriptions of data (`RecordSource.describe`), in words; files may have other names."""
+    """How two descriptions of data (`RecordSource.describe`) differ, as phrases; names of files may differ."""
     if len(data) != len(others):
         names, theirs = (", ".join(part["name"] for part in parts) for parts in (data, others))
         return [f"the data sets {names} ({whose}: {theirs})"]
-    said = []
+    phrases = []
     for part, other in zip(data, others):
         name = part["name"] if part["name"] == other["name"] else f"{part['name']} (in place of {other['name']})"
         if part["hash"] != other["hash"]:
             keys = [key for key in ("records", "bytes") if part[key] != other[key]]
             counts = [f"{part[key]:,} {key} ({whose}: {other[key]:,})" for key in keys]
-            said.append(f"{name} with {' and '.join(counts) or 'other content of the same size'}")
+            phrases.append(f"{name} with {' and '.join(counts) or 'other content of the same size'}")
         elif part["drawn"] != other["drawn"]:
-            said.append(f"{part['drawn']:,} records of {name} an epoch ({whose}: {other['drawn']:,})")
+            phrases.append(f"{part['drawn']:,} records of {name} an epoch ({whose}: {other['drawn']:,})")
         elif part["chosen"] != other["chosen"]:
-            said.append(f"another choice of the records of {name}")
-    return said
+            phrases.append(f"another choice of the records of {name}")
+    return phrases
 
 
 def agreed_sizes(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer, shards: int) -> Sizes:
     """`planner.stage_sizes` as process 0 measures them. A collective.
 
     Args:
-      shards: parts that the rows of a microbatch are sharded into.
+      shards: the number of shards of the rows of a microbatch.
     """
     sizes = None
     if distributed.is_first():
@@ -81,12 +81,19 @@ def agreed_sizes(config: RunConfig, stage: StageConfig, source: RecordSource, to
 
 
 class InputCheck:
-    """Judges the input after every step. With several processes gaps in rows are known to one process alone, until all
-    of them agree, which they do every few steps: what is raised is raised in all of them behind the same step."""
+    """Checks the input after every step, and ends a run whose data are too bad.
+
+    With several processes each knows only the gaps in its own rows, until all exchange their counts every few steps; so
+    an error is raised in all of them after the same step.
+    """
 
     def __init__(self, config: RunConfig, stage: StageConfig, records: int, folder: Path, held: Sequence[int] = (0,)):
-        """Args: records of the stage; folder: where `bad_records.jsonl` goes; held: shards of the rows that this
-        process feeds (`sharding.held_shards`)."""
+        """Sets up the checks of a stage.
+
+        Args:
+          records: number of records of the stage. folder: for `bad_records.jsonl`.
+          held: shards of the rows that this process feeds (`sharding.held_shards`).
+        """
         self._stage, self._records, self._path = stage, records, folder / "bad_records.jsonl"
         self._allowed = config.max_bad_records
         self._held = list(held)
@@ -94,15 +101,15 @@ class InputCheck:
         self._last: BadRecord | None = None  # of this process
         self._gaps = 0  # checksum of this process's gaps
         self._own: Counter[str] = Counter()  # gaps of this process since the start, by reason
-        self._all: Counter[str] = Counter()  # of all processes, when they last agreed
-        self._planned = self._unusable = 0  # samples and bad records since then, without gaps
+        self._all: Counter[str] = Counter()  # of all processes, at their last exchange
+        self._planned = self._unusable = 0  # samples and bad records since that exchange, without gaps
         self._in_row = 0  # bad records since the last sample
         self._agreed = True
         self._over = False  # the stage ends with this step
-        self._to_show = 5  # in the log; the file has them all
+        self._to_show = 5  # bad records still to be logged; the file lists them all
 
     def note(self, step: int, fed: Fed, counts: Counts) -> None:
-        """Lists and counts the bad records of a step, before it is computed. UserError where there are too many."""
+        """Lists and counts the bad records of a step, before it is computed. UserError if there are too many."""
         self._list(step, fed)
         gaps = fed.bad[len(fed.bad) - fed.broken :]
         self._own.update(bad.reason for bad in gaps)
@@ -118,32 +125,32 @@ class InputCheck:
         self._total().check(self._allowed, self._records)
 
     def agree(self, step: int) -> Counts:
-        """The counts over all processes. A collective.
+        """Exchanges and returns the counts over all processes. A collective.
 
         Raises:
           UserError: too many bad records, or the processes have planned different batches.
         """
         if not self._agreed:
-            said = distributed.gather(
+            reports = distributed.gather(
                 {"plan": self._plan, "gaps": self._own, "checksum": self._gaps, "held": self._held}
             )
-            other = next((i for i, one in enumerate(said) if one["plan"] != said[0]["plan"]), None)
+            other = next((i for i, report in enumerate(reports) if report["plan"] != reports[0]["plan"]), None)
             check(
                 other is None,
                 f"The processes have planned different batches by step {step} of {self._stage.name} (process {other} "
                 "and process 0); give all machines the same data, packages and program.",
             )
-            # Processes of one `tensor` group feed the same rows, and meet the same gaps in them.
+            # Processes of one `tensor` group feed the same rows, and have the same gaps in them.
             feeders: dict[tuple[int, ...], int] = {}
-            for i, one in enumerate(said):
-                first = feeders.setdefault(tuple(one["held"]), i)
+            for i, report in enumerate(reports):
+                first = feeders.setdefault(tuple(report["held"]), i)
                 check(
-                    one["checksum"] == said[first]["checksum"],
+                    report["checksum"] == reports[first]["checksum"],
                     f"Processes {first} and {i} feed the same rows of {self._stage.name}, and one of them cannot read "
                     "an image that the other reads; give both machines the same files.",
                 )
-            gaps = sum((Counter(said[i]["gaps"]) for i in feeders.values()), Counter())
-            self._judge_use(gaps.total() - self._all.total())
+            gaps = sum((Counter(reports[i]["gaps"]) for i in feeders.values()), Counter())
+            self._check_gaps(gaps.total() - self._all.total())
             self._all, self._agreed = gaps, True
         total = self._total()
         total.check(self._allowed, self._records)
@@ -152,18 +159,18 @@ class InputCheck:
         return total
 
     def position(self, step: int, state: dict) -> dict:
-        """The state of the input iterator behind this step, with the counts over all processes. A collective."""
+        """The state of the input iterator after this step, with the counts over all processes. A collective."""
         return state | {"counts": state["counts"] | {"bad": self.agree(step).bad}}
 
     def _total(self) -> Counts:
-        """The counts, the same in every process: with the gaps of when they last agreed."""
+        """The counts with the gaps of the last exchange: the same in every process."""
         return self._counts.plus({reason: self._all[reason] - self._own[reason] for reason in self._all | self._own})
 
-    def _judge_use(self, gaps: int) -> None:
+    def _check_gaps(self, gaps: int) -> None:
         used, bad = self._planned - gaps, self._unusable + gaps
         self._in_row = 0 if used else self._in_row + bad
         self._planned = self._unusable = 0
-        # Two passes hold a whole one, wherever they begin: allowed or not, nothing is left to learn from.
+        # Two passes over the data contain a complete one, wherever they begin: no usable record is left.
         self._check_use(self._in_row < 2 * self._records)
 
     def _check_use(self, used: bool) -> None:

@@ -1,10 +1,10 @@
-"""Are the files of a checkpoint what was written? Their sizes and checksums lie beside them.
+"""Checks the files of a checkpoint against a list of their sizes and checksums.
 
     <step>/files.<process>.json     {"params/manifest.ocdbt": [116, 2774283010], ...}
 
-Every process lists the files that it wrote itself, before the folder gets the name of a checkpoint. One without a list
-comes from elsewhere, or from a writer that died in the middle of an earlier version's save: reading it decides, and
-`unlisted` says that the bytes of its arrays cannot be checked.
+Every process lists the files that it wrote itself, before the folder gets the name of a checkpoint. A folder without a
+list comes from elsewhere, or from a writer of an earlier version that died during a save: only reading it shows whether
+it is intact, and `unlisted` says that the bytes of its arrays cannot be checked.
 """
 
 import json
@@ -26,7 +26,7 @@ _LONGEST_LIST = 1 << 28  # bytes; a file takes about a hundred
 
 
 def write(folder: Path, process: int) -> None:
-    """Lists the files of a complete step folder that belong to `process`; those of nobody belong to process 0."""
+    """Lists the files of a complete step folder that `process` wrote; process 0 lists those without an owner, too."""
     entries = {}
     for name in files(folder):
         if _owner(name) == process and not _LIST.fullmatch(name):
@@ -38,12 +38,12 @@ def write(folder: Path, process: int) -> None:
 def problem(
     folder: Path, process: int = 0, processes: int = 1, thorough: bool = True, parts: tuple[str, ...] = ()
 ) -> str | None:
-    """What is wrong with a step folder's files, in words; None where all are whole or nothing is known.
+    """A description of what is wrong with the files of a step folder; None if all are intact or unlisted.
 
     Args:
-      processes: each of so many looks at its share of the files.
-      thorough: compare contents too, not only sizes.
-      parts: the subfolders whose contents count; all without any.
+      processes: the number of processes, each of which checks its share of the files.
+      thorough: compare checksums too, not only sizes.
+      parts: the subfolders whose checksums are compared; by default all.
     """
     try:
         present = set(files(folder))
@@ -54,7 +54,7 @@ def problem(
         return "it is empty"
     lists = _owners_of_lists(folder)
     for name in sorted(present - listed.keys()):
-        # What another process wrote may have been invisible to the one that lists it.
+        # Files of another process may have been invisible to the one that lists them.
         if _owner(name) in lists and name.startswith(_PARTS) and "/array_metadatas/" not in name:
             return f"{name} is in no list of its files"
     jobs = sorted(listed.items())[process::processes]
@@ -76,7 +76,7 @@ def problem(
 
 
 def unlisted(folder: Path) -> bool:
-    """Whether files of a step folder are in no list because their process left none."""
+    """Whether files of a step folder are not listed because their process left no list."""
     try:
         lists = _owners_of_lists(folder)
         return any(_owner(name) not in lists for name in files(folder))
@@ -101,19 +101,19 @@ def _checksum(path: Path) -> int | OSError:
 
 
 def _owner(name: str) -> int:
-    """The process whose list has the file."""
+    """The process that lists the file."""
     owner = _OWNER.search(name)
     return int(owner[1]) if owner else 0
 
 
 def files(folder: Path) -> Iterator[str]:
-    """Names of the files in a step folder, relative to it, hidden ones aside.
+    """Yields the names of the files in a step folder, relative to it, without hidden ones.
 
     Raises:
       ValueError: something in it is neither a file nor a folder, or a link that leads out of it.
     """
     inside = Path(os.path.realpath(folder))
-    # `walk` passes over what it cannot read unless it is given a function that raises.
+    # Without a function that raises, `walk` skips what it cannot read.
     for place, folders, others in os.walk(folder, onerror=_raise):
         for name in sorted(folders + others):
             path = Path(place, name)
@@ -125,7 +125,7 @@ def files(folder: Path) -> Iterator[str]:
             if name in folders:
                 continue
             if not stat.S_ISREG(path.stat().st_mode):
-                raise ValueError(f"{relative} is no file")
+                raise ValueError(f"{relative} is not a file")
             yield relative
 
 
@@ -139,17 +139,17 @@ def _owners_of_lists(folder: Path) -> set[int]:
 
 
 def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and checksum by name, of all lists together.
+    """Size and checksum by name of file, from all lists.
 
     Raises:
-      ValueError: a list cannot be read, or is no list of files inside the folder; names it.
+      ValueError: a list cannot be read, or is not a list of files inside the folder; names it.
     """
     entries = {}
     for process in sorted(_owners_of_lists(folder)):
         path = folder / f"files.{process}.json"
         try:
             if not path.is_file() or path.stat().st_size > _LONGEST_LIST:
-                raise ValueError("it is no file of a sensible size")
+                raise ValueError("it is not a file of a sensible size")
             listed = json.loads(path.read_bytes())
             if not isinstance(listed, dict):
                 raise ValueError(f"it holds {type(listed).__name__} instead of a list of files")
@@ -166,7 +166,7 @@ def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
 def _check_entry(name: str, value: object) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
-        raise ValueError(f"{name[:80]!r} is no file inside the folder")
+        raise ValueError(f"{name[:80]!r} is not a file inside the folder")
     whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
     if not whole or not 0 <= value[0] < 2**63 or not 0 <= value[1] < 2**32:
         raise ValueError(f"{name[:80]!r} needs a size and a checksum")

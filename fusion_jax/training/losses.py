@@ -1,10 +1,21 @@
-"""Losses: cross-entropy on supervised positions only, and the dual-semantic mapping loss.
+"""The losses of training: their sums over a batch, what these are divided by, and their weights.
 
-Every loss is a sum over this (micro)batch; the caller divides by the count of the *global* batch, so that the mean is
-the same however the batch is packed, accumulated or sharded.
+`LOSSES` is the one place to add a loss to: the train step adds it to the total, and the metrics, the log, the curves,
+validation and the tests read its parts from there. A new loss takes
+
+1. a function of (config, outputs) that gives the sum of each part over this (micro)batch, float32 scalars;
+2. a function of (config, batch) that gives the count that each sum is divided by, float32 scalars;
+3. a function of the config that gives the loss's weight (a field of `FusionConfig`, 0 by default);
+4. an entry of `LOSSES` that names its parts; what a loss needs of the model beyond `Outputs` becomes a field there.
+
+Losses are sums so that the caller can divide by the count of the *global* batch: the mean is then the same however the
+batch is packed, accumulated or sharded.
 """
 
 import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusion_jax.batch import NO_CROP, Batch
 from fusion_jax.models import partition
+from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.fusion import Visual
 
-# Positions whose logits exist at a time; (CHUNK, V) float32 is the loss's working memory.
+# Number of positions whose logits exist at a time; (CHUNK, V) float32 is the working memory of the loss.
 CHUNK = 512
 
 
@@ -51,9 +63,9 @@ def _cross_entropy(hidden, kernel, targets, weights, vocab_size):
 
 
 def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
-    """Loss and, if asked for, its gradients by hidden states and kernel; each device on its own rows of the batch.
+    """The loss and, on request, its gradients by hidden states and kernel; each device computes its rows of the batch.
 
-    The kernel's columns are dealt over devices as the vocabulary is; its rows are gathered, once.
+    The kernel's columns are sharded like the vocabulary; its rows are gathered, once.
     """
     row_axes, width_axes, vocab_axes = map(partition.devices_along, ("batch", "embed", "vocab"))
 
@@ -75,18 +87,18 @@ def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
 
 
 def _loop(hidden, kernel, targets, weights, vocab_size, with_gradient, row_axes, vocab_axes):
-    """One loop over chunks of supervised positions; the gradient comes along, so no logits are kept or made twice."""
+    """One loop over chunks of supervised positions, gradients included, so that no logits are kept or recomputed."""
     count = hidden.shape[0]
     size = min(CHUNK, count)
     padding = -count % size
-    # Supervised positions first: the loop runs only over as many chunks as they fill.
+    # Supervised positions come first: the loop runs only over the chunks that they fill.
     order = jnp.argsort(weights <= 0, stable=True)
     order = jnp.pad(order, (0, padding), constant_values=count)  # beyond the end: reads are clamped, writes dropped
     hidden = hidden.astype(kernel.dtype)
     supervised = jnp.sum(weights > 0)
     chunks = (supervised + size - 1) // size
     if vocab_axes:
-        # The loop holds collectives: all devices go round equally often.
+        # The loop contains collectives: all devices must run it equally often.
         chunks = jax.lax.pmax(chunks, row_axes)
 
     def body(i, carry):
@@ -130,7 +142,7 @@ def cross_entropy_sum(
 
     Args:
       hidden: after the final norm. kernel: output head in the compute dtype, padded columns masked here.
-      targets: token to predict at each position. weights: 0 where it does not count.
+      targets: token to predict at each position. weights: 0 at positions that do not count.
       vocab_size: real columns of `kernel`.
     """
     return _cross_entropy(hidden, kernel, targets, weights, vocab_size)
@@ -139,7 +151,7 @@ def cross_entropy_sum(
 def _cosine_distance(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n"]:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     norms = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
-    # The floor stands under the root: a zero vector then has a finite gradient.
+    # The floor is inside the root, so that a zero vector has a finite gradient.
     return 1.0 - jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(norms, 1e-16))
 
 
@@ -162,11 +174,81 @@ def mapping_loss_sums(
     return v2t, t2v
 
 
-def counts(batch: Batch, patches: int) -> dict[str, Float[Array, ""]]:
-    """What the sums are divided by: supervised tokens, question tokens, patches of existing crops."""
+@dataclass(frozen=True)
+class Outputs:
+    """What losses are computed from: a batch, and the results of the model's forward pass over it.
+
+    Attributes:
+      hidden: after the final norm. visual: states of the vision encoder; None for a batch of text alone.
+      kernel: the output head in the compute dtype.
+    """
+
+    batch: Batch
+    hidden: Float[Array, "B S D"]
+    visual: Visual | None
+    kernel: Float[Array, "D V"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, whose share of the total is weight * (mean of its first part + mean of its second + ...).
+
+    Attributes:
+      parts: names in the metrics. sums, counts: one float32 scalar per part; the mean of a part is sum / count.
+      weight: where it is 0, the sums are not computed and the parts are 0.
+    """
+
+    parts: tuple[str, ...]
+    sums: Callable[[FusionConfig, Outputs], tuple[jax.Array, ...]]
+    counts: Callable[[FusionConfig, Batch], tuple[jax.Array, ...]]
+    weight: Callable[[FusionConfig], float]
+
+
+def _ce_sums(config: FusionConfig, outputs: Outputs) -> tuple[jax.Array]:
+    batch = outputs.batch
+    sizes = batch.targets, batch.loss_weights, config.llm.vocab_size
+    return (cross_entropy_sum(outputs.hidden, outputs.kernel, *sizes),)
+
+
+def _ce_counts(config: FusionConfig, batch: Batch) -> tuple[jax.Array]:
+    """Supervised tokens."""
+    return (jnp.sum(batch.loss_weights),)
+
+
+def _mapping_sums(config: FusionConfig, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    if outputs.visual is None:
+        return jnp.float32(0), jnp.float32(0)
+    return mapping_loss_sums(outputs.visual, outputs.batch.crop_kind, outputs.batch.crop_text_mask)
+
+
+def _mapping_counts(config: FusionConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Question tokens, and patches, of the crops that exist."""
     exists = batch.crop_kind != NO_CROP
-    return {
-        "ce": jnp.sum(batch.loss_weights),
-        "v2t": jnp.sum(batch.crop_text_mask & exists[..., None]).astype(jnp.float32),
-        "t2v": jnp.sum(exists).astype(jnp.float32) * patches,
-    }
+    tokens = jnp.sum(batch.crop_text_mask & exists[..., None]).astype(jnp.float32)
+    return tokens, jnp.sum(exists).astype(jnp.float32) * config.vision.patches
+
+
+LOSSES = {
+    "ce": Loss(("ce",), _ce_sums, _ce_counts, lambda config: 1.0),
+    "mapping": Loss(("v2t", "t2v"), _mapping_sums, _mapping_counts, lambda config: config.mapping_loss_weight),
+}
+PARTS = tuple(part for loss in LOSSES.values() for part in loss.parts)
+
+
+def counts(config: FusionConfig, batch: Batch) -> dict[str, Float[Array, ""]]:
+    """What the sum of each part is divided by, by its name."""
+    return {name: x for loss in LOSSES.values() for name, x in zip(loss.parts, loss.counts(config, batch), strict=True)}
+
+
+def total_and_parts(
+    config: FusionConfig, outputs: Outputs, totals: dict[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The total loss and its parts, each the sum over this batch divided by the count in `totals`; float32 scalars."""
+    shares, parts = [], {}
+    for loss in LOSSES.values():
+        weight = loss.weight(config)
+        sums = loss.sums(config, outputs) if weight > 0 else (jnp.float32(0),) * len(loss.parts)
+        means = [value / jnp.maximum(totals[name], 1.0) for name, value in zip(loss.parts, sums, strict=True)]
+        parts |= dict(zip(loss.parts, means))
+        shares.append(weight * functools.reduce(operator.add, means))
+    return functools.reduce(operator.add, shares), parts

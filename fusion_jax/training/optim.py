@@ -1,7 +1,7 @@
-"""AdamW with learning rates by parameter path, freezing by path, and the published schedule.
+"""Optimizers, learning rates and freezing by parameter path, and the published schedule.
 
-Of a frozen word embedding some rows may learn (`StageConfig.learn_rows`): new tokens of a language model that stays as
-it is. Its gradient is zero elsewhere, and clipping, moments and decay see these rows alone.
+`StageConfig.learn_rows` lets some rows of a frozen word embedding learn: new tokens of an otherwise frozen language
+model. The embedding's gradient is zero in all other rows, and clipping, moments and decay apply to these rows alone.
 """
 
 import math
@@ -21,11 +21,11 @@ EMBEDDING = "llm/embedding"
 
 
 def labels(stage: StageConfig, params) -> dict:
-    """For every parameter the pattern that sets its learning rate, `default`, `frozen`, or `rows`: some of it learn.
+    """Labels each parameter: the pattern that sets its learning rate, `default`, `frozen`, or `rows` (some rows learn).
 
     Raises:
-      UserError: a pattern is no regular expression or matches no parameter; `learn_rows` of what is not frozen, or
-        beyond the vocabulary.
+      UserError: a pattern is not a regular expression or matches no parameter; `learn_rows` are outside the vocabulary,
+        or the embedding is not frozen.
     """
     flat = flatten_dict(params, sep="/")
     paths = list(flat)
@@ -56,20 +56,20 @@ def labels(stage: StageConfig, params) -> dict:
 
 
 def decays(params) -> dict:
-    """True where weight decay applies: everything but norms and biases."""
+    """Whether weight decay applies to each parameter: to all but norms and biases."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def cosine(step: float, steps: int, warmup_ratio: float) -> float:
     """The published schedule, as a factor: linear from 0 over the warm-up, then a half cosine to 0 at `steps`."""
-    warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, with the float's own rounding cut off
+    warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, without the rounding error of the product
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(steps - warmup, 1))))
 
 
 def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.float32]:
-    """Learning rate per label for the step that follows `step` earlier ones (`loader.Fed.done`)."""
+    """The learning rate of each label for the step after `step` earlier ones (`loader.Fed.done`)."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
     if stage.learn_rows:
@@ -78,7 +78,7 @@ def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.
 
 
 def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
-    """UserError where so many steps of the stage would leave all parameters as they are.
+    """UserError if a stage of this number of steps would not change any parameter.
 
     Args:
       params: arrays or shapes.
@@ -91,7 +91,7 @@ def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
         any(np.float32(unscaled[label]) > 0 for label in used),
         f"{nothing} learning_rate is 0 for all that are not frozen; raise it, or leave the stage out.",
     )
-    # Two steps are enough to see it: behind the first the rate is above 0.
+    # Two steps are enough to see it: after the first the rate is above 0.
     rates = [learning_rates(stage, step, steps) for step in range(min(steps, 2))]
     check(
         any(rate[label] > 0 for rate in rates for label in used),
@@ -101,32 +101,34 @@ def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
 
 
 def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraArgs:
-    """Clipping and Adam without the learning rate, which the train step applies by label.
+    """The optimizer of a stage, without the learning rate, which the train step applies by label.
 
-    Frozen parameters have no moments; their gradients must already be zero. Updates of the embedding are (rows, D)
-    where only `learn_rows` of it learn. `update` also takes the `squares` of the gradients and their global `norm`.
+    Frozen parameters have no moments; their gradients must already be zero. If only `learn_rows` of the embedding
+    learn, its updates are (rows, D). `update` also takes the `squares` of the gradients and their global `norm`.
     """
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
-    # The state has the form of optax's chain of clipping, Adam and decay, which older checkpoints are of.
-    tx = optax.chain(optax.identity(), optax.masked(_adamw(stage), trained, mask_compatible_extra_args=True))
+    # The state has the structure of optax's chain of clipping, Adam and decay, as in older checkpoints.
+    tx = optax.chain(
+        optax.identity(), optax.masked(OPTIMIZERS["adamw"](stage), trained, mask_compatible_extra_args=True)
+    )
     return _on_rows(tx, stage.learn_rows) if stage.learn_rows else tx
 
 
 def squares(grads) -> dict:
-    """The sum of squares of every parameter's gradient, float32 scalars: norms are computed from them."""
+    """The sum of squares of every parameter's gradient, as float32 scalars, from which norms are computed."""
     return jax.tree.map(lambda g: jnp.sum(g * g), grads)
 
 
 def norm(squares) -> jax.Array:
-    """The global norm of what the sums of squares are of."""
+    """The global norm of a tree, from its sums of squares."""
     return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW that leaves alone what had no part in a step, as PyTorch's does.
+    """AdamW (Loshchilov & Hutter, 2019) that does not change parameters without a part in a step, like PyTorch's.
 
-    That is a parameter whose gradient's square is 0 (the table of another l^2, the encoder where a batch is text
-    alone): it, its moments and its count of steps stay as they are. Every parameter has its own count, since the count
+    If the squared gradient of a parameter is 0 (the latent table of another l^2; the encoder in a batch of text alone),
+    the parameter, its moments and its count of steps stay as they are. Every parameter has its own count, which
     corrects the bias of its moments: an int32 vector in the order of the leaves.
     """
     moments = optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment)
@@ -150,7 +152,7 @@ def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, decays: bool):
-    """Update and moments of one parameter."""
+    """The update and the moments of one parameter."""
     if stage.clip_norm > 0:
         g = jnp.where(norm < stage.clip_norm, g, g / norm * stage.clip_norm)
     first = stage.b1 * mu + (1 - stage.b1) * g
@@ -162,8 +164,15 @@ def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, d
     return jnp.where(used, update, 0), jnp.where(used, first.astype(mu.dtype), mu), jnp.where(used, second, nu)
 
 
+# An optimizer is one function of the stage. What it returns takes `update(grads, state, params, *, norm, squares)` and
+# gives updates before the learning rate, decay included: it clips by the global `norm` of the gradients, and leaves
+# alone a parameter whose entry of `squares` is 0. Freezing, rates by path, the schedule and the guard against updates
+# that are not finite come around it, and checkpoints, shardings and the planned memory follow the state of its `init`.
+OPTIMIZERS = {"adamw": _adamw}
+
+
 def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -> optax.GradientTransformationExtraArgs:
-    """`tx` for trees in which the embedding is these rows of it."""
+    """Applies `tx` to trees in which the embedding is replaced by some of its rows."""
 
     def cut(tree):
         def one(path, leaf):
@@ -178,7 +187,7 @@ def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -
 
 
 def freeze(params, label_tree, rows: tuple[int, ...] = ()):
-    """Stops gradients at frozen parameters, so that none is computed for them, and at all rows but `rows` of `ROWS`."""
+    """Stops gradients at frozen parameters, so that they are not computed, and at all but `rows` of a `ROWS` one."""
 
     def stop(p, label):
         if label == ROWS:
@@ -189,12 +198,12 @@ def freeze(params, label_tree, rows: tuple[int, ...] = ()):
 
 
 def changes(updates, rates: dict[str, jax.Array], label_tree):
-    """What a step subtracts from the parameters: rate * updates, the rate by label; None where they are frozen."""
+    """What a step subtracts from the parameters: rate * update, with the rate of the label; None if frozen."""
     return jax.tree.map(lambda u, label: None if label == FROZEN else rates[label] * u, updates, label_tree)
 
 
 def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
-    """params - changes; of `ROWS` the changes are those of `rows`."""
+    """params - changes; the changes of a `ROWS` parameter are those of `rows`."""
 
     def step(change, p, label):
         if label == ROWS:
@@ -208,5 +217,5 @@ def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
 
 
 def group_norms(squares) -> dict[str, jax.Array]:
-    """Global norm of the gradients of every top-level module, float32 scalars by name."""
+    """The global norm of the gradients of each top-level module, as float32 scalars by name."""
     return {name: norm(part) for name, part in squares.items()}

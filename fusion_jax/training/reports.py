@@ -1,6 +1,6 @@
-"""What a stage tells of itself beside its losses in training: validation, answers to read, benchmarks.
+"""The reports of a stage during training: validation, sample answers and benchmarks.
 
-None of it is worth a step: it runs behind the step's save, and what fails is said, counted and left out.
+No report may cost a training step: it runs after the step is saved, and one that fails is logged, counted and left out.
 """
 
 import contextlib
@@ -8,11 +8,10 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 
-from fusion_jax.batch import Batch
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import conversation
 from fusion_jax.data.tokenizer import Tokenizer
@@ -24,48 +23,53 @@ from fusion_jax.files import printable
 from fusion_jax.inference import generate
 from fusion_jax.inference.prompts import first_question
 from fusion_jax.models import fusion
-from fusion_jax.training import ending, losses, metrics, state, watch
-from fusion_jax.training import step as train_step
+from fusion_jax.training.step import compile_evaluation
+from fusion_jax.training.stopping import Stop, is_process_lost
 from fusion_jax.training.validation import Validation
+from fusion_jax.training.watch import Watch
+from fusion_jax.training.writer import Writer
 
 log = logging.getLogger("fusion_jax")
 
-_PATIENCE = 300.0  # seconds that processes wait for each other behind a report
-_FAILED_PATIENCE = 20.0  # the same for one whose report failed: the others may wait for it inside a collective
+_PATIENCE = 300.0  # seconds for which processes wait for each other after a report
+_FAILED_PATIENCE = 20.0  # the same for a process whose report failed: the others may wait for it in a collective
 
 
+@dataclass
 class Reports:
-    """The reports of one stage, which go to its metrics, to TensorBoard and to the log."""
+    """Makes the reports of one stage, and writes them to its metrics, to TensorBoard and to the log."""
 
-    def __init__(self, config, stage, mesh, tokenizer, validation, model, writer, stop):
-        self.config: RunConfig = config
-        self.stage: StageConfig = stage
-        self.mesh: jax.sharding.Mesh = mesh
-        self.tokenizer: Tokenizer = tokenizer
-        self.validation: Validation | None = validation
-        self.model: fusion.Fusion = model
-        self.writer: metrics.Writer = writer
-        self.stop: watch.Stop = stop
-        self._failed: Counter[str] = Counter()
-        self._planned: list[FixedBatch] | None = None  # validation's batches
+    config: RunConfig
+    stage: StageConfig
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    validation: Validation | None
+    model: fusion.Fusion
+    writer: Writer
+    stop: Stop
+    _failed: Counter[str] = field(init=False, default_factory=Counter)  # by kind of report
+    _planned: list[FixedBatch] | None = field(init=False, default=None)  # validation's batches
 
     @functools.cached_property
     def _evaluate(self) -> sharding.OnMesh:
         return compile_evaluation(self.model, self.mesh)
 
-    def run(self, step: int, params, phase: watch.Watch, last: bool) -> bool:
-        """Those that are due behind a step and not yet written; whether any was. A request to stop goes first: the run
-        that goes on from this step does them.
+    def run(self, step: int, params, phase: Watch, last: bool) -> bool:
+        """Makes the reports that are due after a step and not yet written; returns whether there was one.
 
-        Args: last: it is the stage's last step."""
+        After a request to stop none is made: the run that continues from this step makes them.
+
+        Args:
+          last: this is the last step of the stage.
+        """
         ran = False
-        for what, doing, due, report in (
+        for kind, doing, due, report in (
             ("validation", "validating", self._validates_at, self._validate),
             ("evaluation", "evaluating", self._evaluates_at, self._evaluate_tasks),
         ):
-            if due(step, last) and not self.stop.requested and not self._has(step, what):
+            if due(step, last) and not self.stop.requested and not self._has(step, kind):
                 ran = True
-                with phase(doing), self._survived(step, what):
+                with phase(doing), self._tolerate(step, kind):
                     report(step, params)
         if ran:
             self.writer.publish()
@@ -73,7 +77,7 @@ class Reports:
 
     def failures(self) -> dict[str, int]:
         """How many reports of each kind have failed, for the metrics."""
-        return {f"failed/{what}": count for what, count in self._failed.items()}
+        return {f"failed/{kind}": count for kind, count in self._failed.items()}
 
     def _validates_at(self, step: int, last: bool) -> bool:
         every = self.config.validate_every
@@ -83,36 +87,35 @@ class Reports:
         every = self.config.evaluate_every
         return bool(step and every and step % every == 0)
 
-    def _has(self, step: int, what: str) -> bool:
-        """Whether an earlier start has written it. What the first process has decides: all must do the same."""
-        return distributed.gather(self.writer.has(step, f"{what}/"))[0]
+    def _has(self, step: int, kind: str) -> bool:
+        """Whether an earlier start has written the report. The first process decides, as all must do the same."""
+        return distributed.gather(self.writer.has(step, f"{kind}/"))[0]
 
     @contextlib.contextmanager
-    def _survived(self, step: int, what: str) -> Iterator[None]:
-        """The log says what failed, and training goes on.
+    def _tolerate(self, step: int, kind: str) -> Iterator[None]:
+        """Logs the error of a report, so that training goes on.
 
-        With several processes it does so only where all of them come to the end of the report, failed or not. One that
-        fails while the others wait for it inside a compiled program cannot be survived: it soon raises.
+        With several processes all must reach the end of the report, failed or not. If one fails while the others wait
+        for it inside a compiled program, training cannot go on, and an error is raised after a short time.
         """
-        trouble = None
+        failure = None
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or ending.is_lost(error)):
+            if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or is_process_lost(error)):
                 raise  # another process is gone, or all are out of step
-            trouble = error
-        if not distributed.meet(f"{self.stage.name}/{step}/{what}", _FAILED_PATIENCE if trouble else _PATIENCE):
-            raise trouble or RuntimeError(f"not every process came to the end of the {what} behind step {step}")
-        if trouble is None:
+            failure = error
+        if not distributed.meet(f"{self.stage.name}/{step}/{kind}", _FAILED_PATIENCE if failure else _PATIENCE):
+            raise failure or RuntimeError(f"not every process reached the end of the {kind} after step {step}")
+        if failure is None:
             return
-        self._failed[what] += 1
-        reason = f"{type(trouble).__name__}: {first_line(trouble)}"
-        name, times = self.stage.name, self._failed[what]
-        log.warning("%s %d  %s failed (%s), %d time(s) so far; training goes on", name, step, what, reason, times)
+        self._failed[kind] += 1
+        reason = f"{type(failure).__name__}: {first_line(failure)}"
+        name, times = self.stage.name, self._failed[kind]
+        log.warning("%s %d  %s failed (%s), %d time(s) so far; training goes on", name, step, kind, reason, times)
 
     def _validate(self, step: int, params) -> None:
-        """Validation losses, and answers to the first questions, to the log and TensorBoard. A request to stop ends it
-        without a word."""
+        """Writes validation losses, and answers to the first questions. A request to stop ends it without a report."""
         validation, mesh = self.validation, self.mesh
         shards = sharding.batch_shards(mesh)
         if self._planned is None:
@@ -132,22 +135,24 @@ class Reports:
         self.writer.scalars(step, {f"validation/{name}": value for name, value in figures.items()})
         gaps = f", {planned - samples} left out" if samples < planned else ""
         log.info("%s %d  validation ce %.4f (%d samples%s)", self.stage.name, step, means["ce"], samples, gaps)
-        shown = self._sample_answers(params)
-        if shown:
-            self.writer.text(step, "answers", "\n\n".join(shown))
+        answers = self._sample_answers(params)
+        if answers:
+            self.writer.text(step, "answers", "\n\n".join(answers))
 
     def _evaluate_tasks(self, step: int, params) -> None:
-        """Scores of the config's benchmarks, into the metrics and the log."""
+        """Writes the scores of the config's benchmarks."""
         config = self.config
         answerer = generate.Answerer(self.model, params, config, self.tokenizer, mesh=self.mesh)
         scores = evaluate_tasks(answerer, config.evaluation_tasks, config.evaluation_data, config.evaluation_limit)
         self.writer.scalars(step, {f"evaluation/{name}": score for name, score in scores.items()})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        log.info("%s %d  evaluation  %s", self.stage.name, step, shown)
+        text = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        log.info("%s %d  evaluation  %s", self.stage.name, step, text)
 
     def _sample_answers(self, params) -> list[str]:
-        """The first questions of the validation records that every process can use, with the model's answers, as
-        Markdown. A record that fits the stage has a first question that does."""
+        """The first questions of validation records that every process can use, with the model's answers, as Markdown.
+
+        If a record fits into the stage, so does its first question.
+        """
         maker, source = self.validation.loader.maker, self.validation.loader.source
         prompts, expected = [], []
         for measured in self.validation.records:
@@ -166,29 +171,9 @@ class Reports:
         if not prompts:
             return []
         answerer = generate.Answerer(self.model, params, self.config, self.tokenizer, len(prompts), mesh=self.mesh)
-        shown = []
+        texts = []
         for prompt, answer, wanted in zip(prompts, answerer.answer(prompts), expected):
             question = " ".join(prompt.turns[0]["value"].replace(conversation.IMAGE_TAG, "").split())
             name = printable(prompt.image_path.name) if prompt.image_path else "text"
-            shown.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
-        return shown
-
-
-def evaluate(model: fusion.Fusion, params, batch: Batch):
-    """Sums of the losses and what they are divided by, float32 scalars; among the latter also the `samples`."""
-    totals = losses.counts(batch, model.config.vision.patches)
-    _, means = train_step.loss_and_parts(model, params, batch, totals)
-    samples = batch.segment_ids.max(axis=1).sum().astype(jnp.float32)
-    return {name: mean * totals[name] for name, mean in means.items()}, totals | {"samples": samples}
-
-
-def compile_evaluation(model: fusion.Fusion, mesh: jax.sharding.Mesh) -> sharding.OnMesh:
-    """The jitted `evaluate` (params, batch) -> (sums, counts); arguments lie as those of `train_step.compile_step`."""
-    places = jax.tree.map(lambda x: x.sharding, state.abstract_parameters(model.config, mesh))
-    jitted = jax.jit(
-        functools.partial(evaluate, model),
-        in_shardings=(places, sharding.of_rows(mesh)),
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=train_step.compiler_options(mesh),
-    )
-    return sharding.OnMesh(jitted, mesh)
+            texts.append(f"**{name}** {question}  \nmodel: {answer}  \nrecord: {wanted}")
+        return texts

@@ -1,4 +1,4 @@
-"""What a run may change when it goes on from a checkpoint, and what it may not."""
+"""Compares a run with the checkpoint that it continues from: what may have changed, and what must not."""
 
 import dataclasses
 import logging
@@ -7,71 +7,77 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.data.tokenizer_files import TOKENIZER_FILES
 from fusion_jax.errors import UserError
 from fusion_jax.files import parse_json, read_file
 from fusion_jax.models.config import FusionConfig, replace
-from fusion_jax.training import checkpoint, integrity, loading, transfer
-from fusion_jax.training.about import always_bos, config_of, conversation_ids
+from fusion_jax.training import integrity
+from fusion_jax.training.about import always_bos, config_of, conversation_ids, load_about, save_tokenizer
+from fusion_jax.training.checkpoint_folders import steps_in
 from fusion_jax.training.input_check import differences
+from fusion_jax.training.loading import find_checkpoint
 
 log = logging.getLogger("fusion_jax")
 
 _VISION_SIZES = ("image_size", "patch_size", "width", "mlp_dim", "layers", "heads")
 _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qkv_bias", "tied_head")
 
-# The rest may change between two starts: learning rates, schedule length, loss weight, dtype, accumulation, reports,
-# places of files, devices. These would make another state, or another order of the data, of what is continued.
+# These would change the state, or the order of the data, of the stage that continues. All others may change between two
+# starts: learning rates, length of the schedule, loss weight, dtype, accumulation, reports, paths of files, devices.
 _RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
 _STAGE += ("learn_rows",)
 _MODEL_FREE = ("mapping_loss_weight",)
-# What may be changed on purpose, and is then to be named in --accept_changed.
+# May change on purpose, if named in --accept_changed.
 INPUTS = ("data", "tokenizer", "template")
 
 
 def newest_about(folder: Path) -> dict[str, Any] | None:
-    """`about` of the newest checkpoint in a stage's checkpoint folder that can be read; None where none can.
+    """`about` of the newest readable checkpoint in a stage's checkpoint folder; None if none can be read.
 
-    The log says which are passed over.
+    The log says which are skipped.
     """
-    for step in reversed(checkpoint.steps_in(folder)):
-        found = integrity.problem(folder / str(step), parts=("about",))
+    for step in reversed(steps_in(folder)):
+        damage = integrity.problem(folder / str(step), parts=("about",))
         try:
-            if found is None:
-                return checkpoint.load_about(folder / str(step))
-            log.warning("checkpoint %s is damaged: %s; its config is not looked at", folder / str(step), found)
+            if damage is None:
+                return load_about(folder / str(step))
+            log.warning("checkpoint %s is damaged: %s; its config is ignored", folder / str(step), damage)
         except UserError as error:
             log.warning("%s", error)
     return None
 
 
 def raise_unreadable(folder: Path) -> None:
-    """UserError of a stage's checkpoint folder in which `newest_about` finds nothing; says why of the newest."""
-    step = checkpoint.steps_in(folder)[-1]
+    """Raises the UserError of a checkpoint folder in which `newest_about` finds nothing; it explains the newest."""
+    step = steps_in(folder)[-1]
     why = integrity.problem(folder / str(step), parts=("about",))
     if why is None:
         try:
-            checkpoint.load_about(folder / str(step))
+            load_about(folder / str(step))
         except UserError as error:
             why = str(error).rstrip(".")
     raise UserError(
-        f"No checkpoint in {folder} is whole (step {step}: {why}); move that folder away to begin the stage again."
+        f"No checkpoint in {folder} is intact (step {step}: {why}); move that folder away to begin the stage again."
     )
 
 
 def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig, Tokenizer, dict]:
-    """Starting from a checkpoint: the config with what its weights decide, the tokenizer, and the checkpoint's origin.
+    """Prepares a start from a checkpoint.
 
-    Without a tokenizer in the config both it and the template are the checkpoint's; its files are put into `scratch`.
-    With another one the log says so. UserError as `checkpoint.find`, `continue_model` and `load_tokenizer`.
+    If the config names no tokenizer, tokenizer and template are the checkpoint's, and its files are written to
+    `scratch`; if it names another one, the log says so.
+
+    Returns:
+      The config with the values that depend on the checkpoint's weights, the tokenizer, and the checkpoint's origin.
+
+    Raises:
+      UserError: as `find_checkpoint`, `continue_model` and `load_tokenizer`.
     """
-    folder = checkpoint.find(source)
-    about = checkpoint.load_about(folder)
+    folder = find_checkpoint(source)
+    about = load_about(folder)
     config = dataclasses.replace(config, model=continue_model(config.model, about, str(source)))
     if str(source) == config.init_from:
         other = [
@@ -91,54 +97,19 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
         if template != config.template:
             log.info("the template is the checkpoint's, %s, and not %s", template, config.template)
         config = dataclasses.replace(config, template=template)
-        checkpoint.save_tokenizer(about, Path(scratch))
+        save_tokenizer(about, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     return config, tokenizer, about.get("origin", {})
 
 
-def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
-    """The step folder that `config.init_from` means, and its parameters in shapes, dtypes and shardings of `like`.
-
-    What `config.init_without` names is not taken from there, but begun anew where the model has it. With several
-    processes all use the same. UserError as `loading.use` and `load_params`.
-    """
-
-    def load(folder: Path) -> tuple[Path, dict]:
-        about, params, problem = checkpoint.load_about(folder), None, None
-        if continue_model(config.model, about, str(folder)) != config.model:
-            raise UserError(f"{folder} is of another model than {config.init_from} has by now; give a step folder.")
-        try:
-            saved = config_of(about, folder).model
-            params = transfer.take(folder, saved, config.model, like, config.init_without, config.seed)
-        except loading.Damaged as error:
-            problem = error
-        checkpoint.read_by_all(folder, problem)
-        if not checkpoint.all_agree(params is not None):
-            raise problem or loading.unreadable(folder, "another process says why")
-        assert params is not None
-        return folder, params
-
-    return loading.use(config.init_from, load)
-
-
-def check_initial(config: RunConfig, shapes: dict) -> None:
-    """UserError where the model, whose parameters have these shapes, cannot begin with those of `config.init_from`."""
-
-    def look(folder: Path) -> None:
-        saved = config_of(checkpoint.load_about(folder), folder).model
-        transfer.plan(folder, saved, config.model, flatten_dict(shapes, sep="/"), config.init_without)
-
-    loading.use(config.init_from, look)
-
-
 def check(config: RunConfig, stage: StageConfig, about: dict[str, Any], where: Path) -> None:
-    """Compares a config with that of the checkpoint which its stage goes on from.
+    """Compares a config with that of the checkpoint from which its stage continues.
 
     Args:
-      where: the checkpoint, for the message.
+      where: the checkpoint, for the error.
 
     Raises:
-      UserError: values differ that the state depends on; names them all.
+      UserError: values on which the state depends differ; names them all.
     """
     saved = config_of(about, where)
     if config.tokenizer and always_bos(about, where) and not load_tokenizer(config.tokenizer, own=True).adds_bos:
@@ -169,14 +140,14 @@ def check_inputs(
     where: Path,
     accepted: Sequence[str] = (),
 ) -> None:
-    """Compares what a run reads with what was read for the checkpoint that its stage goes on from.
+    """Compares the inputs of a run with those of the checkpoint from which its stage continues.
 
     Args:
-      data: the stage's, of `RecordSource.describe`; None where nothing of it is trained any more.
-      accepted: those of `INPUTS` that may be others; the log says what is other about them.
+      data: of the stage, from `RecordSource.describe`; None if the stage is over.
+      accepted: those of `INPUTS` that may differ; the log says how they do.
 
     Raises:
-      UserError: something else has changed; names it all.
+      UserError: another input has changed; names all that have.
     """
     different = _text_differences(config, tokenizer, about, where)
     if data is not None:
@@ -203,7 +174,7 @@ def _data_differences(stage: StageConfig, data: list[dict[str, Any]], about: dic
 
 
 def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, Any], where: Path) -> dict[str, str]:
-    """What would make other tokens of the same texts, in words, by the key in `INPUTS`."""
+    """Descriptions of what makes other tokens of the same texts, by the key in `INPUTS`."""
     different = {}
     theirs = config_of(about, where).template
     if config.template != theirs:
@@ -218,9 +189,9 @@ def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, 
 
 
 def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
-    """Names of the tokenizer's files that are not the checkpoint's (as `checkpoint.save_tokenizer` gives those)."""
+    """Names of the tokenizer's files that differ from the checkpoint's (as `checkpoint.save_tokenizer` writes them)."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint.save_tokenizer(about, Path(scratch))
+        save_tokenizer(about, Path(scratch))
         folders = tokenizer.folder, Path(scratch)
         known = [name for name in TOKENIZER_FILES if about.get("format", 1) >= 2 or not name.endswith(".jinja")]
         pairs = {name: [read_file(f / name) if (f / name).is_file() else None for f in folders] for name in known}
@@ -228,7 +199,7 @@ def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
 
 
 def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
-    """JSON may be written in another way."""
+    """Whether two files have equal contents; JSON may be formatted differently."""
     if ours is None or theirs is None or ours == theirs:
         return ours == theirs
     try:
@@ -238,7 +209,7 @@ def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
 
 
 def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, value, value) of all leaves of two equal kinds of dataclasses."""
+    """(path, value, value) of all leaves of two dataclasses of the same type."""
     pairs = []
     for field in dataclasses.fields(ours):
         a, b, name = getattr(ours, field.name), getattr(theirs, field.name), f"{prefix}{field.name}"
@@ -250,9 +221,9 @@ def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, An
 
 
 def continue_model(config: FusionConfig, about: dict[str, Any], where: str) -> FusionConfig:
-    """The model that a run of `config` trains when it starts from a checkpoint: tower and decoder are the checkpoint's.
+    """The model config of a run that starts from a checkpoint, whose vision tower and decoder it takes over.
 
-    A config for a published size need not know the numbers that come with the weights (vocabulary, rotary factors).
+    A config for a published size need not have the numbers that come with the weights (vocabulary, rotary factors).
 
     Raises:
       UserError: their sizes differ; names the values.

@@ -1,4 +1,4 @@
-"""The training state: a pytree of arrays, and its abstract twin of shapes and shardings."""
+"""The training state: a pytree of arrays, and its shapes and shardings."""
 
 import functools
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from fusion_jax.models.config import FusionConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """All that a step changes.
 
     Attributes:
-      step: int32, steps taken, skipped ones included: it names the next batch.
-      params: float32 masters. opt_state: of `optim.optimizer`.
-      skipped: int32, steps skipped so far as loss, gradient or update were not finite; skipped_in_row: without one good
-        step between.
+      step: int32, number of steps taken, including skipped ones; it identifies the next batch.
+      params: float32 master weights. opt_state: of `optim.optimizer`.
+      skipped: int32, number of steps skipped so far because loss, gradient or update were not finite.
+      skipped_in_row: int32, number of steps skipped since the last good one.
     """
 
     step: jax.Array
@@ -35,7 +35,7 @@ class TrainState:
 
 @functools.cache
 def _boxed_parameters(config: FusionConfig):
-    """Parameter shapes with their logical axes; nothing is computed."""
+    """Shapes of the parameters with their logical axes; nothing is computed."""
     return jax.eval_shape(fusion.Fusion(config).init, jax.random.key(0), fusion.example_batch(config))["params"]
 
 
@@ -65,20 +65,20 @@ def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState
 
 
 def initial_parameters(config: FusionConfig, seed: int, mesh: Mesh):
-    """Random float32 parameters, each device making its own part: the same values on every mesh."""
+    """Random float32 parameters, with the same values on every mesh; each device computes its own shard."""
     places = sharding.of_parameters(_boxed_parameters(config), mesh)
     return fusion.init(config, jax.random.key(seed), places)
 
 
 def create(params, tx: optax.GradientTransformation) -> TrainState:
     """A state at step 0 with a fresh optimizer."""
-    # Three buffers, not one thrice: the step donates them.
+    # Three buffers, not the same one three times: the step donates them.
     step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, tx.init(params), skipped, in_row)
 
 
 def begin(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """`create` on a mesh: the parameters stay where they are, the optimizer's state is made in its place.
+    """`create` on a mesh: the parameters stay where they are, and the optimizer's state is created in its shards.
 
     `params` become part of the state, whose buffers the step donates.
     """

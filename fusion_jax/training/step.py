@@ -1,4 +1,4 @@
-"""The pure training step: loss, accumulation, update, metrics."""
+"""The pure training step (loss, accumulation, update, metrics), and the evaluation of the losses."""
 
 import functools
 
@@ -15,8 +15,8 @@ from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses, optim, state
 from fusion_jax.training.state import TrainState
 
-# By default the TPU compiler cuts a product with a dealt weight into as many as there are parts, each a hop of the ring
-# away: over 128 chips they are 32 wide, which idles the matrix unit, and take many minutes to compile.
+# By default the TPU compiler splits a product with a sharded weight into one product per shard, each a hop of the ring
+# away: over 128 chips they are 32 wide, which leaves the matrix unit idle, and take many minutes to compile.
 TPU_OPTIONS = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
@@ -24,15 +24,14 @@ TPU_OPTIONS = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler is told of a program for the mesh's devices."""
+    """Options of the compiler for a program on the devices of a mesh."""
     return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """CE + lambda (L_v2t + L_t2v), each a sum over this batch divided by `totals` (default: this batch's own counts).
+    """The total loss (float32 scalar) and its parts by name (`losses.PARTS`), from a forward pass.
 
-    Returns:
-      The total loss (float32 scalar) and its parts: `ce`, `v2t`, `t2v`.
+    Each part is a sum over this batch divided by its count in `totals`, by default the counts of this batch.
     """
     hidden, visual, _ = model.apply({"params": params}, batch)
     return losses_of(model, params, batch, hidden, visual, totals)
@@ -40,28 +39,19 @@ def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[ja
 
 def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
     """`loss_and_parts` from the results of a forward pass."""
-    config = model.config
-    totals = losses.counts(batch, config.vision.patches) if totals is None else totals
-    kernel = head_kernel(config, params).astype(model.dtype)
-    sums = {
-        "ce": losses.cross_entropy_sum(hidden, kernel, batch.targets, batch.loss_weights, config.llm.vocab_size),
-        "v2t": jnp.float32(0),
-        "t2v": jnp.float32(0),
-    }
-    if visual is not None and config.mapping_loss_weight > 0:
-        sums["v2t"], sums["t2v"] = losses.mapping_loss_sums(visual, batch.crop_kind, batch.crop_text_mask)
-    parts = {name: value / jnp.maximum(totals[name], 1.0) for name, value in sums.items()}
-    return parts["ce"] + config.mapping_loss_weight * (parts["v2t"] + parts["t2v"]), parts
+    totals = losses.counts(model.config, batch) if totals is None else totals
+    kernel = head_kernel(model.config, params).astype(model.dtype)
+    return losses.total_and_parts(model.config, losses.Outputs(batch, hidden, visual, kernel), totals)
 
 
-# The last names of parameters that only matrix products read, in the dtype of the computation.
+# The last names of parameters that only matrix products read, in the compute dtype.
 _PRODUCTS = ("kernel", "in", "head")
 
 
 def _cast_products(params, dtype):
-    """Weights of matrix products as the layers would cast them: once a step, not at every use in every microbatch.
+    """Casts weights of matrix products as the layers would, but once a step and not at each use in each microbatch.
 
-    Gradients of them come out of the products in that dtype, and are held in it until they are summed.
+    Their gradients have the same dtype, in which they are kept until they are summed.
     """
     flat = flatten_dict(params)
     return unflatten_dict({path: x.astype(dtype) if path[-1] in _PRODUCTS else x for path, x in flat.items()})
@@ -98,21 +88,21 @@ def train_step(
 
     Args:
       label_tree: `optim.labels` of the parameters. places: shardings of the state on `mesh`.
-      batch: B must be divisible by `stage.accumulation` times the devices that rows are dealt over.
-      rates: learning rate per label. Arguments, so that stages of equal shapes are one compiled program.
+      batch: B must be divisible by `stage.accumulation` times the number of devices that share its rows.
+      rates: learning rate per label. They are arguments, so that stages of equal shapes share a compiled program.
 
     Returns:
-      The new state and float32 scalars: total, ce, v2t, t2v, grad_norm (also by module), update_norm (of what is
-      subtracted from the parameters, rates and decay included), skipped, text_tokens, visual_tokens.
+      The new state and float32 scalars: total and its parts (`losses.PARTS`), grad_norm (also by module), update_norm
+      (of what is subtracted from the parameters, rates and decay included), skipped, text_tokens, visual_tokens.
     """
-    totals = losses.counts(batch, model.config.vision.patches)
+    totals = losses.counts(model.config, batch)
 
     def loss(params, part):
         return loss_and_parts(model, optim.freeze(params, label_tree, stage.learn_rows), part, totals)
 
     def grad_fn(params, part):
         values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-        # Scattered as soon as they are made: no device ever holds all gradients.
+        # Scattered as soon as they are computed: no device ever holds all gradients.
         return values, sharding.constrain(grads, places.params)
 
     weights = _cast_products(old.params, model.dtype)
@@ -124,7 +114,7 @@ def train_step(
         updates, opt_state = tx.update(grads, opt_state, params, norm=grad_norm, squares=squares)
         return optim.changes(updates, rates, label_tree), opt_state
 
-    # Computed twice, the first time for its norm alone: kept for both it would be one more copy of all parameters.
+    # Computed twice, first for the norm alone: kept for both uses, it would take a copy of all parameters.
     first, _ = change(*jax.lax.optimization_barrier((grads, old.opt_state, old.params)))
     update_norm = optim.norm(optim.squares(first))
     changes, opt_state = change(grads, old.opt_state, old.params)
@@ -158,9 +148,9 @@ def train_step(
 
 
 def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) -> sharding.OnMesh:
-    """The jitted step (state, batch, rates) -> (state, metrics); the old state's buffers are reused.
+    """The jitted step (state, batch, rates) -> (state, metrics), which reuses the buffers of the old state.
 
-    The state lies as `state.abstract` says, the batch as `sharding.put_batch` puts it.
+    The state is sharded as in `state.abstract`, the batch as by `sharding.put_batch`.
     """
     params = state.abstract_parameters(model.config, mesh)
     places = jax.tree.map(lambda x: x.sharding, state.abstract(params, tx, mesh))
@@ -171,6 +161,26 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
+    return sharding.OnMesh(jitted, mesh)
+
+
+def evaluate(model: Fusion, params, batch: Batch):
+    """Sums of the losses and their counts, float32 scalars by name; the counts include the number of `samples`."""
+    totals = losses.counts(model.config, batch)
+    _, means = loss_and_parts(model, params, batch, totals)
+    samples = batch.segment_ids.max(axis=1).sum().astype(jnp.float32)
+    return {name: mean * totals[name] for name, mean in means.items()}, totals | {"samples": samples}
+
+
+def compile_evaluation(model: Fusion, mesh: Mesh) -> sharding.OnMesh:
+    """The jitted `evaluate` (params, batch) -> (sums, counts); arguments are sharded as in `compile_step`."""
+    places = jax.tree.map(lambda x: x.sharding, state.abstract_parameters(model.config, mesh))
+    jitted = jax.jit(
+        functools.partial(evaluate, model),
+        in_shardings=(places, sharding.of_rows(mesh)),
+        out_shardings=sharding.replicated(mesh),
         compiler_options=compiler_options(mesh),
     )
     return sharding.OnMesh(jitted, mesh)

@@ -1,4 +1,4 @@
-"""The validation data of a stage: which of the first records can be used, known before anything is trained."""
+"""The validation data of a stage: its first usable records, measured before anything is trained."""
 
 import json
 import logging
@@ -18,17 +18,17 @@ from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.data.validation_batches import FixedBatch, first_records, fixed_batches, plan_all
 from fusion_jax.devices import distributed
 from fusion_jax.errors import BadRecord, UserError
-from fusion_jax.training import metrics
+from fusion_jax.training.jsonl import read_rows
 
 log = logging.getLogger("fusion_jax")
 
 _MARK = "validation"  # in bad_records.jsonl
-# Of a stage; they decide which records can be used, and how many.
+# Fields of a stage that decide which records can be used, and how many.
 SIZES = ("max_length", "max_question_length", "max_rounds", "max_images", "batch_size")
 
 
 class NothingUsable(UserError):
-    """None of the validation records can be used in a stage."""
+    """No validation record can be used in a stage."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Validation:
     """The first usable records of the validation data, in the sizes of one stage.
 
     Attributes:
-      records: measured, in the order of the file; the same in every process. bad: those among them that cannot be
-        used, as far as texts and the headers of images tell, which process 0 alone looks at. broken: those that turned
-        out to be bad in this process's rows, by number.
+      records: measured, in the order of the file; the same in every process.
+      bad: records that cannot be used, judged by texts and headers of images; known to process 0 alone.
+      broken: records that turned out to be bad in this process's rows, by number.
     """
 
     config: RunConfig
@@ -49,22 +49,22 @@ class Validation:
     broken: dict[int, BadRecord] = field(default_factory=dict)
 
     def plan(self, shards: int) -> list[FixedBatch]:
-        """Batches that hold all records, whole or not."""
+        """Plans batches that hold all records; the last ones may not be full."""
         return plan_all(self.records, self.loader.spec, self.loader.longest_latents, self.stage, shards)
 
     def batches(self, planned: Sequence[FixedBatch], shards: int, held: Sequence[int]) -> Iterator[Batch]:
-        """This process's rows of them. Records that turn out to be bad are named, each once."""
+        """Yields this process's rows of the batches. Records that turn out to be bad are logged, each once."""
         for batch, bad in fixed_batches(self.loader, planned, self.config.loader_threads, shards, held):
-            for number, one in bad.items():
+            for number, error in bad.items():
                 if number not in self.broken:
-                    log.warning("%s: a validation record is left out (%s): %s", self.stage.name, one.reason, one)
+                    log.warning("%s: a validation record is left out (%s): %s", self.stage.name, error.reason, error)
             self.broken |= bad
             yield batch
 
     def list_bad(self, folder: Path, step: int) -> None:
-        """Adds to `bad_records.jsonl` those that it does not list yet."""
+        """Adds the bad records to `bad_records.jsonl`, unless it has them already."""
         path = folder / "bad_records.jsonl"
-        rows = metrics.read(path) if path.is_file() else []
+        rows = read_rows(path) if path.is_file() else []
         listed = {(row.get("where"), row.get("reason")) for row in rows if row.get("data") == _MARK}
         new = [bad for bad in (*self.bad, *self.broken.values()) if (bad.where, bad.reason) not in listed]
         rows = [{"step": step, "data": _MARK, "reason": b.reason, "where": b.where, "detail": b.detail} for b in new]
@@ -77,17 +77,17 @@ class Validation:
 
 
 def open_data(config: RunConfig) -> RecordSource | None:
-    """The validation records; None where the config names none. UserError as `sources.load_source`."""
+    """The validation records; None if the config names none. UserError as `sources.load_source`."""
     if not config.validation_data:
         return None
     return sources.load_source(config.validation_data, config.validation_image_folder or None)
 
 
 def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> Validation:
-    """Looks at the first records for one stage and says how many cannot be used. A collective.
+    """Measures the first records for one stage, and logs how many cannot be used. A collective.
 
     Raises:
-      NothingUsable: none can be used.
+      NothingUsable: no record can be used.
     """
     loader = fixed_loader(config, stage, source, tokenizer)
     records: list[Measured] = []
@@ -95,23 +95,23 @@ def measure(config: RunConfig, stage: StageConfig, source: RecordSource, tokeniz
     if distributed.is_first():
         most = config.validation_batches
         records, bad = first_records(loader, stage.batch_size, most, config.loader_threads)
-        # Headers tell little about what is behind them: one image must be decoded now, the others when they are due.
+        # A header says little about its image: one image must be decoded now, the others when they are needed.
         while records and isinstance(loaded := loader.load_planned(records[0]), BadRecord):
             bad.append(loaded)
             del records[0]
     first = f"; the first: {bad[0]}" if bad else ""
-    records, reasons, first = distributed.gather((records, Counter(one.reason for one in bad), first))[0]
-    said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    records, reasons, first = distributed.gather((records, Counter(error.reason for error in bad), first))[0]
+    summary = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     if not records:
         raise NothingUsable(
             f"None of the {sum(reasons.values())} records of validation_data {config.validation_data} can be used in "
-            f"stage {stage.name!r} ({said}{first}); repair them, or the stage's lengths, or set "
+            f"stage {stage.name!r} ({summary}{first}); repair them, or the stage's lengths, or set "
             "validation_image_folder."
         )
     if bad:
         log.warning(
             "%s: %d validation record(s) of the first %d cannot be used (%s%s); bad_records.jsonl in the workdir lists "
             "them",
-            *(stage.name, sum(reasons.values()), sum(reasons.values()) + len(records), said, first),
+            *(stage.name, sum(reasons.values()), sum(reasons.values()) + len(records), summary, first),
         )
     return Validation(config, stage, loader, [Measured(*record) for record in records], bad)

@@ -299,13 +299,13 @@ def test_a_log_on_a_full_disk_leaves_the_exit_code_alone(tmp_path, kind, code, u
 
 LOST = """
 import jax
-from fusion_jax.devices import board; from fusion_jax.training import ending
+from fusion_jax.devices import board; from fusion_jax.training import stopping
 class Gone:
     def key_value_try_get(self, name):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE")
 board.client = Gone
-with ending.with_the_others():
-    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + ending._LOST[0])
+with stopping.end_together():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: " + stopping._LOST[0])
 """
 
 

@@ -230,7 +230,7 @@ def test_packed_losses_and_gradients_are_those_of_the_examples_alone(case):
             assert min(lengths) <= 40 < max(lengths)
         (total, (parts, hidden, visual)), grads = run_fn(config)(params(config), batch)
         by_example = losses_by_example(config, rows, batch, hidden, visual, spec)
-        results.append((float(total), parts, by_example, grads, losses.counts(batch, config.vision.patches)))
+        results.append((float(total), parts, by_example, grads, losses.counts(config, batch)))
     (total, parts, by_example, grads, totals), (total_p, parts_p, by_example_p, grads_p, totals_p) = results
     assert by_example.keys() == by_example_p.keys() == set(range(len(examples)))
     for i, expected in by_example.items():

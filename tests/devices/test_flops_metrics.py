@@ -16,6 +16,9 @@ from fusion_jax.devices import flops
 from fusion_jax.models.config import VARIANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import metrics
+from fusion_jax.training.jsonl import read_rows, truncate_rows
+from fusion_jax.training.plots import plot_losses
+from fusion_jax.training.writer import Writer
 
 # FLOPs.
 
@@ -192,26 +195,26 @@ def test_truncate_drops_later_and_torn_lines(tmp_path):
     write_lines(path, range(1, 6))
     with path.open("a") as file:
         file.write('{"note": 1}\n{"step": 2, "ce"')
-    metrics.truncate(path, 3)
-    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3]
+    truncate_rows(path, 3)
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
     assert path.read_text().endswith("\n") and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-    metrics.truncate(path, 0)
+    truncate_rows(path, 0)
     assert path.read_text() == ""
-    metrics.truncate(tmp_path / "none.jsonl", 3)
+    truncate_rows(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_writer_that_starts_again_drops_what_came_after_its_checkpoint(tmp_path):
     folder = tmp_path / "run" / "stage1"
-    writer = metrics.Writer(folder, 0)
+    writer = Writer(folder, 0)
     for step in (1, 2, 3, 4):
         writer.scalars(step, {"ce": float(step), "nothing": None})
     writer.text(4, "answers", "two")
     writer.close()
-    writer = metrics.Writer(folder, 2)
+    writer = Writer(folder, 2)
     writer.scalars(3, {"ce": 30.0})
     # Flushed line by line: a killed run loses none.
-    assert metrics.read(folder / "metrics.jsonl") == [
+    assert read_rows(folder / "metrics.jsonl") == [
         {"step": 1, "ce": 1.0}, {"step": 2, "ce": 2.0}, {"step": 3, "ce": 30.0},
     ]  # fmt: skip
     writer.close()
@@ -228,7 +231,7 @@ def test_plot_is_a_png_with_curves(tmp_path):
                 file.write(json.dumps(row) + "\n")
                 if step % 10 == 0:
                     file.write(json.dumps({"step": step, "validation/ce": 2.0}) + "\n")
-    metrics.plot_losses(files, tmp_path / "losses.png")
+    plot_losses(files, tmp_path / "losses.png")
     image = Image.open(tmp_path / "losses.png")
     assert image.format == "PNG" and image.width > 1.5 * image.height > 300
     pixels = np.asarray(image.convert("RGB")).astype(int)

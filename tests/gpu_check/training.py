@@ -12,7 +12,7 @@ from gpu_check.parts import arguments, note, say
 from PIL import Image
 
 from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.training import metrics
+from fusion_jax.training.jsonl import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-3  # relative, of the loss at each step
@@ -62,7 +62,7 @@ def start(data: Path, workdir: Path, steps: int, cpu: bool) -> subprocess.Popen:
 def losses(workdir: Path) -> dict[int, float]:
     """By step."""
     file = workdir / "stage2" / "metrics.jsonl"
-    return {row["step"]: row["total"] for row in metrics.read(file) if "total" in row} if file.exists() else {}
+    return {row["step"]: row["total"] for row in read_rows(file) if "total" in row} if file.exists() else {}
 
 
 def main() -> None:

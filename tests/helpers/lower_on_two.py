@@ -20,7 +20,8 @@ from fusion_jax.inference import sampling
 from fusion_jax.inference.decoding import begin, decode, prefill
 from fusion_jax.models import partition
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import reports, state
+from fusion_jax.training import state
+from fusion_jax.training.step import compile_evaluation
 
 QUESTION = 150  # long rows: short ones take no kernel
 
@@ -46,7 +47,7 @@ def main():
     # Three records, and an empty row to fill up.
     rows = [[example(config, seed, question=QUESTION)] for seed in range(3)] + [[]]
     batch = abstract(lay_out_rows(rows, spec, config.fixed_latent_count, groups=2), mesh)
-    lower("validation", reports.compile_evaluation(model, mesh).function, params, batch)
+    lower("validation", compile_evaluation(model, mesh).function, params, batch)
 
     prompts = lay(config, [example(config, seed, answer=0, question=QUESTION) for seed in range(2)])
     batch = abstract(prompts, mesh)

@@ -19,7 +19,7 @@ from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.devices import sharding
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import optim, state
-from fusion_jax.training import step as train_step
+from fusion_jax.training.step import compile_step
 
 # Sizes that 8 devices divide, and rows of 37 positions, a number that no parameter has.
 SIZES = {
@@ -77,7 +77,7 @@ def main(arrays_file: str, report_file: str):
         tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
         current = state.begin(params, tx, mesh)
         batch = sharding.put_batch(batch_of(kind, config), mesh)
-        step = train_step.compile_step(Fusion(config, remat="attention"), stage, tx, labels, mesh)
+        step = compile_step(Fusion(config, remat="attention"), stage, tx, labels, mesh)
         lowered = step.lower(current, batch, optim.learning_rates(stage, 5, 10))
         compiled = lowered.compile()
         largest = max(jax.tree.leaves(current.params), key=lambda x: x.size)

@@ -16,7 +16,8 @@ from helpers.fixtures import flat, randomise, tiny
 
 from fusion_jax.config import MeshConfig
 from fusion_jax.devices import sharding
-from fusion_jax.training import checkpoint, state
+from fusion_jax.training import state
+from fusion_jax.training.loading import load_params
 
 CONFIG = tiny(**{"vision.mlp_dim": 32, "llm.mlp_dim": 32, "vision.layers": 2, "llm.layers": 1, "exchange.layers": 1})
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 4, 1), "tensor": (1, 1, 2), "mixed": (1, 2, 2)}
@@ -36,7 +37,7 @@ def load_longer_tower(folder: Path):
     layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape[1:]), x.dtype), like["vision"]["layers"])
     stored = randomise({**like, "vision": {**like["vision"], "layers": layers}})
     ocp.save_checkpointables(folder, {"params": stored})
-    loaded = checkpoint.load_params(folder, like)
+    loaded = load_params(folder, like)
     for x, wanted, kept in zip(*map(jax.tree.leaves, (loaded, like, stored)), strict=True):
         assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype) and x.sharding == wanted.sharding
         np.testing.assert_array_equal(x, kept[: len(x)])

@@ -23,7 +23,9 @@ from helpers import tiny_run
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.training import about, checkpoint, lock, metrics, resume
+from fusion_jax.training import about, checkpoint, lock, resume
+from fusion_jax.training.jsonl import read_rows, truncate_rows
+from fusion_jax.training.plots import plot_losses
 from fusion_jax.training.state import TrainState
 
 QUICK = 40
@@ -108,7 +110,7 @@ def build(folder: Path, tokenizer: Path) -> None:
     )  # fmt: skip
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     config = from_dict(RunConfig, tiny_run.get_config("data").to_dict())
-    entry = about.describe(config, load_tokenizer(tokenizer), data={STAGE: DATA})
+    entry = about.describe_run(config, load_tokenizer(tokenizer), data={STAGE: DATA})
     # Without what differs from one run of the tests to the next, so that equal seeds give equal inputs.
     entry = {"json": json.dumps(json.loads(entry["json"]) | {"environment": {}})}
     checkpoints = checkpoint.Checkpoints(folder, entry)
@@ -330,7 +332,7 @@ def load_model_like(work, newest, said):
         return 0
     assert {path.name for path in target.iterdir()} <= set(about.TOKENIZER_FILES)
     step = checkpoint.step_of(found)
-    assert step == newest or "looking at the one before" in said(), said()
+    assert step == newest or "trying the previous one" in said(), said()
     return step
 
 
@@ -366,7 +368,7 @@ def load_log(work):
     with recorded() as said:
         before = path.read_bytes() if path.is_file() and path.resolve().parent == work else b""
         try:
-            metrics.truncate(path, 6)
+            truncate_rows(path, 6)
         except UserError as error:
             assert_a_sentence(error)
             return "refused"
@@ -374,12 +376,12 @@ def load_log(work):
             return "refused"  # which training turns into one sentence
         if not path.is_file():
             return "refused"
-        rows = metrics.read(path)
+        rows = read_rows(path)
         assert all(type(row["step"]) is int and row["step"] <= 6 for row in rows)
         for line in path.read_bytes().splitlines():
             assert line in before or not before
-        metrics.truncate(path, 6)  # nothing is left to cut off
-        metrics.plot_losses({"stage": path}, work / "losses.png")
+        truncate_rows(path, 6)  # nothing is left to cut off
+        plot_losses({"stage": path}, work / "losses.png")
         return "refused" if "cut off" in said() else "accepted"
 
 

@@ -344,7 +344,7 @@ def test_numbers_beyond_float16_are_refused(published, tmp_path):
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     (tmp_path / "params").mkdir()
-    with pytest.raises(UserError, match="is no whole checkpoint"):
+    with pytest.raises(UserError, match="is not an intact checkpoint"):
         exporting.open_checkpoint(tmp_path)
 
 

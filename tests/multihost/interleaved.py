@@ -21,7 +21,7 @@ def interleaved(sizes, devices, **_):
 
 def answered(self, prompts, *arguments, answer=generate.Answerer.answer):
     answers = answer(self, prompts, *arguments)
-    print("answers", json.dumps([[prompt.where, said] for prompt, said in zip(prompts, answers, strict=True)]))
+    print("answers", json.dumps([[prompt.where, answer] for prompt, answer in zip(prompts, answers, strict=True)]))
     return answers
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import check_the_first_goes_on_later
+from helpers.killing import check_the_first_goes_on_later
 from PIL import Image
 
 from fusion_jax.synth.tokenizer import train_tokenizer
@@ -74,8 +74,8 @@ def run(what, folder):
 def check_one_end(ran, code, sentence):
     codes, outputs = ran
     assert codes == [code, code], "\n----\n".join(outputs)
-    said = {line for output in outputs for line in output.splitlines() if line.startswith("error: process ")}
-    assert len(said) == 1 and sentence in said.pop(), outputs
+    sentences = {line for output in outputs for line in output.splitlines() if line.startswith("error: process ")}
+    assert len(sentences) == 1 and sentence in sentences.pop(), outputs
     assert all("error: process " in output for output in outputs)
 
 

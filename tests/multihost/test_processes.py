@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.killing import check_the_first_goes_on_later
 from helpers.shapes_data import make_shapes
-from killing import check_the_first_goes_on_later
 
 from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError
-from fusion_jax.training import checkpoint, metrics
+from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "multihost" / "one_stage.py"
@@ -96,11 +97,11 @@ def train(data, workdir, processes, *overrides, timeout=600, **how):
 
 
 def rows(folder):
-    return [{key: row[key] for key in EXACT if key in row} for row in metrics.read(folder / "metrics.jsonl")]
+    return [{key: row[key] for key in EXACT if key in row} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def parameters(workdir, step=4):
-    loaded = checkpoint.load_model(workdir / "stage2" / "checkpoints" / str(step))
+    loaded = load_model(workdir / "stage2" / "checkpoints" / str(step))
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(loaded.params, sep="/").items()}
 
 

@@ -23,7 +23,8 @@ from fusion_jax.data.planner import Planner
 from fusion_jax.data.stages import stage_seed
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.devices import board, distributed
-from fusion_jax.training import checkpoint, ending, input_check, reports, state
+from fusion_jax.training import checkpoint, input_check, reports, state
+from fusion_jax.training.stopping import end_together
 
 STEPS = 6
 
@@ -177,7 +178,7 @@ def restore(folder: Path, process: int) -> None:
 
 def main(argv: list[str]) -> None:
     _, what, folder, address, processes, process = argv
-    with ending.with_the_others():
+    with end_together():
         distributed.start(address, int(processes), int(process))
         globals()[what](Path(folder), int(process))
 

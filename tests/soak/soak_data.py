@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from soak.soak import STAGES, STEPS, Lab, assert_same, stopped, wait_for_step
+from soak.soak_runs import STAGES, STEPS, Lab, assert_same, stopped, wait_for_step
 
-from fusion_jax.training import checkpoint, metrics
+from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 CHANGES = "validate_every=4"
 ENOUGH = 180  # seconds: a run that takes longer hangs
@@ -90,11 +91,11 @@ CASES = {
 def changed_data(lab: Lab, scale: float = 1.0, cases=tuple(CASES), allowed=(0.9, 1.0)) -> str:
     """Each case once for each `allowed`, the share of bad records that the run puts up with."""
     undisturbed = lab.reference("changed_undisturbed", changes=CHANGES)
-    told = []
+    results = []
     for case in cases:
         outcomes = [change(lab, case, share, undisturbed) for share in allowed]
-        told.append(f"{case}: {' / '.join(dict.fromkeys(outcomes))}")
-    return "; ".join(told) + ". Restored and started again, every run ends with code 0"
+        results.append(f"{case}: {' / '.join(dict.fromkeys(outcomes))}")
+    return "; ".join(results) + ". Restored and started again, every run ends with code 0"
 
 
 def change(lab: Lab, case: str, allowed: float, undisturbed: Path | None = None) -> str:
@@ -108,26 +109,26 @@ def change(lab: Lab, case: str, allowed: float, undisturbed: Path | None = None)
     shutil.copytree(lab.data, data)
     settings = {"data": data, "changes": f"{CHANGES},max_bad_records={allowed}"}
     files, action = CASES[case]
-    with lab.running(workdir, **settings) as (process, said):
+    with lab.running(workdir, **settings) as (process, output):
         wait_for_step(process, workdir, STAGES[0], 6)
         with stopped(process):
             action(files(data))
         try:
             code = process.wait(ENOUGH)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{case}: no end after {ENOUGH} s: {said()[-2000:]}") from None
-        text = said()
+            raise AssertionError(f"{case}: no end after {ENOUGH} s: {output()[-2000:]}") from None
+        text = output()
     errors = re.findall(r"^error: .*", text, re.MULTILINE)
     assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in text, f"{case}: code {code}: {text}"
-    bad = [row for s in STAGES if (p := workdir / s / "bad_records.jsonl").exists() for row in metrics.read(p)]
+    bad = [row for s in STAGES if (p := workdir / s / "bad_records.jsonl").exists() for row in read_rows(p)]
     shutil.rmtree(data)
     shutil.copytree(lab.data, data)
     again, text = lab.run(workdir, **settings)
     assert again == 0 and "damaged" not in text, f"{case}: the run does not go on: {text}"
-    assert checkpoint.load_model(workdir).step == STEPS
+    assert load_model(workdir).step == STEPS
     if code == 2:
         return "one sentence, code 2"
     assert bad or undisturbed is None or assert_same(workdir, undisturbed)
-    rows = [row for row in metrics.read(workdir / STAGES[-1] / "metrics.jsonl") if "ce" in row]
+    rows = [row for row in read_rows(workdir / STAGES[-1] / "metrics.jsonl") if "ce" in row]
     assert any(row["samples_per_second"] for row in rows), f"{case}: a whole stage without a sample, and code 0"
     return "goes on, bad records counted" if bad else "as undisturbed"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from soak.soak import PATIENCE, STAGES, Lab, Skipped, assert_same, stopped, wait_for_step
+from soak.soak_runs import PATIENCE, STAGES, Lab, Skipped, assert_same, stopped, wait_for_step
 
 CHANGES = "steps=60"
 MEGABYTES = 32
@@ -32,15 +32,15 @@ def full_while_training(lab: Lab, scale: float = 1.0) -> str:
     """Full for several saves and many lines of metrics; then there is room again."""
     undisturbed = lab.reference("full_undisturbed", changes=CHANGES)
     with small_disk(lab.folder / "full") as workdir:
-        with lab.running(workdir, changes=CHANGES) as (process, said):
+        with lab.running(workdir, changes=CHANGES) as (process, output):
             wait_for_step(process, workdir, STAGES[0], 8)
             with stopped(process):
                 _fill(workdir / FILLER)
-            failed = _until(process, said, r"no checkpoint of step (\d+)", 3)
+            failed = _until(process, output, r"no checkpoint of step (\d+)", 3)
             with stopped(process):
                 (workdir / FILLER).unlink()
             code = process.wait(PATIENCE)
-            assert code == 0, said()
+            assert code == 0, output()
         arrays = assert_same(workdir, undisturbed)
     return (
         f"{len(failed)} saves failed (steps {', '.join(failed)}) and were reported, training went on; with room again "
@@ -52,17 +52,17 @@ def full_at_the_start(lab: Lab, scale: float = 1.0) -> str:
     """Nothing can be written at all; and then just enough for a config, but neither programs nor checkpoints."""
     with small_disk(lab.folder / "full_at_start") as workdir:
         _fill(workdir / FILLER)
-        code, said = lab.run(workdir, cache=False)
-        errors = re.findall(r"^error: .*", said, re.MULTILINE)
-        assert code == 2 and len(errors) == 1 and "Traceback" not in said, f"exit code {code}: {said}"
+        code, output = lab.run(workdir, cache=False)
+        errors = re.findall(r"^error: .*", output, re.MULTILINE)
+        assert code == 2 and len(errors) == 1 and "Traceback" not in output, f"exit code {code}: {output}"
         (workdir / FILLER).unlink()
         _fill(workdir / FILLER, leave=100_000)
-        with lab.running(workdir, cache=False) as (process, told):
-            failed = _until(process, told, r"no checkpoint of step (\d+)", 1)
+        with lab.running(workdir, cache=False) as (process, output):
+            failed = _until(process, output, r"no checkpoint of step (\d+)", 1)
             process.kill()
         (workdir / FILLER).unlink()
-        code, said = lab.run(workdir, cache=False)
-        assert code == 0 and "Traceback" not in said, f"exit code {code}: {said}"
+        code, output = lab.run(workdir, cache=False)
+        assert code == 0 and "Traceback" not in output, f"exit code {code}: {output}"
         arrays = assert_same(workdir, lab.undisturbed)
     return (
         f"without any room: exit code 2, one sentence; with 100 kB: trains without compiled programs and checkpoints "
@@ -78,10 +78,10 @@ def _fill(path: Path, leave: int = 0) -> None:
     os.truncate(path, max(0, path.stat().st_size - leave))
 
 
-def _until(process: subprocess.Popen, said, pattern: str, count: int) -> list[str]:
+def _until(process: subprocess.Popen, output, pattern: str, count: int) -> list[str]:
     """The matches in what a run says, as soon as there are `count`; fails where the run ends before."""
     deadline = time.monotonic() + PATIENCE
-    while len(found := re.findall(pattern, said())) < count:
-        assert process.poll() is None and time.monotonic() < deadline, said()
+    while len(matches := re.findall(pattern, output())) < count:
+        assert process.poll() is None and time.monotonic() < deadline, output()
         time.sleep(0.002)
-    return found
+    return matches

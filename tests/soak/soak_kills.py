@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from soak.soak import PATIENCE, STAGES, Lab, assert_same, log_of, unfinished
+from soak.soak_runs import PATIENCE, STAGES, Lab, assert_same, log_of, unfinished
 
-from fusion_jax.training import checkpoint
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
 
 STEPS, VALIDATE = 36, 4
 CHANGES = f"steps={STEPS},validate_every={VALIDATE}"
@@ -31,26 +31,26 @@ def random_kills(lab: Lab, scale: float = 1.0, seed: int = 0) -> str:
         # Further on with every kill, so that each finds the run alive.
         target = int(0.9 * total * (number + rng.random()) / count)
         begun = time.monotonic()
-        with lab.running(workdir, changes=CHANGES) as (process, said):
+        with lab.running(workdir, changes=CHANGES) as (process, output):
             if aim == "start":
                 time.sleep(startup * rng.random())
             elif aim == "restore":
-                _wait(process, said, lambda text: "parameters, " in text)
+                _wait(process, output, lambda text: "parameters, " in text)
                 time.sleep(0.5 * rng.random())
             else:
-                _wait(process, said, lambda text: "compiling the step" in text)
+                _wait(process, output, lambda text: "compiling the step" in text)
                 startup = time.monotonic() - begun
-                _wait(process, said, lambda text, target=target: _done(text) >= target)
-                _aim(aim, process, said, workdir, rng)
+                _wait(process, output, lambda text, target=target: _done(text) >= target)
+                _aim(aim, process, output, workdir, rng)
             assert process.poll() is None, f"run {number + 1} ended before its kill: see {log_of(workdir)}"
             process.kill()
             killed = time.time()
             process.wait()
-        hits[phase := _phase(said())] += 1
+        hits[phase := _phase(output())] += 1
         if phase not in ("the start", "restoring"):  # which still find what the kill before left
             files.update(_traces(workdir, killed))
-    code, said = lab.run(workdir, changes=CHANGES)
-    assert code == 0, said
+    code, output = lab.run(workdir, changes=CHANGES)
+    assert code == 0, output
     arrays = assert_same(workdir, undisturbed)
     assert len(hits) >= min(5, count // 3), f"the kills are not spread: {hits}"
     assert count < 30 or (files["with a checkpoint half written"] and files["at a rename"]), files
@@ -59,33 +59,33 @@ def random_kills(lab: Lab, scale: float = 1.0, seed: int = 0) -> str:
     return f"{count} kills ({spread}{left}); all {arrays} arrays, losses and validation rows as undisturbed"
 
 
-def _aim(aim: str, process, said, workdir: Path, rng: random.Random) -> None:
+def _aim(aim: str, process, output, workdir: Path, rng: random.Random) -> None:
     """Returns when what is aimed at has begun, and a random part of its usual length has passed."""
-    reports, before = [workdir / stage / "metrics.jsonl" for stage in STAGES], said()
+    reports, before = [workdir / stage / "metrics.jsonl" for stage in STAGES], output()
     if aim == "step":
-        _wait(process, said, lambda text: _done(text) > _done(before))
+        _wait(process, output, lambda text: _done(text) > _done(before))
         time.sleep(0.05 * rng.random())
     elif aim == "metrics":
         sizes = _sizes(reports)
-        _wait(process, said, lambda _: _sizes(reports) != sizes, pause=0.0)
+        _wait(process, output, lambda _: _sizes(reports) != sizes, pause=0.0)
     elif aim == "save":
-        _wait(process, said, lambda _: unfinished(workdir), pause=0.0)
+        _wait(process, output, lambda _: unfinished(workdir), pause=0.0)
         time.sleep(0.03 * rng.random())
     elif aim == "rename":
         saved = _saved(workdir)
-        _wait(process, said, lambda _: _saved(workdir) - saved, pause=0.0)
+        _wait(process, output, lambda _: _saved(workdir) - saved, pause=0.0)
     elif aim == "validation":
-        _wait(process, said, lambda text: _phase(text) == "validation")
+        _wait(process, output, lambda text: _phase(text) == "validation")
         time.sleep(0.05 * rng.random())
     elif aim == "answers":
-        _wait(process, said, lambda text: _phase(text) == "sample answers")
+        _wait(process, output, lambda text: _phase(text) == "sample answers")
         time.sleep(0.1 * rng.random())
 
 
-def _wait(process, said, ready, pause: float = 0.001) -> None:
-    """Returns when `ready` of what the run has said is true, or the run has ended."""
+def _wait(process, output, ready, pause: float = 0.001) -> None:
+    """Returns when `ready` of the output is true, or the run has ended."""
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline and not ready(said()):
+    while process.poll() is None and time.monotonic() < deadline and not ready(output()):
         time.sleep(pause)
 
 
@@ -96,7 +96,7 @@ def _done(text: str) -> int:
 
 
 def _phase(text: str) -> str:
-    """What a start was doing, by the last that it said."""
+    """What a start was doing, according to its last output."""
     last = text.splitlines()[-1] if text else ""
     step = _STEP.search(last)
     if "parameters, " not in text:
@@ -109,7 +109,7 @@ def _phase(text: str) -> str:
 
 
 def _saved(workdir: Path) -> set[tuple[str, int]]:
-    return {(s, step) for s in STAGES for step in checkpoint.steps_in(workdir / s / checkpoint.FOLDER)}
+    return {(s, step) for s in STAGES for step in steps_in(workdir / s / FOLDER)}
 
 
 def _sizes(paths: list[Path]) -> list[int]:
@@ -118,10 +118,10 @@ def _sizes(paths: list[Path]) -> list[int]:
 
 def _traces(workdir: Path, killed: float) -> list[str]:
     """What the files in the workdir say of the moment of a kill."""
-    folders = [workdir / stage / checkpoint.FOLDER / str(step) for stage, step in _saved(workdir)]
-    found = {
+    folders = [workdir / stage / FOLDER / str(step) for stage, step in _saved(workdir)]
+    traces = {
         "with a checkpoint half written": unfinished(workdir),
-        "with an old checkpoint half deleted": list(workdir.glob(f"*/{checkpoint.FOLDER}/*.deleting")),
+        "with an old checkpoint half deleted": list(workdir.glob(f"*/{FOLDER}/*.deleting")),
         "at a rename": [folder for folder in folders if 0 <= killed - folder.stat().st_ctime < AT_ONCE],
     }
-    return [trace for trace, paths in found.items() if paths]
+    return [trace for trace, paths in traces.items() if paths]

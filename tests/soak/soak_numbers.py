@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from soak.soak import PATIENCE, STAGES, STEPS, Lab, log_of, wait_for_step
+from soak.soak_runs import PATIENCE, STAGES, STEPS, Lab, log_of, wait_for_step
 
 from fusion_jax.errors import AGAIN
-from fusion_jax.training import checkpoint, metrics
+from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 BEFORE = 10  # steps that are done in a sane way
 GIVES_UP = 4  # steps skipped in a row
@@ -31,9 +32,9 @@ def absurd_numbers(lab: Lab, scale: float = 1.0, cases=tuple(CASES)) -> str:
         wait_for_step(process, begun, STAGES[0], BEFORE)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == AGAIN, log_of(begun).read_text()
-    told = [f"{case}: {diverge(lab, case, begun)} / {diverge(lab, case, None)}" for case in cases]
+    results = [f"{case}: {diverge(lab, case, begun)} / {diverge(lab, case, None)}" for case in cases]
     skipped = all_skipped(lab, begun)
-    return f"{'; '.join(told)} (in mid-run / from the start); with sane numbers again every run ends well. {skipped}"
+    return f"{'; '.join(results)} (in mid-run / from the start); with sane numbers again every run ends well. {skipped}"
 
 
 def diverge(lab: Lab, case: str, begun: Path | None) -> str:
@@ -43,17 +44,17 @@ def diverge(lab: Lab, case: str, begun: Path | None) -> str:
         shutil.copytree(begun, workdir)
     # A save is due right after the step that ruins the parameters, and several more before the run gives up.
     changes = f"{CASES[case]},checkpoint_every=1,max_skipped_steps={GIVES_UP}"
-    code, said = lab.run(workdir, changes=changes)
-    errors = re.findall(r"^error: .*", said, re.MULTILINE)
-    assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in said, f"{case}: code {code}: {said}"
+    code, output = lab.run(workdir, changes=changes)
+    errors = re.findall(r"^error: .*", output, re.MULTILINE)
+    assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in output, f"{case}: code {code}: {output}"
     assert code == 0 or f"max_skipped_steps={GIVES_UP}" in errors[0], errors
     if code == 0:
-        _assert_finite(checkpoint.load_model(workdir).params)
+        _assert_finite(load_model(workdir).params)
         return "goes on"
-    code, said = lab.run(workdir)
-    assert code == 0, f"{case}: the run does not go on with a sane rate: {said}"
-    _assert_finite(params := checkpoint.load_model(workdir).params, LARGE)
-    last = metrics.read(workdir / STAGES[-1] / "metrics.jsonl")[-1]
+    code, output = lab.run(workdir)
+    assert code == 0, f"{case}: the run does not go on with a sane rate: {output}"
+    _assert_finite(params := load_model(workdir).params, LARGE)
+    last = read_rows(workdir / STAGES[-1] / "metrics.jsonl")[-1]
     assert last["step"] == STEPS and last["ce"] < 6, f"{case}: nothing was learned: {last}"
     return f"skipped, code 2 (parameters at most {max(float(np.abs(x).max()) for x in jax.tree.leaves(params)):.1f})"
 
@@ -62,13 +63,13 @@ def all_skipped(lab: Lab, begun: Path) -> str:
     """Where every step is skipped and the run puts up with it, the parameters stay what they were, bit for bit."""
     workdir = lab.folder / "all_skipped"
     shutil.copytree(begun, workdir)
-    wanted = checkpoint.load_model(workdir)
-    code, said = lab.run(workdir, changes=f"{CASES['infinite loss']},max_skipped_steps=1000")
-    assert code == 0, said
-    saved = checkpoint.load_model(workdir)
+    wanted = load_model(workdir)
+    code, output = lab.run(workdir, changes=f"{CASES['infinite loss']},max_skipped_steps=1000")
+    assert code == 0, output
+    saved = load_model(workdir)
     for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(wanted.params), strict=True):
         np.testing.assert_array_equal(a, b)
-    counted = [metrics.read(workdir / stage / "metrics.jsonl")[-1]["skipped"] for stage in STAGES]
+    counted = [read_rows(workdir / stage / "metrics.jsonl")[-1]["skipped"] for stage in STAGES]
     assert counted == [STEPS - wanted.step, STEPS], counted
     return f"{sum(counted):.0f} steps skipped in a row and counted: all parameters bit for bit as before"
 

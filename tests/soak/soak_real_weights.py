@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from soak.soak import Lab, Skipped
+from soak.soak_runs import Lab, Skipped
 
 
 def whole_way(lab: Lab, scale: float = 1.0) -> str:
@@ -21,11 +21,11 @@ def whole_way(lab: Lab, scale: float = 1.0) -> str:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     figures = json.loads((run / "summary.json").read_text())
     assert figures["chat"] == {"same_prompt": "10 of 10", "same_answer": "10 of 10"}, figures
-    same, _, asked = figures["exported_answers_equal"].partition(" of ")
-    assert same == asked, figures
+    same, _, total = figures["exported_answers_equal"].partition(" of ")
+    assert same == total, figures
     before, after = (figures[when]["held_out_accuracy"] for when in ("before", "after"))
     blind = figures["after"]["shuffled_image_accuracy"]
     return (
         f"10 of 10 answers as transformers gives them, token by token; {settings['STEPS']} steps: accuracy {before} to "
-        f"{after} ({blind} with images permuted); {same} of {asked} answers of the exported folder as the checkpoint's"
+        f"{after} ({blind} with images permuted); {same} of {total} answers of the exported folder as the checkpoint's"
     )

@@ -15,10 +15,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from soak import soak, soak_data, soak_disk, soak_kills, soak_transformers
-from soak.soak import soak_gpu_check, soak_numbers, soak_real_weights, soak_server, soak_targets, soak_trl
+from soak import (
+    soak_data,
+    soak_disk,
+    soak_gpu_check,
+    soak_kills,
+    soak_numbers,
+    soak_real_weights,
+    soak_runs,
+    soak_server,
+    soak_targets,
+    soak_transformers,
+    soak_trl,
+)
 
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 import tally
@@ -27,7 +38,7 @@ HOSTILE = 3000  # inputs of each area
 HEAD = f"""# Survival
 
 Written by `bash launch/soak.sh`, each row on the day and at the commit that it names. What each proof does is in
-`tests/soak/`: real processes on CPUs, of a tiny model in {len(soak.STAGES)} stages that saves every 3 steps. The
+`tests/soak/`: real processes on CPUs, of a tiny model in {len(soak_runs.STAGES)} stages that saves every 3 steps. The
 first four rows disturb one and the same run. "As undisturbed" means bit for bit. Hostile inputs are made by
 `tests/hostile`, one area a row: each must be refused with the promised error, or be accepted and harmless.
 
@@ -37,15 +48,15 @@ first four rows disturb one and the same run. "As undisturbed" means bit for bit
 _ROW = re.compile(r"^\| (.+?) \| .* \|$")
 
 
-def disturbed(lab: soak.Lab, scale: float) -> Iterator[tuple[str, Callable[[], str]]]:
+def disturbed(lab: soak_runs.Lab, scale: float) -> Iterator[tuple[str, Callable[[], str]]]:
     workdir = lab.folder / "disturbed"
-    yield "Kills", lambda: soak.kill(lab, workdir, max(3, round(20 * scale)))
-    yield "A second run in the same workdir", lambda: soak.refuse(lab, workdir)
-    yield "Request to stop", lambda: soak.terminate(lab, workdir)
-    yield "Truncated file in the newest checkpoint", lambda: soak.truncate_newest(lab, workdir)
+    yield "Kills", lambda: soak_runs.kill(lab, workdir, max(3, round(20 * scale)))
+    yield "A second run in the same workdir", lambda: soak_runs.refuse(lab, workdir)
+    yield "Request to stop", lambda: soak_runs.terminate(lab, workdir)
+    yield "Truncated file in the newest checkpoint", lambda: soak_runs.truncate_newest(lab, workdir)
 
 
-def hostile(lab: soak.Lab, scale: float) -> Iterator[tuple[str, Callable[[], str]]]:
+def hostile(lab: soak_runs.Lab, scale: float) -> Iterator[tuple[str, Callable[[], str]]]:
     for area in tally.AREAS:
         if area == "page" and importlib.util.find_spec("gradio") is None:
             print("hostile inputs of the page are left out: they need gradio (requirements-page.txt)")
@@ -53,12 +64,12 @@ def hostile(lab: soak.Lab, scale: float) -> Iterator[tuple[str, Callable[[], str
         yield f"Hostile inputs: {area}", lambda area=area: _hostile(lab, area, max(1, round(HOSTILE * scale)))
 
 
-def _hostile(lab: soak.Lab, area: str, count: int) -> str:
+def _hostile(lab: soak_runs.Lab, area: str, count: int) -> str:
     folder = lab.folder / area
     folder.mkdir()
-    found = tally.run(area, folder, count, seed=time.time_ns() % 2**32)
-    assert not found.failures, "\n".join([str(found), *found.failures[:20]])
-    return str(found).removeprefix(f"{area}: ").rpartition(", ")[0]
+    outcome = tally.run(area, folder, count, seed=time.time_ns() % 2**32)
+    assert not outcome.failures, "\n".join([str(outcome), *outcome.failures[:20]])
+    return str(outcome).removeprefix(f"{area}: ").rpartition(", ")[0]
 
 
 def _script(name: str, flag: str, count: int, scale: float) -> str:
@@ -70,26 +81,26 @@ def _script(name: str, flag: str, count: int, scale: float) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def _transformers(lab: soak.Lab, scale: float) -> str:
+def _transformers(lab: soak_runs.Lab, scale: float) -> str:
     folder = lab.folder / "transformers"
     folder.mkdir()
     return soak_transformers.all_versions(folder)
 
 
-def _trl(lab: soak.Lab, scale: float) -> str:
+def _trl(lab: soak_runs.Lab, scale: float) -> str:
     folder = lab.folder / "trl"
     folder.mkdir()
     return soak_trl.train(folder)
 
 
-def _one(name: str, proof: Callable[[soak.Lab, float], str]):
+def _one(name: str, proof: Callable[[soak_runs.Lab, float], str]):
     return lambda lab, scale: [(name, lambda: proof(lab, scale))]
 
 
 SECTIONS = {
     "disturbed": disturbed,
-    "devices": _one("Other devices", lambda lab, _: soak.change_devices(lab)),
-    "two_processes": _one("One of two processes killed", lambda lab, _: soak.kill_one_of_two(lab)),
+    "devices": _one("Other devices", lambda lab, _: soak_runs.change_devices(lab)),
+    "two_processes": _one("One of two processes killed", lambda lab, _: soak_runs.kill_one_of_two(lab)),
     "random_kills": _one("Kills at random moments", soak_kills.random_kills),
     "full_disk": _one("Full disk while training", soak_disk.full_while_training),
     "full_disk_at_start": _one("Full disk at the start", soak_disk.full_at_the_start),
@@ -117,8 +128,8 @@ def main() -> int:
     if unknown := [name for name in options.sections if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
-    lab = soak.Lab(options.folder, options.folder / "compiled")
-    versions = checkpoint.environment()
+    lab = soak_runs.Lab(options.folder, options.folder / "compiled")
+    versions = environment()
     commit = re.sub(r"([0-9a-f]{12})[0-9a-f]{28}", r"\1", versions["commit"] or "no commit")
     made = f"{time.strftime('%F')}, {os.cpu_count()} cores, jax {versions['packages']['jax']}, {commit}"
     failed = []
@@ -131,7 +142,7 @@ def main() -> int:
             for name, proof in SECTIONS[section](lab, options.scale):
                 since = time.monotonic()
                 put(name, proof(), since)
-        except soak.Skipped as reason:  # an older row is still true
+        except soak_runs.Skipped as reason:  # an older row is still true
             print(f"{name}: {reason}", flush=True)
         except Exception:
             traceback.print_exc()

@@ -120,10 +120,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begun = time.monotonic()
-    found = run(options.count, options.seed)
-    assert found.total() == options.count
-    resized = found[DONE, DONE]
-    refused = Counter(code for codes, number in found.items() for code in [max(codes)] for _ in range(number))
+    outcomes = run(options.count, options.seed)
+    assert outcomes.total() == options.count
+    resized = outcomes[DONE, DONE]
+    refused = Counter(code for codes, number in outcomes.items() for code in [max(codes)] for _ in range(number))
     print(
         f"resample.c under {SANITIZERS[0].removeprefix('-fsanitize=')}: {options.count} shapes (seed {options.seed}), "
         f"{resized} resized to equal pixels with and without AVX2, {refused[BAD_SIZE]} refused for a size and "

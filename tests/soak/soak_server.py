@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from soak.soak import PATIENCE, ROOT, Lab
+from soak.soak_runs import PATIENCE, ROOT, Lab
 
 ROWS, STREAMS = 4, 6  # two of the streams wait for a row
 LONG = 8000  # tokens of an answer that outlasts a short drain

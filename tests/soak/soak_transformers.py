@@ -23,7 +23,7 @@ MODELS = {
 def all_versions(folder: Path, versions: tuple[str, ...] = VERSIONS) -> str:
     """How many ways are right with each version; AssertionError with what is not."""
     folders = _exports(folder)
-    found, wrong = [], []
+    passed, wrong = [], []
     for version in versions:
         # torch is there, and no version of it is asked for anew; all that transformers pins comes with it.
         packages = [f"transformers=={version}"], ["--no-deps", "accelerate==1.15.0", "peft==0.21.2"]
@@ -36,9 +36,9 @@ def all_versions(folder: Path, versions: tuple[str, ...] = VERSIONS) -> str:
             ways = re.findall(r"^(\w+): (\w+)(.*)$", done.stdout, re.MULTILINE)
             count += sum(result == "right" for _, result, _ in ways)
             wrong += [f"{version}, {name}: {way}: {result}{rest}" for way, result, rest in ways if result != "right"]
-        found.append(f"{version}: {count}")
+        passed.append(f"{version}: {count}")
     assert not wrong, "\n".join(wrong)
-    return f"ways that answer as the plain model, over {len(folders)} models: " + ", ".join(found)
+    return f"ways that answer as the plain model, over {len(folders)} models: " + ", ".join(passed)
 
 
 def _exports(folder: Path) -> dict[str, Path]:

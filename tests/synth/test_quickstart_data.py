@@ -55,7 +55,7 @@ def test_the_number_of_processes_changes_nothing(made, tmp_path):
 def test_its_training_would_start(made, tmp_path):
     config = from_dict(RunConfig, quickstart.get_config(str(made)).to_dict())
     problems = []
-    inputs = checks.look(config, tmp_path, (), problems)
+    inputs = checks.open_inputs(config, tmp_path, (), problems)
     assert not problems and list(inputs.sizes) == ["stage1", "stage1_5", "stage2"]
     assert all(len(inputs.validation[name].records) == COUNTS["validation"] for name in ("stage1_5", "stage2"))
 

@@ -43,8 +43,8 @@ from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import program, typical
 from fusion_jax.server import running_batch
 from fusion_jax.server.requests import MOST_LOGPROBS
-from fusion_jax.training import reports, state
-from fusion_jax.training import step as train_step
+from fusion_jax.training import state
+from fusion_jax.training.step import compile_evaluation, compile_step
 
 TINY = {
     "vision.image_size": 96, "vision.patch_size": 8, "vision.mlp_dim": 256, "vision.heads": 2, "vision.layers": 2,
@@ -137,14 +137,14 @@ def step(config: RunConfig, mesh: Mesh, remat: str, images: bool = True, **stage
         sizes = Sizes(ROWS, shards, {0: 0}, stage.packing, ROWS)
         one = dataclasses.replace(one, batch=typical.abstract_batch(dataclasses.replace(spec, crops=0), sizes, 0))
     tx, labels, arguments = program.abstract_arguments(config, stage, mesh, one)
-    yield _compiled(train_step.compile_step(_model(config, mesh, remat)[0], stage, tx, labels, mesh).lower(*arguments))
+    yield _compiled(compile_step(_model(config, mesh, remat)[0], stage, tx, labels, mesh).lower(*arguments))
 
 
 def validation(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     model, params = _model(config, mesh, config.remat)
     batch = typical.step(config, config.stages[0], sharding.batch_shards(mesh)).batch
     rows = jax.tree.map(lambda x: _at(x, sharding.of_rows(mesh)), batch)
-    yield _compiled(reports.compile_evaluation(model, mesh).lower(params, rows))
+    yield _compiled(compile_evaluation(model, mesh).lower(params, rows))
 
 
 def answers(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:

@@ -22,6 +22,8 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
 from fusion_jax.training import checkpoint, integrity, optim, resume
+from fusion_jax.training.about import describe_run, save_tokenizer
+from fusion_jax.training.checkpoint_folders import steps_in
 from fusion_jax.training.state import TrainState, create
 
 ABOUT = {"json": json.dumps({"config": {}})}
@@ -44,8 +46,8 @@ def saved(folder, *steps, **keep):
 
 
 def assert_is(restored, step):
-    found, state, data = restored
-    assert found == step and data == {"next": step}
+    number, state, data = restored
+    assert number == step and data == {"next": step}
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -197,7 +199,7 @@ def test_names_that_are_no_steps_are_left_alone(tmp_path, caplog):
         shutil.copytree(tmp_path / "2", tmp_path / name)
     (tmp_path / "12").write_text("a file")
     (tmp_path / "13").symlink_to("nowhere")
-    assert checkpoint.steps_in(tmp_path) == [1, 2]
+    assert steps_in(tmp_path) == [1, 2]
     assert_is(checkpoints.restore(state_at(0)), 2)
     checkpoints.finish(12, state_at(12), {"next": 12}, patience=0)  # where the file lies
     assert_is(checkpoints.restore(state_at(0)), 12)
@@ -256,7 +258,7 @@ def test_checkpoint_without_a_list_is_used_and_the_log_says_that_its_bytes_canno
 def test_array_of_another_shape_is_damage(tmp_path):
     checkpoints = saved(tmp_path, 1)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]) if x.ndim else (), x.dtype), state_at(0))
-    with pytest.raises(UserError, match="is whole"):
+    with pytest.raises(UserError, match="is intact"):
         checkpoints.restore(like)
 
 
@@ -266,12 +268,12 @@ def test_arrays_of_other_names_are_named_in_one_sentence(tmp_path, part, caplog)
     checkpoints = saved(tmp_path, 1)
     like = jax.eval_shape(lambda: dataclasses.replace(state_at(0), **{part: {"another": {"one": jnp.ones(3)}}}))
     with pytest.raises(
-        UserError, match=r"is whole .*it holds other arrays than this run asks for: its .* lacks"
+        UserError, match=r"is intact .*it holds other arrays than this run asks for: its .* lacks"
     ) as error:
         checkpoints.restore(like)
     assert "another/one" in str(error.value) and ("kernel" if part == "params" else "mu") in str(error.value)
-    [said] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
-    assert "\n" not in said and len(said) < 500
+    [message] = [record.getMessage() for record in caplog.records if record.name == "fusion_jax"]
+    assert "\n" not in message and len(message) < 500
 
 
 def _tower(layers, scale=1.0):
@@ -358,7 +360,7 @@ def test_without_its_list_a_damaged_checkpoint_fails_to_load_and_falls_back(tmp_
 def test_no_whole_checkpoint_left_is_said_and_nothing_is_moved(tmp_path):
     checkpoints = saved(tmp_path, 1)
     shutil.rmtree(tmp_path / "1" / "params")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 1: .* is missing\)"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 1: .* is missing\)"):
         checkpoints.restore(state_at(0))
     assert checkpoints.steps() == [1]
 
@@ -415,7 +417,7 @@ RUN = RunConfig(model=MODEL, stages=(STAGE,), tokenizer="t")
 
 
 def checked(config):
-    about = json.loads(checkpoint.describe(RUN, None)["json"])
+    about = json.loads(describe_run(RUN, None)["json"])
     resume.check(config, config.stages[0], about, "WORKDIR/first")
 
 
@@ -464,14 +466,14 @@ def chatml(tmp_path):
 
 def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_with(chatml, tmp_path, caplog):
     config = dataclasses.replace(RUN, template="chatml", tokenizer=str(chatml))
-    about = json.loads(checkpoint.describe(config, load_tokenizer(chatml))["json"])
+    about = json.loads(describe_run(config, load_tokenizer(chatml))["json"])
     template = find_template("chatml")
-    checkpoint.save_tokenizer(about, tmp_path / "new")
+    save_tokenizer(about, tmp_path / "new")
     assert load_tokenizer(tmp_path / "new") == load_tokenizer(chatml)
     assert first_ids(load_tokenizer(tmp_path / "new"), template) == []
 
     old = {key: value for key, value in about.items() if key not in ("format", "conversation")}
-    checkpoint.save_tokenizer(old, tmp_path / "old")
+    save_tokenizer(old, tmp_path / "old")
     assert first_ids(load_tokenizer(tmp_path / "old"), template) == [1]
     assert "trained with <|endoftext|> in front of every conversation" in caplog.text
     # Going on with a folder that asks for none is refused, and goes once the folder asks for it.
@@ -488,20 +490,20 @@ def test_a_checkpoint_of_the_first_format_keeps_the_first_token_it_was_trained_w
     imported = dataclasses.replace(config, stages=(dataclasses.replace(STAGE, data=""),))
     for other in (imported, dataclasses.replace(config, template="phi3")):
         same = old | {"config": json.loads(json.dumps(to_dict(other)))}
-        checkpoint.save_tokenizer(same, tmp_path / "same")
+        save_tokenizer(same, tmp_path / "same")
         assert load_tokenizer(tmp_path / "same") == load_tokenizer(chatml)
 
 
 def test_a_tokenizer_that_lacks_the_first_token_it_was_trained_with_is_one_sentence(chatml, tmp_path):
-    about = json.loads(checkpoint.describe(dataclasses.replace(RUN, template="chatml"), load_tokenizer(chatml))["json"])
+    about = json.loads(describe_run(dataclasses.replace(RUN, template="chatml"), load_tokenizer(chatml))["json"])
     del about["format"]
     about["tokenizer"]["tokenizer_config.json"] = base64.b64encode(b'{"eos_token": "<|im_end|>"}').decode()
     with pytest.raises(UserError, match="its tokenizer names neither"):
-        checkpoint.save_tokenizer(about, tmp_path / "new")
+        save_tokenizer(about, tmp_path / "new")
 
 
 def test_environment_is_in_the_checkpoint():
-    about = json.loads(checkpoint.describe(RUN, None)["json"])["environment"]
+    about = json.loads(describe_run(RUN, None)["json"])["environment"]
     assert about["packages"]["jax"] == jax.__version__
     assert about["devices"]["count"] == jax.device_count() and about["devices"]["processes"] == 1
     assert about["commit"] is None or len(about["commit"].removesuffix("-dirty")) == 40

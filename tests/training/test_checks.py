@@ -10,12 +10,12 @@ import pytest
 from helpers import tiny_run
 from helpers.shapes_data import make_shapes
 
-from fusion_jax import train
 from fusion_jax.config import MeshConfig, RunConfig, from_dict
 from fusion_jax.devices.device_check import Problem
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
 from fusion_jax.training import checks, config_check
+from fusion_jax.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_each_fault_ends_training_before_it_begins_and_the_doctor_says_the_same(
         monkeypatch.setitem(sys.modules, "wandb", None)
     config = change(config, tmp_path)
     with pytest.raises(UserError) as error:
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert all(part in str(error.value) for part in expected.split(".*")), str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
@@ -116,7 +116,7 @@ def test_each_fault_ends_training_before_it_begins_and_the_doctor_says_the_same(
 def test_a_stage_too_short_for_validation_goes_without_and_says_so(config, tmp_path):
     config = stage(config, 0, max_question_length=1)
     problems = []
-    inputs = checks.look(config, tmp_path / "run", (), problems)
+    inputs = checks.open_inputs(config, tmp_path / "run", (), problems)
     assert not problems and list(inputs.validation) == ["stage2"]
     found = list(config_check.check_inputs(config, str(tmp_path / "run"), (), 1))
     assert [(problem.stops, problem.what.partition(":")[0]) for problem in found] == [
@@ -156,7 +156,7 @@ def test_a_stage_of_which_no_checkpoint_can_be_read_is_said_by_both(config, tmp_
     step = tmp_path / "run" / "stage1" / "checkpoints" / "4"
     (step / "about").mkdir(parents=True)
     (step / "about" / "_strings.json").write_text("{")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 4: .*; move that folder away") as error:
-        train.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 4: .*; move that folder away") as error:
+        train(config, tmp_path / "run")
     found = config_check.check_inputs(config, str(tmp_path / "run"), (), 1)
     assert [problem.what for problem in found if problem.stops] == [str(error.value)]

@@ -25,10 +25,10 @@ class Said(Exception):
 def processes(folder, monkeypatch, *held_and_gaps):
     """One check for each process, behind a step in which it met these gaps; the same plan in all."""
     monkeypatch.setattr("jax.process_count", lambda: len(held_and_gaps))
-    checks, said = [], []
+    checks, values = [], []
 
     def listen(value):
-        said.append(value)
+        values.append(value)
         raise Said
 
     monkeypatch.setattr(distributed, "gather", listen)
@@ -39,7 +39,7 @@ def processes(folder, monkeypatch, *held_and_gaps):
         with pytest.raises(Said):
             check.agree(1)
         checks.append(check)
-    monkeypatch.setattr(distributed, "gather", lambda value: said)
+    monkeypatch.setattr(distributed, "gather", lambda value: values)
     return checks
 
 

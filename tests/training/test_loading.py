@@ -17,7 +17,9 @@ from helpers.shapes_data import make_shapes
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting
 from fusion_jax.models import fusion
-from fusion_jax.training import checkpoint, integrity, resume
+from fusion_jax.training import init_from, integrity, resume
+from fusion_jax.training.about import load_about, save_tokenizer
+from fusion_jax.training.loading import find_checkpoint, load_model
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +51,10 @@ def test_checkpoint_writes_the_known_files_of_a_tokenizer_only(two, tmp_path, na
     entry = base64.b64encode(b"planted").decode()
     about = {"config": {}, "tokenizer": {TOKENIZER[name]: entry}}
     with pytest.raises(UserError, match=r"known are tokenizer.model, tokenizer.json"):
-        checkpoint.save_tokenizer(about, tmp_path / "a" / "b" / "c")
+        save_tokenizer(about, tmp_path / "a" / "b" / "c")
     forge(two[1], "about", lambda about: {**about, "tokenizer": {**about["tokenizer"], TOKENIZER[name]: entry}})
-    with pytest.raises(UserError, match=rf"{two[1]} is no whole checkpoint: .* known are tokenizer.model"):
-        checkpoint.load_model(two[1])
+    with pytest.raises(UserError, match=rf"{two[1]} is not an intact checkpoint: .* known are tokenizer.model"):
+        load_model(two[1])
     assert not list(tmp_path.rglob("*planted*")) and not Path("/tmp/planted").exists()
 
 
@@ -60,7 +62,7 @@ def test_checkpoint_writes_the_known_files_of_a_tokenizer_only(two, tmp_path, na
 def test_content_of_a_tokenizer_file_must_be_base64(two, tmp_path, content):
     about = {"tokenizer": {"tokenizer.model": content}}
     with pytest.raises(UserError):
-        checkpoint.save_tokenizer(about, tmp_path / "tokenizer")
+        save_tokenizer(about, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
 
 
@@ -83,12 +85,12 @@ ABOUTS = {
 def test_commands_fall_back_from_an_about_of_another_form(two, caplog, form):
     before, newest = two
     forge(newest, "about", ABOUTS[form])
-    assert checkpoint.find(newest.parents[2]) == before
-    assert "looking at the one before" in caplog.text and str(newest) in caplog.text
+    assert find_checkpoint(newest.parents[2]) == before
+    assert "trying the previous one" in caplog.text and str(newest) in caplog.text
     with pytest.raises(UserError, match=str(newest)) as error:
-        checkpoint.load_about(newest)
+        load_about(newest)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    assert resume.newest_about(newest.parent) == checkpoint.load_about(before)
+    assert resume.newest_about(newest.parent) == load_about(before)
 
 
 @pytest.mark.parametrize("damage", ["empty", "content", "no params", "list"])
@@ -108,12 +110,12 @@ def test_commands_fall_back_from_a_damaged_checkpoint_and_say_so(two, caplog, da
         path.write_bytes(content)
     for place in (newest.parent, newest.parents[1], newest.parents[2]):
         caplog.clear()
-        assert checkpoint.find(place) == before
-        assert f"going back to {before}; 9 is not whole" in caplog.text
-    assert checkpoint.load_model(newest.parents[2]).step == 8
+        assert find_checkpoint(place) == before
+        assert f"going back to {before}; 9 is not intact" in caplog.text
+    assert load_model(newest.parents[2]).step == 8
     shutil.rmtree(before)
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
-        checkpoint.find(newest.parents[2])
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact"):
+        find_checkpoint(newest.parents[2])
 
 
 @pytest.mark.parametrize(
@@ -134,25 +136,25 @@ def test_params_that_cannot_be_read_are_passed_over_whatever_the_list_says(two, 
     else:
         (newest / "files.0.json").unlink()
     workdir = newest.parents[2]
-    assert checkpoint.load_model(workdir).folder == before
+    assert load_model(workdir).folder == before
     assert exporting.export(workdir, tmp_path / "exported", "transformers", progress=False) == before
-    config = checkpoint.load_model(before).config
+    config = load_model(before).config
     config = dataclasses.replace(config, init_from=str(workdir))
     like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
-    assert resume.initial_parameters(config, like)[0] == before
+    assert init_from.initial_parameters(config, like)[0] == before
     assert f"checkpoint {newest} is damaged: " in caplog.text and f"going back to {before}; 9" in caplog.text
-    with pytest.raises(UserError, match=f"{newest} is no whole checkpoint: .*") as error:
-        checkpoint.load_model(newest)
+    with pytest.raises(UserError, match=f"{newest} is not an intact checkpoint: .*") as error:
+        load_model(newest)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600 and "bound method" not in str(error.value)
     gc.collect()
     time.sleep(0.2)
-    said = "".join(capfd.readouterr()) + caplog.text
-    assert "Traceback" not in said and "never retrieved" not in said
+    output = "".join(capfd.readouterr()) + caplog.text
+    assert "Traceback" not in output and "never retrieved" not in output
 
 
 def test_commands_say_that_the_bytes_of_a_checkpoint_without_a_list_cannot_be_checked(two, caplog):
     (two[1] / "files.0.json").unlink()
-    assert checkpoint.find(two[1].parents[2]) == two[1]
+    assert find_checkpoint(two[1].parents[2]) == two[1]
     assert f"checkpoint {two[1]} has no list of its files" in caplog.text
 
 
@@ -169,7 +171,7 @@ def test_config_of_absurd_size_takes_no_memory(two, part, name, value):
 
     forge(two[1], "about", change)
     with pytest.raises(UserError, match=str(two[1])):
-        checkpoint.load_model(two[1])
+        load_model(two[1])
 
 
 def test_parameters_of_another_model_are_named(two):
@@ -179,4 +181,4 @@ def test_parameters_of_another_model_are_named(two):
 
     forge(two[1], "about", change)
     with pytest.raises(UserError, match=r"parameters of another model: llm/.* has shape .*, the config asks for"):
-        checkpoint.load_model(two[1])
+        load_model(two[1])

@@ -18,7 +18,6 @@ from helpers.fixtures import params
 from helpers.forged import forge
 from helpers.shapes_data import make_shapes
 
-from fusion_jax import train
 from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.layout import lay_out
 from fusion_jax.data.sources import load_source
@@ -28,8 +27,14 @@ from fusion_jax.errors import UserError
 from fusion_jax.inference import generate
 from fusion_jax.models.config import PRESETS
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint, input_check, integrity, metrics
-from fusion_jax.training.reports import Reports, evaluate
+from fusion_jax.training import input_check, integrity
+from fusion_jax.training.about import load_about
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
+from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.losses import PARTS
+from fusion_jax.training.reports import Reports
+from fusion_jax.training.run import train
+from fusion_jax.training.step import evaluate
 from fusion_jax.training.validation import measure, open_data
 
 
@@ -48,17 +53,17 @@ def configured(data, **changes):
 
 
 def steps(workdir):
-    return checkpoint.steps_in(workdir / "stage1" / checkpoint.FOLDER)
+    return steps_in(workdir / "stage1" / FOLDER)
 
 
 def losses(workdir):
-    return [(row["step"], row["ce"]) for row in metrics.read(workdir / "stage1" / "metrics.jsonl") if "ce" in row]
+    return [(row["step"], row["ce"]) for row in read_rows(workdir / "stage1" / "metrics.jsonl") if "ce" in row]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "undisturbed"
-    train.train(configured(data), workdir)
+    train(configured(data), workdir)
     assert steps(workdir) == [2, 4] and [step for step, _ in losses(workdir)] == [1, 2, 3, 4]
     return workdir
 
@@ -68,7 +73,7 @@ def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, mon
     saved = []
 
     def no_validation(self, step, params):
-        saved.append(max(checkpoint.steps_in(self.writer.path.parent / checkpoint.FOLDER), default=0))
+        saved.append(max(steps_in(self.writer.path.parent / FOLDER), default=0))
         raise OSError(5, "Input/output error")
 
     benchmarks = tmp_path / "benchmarks"
@@ -83,10 +88,10 @@ def test_reports_that_fail_cost_no_step(data, undisturbed, tmp_path, caplog, mon
         evaluation_tasks=("held_out",),
         evaluation_data=str(benchmarks),
     )
-    train.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(undisturbed) and steps(tmp_path / "run") == [2, 4]
     assert saved[3] == 4, "the last step was not saved before its validation"
-    rows = metrics.read(tmp_path / "run" / "stage1" / "metrics.jsonl")
+    rows = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
     assert [row.get("failed/validation") for row in rows] == [None, 1, 2, 3]
     assert [row.get("failed/evaluation") for row in rows] == [None, None, 1, 1]
     assert "validation failed (OSError: [Errno 5] Input/output error), 4 time(s) so far" in caplog.text
@@ -147,7 +152,7 @@ def test_validation_losses_are_those_of_one_record_a_row(mixed, preset, packing)
     batch = lay_out(good, loader.spec, loader.longest_latents)
     sums, counts = jax.jit(evaluate, static_argnums=0)(reports.model, weights, batch)
     values = reports.writer.values
-    for name in ("ce", "v2t", "t2v"):
+    for name in PARTS:
         np.testing.assert_allclose(values[f"validation/{name}"], sums[name] / counts[name], rtol=1e-5)
     assert values["validation/samples"] == counts["samples"] == 11 and values["validation/left_out"] == 1
     rows = sum(len(batch.rows) for batch in reports._planned)
@@ -236,7 +241,7 @@ def test_error_that_ends_training_finishes_the_checkpoint_being_written(data, tm
     monkeypatch.setattr(integrity, "write", slowly)
     monkeypatch.setattr(input_check.InputCheck, "note", too_many)
     with pytest.raises(UserError, match="too many bad records"):
-        train.train(configured(data), tmp_path)
+        train(configured(data), tmp_path)
     assert steps(tmp_path) == [2] and integrity.problem(tmp_path / "stage1" / "checkpoints" / "2") is None
     assert (tmp_path / "run.lock").read_bytes() == b""
 
@@ -253,7 +258,7 @@ def test_restart_survives_its_logs_and_an_odd_lock(data, undisturbed, tmp_path, 
     (workdir / "config.json").write_bytes(b"\0\0")
     for path in (workdir / "stage1" / "tensorboard").iterdir():
         path.write_bytes(b"\0" * 100)
-    train.train(configured(data), workdir)
+    train(configured(data), workdir)
     assert losses(workdir) == losses(undisturbed) and steps(workdir) == [2, 4]
     assert "metrics.jsonl: 5 damaged line(s) cut off" in caplog.text and "bad_records.jsonl: 2 damaged" in caplog.text
     assert json.loads((workdir / "config.json").read_text())["checkpoint_every"] == 2
@@ -266,8 +271,8 @@ def test_checkpoints_whose_config_cannot_be_compared_are_not_gone_on_from(data, 
     for step in steps(workdir):
         folder = workdir / "stage1" / "checkpoints" / str(step)
         forge(folder, "about", lambda about: {**about, "config": {**about["config"], "unknown": 1}})
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole .*config.unknown is not a key"):
-        train.train(configured(data), workdir)
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact .*config.unknown is not a key"):
+        train(configured(data), workdir)
 
 
 @pytest.mark.parametrize(
@@ -284,8 +289,8 @@ def test_an_update_that_ruins_the_parameters_leaves_the_checkpoints_before_it(
     config = configured(data, checkpoint_every=1, max_skipped_steps=3)
     ruinous = dataclasses.replace(config.stages[0], steps=20, learning_rate=rate)
     with pytest.raises(UserError, match="3 steps in a row"):
-        train.train(dataclasses.replace(config, stages=(ruinous,)), workdir)
-    folder = workdir / "stage1" / checkpoint.FOLDER
+        train(dataclasses.replace(config, stages=(ruinous,)), workdir)
+    folder = workdir / "stage1" / FOLDER
     assert steps(workdir) == kept and [path.name for path in folder.glob("*.diverged")] == aside
     assert f"no checkpoint of step {skipped}, whose loss, gradient or update is not finite" in caplog.text
 
@@ -302,7 +307,7 @@ def test_data_that_cannot_be_used_any_more_ends_a_run_that_allows_all_to_be_bad(
         for record in json.loads((broken / "stage1.json").read_text()):
             (broken / record["image"]).write_bytes(b"no image")
     with pytest.raises(UserError, match=r"None of the 16 records of .*stage1.yaml can be used any more"):
-        train.train(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
+        train(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
     assert len((tmp_path / "run" / "stage1" / "bad_records.jsonl").read_text().splitlines()) == 32
 
 
@@ -313,18 +318,18 @@ def test_other_data_end_a_restart_before_its_first_step_unless_they_are_accepted
     records = json.loads((other / "stage1.json").read_text())
     records[0]["conversations"][1]["value"] += " Yes."
     (other / "stage1.json").write_text(json.dumps(records))
-    train.train(configured(other), workdir)  # the stage is over
+    train(configured(other), workdir)  # the stage is over
     # It is no longer, where its last checkpoint turns out to be damaged while it is restored; then with the others.
     for path in (workdir / "stage1" / "checkpoints" / "4" / "train").rglob("*"):
         if path.is_file():
             path.write_bytes(b"\0" * 100)
     for _ in range(2):
         with pytest.raises(UserError, match=r"stage1.yaml has stage1.json with .* bytes .*--accept_changed=data"):
-            train.train(configured(other), workdir)
+            train(configured(other), workdir)
         assert steps(workdir) == [2]
-    train.train(configured(other), workdir, accepted=("data",))
+    train(configured(other), workdir, accepted=("data",))
     assert steps(workdir) == [2, 4] and "goes on with a change (--accept_changed)" in caplog.text
-    about = checkpoint.load_about(workdir / "stage1" / "checkpoints" / "4")
+    about = load_about(workdir / "stage1" / "checkpoints" / "4")
     assert about["stage"] == {"name": "stage1", "order": 0}
     assert about["data"]["stage1"] == load_source(other / "stage1.yaml").describe()
 
@@ -356,7 +361,7 @@ def test_input_state_of_another_form_falls_back_one(data, undisturbed, tmp_path,
         shutil.copytree(undisturbed / "stage1" / "checkpoints" / "4", folder / str(step))
         forge(folder / str(step), "data", lambda state, form=form, step=step: form({**state, "step": step}))
     shutil.rmtree(folder / "4")
-    train.train(configured(data), workdir)
+    train(configured(data), workdir)
     assert losses(workdir) == losses(undisturbed) and steps(workdir) == [2, 4]
     for step in range(5, 5 + len(STATES)):
         assert f"going back to step 2; {folder / str(step)} is kept as {step}.damaged" in caplog.text
@@ -401,5 +406,5 @@ def test_workdir_that_cannot_be_used_is_said_in_one_sentence(data, tmp_path):
     codes = [line for line in done.stdout.splitlines() if line.isdigit()]  # among lines of the log
     assert codes == ["2"] * len(names), done.stdout + done.stderr
     for number, name in enumerate(names):
-        said = (tmp_path / f"{number}.err").read_text()
-        assert said.startswith("error: ") and said.count("\n") == 1 and str(place / name) in said, (name, said)
+        output = (tmp_path / f"{number}.err").read_text()
+        assert output.startswith("error: ") and output.count("\n") == 1 and str(place / name) in output, (name, output)

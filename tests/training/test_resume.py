@@ -19,8 +19,10 @@ from fusion_jax.data.sources import load_source
 from fusion_jax.data.templates import TEMPLATES
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
-from fusion_jax.training import about, checkpoint, integrity, order, resume
+from fusion_jax.training import about, checkpoint, integrity, resume
+from fusion_jax.training.checkpoint_folders import order_in
 from fusion_jax.training.input_check import differences
+from fusion_jax.training.loading import find_checkpoint
 from fusion_jax.training.state import TrainState
 
 WHERE = Path("runs/a/stage1/checkpoints")
@@ -45,7 +47,7 @@ def described(data):
     """The data and about of a run, as a checkpoint of its first stage has them."""
     config = configured(data)
     parts = load_source(config.stages[0].data).describe()
-    return json.loads(about.describe(config, load_tokenizer(config.tokenizer), data={"stage1": parts})["json"])
+    return json.loads(about.describe_run(config, load_tokenizer(config.tokenizer), data={"stage1": parts})["json"])
 
 
 def check(data, saved, accepted=(), finished=False, **changes):
@@ -202,7 +204,7 @@ def stages(made, tmp_path_factory):
     """Two stages without arrays: what `find` looks at."""
     run = tmp_path_factory.mktemp("run") / "run"
     config = configured(made)
-    text = about.describe(config, load_tokenizer(config.tokenizer))
+    text = about.describe_run(config, load_tokenizer(config.tokenizer))
     source = tmp_path_factory.mktemp("model")
     saved = checkpoint.Checkpoints(source / "c", text)
     zero = jnp.zeros((), jnp.int32)
@@ -226,11 +228,11 @@ def test_the_last_stage_is_found_whatever_the_times_say(stages, tmp_path, old):
         if old:  # a checkpoint of an earlier version: the names of the stages alone
             forge(run / name / "checkpoints" / "8", "about", lambda a: without(a, "stage"))
         at(run / name / "checkpoints", 1000 + 1000 * k)
-    assert checkpoint.find(run) == run / "stage2" / "checkpoints" / "8"
+    assert find_checkpoint(run) == run / "stage2" / "checkpoints" / "8"
     # A damaged last stage: the one before.
     (run / "stage2" / "checkpoints" / "8" / "about" / "_strings.json").write_text("{")
     integrity.write(run / "stage2" / "checkpoints" / "8", 0)
-    assert checkpoint.find(run) == run / "stage1" / "checkpoints" / "8"
+    assert find_checkpoint(run) == run / "stage1" / "checkpoints" / "8"
 
 
 def test_times_decide_where_nothing_else_does(stages, tmp_path):
@@ -240,13 +242,13 @@ def test_times_decide_where_nothing_else_does(stages, tmp_path):
         shutil.copytree(stages / "stage1" / "checkpoints" / "8", step)
         forge(step, "about", lambda a: without(a, "stage"))
         at(step.parent, 1000 + 1000 * k)
-    assert checkpoint.find(run) == run / "a" / "checkpoints" / "8"
+    assert find_checkpoint(run) == run / "a" / "checkpoints" / "8"
 
 
 def test_a_new_stage_comes_behind_all_that_are_there(stages, tmp_path):
     """Also where the config that adds it has no place for the earlier ones any more."""
     run = tmp_path / "run"
-    assert order.order_in(run, "stage1") == 0
+    assert order_in(run, "stage1") == 0
     shutil.copytree(stages, run)
-    assert order.order_in(run, "stage1") == 0 and order.order_in(run, "stage2") == 1
-    assert order.order_in(run, "more") == 2
+    assert order_in(run, "stage1") == 0 and order_in(run, "stage2") == 1
+    assert order_in(run, "more") == 2

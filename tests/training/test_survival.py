@@ -6,35 +6,35 @@ import subprocess
 import sys
 
 import pytest
-from soak import soak, soak_data
-from soak.soak import ROOT, soak_numbers, soak_report
+from soak import soak_data, soak_numbers, soak_report, soak_runs
+from soak.soak_runs import ROOT
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_run_that_is_killed_refused_stopped_and_damaged_ends_as_if_nothing_had_been(tmp_path):
     """One run after all of it: its parameters and losses are bit for bit those of an undisturbed one."""
-    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    lab = soak_runs.Lab(tmp_path, ROOT / ".jax_cache")
     workdir = tmp_path / "disturbed"
-    assert soak.kill(lab, workdir, 5).startswith("5 kills")
-    assert "process and host" in soak.refuse(lab, workdir)
-    assert "exit code 75" in soak.terminate(lab, workdir)
-    assert "as undisturbed" in soak.truncate_newest(lab, workdir)
+    assert soak_runs.kill(lab, workdir, 5).startswith("5 kills")
+    assert "process and host" in soak_runs.refuse(lab, workdir)
+    assert "exit code 75" in soak_runs.terminate(lab, workdir)
+    assert "as undisturbed" in soak_runs.truncate_newest(lab, workdir)
     # Another config is refused before anything is compiled.
-    code, said = lab.run(workdir, "--config.model.vision.mlp_dim=64", "--config.model.llm.mlp_dim=64")
-    assert code == 2 and said.count("\n") == 1, said
-    assert "model.vision.mlp_dim=64 (checkpoint: 32), model.llm.mlp_dim=64 (checkpoint: 48)" in said
+    code, output = lab.run(workdir, "--config.model.vision.mlp_dim=64", "--config.model.llm.mlp_dim=64")
+    assert code == 2 and output.count("\n") == 1, output
+    assert "model.vision.mlp_dim=64 (checkpoint: 32), model.llm.mlp_dim=64 (checkpoint: 48)" in output
 
 
 def test_data_that_is_cut_in_mid_run_ends_it_in_a_sentence_at_worst(tmp_path):
     """Neither a crash (SIGBUS, where the file is mapped) nor a hang; with the data put back the run goes on."""
-    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    lab = soak_runs.Lab(tmp_path, ROOT / ".jax_cache")
     assert soak_data.change(lab, "JSON cut", 0.9) in ("one sentence, code 2", "goes on, bad records counted")
 
 
 def test_a_learning_rate_that_ruins_a_run_does_not_ruin_its_checkpoints(tmp_path):
     """Started again with a sane rate, the run learns as if nothing had been."""
-    lab = soak.Lab(tmp_path, ROOT / ".jax_cache")
+    lab = soak_runs.Lab(tmp_path, ROOT / ".jax_cache")
     assert "skipped, code 2" in soak_numbers.diverge(lab, "learning rate 1e30", None)
 
 
@@ -111,8 +111,8 @@ else:
 def test_signals_before_the_first_step_end_at_once(second):
     """Even while the main thread is in long native code, which no Python handler interrupts."""
     script = (
-        "import sys, ctypes\nfrom fusion_jax.training import watch\n"
-        "with watch.Stop() as stop:\n"
+        "import sys, ctypes\nfrom fusion_jax.training import stopping\n"
+        "with stopping.Stop() as stop:\n"
         f"    stop.nothing_to_lose = {not second}\n    print('ready', flush=True)\n"
         "    while True:\n        ctypes.CDLL(None).usleep(3_000_000)\n"
     )

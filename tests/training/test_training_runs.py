@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.shapes_data import make_shapes
 
-from fusion_jax.training import metrics
+from fusion_jax.training.jsonl import read_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "helpers" / "tiny_run.py"
@@ -55,7 +55,7 @@ def finished(data, tmp_path_factory):
 def test_run_leaves_metrics_checkpoints_and_a_plot(finished):
     workdir, log = finished
     for stage in ("stage1", "stage2"):
-        rows = metrics.read(workdir / stage / "metrics.jsonl")
+        rows = read_rows(workdir / stage / "metrics.jsonl")
         steps = [row["step"] for row in rows if "ce" in row]
         assert steps == list(range(1, 9))
         for key in ("total", "v2t", "t2v", "grad_norm", "learning_rate/default", "samples_per_second", "mfu"):
@@ -79,8 +79,8 @@ def test_run_leaves_metrics_checkpoints_and_a_plot(finished):
 
 def test_second_stage_starts_from_the_first_ones_parameters(finished):
     workdir, _ = finished
-    first = metrics.read(workdir / "stage1" / "metrics.jsonl")
-    second = metrics.read(workdir / "stage2" / "metrics.jsonl")
+    first = read_rows(workdir / "stage1" / "metrics.jsonl")
+    second = read_rows(workdir / "stage2" / "metrics.jsonl")
     losses = [[row["ce"] for row in rows if "ce" in row] for rows in (first, second)]
     assert losses[1][0] < losses[0][0] - 0.3, "stage 2 began with a loss like random parameters"
 
@@ -111,7 +111,7 @@ def test_stage_alone_from_an_earlier_checkpoint(data, finished, tmp_path):
     )
     result = run("train", "--config", f"{script}:{data}", "--workdir", tmp_path / "alone")
     assert result.returncode == 0, result.stderr
-    rows = [metrics.read(folder / "stage2" / "metrics.jsonl") for folder in (workdir, tmp_path / "alone")]
+    rows = [read_rows(folder / "stage2" / "metrics.jsonl") for folder in (workdir, tmp_path / "alone")]
     assert [row["ce"] for row in rows[0] if "ce" in row] == [row["ce"] for row in rows[1] if "ce" in row]
 
 
@@ -187,10 +187,10 @@ def test_wrong_config_says_one_sentence_before_any_work(data, tmp_path):
     result = subprocess.run(**started, capture_output=True, text=True, timeout=300)
     assert result.stdout.split() == ["2"] * len(WRONG), result.stdout + result.stderr
     for number, (override, says) in enumerate(WRONG.items()):
-        said = (tmp_path / f"{number}.err").read_text()
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and says in errors[0], (override, said)
-        assert "Traceback" not in said
+        output = (tmp_path / f"{number}.err").read_text()
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and says in errors[0], (override, output)
+        assert "Traceback" not in output
     assert not never.exists()
 
 

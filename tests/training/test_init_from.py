@@ -14,7 +14,9 @@ from fusion_jax.config import RunConfig, StageConfig, to_dict
 from fusion_jax.errors import UserError
 from fusion_jax.interop import table
 from fusion_jax.models import fusion
-from fusion_jax.training import checkpoint, resume, transfer
+from fusion_jax.training import init_from
+from fusion_jax.training.checkpoint_folders import FOLDER
+from fusion_jax.training.loading import load_params
 
 MODEL = tiny("paper", latent_counts=(1, 4), **{"llm.layers": 5, "exchange.start": 1, "exchange.stride": 2})
 STAGE = StageConfig("s", "d.json", max_length=200)
@@ -27,8 +29,8 @@ def run_config(model, **changes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A step folder of a model with exchange layers behind decoder layers 1 and 3 of 5."""
-    step = tmp_path_factory.mktemp("run") / "s" / checkpoint.FOLDER / "8"
+    """A step folder of a model with exchange layers after decoder layers 1 and 3 of 5."""
+    step = tmp_path_factory.mktemp("run") / "s" / FOLDER / "8"
     about = {"json": json.dumps({"config": to_dict(run_config(MODEL)), "tokenizer": {}})}
     ocp.save_checkpointables(step, {"params": params(MODEL), "about": about})
     return step
@@ -53,23 +55,23 @@ def exchange(**changes):
     ],
 )
 def test_every_layer_arrives_where_it_belongs(saved, model, without):
-    taken = flat(transfer.take(saved, MODEL, model, shapes(model), without, seed=3))
+    loaded = flat(init_from.take_parameters(saved, MODEL, model, shapes(model), without, seed=3))
     ours, theirs = params(MODEL), shapes(model)
     before, wanted = flat(ours), {path: leaf.shape for path, leaf in flatten_dict(theirs, sep="/").items()}
-    assert {path: leaf.shape for path, leaf in taken.items()} == wanted
-    # The table that exports a model says on its own where each layer lies.
+    assert {path: leaf.shape for path, leaf in loaded.items()} == wanted
+    # The table that exports a model says on its own where each layer is.
     (there, _), (here, _) = (table._places(config) for config in (MODEL, model))
     for (old, i), (new, k) in zip(there, here, strict=True):
-        kinds = [path.removeprefix(f"{new}/") for path in taken if path.startswith(f"{new}/")]
+        kinds = [path.removeprefix(f"{new}/") for path in loaded if path.startswith(f"{new}/")]
         assert "down/kernel" in kinds
         for kind in kinds:
-            np.testing.assert_array_equal(taken[f"{new}/{kind}"][k], before[f"{old}/{kind}"][i])
-    anew = {path for path in taken if path == "latents_9" or (EXCHANGE in path and EXCHANGE in without)}
-    fresh = flat(fusion.init(model, jax.random.key(3))) if anew else {}
-    for path, leaf in taken.items():
+            np.testing.assert_array_equal(loaded[f"{new}/{kind}"][k], before[f"{old}/{kind}"][i])
+    random = {path for path in loaded if path == "latents_9" or (EXCHANGE in path and EXCHANGE in without)}
+    fresh = flat(fusion.init(model, jax.random.key(3))) if random else {}
+    for path, leaf in loaded.items():
         if "/layer_" in path:
             continue
-        np.testing.assert_array_equal(leaf, fresh[path] if path in anew else before[path], err_msg=path)
+        np.testing.assert_array_equal(leaf, fresh[path] if path in random else before[path], err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -77,15 +79,15 @@ def test_every_layer_arrives_where_it_belongs(saved, model, without):
     [
         (
             changed(semantic_exchange=False),
-            "it has latent tables of 1, 4 and exchange layers behind decoder layers 1, 3, which the config's model "
+            "it has latent tables of 1, 4 and exchange layers after decoder layers 1, 3, which the config's model "
             "lacks. config.init_without=['^latents_', '/exchange/'] takes none",
         ),
-        (exchange(layers=0), "it has exchange layers behind decoder layers 1, 3, which"),
-        (exchange(layers=1), "it has exchange layers behind decoder layers 3, which"),
+        (exchange(layers=0), "it has exchange layers after decoder layers 1, 3, which"),
+        (exchange(layers=1), "it has exchange layers after decoder layers 3, which"),
         (
             exchange(start=2, layers=1),
-            "it has exchange layers behind decoder layers 1, 3, which the config's model lacks; it lacks exchange "
-            "layers behind decoder layers 2 of the config's model.",
+            "it has exchange layers after decoder layers 1, 3, which the config's model lacks; it lacks exchange "
+            "layers after decoder layers 2 of the config's model.",
         ),
         (changed(latent_counts=(4, 9)), "it has latent tables of 1, which the config's model lacks; it lacks latent "
          "tables of 9"),
@@ -97,9 +99,9 @@ def test_every_layer_arrives_where_it_belongs(saved, model, without):
 def test_other_parts_are_one_sentence_before_anything_is_read(saved, model, expected, capfd):
     config = run_config(model, init_from=str(saved))
     with pytest.raises(UserError) as error:
-        resume.check_initial(config, shapes(model))
+        init_from.check_initial(config, shapes(model))
     with pytest.raises(UserError, match="parameters of another model"):
-        resume.initial_parameters(config, shapes(model))
+        init_from.initial_parameters(config, shapes(model))
     assert f"{saved} holds parameters of another model: {expected}" in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert "Traceback" not in "".join(capfd.readouterr())
@@ -108,7 +110,7 @@ def test_other_parts_are_one_sentence_before_anything_is_read(saved, model, expe
 def test_parts_that_neither_guide_nor_are_mapped_are_told_apart(saved):
     """A alone and B alone keep every parameter: they may be left out without a word."""
     for model in (changed(text_guided=False), changed(mapping_loss_weight=0.0)):
-        assert not transfer.plan(saved, MODEL, model, flatten_dict(shapes(model), sep="/"), ()).anew
+        assert not init_from.match_parameters(saved, MODEL, model, flatten_dict(shapes(model), sep="/"), ()).new
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_parts_that_neither_guide_nor_are_mapped_are_told_apart(saved):
 )
 def test_patterns_that_mean_nothing_are_refused(saved, without, expected):
     with pytest.raises(UserError, match=expected.replace("no.*", "is not a regular")):
-        transfer.plan(saved, MODEL, MODEL, flatten_dict(shapes(MODEL), sep="/"), without)
+        init_from.match_parameters(saved, MODEL, MODEL, flatten_dict(shapes(MODEL), sep="/"), without)
 
 
 def test_leaving_out_needs_a_checkpoint():
@@ -130,4 +132,4 @@ def test_checkpoint_with_more_than_its_own_config_knows(saved):
     with pytest.raises(
         UserError, match=r"parameters of another model: it has latents_1 and \d+ more, which its config"
     ):
-        checkpoint.load_params(saved, shapes(config))
+        load_params(saved, shapes(config))

@@ -22,7 +22,10 @@ import numpy as np
 from helpers.shapes_data import make_shapes
 
 from fusion_jax.errors import AGAIN
-from fusion_jax.training import checkpoint, lock, metrics
+from fusion_jax.training import lock
+from fusion_jax.training.checkpoint_folders import FOLDER, steps_in
+from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 STAGES, STEPS = ("stage1", "stage2"), 24
@@ -49,8 +52,8 @@ class Lab:
 
     def reference(self, name: str, **settings) -> Path:
         """The workdir of a run, `name`, that nothing disturbs."""
-        code, said = self.run(self.folder / name, **settings)
-        assert code == 0, said
+        code, output = self.run(self.folder / name, **settings)
+        assert code == 0, output
         return self.folder / name
 
     def start(
@@ -77,30 +80,30 @@ class Lab:
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         if cache:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache)
-        config = f"{ROOT / 'tests' / 'tiny_run.py'}:{data or self.data},survival,{changes}"
+        config = f"{ROOT / 'tests' / 'helpers' / 'tiny_run.py'}:{data or self.data},survival,{changes}"
         command = [sys.executable, "-m", "fusion_jax.train", "--config", config, "--workdir", str(workdir), *arguments]
         with log_of(workdir, name).open("a") as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def run(self, workdir: Path, *arguments, **settings) -> tuple[int, str]:
-        """A run to its end: exit code, and what this start said. Settings as for `start`."""
-        with self.running(workdir, *arguments, **settings) as (process, said):
-            return process.wait(PATIENCE), said()
+        """Runs to the end; returns the exit code and the output of this start. Settings as for `start`."""
+        with self.running(workdir, *arguments, **settings) as (process, output):
+            return process.wait(PATIENCE), output()
 
     @contextlib.contextmanager
     def running(self, workdir: Path, *arguments, **settings) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
-        """(process, function that reads what this start has said so far); killed in the end where it still runs."""
+        """Yields the process and a function that reads its output so far; kills it in the end if it still runs."""
         log = log_of(workdir)
         before = log.stat().st_size if log.exists() else 0
         process = self.start(workdir, *arguments, **settings)
 
-        def said() -> str:
+        def output() -> str:
             with log.open("rb") as file:
                 file.seek(before)
                 return file.read().decode(errors="replace")
 
         try:
-            yield process, said
+            yield process, output
         finally:
             process.kill()
             process.wait()
@@ -119,12 +122,12 @@ def assert_same(workdir: Path, undisturbed: Path) -> int:
 
     In the metrics no step is missing or there twice, too.
     """
-    ours, theirs = (jax.tree.leaves(checkpoint.load_model(w).params) for w in (workdir, undisturbed))
+    ours, theirs = (jax.tree.leaves(load_model(w).params) for w in (workdir, undisturbed))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     exact = ("step", "total", "ce", "v2t", "t2v", "grad_norm", "records_seen", "validation/ce", "validation/v2t")
     for stage in STAGES:
-        rows = [metrics.read(w / stage / "metrics.jsonl") for w in (workdir, undisturbed)]
+        rows = [read_rows(w / stage / "metrics.jsonl") for w in (workdir, undisturbed)]
         a, b = ([{key: row[key] for key in exact if key in row} for row in r] for r in rows)
         assert a == b, f"{workdir}: metrics of {stage} differ"
     return len(ours)
@@ -138,7 +141,7 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, stage: str, step: in
     """Returns when the run has reported that step of that stage, or has ended."""
     path, deadline = workdir / stage / "metrics.jsonl", time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+        if path.exists() and any(row["step"] >= step for row in read_rows(path)):
             return
         time.sleep(0.005)
 
@@ -153,7 +156,7 @@ def stopped(process: subprocess.Popen) -> Iterator[None]:
 
 def unfinished(workdir: Path) -> list[Path]:
     """Checkpoints that are being written."""
-    return [p for end in ("*.orbax-checkpoint-tmp*", "*.writing") for p in workdir.glob(f"*/{checkpoint.FOLDER}/{end}")]
+    return [p for end in ("*.orbax-checkpoint-tmp*", "*.writing") for p in workdir.glob(f"*/{FOLDER}/{end}")]
 
 
 def wait_for_save(process: subprocess.Popen, workdir: Path) -> None:
@@ -190,11 +193,11 @@ def refuse(lab: Lab, workdir: Path) -> str:
     while str(process.pid) not in (workdir / lock.FILE).read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
-    code, said = lab.run(workdir)
+    code, output = lab.run(workdir)
     process.kill()
     process.wait()
     message = f"error: {workdir} is in use by a live run (process {process.pid} on {socket.gethostname()}"
-    assert code == 2 and message in said, said
+    assert code == 2 and message in output, output
     return "exit code 2, one sentence with process and host"
 
 
@@ -203,13 +206,13 @@ def terminate(lab: Lab, workdir: Path, number: signal.Signals = signal.SIGTERM) 
     stage = STAGES[-1]
     process = lab.start(workdir)
     wait_for_step(process, workdir, stage, STEPS // 2 + 2)
-    asked = time.monotonic()
+    begun = time.monotonic()
     process.send_signal(number)
     code = process.wait(PATIENCE)
-    seconds = time.monotonic() - asked
+    seconds = time.monotonic() - begun
     assert code == AGAIN, f"exit code {code}: see {log_of(workdir)}"
-    saved = max(checkpoint.steps_in(workdir / stage / checkpoint.FOLDER))
-    reported = metrics.read(workdir / stage / "metrics.jsonl")[-1]["step"]
+    saved = max(steps_in(workdir / stage / FOLDER))
+    reported = read_rows(workdir / stage / "metrics.jsonl")[-1]["step"]
     assert STEPS // 2 < saved == reported < STEPS, f"step {reported} was done, {saved} saved"
     assert seconds < 30, f"{seconds:.0f} s"
     return f"{number.name}: the step at hand saved, exit code {AGAIN} after {seconds:.1f} s"
@@ -217,14 +220,14 @@ def terminate(lab: Lab, workdir: Path, number: signal.Signals = signal.SIGTERM) 
 
 def truncate_newest(lab: Lab, workdir: Path) -> str:
     """The largest file of the newest checkpoint loses its second half; the run ends like the undisturbed one."""
-    folder = workdir / STAGES[-1] / checkpoint.FOLDER
-    newest, before = checkpoint.steps_in(folder)[-1], checkpoint.steps_in(folder)[-2]
+    folder = workdir / STAGES[-1] / FOLDER
+    newest, before = steps_in(folder)[-1], steps_in(folder)[-2]
     path = max((p for p in (folder / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     os.truncate(path, path.stat().st_size // 2)
-    code, said = lab.run(workdir)
-    assert code == 0, said
-    assert f"{path.name} has" in said and f"going back to step {before}" in said, said
-    assert f"{STAGES[-1]} continues after step {before}" in said
+    code, output = lab.run(workdir)
+    assert code == 0, output
+    assert f"{path.name} has" in output and f"going back to step {before}" in output, output
+    assert f"{STAGES[-1]} continues after step {before}" in output
     arrays = assert_same(workdir, lab.undisturbed)
     return f"named and set aside, the one before goes on; all {arrays} arrays and every loss as undisturbed"
 
@@ -241,15 +244,15 @@ def change_devices(lab: Lab) -> str:
     wait_for_step(process, workdir, STAGES[0], 10)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == AGAIN, log_of(workdir).read_text()
-    saved = max(checkpoint.steps_in(workdir / STAGES[0] / checkpoint.FOLDER))
-    wanted = {row["step"]: row["ce"] for row in metrics.read(lab.undisturbed / STAGES[0] / "metrics.jsonl")}
+    saved = max(steps_in(workdir / STAGES[0] / FOLDER))
+    wanted = {row["step"]: row["ce"] for row in read_rows(lab.undisturbed / STAGES[0] / "metrics.jsonl")}
     worst = 0.0
     for devices in (4, 2, 1):
         copy = lab.folder / f"eight_on_{devices}"
         shutil.copytree(workdir, copy)
-        code, said = lab.run(copy, *flags(devices), devices=devices)
-        assert code == 0 and f"{STAGES[0]} continues after step {saved}" in said, said
-        rows = metrics.read(copy / STAGES[0] / "metrics.jsonl")
+        code, output = lab.run(copy, *flags(devices), devices=devices)
+        assert code == 0 and f"{STAGES[0]} continues after step {saved}" in output, output
+        rows = read_rows(copy / STAGES[0] / "metrics.jsonl")
         worst = max(worst, *(abs(row["ce"] - wanted[row["step"]]) for row in rows if row["step"] <= saved + 3))
     assert worst < 1e-3, worst
     return f"8 devices to 4, 2 and 1 at step {saved}: losses of the next steps within {worst:.1e} of one device's"
@@ -267,9 +270,9 @@ def kill_one_of_two(lab: Lab) -> str:
         killed = time.monotonic()
         code = processes[1 - victim].wait(PATIENCE)
         seconds.append(time.monotonic() - killed)
-        said = log_of(workdir, "_1" if victim == 0 else "").read_text()
-        assert code not in (0, 2), said
-        assert "start all of them again" in said or "another task died" in said, said
+        output = log_of(workdir, "_1" if victim == 0 else "").read_text()
+        assert code not in (0, 2), output
+        assert "start all of them again" in output or "another task died" in output, output
         processes[victim].wait()
     processes = lab.pair(workdir)
     wait_for_step(processes[0], workdir, STAGES[1], 5)

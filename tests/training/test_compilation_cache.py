@@ -1,4 +1,4 @@
-"""Compiled programs in the workdir: those that are cut short are made again, the others stay."""
+"""Compiled programs in the workdir: truncated ones are compiled again, the others stay."""
 
 import os
 import subprocess
@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from fusion_jax.training import compiled
+from fusion_jax.training.compilation_cache import keep_programs
 
 ROOT = Path(__file__).parents[2]
 RUN = """
 import logging, sys
 from pathlib import Path
 import jax
-from fusion_jax.training import compiled
+from fusion_jax.training.compilation_cache import keep_programs
 logging.basicConfig()
-compiled.keep(Path(sys.argv[1]), True)
+keep_programs(Path(sys.argv[1]), True)
 print(jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8)))[0, 0])
 """
 
@@ -41,7 +41,7 @@ def test_programs_that_are_cut_short_are_compiled_again_and_kept(tmp_path):
     for path, size in zip(programs, sizes):
         os.truncate(path, size // 2)
     os.truncate(programs[0], 0)
-    assert run(tmp_path).count("is cut short") == len(programs)
+    assert run(tmp_path).count("is truncated") == len(programs)
     assert sorted(tmp_path.glob("*-cache")) == programs
     assert all(path.stat().st_size > size // 2 for path, size in zip(programs, sizes))
     assert run(tmp_path) == ""
@@ -62,10 +62,10 @@ def test_what_is_whole_or_of_another_form_stays(tmp_path, no_cache):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder-cache").mkdir()
-    compiled.keep(tmp_path, first=False)
+    keep_programs(tmp_path, first=False)
     assert len(list(tmp_path.iterdir())) == len(contents) + 1
-    compiled.keep(tmp_path, first=True)  # of a cache that somebody has chosen: it is set by now
+    keep_programs(tmp_path, first=True)  # of a cache that somebody has chosen: it is set by now
     assert len(list(tmp_path.iterdir())) == len(contents) + 1
     jax.config.update("jax_compilation_cache_dir", None)
-    compiled.keep(tmp_path, first=True)
+    keep_programs(tmp_path, first=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "d-cache", "e", "folder-cache"]

@@ -1,4 +1,4 @@
-"""Compiled programs, kept in the workdir: restarts, and stages of equal shapes, compile nothing again."""
+"""Keeps compiled programs in the workdir, so that restarts and equal stages compile nothing again."""
 
 import logging
 import zlib
@@ -13,12 +13,12 @@ _BLOCK = 1 << 16
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
-def keep(folder: Path, first: bool) -> None:
-    """Has JAX keep its programs in `folder`; a cache that the user has chosen is left alone.
+def keep_programs(folder: Path, first: bool) -> None:
+    """Makes JAX cache its programs in `folder`, unless the user has chosen a cache.
 
     Args:
-      first: of the processes of a run, the one that writes programs. It removes those that a kill or a full disk has
-        cut short before it compiles any: JAX would neither use nor ever replace them.
+      first: this process writes the programs of the run. It removes those that a kill or a full disk has truncated
+        before it compiles any: JAX would neither use nor ever replace them.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -27,15 +27,15 @@ def keep(folder: Path, first: bool) -> None:
         return
     for path in folder.glob("*-cache"):
         try:
-            if path.is_file() and not _is_whole(path):
-                log.warning("%s is cut short; its program is compiled again", path)
+            if path.is_file() and not _is_complete(path):
+                log.warning("%s is truncated; its program is compiled again", path)
                 path.unlink()
         except OSError as error:
             log.warning("%s stays as it is: %s", path, error)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a compressed file comes to its end; one in a form that cannot be read here counts as whole."""
+def _is_complete(path: Path) -> bool:
+    """Whether a compressed file is complete; one in a format that cannot be read here counts as complete."""
     with path.open("rb") as file:
         block = file.read(_BLOCK)
         reader = _decompressor(block)
@@ -51,7 +51,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _decompressor(start: bytes) -> Any:
-    """What reads a file with this beginning; None where nothing does."""
+    """A decompressor for a file with this beginning; None if there is none."""
     if start[:1] == b"\x78":
         return zlib.decompressobj()
     if start.startswith(_ZSTANDARD):
