@@ -40,9 +40,7 @@ def section(name: str) -> str:
     """The description of one command and a table of its flags."""
     before = set(flags.FLAGS)
     module = importlib.import_module(f"fusion_jax.{name}")
-    for define in ("define_flags", "_define_flags"):
-        if hasattr(module, define):
-            getattr(module, define)()
+    module.define_flags()
     own = [flag for flag in sorted(set(flags.FLAGS) - before) if flag == "config" or is_ours(flag)]
     rows = [row(flags.FLAGS[flag]) for flag in own]
     for flag in set(flags.FLAGS) - before:
