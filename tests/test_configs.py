@@ -12,7 +12,7 @@ from helpers import fixtures
 from helpers.fixtures import flat
 
 from fusion_jax.config import TEMPLATE_NAMES, RunConfig, from_dict, to_dict
-from fusion_jax.data import conversation
+from fusion_jax.data import templates
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.errors import UserError
 from fusion_jax.models import remat
@@ -82,7 +82,7 @@ def gradients(model):
 
 
 def test_names_in_the_config_are_those_of_the_code():
-    assert tuple(conversation.TEMPLATES) == TEMPLATE_NAMES and tuple(remat.POLICIES) == REMATS
+    assert tuple(templates.TEMPLATES) == TEMPLATE_NAMES and tuple(remat.POLICIES) == REMATS
 
 
 def test_all_files_are_looked_at():

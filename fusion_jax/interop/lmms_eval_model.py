@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from fusion_jax.data import image
+from fusion_jax.data import decoding, image
 from fusion_jax.data.grey import is_deep_colour
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
@@ -107,5 +107,5 @@ def _bytes(visual: object, where: str) -> bytes:
         raise UserError(f"{where}: fusion_jax reads images only, not {type(visual).__name__}.")
     data = io.BytesIO()
     with image.refusals(where, "the picture"):
-        image.in_eight_bits(visual, is_deep_colour(visual)).save(data, "PNG", compress_level=1)
+        decoding.in_eight_bits(visual, is_deep_colour(visual)).save(data, "PNG", compress_level=1)
     return data.getvalue()
