@@ -22,7 +22,8 @@ from fusion_jax.config import from_dict, to_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about, save_tokenizer
+from fusion_jax.training.loading import find_checkpoint
 
 FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # exchange layers lie among the language model's
 PARTS = ("connectors", "all")
@@ -35,7 +36,7 @@ def get_config(arguments: str = ""):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
     start, data, parts = (*values, "connectors")[:3]
     check_choice("config argument: PARTS ", parts, PARTS)
-    about = checkpoint.load_about(checkpoint.find(start))
+    about = load_about(find_checkpoint(start))
     sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
     image = sizes.tokens_per_image + sizes.most_tile_tokens
     visual = image + max(sizes.latent_counts, default=0)
@@ -93,6 +94,6 @@ def get_config(arguments: str = ""):
 def framing_tokens(about: dict) -> tuple[int, int]:
     """Ids of the two tokens around an image, which no language model brings along."""
     with tempfile.TemporaryDirectory() as files:
-        checkpoint.save_tokenizer(about, Path(files))
+        save_tokenizer(about, Path(files))
         tokenizer = load_tokenizer(files)
     return tokenizer.vision_start_id, tokenizer.vision_end_id

@@ -15,6 +15,7 @@ from fusion_jax.values.dicts import to_dict as to_dict
 DTYPES = ("float32", "bfloat16")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
+OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
 OWN_TEMPLATE = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
 
 # Least and most of the fields that are numbers. A value beyond the most is a mistake: it would fill the memory, or
@@ -58,7 +59,7 @@ RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-STAGE_CHOICES = {"first_moment": DTYPES}
+STAGE_CHOICES = {"optimizer": OPTIMIZER_NAMES, "first_moment": DTYPES}
 RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
@@ -84,7 +85,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage: its data, its steps and its optimizer (AdamW, linear warm-up, cosine to 0)."""
+    """One training stage: its data, its steps and its optimizer (linear warm-up, then cosine to 0)."""
 
     name: str
     """Name of the stage, and of its folder in the workdir."""
@@ -110,6 +111,8 @@ class StageConfig:
     """How often every record is trained on; the last step holds what is left."""
     steps: int = 0
     """Optimizer steps, instead of `epochs`; 0: `epochs` counts."""
+    optimizer: str = "adamw"
+    """Optimizer of the trained parameters."""
     learning_rate: float = 1e-4
     """Highest learning rate, reached at the end of the warm-up."""
     learning_rate_by_path: dict[str, float] = field(default_factory=dict)
@@ -150,7 +153,8 @@ class StageConfig:
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        check_choice(f"{where}: first_moment=", self.first_moment, STAGE_CHOICES["first_moment"])
+        for name, allowed in STAGE_CHOICES.items():
+            check_choice(f"{where}: {name}=", getattr(self, name), allowed)
         for row in self.learn_rows:
             within(f"{where}: learn_rows", row, 0, _STEPS)
         check(len(set(self.learn_rows)) == len(self.learn_rows), f"{where}: learn_rows has a row twice.")

@@ -23,7 +23,7 @@ from fusion_jax.evals.runner import Output, Result
 from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
 from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import find_checkpoint, load_model
 
 log = logging.getLogger("fusion_jax")
 FLAGS = flags.FLAGS
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.scores_file:
         check_output("scores_file", FLAGS.scores_file)
     grader = judge.from_environment()
-    checkpoint.find(FLAGS.checkpoint)  # before minutes go into reading benchmarks
+    find_checkpoint(FLAGS.checkpoint)  # before minutes go into reading benchmarks
 
     # Data: a task that cannot be read leaves the others.
     failed: Failed = {}
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         raise failure(failed, len(tasks))
 
     # Model.
-    loaded = checkpoint.load_model(FLAGS.checkpoint)  # this settles which step it is
+    loaded = load_model(FLAGS.checkpoint)  # this settles which step it is
     header = {"checkpoint": predictions.fingerprint(loaded.folder), "folder": str(loaded.folder)}
     output = None
     if FLAGS.out:

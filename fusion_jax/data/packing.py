@@ -7,10 +7,9 @@
     2 -> no row has room for it                    7 | 5 3 | 4 3 | 2
 
 Nothing here knows tokens or images: sizes go in, rows of indices come out, the same for the same sizes.
-`python -m fusion_jax.data.packing` prints how full rows of 4096 positions become.
+`python -m fusion_jax.benchmark input` reports how full rows of 4096 positions become.
 """
 
-import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,7 +161,3 @@ def measure(
         "packing_efficiency": efficiency(rows, lengths, capacity),
         "padding_efficiency": padding_efficiency(lengths, batch_size),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))

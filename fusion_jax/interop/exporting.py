@@ -35,9 +35,10 @@ from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, size_of
 from fusion_jax.interop.torch import names
-from fusion_jax.training import checkpoint, loading
-from fusion_jax.training.about import config_of
+from fusion_jax.training import loading
+from fusion_jax.training.about import config_of, load_about, save_tokenizer
 from fusion_jax.training.checkpoint_arrays import Damaged, raise_if_no_damage, stored_shapes, unreadable
+from fusion_jax.training.loading import find_checkpoint
 from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
@@ -65,8 +66,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
       UserError: there is no checkpoint, or its parameters are not those of its config.
     """
-    folder = checkpoint.find(path)
-    about = checkpoint.load_about(folder)
+    folder = find_checkpoint(path)
+    about = load_about(folder)
     config = config_of(about, folder)
     stored = flatten_dict(stored_shapes(folder), sep="/")
     parameters = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
@@ -142,7 +143,7 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
         with hf_config.reading(f"{source.folder} (its tokenizer)"):
             tokenizer = None
             if source.about["tokenizer"] or not published:
-                checkpoint.save_tokenizer(source.about, building)
+                save_tokenizer(source.about, building)
                 tokenizer = load_tokenizer(building)
             if published:
                 _drop_pointers(building / "tokenizer_config.json")

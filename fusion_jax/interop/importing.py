@@ -24,7 +24,7 @@ from fusion_jax.interop.shapes import kept_shapes, parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, allocate, assign, size_of
 from fusion_jax.models import fusion
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import describe_run
 
 
 def read(opened: Opened, make: Callable[[str, tuple[int, ...], np.dtype], np.ndarray], progress: bool = False) -> dict:
@@ -128,7 +128,7 @@ def write_checkpoint(opened: Opened, target: str | Path, progress: bool = True) 
             return allocate(file, size_of([(shape, opened.dtypes[path])])).view(dtype).reshape(shape)
 
         params = read(opened, make, progress)
-        about = checkpoint.describe(run_config(opened), opened.tokenizer, opened.origin)
+        about = describe_run(run_config(opened), opened.tokenizer, opened.origin)
         context = ocp.Context()
         # The arrays do not change meanwhile, and a copy would be the whole model.
         context.memory.deepcopy_host_arrays = False

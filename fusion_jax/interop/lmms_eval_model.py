@@ -22,7 +22,7 @@ from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint as checkpoints
+from fusion_jax.training.loading import load_model
 
 _LONGEST = 1024  # tokens of an answer, where a task sets no limit
 
@@ -44,7 +44,7 @@ class FusionModel(lmms):
         if not checkpoint or unknown:
             wrong = f"unknown: {', '.join(unknown)}; " if unknown else ""
             raise UserError(f"{wrong}give --model_args checkpoint=DIR, and batch_size=N if need be.")
-        loaded = checkpoints.load_model(checkpoint)
+        loaded = load_model(checkpoint)
         model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
         rows = int(batch_size) if str(batch_size).isdigit() else 16
         self.batch_size = rows

@@ -25,19 +25,8 @@ from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.training import integrity
 from fusion_jax.training.about import check_form, config_of, load_text
-from fusion_jax.training.about import describe_run as describe  # noqa: F401
-from fusion_jax.training.about import load_about as load_about
-from fusion_jax.training.about import save_tokenizer as save_tokenizer
 from fusion_jax.training.checkpoint_arrays import abstract, check_shapes, load_parts, raise_if_no_damage
-from fusion_jax.training.checkpoint_folders import FOLDER as FOLDER
-from fusion_jax.training.checkpoint_folders import discard, remove
-from fusion_jax.training.checkpoint_folders import order_in as order_in
-from fusion_jax.training.checkpoint_folders import step_of as step_of
-from fusion_jax.training.checkpoint_folders import steps_in as steps_in
-from fusion_jax.training.loading import Loaded as Loaded
-from fusion_jax.training.loading import find_checkpoint as find  # noqa: F401
-from fusion_jax.training.loading import load_model as load_model
-from fusion_jax.training.loading import load_params as load_params
+from fusion_jax.training.checkpoint_folders import discard, remove, steps_in
 from fusion_jax.training.state import TrainState
 
 log = logging.getLogger("fusion_jax")

@@ -109,7 +109,7 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraAr
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
     # The state has the structure of optax's chain of clipping, Adam and decay, as in older checkpoints.
     tx = optax.chain(
-        optax.identity(), optax.masked(OPTIMIZERS["adamw"](stage), trained, mask_compatible_extra_args=True)
+        optax.identity(), optax.masked(OPTIMIZERS[stage.optimizer](stage), trained, mask_compatible_extra_args=True)
     )
     return _on_rows(tx, stage.learn_rows) if stage.learn_rows else tx
 

@@ -24,7 +24,7 @@ from fusion_jax.interop import FORMATS, exporting, importing, model_card
 from fusion_jax.interop.new_folder import check_room, new_folder
 from fusion_jax.interop.opening import open_backbones, open_published
 from fusion_jax.interop.tensors import TensorFolder
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about
 
 MODEL = tiny("released", **PUBLISHED)
 
@@ -384,7 +384,7 @@ def test_pickles_that_lie_or_run_code(folder):
 def described(made: Path, into: Path, change) -> Path:
     """A copy of the checkpoint that says other things of itself."""
     copy = shutil.copytree(made / "checkpoint", into / "checkpoint")
-    about = checkpoint.load_about(copy)
+    about = load_about(copy)
     change(about)
     shutil.rmtree(copy / "about")
     ocp.save_checkpointables(into / "other", {"about": {"json": json.dumps(about)}})
