@@ -28,7 +28,7 @@ class _State:
     pressed: float | None = None  # when Ctrl-C came, until something answers it
     ending = False  # the process is on its way out, which nothing interrupts any more
     writing = False  # a second Ctrl-C waits until the line is written, so that it is written once
-    again = False  # a second Ctrl-C came meanwhile
+    again = False  # a second Ctrl-C came during that
     written = False
 
 
@@ -64,7 +64,7 @@ def listen(line: Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once during imports at the beginning of a command, with nothing to clean up."""
+    """Lets Ctrl-C end the process immediately during imports at the start of a command, with nothing to clean up."""
     was_listening = listening()
     if was_listening:
         signal.signal(signal.SIGINT, ended_early)

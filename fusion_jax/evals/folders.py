@@ -23,7 +23,7 @@ _MANY = 20  # questions without a Chinese character that decide the language; fe
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder with one benchmark's data, and what should be in it, for errors."""
+    """The folder with one benchmark's data, and its expected contents, for errors."""
 
     path: Path
     task: str

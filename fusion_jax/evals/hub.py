@@ -33,7 +33,8 @@ _README_BYTES = 1 << 20
 def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Wanted]) -> tuple[list[Path], str]:
     """The Parquet files of the first of these configs that the snapshot has with all its splits, and a description.
 
-    The list is empty where the folder holds no Parquet files, or also holds files of another kind for the task.
+    Where there is none, the list is empty if the folder holds no Parquet files, or also files of another kind, which
+    the task may read.
 
     Args:
       files: all data files in the folder. own: whether the folder is the benchmark's own.

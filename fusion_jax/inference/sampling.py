@@ -27,7 +27,7 @@ class Sampling:
         together hold this share of the probability, 1 for all.
       repetition_penalty: logits of tokens of the prompt or the answer are divided by it where positive and multiplied
         by it where negative; 1 changes nothing.
-      seed: the same seed, prompt and settings give the same answer, whatever shares the batch.
+      seed: the same seed, prompt and settings lead to the same answer, regardless of the rest of the batch.
       stop: texts that end the answer and are not part of it.
     """
 

@@ -262,7 +262,7 @@ def make_server(
             loop="asyncio",  # uvloop would read any amount at a time
             http=functools.partial(Connection, patience),
             ws="none",
-            log_level="error",  # strangers could cause any number of warnings
+            log_level="error",  # anybody could cause any number of warnings
             timeout_graceful_shutdown=drain_seconds + _LAST_ANSWERS,
             callback_notify=watch,
             timeout_notify=0,

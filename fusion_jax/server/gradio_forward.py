@@ -95,7 +95,7 @@ def forward(inner, request: Request, body: bytes = b"", query: str = "", set_coo
         except Exception:
             if not begun or ended:
                 raise
-            # For instance the stream of an unknown session: anybody may request one, so it is no error of ours.
+            # For instance the stream of an unknown session: anybody may request one, so it is not our error.
             log.debug("an answer of the page broke off", exc_info=True)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         if missing:

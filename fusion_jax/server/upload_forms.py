@@ -22,7 +22,7 @@ SLOW = 5.0  # seconds after which an unfinished upload is dropped for another wh
 IN_MEMORY = 2  # complete uploads that are in memory at the same time
 FORM_BYTES = 1 << 14  # bytes of an upload besides the file
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs what strangers send
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs untrusted input
 
 
 class UploadForms:
