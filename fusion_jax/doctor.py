@@ -34,7 +34,7 @@ def define_flags() -> None:
 def examine() -> tuple[list[Fact], list[Problem]]:
     """Runs all checks. Returns the facts in the order of the report, and the problems, those that stop training first.
 
-    The devices answer first, from another process: once this one holds them, that one would not get them.
+    The devices are checked first, in another process, which could not get them once this one holds them.
     """
     findings: list[Fact | Problem] = []
     answer = ask_devices(flags.FLAGS.patience)

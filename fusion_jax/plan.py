@@ -14,7 +14,7 @@ import json
 import os
 
 if __name__ == "__main__":
-    # Before JAX starts: with a compiler installed it would look for a TPU or a GPU, and complain that there is none.
+    # Set before JAX starts: with a compiler installed it would look for a TPU or a GPU, and warn that there is none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised anyway; XLA logs slow compiling as one
 

@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("listening on http://%s:%d%s", f.host, f.port, "; requests need the API key" if key else "")
-    with contextlib.suppress(SystemExit):  # where it cannot listen
+    with contextlib.suppress(SystemExit):  # raised where the server cannot listen
         server.run()
     check(server.started, f"Could not listen on {f.host}:{f.port}; is the port taken?")
     if engine.problem:

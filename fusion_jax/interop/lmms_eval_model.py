@@ -1,10 +1,10 @@
-"""The model class through which lmms-eval runs its tasks on a checkpoint.
+"""Defines the model class through which lmms-eval runs its tasks on a checkpoint.
 
     pip install -e '.[lmms_eval]'
     python -m lmms_eval --model fusion_jax --model_args checkpoint=runs/a --tasks mme
 
 lmms-eval finds the class through lmms_eval_plugin.py. Answers are greedy, end at the first `until` text and have
-at most `max_new_tokens` tokens. Perplexities and conversations of several rounds are not offered.
+at most `max_new_tokens` tokens. Perplexities and conversations of several rounds are not supported.
 """
 
 import io
@@ -33,7 +33,7 @@ class FusionModel(lmms):
     def __init__(self, checkpoint: str = "", batch_size: int | str = 16, device: str | None = None, **unknown):
         """Args:
           checkpoint: step folder, stage folder or workdir.
-          batch_size: questions answered at a time; 16 where it is not a number.
+          batch_size: questions in a batch; 16 where it is not a number.
           device: ignored; lmms-eval passes it, and JAX chooses its own.
 
         Raises:
@@ -78,7 +78,7 @@ class FusionModel(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         where = f"{task}, document {doc_id}"
         images = tuple(_bytes(visual, where) for visual in visuals or ())
-        # Tasks that place their images write the tag themselves; others get them in front.
+        # Tasks that choose the positions of their images write the tag themselves; for others images come first.
         if words.count("<image>") != len(images):
             words = "<image>\n" * len(images) + words.replace("<image>", "")
         return Record(str(doc_id), None, [{"from": "human", "value": words}], where, images)

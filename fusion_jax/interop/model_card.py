@@ -1,4 +1,4 @@
-"""The model card, README.md, of a folder that is exported for transformers."""
+"""Writes the model card, README.md, of a folder that is exported for transformers."""
 
 import datetime
 from pathlib import Path
@@ -17,10 +17,10 @@ def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> 
 
     Args:
       folder: step folder of the checkpoint. config: its run config.
-      dtype: of the tensors. parameters: how many the model has.
+      dtype: the dtype of the tensors. parameters: how many the model has.
 
     Raises:
-      UserError: the metrics beside the checkpoint are not what a run writes.
+      UserError: the metrics beside the checkpoint are not in the form that runs write.
     """
     model = config.model
     vision, step = model.vision, step_of(folder)
