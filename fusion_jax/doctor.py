@@ -1,4 +1,4 @@
-"""What is here, and what would not work: `python -m fusion_jax.doctor [--workdir DIR] [--config FILE] [--json]`.
+"""Checks a machine and a run: `python -m fusion_jax.doctor [--workdir DIR] [--config FILE] [--json]`.
 
 Lists devices, versions, memory, disk, limits and the variables of clusters, multiplies matrices on every device, and
 ends with what would stop or slow down training, each in plain words with what to do. Exit code 1 if training would not

@@ -1,4 +1,4 @@
-"""Planning without the hardware: compiles the real train step for TPUs or GPUs on any machine and says what it needs.
+"""Plans a run without its hardware: compiles the real train step for TPUs or GPUs on any machine.
 
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5p:4x4x8
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5e:16x16 --search
