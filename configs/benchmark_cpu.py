@@ -21,7 +21,7 @@ MODEL = FusionConfig(
 )
 
 
-# 1.2 GiB of state (parameters and AdamW) for a step of about a second: saving shows more than beside a long step.
+# 1.2 GiB of state (parameters and AdamW) and a step of only about a second, so that the cost of saving is visible.
 LARGE_STATE = dataclasses.replace(
     MODEL,
     vision=VisionConfig(image_size=48, patch_size=16, width=192, mlp_dim=512, layers=4, heads=6),

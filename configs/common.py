@@ -1,4 +1,4 @@
-"""The published stages, which several configs share: data, batch sizes, lengths and learning rates.
+"""Defines the published stages that several configs share: data, batch sizes, lengths and rates.
 
 Published (facts: 1 epoch each, AdamW 0.9/0.999/1e-8, cosine to 0, warm-up 3%, weight decay 0, bfloat16, clip 1.0):
 
@@ -25,7 +25,7 @@ STAGES = {
 
 
 def stage(name: str, rates: str, data: str) -> dict:
-    """One published stage. `rates` is paper or released; its mixture is DATA/<name>.yaml."""
+    """Makes one published stage. `rates` is paper or released; the stage's mixture is DATA/<name>.yaml."""
     published = STAGES[name]
     by_path = {ENCODER: published["released_encoder"]} if rates == "released" else {}
     return {
@@ -42,8 +42,7 @@ def stage(name: str, rates: str, data: str) -> dict:
 
 
 def complete(values: dict) -> ConfigDict:
-    """A run's configuration with the defaults of `RunConfig` and `StageConfig` added, so that the command line can set
-    every key."""
+    """Adds the defaults of `RunConfig` and `StageConfig` to a run's values, so that every key can be overridden."""
 
     def defaults(kind: type) -> dict:
         return {f.name: to_dict(f.default) for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
@@ -53,7 +52,7 @@ def complete(values: dict) -> ConfigDict:
 
 
 def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigDict:
-    """A published run.
+    """Makes the configuration of a published run.
 
     Args:
       variant: key of `models.config.VARIANTS`. rates: paper or released.
@@ -72,8 +71,8 @@ def run(variant: str, arguments: str, rates: str, data: str = "data") -> ConfigD
             "stages": [stage(name, rates, data) for name in chosen or STAGES],
             "init_from": "",
             "dtype": "bfloat16",
-            "remat": "dots",  # full on few or small chips: docs/scaling.md
-            # Parameters are sharded over all devices; several slices of a TPU: --config.mesh.data=SLICES.
+            "remat": "dots",  # use full on few or small chips: docs/scaling.md
+            # Parameters are sharded over all devices; for several slices of a TPU set --config.mesh.data=SLICES.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }
     )

@@ -1,17 +1,18 @@
-"""Fine-tuning of any checkpoint on one accelerator (or more); the model, tokenizer and template are the checkpoint's.
+"""Fine-tunes any checkpoint, with its own tokenizer and template, on one accelerator or more.
 
 python -m fusion_jax.convert import --vision SIGLIP-FOLDER --llm LLM-FOLDER --out weights/start
 python -m fusion_jax.train --config configs/finetune.py:weights/start,runs/pictures --workdir runs/finetune
 python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json --workdir runs/mine
 python -m fusion_jax.train --config configs/finetune.py:runs/finetune,my.json,all --workdir runs/mine_all
 
-CHECKPOINT,DATA[,PARTS]. DATA is a folder as the data engine writes it: each of its stage1.yaml, stage1_5.yaml and
-stage2.yaml is a stage, its validation.json validates. Or DATA is what a stage's `data` may be (.json, .jsonl, .yaml, a
-folder of shards, tfds:NAME:SPLIT): then there is one stage, of one epoch, --config.stages[0].epochs=3 makes it three.
+The arguments are CHECKPOINT,DATA[,PARTS]. DATA may be a folder as the data engine writes it: each of its stage1.yaml,
+stage1_5.yaml and stage2.yaml becomes a stage, and its validation.json is used for validation. Or DATA is anything that
+a stage's `data` may be (.json, .jsonl, .yaml, a folder of shards, tfds:NAME:SPLIT): then there is one stage of one
+epoch; --config.stages[0].epochs=3 makes it three epochs.
 
-PARTS is `connectors` (default) or `all`. Of `connectors` encoder and language model stay as they are, 4 bytes of memory
-for each of their parameters; projectors, latents, exchange layers and the embeddings of the two tokens that frame an
-image learn. `all` learns everything, 16 bytes for each parameter.
+PARTS is `connectors` (default) or `all`. With `connectors` the encoder and the language model are frozen and take 4
+bytes of memory for each parameter; the projectors, latents, exchange layers and the embeddings of the two tokens that
+frame an image are trained. `all` trains everything and takes 16 bytes for each parameter.
 """
 
 import tempfile
@@ -22,11 +23,12 @@ from fusion_jax.config import from_dict, to_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError, check_choice
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about, save_tokenizer
+from fusion_jax.training.loading import find_checkpoint
 
-FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # exchange layers lie among the language model's
+FROZEN = ("^vision/", "^llm/(?!.*/exchange/)")  # the exchange layers are among the language model's
 PARTS = ("connectors", "all")
-CONVERSATIONS, WORDS = 4, 128  # whose images a row has room for, or more, and positions for words of each
+CONVERSATIONS, WORDS = 4, 128  # conversations that a row has room for, and text tokens of each
 
 
 def get_config(arguments: str = ""):
@@ -35,7 +37,7 @@ def get_config(arguments: str = ""):
         raise UserError("give --config configs/finetune.py:CHECKPOINT,DATA or :CHECKPOINT,DATA,all.")
     start, data, parts = (*values, "connectors")[:3]
     check_choice("config argument: PARTS ", parts, PARTS)
-    about = checkpoint.load_about(checkpoint.find(start))
+    about = load_about(find_checkpoint(start))
     sizes = from_dict(FusionConfig, about["config"]["model"], "config.model")
     image = sizes.tokens_per_image + sizes.most_tile_tokens
     visual = image + max(sizes.latent_counts, default=0)
@@ -60,7 +62,7 @@ def get_config(arguments: str = ""):
     folder = Path(data)
     present = [name for name in STAGES if (folder / f"{name}.yaml").is_file()]
     if present:
-        # New projectors learn first, at a higher rate.
+        # New projectors are trained first, at a higher rate.
         changes = {
             "stage1": {"steps": 200, "learning_rate": 1e-3 if alone else 1e-4},
             "stage1_5": {"steps": 200},
@@ -91,8 +93,8 @@ def get_config(arguments: str = ""):
 
 
 def framing_tokens(about: dict) -> tuple[int, int]:
-    """Ids of the two tokens around an image, which no language model brings along."""
+    """Ids of the two tokens around an image, which language models do not have by themselves."""
     with tempfile.TemporaryDirectory() as files:
-        checkpoint.save_tokenizer(about, Path(files))
+        save_tokenizer(about, Path(files))
         tokenizer = load_tokenizer(files)
     return tokenizer.vision_start_id, tokenizer.vision_end_id

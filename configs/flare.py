@@ -1,4 +1,6 @@
-"""FLARE by the paper's text, giant encoder; 3B on Phi-3.5-mini, 8B on Llama-3.1-8B. L: fixed resolution, X: dynamic.
+"""FLARE as the paper describes it, with the giant encoder; L has fixed and X dynamic resolution.
+
+The 3B models are built on Phi-3.5-mini, the 8B models on Llama-3.1-8B.
 
 python -m fusion_jax.train --config configs/flare.py:l_3b --workdir runs/flare_l_3b            # three stages
 python -m fusion_jax.train --config configs/flare.py:l_8b,stage1 --workdir runs/flare_l_8b     # one of them

@@ -1,17 +1,17 @@
-"""The quickstart's data: small pictures of plain shapes, made by the data engine without a model.
+"""Makes the quickstart's data: small pictures of plain shapes, by the data engine without a model.
 
 python -m fusion_jax.synthesize --config configs/quickstart_data.py --out runs/quickstart/data
 python -m fusion_jax.synthesize --config configs/quickstart_data.py:100,50,100,20,20 --out small
 
-After the colon: samples of stage1, stage1_5 and stage2, for validation and for the test, whose pictures all have a pair
-of colour and shape that no other picture has.
+After the colon are the numbers of samples of stage1, stage1_5 and stage2, for validation and for the test. All pictures
+of the test have a pair of colour and shape that is in no other picture.
 """
 
 from ml_collections import ConfigDict
 
 from fusion_jax.errors import check
 
-# One question in nine is a multiple choice one, as many as the pictures are drawn for.
+# One question in nine is multiple choice, the same share as among the questions that pictures are drawn for.
 SHORT = {"conv_short": 43.0, "multi_choice": 5.0}
 POOLS = {
     "stage1": ("train", {"caption_long": 1.0}),
@@ -34,8 +34,8 @@ def get_config(counts: str = ""):
         "kinds": {},
         "stages": dict.fromkeys(SHORT, "stage2"),
         "seed": 0,
-        # The texts are few and plain on purpose: no filter for what the web holds, no two need to differ, and there is
-        # nothing to choose by.
+        # The texts are few and plain on purpose: filters for texts from the web do not apply, texts need not differ,
+        # and there is no score to choose by.
         "filters": dict.fromkeys(
             ("alphanumeric_min", "character_repetition_max", "word_repetition_max", "special_min", "special_max")
         ),
@@ -44,8 +44,8 @@ def get_config(counts: str = ""):
         "images": {"backend": "embedded", "width": 96, "height": 96},
         "processes": 2,
         "shards": False,
-        # Later stages keep some of the earlier ones' records: a model from scratch that goes over at once undoes much
-        # of what its encoder has learned.
+        # Later stages keep some records of the earlier ones: a model from scratch that changes to new data abruptly
+        # loses much of what its encoder has learned.
         "mixtures": {"stage1_5": {"stage1": "random:25%", "stage2": "random:50%"}, "stage2": {"stage1": "random:10%"}},
         "tokenizer": 600,
     }

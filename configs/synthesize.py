@@ -1,4 +1,4 @@
-"""The data engine without network and weights: it invents scenes, draws them and asks about them.
+"""Runs the data engine without network or weights: it invents scenes, draws them and asks about them.
 
 python -m fusion_jax.synthesize --config configs/synthesize.py --out runs/synthesis
 python -m fusion_jax.synthesize --config configs/synthesize.py:20000 --out runs/synthesis --config.images.width=512
@@ -8,7 +8,7 @@ The argument after the colon is the number of captions.
 
 from ml_collections import ConfigDict
 
-# The papers' numbers of samples, in thousands: each caption becomes one kind in these shares.
+# The papers' numbers of samples, in thousands; each caption becomes a sample of one kind, in these proportions.
 PUBLISHED = {
     "caption_color": 250.0,
     "caption_count": 300.0,
@@ -36,7 +36,7 @@ def get_config(count: str = "1000"):
         "vision": {"backend": "embedded"},
         "images": {"backend": "embedded", "width": 384, "height": 384},
         "scorer": {},
-        # Simple scenes look alike without being the same: their texts decide.
+        # Simple scenes look alike without being the same, so their texts decide.
         "select": {"image_distance": -1, "validation": 0.02},
         "processes": 2,
         "block": 64,

@@ -1,10 +1,10 @@
-"""The data engine with served models: captions from a file, two endpoints and a diffusion pipeline.
+"""Runs the data engine with served models: captions from a file, two endpoints, a diffusion pipeline.
 
 OPENAI_API_KEY=... python -m fusion_jax.synthesize --config configs/synthesize_endpoint.py:captions.jsonl \
     --out runs/synthesis --config.pools[0].source="my captions" --config.pools[0].licence="CC BY 4.0" \
     --config.llm.base_url=http://llm:8000/v1 --config.vision.base_url=http://vlm:8000/v1
 
-The models are the papers' where they name them: Llama-3.1-70B writes, FLUX.1-dev draws. On a cluster set engine="ray"
+Where the papers name a model, it is used here: Llama-3.1-70B writes, FLUX.1-dev draws. On a cluster set engine="ray"
 (docs/synthesis.md).
 """
 

@@ -1,8 +1,8 @@
-"""The batch, which data makes and models read, and adaptive cells and windows, which both use.
+"""Defines the batch, which data makes and models read, and the adaptive cells and windows of both.
 
-`data/layout.py` draws a row. Everything here is NumPy. Adaptive cells are as everywhere in this model: cell i of
-`cells` over `size` covers [floor(i size / cells), ceil((i + 1) size / cells)), so neighbours overlap where `cells` does
-not divide `size`. All grids are row-major.
+`data/layout.py` shows a row as a diagram. Everything here is NumPy. Adaptive cells are the same everywhere in this
+model: cell i of `cells` over `size` covers [floor(i size / cells), ceil((i + 1) size / cells)), so neighbours overlap
+where `cells` does not divide `size`. All grids are row-major.
 """
 
 from dataclasses import dataclass, field
@@ -35,9 +35,9 @@ class Batch:
       quadrants: (G, K, Q, H, W, 3) uint8, plain views for the exchange context; Q is 4 or 0.
       crop_text: (G, K, T) int32 question tokens that the crop's encoding reads; crop_text_mask: (G, K, T) bool.
       round_crop: (B, R) int32 the crop, of the group's K, that is the whole view of the round's image.
-      round_end: (B, R) int32 index in the row of the last token before the answer; of a text-only example only where it
-        has the row alone. latent_start: (B, R) int32 index in the row of the round's first latent. All three are -1
-        where there is none.
+      round_end: (B, R) int32 index in the row of the last token before the answer; for a text-only example only where
+        the row holds nothing else. latent_start: (B, R) int32 index in the row of the round's first latent. All three
+        are -1 where there is none.
       windows: (B, R, L, M) int32, the tokens of the group's exchange context in each latent's window; -1 is none. The
         context is the first two parts of the visual table, or with quadrants K grids of 3l x 3l.
       latent_count: L = l^2, static.

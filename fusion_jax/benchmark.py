@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m fusion_jax.benchmark step|prefill|decode|checkpoint|input`.
+"""Measures speed: `python -m fusion_jax.benchmark step|prefill|decode|checkpoint|input`.
 
 python -m fusion_jax.benchmark step --config configs/benchmark_cpu.py                  # or prefill, decode
 python -m fusion_jax.benchmark step --config configs/flare.py:l_3b,stage1 --trace      # a run's step at its real shapes

@@ -20,7 +20,7 @@ from fusion_jax.inference.prompts import drawn_latents
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.inference.terminal import Chat
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import load_model
 
 
 def define_flags() -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or not f.checkpoint:
         raise UserError("Give --checkpoint DIR, and --image FILE to talk about an image.")
     how = Sampling(f.max_tokens, f.temperature, f.top_k, f.top_p, f.repetition_penalty, f.seed)
-    loaded = checkpoint.load_model(f.checkpoint)
+    loaded = load_model(f.checkpoint)
     model = Fusion(loaded.config.model, jnp.dtype(f.dtype or loaded.config.dtype))
     latents = drawn_latents(loaded.config.model, f.seed) if f.latents == -1 else f.latents or None
     answerer = generate.Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=1, latents=latents)

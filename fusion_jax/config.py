@@ -1,7 +1,7 @@
-"""Configurations of training runs: frozen dataclasses, made once from a config file and validated here.
+"""Defines the configuration of a training run as frozen dataclasses, which validate themselves.
 
-Every field is a key of the config files, such as `config.stages[0].batch_size` or `config.model.llm.layers`; the line
-under it becomes its entry in docs/config.md. Model code never sees a ConfigDict.
+They are made once from a config file. Every field is a key of the file, such as `config.stages[0].batch_size` or
+`config.model.llm.layers`; the line under it becomes its entry in docs/config.md. Model code never sees a ConfigDict.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,14 @@ from fusion_jax.values.dicts import to_dict as to_dict
 DTYPES = ("float32", "bfloat16")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
-OWN_TEMPLATE = "own"  # the chat template that lies with the tokenizer, see `data.chat_template`
+OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
+OWN_TEMPLATE = "own"  # the chat template in the tokenizer's folder, see `data.chat_template`
 
-# Least and most of the fields that are numbers. A value beyond the most is a mistake: it would fill the memory, or
-# overflow a counter of 32 bits or a float32.
+# The smallest and the largest value of each numeric field. A larger value is a mistake: it would fill the memory, or
+# overflow a 32-bit counter or a float32.
 _STEPS, _LENGTH = (1 << 31) - 1, 1 << 20
 _RATE = (0, 3.4e38)
-_BELOW_ONE = (0, 0.9999999)  # much more is 1 as a float32
+_BELOW_ONE = (0, 0.9999999)  # larger values would round to 1 in float32
 _RESERVED = ("compiled", "config.json", "config.tmp", "losses.png", "losses.tmp", "run.lock")  # in a workdir
 MESH_RANGES = {"data": (-1, _LENGTH), "fsdp": (-1, _LENGTH), "tensor": (-1, _LENGTH)}
 STAGE_RANGES = {
@@ -58,20 +59,20 @@ RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-STAGE_CHOICES = {"first_moment": DTYPES}
+STAGE_CHOICES = {"optimizer": OPTIMIZER_NAMES, "first_moment": DTYPES}
 RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The number of devices along each mesh axis; `devices.sharding` says what an axis splits."""
+    """The number of devices along each mesh axis; `devices.sharding` describes what each axis splits."""
 
     data: int = -1
-    """Devices that split the rows of a batch and hold copies of the parameters; -1: all the others."""
+    """Devices that split the rows of a batch and hold copies of the parameters; -1: all remaining devices."""
     fsdp: int = 1
-    """Devices that split the rows of a batch and the parameters; -1: all the others."""
+    """Devices that split the rows of a batch and the parameters; -1: all remaining devices."""
     tensor: int = 1
-    """Devices that split heads, hidden units of MLPs and the vocabulary; -1: all the others."""
+    """Devices that split heads, hidden units of MLPs and the vocabulary; -1: all remaining devices."""
 
     def __post_init__(self):
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
@@ -84,36 +85,38 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage: its data, its steps and its optimizer (AdamW, linear warm-up, cosine to 0)."""
+    """One training stage: its data, its steps and its optimizer (linear warm-up, then cosine to 0)."""
 
     name: str
     """Name of the stage, and of its folder in the workdir."""
     data: str
     """Records: a .json or .jsonl file, a .yaml mixture, a folder of shards, or `tfds:NAME:SPLIT`."""
     image_folder: str = ""
-    """Folder in which the images of `data` lie; empty: the folder of `data`."""
+    """Folder of the images of `data`; empty: the folder that holds `data`."""
     max_length: int = 2048
-    """Positions of a row, visual tokens included; a longer conversation loses its last rounds, or is skipped."""
+    """Positions in a row, visual tokens included; a longer conversation loses its last rounds, or is skipped."""
     max_question_length: int = 256
-    """Question tokens that a pass of the vision encoder reads; as for `max_length`."""
+    """Question tokens that one pass of the vision encoder reads; the limit is applied as for `max_length`."""
     max_rounds: int = 8
-    """Rounds of a row; as for `max_length`."""
+    """Rounds in a row; the limit is applied as for `max_length`."""
     max_images: int = 1
-    """Images of a conversation; as for `max_length`."""
+    """Images in a conversation; the limit is applied as for `max_length`."""
     packing: bool = False
-    """Whether several conversations share a row; each sees itself alone."""
+    """Whether several conversations share a row; each attends only to itself."""
     batch_size: int = 256
-    """Conversations of an optimizer step over all devices; with `packing` on average, at least a row a device."""
+    """Conversations in an optimizer step over all devices; with `packing` on average, and at least one row a device."""
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
     epochs: int = 1
-    """How often every record is trained on; the last step holds what is left."""
+    """How often every record is trained on; the last step holds the records that remain."""
     steps: int = 0
-    """Optimizer steps, instead of `epochs`; 0: `epochs` counts."""
+    """Number of optimizer steps, which replaces `epochs`; 0: `epochs` applies."""
+    optimizer: str = "adamw"
+    """Optimizer of the trained parameters."""
     learning_rate: float = 1e-4
     """Highest learning rate, reached at the end of the warm-up."""
     learning_rate_by_path: dict[str, float] = field(default_factory=dict)
-    """Other rates, {regular expression on the parameter path: rate}; the first match counts."""
+    """Other rates, {regular expression on the parameter path: rate}; the first match applies."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
@@ -129,9 +132,9 @@ class StageConfig:
     first_moment: str = "float32"
     """Dtype of Adam's running mean; bfloat16 saves two bytes a parameter."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions on parameter paths; what matches is not trained."""
+    """Regular expressions on parameter paths; parameters that match are not trained."""
     learn_rows: tuple[int, ...] = ()
-    """Rows of a frozen word embedding that learn all the same, at `learning_rate`, such as new tokens."""
+    """Rows of a frozen word embedding that are trained all the same, at `learning_rate`, such as new tokens."""
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
@@ -150,7 +153,8 @@ class StageConfig:
             f"{where}: accumulation={self.accumulation} does not divide batch_size={self.batch_size}.",
         )
         check(self.steps > 0 or self.epochs > 0, f"{where}: give epochs or steps, at least 1.")
-        check_choice(f"{where}: first_moment=", self.first_moment, STAGE_CHOICES["first_moment"])
+        for name, allowed in STAGE_CHOICES.items():
+            check_choice(f"{where}: {name}=", getattr(self, name), allowed)
         for row in self.learn_rows:
             within(f"{where}: learn_rows", row, 0, _STEPS)
         check(len(set(self.learn_rows)) == len(self.learn_rows), f"{where}: learn_rows has a row twice.")
@@ -173,11 +177,11 @@ class RunConfig:
     init_from: str = ""
     """Checkpoint whose parameters the first stage starts from; empty: new parameters."""
     init_without: tuple[str, ...] = ()
-    """Regular expressions on parameter paths; what matches is not taken from `init_from`."""
+    """Regular expressions on parameter paths; parameters that match are not loaded from `init_from`."""
     dtype: str = "bfloat16"
     """Dtype of the computation; the parameters are kept in float32."""
     remat: str = "full"
-    """What layers compute again in the backward pass, from nothing (`none`) to all (`full`); see `models.remat`."""
+    """What the backward pass recomputes, from nothing (`none`) to everything (`full`); see `models.remat`."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis, see below."""
     log_every: int = 10
@@ -185,7 +189,7 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     checkpoint_minutes: float = 30.0
-    """Most minutes between two checkpoints; 0: `checkpoint_every` alone counts."""
+    """Largest number of minutes between two checkpoints; 0: only `checkpoint_every` applies."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept."""
     keep_every: int = 0
@@ -195,7 +199,7 @@ class RunConfig:
     validation_data: str = ""
     """Records for validation, as `data` of a stage; empty: none."""
     validation_image_folder: str = ""
-    """Folder in which their images lie; empty: the folder of `validation_data`."""
+    """Folder of the images of `validation_data`; empty: the folder that holds `validation_data`."""
     validation_batches: int = 8
     """Batches, of the stage's `batch_size`, from the first usable records; 0: all records."""
     sample_answers: int = 4
@@ -203,11 +207,11 @@ class RunConfig:
     evaluate_every: int = 0
     """Steps between two runs of the benchmarks; 0: never."""
     evaluation_tasks: tuple[str, ...] = ()
-    """Benchmarks, by their names in `fusion_jax.evaluate`."""
+    """Benchmarks, by their names in `--tasks` of `fusion_jax.evaluate`."""
     evaluation_data: str = ""
     """Folder with the benchmarks' data."""
     evaluation_limit: int = 100
-    """Questions of each benchmark; 0: all."""
+    """Questions asked of each benchmark; 0: all."""
     max_bad_records: float = 0.01
     """Share of bad records above which the run stops."""
     max_skipped_steps: int = 20

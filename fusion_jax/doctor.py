@@ -1,4 +1,4 @@
-"""What is here, and what would not work: `python -m fusion_jax.doctor [--workdir DIR] [--config FILE] [--json]`.
+"""Checks a machine and a run: `python -m fusion_jax.doctor [--workdir DIR] [--config FILE] [--json]`.
 
 Lists devices, versions, memory, disk, limits and the variables of clusters, multiplies matrices on every device, and
 ends with what would stop or slow down training, each in plain words with what to do. Exit code 1 if training would not
@@ -34,7 +34,7 @@ def define_flags() -> None:
 def examine() -> tuple[list[Fact], list[Problem]]:
     """Runs all checks. Returns the facts in the order of the report, and the problems, those that stop training first.
 
-    The devices answer first, from another process: once this one holds them, that one would not get them.
+    The devices are checked first, in another process, which could not get them once this one holds them.
     """
     findings: list[Fact | Problem] = []
     answer = ask_devices(flags.FLAGS.patience)

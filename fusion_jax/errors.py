@@ -1,4 +1,4 @@
-"""Errors for the person at the terminal: a sentence that says what is wrong and what is allowed."""
+"""Defines errors that tell the user in one sentence what is wrong and what is allowed."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,17 +9,17 @@ _LONGEST = 1000  # characters of `BadRecord.where` and of `BadRecord.detail`
 
 
 class UserError(Exception):
-    """Wrong configuration or input files. Commands print the message without a traceback and exit with 2."""
+    """The configuration or an input file is wrong. Commands print the message without a traceback and exit with 2."""
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises UserError with that message unless the condition holds."""
+    """Raises UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """`did you mean a or b?` with the known names that are most like this one; empty where there are none."""
+    """Returns `did you mean a or b?` with the known names most like this one; empty where there are none."""
     name, known = str(name)[:100], [str(one) for one in known]
     near = difflib.get_close_matches(name, known, n=3)
     near = near or [one for one in known if difflib.get_close_matches(name, one.split("_"), cutoff=0.8)][:3]
@@ -62,7 +62,7 @@ def first_line(error: BaseException) -> str:
     return shown(lines[0], 300)
 
 
-AGAIN = 75  # exit code (EX_TEMPFAIL) after which launchers start a command again, such as a run that stopped and saved
+AGAIN = 75  # exit code (EX_TEMPFAIL) after which launchers restart a command, such as a run that saved and stopped
 
 
 class RunAgain(Exception):
@@ -73,7 +73,7 @@ class RunAgain(Exception):
 
 
 class BadRecord(Exception):
-    """A training record that cannot be used. It is skipped and counted under `reason`; the run goes on.
+    """A training record that cannot be used. It is skipped and counted under `reason`; the run continues.
 
     Attributes:
       reason: short machine-readable name, a metrics key, such as `missing_image`.

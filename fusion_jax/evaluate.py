@@ -23,7 +23,7 @@ from fusion_jax.evals.runner import Output, Result
 from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
 from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import find_checkpoint, load_model
 
 log = logging.getLogger("fusion_jax")
 FLAGS = flags.FLAGS
@@ -68,9 +68,9 @@ def main(argv: list[str]) -> None:
     if FLAGS.scores_file:
         check_output("scores_file", FLAGS.scores_file)
     grader = judge.from_environment()
-    checkpoint.find(FLAGS.checkpoint)  # before minutes go into reading benchmarks
+    find_checkpoint(FLAGS.checkpoint)  # raises before minutes are spent on reading benchmarks
 
-    # Data: a task that cannot be read leaves the others.
+    # Data: a task that cannot be read does not stop the others.
     failed: Failed = {}
     prepared = prepare_tasks(tasks, Path(FLAGS.data_dir), failed, FLAGS.limit, progress=True)
     for one in prepared:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         raise failure(failed, len(tasks))
 
     # Model.
-    loaded = checkpoint.load_model(FLAGS.checkpoint)  # this settles which step it is
+    loaded = load_model(FLAGS.checkpoint)  # this decides which step is evaluated
     header = {"checkpoint": predictions.fingerprint(loaded.folder), "folder": str(loaded.folder)}
     output = None
     if FLAGS.out:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
     answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=FLAGS.batch_size)
 
-    # Answers: after every task all results are written, so that what is done stays whatever becomes of the rest.
+    # Answers: all results are written after every task, so that finished tasks are kept even if a later one fails.
     results: list[Result] = []
 
     def write(new: list[Result]) -> None:

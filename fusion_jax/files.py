@@ -1,4 +1,4 @@
-"""Files: opened without waiting for a pipe, written whole, locked, and parsed without trusting size or depth.
+"""Opens files without waiting for pipes, writes them whole, locks them, and parses JSON within limits.
 
 Exported folders carry this file, so it imports the standard library alone.
 """
@@ -32,7 +32,7 @@ def open_file(path: str | Path) -> BinaryIO:
       OSError: it cannot be opened, is not a file, or no file can have such a name. `strerror` says which.
     """
     try:
-        _check_regular(os.stat(path), path)  # some devices act on being opened
+        _check_regular(os.stat(path), path)  # opening some devices has side effects
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as e:
         raise FileNotFoundError(errno.ENOENT, "no file can have this name", str(path)) from e
@@ -45,9 +45,9 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def new_file(path: str | Path) -> BinaryIO:
-    """Opens a new file for writing. What has that name, be it a file, a link or a pipe, is removed first.
+    """Opens a new file for writing. An existing file, link or pipe of that name is removed first.
 
-    So the target of a link is not written, and nothing waits for the other end of a pipe.
+    So the target of a link is never written to, and the call never waits for the other end of a pipe.
 
     Raises:
       OSError: it cannot be made, or a folder has this name.
@@ -59,11 +59,11 @@ def new_file(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def whole_file(path: Path, part: Path | None = None, sync: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that takes its name at the end of the block; where the block raises, it is removed.
+    """Yields a file to write that takes its name at the end of the block; where the block raises, it is removed.
 
     Args:
-      part: where it grows, in the same file system; by default beside it, with the ending .tmp.
-      sync: have it on the disk before it appears, so that it outlasts a failure of the machine, too.
+      part: its path until then, in the same file system; by default beside it, with the ending .tmp.
+      sync: whether it must be on the disk before it appears, so that it also survives a failure of the machine.
 
     Raises:
       OSError: it cannot be written.
@@ -93,7 +93,7 @@ def write_whole(path: Path, data: bytes | str, part: Path | None = None, sync: b
 
 
 def open_lock(path: str | Path) -> int:
-    """A descriptor of a lock file, which is made if needed. No link is followed, and no pipe is waited for.
+    """Opens a lock file, which is made if needed, and returns its descriptor. It follows no link and waits for no pipe.
 
     Raises:
       OSError: it cannot be opened or made.
@@ -103,7 +103,7 @@ def open_lock(path: str | Path) -> int:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file, and says whether that worked: another process may hold the lock. Nothing is waited for.
+    """Locks an open file and returns whether that worked: another process may hold the lock. It does not wait.
 
     The operating system releases the lock when the descriptor is closed, however its process ends.
 
@@ -129,7 +129,7 @@ def _is_at(descriptor: int, path: str | Path) -> bool:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[bool]:
-    """Holds a lock file for a block, which gets whether it has the lock: it has not where another process holds it.
+    """Locks a lock file for a block and yields whether that worked: another process may hold the lock.
 
     Raises:
       OSError: as for `open_lock` and `try_lock`.
@@ -178,7 +178,7 @@ def parse_json(data: bytes | str, hook: Callable[[list[tuple[str, Any]]], Any] |
     try:
         return json.loads(text, object_pairs_hook=hook)
     except ValueError as e:
-        if type(e) is ValueError:  # int()'s own
+        if type(e) is ValueError:  # raised by int() itself
             raise ValueError("an integer has thousands of digits") from e
         raise
 
@@ -199,7 +199,7 @@ def _too_deep(data: bytes) -> bool:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A text from a file in the form for messages and logs: one printable line; what is cut off ends in its length."""
+    """A value from a file as one printable line for messages and logs; where it is cut, its whole size follows."""
     text = str(value)
     line = printable(text[: most + 1])
     if len(line) <= most:
@@ -209,10 +209,10 @@ def shown(value: Any, most: int = 200) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for invisible characters: they might move a terminal's cursor or hide the rest."""
+    """Escapes invisible characters, which might move a terminal's cursor or hide the rest of the text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(value: Any) -> str:
-    """`repr` of a value from a file, for messages; of nested lists only the beginning."""
+    """Returns the `repr` of a value from a file for messages; nested lists are cut after their beginning."""
     return shown(_REPR.repr(value))

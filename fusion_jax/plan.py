@@ -1,4 +1,4 @@
-"""Planning without the hardware: compiles the real train step for TPUs or GPUs on any machine and says what it needs.
+"""Plans a run without its hardware: compiles the real train step for TPUs or GPUs on any machine.
 
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5p:4x4x8
 python -m fusion_jax.plan --config configs/flare.py:l_8b,stage1 --topology v5e:16x16 --search
@@ -14,7 +14,7 @@ import json
 import os
 
 if __name__ == "__main__":
-    # Before JAX starts: with a compiler installed it would look for a TPU or a GPU, and complain that there is none.
+    # Set before JAX starts: with a compiler installed it would look for a TPU or a GPU, and warn that there is none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised anyway; XLA logs slow compiling as one
 

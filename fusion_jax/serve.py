@@ -19,7 +19,7 @@ from fusion_jax.errors import RunAgain, UserError, check
 from fusion_jax.inference.prompts import Prompts, buckets_of_training
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.server.environment import api_key, check_open_files, return_large_buffers
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import load_model
 
 log = logging.getLogger("fusion_jax")
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     check_open_files(f.connections)
 
     # ---- Model.
-    loaded = checkpoint.load_model(f.checkpoint)
+    loaded = load_model(f.checkpoint)
     config = loaded.config
     model = Fusion(config.model, jnp.dtype(f.dtype or config.dtype))
     sizes = (_numbers(name, f[name].value) for name in ("lengths", "question_lengths", "rounds"))
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("listening on http://%s:%d%s", f.host, f.port, "; requests need the API key" if key else "")
-    with contextlib.suppress(SystemExit):  # where it cannot listen
+    with contextlib.suppress(SystemExit):  # raised where the server cannot listen
         server.run()
     check(server.started, f"Could not listen on {f.host}:{f.port}; is the port taken?")
     if engine.problem:

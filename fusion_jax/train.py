@@ -2,7 +2,7 @@
 
 Trains the stages of the config one after the other, each from the parameters of the one before. Started again with the
 same workdir, it continues from the newest checkpoint and gives the same losses as an undisturbed run. A request to stop
-(SIGTERM, Ctrl-C, a preemption notice) makes it save and exit with code 75: start again to go on.
+(SIGTERM, Ctrl-C, a preemption notice) makes it save and exit with code 75: start it again to continue.
 """
 
 from pathlib import Path

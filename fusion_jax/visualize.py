@@ -19,7 +19,7 @@ from fusion_jax.inference import attention_maps
 from fusion_jax.inference.attention_maps import PARTS, without_part
 from fusion_jax.inference.attention_pictures import draw, draw_side_by_side, save
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import load_model
 
 log = logging.getLogger("fusion_jax")
 
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> None:
     complete = all((f.checkpoint, f.image, f.question, f.word))
     check(complete, "Give --checkpoint DIR, --image FILE, --question TEXT and --word WORD.")
 
-    loaded = checkpoint.load_model(f.checkpoint)
+    loaded = load_model(f.checkpoint)
     levels: dict[str, dict[str, attention_maps.Levels]] = {word: {} for word in f.word}
     for other in ("", *f.compare):
         part = other if other in PARTS else ""
-        shown = loaded if part == other else checkpoint.load_model(other)
+        shown = loaded if part == other else load_model(other)
         config, exchange = without_part(shown.config.model, part)
         model = Fusion(config, jnp.dtype(shown.config.dtype))
         name = PARTS[part] if part == other else f"other checkpoint: {other}"

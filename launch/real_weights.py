@@ -72,7 +72,7 @@ def chat(path: str, llm: str, out: str) -> None:
     from fusion_jax.inference.generate import Answerer
     from fusion_jax.inference.sampling import Sampling
     from fusion_jax.models.fusion import Fusion
-    from fusion_jax.training.checkpoint import load_model
+    from fusion_jax.training.loading import load_model
 
     loaded = load_model(path)
     model = Fusion(loaded.config.model, jnp.float32)

@@ -11,13 +11,13 @@ from flax.traverse_util import unflatten_dict
 from helpers import fixtures
 from helpers.fixtures import flat
 
-from fusion_jax.config import TEMPLATE_NAMES, RunConfig, from_dict, to_dict
+from fusion_jax.config import OPTIMIZER_NAMES, TEMPLATE_NAMES, RunConfig, from_dict, to_dict
 from fusion_jax.data import templates
 from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.errors import UserError
 from fusion_jax.models import remat
 from fusion_jax.models.limits import REMATS
-from fusion_jax.training import checkpoint, optim
+from fusion_jax.training import optim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NO_STAGES = ("benchmark_cpu", "common", "quickstart_data", "synthesize", "synthesize_endpoint")
@@ -40,9 +40,9 @@ def load(tmp_path, monkeypatch):
         (tmp_path / f"{name}.yaml").write_text("")
     (tmp_path / "validation.json").write_text("[]")
     about = {"config": {"model": to_dict(fixtures.tiny())}, "tokenizer": {}}
-    monkeypatch.setattr(checkpoint, "find", lambda path: path)
-    monkeypatch.setattr(checkpoint, "load_about", lambda path: about)
-    monkeypatch.setattr(checkpoint, "save_tokenizer", lambda about, folder: None)
+    monkeypatch.setattr(configs.finetune, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(configs.finetune, "load_about", lambda path: about)
+    monkeypatch.setattr(configs.finetune, "save_tokenizer", lambda about, folder: None)
     monkeypatch.setattr(configs.finetune, "load_tokenizer", lambda folder: Tokens)
 
     def from_name(name: str) -> RunConfig:
@@ -83,6 +83,7 @@ def gradients(model):
 
 def test_names_in_the_config_are_those_of_the_code():
     assert tuple(templates.TEMPLATES) == TEMPLATE_NAMES and tuple(remat.POLICIES) == REMATS
+    assert tuple(optim.OPTIMIZERS) == OPTIMIZER_NAMES
 
 
 def test_all_files_are_looked_at():

@@ -120,6 +120,19 @@ def defines_flags(tree: ast.Module) -> bool:
     return any(name.startswith(("DEFINE_", "define_")) for name in names)
 
 
+# Programs of their own that other modules start, and the former names of two commands.
+PROGRAMS = {"data.render_chat", "server.try_grammar", "data.convert", "data.inspect"}
+
+
+def test_nothing_but_commands_is_run(trees):
+    run = {name.partition(".")[2] for name, tree in trees.items() if '__name__ == "__main__"' in _conditions(tree)}
+    assert run == COMMANDS | PROGRAMS
+
+
+def _conditions(tree: ast.Module) -> set[str]:
+    return {ast.unparse(node.test).replace("'", '"') for node in tree.body if isinstance(node, ast.If)}
+
+
 def test_importing_a_module_defines_no_flags(trees):
     wrong = {name.removeprefix("fusion_jax.") for name, tree in trees.items() if defines_flags(tree)}
     assert not wrong, f"define flags in a function: {wrong}"

@@ -33,7 +33,8 @@ from fusion_jax.inference.attention_weights import encoder_weights, exchange_wei
 from fusion_jax.inference.word_tokens import word_tokens
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import describe_run
+from fusion_jax.training.checkpoint_folders import FOLDER
 
 QUESTION = "Where is the extraordinary white star? A star is white."
 SIZES = {"llm.vocab_size": 640, "llm.layers": 3, "exchange.layers": 2, "exchange.stride": 2}
@@ -81,8 +82,8 @@ def measured(ask):
 def saved(folder, config):
     """A checkpoint of the paper model."""
     config = dataclasses.replace(config, model=MODELS["paper"])
-    about = checkpoint.describe(config, load_tokenizer(folder / "tokenizer"))
-    step = folder / "run" / "stage2" / checkpoint.FOLDER / "8"
+    about = describe_run(config, load_tokenizer(folder / "tokenizer"))
+    step = folder / "run" / "stage2" / FOLDER / "8"
     ocp.save_checkpointables(step, {"params": params(MODELS["paper"]), "about": about})
     return step
 

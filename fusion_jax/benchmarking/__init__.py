@@ -1,1 +1,1 @@
-"""What `python -m fusion_jax.benchmark` measures: training steps, checkpoints, generation and the input pipeline."""
+"""Measures training steps, checkpoints, generation and input for `python -m fusion_jax.benchmark`."""

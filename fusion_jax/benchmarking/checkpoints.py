@@ -1,4 +1,4 @@
-"""What saving a checkpoint costs training: how long the loop waits, and how much the steps meanwhile slow down."""
+"""Measures what saving a checkpoint costs training: the loop's wait, and the slowdown of its steps."""
 
 import statistics
 import sys
@@ -14,10 +14,10 @@ from fusion_jax.training.checkpoint import Checkpoints
 
 
 def measure(config: ConfigDict) -> dict:
-    """The median cost of a save of a benchmark configuration's state.
+    """Measures the median cost of saving a benchmark configuration's state.
 
-    `cost_seconds` is what a save adds to training and `stall_share` that cost over the time of 500 steps;
-    `write_seconds` is how long the background wrote.
+    `cost_seconds` is the time that a save adds to training, and `stall_share` is that time over the time of 500 steps;
+    `write_seconds` is how long the background thread writes.
     """
     step = compile_step(benchmark_work(config))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(step.state))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the configured model, batches of equal conversations, and timing."""
+"""Provides what the benchmarks share: the configured model, batches of equal conversations, timing."""
 
 import sys
 import time
@@ -20,14 +20,14 @@ from fusion_jax.models import fusion
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.limits import within
 
-RUN_REPEATS = 5  # of a run's configuration, which names none
+RUN_REPEATS = 5  # for a run's configuration, which has no such key
 _COUNTS = ("batch_size", "accumulation", "question_tokens", "answer_tokens", "decode_tokens", "decode_rows", "repeats")
 _COUNTS += ("steps_between",)
 _TEMPLATE = 11  # text tokens of a prompt beside its question
 
 
 def check_counts(config: ConfigDict) -> None:
-    """UserError for a number of a benchmark configuration that is not a count."""
+    """Raises UserError where a benchmark configuration has a number that is not a valid count."""
     for name in _COUNTS:
         within(f"config.{name}", config.get(name, 1), 1, 1 << 20)
 
@@ -39,7 +39,7 @@ def build_model(config: ConfigDict) -> fusion.Fusion:
 
 
 def equal_batch(model: FusionConfig, rows: int, question: int, answer: int, seed: int = 0) -> Batch:
-    """One-round image conversations of exactly these numbers of tokens, one a row; `answer` 0 gives prompts."""
+    """Makes one-round image conversations of exactly these numbers of tokens, one a row; `answer` 0 makes prompts."""
     rng, latents = np.random.default_rng(seed), max(model.drawn_latent_counts, default=0)
     prompt = _TEMPLATE + question + 2 * (latents > 0)
     one = conversation([prompt], [answer] if answer else [], question, tiles.WHOLE, latents > 0)
@@ -50,7 +50,7 @@ def equal_batch(model: FusionConfig, rows: int, question: int, answer: int, seed
 
 
 def times(run: Callable, repeats: int) -> list[float]:
-    """Wall-clock seconds of each of `repeats` calls, until their results are there."""
+    """Measures the wall-clock seconds of each of `repeats` calls, until their results are ready."""
     seconds = []
     for i in range(repeats):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How fast answers are generated: the prefill of prompts with an image, and cached greedy decoding."""
+"""Measures how fast answers are generated: the prefill of image prompts, and cached greedy decoding."""
 
 import functools
 import statistics
@@ -14,14 +14,14 @@ from fusion_jax.inference import decoding
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models import fusion
 
-RUN_QUESTION, RUN_DECODE = 64, 64  # tokens, of a run's configuration
+RUN_QUESTION, RUN_DECODE = 64, 64  # tokens, for a run's configuration
 
 
 def measure_prefill(config: ConfigDict, rows: int) -> dict:
     """Times every crop's encoding, the decoder with its exchange layers and the first token's logits.
 
     Args:
-      rows: prompts at once, of a run's configuration; a benchmark configuration has one.
+      rows: prompts in a batch for a run's configuration; a benchmark configuration uses one.
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
@@ -46,10 +46,10 @@ def time_prefill(model: fusion.Fusion, params, rows: int, question: int, answer:
 
 
 def measure_decode(config: ConfigDict, rows: int) -> dict:
-    """Times cached greedy decoding: `decode_tokens` tokens minus one.
+    """Times cached greedy decoding: the time of `decode_tokens` tokens less that of a single one.
 
     Args:
-      rows: prompts at once, of a run's configuration; a benchmark configuration has `decode_rows`.
+      rows: prompts in a batch for a run's configuration; a benchmark configuration uses its `decode_rows`.
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
@@ -59,7 +59,7 @@ def measure_decode(config: ConfigDict, rows: int) -> dict:
 
 
 def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: int, repeats: int) -> dict:
-    """Times `answer` tokens after each of `rows` prompts, which are those of `time_prefill`."""
+    """Times `answer` tokens after each of `rows` prompts like those of `time_prefill`, less the time of one token."""
     batch = jax.tree.map(jnp.asarray, equal_batch(model.config, rows, question, 0))
     prefilled = decoding.first_state(model, params, batch, [Sampling(max_tokens=answer + 1)] * rows)
     medians = []

@@ -1,12 +1,12 @@
 """Measures how fast files become crops, compared with the published loader.
 
     images_per_second             files to crops, wall clock, with the requested number of worker threads
-    images_per_second_by_workers  the same for 1, 2, ... threads, in turns
-    published_images_per_second   the published way, wall clock, one thread, in turns with ours
+    images_per_second_by_workers  the same for 1, 2, ... threads, measured alternately
+    published_images_per_second   the published way, wall clock, one thread, measured alternately with ours
     images_per_cpu_second, published_images_per_cpu_second   the same in CPU time of one thread: on a machine that does
                                   other work, too, these two and their ratio are the ones that mean something
     ratio                         of these two
-    images_per_cpu_second_by_workers   in CPU time of the process: threads that got in each other's way would show
+    images_per_cpu_second_by_workers   in CPU time of the process, where contention between threads would show
     mean_pixel_difference         of the crops that `fast` makes from the same files to the exact ones, of 255
     text_pixel_difference         the same for pages of small print, the worst that sets contain
     large_mean_pixel_difference, large_text_pixel_difference   the same for images of LARGE x LARGE pixels, the smallest
@@ -14,7 +14,7 @@
     packing_efficiency, padding_efficiency   real tokens over row slots; see packing.py
     rss_growth                    of the resident memory from the end of the first round to that of the last
 
-Workers are threads: decoding and resizing let go of the interpreter, and nothing has to be copied between processes.
+Workers are threads: decoding and resizing release the interpreter's lock, and nothing is copied between processes.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def page(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
 
 
 def published_crops(path: Path, size: int = SIZE) -> Float[np.ndarray, "5 3 size size"]:
-    """What the published loader does for an image: each crop on its own through a processor that ends in float32.
+    """Does what the published loader does for an image: each crop passes on its own through a float32 processor.
 
     The processor is that of SigLIP in Hugging Face transformers, reduced to what it computes: to an array, back to an
     image that is resized to the size it has, to an array again, rescaled through float64, normalised, channels first.
@@ -111,7 +111,7 @@ def pixel_difference(paths: list[Path], size: int = SIZE) -> float:
 
 
 def _times(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of the CPU in this thread."""
+    """Wall-clock seconds, and CPU seconds of this thread."""
     wall, cpu = time.perf_counter(), time.thread_time()
     run()
     return time.perf_counter() - wall, time.thread_time() - cpu
@@ -123,7 +123,7 @@ def _resident_bytes() -> int:
 
 
 def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTOS) -> dict:
-    """The figures named at the top of this file, and those for fewer workers: `rounds` passes over the photos each."""
+    """Measures the figures listed above, also for fewer workers, in `rounds` passes over the photos."""
     check(workers >= 1, f"--workers={workers}: at least one is needed.")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{i}.jpg") for i in range(photos + PAGES)]
@@ -133,7 +133,7 @@ def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTO
         paths = paths[:photos]
         ours, published = [], []
         for _ in range(rounds):
-            for path in paths:  # in turns, so that both meet the same other work on the machine
+            for path in paths:  # alternating, so that other work on the machine slows both alike
                 ours.append(_times(lambda path=path: read_crops(path, SIZE, decode=decode)))
                 published.append(_times(lambda path=path: published_crops(path)))
         (wall, cpu), (published_wall, published_cpu) = (
@@ -155,7 +155,7 @@ def measure(workers: int, decode: str, rounds: int = ROUNDS, photos: int = PHOTO
         with contextlib.ExitStack() as stack:
             pools = {n: stack.enter_context(ThreadPoolExecutor(n)) for n in counts}
             for _ in range(rounds + 1):
-                for n, pool in pools.items():  # in turns, as above
+                for n, pool in pools.items():  # alternating, as above
                     wall_start, cpu_start = time.perf_counter(), time.process_time()
                     list(pool.map(crops_of, paths * 2))
                     rates[n].append(2 * len(paths) / (time.perf_counter() - wall_start))

@@ -1,4 +1,4 @@
-"""How long a training step takes, and to which operations its time goes."""
+"""Measures how long a training step takes, and on which operations it spends the time."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ TRACED = 2  # steps
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A step to time: what runs, where, and on which batch."""
+    """A step to time: the computation, its devices and its batch."""
 
     model: fusion.Fusion
     stage: StageConfig
@@ -55,7 +55,7 @@ class CompiledStep:
 
 
 def benchmark_work(config: ConfigDict) -> Work:
-    """The step of a benchmark configuration: equal conversations, one a row."""
+    """Makes the step of a benchmark configuration, on equal conversations, one a row."""
     stage = StageConfig(name="benchmark", data="", batch_size=config.batch_size, accumulation=config.accumulation)
     model = build_model(config)
     mesh = sharding.make_mesh(from_dict(MeshConfig, config.get("mesh", {}), "config.mesh"))
@@ -81,8 +81,8 @@ def compile_step(work: Work) -> CompiledStep:
 def measure(config: ConfigDict, latent_count: int | None, trace: bool) -> dict:
     """Times one whole optimizer step (AdamW, clipping), from the loss to the update.
 
-    Of a run's configuration it is the first stage's, with typical conversations (`data.typical`). Where that does not
-    fit into the devices, it takes more microbatches, until each device has one row at a time.
+    For a run's configuration this is a step of the first stage, with typical conversations (`data.typical`). Where that
+    does not fit into the devices, it is split into more microbatches, until each device has one row at a time.
 
     Args:
       latent_count: l^2 of a run's step; None is the largest. trace: whether to list the most expensive operations.
@@ -122,7 +122,7 @@ def _time_step(work: Work, samples: int, repeats: int, trace: bool) -> dict:
         "mfu": cost / seconds / peaks.peak(work.model.dtype),
     }
     if trace:
-        print(json.dumps(result), flush=True)  # should the profiler end the process
+        print(json.dumps(result), flush=True)  # printed now, in case the profiler ends the process
         result["operations"] = _trace(step.run, step.program.as_text())
     return result
 

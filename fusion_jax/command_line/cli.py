@@ -1,7 +1,7 @@
-"""Runs a command: its log, its exit code, and one sentence instead of a traceback for a user's mistake.
+"""Runs a command with its log and exit code, and prints one sentence for a user's mistake.
 
-Exit codes: 0 done, or help was printed; 2 a user's mistake; 75 stopped on request and saved, start it again to go on;
-130 stopped by Ctrl-C; 1 any other failure, with a traceback; 128 + N ended by signal N.
+Exit codes: 0 done, or help was printed; 2 a user's mistake; 75 stopped on request and saved, to be continued by the
+same command; 130 stopped by Ctrl-C; 1 any other failure, with a traceback; 128 + N ended by signal N.
 """
 
 import atexit

@@ -27,10 +27,10 @@ _READ_WHILE_PARSING = re.compile(r"--?(config|flagfile)(?:=(.*))?", re.DOTALL)
 
 
 def define_config(text: str, default: str | None = None, new_keys: bool = True) -> flags.FlagHolder:
-    """Defines the flag --config of a command: a file with a function get_config. This reads --flagfile already.
+    """Defines the flag --config of a command: a file with a function get_config. This already reads --flagfile.
 
     Args:
-      text: help.
+      text: the help text of the flag.
       default: the file that is loaded without --config.
       new_keys: whether keys can be set that the file does not list; the command must then refuse unknown ones.
     """
@@ -44,7 +44,7 @@ def define_config(text: str, default: str | None = None, new_keys: bool = True) 
         if default is not None:
             flags.FLAGS.set_default("config", default)
         return flag
-    except Exception as error:  # in --flagfile, or in overrides where there is no config
+    except Exception as error:  # an error in --flagfile, or overrides without a config
         say(f"error: {_explain(error, [], [])}")
         sys.exit(2)
 
@@ -97,7 +97,7 @@ def check_config(config: Any) -> None:
 class _ConfigFile(ConfigFileFlagParser):
     """Loads a config file, and checks that the keys that the command line sets can be set.
 
-    The mappings in its lists, such as `stages`, become ConfigDicts: of these alone, keys that are not there can be set.
+    The mappings in its lists, such as `stages`, become ConfigDicts: missing keys can be set in these alone.
     """
 
     def parse(self, path: str) -> Any:
@@ -132,7 +132,7 @@ def find_config(path: str) -> str:
             folders.append(ours.parent)
         known = {p.stem: str(file.parent / p.name) for folder in folders for p in folder.glob("*.py")}
         near = [known[stem] for stem in difflib.get_close_matches(file.stem, known, cutoff=0.7)]
-    except (OSError, ValueError):  # no file can have this name; opening it gives the reason
+    except (OSError, ValueError):  # no file can have this name; opening it raises an error with the reason
         return path
     places = " and ".join(f"{folder.absolute()}" for folder in folders)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
@@ -174,7 +174,7 @@ def _check_files(argv: list[str]) -> list[str]:
     return paths
 
 
-# ---- What is wrong with them.
+# ---- Explaining what is wrong with them.
 
 
 def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
@@ -193,7 +193,7 @@ def _explain(error: Exception, configs: list[str], argv: list[str]) -> str:
     if "Traceback" in text:  # ml_collections puts one into the text
         text = f"{type(chain[-1]).__name__}: {chain[-1]}"
     text = shown(_plain(text), 1000)
-    if match := _NOT_ALLOWED.fullmatch(text):  # of an enum flag: worded as for the keys of a config
+    if match := _NOT_ALLOWED.fullmatch(text):  # the error of an enum flag, worded as for the keys of a config
         try:
             check_choice(f"--{match[1]}=", match[2], match[3].split("|"))
         except UserError as better:

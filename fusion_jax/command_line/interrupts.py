@@ -1,9 +1,9 @@
-"""Answers Ctrl-C in a command by one line and exit code 130, wherever the main thread is.
+"""Answers Ctrl-C in a command with one line and exit code 130, wherever the main thread is.
 
-Python raises KeyboardInterrupt at that very place. In the middle of an import this leaves compiled modules half
-initialised, which crash later; in a callback of the garbage collector, or in `__del__`, it is printed and dropped, and
-the command goes on. So here it waits for the end of an import, and is raised again where it was dropped. A second
-Ctrl-C ends the process at once.
+Python raises KeyboardInterrupt wherever the main thread is. In the middle of an import this leaves compiled modules
+half initialised, which crash later; in a callback of the garbage collector, or in `__del__`, it is printed and dropped,
+and the command continues. So this module delays it to the end of an import, and raises it again where it was dropped.
+A second Ctrl-C ends the process immediately.
 """
 
 import atexit
@@ -28,7 +28,7 @@ class _State:
     pressed: float | None = None  # when Ctrl-C came, until something answers it
     ending = False  # the process is on its way out, which nothing interrupts any more
     writing = False  # a second Ctrl-C waits until the line is written, so that it is written once
-    again = False  # a second Ctrl-C came meanwhile
+    again = False  # a second Ctrl-C came during that
     written = False
 
 
@@ -41,10 +41,10 @@ def ended_early(*_) -> None:
 
 
 def listen(line: Callable[[], str]) -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt once. A SIGINT that is ignored or has a handler stays as it is.
+    """Makes Ctrl-C raise KeyboardInterrupt once. A SIGINT that is ignored or has another handler is left alone.
 
     Args:
-      line: makes the line that is written when a second Ctrl-C ends the process before `say` was called.
+      line: returns the line to write where a second Ctrl-C ends the process before `say` was called.
     """
     if signal.getsignal(signal.SIGINT) not in (ended_early, signal.default_int_handler):
         return
@@ -64,7 +64,7 @@ def listen(line: Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once during imports at the beginning of a command, with nothing to clean up."""
+    """Lets Ctrl-C end the process immediately during imports at the start of a command, with nothing to clean up."""
     was_listening = listening()
     if was_listening:
         signal.signal(signal.SIGINT, ended_early)
@@ -86,7 +86,7 @@ def pressed() -> bool:
 
 
 def answered() -> None:
-    """For code that catches KeyboardInterrupt and goes on: the next Ctrl-C counts as the first again."""
+    """Makes the next Ctrl-C count as the first, for code that catches KeyboardInterrupt and continues."""
     _State.pressed = None
 
 
@@ -103,7 +103,7 @@ def say(line: str, write: Callable[[str], None]) -> None:
 
 
 def begin_ending() -> None:
-    """KeyboardInterrupt has reached the command's beginning: Python may end in order, which Ctrl-C cuts short."""
+    """Lets Python end in order once KeyboardInterrupt has left the command's `main`; another Ctrl-C cuts that short."""
     _State.ending = True
     if _State.pressed is None:
         _State.pressed = time.monotonic()

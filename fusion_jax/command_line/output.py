@@ -1,4 +1,4 @@
-"""What a command writes on standard output and standard error, whatever becomes of their reader."""
+"""Writes on standard output and standard error, even where their reader has ended or the disk is full."""
 
 import contextlib
 import logging
@@ -17,9 +17,9 @@ def say(text: str) -> None:
 
 
 class Log(logging.StreamHandler):
-    """The log, on standard output. Where that cannot be written, for want of a reader or of space, work goes on.
+    """The log, on standard output. Where it cannot be written, for lack of a reader or of space, work continues.
 
-    It has a buffer of its own: a rest of it that is lost at the end is not a failure, as a lost result would be.
+    It has a buffer of its own: losing the end of the log is not a failure, as losing a result would be.
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class Log(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            sys.stdout.flush()  # what was printed before comes before
+            sys.stdout.flush()  # keeps earlier output before this line
         super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -56,10 +56,10 @@ def has_lost_its_reader() -> bool:
 
 
 def flush() -> str | None:
-    """Writes out what is left, so that Python does not try at its end.
+    """Writes out what is buffered, so that Python does not try to at its exit.
 
     Returns:
-      Why standard output cannot be written, where somebody should know; None if it can, or if its reader has gone.
+      Why standard output cannot be written, where the user should know; None if it can, or if its reader has ended.
     """
     problem = None
     for stream in (sys.stderr, sys.stdout):

@@ -1,7 +1,7 @@
 """Estimates how much work and memory an AVIF file costs a decoder, by the AV1 data in it.
 
 The size in an AVIF's header is what the decoded picture is scaled to. The decoder first makes frames of the sizes in
-the AV1 data, any number of them, shown or not: a file of 1 kB that calls itself 10 x 10 may take gigabytes and minutes.
+the AV1 data, any number of them, shown or not: a file of 1 kB that claims to be 10 x 10 may take gigabytes and minutes.
 """
 
 import struct
@@ -11,10 +11,10 @@ MAX_PARTS = 10_000  # boxes, items or units
 
 
 def coded_pixels(data: bytes) -> int:
-    """Pixels of all frames in the still pictures of an AVIF file: itself, its transparency, its thumbnails.
+    """Counts the pixels of all frames in an AVIF file's still pictures: the image, its transparency, its thumbnails.
 
     Raises:
-      ValueError, struct.error, IndexError: damage, or what no encoder of pictures writes.
+      ValueError, struct.error, IndexError: the file is damaged, or holds what no encoder of pictures writes.
     """
     top = _by_name(data, 0, len(data), ("meta",))
     start, end = top["meta"]
@@ -31,7 +31,7 @@ def coded_pixels(data: bytes) -> int:
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the contents of each box."""
+    """Yields name, start and end of the contents of each box."""
     for _ in range(MAX_PARTS):
         if at >= end:
             return
@@ -60,7 +60,7 @@ def _by_name(data: bytes, start: int, end: int, names: tuple[str, ...]) -> dict[
 
 
 def _coded_items(data: bytes, start: int, end: int) -> set[int]:
-    """Numbers of the items that are AV1."""
+    """Returns the numbers of the items that are AV1."""
     items = set()
     for name, first, _ in _boxes(data, start + (6 if data[start] == 0 else 8), end):
         if name == b"infe":
@@ -71,7 +71,7 @@ def _coded_items(data: bytes, start: int, end: int) -> set[int]:
 
 
 def _locations(data: bytes, at: int, idat: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Of each item its number, and where its pieces begin and how long they are."""
+    """Yields each item's number, and where its pieces begin and how long they are."""
 
     def number(size: int) -> int:
         nonlocal at
@@ -89,7 +89,7 @@ def _locations(data: bytes, at: int, idat: int) -> Iterator[tuple[int, list[tupl
     for _ in range(items):
         item = number(2 if version < 2 else 4)
         method = number(2) & 15 if version else 0
-        number(2)  # of the file that holds the data: always this one
+        number(2)  # the number of the file that holds the data, which is always this one
         base = number(base_size) + (idat if method == 1 else 0)
         extents = []
         for _ in range(number(2)):
@@ -104,7 +104,7 @@ def _locations(data: bytes, at: int, idat: int) -> Iterator[tuple[int, list[tupl
 
 
 def _frame_pixels(units: bytes) -> int:
-    """Pixels of all frames of an AV1 stream."""
+    """Counts the pixels of all frames of an AV1 stream."""
     at, frames, largest = 0, 0, 0
     for _ in range(MAX_PARTS):
         if at >= len(units):
@@ -128,7 +128,7 @@ def _frame_pixels(units: bytes) -> int:
 
 
 def _sequence_pixels(header: bytes) -> int:
-    """Of the largest frame that a sequence header allows."""
+    """Returns the pixels of the largest frame that a sequence header allows."""
     bits, left = int.from_bytes(header[:64], "big"), 8 * len(header[:64])
 
     def read(count: int) -> int:

@@ -2,11 +2,11 @@
 
 import base64
 
-_STANDARD = str.maketrans("-_", "+/")  # the alphabet for addresses
+_STANDARD = str.maketrans("-_", "+/")  # from the URL alphabet to the standard one
 
 
 def from_base64(text: str) -> bytes:
-    """What base64 says: standard or the alphabet for addresses, white space anywhere, padding or none. ValueError where
-    it is none."""
+    """Decodes base64 in the standard or the URL alphabet, with white space anywhere, with or without padding. Raises
+    ValueError if the text is not base64."""
     text = "".join(text.split()).translate(_STANDARD)
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

@@ -34,10 +34,10 @@ class _CannotCut(Exception):
 
 
 def find(name: str, tokenizer: Tokenizer) -> Template:
-    """The template that a config's `template` names: one of `TEMPLATES`, or the tokenizer's own.
+    """Returns the template that a config's `template` names: one of `TEMPLATES`, or the tokenizer's own.
 
     Raises:
-      UserError: an unknown name, or `own` where the tokenizer's folder has no chat template or one that cannot be cut.
+      UserError: an unknown name, or `own` if the tokenizer's folder has no chat template or one that cannot be cut.
     """
     return _own(tokenizer) if name == OWN_TEMPLATE else find_template(name)
 
@@ -88,7 +88,7 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
         raise _CannotCut("no control token closes an answer")
     end, rest = middle[: closing[1]], middle[closing[1] :]
 
-    # The BOS token, as the variable or in letters. That of SmolLM2 opens each turn, and so does not count as one.
+    # The BOS token, from the variable or spelled out. SmolLM2's opens each turn, so it does not count as one.
     bos = tokenizer.tokens.get("bos_token")
     front = next((b for b in (_BOS, bos) if b and head.startswith(b) and not rest.strip().startswith(b)), "")
     head = head.removeprefix(front)
@@ -110,7 +110,7 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
         raise _CannotCut("nothing marks where an answer begins")
 
     def same(template: Template) -> bool:
-        """Whether the pieces give every text that was rendered; after a last answer more may follow."""
+        """Returns whether the pieces give every rendered text; more may follow after a last answer."""
         for (system, turns), rendering in zip(probes, texts):
             if system is None or template.system_frame is not None:
                 written = front + _written(template, system, turns)
@@ -122,14 +122,14 @@ def _cut(text: str, tokenizer: Tokenizer) -> Template:
         raise _CannotCut("it does not write the rounds of a conversation one after the other")
     with_system = _with_system(template, texts[6].removeprefix(front), padded[0] in texts[8])
     template = with_system if same(with_system) else template
-    # What stood for the BOS token between rounds becomes that token.
+    # The placeholder for the BOS token between rounds becomes that token.
     names = ("default_system", "question", "answer", "end", "between")
     changes = {name: getattr(template, name).replace(_BOS, bos or "") for name in names if getattr(template, name)}
     return dataclasses.replace(template, **changes)
 
 
 def _with_system(template: Template, rendered: str, kept: bool) -> Template:
-    """The template with its system frame, if it has one. `kept`: white space around a system text stays."""
+    """Returns the template with its system frame, if it has one. `kept`: white space around a system text stays."""
     before, system, after = rendered.partition(_SYSTEM)
     after, question, _ = after.partition(_SAID[0])
     if not system or not question or _SYSTEM in after or not after.endswith(template.question):
@@ -145,7 +145,7 @@ def _with_system(template: Template, rendered: str, kept: bool) -> Template:
 
 
 def _written(template: Template, system: str | None, turns: Sequence[str]) -> str:
-    """A conversation as the pieces write it; the last of an even number of turns is a closed answer."""
+    """Writes a conversation with the pieces; the last of an even number of turns is a closed answer."""
     text = "".join(part for part, _ in template.system_parts(system))
     for k, turn in enumerate(turns):
         if k % 2:
@@ -157,7 +157,7 @@ def _written(template: Template, system: str | None, turns: Sequence[str]) -> st
 
 
 def _render(text: str, tokenizer: Tokenizer, probes) -> list[tuple[str | None, str | None]]:
-    """(text, error) of each (system text, turns); a conversation that ends with a question waits for an answer."""
+    """Renders each (system text, turns) to (text, error); a conversation that ends with a question awaits an answer."""
     chats = []
     for system, turns in probes:
         messages = [{"role": "system", "content": system}] if system is not None else []

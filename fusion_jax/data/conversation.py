@@ -8,20 +8,20 @@ One round of an image conversation in the Phi-3 template, with its labels:
     <|assistant|>  Yes  .  <|end|>
        -400         id  id   id            -400: the last token before an answer, the place of H_P
 
-The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself. In front
-of all stands the BOS token where the template has one or, if it says nothing, where the tokenizer's own files do
+The sequence is cut at placeholders and at the start of each answer, and each cut piece is tokenized by itself. It
+begins with the BOS token if the template has one or, if the template does not say, if the tokenizer's own files do
 (`first_ids`); the question tokens for the encoder begin the same way.
 
 With one image this is the published arrangement: wherever a turn says `<image>`, the image moves to the front of that
-turn. With several images each `<image>` becomes a slot where it stands, in any turn and any number, one for each image
-of the record in their order; the round's latents stand before the turn's text, after the images that lead it:
+turn. With several images each `<image>` becomes a slot in its place, in any turn and any number, one for each image of
+the record in their order; the round's latents come before the turn's text, after the images at its start:
 
     <image>\\n<image>\\nCompare them.     IMAGE \\n IMAGE LATENTS \\n Compare them.
     Is <image> older than <image>?        LATENTS Is IMAGE older than IMAGE ?
     And which is larger?                  LATENTS And which is larger?
 
-(each IMAGE and LATENTS between <vision_start> and <vision_end>). A round's latents look at the latest image of that or
-an earlier round, before any image at the first one. The questions of all rounds guide every image.
+(each IMAGE and LATENTS is between <vision_start> and <vision_end>). A round's latents query the latest image of that or
+an earlier round, or the first image if none has come yet. The questions of all rounds guide every image.
 """
 
 import re
@@ -38,14 +38,14 @@ from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.data.tokenizer_base import VISION_END, VISION_START
 from fusion_jax.errors import BadRecord
 
-IMAGE = -200  # in input_ids: here go the image's tokens
-LATENTS = -300  # in input_ids: here go one round's latents
+IMAGE = -200  # in input_ids: the place of an image's tokens
+LATENTS = -300  # in input_ids: the place of one round's latents
 ANSWER_START = -400  # in labels: the last token before an answer, not supervised either
 
-IMAGE_TAG = "<image>"  # how records say where the image belongs
-# The same in literal text, where `<image>` is only text: half a surrogate pair, which valid text cannot hold.
+IMAGE_TAG = "<image>"  # in records: the place of an image
+# The place of an image in literal text, where `<image>` is only text: a lone surrogate, which valid text cannot hold.
 IMAGE_SLOT = "\ud800"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say this; no tokenizer takes it
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express this; no tokenizer accepts it
 _LATENTS_TAG = "<latent_image>"  # only in the readable prompt
 
 
@@ -79,19 +79,19 @@ def encode_conversation(
     latents_without_image: bool = True,
     where: str = "conversation",
 ) -> Encoded:
-    """A finished conversation, for training.
+    """Encodes a finished conversation, for training.
 
     Args:
       turns: `{"from": "human" | "gpt", "value": text}`, human first, gpt last. A leading gpt turn is dropped.
       tokenizer: as loaded.
       template: an entry of `TEMPLATES`, made for the tokenizer's model.
-      images: how many images the record has; a bool does for one or none. The place of one image is where a human turn
-        says `<image>`, moved to the front of that turn, or else the first human turn. Several stand where the human
+      images: how many images the record has; a bool means one or none. The place of one image is where a human turn
+        says `<image>`, moved to the front of that turn, or else the first human turn. Several are where the human
         turns say `<image>`, as many times as there are images.
       system: the conversation's own system text; None or empty: the template's.
       latents: put a latent placeholder into each round.
       latents_without_image: do so also when there is no image.
-      where: named in errors.
+      where: the record's place, for errors.
 
     Raises:
       BadRecord: the turns cannot be used; `reason` is one of empty_conversation, bad_turns, no_answer,
@@ -116,15 +116,15 @@ def encode_prompt(
     literal: bool = False,
     where: str = "conversation",
 ) -> Encoded:
-    """A conversation that waits for its next answer, for generation: `turns` ends with a human turn.
+    """Encodes a conversation that waits for its next answer, for generation: `turns` ends with a human turn.
 
     The ids are those of the same conversation in training, up to the last answer; the last one is where H_P is read.
     Arguments and errors as for `encode_conversation`.
 
     Args:
       literal: the turns are literal text. Control tokens in them, and `<image>`, are only text; only the template
-        writes roles and ends, and IMAGE_SLOT says where an image goes. A leading gpt turn is what the model has greeted
-        with. Data sets stay as they were published: a token that is written in their texts is that token.
+        writes roles and ends, and IMAGE_SLOT marks the place of an image. A leading gpt turn is the model's greeting.
+        Not so in data sets, which stay as they were published: a token that is written in their texts is that token.
     """
     rounds = _rounds(turns, images, finished=False, where=where, tag=IMAGE_SLOT if literal else IMAGE_TAG)
     _check_system(system, template, where)
@@ -134,12 +134,12 @@ def encode_prompt(
 
 
 def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG) -> list[tuple[str, str | None]]:
-    """Validated (question, answer) pairs with a `tag` for each image; the answer of an unfinished last round is
+    """Returns validated (question, answer) pairs with a `tag` for each image; an unfinished last round has the answer
     None. A single image's tag starts its question, and a newline follows it."""
     turns = _alternating(_checked_turns(turns, tag, where), finished, where)
     questions = [turn["value"] for turn in turns[::2]]
     answers = [turn["value"] for turn in turns[1::2]]
-    # A model may have written such answers itself: no reason to refuse it the next question.
+    # The model itself may have written such answers: that is no reason to refuse the next question.
     if finished and any(not answer.strip() for answer in answers):
         raise BadRecord("no_answer", where, "an answer is empty")
     if finished and any(IMAGE_TAG in answer for answer in answers):
@@ -153,7 +153,7 @@ def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG
 
 
 def _checked_turns(turns, tag: str, where: str) -> Sequence[Mapping[str, str]]:
-    """The turns, each of which is one of a human or a model with a text; BadRecord where one is not."""
+    """Returns the turns; raises BadRecord unless each is a human's or the model's and has a text."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise BadRecord("bad_turns", where, f"conversations must be a list of turns, not {type(turns).__name__}")
     if not turns:
@@ -170,8 +170,8 @@ def _checked_turns(turns, tag: str, where: str) -> Sequence[Mapping[str, str]]:
 
 
 def _alternating(turns: Sequence[Mapping[str, str]], finished: bool, where: str) -> Sequence[Mapping[str, str]]:
-    """The turns without a leading one of the model: questions and answers by turns, the last one an answer where the
-    conversation is finished, else a question. BadRecord where they are not."""
+    """Returns the turns without a leading one of the model. Raises BadRecord unless questions and answers alternate,
+    and the last turn is an answer if the conversation is finished, else a question."""
     turns = turns[1:] if turns[0]["from"] == "gpt" else turns
     if not turns:
         raise BadRecord("empty_conversation", where, "the conversation has no human turn")
@@ -186,7 +186,7 @@ def _alternating(turns: Sequence[Mapping[str, str]], finished: bool, where: str)
 
 
 def _check_tags(tags: int, images: int, where: str) -> None:
-    """BadRecord where the image tags in the questions are not as many as the images. One image needs no tag."""
+    """Raises BadRecord unless the questions have as many image tags as there are images. One image needs no tag."""
     detail = f"{tags} {IMAGE_TAG} tag{'s' * (tags != 1)} for {images:d} image{'s' * (images != 1)}"
     if tags > images:
         raise BadRecord("several_images" if images == 1 else "image_tag_without_image", where, detail)
@@ -195,7 +195,7 @@ def _check_tags(tags: int, images: int, where: str) -> None:
 
 
 def _check_system(text: str | None, template: Template, where: str) -> None:
-    """BadRecord where the template cannot hold the system text of a conversation."""
+    """Raises BadRecord if the template cannot hold the system text of a conversation."""
     if text and template.system_frame is None:
         raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
     if text and _LONE_SURROGATE.search(text):
@@ -212,8 +212,8 @@ def _encode(
     literal: bool = False,
     greeting: str | None = None,
 ) -> Encoded:
-    """`rounds` as `_rounds` returns them. greeting: said before them."""
-    tokenizer.token_id(template.stops[0])  # another model's template would silently be spelled out in letters
+    """Encodes `rounds`, as `_rounds` returns them, after a `greeting` of the model."""
+    tokenizer.token_id(template.stops[0])  # the tokens of another model's template would silently be spelled out
     tag = IMAGE_SLOT if literal else IMAGE_TAG
     first = first_ids(tokenizer, template)
     row = RowText(tokenizer.encode_parts, first, (VISION_START, VISION_END))

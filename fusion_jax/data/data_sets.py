@@ -1,8 +1,8 @@
 """Data sets that a source draws from: JSON files, shards, TensorFlow Datasets, sampled and weighted.
 
 A data set knows which of its records an epoch draws and describes itself so that two starts, or two machines, can be
-compared. Of a JSON file two numbers a record stay in memory; of shards and TensorFlow Datasets nothing, but 4 bytes for
-each record that `random` or the fraction of a weight chose.
+compared. A JSON file keeps two numbers per record in memory; shards and TensorFlow Datasets keep nothing but 4 bytes
+for each record that `random` or the fraction of a weight chose.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from fusion_jax.files import brief, read_file, shown
 
 _STRATEGIES = "all, first:N, end:N or random:N, where N is a number above 0 or a percentage such as 10%"
 _STRATEGY = re.compile(r"(first|end|random):(?:(\d{1,18})|(\d{1,3}(?:\.\d{1,300})?)%)", re.ASCII)
-_HASHED = 1 << 26  # bytes of a JSON file that is hashed as a whole; of larger ones these many records are:
-_COMPARED = 64
+_HASHED = 1 << 26  # bytes up to which a JSON file is hashed as a whole
+_COMPARED = 64  # records of a larger file that are hashed
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Record:
 
     Attributes:
       id: the record's own id, or its number in the file.
-      image_path: the first image's file, or the name it had where the image itself came along; None without an image.
+      image_path: the first image's file, or its former name if the record holds the image; None without an image.
       turns: the conversation, `{"from": text, "value": text}` each; roles and their order are not checked here.
       where: file and record, for messages.
-      images: all images in order, each as a file or as a file's bytes: what to load. By default `image_path` alone.
-      sizes: width and height of each image where the source knows them, which only shards do; else empty.
+      images: all images to load, in order, each as a file or as a file's bytes. By default `image_path` alone.
+      sizes: width and height of each image if the source knows them, which only shards do; else empty.
       literal: control tokens and image tags in the texts are only text; see
         `conversation.encode_prompt`.
-      system: the record's own system text, in place of the template's; None for that one.
+      system: the record's own system text, in place of the template's; None for the template's.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Record:
 
 
 class DataSet:
-    """The records that a mixture draws from one data set. `copies` times all that were chosen, then `extra` of them."""
+    """The records that a mixture draws from one data set: all chosen ones `copies` times, then `extra` of them."""
 
     def __init__(self, name: str, numbers: Sequence[int] | np.ndarray):
         self.name, self.numbers = name, numbers
@@ -77,20 +77,20 @@ class DataSet:
         return self.copies * len(self.numbers) + len(self.extra)
 
     def describe(self) -> dict[str, Any]:
-        """What the data set is, by which two starts or two machines are compared. JSON.
+        """Describes the data set in JSON, so that two starts or two machines can be compared.
 
-        name; drawn: records of an epoch; chosen: checksum of which they are; records, bytes and hash of the whole.
+        Keys: name; drawn: records per epoch; chosen: checksum of their numbers; records, bytes and hash of the whole.
         """
         which = (self.copies, zlib.crc32(np.asarray(self.numbers, np.int64)), zlib.crc32(self.extra))
         drawn = {"name": self.name, "drawn": len(self), "chosen": zlib.crc32(repr(which).encode())}
         return drawn | self.content()
 
     def content(self) -> dict[str, Any]:
-        """records, bytes and hash of the whole data set."""
+        """Returns records, bytes and hash of the whole data set."""
         raise NotImplementedError
 
     def place(self, i: int) -> int:
-        """Which of the chosen records is the i-th to draw."""
+        """Returns which of the chosen records is the i-th to draw."""
         all_of_them = self.copies * len(self.numbers)
         return i % len(self.numbers) if i < all_of_them else int(self.extra[i - all_of_them])
 
@@ -99,7 +99,7 @@ class JsonData(DataSet):
     """One JSON or JSONL file."""
 
     def __init__(self, path: Path, folder: Path, allow_outside: bool, spans: np.ndarray, numbers: Sequence[int]):
-        """Args: spans (all records, 2) int64, first byte and the one past the last; numbers of the chosen ones."""
+        """Args: spans: first byte and end of all records, (records, 2) int64; numbers: those of the chosen records."""
         super().__init__(path.name, numbers)
         self.path, self.image_folder = path, folder
         self.root = None if allow_outside else os.path.realpath(folder)
@@ -108,7 +108,7 @@ class JsonData(DataSet):
         self._file = None
 
     def content(self) -> dict[str, Any]:
-        """Of a large file the hash is one of where each chosen record lies, and of the bytes of a few."""
+        """Returns a hash that covers, in a large file, the place of each chosen record and the bytes of a few."""
         try:
             size, digest = self.path.stat().st_size, hashlib.sha256()
             if size <= _HASHED:
@@ -152,7 +152,7 @@ class StoredData(DataSet):
         self.records = records
 
     def content(self) -> dict[str, Any]:
-        """By the hashes in the manifest of shards; by the texts of a few records of a TensorFlow Dataset."""
+        """Uses the hashes in the manifest of shards, or the texts of a few records of a TensorFlow Dataset."""
         digest = hashlib.sha256(self.records.identity.encode())
         if isinstance(self.records, TfdsRecords):
             for i in range(0, len(self.records), -(-len(self.records) // _COMPARED)):
@@ -206,7 +206,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def locate(folder: Path, name: str, root: str | None, where: str) -> Path:
-    """The image's file. With `root`, the folder's real path, BadRecord (image_outside_folder) for a file outside it."""
+    """Returns the image's file; BadRecord (image_outside_folder) if it is not inside `root`, a real path, if any."""
     path = folder / name
     if root is None:
         return path
@@ -224,7 +224,7 @@ def locate(folder: Path, name: str, root: str | None, where: str) -> Path:
 
 
 def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | None]:
-    """How, how many (or None), what percentage (or None)."""
+    """Returns the kind, the number of records (or None) and the percentage (or None)."""
     match = _STRATEGY.fullmatch(strategy) if isinstance(strategy, str) else None
     if strategy == "all":
         return "first", None, 100.0
@@ -234,7 +234,7 @@ def parse_strategy(strategy: str, where: str) -> tuple[str, int | None, float | 
 
 
 def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> range | np.ndarray:
-    """Numbers of the records that the strategy takes, ascending."""
+    """Returns the numbers of the records that the strategy takes, ascending."""
     how, count, percent = parse_strategy(strategy, where)
     # Rounding first keeps 7% of 100 at 7 although 0.07 is not exact in binary.
     count = max(1, math.ceil(round(total * percent / 100, 6))) if count is None else min(count, total)
@@ -247,11 +247,11 @@ def _choose(total: int, strategy: str, seed: int, name: str, where: str) -> rang
 
 
 def _sample(total: int, count: int, seed: list[int]) -> np.ndarray:
-    """`count` different numbers below `total`, ascending: (count,) uint32, or uint64 where they need it."""
+    """Draws `count` different numbers below `total`, ascending: (count,) uint32, or uint64 if they need it."""
     chosen = np.random.default_rng(seed).choice(total, count, replace=False)
     return np.sort(chosen).astype(np.uint32 if total <= 1 << 32 else np.uint64)
 
 
 def as_yaml(value: Any) -> str:
-    """A value of a mixture as YAML writes it, for messages."""
+    """Writes a value of a mixture as YAML does, for messages."""
     return "null" if value is None else "an empty text" if value == "" else brief(value)

@@ -1,18 +1,18 @@
 """Decodes image files to pixels of 8 bits in RGB.
 
-Every image that the package did not make itself is opened here, by `open_image`. What becomes of each kind of file,
-`Image.convert("RGB")` being what the published loader does with all of them:
+Every image that the package did not create itself is opened here, by `open_image`. The table lists what becomes of each
+kind of file; the published loader calls `Image.convert("RGB")` for all of them:
 
 | file | pixels |
 |---|---|
 | JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF, of any mode or palette | `convert("RGB")` |
 | CMYK in a JPEG | taken as inverted, the way Adobe writes it; then `convert("RGB")` |
-| transparency of any kind | left out: the colours that the file holds below it |
+| transparency of any kind | dropped; the colours that the file holds below it stay |
 | several pictures (GIF, WebP, PNG, TIFF, MPO, AVIF) | the first |
-| grey of over 8 bits, signed, fractions | 8 bits by the rule of grey.py; `convert("RGB")` makes it black or white |
-| 16 bits a channel | the upper 8; refused as unclear_range where all of these are below 16 |
-| a rotation in the EXIF data | not applied, but for TIFF, which Pillow turns itself |
-| any other format | refused as corrupt_image: among Pillow's many are some that start Ghostscript, or hold any other |
+| grey of over 8 bits, signed, fractions | 8 bits by the rules of grey.py; `convert("RGB")` makes it black or white |
+| 16 bits per channel | the upper 8; refused as unclear_range if all of these are below 16 |
+| a rotation in the EXIF data | not applied, except to TIFF, which Pillow rotates itself |
+| any other format | refused as corrupt_image: some of those that Pillow knows start Ghostscript, or hold any format |
 
 Exported folders carry this file and those that it imports, so that they see what training saw.
 """
@@ -24,12 +24,12 @@ from fusion_jax.data.grey import check_deep_colour, is_deep_colour, levels_of_gr
 
 MAX_PIXELS = 80_000_000  # a decoded image of this size takes 320 MB of the host's memory
 MAX_SIDE = 65_535  # resizing makes an image of the old height and the new width on its way
-MAX_BYTES = 1 << 29  # of a file
+MAX_BYTES = 1 << 29  # bytes of a file
 _ORIENTATION = 274  # a tag of TIFF
 
 
 def open_image(data: bytes, max_pixels: int | None = None, length: int | None = None) -> Image.Image:
-    """What an image file contains, not decoded yet: a small file can unpack to an enormous one, and its header tells.
+    """Opens an image file without decoding it: a small file can unpack to an enormous image, as its header shows.
 
     Args:
       data: the file, or its beginning; then `length` is that of the whole.
@@ -50,7 +50,7 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
     reader = Reader(data)
     try:
         image = Image.open(reader, formats=(form,))
-    except Image.UnidentifiedImageError as e:  # its own text holds an address, another one in every run
+    except Image.UnidentifiedImageError as e:  # its own text holds a memory address, which changes with every run
         raise ValueError(f"its header is damaged, or it is a {form} of a kind that Pillow does not read") from e
     reader.opened()
     _check_size(image.size, most)
@@ -63,7 +63,7 @@ def open_image(data: bytes, max_pixels: int | None = None, length: int | None = 
 
 
 def size_once_decoded(image: Image.Image) -> tuple[int, int]:
-    """Of an opened image, once it is decoded. Pillow turns a TIFF by its tag, which its size shows, or by its XMP."""
+    """Returns the size that an opened image will have: Pillow rotates a TIFF by its tag, as its size shows, or XMP."""
     if image.format == "TIFF" and _ORIENTATION not in image.tag_v2 and image.getexif().get(_ORIENTATION, 1) > 4:
         return image.height, image.width
     return image.size
@@ -79,7 +79,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def decode_opened(image: Image.Image) -> Image.Image:
-    """The pixels of an image of `open_image`, in RGB. Raises almost any exception, as `open_image`."""
+    """Decodes an image of `open_image` to RGB. Raises almost any exception, as `open_image` does."""
     expected, deep_colour = size_once_decoded(image), is_deep_colour(image)
     if image.tile and image.tile[0][0] == "ppm":
         image = scaled_ppm(image)
@@ -91,10 +91,10 @@ def decode_opened(image: Image.Image) -> Image.Image:
 
 
 def in_eight_bits(image: Image.Image, deep_colour: bool = False) -> Image.Image:
-    """A decoded image, of any mode, as RGB; see the top of this file.
+    """Converts a decoded image of any mode to RGB; see the top of this file.
 
     Args:
-      deep_colour: whether it had 16 bits a channel.
+      deep_colour: whether it had 16 bits per channel.
 
     Raises:
       UnclearRange (of grey.py): nothing says which value is white.

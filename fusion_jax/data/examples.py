@@ -21,8 +21,8 @@ from fusion_jax.models.config import QUADRANTS, FusionConfig
 
 
 def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: int, images: int = 1) -> LayoutSpec:
-    """The fixed sizes of a model's batches. `rounds` are of a row, `images` of a conversation; there are as many crops
-    as one conversation may have. Questions may be empty, so there is room for one token at least."""
+    """Returns the fixed sizes of a model's batches. `rounds` are per row, `images` per conversation; there are as many
+    crops as one conversation may have. Questions may be empty, so there is room for at least one token."""
     return LayoutSpec(
         length=length,
         question_length=max(question_length, 1) if model.text_guided else 0,
@@ -42,7 +42,7 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Records to examples for one model, tokenizer and template; picklable.
+    """Turns records into examples for one model, tokenizer and template; picklable.
 
     decode: exact or fast, see `data.image`.
     """
@@ -61,7 +61,7 @@ class ExampleMaker:
         return self.with_crops(self.text(record, prompt), record)
 
     def text(self, record: Record, prompt: bool = False) -> Example:
-        """The same without its crops: of images at most the sizes are read. BadRecord as above."""
+        """Encodes a record without crops: at most the sizes of images are read. Raises BadRecord as `__call__` does."""
         model = self.model
         encode, more = conversation.encode_conversation, {}
         if prompt:
@@ -85,11 +85,11 @@ class ExampleMaker:
         return Example(encoded.input_ids, encoded.labels, question, None, record.where, tilings)
 
     def fitting(self, record: Record, spec: LayoutSpec, latents: int) -> Example:
-        """`text`, without the last rounds where the conversation is too long for a row. Whole rounds are dropped, never
-        an image and never part of an answer.
+        """Encodes as `text` does, without the last rounds if the conversation is too long for a row. Whole rounds are
+        dropped, never an image and never part of an answer.
 
         Raises:
-          BadRecord: as above, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
+          BadRecord: as `text`, or nothing fits: `too_long`, `question_too_long`, `too_many_rounds`, `too_many_images`.
         """
         example = self.text(record)
         try:
@@ -104,7 +104,7 @@ class ExampleMaker:
         return example
 
     def _rounds_too_many(self, example: Example, record: Record, spec: LayoutSpec, latents: int) -> int:
-        """How many last rounds must go for the conversation to fit; where it never does, how many may go.
+        """Returns how many last rounds must go for the conversation to fit; if it never does, how many may go.
 
         Rounds are tokenized one after the other, so the length of fewer rounds follows from the whole conversation.
         Only their questions are tokenized as one text, whose tokens are counted again for a few numbers of rounds.
@@ -113,8 +113,8 @@ class ExampleMaker:
           example: `text` of the whole record.
         """
         ids, answer = example.input_ids, np.append(example.labels >= 0, False)
-        ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # of each round
-        # Never a round with an image. A round is a question and its answer; a greeting of the model may come first.
+        ends = np.flatnonzero(answer[:-1] & ~answer[1:]) + 1  # the end of each round
+        # A round with an image never goes. A round is a question and its answer; a greeting may come first.
         turns = record.turns[len(record.turns) - 2 * len(ends) :]
         with_image = [i // 2 + 1 for i, turn in enumerate(turns) if conversation.IMAGE_TAG in turn["value"]]
         least = max([1, *with_image])
@@ -130,11 +130,11 @@ class ExampleMaker:
         return len(ends) - max(kept, least)
 
     def _without_last(self, record: Record, rounds: int) -> Example:
-        """`text` without the last `rounds` rounds."""
+        """Encodes as `text` does, without the last `rounds` rounds."""
         return self.text(dataclasses.replace(record, turns=record.turns[: len(record.turns) - 2 * rounds]))
 
     def with_crops(self, example: Example, record: Record) -> Example:
-        """The example of `text` with the crops of the record's images. BadRecord as above."""
+        """Adds the crops of the record's images to the example of `text`. Raises BadRecord as `__call__` does."""
         if not record.images:
             return example
         size = self.model.vision.image_size
@@ -159,7 +159,7 @@ class ExampleLoader:
     longest_latents: int
 
     def load(self, number: int) -> Example | BadRecord:
-        """The example with its crops."""
+        """Loads the example with its crops."""
         try:
             record = self.source[number]
             return self.maker.with_crops(self.maker.fitting(record, self.spec, self.longest_latents), record)
@@ -167,14 +167,14 @@ class ExampleLoader:
             return bad
 
     def text(self, number: int) -> Example | BadRecord:
-        """The example without its crops."""
+        """Loads the example without its crops."""
         try:
             return self.maker.fitting(self.source.text(number), self.spec, self.longest_latents)
         except BadRecord as bad:
             return bad
 
     def load_planned(self, planned: Measured) -> Example | BadRecord:
-        """The example with its crops, if it takes as much room as was planned for it."""
+        """Loads the example with its crops, if it takes as much room as was planned for it."""
         example = self.load(planned.number)
         if isinstance(example, BadRecord):
             return example
@@ -184,7 +184,7 @@ class ExampleLoader:
         return example
 
     def measure(self, number: int, headers: bool = False) -> tuple[Measured, int] | BadRecord:
-        """What the record takes, and how many last rounds it loses.
+        """Measures what the record takes, and how many last rounds it loses.
 
         Args:
           headers: also read the headers of its images; a record with an unreadable one is bad.
@@ -205,8 +205,8 @@ class ExampleLoader:
 def load_rows(
     loader: ExampleLoader, rows: Sequence[Sequence[Measured]], threads: int
 ) -> tuple[list[list[Example]], list[tuple[Measured, BadRecord]]]:
-    """The examples of planned rows, and the records that leave a gap in theirs: their images turned out to be bad, or
-    they have changed since they were measured."""
+    """Loads the examples of planned rows, and lists the records that leave a gap in them: their images turned out to be
+    bad, or they have changed since they were measured."""
     with ThreadPoolExecutor(threads) as pool:
         loaded = [list(row) for row in [pool.map(loader.load_planned, row) for row in rows]]
     good = [[example for example in row if not isinstance(example, BadRecord)] for row in loaded]

@@ -1,7 +1,7 @@
 """Names the image formats that are read, and checks untrusted files before Pillow sees them.
 
-Where a decoder's work followed from the size in the header alone, a limit on pixels would be enough. Where it does not,
-it is bounded here:
+If a decoder's work followed from the size in the header alone, a limit on pixels would be enough. Where it does not, it
+is bounded here:
 
 | format | what would take long, or much memory | what is done |
 |---|---|---|
@@ -36,11 +36,11 @@ from fusion_jax.files import open_file
 
 MAX_SLOW_SAMPLES = 30_000_000  # pixels times channels where each may take a third of a microsecond
 MAX_TEXT = 4 << 20  # bytes of a PPM whose values are text
-MAX_SCANS = 100  # of a JPEG; encoders write about ten
-MAX_TILED_PIXELS = 120_000_000  # of a TIFF's tiles together, which stick out over the image's edges
+MAX_SCANS = 100  # scans of a JPEG; encoders write about ten
+MAX_TILED_PIXELS = 120_000_000  # pixels of all tiles of a TIFF, which may extend beyond the image's edges
 MAX_TAG_VALUES = 1_000_000  # numbers in a TIFF's directory; the places of tiles of 16 x 16 pixels are 300,000
-MAX_AV1_PIXELS = 100_000_000  # of all that is coded in an AVIF: the image, its transparency, its thumbnails
-MAX_TILES = 16_384  # of a JPEG 2000
+MAX_AV1_PIXELS = 100_000_000  # pixels of all that is coded in an AVIF: the image, its transparency, its thumbnails
+MAX_TILES = 16_384  # tiles of a JPEG 2000
 MAX_READS = 1_000_000  # pieces in which Pillow may read a file, a tenth of them for its header; a second or two
 TIFF_COMPRESSIONS = (
     1,
@@ -78,10 +78,10 @@ class TooLarge(ValueError):
 
 
 def read_file(path: str | Path, most: int, start: int | None = None) -> tuple[bytes, int]:
-    """What a file contains, or its beginning, and its length in bytes.
+    """Reads a file or its beginning; returns that, and the length of the whole in bytes.
 
     Args:
-      most: bytes that it may have. start: of the beginning that is enough.
+      most: bytes that it may have. start: bytes of the beginning, if that is enough.
 
     Raises:
       OSError: it cannot be read, or is not a regular file (`files.open_file`).
@@ -95,12 +95,12 @@ def read_file(path: str | Path, most: int, start: int | None = None) -> tuple[by
 
 
 def format_of(start: bytes) -> str | None:
-    """One of FORMATS, by a file's first 16 bytes."""
+    """Returns one of FORMATS by a file's first 16 bytes, or None."""
     return next((form for form in FORMATS if re.match(_STARTS[form], start, re.DOTALL)), None)
 
 
 def prepare(form: str, data: bytes) -> tuple[bytes, tuple[int, int] | None]:
-    """What Pillow gets of a file of that format, and the width and height that it has to see in it, where known.
+    """Returns what Pillow gets of a file of that format and, if known, the width and height that it must see in it.
 
     Raises:
       TooLarge, ValueError, struct.error, IndexError: the file is damaged, or made to be slow.
@@ -109,7 +109,7 @@ def prepare(form: str, data: bytes) -> tuple[bytes, tuple[int, int] | None]:
 
 
 class Reader(io.BytesIO):
-    """A file in memory that may be read in MAX_READS / 10 pieces at first, and eight times over."""
+    """A file in memory that may be read in MAX_READS / 10 pieces at first, with eight times its bytes in all."""
 
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -139,9 +139,9 @@ def check_decoder(image: Image.Image, length: int) -> None:
 
 
 def scaled_ppm(image: Image.Image) -> Image.Image:
-    """The pixels, 8 bits each, of a PPM that Pillow's `ppm` decoder would read value by value in Python.
+    """Returns the pixels, 8 bits each, of a PPM that Pillow's `ppm` decoder would read value by value in Python.
 
-    They are those of that decoder: scaled to 255, or, of grey beyond 8 bits, to 65535, and then the upper 8 bits.
+    They equal that decoder's: scaled to 255 or, for grey beyond 8 bits, to 65535, of which the upper 8 bits are kept.
     """
     (_, _, offset, (_, largest)), channels = image.tile[0], len(image.getbands())
     ends = 65535 if image.mode == "I" else 255
@@ -157,12 +157,12 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _MARKER_AFTER_PIXELS = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not the byte FF itself, nor restarts
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without contents
 _SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
-_PASSED_OVER = (*range(0xE0, 0xF0), _COMMENT)  # libjpeg takes the length of these for 2 if it is less
+_PASSED_OVER = (*range(0xE0, 0xF0), _COMMENT)  # libjpeg treats a length below 2 of these as 2
 _COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}
 
 
 def _segments(data: bytes, at: int, marker: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of a JPEG's segments, as libjpeg finds them: between them may be anything."""
+    """Yields marker, start and end of a JPEG's segments as libjpeg sees them; anything may be between them."""
     for _ in range(MAX_READS // 10):
         match = marker.search(data, at)
         if match is None or match[1][0] == _END:
@@ -179,7 +179,7 @@ def _segments(data: bytes, at: int, marker: re.Pattern[bytes]) -> Iterator[tuple
 
 
 def _jpeg(data: bytes) -> tuple[bytes, None]:
-    """Without metadata, but for what decides the colours: the markers of JFIF and Adobe."""
+    """Removes metadata, except what decides the colours: the markers of JFIF and Adobe."""
     kept, pixels = [data[:2]], len(data)
     for marker, start, end in _segments(data, 2, _MARKER):
         if marker == _SCAN:
@@ -191,7 +191,7 @@ def _jpeg(data: bytes) -> tuple[bytes, None]:
             kept.append(data[start:end])
         if len(kept) > MAX_SCANS:
             raise TooLarge(f"has more than {MAX_SCANS} segments before its pixels")
-    # Counting is quick, and counts what only looks like a scan too: that is told apart where there is much of it.
+    # Counting bytes is quick but includes what only looks like a scan, so a large count is checked by segments.
     if data.count(bytes((0xFF, _SCAN)), pixels) > MAX_SCANS:
         scans = (marker == _SCAN for marker, _, _ in _segments(data, pixels, _MARKER_AFTER_PIXELS))
         if sum(scans) > MAX_SCANS:
@@ -200,7 +200,7 @@ def _jpeg(data: bytes) -> tuple[bytes, None]:
 
 
 def _png(data: bytes) -> tuple[bytes, None]:
-    """Without all that is not pixels: texts, profiles, transparency, further pictures."""
+    """Removes all that is not pixels: texts, profiles, transparency, further pictures."""
     kept, at = [data[:8]], 8
     for _ in range(MAX_READS // 10):
         if at + 8 > len(data):
@@ -234,7 +234,7 @@ _PRIVATE = 33432  # the copyright, and all tags after it: no pixel that is read 
 
 
 def _tiff(data: bytes) -> tuple[bytes, None]:
-    """As it is, once its first directory is known to say one thing alone, and nothing enormous."""
+    """Returns the file as it is, after checking that its first directory is unambiguous and holds nothing enormous."""
     order, big = "<" if data[:1] == b"I" else ">", data[2] == 43
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
@@ -286,7 +286,7 @@ _REMARK = re.compile(rb"#[^\n\r]*(?:[\n\r]|$)")
 
 
 def _ppm(data: bytes) -> tuple[bytes, None]:
-    """Without its comments, if it is text: Pillow copies all that follows for each."""
+    """Removes its comments, if it is text: for each Pillow copies all that follows."""
     return _REMARK.sub(b"", data) if data[1] in b"123" and len(data) <= MAX_TEXT else data, None
 
 
@@ -294,7 +294,7 @@ def _avif(data: bytes) -> tuple[bytes, None]:
     coded = coded_pixels(data)
     if coded > MAX_AV1_PIXELS:
         raise TooLarge(f"has {coded} pixels in all its parts; allowed are {MAX_AV1_PIXELS} in an AVIF")
-    return data[:8] + b"avif" + data[12:], None  # the kind of file that is one picture, and not a film
+    return data[:8] + b"avif" + data[12:], None  # the brand of files that are one picture, not a film
 
 
 _PREPARE = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff, "JPEG2000": _jpeg2000, "AVIF": _avif, "PPM": _ppm}

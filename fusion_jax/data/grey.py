@@ -1,21 +1,21 @@
 """Converts grey values of other than 8 bits to the 8 bits that training sees.
 
-Which value is white, the first of these that holds:
+The first of these rows that applies decides which value is white:
 
 | the file | white |
 |---|---|
 | PGM: its greatest value | that one |
-| TIFF of 12 bits a value | 4095 |
+| TIFF of 12 bits per value | 4095 |
 | TIFF with MaxSampleValue or SMaxSampleValue | that one; black is MinSampleValue or SMinSampleValue, else 0 |
 | any other | the first of 1, 255, 1023, 4095, 16383, 65535 and the greatest number of its kind that no value exceeds |
 
-The last row goes by the picture: instruments write 10, 12 or 14 bits into numbers of 16 or 32, or fractions from 0 to
-1, without a word. Its values must not be negative, and the largest must reach a sixteenth of white, since a picture of
-which none does would be black in 8 bits. What fits no row is refused: -1, infinity, NaN, 5, 100,000.
+The last row judges by the picture: instruments write 10, 12 or 14 bits into numbers of 16 or 32, or fractions from 0 to
+1, without declaring it. The values must not be negative, and the largest must reach a sixteenth of white, since a
+picture without such a value would be black in 8 bits. What fits no row is refused: -1, infinity, NaN, 5, 100,000.
 
 Whole numbers of 8 bits and more are cut to their upper 8, as 16-bit colour is; others are rounded.
 
-Exported folders carry this file, and stand alone with it.
+Exported folders carry this file, which therefore imports nothing else of the package.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ LEAST_TAGS, MOST_TAGS = (280, 340), (281, 341)  # MinSampleValue, SMinSampleValu
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image, not decoded yet, has 16 bits a channel of which decoding keeps the upper 8.
+    """Returns whether an image, not decoded yet, has 16 bits per channel, of which decoding keeps the upper 8.
 
     Raises:
       ValueError: it is a TIFF of planes of 16 bits without compression, which Pillow reads as if they had 8.
@@ -46,13 +46,13 @@ def is_deep_colour(image: Image.Image) -> bool:
 
 
 def check_deep_colour(image: Image.Image) -> None:
-    """UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
+    """Raises UnclearRange if no value of a decoded image of `is_deep_colour` reaches a sixteenth of white."""
     if max(most for _, most in image.getextrema()[: 4 if image.mode == "CMYK" else 3]) < 16:
         raise UnclearRange("has 16 bits a channel of which no value reaches a sixteenth: give it 8, white being 255")
 
 
 def levels_of_grey(image: Image.Image) -> np.ndarray | None:
-    """A decoded image's values in 8 bits, (height, width) uint8; None where it has 8, or colours, as it is.
+    """Returns a decoded image's grey in 8 bits, (height, width) uint8; None if it already has 8 bits, or has colours.
 
     Raises:
       UnclearRange: nothing says which value is white.
@@ -77,13 +77,13 @@ def levels_of_grey(image: Image.Image) -> np.ndarray | None:
         return None
     white = 65535 if image.format == "PPM" else 4095 if bits == 12 else tag(*MOST_TAGS)
     black = tag(*LEAST_TAGS) or 0
-    if white is None or white <= black or (black, white) == (0, longest):  # what the numbers could hold says nothing
+    if white is None or white <= black or (black, white) == (0, longest):  # the numbers' own range says nothing
         black, white = None, longest
     return to_eight_bits(values, black, white, tag(PHOTOMETRIC) == WHITE_IS_ZERO)
 
 
 def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, inverted: bool) -> np.ndarray:
-    """Values to 0 ... 255.
+    """Maps values to 0 ... 255.
 
     Args:
       values: (height, width). black, white: as the header says; black None: white is what a number could hold, None for
@@ -111,7 +111,7 @@ def to_eight_bits(values: np.ndarray, black: float | None, white: float | None, 
     levels = np.empty(values.shape, np.uint8)
     whole = values.dtype.kind != "f" and black == 0 and int(white) == white and int(white) & int(white) + 1 == 0
     shift = int(white).bit_length() - 8 if whole and white >= 255 else None
-    rows = max(1, 2**20 // values.shape[1])  # little memory on the way
+    rows = max(1, 2**20 // values.shape[1])  # a few rows at a time, so that copies stay small
     for row in range(0, len(values), rows):
         part = values[row : row + rows]
         if shift is None:

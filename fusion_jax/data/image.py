@@ -1,7 +1,7 @@
 """Loads images from files and cuts the fixed crops that the encoder reads.
 
-decoding.py opens the files and says what becomes of each kind; formats.py says what is done about files that are made
-to be slow.
+decoding.py opens the files and lists what becomes of each kind; formats.py guards against files that are made to be
+slow.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from fusion_jax.data.tiles import Tiling, on_canvas
 from fusion_jax.errors import BadRecord, check_choice
 from fusion_jax.files import shown
 
-_BEGINNING = 1 << 16  # bytes of a file whose size alone is asked for
-_BY_BEGINNING = ("JPEG", "PNG", "GIF", "BMP", "PPM", "JPEG2000")  # formats that need no more in most files
+_BEGINNING = 1 << 16  # bytes that are read first if only the width and height are needed
+_BY_BEGINNING = ("JPEG", "PNG", "GIF", "BMP", "PPM", "JPEG2000")  # formats that mostly need no more
 
 
 def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Image:
-    """An image file, or what such a file contains, fully decoded, in RGB; see the top of decoding.py.
+    """Loads an image file, or what such a file contains, fully decoded, in RGB; see the top of decoding.py.
 
     Args:
       image: the path of a file of one of the formats there, or its bytes.
@@ -39,7 +39,7 @@ def load_image(image: str | Path | bytes, where: str | None = None) -> Image.Ima
 
 
 def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int, int]:
-    """Width and height in pixels that `load_image` will give, by the file's header alone.
+    """Returns the width and height in pixels that `load_image` will give, by the file's header alone.
 
     Args, Raises: as for `load_image`; damage after the header stays unnoticed.
     """
@@ -49,17 +49,17 @@ def read_size(image: str | Path | bytes, where: str | None = None) -> tuple[int,
     else:
         start, length = _read(image, where, name, _BEGINNING)
         if length > len(start) and formats.format_of(start[:16]) in _BY_BEGINNING:
-            with contextlib.suppress(Exception):  # whatever it is, the whole file says it again
+            with contextlib.suppress(Exception):  # whatever the error is, reading the whole file raises it again
                 return size_once_decoded(open_image(start, length=length))
         data = start if length <= len(start) else _read(image, where, name)[0]
     return look_at(data, decoding.MAX_PIXELS, where, name)[1]
 
 
 def look_at(data: bytes, max_pixels: int, where: str, name: str) -> tuple[str, tuple[int, int]]:
-    """The format and the size that `load_image` will give, by the header alone.
+    """Returns the format and the size that `load_image` will give, by the header alone.
 
     Args:
-      data: the file. where, name: where errors lie, and what they call the image.
+      data: the file. where, name: the image's place, for errors, and its name in them.
 
     Raises:
       BadRecord: image_too_large or corrupt_image.
@@ -70,14 +70,14 @@ def look_at(data: bytes, max_pixels: int, where: str, name: str) -> tuple[str, t
 
 
 def _names(image: str | Path | bytes, where: str | None) -> tuple[str, str]:
-    """Where errors lie, and what they call the image."""
+    """Returns the image's place, for errors, and its name in them."""
     if isinstance(image, bytes):
         return "image" if where is None else where, "the image"
     return str(image) if where is None else where, f"the image {shown(image)}"
 
 
 def _read(path: str | Path, where: str, name: str, start: int | None = None) -> tuple[bytes, int]:
-    """A file, or its beginning, and its length: all of it first, so that a disk that fails does not pass for damage."""
+    """Reads a file or its beginning, and its length, before decoding: a failing disk must not pass for damage."""
     try:
         return formats.read_file(path, decoding.MAX_BYTES, start)
     except formats.TooLarge as e:
@@ -109,9 +109,9 @@ def refusals(where: str, name: str) -> Iterator[None]:
 def _decode(
     source: str | Path | bytes, where: str | None, at_least: int | None
 ) -> tuple[Image.Image, tuple[float, float]]:
-    """RGB, and the width and height that the file's pixels cover of it: all, but for a reduced JPEG's last pixels.
+    """Returns RGB, and the width and height of it that the file's pixels cover: all but a reduced JPEG's last pixels.
 
-    With `at_least` JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where neither side falls below that.
+    With `at_least` JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if neither side falls below that.
     """
     where, name = _names(source, where)
     if not isinstance(source, bytes):
@@ -127,7 +127,7 @@ def _decode(
 
 
 def static_hd_crops(image: Image.Image, size: int, with_quadrants: bool = True) -> UInt8[np.ndarray, "N size size 3"]:
-    """The whole image as one square, and the four quadrants of the same at twice the size.
+    """Cuts the whole image as one square, and the four quadrants of the same at twice the size.
 
         double size   +----+----+
                       | 0  | 1  |      whole   +----+
@@ -152,9 +152,9 @@ def static_hd_crops(image: Image.Image, size: int, with_quadrants: bool = True) 
 def read_crops(
     image: str | Path | bytes, size: int, with_quadrants: bool = True, decode: str = "exact", where: str | None = None
 ) -> UInt8[np.ndarray, "N size size 3"]:
-    """The crops of a file, or of a file's bytes; see `static_hd_crops`.
+    """Reads the crops of a file, or of a file's bytes; see `static_hd_crops`.
 
-    `fast` decodes JPEGs at 1/2, 1/4 or 1/8 of their size where that leaves each side 3/2 of the pixels that the crops
+    `fast` decodes JPEGs at 1/2, 1/4 or 1/8 of their size if that leaves each side 3/2 of the pixels that the crops
     need (less would show in small print), and stays exact otherwise. docs/performance.md has times and differences.
 
     Args:
@@ -183,11 +183,11 @@ def _crops(
 def read_resized(
     image: str | Path | bytes, sizes: Sequence[tuple[int, int]], decode: str = "exact", where: str | None = None
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """A file at several sizes at once, bicubically, aspect ratios as asked: the bytes of Pillow up to version 12.
+    """Resizes a file to several sizes at once, bicubically, whatever their aspect ratios: the bytes of Pillow up to 12.
 
     Args:
-      sizes: (width, height) in pixels each, at least 1. decode: as for `read_crops`; the smaller sides count. The rest
-        as there.
+      sizes: (width, height) in pixels each, at least 1. decode: as for `read_crops`; the smaller sides count. The other
+        arguments are as for `read_crops`.
 
     Raises:
       BadRecord: as for `load_image`.
@@ -203,8 +203,8 @@ def read_resized(
 def read_tiles(
     image: str | Path | bytes, tiling: Tiling, tile: int, decode: str = "exact", where: str | None = None
 ) -> UInt8[np.ndarray, "N tile tile 3"]:
-    """The crops of an image file, or of a file's bytes: the whole view, its aspect ratio given up, then the tiles row
-    by row. `decode` and errors as for `read_crops`."""
+    """Reads the crops of an image file, or of a file's bytes: the whole view as a square, then the tiles row by row.
+    `decode` and errors are as for `read_crops`."""
     crops = np.empty((tiling.crops, tile, tile, 3), np.uint8)
     if not tiling.rows:
         [crops[0]] = read_resized(image, [(tile, tile)], decode, where)

@@ -6,9 +6,9 @@ A file of 2 kB and 10 million pixels, cut into precincts of one pixel, would tak
 import struct
 from collections.abc import Iterator
 
-START = b"\xff\x4f\xff\x51"  # of the pixels: two markers
-MAX_BLOCKS = 470_000  # of all channels, about 1 kB each: 30 million values in blocks of 8 x 8
-MAX_PRECINCTS = 100_000  # of all channels, about 1.6 kB each
+START = b"\xff\x4f\xff\x51"  # the two markers that begin the pixels
+MAX_BLOCKS = 470_000  # blocks of all channels, about 1 kB each: 30 million values in blocks of 8 x 8
+MAX_PRECINCTS = 100_000  # precincts of all channels, about 1.6 kB each
 MAX_PARTS = 100_000
 _STYLE, _STYLE_OF_CHANNEL, _TILE, _TILE_DATA, _END = 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
 _KNOWN = (0xFF50, 0xFF51, _STYLE, _STYLE_OF_CHANNEL, 0xFF55, *range(0xFF57, 0xFF5A), *range(0xFF5C, 0xFF62), 0xFF63)
@@ -16,10 +16,10 @@ _KNOWN += (0xFF64, 0xFF74, 0xFF75, 0xFF77, 0xFF78)
 
 
 def measure(data: bytes) -> tuple[tuple[int, int], int, int]:
-    """Width and height in pixels, channels, and tiles, as the pixels' own header says.
+    """Returns width and height in pixels, channels, and tiles, as the pixels' own header says.
 
     Raises:
-      ValueError, struct.error: damage, or parts that are smaller than any encoder of pictures makes them.
+      ValueError, struct.error: the file is damaged, or its parts are smaller than any encoder of pictures writes them.
     """
     at = _pixels(data)
     right, bottom, left, top, width, height, x, y, channels = struct.unpack_from(">8x8IH", data, at)
@@ -33,7 +33,7 @@ def measure(data: bytes) -> tuple[tuple[int, int], int, int]:
 
 
 def _pixels(data: bytes) -> int:
-    """Where they begin: at once, or in a box."""
+    """Returns where the pixels begin: at once, or in a box."""
     at = 0
     if data[:2] == START[:2]:
         return at
@@ -51,7 +51,7 @@ def _pixels(data: bytes) -> int:
 
 
 def _markers(data: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Markers of all headers, of the image's and of its tiles', and where they are."""
+    """Yields the markers of all headers, the image's and its tiles', and where they are."""
     tile = end = 0
     for _ in range(MAX_PARTS):
         if at + 12 > len(data):
@@ -75,7 +75,7 @@ def _markers(data: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 
 def _check_parts(data: bytes, own: int, levels: int, size: tuple[int, int], channels: int) -> None:
-    """ValueError if precincts or blocks are too many; `own` is where it says whether sizes of precincts follow."""
+    """Raises ValueError if precincts or blocks are too many; the byte at `own` says whether precinct sizes follow."""
     across, down = data[levels + 1] & 15, data[levels + 2] & 15
     blocks = channels * -(-size[0] >> across + 2) * -(-size[1] >> down + 2)
     if blocks > MAX_BLOCKS:

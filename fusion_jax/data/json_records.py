@@ -1,10 +1,10 @@
 """Finds where the records of a JSON or JSONL file are, and reads them one at a time.
 
-A file is parsed once, when it is opened, to check it and to find where each record lies. Two numbers a record stay in
+A file is parsed once, when it is opened, to check it and to find where each record is. Two numbers per record stay in
 memory; the text is read again from the file.
 
-What cannot be read whole is a bad record where the rest of the file can be used: nested too deeply, an integer of
-thousands of digits, too long.
+A record that cannot be read, because it is nested too deeply, too long or has an integer of thousands of digits, is a
+bad record if the rest of the file can be used.
 """
 
 import codecs
@@ -25,14 +25,14 @@ _CHUNK = 1 << 22
 _MAX_RECORD = 1 << 26  # bytes of one record; in a list, one that has not ended by then is taken for a syntax error
 _BOM = codecs.BOM_UTF8
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Integers as floats: those of thousands of digits are a bad record's, and reading it will say so.
+# Integers are read as floats: one of thousands of digits makes a bad record, which reading it will report.
 _DECODER = json.JSONDecoder(parse_int=float)
 # Marks by which the end of a list or object is found; a quote alone begins a text that does not end here.
 _MARKS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 
 
 def scan_json(path: Path) -> np.ndarray:
-    """First byte and end of each record of a JSON list or JSONL file: (records, 2) int64.
+    """Finds first byte and end of each record of a JSON list or JSONL file: (records, 2) int64.
 
     Raises:
       UserError: the file cannot be read, is invalid or has no records.
@@ -55,7 +55,7 @@ class DuplicateKey(ValueError):
 
 
 def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`: the object as a dict. Raises DuplicateKey."""
+    """Returns an object as a dict, for json's `object_pairs_hook`. Raises DuplicateKey."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -72,19 +72,19 @@ class DataFile:
     """
 
     def __init__(self, path: Path):
-        """Raises UserError where the file cannot be opened."""
+        """Raises UserError if the file cannot be opened."""
         try:
             self._file = open_file(path)
         except OSError as e:
             raise UserError(f"Cannot read the data file {shown(path, 1000)}: {e.strerror}.") from e
 
     def read(self, span: np.ndarray) -> bytes:
-        """The bytes from `span[0]` up to `span[1]`; fewer where the file has become shorter."""
+        """Reads the bytes from `span[0]` up to `span[1]`; fewer if the file has become shorter."""
         return os.pread(self._file.fileno(), int(span[1] - span[0]), int(span[0]))
 
 
 def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
-    """One record's JSON.
+    """Reads one record's JSON.
 
     Raises:
       BadRecord: an object names a key twice (duplicate_key), too many bytes (too_large), or what `files.parse_json`
@@ -98,14 +98,14 @@ def read_record(file: DataFile, span: np.ndarray, where: str) -> Any:
         return parse_json(data, unique)
     except DuplicateKey as e:
         raise BadRecord("duplicate_key", where, f"{e}") from e
-    except json.JSONDecodeError as e:  # it was valid then: the places of the other records are unknown, too
+    except json.JSONDecodeError as e:  # it was valid when opened: the places of the other records are unknown, too
         raise UserError(f"{where} is no longer valid JSON: the file changed after it was opened.") from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable_json", where, f"{e}") from e
 
 
 def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
-    """First byte and end of each record of a JSONL file; blank lines do not count: (records, 2) int64."""
+    """Finds first byte and end of each record of a JSONL file; blank lines do not count: (records, 2) int64."""
     spans, start, number = array("q"), 0, 0
     while line := file.readline(_MAX_RECORD + 1):
         number += 1
@@ -115,9 +115,9 @@ def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
                 start, line = start + len(_BOM), line[len(_BOM) :]
             if line.strip():
                 try:
-                    _DECODER.decode(line.decode("utf-8-sig"))  # files put together have more than one mark
+                    _DECODER.decode(line.decode("utf-8-sig"))  # concatenated files have more than one byte-order mark
                 except RecursionError:
-                    pass  # a bad record, as reading it will say
+                    pass  # a bad record, which reading it will report
                 except ValueError as e:
                     raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
                 spans.extend((start, stop - line.endswith(b"\n")))
@@ -131,7 +131,7 @@ def _scan_lines(file: BinaryIO, path: Path) -> np.ndarray:
 
 
 def _scan_list(file: BinaryIO, path: Path) -> np.ndarray:
-    """First byte and end of each element of a JSON list: (records, 2) int64. Decodes a few megabytes at a time."""
+    """Finds first byte and end of each element of a JSON list: (records, 2) int64. Decodes some megabytes at a time."""
     reader = _Reader(file, path)
     if reader.peek() != "[":
         raise UserError(f"{path} must hold a JSON list of records; one record a line is read from files named .jsonl.")
@@ -163,7 +163,7 @@ class _Reader:
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """Returns the next character that is not white space; empty at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self.skip(1)
@@ -177,15 +177,15 @@ class _Reader:
         self._at += count
 
     def value(self) -> tuple[int, int]:
-        """Passes one JSON value; its first byte and the one past its last."""
+        """Passes one JSON value; returns its first byte and the one past its last."""
         self.peek()
         while True:
             try:
                 _, stop = _DECODER.raw_decode(self._text, self._at)
-                # What ends with the window, such as a number, may go on after it.
+                # A value that ends with the window, such as a number, may continue after it.
                 if stop < len(self._text) or not self._more():
                     break
-            except RecursionError:  # a bad record, as reading it will say: only its end is looked for
+            except RecursionError:  # a bad record, which reading it will report: only its end is needed
                 if (stop := _end(self._text, self._at)) is not None:
                     break
                 if len(self._text) - self._at > _MAX_RECORD or not self._more():
@@ -206,7 +206,7 @@ class _Reader:
         raise UserError(f"{self._path} is not valid JSON at line {line}, byte {byte}: {what}.")
 
     def _more(self) -> bool:
-        """Drops what has been passed and decodes on, twice as much as is left over; False at the file's end."""
+        """Drops what has been passed and decodes twice as much as is left; returns False at the file's end."""
         if self._ended:
             return False
         self._text, self._at = self._text[self._at :], 0
@@ -222,7 +222,7 @@ class _Reader:
 
 
 def _end(text: str, at: int) -> int | None:
-    """Where the list or object that begins at `at` ends; None where it does not in this text."""
+    """Returns where the list or object that begins at `at` ends; None if it does not end in this text."""
     depth = 0
     for mark in _MARKS.finditer(text, at):
         first = mark[0]

@@ -18,8 +18,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.files import shown
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how a vocabulary names a byte by itself
-# How byte-level vocabularies (GPT-2's and those after it) write bytes: as the Latin-1 letter where that can be seen,
-# the others in their order as letters from U+0100 on.
+# Byte-level vocabularies (GPT-2's and later ones) write a byte as its Latin-1 letter if that is visible, and the others
+# in their order as letters from U+0100 on.
 _SEEN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _LETTERS = {chr(byte): byte for byte in _SEEN}
 _LETTERS |= {chr(0x100 + k): byte for k, byte in enumerate(sorted(set(range(256)) - set(_SEEN)))}
@@ -39,7 +39,7 @@ class JsonTokenizer(Tokenizer):
             largest = max(self._model.get_vocab(True).values(), default=0)
             plain, framed = (self._model.encode("What is it?", add_special_tokens=frame).ids for frame in (False, True))
             self._model.decode(plain)
-        except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where it panics
+        except BaseException as e:  # the library raises bare Exception, and a BaseException of its own if it panics
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(f"{folder}/tokenizer.json is not a valid tokenizer file: {shown(e)}.") from e

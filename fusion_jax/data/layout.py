@@ -8,22 +8,22 @@ One row with an image, two rounds and l^2 = 4 latents (i image token, L latent, 
     round_end                               ^ (last token before the answer)  ^
 
 Rows belong to groups (by default each to its own), and the rows of a group share one table of crops, so that a slot is
-wasted only where the whole group has too few images. `visual_index` points into the group's visual table:
+wasted only if the whole group has too few images. `visual_index` points into the group's visual table:
 
     K whole views of I tokens | K tiles of J tokens | row end | R rounds of L latents of its first row | ...
                               `-- dynamic resolution only --'
 
 Every crop has a place of each kind; which of them is used says what the crop is. Assembling the sequence is then one
-embedding lookup, one gather and one `where`. An image of dynamic resolution (data/tiles.py) stands in the sequence as
-its whole view and then, row by row, the tokens of its tiles, each row closed by the row end.
+embedding lookup, one gather and one `where`. An image of dynamic resolution (data/tiles.py) is in the sequence as its
+whole view and then, row by row, the tokens of its tiles, each row closed by the row end.
 
 In a conversation with one image the first visual place of its round holds the image and the latents follow it (the
 published order), or with `image_first` that of the whole conversation, and all later places hold latents (the published
-code when a later turn says `<image>`); with several images every place holds what stands there.
+code when a later turn says `<image>`); with several images every place holds its own image or latents.
 
 A row may pack several examples. Each has its own segment and its own positions from 0; images and rounds of all of them
-lie one after the other in the tables. Here the row is alone in its group, K = 3 and I = L = 2; the second example is
-text only:
+follow each other in the tables. Here the row is alone in its group, K = 3 and I = L = 2; the second example is text
+only:
 
     segment_ids     1 1 1 1 1 1 1 1 1 1 2 2 2 2 3 3 3 3 3 3 3 3 3 3 3 3 3 3 0 0
     positions       0 1 2 3 4 5 6 7 8 9 0 1 2 3 0 1 2 3 4 5 6 7 8 910111213 . .
@@ -60,10 +60,10 @@ class Example:
         ANSWER_START marks; None for a prompt, whose last token ends the last round's question.
       question_ids: question tokens of all rounds, int32; empty for text-only conversations.
       crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles after its whole
-        view; of each crop first the quadrants, then the crop itself. The first axis may be missing where there is one
+        view; of each crop first the quadrants, then the crop itself. The first axis may be missing if there is one
         crop. None without an image, and until the images are read.
       where: file and record, for messages.
-      tilings: of each image with dynamic resolution; else empty.
+      tilings: the tiling of each image with dynamic resolution; else empty.
       dropped_rounds: last rounds of the record that are left out because the row would be too short.
     """
 
@@ -77,7 +77,7 @@ class Example:
 
     @property
     def images(self) -> int:
-        """How many images it has."""
+        """The number of its images."""
         return int((self.input_ids == IMAGE).sum())
 
 
@@ -85,7 +85,7 @@ class Example:
 class LayoutSpec:
     """Fixed sizes of a batch: S `length`, T `question_length`, R `rounds` of a row, I `image_tokens`, K `crops` of a
     group (0: rows of text alone, which cost no encoder), `images` that one conversation may have; J `tile_tokens` and
-    the `grids` of dynamic resolution; `image_first` where the model's `image_place` is; the rest as the model."""
+    the `grids` of dynamic resolution; `image_first` if the model's `image_place` is; the rest as in the model."""
 
     length: int
     question_length: int
@@ -102,11 +102,11 @@ class LayoutSpec:
     image_first: bool = False
 
     def tokens_of(self, tiling: Tiling) -> int:
-        """Positions that an image takes in the sequence."""
+        """Returns the positions that an image takes in the sequence."""
         return self.image_tokens + tiling.tokens(self.image_size, math.isqrt(self.tile_tokens))
 
     def window_size(self, latent_count: int) -> int:
-        """M: tokens in the widest window."""
+        """Returns M, the number of tokens in the widest window."""
         if not latent_count or not self.rounds:
             return 0
         if self.quadrants:
@@ -127,7 +127,7 @@ class Measured(NamedTuple):
 
 
 def measure(example: Example, spec: LayoutSpec, latent_count: int, number: int = 0) -> Measured:
-    """What the example takes once its placeholders are filled; `number` is its record's."""
+    """Measures what the example takes once its placeholders are filled; `number` is its record's."""
     rounds = int((example.input_ids == LATENTS).sum())
     tilings = example.tilings or (tiles.WHOLE,) * example.images
     visual = sum(spec.tokens_of(tiling) for tiling in tilings)
@@ -172,7 +172,7 @@ class _Slots:
 
     Attributes:
       ids: the example's ids, its one image moved to where the published code puts it. starts: first position of each
-        id in the row. images: places of the IMAGE placeholders in `ids`. tilings: of each image. whole: slot of each
+        id in the row. images: places of the IMAGE placeholders in `ids`. tilings: one per image. whole: slot of each
         image's whole view in the group's table of crops.
     """
 
@@ -220,7 +220,7 @@ def _fill(
 
 
 def _find_slots(example: Example, at: _Cursor, spec: LayoutSpec, latent_count: int) -> _Slots:
-    """Where the example's placeholders go. ValueError where its crops are not those of its placeholders."""
+    """Finds where the example's placeholders go. Raises ValueError if its crops do not match its placeholders."""
     ids = example.input_ids.copy()
     images, latents = np.flatnonzero(ids == IMAGE), np.flatnonzero(ids == LATENTS)
     tilings = example.tilings or (tiles.WHOLE,) * len(images)
@@ -260,7 +260,7 @@ def _fill_rounds(
     latent_count: int,
     first_latent: int,
 ) -> None:
-    """Writes for each round with latents where they are, which crop they look at and through which windows.
+    """Writes for each round with latents where they are, which crop they query and through which windows.
 
     Args:
       marks: places in `ids` of the last token before each answer.
@@ -271,7 +271,7 @@ def _fill_rounds(
         first = first_latent + r * latent_count
         row["visual_index"][start : start + latent_count] = first + np.arange(latent_count)
     row["latent_start"][at.rounds : at.rounds + rounds] = latents
-    # The latest image that the round or one before it shows; rounds before any image look at the first.
+    # The latest image that the round or one before it shows; rounds before any image use the first.
     images_before = np.searchsorted(slots.images, np.append(marks, [len(slots.ids)] * rounds)[:rounds])
     for r, image in enumerate(np.maximum(images_before - 1, 0), at.rounds):
         slot, tiling = (int(slots.whole[image]), slots.tilings[image]) if len(slots.images) else (at.crops, tiles.WHOLE)
@@ -293,13 +293,13 @@ def _fill_crops(table: dict[str, np.ndarray], example: Example, slots: slice, sp
 
 
 def _crops(example: Example) -> np.ndarray:
-    """The example's crops with their first axis, of length 0 where there are none."""
+    """Returns the example's crops with their first axis, of length 0 if there are none."""
     crops = np.zeros((0,)) if example.crops is None else example.crops
     return crops[None] if crops.ndim == 4 else crops
 
 
 def _image_index(slot: int, tiling: Tiling, spec: LayoutSpec) -> np.ndarray:
-    """Where in the visual table the tokens of an image are, in the order of the sequence."""
+    """Returns where in the visual table the tokens of an image are, in the order of the sequence."""
     whole = slot * spec.image_tokens + np.arange(spec.image_tokens)
     if not tiling.rows:
         return whole
@@ -316,7 +316,7 @@ def _grid_windows(side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int) -> np.ndarray:
-    """The windows of one round's latents over its image: (L, up to M) indices into the group's context, -1 none.
+    """Returns the windows of a round's latents over its image: (L, up to M) indices into the group's context, or -1.
 
     A latent sees its cell of the whole view and its cell of the tiles.
     """
@@ -332,7 +332,7 @@ def round_windows(slot: int, tiling: Tiling, spec: LayoutSpec, latent_count: int
 
 
 def lay_out(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> Batch:
-    """Lays out one example a row, each with crops of its own. Every example must fit (`check_fits`).
+    """Lays out one example per row, each with crops of its own. Every example must fit (`check_fits`).
 
     Returns:
       A Batch of numpy arrays with B = G = len(examples).

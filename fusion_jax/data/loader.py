@@ -3,19 +3,19 @@
     order of records (seed, epochs) -> measure (threads) -> agree -> plan (data/planner.py)
                                     -> load and encode (threads) -> lay out -> prefetch
 
-A stage that is counted in epochs reads every record once an epoch and ends when no record waits: one epoch flows into
-the next, and the last step holds what is left. One that is counted in steps ends after the last of them.
+A stage that is counted in epochs reads every record once per epoch and ends when no record waits: one epoch flows into
+the next, and the last step holds what is left. A stage that is counted in steps ends after the last of them.
 
 Records are measured by their texts, and by the sizes in their images' headers where those matter, ahead of the images.
-Process 0 alone measures, and the others take what it measured: a file that one machine cannot read, or reads
+Process 0 alone measures, and the others use what it measured: a file that one machine cannot read, or reads
 differently, must not change their plan. Each step draws l^2 from the seed and the step number and plans its rows from
 the records that wait. That is the same in every process; each then reads the images of its own rows only. The state
-that a checkpoint keeps is the reader's, the step and the waiting list, and holds for any number of processes and
-threads. A run that goes on measures the waiting records again: their file may have been repaired meanwhile.
+that a checkpoint keeps is the reader's, the step and the waiting list, and is valid for any number of processes and
+threads. A run that continues measures the waiting records again: their file may have been repaired meanwhile.
 
 A bad record is passed on as the BadRecord it raised, so that it can be skipped and counted. The next record takes the
-place of one that cannot be measured. One whose image turns out to be bad, which only its own process learns, or which
-takes other room than was planned, leaves its place empty.
+place of one that cannot be measured. A record leaves its place empty if its image turns out to be bad, which only its
+own process notices, or if it takes more or less room than was planned.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _MEASURED = (4, 5)  # numbers of a waiting record in a checkpoint; the oldest ch
 
 
 class Board(Protocol):
-    """Through which process 0 sends the others what it has measured: `devices.board.Board`."""
+    """The board through which process 0 sends the others what it has measured: see `devices.board.Board`."""
 
     first: bool
 
@@ -158,7 +158,7 @@ class _Feeding:
 
     Attributes:
       max_bad: share of bad records above which no more are read. groups: numbers of this process's groups. board:
-        through which process 0 sends the others what it has measured; None where each measures by itself.
+        the board through which process 0 sends the others what it has measured; None if each measures by itself.
     """
 
     loader: ExampleLoader
@@ -177,7 +177,7 @@ class _Feeding:
 
 
 class _Batches(grain.IterDataset):
-    """Measured records to batches."""
+    """Turns measured records into batches."""
 
     def __init__(self, parent, feeding: _Feeding):
         super().__init__(parent)
@@ -229,7 +229,7 @@ class _BatchIterator(grain.DatasetIterator):
             )
 
     def _agreed(self, name: str, numbers: Sequence[int]) -> list[Element]:
-        """The records as process 0 measures them."""
+        """Returns the records as process 0 measures them."""
         f = self._feeding
         if f.board is not None and not f.board.first:
             return _from_json(f.board.receive(name))
@@ -246,7 +246,7 @@ class _BatchIterator(grain.DatasetIterator):
         return {"parent": self._parent.get_state(), "step": planner.step, "counts": counts, "waiting": waiting}
 
     def set_state(self, state):
-        """Goes on where `get_state` was called. ValueError where it is not a state of such an iterator."""
+        """Continues from where `get_state` was called. Raises ValueError if `state` is not of such an iterator."""
         _check_state(state, self._feeding.loader.spec.length)
         self._parent.set_state(state["parent"])
         planner = self._planner = self._feeding.planner()
@@ -256,7 +256,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 def _check_state(state, length: int) -> None:
-    """ValueError where `state` is not one of an iterator whose rows have `length` positions."""
+    """Raises ValueError if `state` is not one of an iterator whose rows have `length` positions."""
 
     def whole(*numbers) -> bool:
         return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
@@ -279,7 +279,7 @@ def _check_state(state, length: int) -> None:
 
 
 def record_order(records: int, seed: int) -> grain.MapDataset:
-    """Record numbers in the order in which a run reads them: epoch after epoch, each shuffled in its own way."""
+    """Returns record numbers in the order in which a run reads them: epoch after epoch, each shuffled differently."""
     return grain.MapDataset.range(records).seed(seed).shuffle().repeat()
 
 
@@ -293,7 +293,7 @@ def training_batches(
     board: Board | None = None,
     sizes: Sizes | None = None,
 ) -> grain.DatasetIterator:
-    """Iterator of the stage's (Fed, Counts); its state says exactly which batch comes next.
+    """Returns an iterator of the stage's (Fed, Counts); its state says exactly which batch comes next.
 
     Args:
       shards: parts that the rows of a microbatch are sharded into: those of the mesh.

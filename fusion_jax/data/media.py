@@ -25,13 +25,13 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Names of keys without case, "_" and "-". The images of all keys of the first kind must be the same; those of the
-# second, which beside an image say where it came from, count where there is none of the first.
+# second kind, which beside an image say where it came from, count only if there is none of the first.
 _IMAGES = _words(
     "image images img imgs imagepath imagepaths imgpath imgpaths imagefile imagefiles imgfile imgfiles "
     "picture pictures photo photos imagebase64 imagebytes"
 )
 _IMAGES_ELSE = _words("imageurl imageurls imgurl imgurls imagename imagenames imgname imgnames")
-# Words of keys that hold media, and of those that only tell something about them.
+# Words in the names of keys that hold media, and of keys that only describe them.
 _PICTURES = _words(
     "image images img imgs picture pictures pic pics photo photos photograph photographs screenshot screenshots "
     "media attachment attachments frame frames"
@@ -45,18 +45,18 @@ _ABOUT = _words(
 )
 _WHICH = _words("id ids index idx name names")  # beside an image; without one it is missing
 _NUMBERED = re.compile(r"(?:image|img|picture|photo)(?:path|file)?(?:\d+|[ab])")  # one of several images
-_NESTED = 6  # levels of objects and lists in which media are looked for
+_NESTED = 6  # levels of objects and lists that are searched for media
 
 
 class Named(NamedTuple):
-    """An image of a record: what it is called, or "", and its file's bytes where the record itself has them."""
+    """An image of a record: its name, or "", and its file's bytes if the record itself has them."""
 
     name: str
     data: bytes | None = None
 
 
 def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple[str, list[Named]]:
-    """The images that an object names by its keys, in order, and the first such key; "" and none.
+    """Returns the first key by which an object names images, and all its images in order; "" and no image without one.
 
     Args:
       holder: a record, or a turn of one. what: such a turn, for messages.
@@ -83,12 +83,12 @@ def named_images(holder: Mapping[Any, Any], where: str, what: str = "") -> tuple
 
 
 def check_media(holder: Mapping[Any, Any], known: Iterable[str], images: bool, where: str, what: str = "") -> None:
-    """BadRecord (unknown_media) for a key that holds media which nothing would read.
+    """Raises BadRecord (unknown_media) if a key holds media that nothing would read.
 
     Args:
-      known: keys that are read otherwise. images: there are images; then others may stand beside them that tell where
-        they came from, but no film, no sound, and no second image by its number. Where there are none, objects and
-        lists are looked through as well.
+      known: keys that are read otherwise. images: whether there are images; then other keys may say where these came
+        from, but may hold no film, no sound and no second, numbered image. Without images, objects and lists are
+        searched as well.
     """
     for key, value in holder.items():
         named = kind_of_key(key, images)
@@ -103,10 +103,10 @@ def check_media(holder: Mapping[Any, Any], known: Iterable[str], images: bool, w
 
 
 def kind_of_key(key: Any, images: bool = False) -> str:
-    """What a key holds by its name: "images" that are read, a "picture" that is not, an "other" medium, or "".
+    """Says by its name what a key holds: "images" that are read, a "picture" that is not, an "other" medium, or "".
 
     Args:
-      images: there are images under another key; then one with the name or number of a picture only tells of them.
+      images: whether another key has images; then a key for the name or number of a picture only describes them.
     """
     plain = plain_key(key)
     if plain in _IMAGES or plain in _IMAGES_ELSE:
@@ -118,7 +118,7 @@ def kind_of_key(key: Any, images: bool = False) -> str:
 
 
 def read_image(value: Any, what: str, where: str) -> Named:
-    """One image: a file's name, `{"path": ..., "bytes": ...}` as data sets are exported, a data URL or base64.
+    """Reads one image: a file's name, `{"path": ..., "bytes": ...}` as data sets are exported, a data URL or base64.
 
     Raises:
       BadRecord: bad_image, or remote_image for an address, since nothing is fetched while training.
@@ -130,7 +130,7 @@ def read_image(value: Any, what: str, where: str) -> Named:
             if key in filled:
                 return Named("" if len(name) > _MAX_NAME else name, _bytes(filled[key], f"'{key}' of {what}", where))
         for key in ("path", "url", "image", "imageurl", "file", "filename", "name"):
-            if key in filled:  # which may be an object again, and again
+            if key in filled:  # its value may be such an object again, and so on
                 return read_image(filled[key], f"'{key}' of {what}" if len(what) < 100 else what, where)
         raise BadRecord("bad_image", where, f"{what} has neither 'path' nor 'bytes' of an image, but {brief(value)}")
     if not isinstance(value, str) or not value:
@@ -155,7 +155,7 @@ def read_image(value: Any, what: str, where: str) -> Named:
 
 
 def _bytes(value: Any, what: str, where: str) -> bytes:
-    """A file's contents, as bytes, in base64, or as a list of their numbers."""
+    """Returns a file's contents from bytes, base64, or a list of the bytes' numbers."""
     try:
         if isinstance(value, bytes) or (isinstance(value, list) and all(type(one) is int for one in value)):
             return bytes(value)
@@ -167,7 +167,7 @@ def _bytes(value: Any, what: str, where: str) -> bytes:
 
 
 def _begins_an_image(text: str) -> bool:
-    """Whether a text is an image in base64: by what it decodes to, as letters and slashes may be a path, too."""
+    """Returns whether a text is an image in base64, by what it decodes to: letters and slashes may be a path, too."""
     beginning = text[:64]
     if len("".join(beginning.split())) < 64 or "." in beginning:
         return False
@@ -183,7 +183,7 @@ def _holds_something(value: Any) -> bool:
 
 
 def _looks_like_media(value: Any) -> str:
-    """ "picture", "other" for films and sound, or "" for a value that is neither by its ending or its contents."""
+    """Returns "picture", "other" for films and sound, or "" for a value that is neither by its ending or contents."""
     if isinstance(value, bytes):
         return "picture"
     if isinstance(value, str):
@@ -203,7 +203,7 @@ def _looks_like_media(value: Any) -> str:
 
 
 def _within(value: Any, levels: int = _NESTED) -> str:
-    """What an object or a list holds by a key or a value further down: "picture", "other", or ""."""
+    """Says what an object or a list holds by a key or a value further down: "picture", "other", or ""."""
     if levels == 0 or not isinstance(value, list | Mapping):
         return ""
     entries = value.items() if isinstance(value, Mapping) else [("", one) for one in value[:8]]
@@ -214,5 +214,5 @@ def _within(value: Any, levels: int = _NESTED) -> str:
 
 
 def plain_key(key: Any) -> str:
-    """A key without what its writers differ in."""
+    """Returns a key without case, "_", "-" and white space, in which writers differ."""
     return re.sub(r"[_\s-]", "", str(key)).lower()

@@ -2,7 +2,7 @@
 
 See data/sources.py for what an entry may say. A weight counts after the strategy: 1 is the default, 0.5 draws half of
 what was chosen. Which records make up the fraction is decided by seed and name and stays the same from epoch to epoch.
-A percentage is rounded up, and takes one record at least.
+A percentage is rounded up, and takes at least one record.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ from fusion_jax.files import brief, read_text, shown
 
 _MAX_WEIGHT = 1_000_000
 _MAX_YAML = 1 << 20  # bytes of a mixture
-_MAX_KEYS = 1000  # of one of its mappings, with all that is merged into it
-# What an entry of a mixture may name, and what else it may then say.
+_MAX_KEYS = 1000  # keys of one YAML mapping, with all that is merged into it
+# The key that names an entry's data, and the further keys that the entry may then have.
 _ENTRIES = {
     "json_path": ("image_folder", "allow_outside"),
     "shards": (),
@@ -28,7 +28,7 @@ _COMMON = ("sampling_strategy", "weight")
 
 
 def open_mixture(path: Path, seed: int, image_folder: str | Path | None, allow_outside: bool) -> list[DataSet]:
-    """All data sets that a YAML mixture lists, in its order.
+    """Opens all data sets that a YAML mixture lists, in its order.
 
     Args:
       path: the YAML file.
@@ -37,7 +37,7 @@ def open_mixture(path: Path, seed: int, image_folder: str | Path | None, allow_o
       allow_outside: as for `sources.load_source`.
 
     Raises:
-      UserError: missing or invalid YAML, no `datasets`, unknown or doubled keys, and whatever opening an entry raises.
+      UserError: missing or invalid YAML, no `datasets`, unknown or duplicate keys, or whatever opening an entry raises.
     """
     try:
         config = yaml.load(read_text(path, limit=_MAX_YAML), Loader=_Loader)
@@ -93,7 +93,7 @@ def _open_entry(
     entry: dict, here: Path, image_folder: str | Path | None, seed: int, where: str, outside: bool
 ) -> DataSet:
     strategy = entry.get("sampling_strategy", "all")
-    parse_strategy(strategy, where)  # a typing mistake should not wait for a long file
+    parse_strategy(strategy, where)  # a typing error should be reported before a long file is read
     if "json_path" in entry:
         outside = entry.get("allow_outside", outside)
         if not isinstance(outside, bool):

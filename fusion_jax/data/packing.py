@@ -7,10 +7,9 @@
     2 -> no row has room for it                    7 | 5 3 | 4 3 | 2
 
 Nothing here knows tokens or images: sizes go in, rows of indices come out, the same for the same sizes.
-`python -m fusion_jax.data.packing` prints how full rows of 4096 positions become.
+`python -m fusion_jax.benchmark input` reports how full rows of 4096 positions become.
 """
 
-import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ def best_fit(
 ) -> list[list[int]]:
     """Packs by best-fit decreasing: the longest first, each into the fullest row that still has room.
 
-    Takes time in n log(capacity): 100,000 lengths are packed in well under a second. With `others` rows without room
-    for those are passed over one by one, which is meant for windows of some thousands.
+    It takes time in n log(capacity): 100,000 lengths are packed in well under a second. With `others` it passes over
+    rows without room for those one by one, which is meant for windows of some thousands.
 
     Args:
-      lengths: size of each example, at least 1. capacity: of a row.
+      lengths: size of each example, at least 1. capacity: size of a row.
       others: further (sizes, capacity of a row) that must hold at the same time, such as images and rounds.
 
     Returns:
@@ -85,7 +84,7 @@ def best_fit(
 
 
 def preferred(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """`best_fit`'s rows in the order in which they should go, while the examples of the last ones wait for new company.
+    """Orders `best_fit`'s rows as they should go; examples of the last rows wait for others to share a row with.
 
     First the row of the first example, so that none waits for ever; then rows that are nearly full; then the others.
     """
@@ -94,12 +93,12 @@ def preferred(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: i
 
 
 def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
-    """Share of the rows' positions that hold tokens."""
+    """Returns the share of the rows' positions that hold tokens."""
     return sum(int(lengths[i]) for row in rows for i in row) / (len(rows) * capacity)
 
 
 def padding_efficiency(lengths: Sequence[int], batch_size: int) -> float:
-    """The same where each example has a row and every batch is padded to its longest; the last may be smaller."""
+    """Returns the same share if each example has a row and each batch, the last perhaps smaller, has its longest's."""
     lengths = np.asarray(lengths)
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return float(lengths.sum() / sum(len(batch) * batch.max() for batch in batches))
@@ -107,7 +106,7 @@ def padding_efficiency(lengths: Sequence[int], batch_size: int) -> float:
 
 @dataclass(frozen=True)
 class Mix:
-    """A made-up but typical mix of samples: 90% have an image; rounds 1 (60%), 2-3 (25%), 4-8 (15%); a question has
+    """A synthetic but typical mix of samples: 90% have an image; rounds 1 (60%), 2-3 (25%), 4-8 (15%); a question has
     10-60 tokens, an answer 5-20 (40%), 60-200 (40%) or 200-500 (20%).
 
     Attributes:
@@ -135,7 +134,7 @@ class Mix:
 
 
 def length_mix(count: int, seed: int, image_tokens: int = 576, longest: int = 4096, window: int = WINDOW) -> np.ndarray:
-    """Positions that the samples of a `Mix` take: (count,) int64.
+    """Returns the positions that the samples of a `Mix` take: (count,) int64.
 
     With an image each round has l^2 latents, drawn once per `window` samples; without one there are none. Samples
     longer than `longest` lose whole last rounds, none is dropped.
@@ -153,7 +152,7 @@ def length_mix(count: int, seed: int, image_tokens: int = 576, longest: int = 40
 def measure(
     count: int = 100_000, seed: int = 0, capacity: int = 4096, batch_size: int = 128, window: int = WINDOW
 ) -> dict[str, float]:
-    """Both efficiencies on the length mix: packed window by window, and padded to each batch's longest."""
+    """Measures both efficiencies on the length mix: packed window by window, and padded to each batch's longest."""
     lengths = length_mix(count, seed, longest=capacity, window=window)
     rows = []
     for start in range(0, count, window):
@@ -162,7 +161,3 @@ def measure(
         "packing_efficiency": efficiency(rows, lengths, capacity),
         "padding_efficiency": padding_efficiency(lengths, batch_size),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))

@@ -23,7 +23,7 @@ class Pieces:
     """A SentencePiece model as Llama's tokenizers use it.
 
     Added tokens are cut out of the text first, the longest match first. The model adds no word prefix of its own; one
-    "▁" goes before each text, and is dropped where a special token opens the text:
+    "▁" goes before each text, and is dropped if a special token opens the text:
 
         "<|user|>\\n two cats<|end|>"   ->   <|user|>  two  ▁cats  <|end|>        (<|user|> takes the space after it)
         "two cats"                     ->   ▁two  ▁cats
@@ -39,7 +39,7 @@ class Pieces:
         self.guard_length = len(model.encode(guard))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Returns the ids of `text`."""
         if not text:
             return []
         # Odd items are added tokens, even items the text between them, which may be empty.

@@ -30,9 +30,9 @@ import numpy as np
 from fusion_jax.data import packing
 from fusion_jax.data.layout import LayoutSpec, Measured
 
-# Steps' worth of records to choose from when rows are packed, and where only the crops have to work out.
+# How many steps' records a step chooses from if rows are packed, and if only the crops must fit.
 WAITING_PACKED, WAITING = 4, 2
-# Steps that a record waits for others of its kind; with packing, for others that fill its row.
+# How many steps a record waits for others of its kind, and with packing for others that fill its row.
 PATIENCE, PATIENCE_PACKED = 4, 8
 
 
@@ -41,8 +41,8 @@ class Sizes:
     """The sizes of a stage's batches.
 
     Attributes:
-      rows: of a step. groups: of a step; they divide the rows. crops: K of a group at each l^2: the fewer latents, the
-        more records share a row. packing: records share rows. samples: records of a step on average.
+      rows: rows per step. groups: groups per step, a divisor of the rows. crops: K of a group at each l^2: with fewer
+        latents more records share a row. packing: whether records share rows. samples: records per step on average.
     """
 
     rows: int
@@ -65,7 +65,7 @@ class Plan:
 
 
 def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int) -> list[list[int]]:
-    """Indices of waiting records that share a row, rows in the order in which they should go."""
+    """Returns indices of waiting records that share a row, rows in the order in which they should go."""
     if not sizes.packing:
         return [[i] for i in range(len(waiting))]
     lengths = [m.length + m.rounds * latents for m in waiting]
@@ -74,14 +74,14 @@ def units(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: 
 
 
 def pool(sizes: Sizes) -> float:
-    """How many records a step's are chosen from, where it matters which of them share a row or its crops."""
+    """Returns how many records a step chooses from, if it matters which of them share a row or its crops."""
     if sizes.packing:
         return WAITING_PACKED * sizes.samples
     return WAITING * sizes.rows
 
 
 def enough(waiting: Sequence[Measured], sizes: Sizes, split: bool, step: int = 0) -> bool:
-    """Whether a step can be planned without reading on.
+    """Returns whether a step can be planned without reading on.
 
     Args:
       split: rows of text alone are kept apart from rows with images. step: its number, from 0.
@@ -101,8 +101,8 @@ def _late(waiting: Sequence[Measured], step: int) -> bool:
 
 
 def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: int, split: bool, step: int = 0) -> Plan:
-    """The rows of one step, the record that has waited longest among them unless a step of the other kind is full.
-    Rows may stay empty where nothing fits, or too few records wait.
+    """Plans the rows of one step, with the record that has waited longest unless a step of the other kind is full.
+    Rows may stay empty if nothing fits, or too few records wait.
 
     Args:
       latents: l^2. split, step: see `enough`; a step of text alone costs no encoder.
@@ -126,7 +126,7 @@ def plan(waiting: Sequence[Measured], spec: LayoutSpec, sizes: Sizes, latents: i
 
 
 def assign_to_groups(ready: Sequence[list[int]], costs: Sequence[int], sizes: Sizes, crops: int) -> list[list[int]]:
-    """Rows group by group: each unit goes to the group whose free crops per free row are closest to its own crops.
+    """Returns rows by group: each unit goes to the group whose free crops per free row are closest to its own crops.
 
     Args:
       ready: units in the order in which they should go. costs: crops of each. crops: K.
@@ -146,7 +146,7 @@ def assign_to_groups(ready: Sequence[list[int]], costs: Sequence[int], sizes: Si
 
 
 def a_crop_each(batch_size: int, latent_counts: Sequence[int]) -> Sizes:
-    """The sizes for one record a row with at most one crop each: nothing is shared, so nothing need be measured."""
+    """Returns the sizes for one record per row, each with one crop at most: nothing is shared or need be measured."""
     return Sizes(batch_size, batch_size, dict.fromkeys(latent_counts or (0,), 1), False, batch_size)
 
 
@@ -159,14 +159,14 @@ def size_batches(
     most_crops: int,
     packed: bool,
 ) -> Sizes:
-    """Rows and crops that hold `batch_size` samples on average, judged by a sample of the records. They hold more where
-    each group has a row and so there are more rows than needed.
+    """Returns the rows and crops that hold `batch_size` samples on average, judged by a sample of the records. They
+    hold more if one row for each group is more than is needed.
 
-    K is the mean of a group's crops and a little more: 6% where best fit can choose among many, else one standard
+    K is the mean of a group's crops and a little more: 6% if best fit can choose among many, else one standard
     deviation. Units beyond it wait for others with fewer crops.
 
     Args:
-      groups: rows are a multiple of them. latent_counts: the l^2 that are drawn from. most_crops: of any one record.
+      groups: a divisor of the rows. latent_counts: the l^2 that are drawn from. most_crops: those of one record.
     """
     latent_counts = latent_counts or (0,)
     if not packed:
@@ -187,5 +187,5 @@ def size_batches(
 
 
 def groups_of(held: Sequence[int], per_shard: int) -> tuple[int, ...]:
-    """Numbers of the groups, or rows, that lie on the shards `held`."""
+    """Returns the numbers of the groups, or rows, on the shards `held`."""
     return tuple(shard * per_shard + i for shard in held for i in range(per_shard))

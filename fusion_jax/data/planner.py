@@ -3,7 +3,7 @@
     record -> measured -> waits -> Planner.next_step -> l^2, rows of records, K crops
 
 Nothing here knows Grain, threads or images: training (data/loader.py) and the inspection plan their steps with it, and
-so get the same ones. Whoever calls hands in a function that measures the next record in the stage's order.
+so get the same ones. The caller passes a function that measures the next record in the stage's order.
 """
 
 import dataclasses
@@ -39,21 +39,21 @@ class Counts:
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
 
     def plus(self, bad: dict[str, int]) -> "Counts":
-        """A copy with so many more bad records, or fewer, by reason."""
+        """Returns a copy with that many more bad records, or fewer, by reason."""
         both = {reason: self.bad.get(reason, 0) + bad.get(reason, 0) for reason in {**self.bad, **bad}}
         return dataclasses.replace(self, bad={reason: count for reason, count in both.items() if count})
 
     def scalars(self) -> dict[str, int]:
-        """For the metrics."""
+        """Returns the counts for the metrics."""
         named = {"records_seen": self.seen, "shortened": self.shortened, "dropped_rounds": self.dropped_rounds}
         return named | {f"bad/{reason}": count for reason, count in self.bad.items()}
 
     def too_many(self, allowed: float, records: int) -> bool:
-        """Whether more than the allowed share is bad, of the records seen and of the whole data set."""
+        """Returns whether more than the allowed share is bad, of the records seen and of the whole data set."""
         return sum(self.bad.values()) > allowed * max(self.seen, records)
 
     def check(self, allowed: float, records: int) -> None:
-        """UserError where there are too many bad records."""
+        """Raises UserError if there are too many bad records."""
         if self.too_many(allowed, records):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.bad.items()))
             raise UserError(
@@ -67,10 +67,10 @@ class Step:
     """One planned step.
 
     Attributes:
-      number: from 0. latents: l^2, 0 where all rows are text alone. crops: K of a group. rows: the records of each row.
+      number: from 0. latents: l^2, 0 if all rows are text alone. crops: K of a group. rows: the records of each row.
       bad: the bad records met since the step before.
-      done: how much of the stage came before, in steps: of those with as many samples as steps have on average, where
-        epochs are counted. last: the stage ends with this step.
+      done: how much of the stage came before, in steps; if the stage counts epochs, in steps with the average number
+        of samples. last: whether the stage ends with this step.
     """
 
     number: int
@@ -87,7 +87,7 @@ class Planner:
 
     Attributes:
       step: number of the next step, from 0. waiting: measured records that wait for their step, oldest first.
-      counts: of all records read. checksum: of all steps planned since the start.
+      counts: counts of all records read. checksum: checksum of all steps planned since the start.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Planner:
         self._bad: list[BadRecord] = []  # met since the last step
 
     def is_over(self) -> bool:
-        """Whether the last step has been planned."""
+        """Returns whether the last step has been planned."""
         return _is_over(self._stage, self._to_read, self.step, self.counts.seen, len(self.waiting))
 
     def next_step(self, read: Callable[[], Element]) -> Step | None:
-        """The next step; None where the stage is over, or where nothing is left to read.
+        """Plans the next step; returns None if the stage is over, or nothing is left to read.
 
         Args:
           read: measures the next record. It is called as often as the step needs records to choose from, and once more
-            where the next record decides whether this step is the last.
+            if the next record decides whether this step is the last.
         """
         if self.is_over():
             return None
@@ -131,7 +131,7 @@ class Planner:
         number, done = self.step, self._done()
         latents = draw_latent_count(self._latent_counts, self._seed, number)
         rows, crops = self._take(latents)
-        latents = latents if crops else 0  # text alone: the same program whatever was drawn
+        latents = latents if crops else 0  # rows of text alone use one program, whatever was drawn
         self.checksum = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self.checksum)
         if not self._stage.steps:
             self._read(read, lambda: bool(self.waiting))
@@ -163,7 +163,7 @@ class Planner:
                 self._bad.append(element)
                 self.counts.add(element)
                 bad_in_a_row += 1
-                # None in a whole pass, wherever it begins, or too few: the caller gets what was met and decides.
+                # A whole pass, wherever it began, had no good record, or too few: the caller decides what to do.
                 if bad_in_a_row >= 2 * self._records or self.counts.too_many(self._max_bad, self._records):
                     break
             else:
@@ -177,7 +177,7 @@ class Planner:
         return plan.enough(self.waiting, self._sizes, self._split, self.step)
 
     def _take(self, latents: int) -> tuple[list[list[Measured]], int]:
-        """The records of every row of the next step, which wait no longer, and K."""
+        """Returns the records of every row of the next step, which wait no longer, and K."""
         planned = plan.plan(self.waiting, self._spec, self._sizes, latents, self._split, self.step)
         rows = [[self.waiting[i] for i in row] for row in planned.rows]
         chosen = {i for row in planned.rows for i in row}
@@ -192,23 +192,23 @@ class Planner:
 
 
 def draw_latent_count(counts: tuple[int, ...], seed: int, step: int) -> int:
-    """l^2 of a step: uniform over the set, a function of seed and step alone. 0 without latents."""
+    """Draws l^2 of a step: uniform over the set, a function of seed and step alone. 0 without latents."""
     return int(np.random.default_rng((seed, step)).choice(counts)) if counts else 0
 
 
 def stage_steps(stage: StageConfig, records: int, samples: float) -> int:
-    """Optimizer steps of a stage over so many records: `steps`, or as many as hold every record once an epoch, the last
-    of which may hold fewer than the others. An estimate where steps hold so many `samples` on average (`Sizes`)."""
+    """Returns a stage's optimizer steps over that many records: `steps`, or as many as hold every record once per
+    epoch, the last perhaps with fewer. It is an estimate if steps hold `samples` only on average (`Sizes`)."""
     return stage.steps or math.ceil(records * stage.epochs / samples)
 
 
 def records_to_read(stage: StageConfig, records: int) -> int | float:
-    """Records that a stage reads, a record counting once an epoch; infinite where steps are counted."""
+    """Returns how many records a stage reads, each counted once per epoch; infinite if the stage counts steps."""
     return math.inf if stage.steps else records * stage.epochs
 
 
 def stage_is_over(stage: StageConfig, records: int, state: dict) -> bool:
-    """Whether a state of `loader.training_batches`, over so many records, is the one after the stage's last step."""
+    """Returns whether a state of `loader.training_batches`, over that many records, is after the stage's last step."""
     to_read = records_to_read(stage, records)
     return _is_over(stage, to_read, state["step"], state["counts"]["seen"], len(state["waiting"]))
 

@@ -31,12 +31,12 @@ _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _TURNS = ("conversations", "messages")
 _SYSTEM = ("system", "systemprompt", "systemmessage")
-# What other systems write where media go; in HTML some of it is text, but hardly at the start of a question.
+# Tags that other systems put in place of media; in HTML some of them are text, but hardly at the start of a question.
 _OTHER_TAGS = re.compile(
     r"\A\s*<(?:video|audio|speech)>|<img>[^<>\n]+</img>|<ImageHere>|<image_placeholder>|"
     r"<\|(?:image|video|audio)(?:_\d+|_pad|_start)?\|>|<\|vision_start\|>"
 )
-_NUMBERED_TAG = re.compile(r"<image[ _]?\d+>")  # beside images they are words about them
+_NUMBERED_TAG = re.compile(r"<image[ _]?\d+>")  # beside images these are words about them
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -60,15 +60,15 @@ class Said:
 
 
 def understand(record: Any, number: int, where: str, *, stored: bool = False) -> Said:
-    """A record's turns, images and system text.
+    """Reads a record's turns, images and system text.
 
     Args:
-      record: parsed JSON. number: of the record in its file, which names it where it has no id.
-      stored: its images lie beside it, as in shards: then it names none here.
+      record: parsed JSON. number: the record's number in its file, which names it if it has no id.
+      stored: whether its images are stored with it, as in shards, so that it names none.
 
     Raises:
       BadRecord: it is not an object (bad_record), has no turns (missing_key), or bad ones (bad_turns, unknown_role,
-        tool_turn, system_turn); images that cannot be what they should be (bad_image, remote_image); media under other
+        tool_turn, system_turn); values that are not images or are remote (bad_image, remote_image); media under other
         keys (unknown_media); two keys that say different things (contradiction).
     """
     if not isinstance(record, Mapping):
@@ -97,7 +97,7 @@ def _given(tools: Any) -> bool:
 
 
 def _both(record: Mapping, where: str) -> tuple[list[dict[str, str]], str | None, list[Named | None]]:
-    """Turns, system text, and for each image tag of the human turns the image that its part has, or None."""
+    """Returns turns, system text, and for each image tag of the human turns the image that its part has, or None."""
     keys = [key for key in _TURNS if record.get(key) is not None]
     if not keys:
         has = ", ".join(shown(key, 40) for key in list(record)[:12]) or "none"
@@ -150,7 +150,7 @@ def _turns(value: Any, key: str, where: str) -> tuple[list[dict[str, str]], str 
 
 
 def _check_answer(turn: Mapping, what: str, where: str) -> None:
-    """BadRecord for an answer that is not to be learnt as every other one, or has more than its text."""
+    """Raises BadRecord if an answer is not to be learnt like the others, or has more than its text."""
     if turn.get("weight") not in (None, 1):
         detail = f"{what} has weight {brief(turn['weight'])}; every answer is learnt alike: leave the record out"
         raise BadRecord("bad_turns", where, detail)
@@ -184,7 +184,7 @@ def _role(value: Any, what: str, where: str) -> str:
 
 
 def _text(value: Any, what: str, where: str) -> str:
-    """A system text."""
+    """Returns a system text."""
     text, places = _content(value, what, where)
     if places:
         raise BadRecord("system_turn", where, f"{what} has an image in a system text")
@@ -194,7 +194,7 @@ def _text(value: Any, what: str, where: str) -> str:
 
 
 def _content(value: Any, what: str, where: str) -> tuple[str, list[Named | None]]:
-    """A turn's text with an IMAGE_TAG for each image, and for each of these the part's own image, or None."""
+    """Returns a turn's text with an IMAGE_TAG for each image, and for each of these the part's own image, or None."""
     if isinstance(value, str):
         return value, [None] * value.count(IMAGE_TAG)
     if not isinstance(value, list):
@@ -202,14 +202,14 @@ def _content(value: Any, what: str, where: str) -> tuple[str, list[Named | None]
     text, places = "", []
     for i, part in enumerate(value):
         said, place = _part(part, f"part {i} of {what}", where)
-        # As data sets write it: images in front of a text stand on lines of their own.
+        # As in published data sets, images in front of a text are on lines of their own.
         text += f"{said}\n" if place and not text.replace(IMAGE_TAG, "").strip() else said
         places += place or [None] * said.count(IMAGE_TAG)
     return text, places
 
 
 def _part(part: Any, what: str, where: str) -> tuple[str, list[Named | None]]:
-    """A part's text, or IMAGE_TAG and its image."""
+    """Returns a part's text, or IMAGE_TAG and its image."""
     if isinstance(part, str):
         return part, []
     if not isinstance(part, Mapping):
@@ -233,7 +233,7 @@ def _part(part: Any, what: str, where: str) -> tuple[str, list[Named | None]]:
 
 
 def _image_of(part: Mapping, what: str, where: str) -> Named | None:
-    """An image part's own image; None where the part only says where the record's next one goes."""
+    """Returns an image part's own image; None if the part only marks the place of the record's next one."""
     if part.get("text"):
         raise BadRecord("contradiction", where, f"{what} is an image and has a text as well")
     _, images = named_images(part, where, f" in {what}")
@@ -251,7 +251,7 @@ def _image_of(part: Mapping, what: str, where: str) -> Named | None:
 
 
 def _in_order(places: list[Named | None], images: list[Named], key: str, where: str) -> list[Named]:
-    """The images of the tags: those that parts have, and in the other places those that a key names, in order."""
+    """Returns the images of the tags: those that parts have, and in other places those that a key names, in order."""
     own = [place for place in places if place is not None]
     if not own or own == images:
         return images or own

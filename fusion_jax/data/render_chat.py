@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, which loads nothing but Jinja.
 
-A chat template is code of whoever published a tokenizer. Jinja's sandbox keeps it from everything but its own texts;
-time and memory it could still take without end, so `data.chat_template` runs it here, under limits. In: a JSON object
+A chat template is code by whoever published the tokenizer. Jinja's sandbox lets it reach nothing but its own texts; it
+could still use unlimited time and memory, so `data.chat_template` runs it here, under limits. In: a JSON object
 {"template", "context", "chats": [[messages, add_generation_prompt], ...]}; out: for each chat {"text"} or {"error"}.
 """
 
@@ -39,10 +39,10 @@ def _json(value, indent=None, **_):
 
 def main() -> None:
     for limit, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES)):
-        with contextlib.suppress(ValueError, OSError):  # a lower one holds already, or the system has none
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is set already, or the system has none
             resource.setrlimit(limit, (most, most))
     request = json.load(sys.stdin)
-    # As transformers sets it up, but for the date of today: an answer must not depend on the day.
+    # As transformers sets it up, except for today's date: an answer must not depend on the day.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )

@@ -3,10 +3,10 @@
 No package that could be installed instead gives Pillow's bytes: cykooz.resizer is as fast and up to 15 levels off,
 libvips and OpenCV filter in other ways. docs/performance.md has the figures.
 
-The system's C compiler ($CC, cc, gcc or clang) makes a library in the user's cache folder, named by a hash of all that
-decides what is in it, so that it is made once, and again after a change. Any number of processes may do so at once.
-Where there is no compiler, or what it makes does not reproduce Pillow on a small image, Pillow itself does the work,
-and the log says so once.
+The system's C compiler ($CC, cc, gcc or clang) builds a library in the user's cache folder, named by a hash of all that
+decides what is in it, so that it is built once, and again after a change. Any number of processes may do so at once.
+If there is no compiler, or its library does not reproduce Pillow on a small image, Pillow itself does the work, and the
+log says so once.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ log = logging.getLogger("fusion_jax")
 
 SOURCE = Path(__file__).with_name("resample.c")
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")  # a fused multiply-add would round the weights differently
-STRIP = 2 << 20  # bytes of an image that are copied at a time where it cannot be read in place: these stay in the cache
+STRIP = 2 << 20  # bytes of an image that are copied at a time if it cannot be read in place: these stay in the cache
 _lock = threading.Lock()
 Pixels = UInt8[np.ndarray, "tiles height width 3"]
 
@@ -41,7 +41,7 @@ def resample(image: Image.Image, outputs: list[Pixels], covered: tuple[float, fl
     """Resizes one image to several sizes, bicubically and without keeping the aspect ratio.
 
     Columns first, then rows, as Pillow did it up to version 12 and so for the published system. Pillow 13 begins with
-    the rows where that is cheaper, in most upright images, and rounds to other values on its way.
+    the rows if that is cheaper, as for most upright images, and so rounds to other values in between.
 
     Args:
       image: RGB.
@@ -94,10 +94,10 @@ def _with_library(
     covered: tuple[float, float],
     plain: bool = False,
 ) -> None:
-    """`plain` leaves the processor's special instructions aside."""
+    """Resizes with the library; `plain`: without the processor's special instructions."""
     width, height = image.size
     targets = [_target(output) for output in outputs]
-    # One spare byte behind each row, as fusion_across wants it.
+    # fusion_across needs one spare byte after each row.
     between = [np.empty((height, target[0] * 3 + 1), np.uint8) for target in targets]
     for top, rows, pixels, size in _pixels(image):
         for target, middle in zip(targets, between):
@@ -114,7 +114,7 @@ def _with_library(
 
 
 def _check(code: int, image: Image.Image) -> None:
-    """Raises what the library's answer stands for; see the top of resample.c."""
+    """Raises the error that the library's return code means; see the top of resample.c."""
     of = f"an image of {image.width}x{image.height} pixels"
     if code == 1:
         raise MemoryError(f"no memory to resize {of}")
@@ -140,9 +140,9 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 
 
 def _pixels(image: Image.Image) -> Iterator[tuple[int, int, int | bytes, int]]:
-    """The image's rows, 4 bytes a pixel: the first row, how many, where they are or a copy of them, and their bytes.
+    """Yields strips of rows, 4 bytes per pixel: first row, number of rows, address or copy of them, and their bytes.
 
-    In place if Pillow can show them, up to 16 MB: in threads, where new memory is slow, copies would double the time.
+    They are read in place if Pillow shows them, up to 16 MB: in threads new memory is slow, and copies double the time.
     """
     width, height = image.size
     try:
@@ -181,7 +181,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    """The compiled library, made now if the cache folder does not have it."""
+    """Returns the compiled library, which it builds if the cache folder does not have it."""
     compiler = shlex.split(os.environ.get("CC", "")) or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("no C compiler (cc, gcc or clang) is installed, and $CC names none")

@@ -6,10 +6,10 @@ IGNORE = -100  # in labels: not supervised
 
 
 class RowText:
-    """A row under construction. Unsupervised text is collected, and tokenized in one piece once something else follows.
+    """A row under construction. It collects unsupervised text, to tokenize it in one piece once something else follows.
 
     Attributes:
-      ids, labels: of all tokens so far; a label is the id where it is supervised, else IGNORE.
+      ids, labels: those of all tokens so far; a label is the id if it is supervised, else IGNORE.
       ends: for each question the index of its last token, after which its answer begins.
       prompt: the readable text in parts.
     """

@@ -60,11 +60,11 @@ class SentencePieceTokenizer(Tokenizer):
         return dict(self._added)
 
     def strips(self, token: str) -> tuple[bool, bool]:
-        """Whether an added token takes the white space at its left, and at its right."""
+        """Returns whether an added token takes the white space at its left, and at its right."""
         return self._strips.get(token, (False, False))
 
     def is_special(self, token: str) -> bool:
-        """Whether an added token is a special one."""
+        """Returns whether an added token is a special one."""
         return self._added[token] in self._special_ids
 
     def _find(self, token: str | None) -> int | None:
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _piece_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
-    """The UTF-8 bytes that id `i` stands for; empty for control and unknown pieces."""
+    """Returns the UTF-8 bytes that id `i` stands for; empty for control and unknown pieces."""
     piece = model.id_to_piece(i)
     if model.is_byte(i):
         return bytes([int(piece[1:-1], 16)])

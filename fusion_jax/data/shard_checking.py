@@ -22,7 +22,7 @@ def check_shards(out: str | Path, workers: int = 1, progress: bool = True) -> li
 
 
 def check_shard(task: tuple[Path, dict[str, Any]], advance: Callable[[int], None]) -> list[str]:
-    """What is wrong with one shard: sizes, hashes, counts and every record of both files."""
+    """Lists what is wrong with one shard: sizes, hashes, counts and every record of both files."""
     out, shard = task
     problems = []
     for kind in ("shard", "text"):

@@ -1,4 +1,4 @@
-"""Guards the folder of a conversion into shards: whose files are in it, what is finished.
+"""Guards the folder of a conversion into shards: checks who wrote its files, and which are finished.
 
 SHARDS is new, empty, or left by such a run: any other folder is refused, and no file is removed that a conversion did
 not write. Until all shards are there, SHARDS/partial holds a description of the conversion (plan.json) and a report of
@@ -33,7 +33,7 @@ class Conversion:
     """What is converted, where to, and everything that decides the result.
 
     Attributes:
-      json_path, image_folder, out: absolute paths; they may change between a run and the one that goes on with it.
+      json_path, image_folder, out: absolute paths; they may change between a run and the one that continues it.
       source: name, bytes, sha256 and records of the JSON file.
       settings: what else must stay the same for the result to stay the same.
     """
@@ -52,7 +52,7 @@ class Conversion:
         return f"{kind}-{k:05d}-of-{self.shards:05d}.array_record"
 
     def partial(self, name: str) -> Path:
-        """Where this process writes a file before it is complete."""
+        """Returns where this process writes a file before it is complete."""
         return self.out / _PARTIAL / f"{name}.{os.getpid()}.tmp"
 
     def report_path(self, k: int) -> Path:
@@ -63,7 +63,7 @@ class Conversion:
         return self.out / _PARTIAL / PLAN
 
     def identity(self) -> dict[str, Any]:
-        """The content of plan.json: what must be unchanged for a run to continue."""
+        """Returns the content of plan.json: what must be unchanged for a run to continue."""
         return {"format": shards.FORMAT, "version": shards.VERSION, "source": self.source, "settings": self.settings}
 
 
@@ -84,7 +84,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 
 def _check_own(out: Path) -> None:
-    """UserError unless the folder is new, empty, or left by an unfinished conversion, as far as can be seen."""
+    """Raises UserError unless the folder is new, empty, or left by an unfinished conversion, as far as can be seen."""
     if not out.exists() or not (names := [path.name for path in out.iterdir()]):
         return
     partial = out / _PARTIAL
@@ -102,7 +102,7 @@ def _check_own(out: Path) -> None:
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
-    """The plan of an unfinished conversion; None where none can be read."""
+    """Returns the plan of an unfinished conversion; None if none can be read."""
     try:
         plan = parse_json(read_file(out / _PARTIAL / PLAN, 1 << 20))
     except (OSError, ValueError):
@@ -111,7 +111,7 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
 
 
 def _torn(path: Path, locked: bool) -> bool:
-    """Whether this may be a plan that a failing machine left half written: not JSON, and locked, empty, or begun."""
+    """Returns whether this may be a plan that a failing machine left half written: not JSON, and locked or begun."""
     try:
         data = read_file(path, 1 << 20).strip(b"\0 \n")
         parse_json(data)
@@ -123,7 +123,7 @@ def _torn(path: Path, locked: bool) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a file is a shard's report, perhaps half written."""
+    """Returns whether a file is a shard's report, perhaps half written."""
     try:
         report = parse_json(read_file(path))
     except (OSError, ValueError) as e:
@@ -132,7 +132,7 @@ def _is_report(path: Path) -> bool:
 
 
 def completed(conversion: Conversion) -> dict[str, Any]:
-    """The manifest of a conversion that has nothing left to do; UserError if the shards are of another conversion."""
+    """Returns the manifest of a conversion that is complete; raises UserError if the shards are of another one."""
     manifest = shards.read_manifest(conversion.out)
     _check_same({key: manifest.get(key) for key in conversion.identity()}, conversion)
     shards.check_files(conversion.out, manifest)
@@ -145,7 +145,7 @@ def completed(conversion: Conversion) -> dict[str, Any]:
 
 
 def prepare(conversion: Conversion) -> None:
-    """Checks that what an unfinished run left is of this conversion, and removes what it had half written."""
+    """Checks that what an unfinished run left is of this conversion, and removes half-written files."""
     plan = _read_plan(conversion.out)
     if plan is not None:
         _check_same(plan, conversion)
@@ -159,7 +159,7 @@ def prepare(conversion: Conversion) -> None:
 
 
 def results(out: Path) -> set[str]:
-    """The names of the shards and reports in the folder."""
+    """Returns the names of the shards and reports in the folder."""
     reports = {path.name for path in (out / _PARTIAL).iterdir() if re.fullmatch(r"\d{5,}\.json", path.name)}
     return reports | {path.name for path in out.iterdir() if _SHARD.fullmatch(path.name)}
 
@@ -184,7 +184,7 @@ def clear(out: Path, with_shards: bool = False, but: Set[str] = frozenset()) -> 
 
 
 def _check_same(plan: dict[str, Any], conversion: Conversion) -> None:
-    """UserError where an earlier plan is not that of this conversion."""
+    """Raises UserError if an earlier plan is not that of this conversion."""
     for key, value in conversion.identity().items():
         if plan.get(key) != value:
             raise UserError(
@@ -194,7 +194,7 @@ def _check_same(plan: dict[str, Any], conversion: Conversion) -> None:
 
 
 def finished(conversion: Conversion, k: int) -> dict[str, Any] | None:
-    """The report of a shard that an earlier run completed; None if it must be written (again)."""
+    """Returns the report of a shard that an earlier run completed; None if it must be written (again)."""
     report = complete_report(conversion, k)
     # Images that were missing in another folder may be in this one.
     missed = report is not None and report["skipped"].keys() & {"missing_image", "image_outside_folder"}
@@ -202,7 +202,7 @@ def finished(conversion: Conversion, k: int) -> dict[str, Any] | None:
 
 
 def _same_folder(name: Any, folder: Path) -> bool:
-    """Whether a report names this folder, by whatever path: links and mounts give one folder several."""
+    """Returns whether a report names this folder, by whatever path: links and mounts give one folder several."""
     try:
         return isinstance(name, str) and os.path.samefile(name, folder)
     except (OSError, ValueError):
@@ -210,7 +210,7 @@ def _same_folder(name: Any, folder: Path) -> bool:
 
 
 def complete_report(conversion: Conversion, k: int) -> dict[str, Any] | None:
-    """The report of a shard whose files are as it says, from whatever image folder; None where there is none."""
+    """Returns the report of a shard whose files match it, from whatever image folder; None if there is none."""
     try:
         report = parse_json(read_file(conversion.report_path(k)))
         files = [report["shard"], report["text"]] if report["records"] else []

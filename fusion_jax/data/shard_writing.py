@@ -1,8 +1,8 @@
 """Converts JSON or JSONL records and their image files into shards that carry the images.
 
 data/shards.py draws the format. Shard k holds what is usable of the records k*M to (k+1)*M of the file, so shards are
-made in any order by any number of processes, and always the same way. Until all are there, SHARDS/partial holds the
-plan and a report of each finished shard: after a kill at any moment, the same command goes on and ends with the same
+written in any order by any number of processes, and always the same way. Until all are there, SHARDS/partial holds the
+plan and a report of each finished shard: after a kill at any moment, the same command continues and ends with the same
 bytes as an undisturbed run. The manifest comes last. Records that cannot be used are left out and counted by reason in
 the manifest, which lists the first 1000.
 
@@ -33,7 +33,7 @@ from fusion_jax.files import shown
 log = logging.getLogger("fusion_jax")
 
 RECORDS_PER_SHARD = 16384
-LISTED = 1000  # skipped records that the manifest names; the rest is counted
+LISTED = 1000  # skipped records that the manifest lists; the others are only counted
 _NO_IMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 _ENOUGH = 1000  # records to have seen before too many bad ones stop a conversion early
 
@@ -66,7 +66,7 @@ def convert(
       max_bad_records: stop once a larger share cannot be used.
 
     Raises:
-      UserError: unusable arguments or files, a folder with something else, a full disk.
+      UserError: unusable arguments or files, a folder with other contents, a full disk.
       Unusable: too many bad records.
     """
     json_path, out = Path(json_path).absolute(), Path(out).absolute()
@@ -176,7 +176,7 @@ def write_shard(task: tuple[Conversion, int, np.ndarray], advance: Callable[[int
     """Writes one shard and its texts, and returns its report.
 
     Args:
-      task: the conversion, the shard's number, and where its records lie in the JSON file: (records, 2).
+      task: the conversion, the shard's number, and where its records are in the JSON file: (records, 2).
       advance: called with how many more records have been read.
     """
     conversion, k, spans = task
@@ -223,7 +223,7 @@ def write_shard(task: tuple[Conversion, int, np.ndarray], advance: Callable[[int
         for part in parts.values():
             part.unlink(missing_ok=True)
         return before
-    conversion.report_path(k).unlink(missing_ok=True)  # it must never stand beside shards that it does not describe
+    conversion.report_path(k).unlink(missing_ok=True)  # it must never be beside shards that it does not describe
     for kind, part in parts.items():
         if records:
             os.replace(part, conversion.out / names[kind])
@@ -236,7 +236,7 @@ def write_shard(task: tuple[Conversion, int, np.ndarray], advance: Callable[[int
 def _read_record(
     conversion: Conversion, data: DataFile, span: np.ndarray, number: int, root: str | None
 ) -> tuple[dict[str, Any], list[bytes]]:
-    """A record's JSON as shards keep it, and its image files. BadRecord where it cannot be used."""
+    """Reads a record's JSON as shards keep it, and its image files. Raises BadRecord if it cannot be used."""
     where = f"{conversion.json_path}, record {number}"
     record = records.understand(read_record(data, span, where), number, where)
     files, about = [], []
@@ -263,6 +263,6 @@ def _read_image(path: Path, where: str) -> bytes:
 
 
 def _look_at(data: bytes, name: str, max_pixels: int, where: str) -> dict[str, Any]:
-    """Format and size by the file's header; nothing is decoded. BadRecord where training would refuse the image."""
+    """Reads format and size from the file's header. Raises BadRecord if training would refuse the image."""
     form, (width, height) = image.look_at(data, max_pixels, where, f"the image {shown(name)}")
     return {"format": form, "width": width, "height": height, "bytes": len(data)}

@@ -10,9 +10,9 @@
                          "images": [{"name": "a/b.jpg", "format": "JPEG", "width": 640, "height": 480, "bytes": 51234}]}
 
 `number` is the record's place in the converted file. Files are ArrayRecord with groups of one record, uncompressed
-(images are compressed already), so reading a record costs one read wherever it lies.
+(images are compressed already), so reading a record costs one read wherever it is.
 
-Opening reads the manifest and one folder listing; a shard's own index is read with its first record. Shards lie on a
+Opening reads the manifest and one folder listing; a shard's own index is read with its first record. Shards are on a
 local disk, in gs:// (ArrayRecord reads it; the manifest goes through gcsfs) or anywhere that fsspec reaches, s3:// for
 example: each shard is then copied once, checked by its hash, to the folder in FUSION_JAX_CACHE, by default
 ~/.cache/fusion_jax.
@@ -51,12 +51,12 @@ _OPEN_READERS = max(64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] 
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether the path names a remote place, which pathlib must not touch."""
+    """Returns whether the path names a remote place, which pathlib must not touch."""
     return bool(_URL.match(str(path)))
 
 
 def pack(header: Mapping[str, Any], images: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
-    """A record's text and its whole, as the two files store it."""
+    """Returns a record's text and the whole record, as the two files store them."""
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
@@ -65,7 +65,7 @@ def pack(header: Mapping[str, Any], images: Sequence[bytes] = ()) -> tuple[bytes
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """A record's JSON and its images. ValueError where the bytes are not a record."""
+    """Reads a record's JSON and its images. Raises ValueError if the bytes are not a record."""
     if len(data) < _LENGTH.size:
         raise ValueError(f"{len(data)} bytes are not a record")
     at = _LENGTH.size + _LENGTH.unpack_from(data)[0]
@@ -81,7 +81,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """A record's JSON. ValueError where it is not that of a record, or an image has no valid size."""
+    """Reads a record's JSON. Raises ValueError if it is not that of a record, or an image has no valid size."""
     header = parse_json(text, unique)
     images = header.get("images") if isinstance(header, dict) else None
     if not isinstance(images, list):
@@ -109,13 +109,13 @@ class Shards:
     """The records of one folder of shards. Can be pickled; threads may share it."""
 
     def __init__(self, folder: str | Path):
-        """Raises UserError: no such folder, no manifest or another version's, a missing or changed shard."""
+        """Raises UserError if folder, manifest or a shard is missing, of another version, or changed."""
         self.folder = str(folder).rstrip("/")
         manifest = read_manifest(self.folder)
         check_files(self.folder, manifest)
         self._shards = [(s["shard"], s["text"]) for s in manifest["shards"]]
         self._ends = np.cumsum([s["records"] for s in manifest["shards"]])
-        # What a run is compared by when it goes on: hashes of all shards, with images and without.
+        # Compared when a run continues: hashes of all shards, with images and without.
         self.identity = repr([[one["sha256"], text["sha256"]] for one, text in self._shards])
         self.bytes = sum(one["bytes"] for one, _ in self._shards)
 
@@ -123,11 +123,11 @@ class Shards:
         return int(self._ends[-1])
 
     def read(self, i: int) -> tuple[dict[str, Any], list[bytes], str]:
-        """The record's JSON, its images and where it lies. Raises BadRecord (corrupt_record) where it is damaged."""
+        """Reads a record's JSON, its images and where it is. Raises BadRecord (corrupt_record) if it is damaged."""
         return self._read(i, 0)
 
     def text(self, i: int) -> tuple[dict[str, Any], list[bytes], str]:
-        """The same with an empty image for each image, which is all that reading the texts alone can give."""
+        """Reads the same with an empty image for each image, which is all that the texts alone can give."""
         return self._read(i, 1)
 
     def _read(self, i: int, which: int) -> tuple[dict[str, Any], list[bytes], str]:
@@ -160,7 +160,7 @@ os.register_at_fork(after_in_child=_reader.cache_clear)  # a file position must 
 
 
 def _fetch(url: str, size: int, sha256: str) -> str:
-    """A local copy of a remote shard, named by its hash."""
+    """Returns a local copy of a remote shard, named by its hash."""
     folder = Path(os.environ.get("FUSION_JAX_CACHE") or Path.home() / ".cache" / "fusion_jax") / "shards"
     target = folder / f"{sha256}.array_record"
     if target.exists() and target.stat().st_size == size:
@@ -191,15 +191,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as e:  # a package for this kind of place is missing, or there is none
+    except (ImportError, ValueError) as e:  # the package for this kind of place is missing, or no such kind exists
         raise UserError(f"Cannot reach {url}: {e}.") from e
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The checked manifest of a folder of shards.
+    """Reads and checks the manifest of a folder of shards.
 
     Raises:
-      UserError: no such folder, no manifest, one of another format or version, or one with absent or doubled keys.
+      UserError: no such folder, no manifest, one of another format or version, or one with missing or duplicate keys.
     """
     path = f"{str(folder).rstrip('/')}/{MANIFEST}"
     try:
@@ -260,7 +260,7 @@ def _check_manifest(manifest: dict[str, Any], path: str) -> None:
 
 
 def check_files(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """UserError for a shard that is missing or whose size is not the manifest's. One listing, however many shards."""
+    """Raises UserError if a shard is missing or has another size than in the manifest. Lists the folder only once."""
     try:
         if is_url(folder):
             fs, name = _filesystem(str(folder))

@@ -2,15 +2,15 @@
 
     JSON    [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}, ...],
             or another form that records.py understands
-    JSONL   the same objects, one a line
+    JSONL   the same objects, one per line
     shards  a folder that `python -m fusion_jax.shards` wrote, here or at a URL; see shards.py
     tfds    tfds:name[/config][:version]:split, a data set that TensorFlow Datasets has prepared
     YAML    datasets:
               - json_path: captions.json          # relative to the YAML file, as all paths in it
                 sampling_strategy: "random:10%"   # all, first:N, end:N or random:N; N a number or a percentage
-                weight: 2.5                       # drawn twice an epoch, and half of them a third time
+                weight: 2.5                       # drawn twice per epoch, and half of them a third time
                 image_folder: images              # default: the JSON file's folder
-                allow_outside: true               # images may lie outside image_folder: absolute paths, "..", links
+                allow_outside: true               # images may be outside image_folder: absolute paths, "..", links
               - shards: stage1
               - tfds: coco_captions:train[:50%]
                 data_dir: /data/tfds              # default: TFDS's own
@@ -58,17 +58,17 @@ class RecordSource:
         return part.read(k)
 
     def text(self, i: int) -> Record:
-        """The same record for its text, without reading images where that saves anything: images of shards are empty
-        then, and as many as there are."""
+        """Returns the same record for its text, without reading images if that saves anything: images of shards are
+        then empty, one for each image."""
         part, k = self._find(i)
         return part.text(k)
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each data set is: see `DataSet.describe`. UserError where a file cannot be read any more."""
+        """Describes each data set: see `DataSet.describe`. Raises UserError if a file can no longer be read."""
         return [part.describe() for part in self._parts]
 
     def part(self, i: int) -> int:
-        """Which of `parts` record i belongs to."""
+        """Returns which of `parts` record i belongs to."""
         return int(np.searchsorted(self._ends, i, side="right"))
 
     def _find(self, i: int) -> tuple[DataSet, int]:
@@ -87,17 +87,17 @@ def load_source(
     *,
     allow_outside: bool = False,
 ) -> RecordSource:
-    """Records of whatever the path names: a .json or .jsonl file, a .yaml or .yml mixture, a folder of shards (here or
-    at a URL), or `tfds:name:split`.
+    """Opens the records that the path names: a .json or .jsonl file, a .yaml or .yml mixture, a folder of shards (here
+    or at a URL), or `tfds:name:split`.
 
     Args:
       path: see the top of this file.
       image_folder: where relative image paths start; by default the folder of the file that names them.
       seed: for what a mixture draws at random.
-      allow_outside: images of JSON files may lie outside their folder. An entry of a mixture can say otherwise.
+      allow_outside: images of JSON files may be outside their folder. An entry of a mixture can say otherwise.
 
     Raises:
-      UserError: as for `load_records`, `load_mixture` and shards.py, or something else.
+      UserError: as for `load_records`, `load_mixture` and shards.py, or the path names something else.
     """
     text = str(path)
     if text.startswith("tfds:"):
@@ -121,10 +121,10 @@ def load_source(
 def load_records(
     json_path: str | Path, image_folder: str | Path | None = None, strategy: str = "all", seed: int = 0
 ) -> RecordSource:
-    """Records of one JSON list or JSONL file.
+    """Opens the records of one JSON list or JSONL file.
 
     Args:
-      json_path: ends in .jsonl for one record a line; anything else is read as one JSON list.
+      json_path: ends in .jsonl for one record per line; anything else is read as one JSON list.
       image_folder: where relative image paths start; by default the file's own folder.
       strategy: all, first:N, end:N or random:N, N a number (all if there are fewer) or a percentage, rounded up.
       seed: decides, together with the file's name, what `random` takes; the file's order is kept.
@@ -142,7 +142,7 @@ def load_mixture(
     *,
     allow_outside: bool = False,
 ) -> RecordSource:
-    """Records of all data sets that a YAML mixture lists, in its order.
+    """Opens the records of all data sets that a YAML mixture lists, in its order.
 
     Args:
       yaml_path: see the top of this file.
@@ -151,6 +151,6 @@ def load_mixture(
       allow_outside: as for `load_source`.
 
     Raises:
-      UserError: as `mixture.open_mixture`.
+      UserError: as for `mixture.open_mixture`.
     """
     return RecordSource(open_mixture(Path(yaml_path), seed, image_folder, allow_outside))

@@ -18,12 +18,12 @@ _SAMPLE = 512  # records by which rows and crops of a batch are sized
 
 
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
-    """The seed of a stage's data: two stages over the same data read them in different orders."""
+    """Returns the seed of a stage's data: two stages over the same data read them in different orders."""
     return (config.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31
 
 
 def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:
-    """The stage's records. UserError where the file is missing or holds nothing."""
+    """Opens the stage's records. Raises UserError if the file is missing or holds nothing."""
     source = sources.load_source(stage.data, stage.image_folder or None, stage_seed(config, stage))
     if len(source) == 0:
         raise UserError(f"stage {stage.name!r}: {stage.data} has no records.")
@@ -31,25 +31,25 @@ def open_source(config: RunConfig, stage: StageConfig) -> RecordSource:
 
 
 def stage_spec(model: FusionConfig, stage: StageConfig) -> LayoutSpec:
-    """The fixed sizes of a stage's batches."""
+    """Returns the fixed sizes of a stage's batches."""
     return layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
 
 
 def stage_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> ExampleLoader:
-    """Loads the stage's examples: of records that fit at the largest l^2, so that none depends on the draw."""
+    """Returns the loader of the stage's examples, which must fit at the largest l^2: none depends on the draw."""
     maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
     longest = max(config.model.drawn_latent_counts, default=0)
     return ExampleLoader(source, maker, stage_spec(config.model, stage), longest)
 
 
 def fixed_loader(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer: Tokenizer) -> ExampleLoader:
-    """Loads the examples of validation, at the model's fixed l^2 and with the stage's sizes."""
+    """Returns the loader of validation's examples, at the model's fixed l^2 and with the stage's sizes."""
     maker = ExampleMaker(config.model, tokenizer, config.template, config.decode)
     return ExampleLoader(source, maker, stage_spec(config.model, stage), config.model.fixed_latent_count)
 
 
 def stage_sizes(config: RunConfig, stage: StageConfig, loader: ExampleLoader, shards: int = 1) -> Sizes:
-    """The sizes of the stage's batches, by a sample of its records where those differ in crops or share rows.
+    """Returns the sizes of the stage's batches, by a sample of its records if those differ in crops or share rows.
 
     Args:
       shards: parts that the rows of a microbatch are sharded into.
@@ -69,7 +69,7 @@ def stage_sizes(config: RunConfig, stage: StageConfig, loader: ExampleLoader, sh
 
 
 def _measured_sample(loader: ExampleLoader, seed: int) -> list[Measured]:
-    """Some of the usable records, measured."""
+    """Measures some of the usable records."""
     records = len(loader.source)
     numbers = np.random.default_rng(seed).choice(records, min(records, _SAMPLE), replace=False)
     elements = [loader.measure(number) for number in numbers.tolist()]

@@ -1,4 +1,4 @@
-"""Defines the conversation templates: the fixed text around turns, and what begins and ends them in token ids."""
+"""Defines the conversation templates: the fixed text around turns, and the ids that begin and end it."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ class Template:
 
     Attributes:
       name: key in `TEMPLATES`, or OWN_TEMPLATE.
-      system_frame: what stands before and after a system text; None: the template cannot hold one.
-      default_system: the system text of a conversation that brings none, without a frame the whole system part; None:
-        such a conversation has no system part.
-      question: before a question and its placeholders.
-      answer: after the question; its last token is the place of H_P.
-      end: closes an answer, and is supervised with it.
-      between: after a closed answer when another round follows; not supervised.
-      stops: tokens that end an answer while generating: the first is the last token of `end`, others count where the
+      system_frame: the texts before and after a system text; None: the template cannot hold one.
+      default_system: the system text of a conversation without one, or the whole system part if there is no frame;
+        None: such a conversation has no system part.
+      question: the text before a question and its placeholders.
+      answer: the text after the question; its last token is the place of H_P.
+      end: the text that closes an answer, and is supervised with it.
+      between: the text after a closed answer if another round follows; not supervised.
+      stops: tokens that end an answer while generating: the first is the last token of `end`, others count if the
         tokenizer has them.
-      bos: whether a BOS stands in front of a conversation; None: as the tokenizer's own files say.
+      bos: whether a BOS begins a conversation; None: as the tokenizer's own files say.
       trims: which of "system", "question" and "answer" lose the white space around them.
     """
 
@@ -41,7 +41,7 @@ class Template:
         return text.strip() if part in self.trims else text
 
     def system_parts(self, text: str | None) -> list[tuple[str, bool]]:
-        """What comes before the first round, in pieces, and whether a piece is the conversation's own text.
+        """Returns what comes before the first round, in pieces, and whether a piece is the conversation's own text.
 
         Args:
           text: its system text, None or empty for the template's; with one there must be a `system_frame`.
@@ -53,8 +53,8 @@ class Template:
 
     @property
     def greeting(self) -> str:
-        """What stands before an answer that comes before the first question. A template that does not mark where an
-        answer begins by itself (`mistral`) has it answer an empty question."""
+        """The text before an answer that comes before the first question. If a template does not mark where an answer
+        begins by itself (`mistral`), it answers an empty question."""
         closed = self.end + self.between
         mark = self.answer.removeprefix(closed)
         return self.question + self.answer if mark == self.answer else mark
@@ -114,14 +114,14 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """The template of that name, or a UserError that names the allowed ones. `chat_template.find` knows `own` too."""
+    """Returns the template of that name. UserError names the allowed ones. `chat_template.find` knows `own`, too."""
     if name not in TEMPLATES:
         check_choice("conversation template ", name, (*TEMPLATES, OWN_TEMPLATE))
     return TEMPLATES[name]
 
 
 def first_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Ids that begin a conversation, and the question tokens: the BOS token or nothing.
+    """Returns the ids that begin a conversation, and the question tokens: the BOS token or nothing.
 
     Raises:
       UserError: the template begins with a BOS token, and the tokenizer names none.
@@ -137,7 +137,7 @@ def first_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS.
+    """Returns the ids that end an answer, ascending: the template's stops that the tokenizer has, and its EOS.
 
     Raises:
       UserError: the tokenizer lacks the first of them, or the BOS token that the template begins with.

@@ -29,7 +29,7 @@ class TfdsRecords:
         """
         Args:
           spec: `tfds:name[/config][:version]:split`, the split with or without a slice, as in `train[:10%]`.
-          data_dir: where the prepared datasets lie; by default where TFDS puts them. Nothing is ever downloaded.
+          data_dir: where the prepared datasets are; by default where TFDS puts them. Nothing is ever downloaded.
           features: which feature is the `image` (one or several), the `conversations` (pairs of from and value, or
             JSON) or the `text` that answers `prompt`, the `id` and the `system` text. Parts of a feature are named
             `captions/text`; of several texts the first counts. By default features of these names, `messages` for the
@@ -72,7 +72,7 @@ class TfdsRecords:
         return len(self._source)
 
     def _by_name(self, known: Mapping[str, Any]) -> dict[str, str]:
-        """The features of the usual names. UserError for media that would be left out."""
+        """Returns the features of the usual names. Raises UserError if media would be left out."""
         chosen = {name: name for name in ("id", "image", "conversations", "text", "system") if name in known}
         if "caption" in known and "text" not in chosen:
             chosen["text"] = "caption"
@@ -111,7 +111,7 @@ class TfdsRecords:
         return chosen
 
     def read(self, i: int) -> tuple[dict[str, Any], list[bytes], str]:
-        """As `Shards.read`."""
+        """Reads a record as `Shards.read` does."""
         where = f"{self.spec}, record {i}"
         try:
             example = self._source[i]
@@ -135,11 +135,11 @@ class TfdsRecords:
             header["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
         return header, images, where
 
-    text = read  # the images lie with the texts here
+    text = read  # the images are stored with the texts here
 
 
 def _medium(feature: Any) -> str:
-    """ "picture" or "other" where a feature of TFDS is one, or has one somewhere in it, by its type; else ""."""
+    """Returns "picture" or "other" if by its type a feature of TFDS is one, or has one somewhere in it; else ""."""
     kind = {"Image": "picture", "LabeledImage": "picture", "Video": "other", "Audio": "other"}
     parts = feature.values() if hasattr(feature, "values") else [getattr(feature, "feature", None)]
     own = kind.get(type(feature).__name__, "")
@@ -153,7 +153,7 @@ def _part(example: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Lists, dicts and texts in place of arrays and bytes."""
+    """Returns lists, dicts and texts in place of arrays and bytes."""
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, bytes):
@@ -166,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 
 def _turns(value: Any) -> Any:
-    """Conversations in any of the three ways to store them; what is none is left for the record's own check."""
+    """Reads conversations stored in any of three ways; anything else is left for the record's own check."""
     if isinstance(value, str):
         try:
             return parse_json(value)

@@ -10,7 +10,7 @@ from fusion_jax.data.tiles import Tiling, tile_places
 
 
 def widest_window(grids: Sequence[tuple[int, int]], side: int, tile_side: int, cells: int) -> int:
-    """Most tokens that one of cells x cells windows holds, over the whole view and the tiles of any image."""
+    """Returns the most tokens that one of cells x cells windows holds, over the whole view and tiles of any image."""
     widest = windows(side, cells)[0].shape[1]
 
     def most(size: int) -> int:  # a box may end anywhere
@@ -23,8 +23,8 @@ def widest_window(grids: Sequence[tuple[int, int]], side: int, tile_side: int, c
 
 @functools.lru_cache(4096)
 def tile_windows(tiling: Tiling, tile: int, side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of the cells x cells latents over the box, like `batch.windows`: places (see `tile_places`), both
-    (cells^2, M), and which of them are real."""
+    """Returns the windows of the cells x cells latents over the box, like `batch.windows`: places (see `tile_places`)
+    and which of them are real, both (cells^2, M)."""
     places = tile_places(tiling, tile, side)
     (row, row_real), (column, column_real) = (adaptive_cells(size, cells) for size in places.shape)
     index = places[row[:, None, :, None], column[None, :, None, :]]

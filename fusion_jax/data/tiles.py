@@ -30,8 +30,8 @@ class Tiling:
     """How one image is cut. Without tiles (`rows` 0) it is its whole view.
 
     Attributes:
-      rows, columns: of tiles. width, height: of the resized image in pixels, on a canvas of columns x rows tiles.
-      left, top: where it lies on that canvas.
+      rows, columns: numbers of tiles. width, height: pixels of the resized image, on a canvas of columns x rows tiles.
+      left, top: its place on that canvas.
     """
 
     rows: int = 0
@@ -47,10 +47,10 @@ class Tiling:
         return 1 + self.rows * self.columns
 
     def box(self, size: int, side: int) -> tuple[int, int, int, int]:
-        """(first row, end row, first column, end column) of the merged grid's tokens that hold any of the image.
+        """Returns (first row, end row, first column, end column) of the merged grid's tokens that hold any image.
 
         Args:
-          size: of a tile in pixels. side: tokens of a tile's side.
+          size: pixels of a tile's side. side: tokens of a tile's side.
         """
         ends = []
         for start, extent in ((self.top, self.height), (self.left, self.width)):
@@ -58,7 +58,7 @@ class Tiling:
         return tuple(ends)
 
     def tokens(self, size: int, side: int) -> int:
-        """Positions that the tiles take in the sequence, row ends included."""
+        """Returns the positions that the tiles take in the sequence, row ends included."""
         top, bottom, left, right = self.box(size, side)
         return (bottom - top) * (right - left + 1) if self.rows else 0
 
@@ -67,7 +67,7 @@ WHOLE = Tiling()
 
 
 def choose_tiling(size: tuple[int, int], grids: Sequence[tuple[int, int]], tile: int) -> Tiling:
-    """The tiling of an image.
+    """Chooses the tiling of an image.
 
     Args:
       size: (width, height) of the upright image in pixels. grids: allowed (rows, columns). tile: pixels of a tile.
@@ -90,7 +90,7 @@ def choose_tiling(size: tuple[int, int], grids: Sequence[tuple[int, int]], tile:
 
 
 def on_canvas(content: np.ndarray, tiling: Tiling, tile: int) -> np.ndarray:
-    """The resized image (height, width, 3) uint8 as its tiles, row by row: (N, tile, tile, 3) uint8."""
+    """Cuts the resized image (height, width, 3) uint8 into its tiles, row by row: (N, tile, tile, 3) uint8."""
     rows, columns = tiling.rows, tiling.columns
     canvas = np.full((rows * tile, columns * tile, 3), PADDING, np.uint8)
     canvas[tiling.top : tiling.top + tiling.height, tiling.left : tiling.left + tiling.width] = content
@@ -99,14 +99,14 @@ def on_canvas(content: np.ndarray, tiling: Tiling, tile: int) -> np.ndarray:
 
 @functools.lru_cache(4096)
 def tile_places(tiling: Tiling, tile: int, side: int) -> np.ndarray:
-    """(h, w) int, for the tokens inside the box, in their rows: number of the tile times side^2, plus the token within
-    it."""
+    """Returns (h, w) int, for the tokens inside the box, in their rows: number of the tile times side^2, plus the token
+    within it."""
     top, bottom, left, right = tiling.box(tile, side)
     y, x = np.arange(top, bottom)[:, None], np.arange(left, right)[None]
     return (y // side * tiling.columns + x // side) * side * side + y % side * side + x % side
 
 
 def most_tokens(grids: Sequence[tuple[int, int]], tile_tokens: int) -> int:
-    """Most positions that the tiles of one image take: no padding cut away."""
+    """Returns the most positions that the tiles of one image take, if no padding is cut away."""
     side = math.isqrt(tile_tokens)
     return max((r * side * (c * side + 1) for r, c in grids if r * c > 1), default=0)

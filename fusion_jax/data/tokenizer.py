@@ -21,7 +21,7 @@ from fusion_jax.values.foreign import read_bytes
 
 
 def load_tokenizer(folder: str | Path, own: bool = False) -> Tokenizer:
-    """Loads the tokenizer of a local folder; SentencePiece goes first where the folder has both kinds.
+    """Loads the tokenizer of a local folder; SentencePiece is preferred if the folder has both kinds.
 
     Args:
       folder: holds `tokenizer.model` or `tokenizer.json`, and beside it `tokenizer_config.json`.

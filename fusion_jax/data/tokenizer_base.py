@@ -29,13 +29,13 @@ VISION_END = "<vision_end>"
 
 
 class Tokenizer:
-    """Turns text into ids and back. `load_tokenizer` makes it; two are equal when their files are.
+    """Turns text into ids and back. `load_tokenizer` creates it; two are equal if their files are.
 
     Attributes:
       folder: where the files are.
       fingerprint: hash of their contents.
       eos_id, pad_id, vision_start_id, vision_end_id: token ids.
-      bos_id: of the token that may open a text; None where the files name none (Qwen2).
+      bos_id: id of the token that may open a text; None if the files name none (Qwen2).
       adds_bos: whether the files say that it does: `add_bos_token` in tokenizer_config.json, else what tokenizer.json
         puts before a text, else true for SentencePiece (as for transformers' Llama class).
       tokens: bos, eos, unk and pad token by role (`bos_token` and so on), those that the files name.
@@ -91,7 +91,7 @@ class Tokenizer:
         self._control_ids = {i for token, i in control.items() if token != names.get("unk_token")}
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
-        """Ids of `text`; special tokens written in it are recognised, and no BOS is put before it.
+        """Returns the ids of `text`; special tokens written in it are recognised, and no BOS is put before it.
 
         Args:
           text: any text.
@@ -104,7 +104,7 @@ class Tokenizer:
         return self._encode(name + text)[len(self._encode(name)) :]
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None = None) -> list[int]:
-        """Ids of texts that follow each other, as `encode` gives them for all of it in one piece, except that control
+        """Returns the ids of texts that follow each other, as `encode` does for all in one piece, except that control
         tokens which are written in a literal part are text there: special tokens, and others that are not words.
 
         Args:
@@ -122,27 +122,27 @@ class Tokenizer:
 
         if clean(ids) and not any(literal and self._control.search(text) for text, literal in parts):
             return ids
-        # The second time for what is a control token only once the tokenizer has folded its characters.
+        # The second pass is for text that becomes a control token only when the tokenizer folds its characters.
         folded = [(unicodedata.normalize("NFKC", text) if literal else text, literal) for text, literal in parts]
         for some in (parts, folded):
             runs = self._cut(some)
             ids = [i for k, run in enumerate(runs) for i in self.encode(run, self.vision_end_id if k else after)]
             if clean(ids):
                 return ids
-        ids = []  # some other normalisation: without them
+        ids = []  # the tokenizer normalises in some other way: leave the control tokens out
         for text, literal in parts:
             new = self.encode(text, self.vision_end_id if ids else after)
             ids += [i for i in new if not (literal and i in self._control_ids)]
         return ids
 
     def _marks(self, text: str) -> list[int]:
-        """The control tokens of a text, one of the few that templates are made of."""
+        """Returns the control tokens of a text; templates consist of few texts, so all are kept."""
         if text not in self._known:
             self._known[text] = [i for i in self.encode(text) if i in self._control_ids]
         return self._known[text]
 
     def _cut(self, parts: Sequence[tuple[str, bool]]) -> list[str]:
-        """The whole text, cut inside every control token of a literal part: no half of one is recognised."""
+        """Returns the whole text, cut inside every control token of a literal part: no half of one is recognised."""
         runs, run = [], []
         for text, literal in parts:
             at = 0
@@ -153,8 +153,8 @@ class Tokenizer:
         return [*runs, "".join(run)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, inside: bool = False) -> str:
-        """The text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are not UTF-8
-        become U+FFFD, and the text goes on after them: more ids change nothing of it but a U+FFFD at its end.
+        """Returns the text of `ids`: the inverse of `encode` for ordinary sentences. Bytes that are not UTF-8 become
+        U+FFFD, and the text continues after them: more ids change nothing of it but a U+FFFD at its end.
 
         Args:
           inside: the ids follow others, so that a space in front of their first word belongs to the text.
@@ -168,26 +168,26 @@ class Tokenizer:
         return self._decode(ids, skip_special, inside)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes that one id adds after others, for control tokens their names; empty where it has no text."""
+        """Returns the bytes that one id adds after others, for control tokens their names; empty if it has no text."""
         raise NotImplementedError
 
     def is_control(self, i: int) -> bool:
-        """Whether an id is that of a control token, which no text contains."""
+        """Returns whether an id is that of a control token, which no text contains."""
         return i in self._special_ids or i in self._control_ids
 
     def token_id(self, token: str) -> int:
-        """The id of one token. UserError when the tokenizer does not have it."""
+        """Returns the id of one token. Raises UserError if the tokenizer does not have it."""
         i = self._find(token)
         if i is None:
             raise UserError(f"The tokenizer in {self.folder} has no token {token!r}.")
         return i
 
     def has_token(self, token: str) -> bool:
-        """Whether `token_id(token)` would find it."""
+        """Returns whether the tokenizer has the token, so that `token_id(token)` does not raise."""
         return self._find(token) is not None
 
     def first_control(self, text: str) -> tuple[int, int] | None:
-        """Where the first control token of a text begins and ends; None without one."""
+        """Returns where the first control token of a text begins and ends; None without one."""
         match = self._control.search(text)
         return match.span() if match else None
 
@@ -235,5 +235,5 @@ def _second(pair: tuple) -> object:
 
 
 def is_words(token: str) -> bool:
-    """Whether a token is of letters, digits and spaces alone: words, or the spaces of an indented line."""
+    """Returns whether a token has letters, digits and spaces alone: words, or the spaces of an indented line."""
     return all(part.isalnum() for part in token.split())

@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json have some 35 MB
+MOST_BYTES = 1 << 26  # bytes of a file; the largest tokenizer.json have some 35 MB
 MOST_ADDED = 1 << 16
 MOST_IDS = RANGES["vocab_size"][1]
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -36,7 +36,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def present(folder: Path, name: str) -> bool:
-    """Whether a folder holds that file. UserError where it is not a regular file, or too large."""
+    """Returns whether a folder holds that file. Raises UserError if it is not a regular file, or too large."""
     path = folder / name
     if not os.path.lexists(path):
         return False
@@ -48,7 +48,7 @@ def present(folder: Path, name: str) -> bool:
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Looks at those files of somebody else's folder, a resolved one.
+    """Checks those files of somebody else's folder, a resolved path, for links out of it.
 
     Raises:
       UserError: one is a link out of the folder. It would carry any file of this machine into checkpoints and exports.
@@ -73,7 +73,7 @@ def _target(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role (those that are named).
+    """Reads tokenizer_config.json, and the names of the bos, eos, unk and pad tokens by role, if they are named.
 
     Raises:
       UserError: a file is not a JSON object, or a token of a role is not a text.
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def declared_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Id and entry of every token that tokenizer_config.json adds, by rising id.
+    """Returns id and entry of every token that tokenizer_config.json adds, by ascending id.
 
     An entry has `content` (text) and the `FLAGS` (bool).
     """
@@ -110,7 +110,7 @@ def declared_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dic
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """added_tokens.json: text to id."""
+    """Reads added_tokens.json, a map from text to id."""
     content, path = _read(folder, "added_tokens.json"), folder / "added_tokens.json"
     check(len(content) <= MOST_ADDED, f"{path} has {len(content):,} tokens; at most {MOST_ADDED:,} are allowed.")
     for token, i in content.items():
@@ -120,20 +120,20 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 
 def special_tokens(folder: Path, config: dict[str, Any]) -> list[str]:
-    """`additional_special_tokens` of tokenizer_config.json."""
+    """Reads `additional_special_tokens` of tokenizer_config.json."""
     where = f"{folder / _CONFIG}"
     return [_content(token, _MORE, where) for token in sequence(config, _MORE, where)]
 
 
 def adds_bos(folder: Path, config: dict[str, Any]) -> bool | None:
-    """`add_bos_token` of tokenizer_config.json; None where it is absent. UserError where it is not a bool."""
+    """Reads `add_bos_token` of tokenizer_config.json; None if it is absent. Raises UserError if it is not a bool."""
     key = "add_bos_token"
     return None if config.get(key) is None else flag(config, key, f"{folder / _CONFIG}")
 
 
 def chat_template(folder: Path, config: dict[str, Any]) -> tuple[str, Path] | None:
-    """Jinja text of the folder's chat template, and its file: chat_template.jinja goes before `chat_template` of
-    tokenizer_config.json, which may also list several by name, of which "default" is meant. None without one.
+    """Reads the folder's chat template, Jinja text, and its file: chat_template.jinja is preferred to `chat_template`
+    of tokenizer_config.json, which may also list several by name; then "default" is used. None without one.
 
     Raises:
       UserError: it is not a text, or too long.
@@ -161,7 +161,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _content(token: Any, key: str, where: str) -> str:
-    """The text of a token, written as a text or as an object with `content`."""
+    """Returns the text of a token, which is written as a text or as an object with `content`."""
     content = text(token, "content", f"{where}: {key}") if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise UserError(f"{where} has a value of the wrong kind: {key} must be a token, got {brief(content)}.")
@@ -170,7 +170,7 @@ def _content(token: Any, key: str, where: str) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of the names and contents of the tokenizer files in `folder`."""
+    """Returns a hash of the names and contents of the tokenizer files in `folder`."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Made-up conversations of given sizes, and typical batches of a stage: for plans and benchmarks.
+"""Creates conversations of fixed sizes and typical batches of a stage, for plans and benchmarks.
 
 No data is read. The sizes are those of `packing.Mix`; which conversations share a row, and how many rows and crops a
 batch has, is decided by the code that trains (`data.plan`). Plans need the arrays' shapes alone.
@@ -31,13 +31,13 @@ _FIRST_WORD = 3  # token ids below it are special
 def conversation(
     prompts: Sequence[int], answers: Sequence[int], guiding: int, tiling: tiles.Tiling | None, latents: bool
 ) -> Example:
-    """A conversation of these sizes whose words are all the same, without pixels.
+    """Creates a conversation of these sizes, without pixels, whose words are all the same.
 
     Args:
       prompts: text tokens of each round before its answer. answers: supervised tokens of each round; empty for a
         prompt that waits for its answer.
       guiding: question tokens that guide the encoder.
-      tiling: how its image, which stands in the first round, is cut; None without an image.
+      tiling: how its image, which is in the first round, is cut; None without an image.
       latents: whether each round has latents.
     """
     ids, labels = [], []
@@ -60,7 +60,7 @@ def conversation(
 def with_random_contents(
     example: Example, model: FusionConfig, rng: np.random.Generator, pixels: np.ndarray
 ) -> Example:
-    """The example with random words, and with `pixels`, (1 or 5, H, W, 3) uint8, as each of its crops."""
+    """Returns the example with random words, and with `pixels`, (1 or 5, H, W, 3) uint8, as each of its crops."""
 
     def words(like: np.ndarray) -> np.ndarray:
         return rng.integers(_FIRST_WORD, model.llm.vocab_size, len(like), np.int32)
@@ -79,13 +79,13 @@ def with_random_contents(
 
 
 def random_pixels(model: FusionConfig, quadrants: int, rng: np.random.Generator) -> np.ndarray:
-    """(quadrants + 1, H, W, 3) uint8: the views of one crop."""
+    """Draws the views of one crop: (quadrants + 1, H, W, 3) uint8."""
     size = model.vision.image_size
     return rng.integers(0, 256, (quadrants + 1, size, size, 3), np.uint8)
 
 
 def draw(model: FusionConfig, stage: StageConfig, spec: LayoutSpec, count: int, seed: int = 0) -> list[Example]:
-    """Typical conversations within the stage's limits; those that are too long lose their last rounds, as in training.
+    """Draws typical conversations within the stage's limits; too long ones lose their last rounds, as in training.
 
     Raises:
       UserError: none fits.
@@ -121,7 +121,7 @@ def _measured(examples: Sequence[Example], spec: LayoutSpec) -> list[Measured]:
 def typical_rows(
     config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None
 ) -> tuple[LayoutSpec, Sizes, list[list[Example]], int]:
-    """A step of a stage, before it is laid out.
+    """Plans a typical step of a stage, before it is laid out.
 
     Args:
       shards: parts that the rows are sharded into. latent_count: l^2; by default the largest.
@@ -154,7 +154,7 @@ def typical_rows(
         f"stage {stage.name!r}: {sizes.rows} rows in {stage.accumulation} microbatch(es) do not divide over the "
         f"{shards} devices that share rows; change batch_size, accumulation or the mesh.",
     )
-    if sizes.samples > 1.1 * stage.batch_size:  # so many devices that a step holds more: it is chosen from more
+    if sizes.samples > 1.1 * stage.batch_size:  # with so many devices a step holds more, and is chosen from more
         waiting = draw(model, stage, spec, math.ceil(pool(sizes)))
         measured = _measured(waiting, spec)
     planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
@@ -165,7 +165,7 @@ def typical_rows(
 def random_batch(
     config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None, seed: int = 0
 ) -> tuple[Batch, int]:
-    """A typical batch of a stage with random tokens and pixels, and the number of its conversations."""
+    """Draws a typical batch of a stage with random tokens and pixels; also returns the number of its conversations."""
     spec, sizes, rows, latent_count = typical_rows(config, stage, shards, latent_count)
     rng = np.random.default_rng(seed)
     pixels = random_pixels(config.model, spec.quadrants, rng)
@@ -174,7 +174,7 @@ def random_batch(
 
 
 def abstract_batch(spec: LayoutSpec, sizes: Sizes, latent_count: int) -> Batch:
-    """Shapes and dtypes of a batch of these rows and groups, as `layout.lay_out_rows` would make it."""
+    """Returns the shapes and dtypes of a batch of these rows and groups, as `layout.lay_out_rows` would create it."""
     one = layout.lay_out_rows([[]], spec, latent_count)
     shared = ("crops", "crop_kind", "quadrants", "crop_text", "crop_text_mask")
 

@@ -29,11 +29,11 @@ class FixedBatch:
 def plan_all(
     records: Sequence[Measured], spec: LayoutSpec, latents: int, stage: StageConfig, shards: int
 ) -> list[FixedBatch]:
-    """Batches that hold all records, of which there must be one, each once, in rows as full as those of a stage.
+    """Plans batches that hold every record, of which there must be one, once, in rows as full as those of a stage.
 
     The longest rows come first. A batch is as long as its longest row, rounded up to one of four lengths, and those of
     one length have one K: four programs at most. A batch has one group of rows for every shard, with no more rows than
-    a microbatch of the stage; rows stay empty where there are too few.
+    a microbatch of the stage; rows stay empty if there are too few.
 
     Args:
       latents: l^2. shards: parts that rows are sharded into.
@@ -61,13 +61,13 @@ def plan_all(
 
 
 def _few_lengths(length: int, longest: int) -> int:
-    """The shortest that is long enough of: the longest row, and its half, quarter and eighth rounded up to 128s."""
+    """Returns the shortest sufficient of `longest` and its half, quarter and eighth, rounded up to multiples of 128."""
     shorter = (math.ceil(longest / (128 * parts)) * 128 for parts in (8, 4, 2))
     return next((one for one in shorter if length <= one < longest), longest)
 
 
 def _spread(units: Sequence[list[Measured]], groups: int, rows: int) -> list[list[list[Measured]]]:
-    """Units in groups of at most `rows` rows: most crops first, each to the group with fewest crops so far."""
+    """Spreads units over groups of at most `rows` rows: most crops first, each to the group with fewest so far."""
     filled: list[list[list[Measured]]] = [[] for _ in range(groups)]
     open_ = [(0, group) for group in range(groups)]
     for unit in sorted(units, key=lambda unit: -_crops([unit])):
@@ -85,7 +85,7 @@ def _crops(group: Sequence[Sequence[Measured]]) -> int:
 def first_records(
     loader: ExampleLoader, batch_size: int, batches: int, threads: int = 1
 ) -> tuple[list[Measured], list[BadRecord]]:
-    """The first records in file order that can be used, and the bad ones on the way.
+    """Measures the first records in file order that can be used, and lists the bad ones before the last of them.
 
     They fill `batches` batches, or are all that there are (`batches` 0, or a smaller file). Of images only the headers
     are read.
@@ -110,8 +110,8 @@ def first_records(
 def fixed_batches(
     loader: ExampleLoader, planned: Sequence[FixedBatch], threads: int, shards: int = 1, held: Sequence[int] = (0,)
 ) -> Iterator[tuple[Batch, dict[int, BadRecord]]]:
-    """The rows of some shards of validation's batches, and the records among them, by number, whose images cannot be
-    read or that are not as they were measured: they leave their places empty.
+    """Yields the rows of some shards of validation's batches, and the records among them, by number, whose images
+    cannot be read or that are not as they were measured: they leave their places empty.
 
     Args:
       planned: `plan_all` of `first_records`. shards, held: see `loader.training_batches`.

@@ -16,7 +16,7 @@ from fusion_jax.errors import UserError
 
 
 def progress_bar(total: int, done: int, description: str, shown: bool) -> tqdm.tqdm:
-    """A bar over records: live in a terminal, a line now and then in a log file."""
+    """Returns a bar over records: live in a terminal, an occasional line in a log file."""
     slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
     return tqdm.tqdm(total=total, initial=done, unit="record", desc=description, disable=not shown, **slow)
 
@@ -80,7 +80,7 @@ def _serve(function: Callable[[Any, Callable[[int], None]], Any], pipe: connecti
         nonlocal waiting, sent
         waiting += count
         if time.monotonic() - sent > 0.25:
-            pipe.send(("advance", waiting))  # fails, and so ends the process, once the parent is gone
+            pipe.send(("advance", waiting))  # fails, and so ends the process, once the parent has ended
             waiting, sent = 0, time.monotonic()
 
     with contextlib.suppress(EOFError, ConnectionError):

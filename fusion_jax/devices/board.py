@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax._src import distributed as _service  # the public interface has collectives alone
 
-_POLL_MS = 1000  # that one call waits for a text, before it checks whether the board was closed
+_POLL_MS = 1000  # milliseconds that one call waits for a text before it checks whether the board was closed
 
 
 class Closed(Exception):
@@ -21,29 +21,29 @@ class Board:
     """Texts from process 0 to all others, each of which reads each text once. Threads may share it."""
 
     def __init__(self, prefix: str, store: Any, process: int, processes: int):
-        """Args: prefix: of all names. store: JAX's client of the coordination service, or what has its methods."""
+        """Args: prefix: starts all names. store: JAX's client of the coordination service, or a stand-in for it."""
         self._prefix, self._store = prefix, store
         self.first, self._readers = process == 0, processes - 1
         self._closed = threading.Event()
 
     def send(self, name: str, text: str) -> None:
-        """Process 0: sends a text under a new name."""
+        """Sends a text under a new name. Only process 0 calls this."""
         self._store.key_value_set(f"{self._prefix}/{name}", text)
 
     def receive(self, name: str) -> str:
-        """The others: wait for a text and return it. Raises Closed."""
+        """Waits for a text and returns it. All processes but 0 call this. Raises Closed."""
         text = self._wait(name)
         if self._store.key_value_increment(f"{self._prefix}/{name}/readers", 1) == self._readers:
             self._store.key_value_set(f"{self._prefix}/{name}/read", "")
         return text
 
     def take_down(self, name: str) -> None:
-        """Process 0: removes a text once all others have read it. Raises Closed."""
+        """Removes a text once all others have read it. Only process 0 calls this. Raises Closed."""
         self._wait(f"{name}/read")
         self._store.key_value_delete(f"{self._prefix}/{name}")  # and everything below the name
 
     def close(self) -> None:
-        """Ends all waiting for texts, which then raises Closed."""
+        """Makes all calls that wait for texts raise Closed."""
         self._closed.set()
 
     def _wait(self, name: str) -> str:
@@ -57,20 +57,20 @@ class Board:
 
 
 def client() -> Any:
-    """JAX's client of the coordination service; None in a run of one process, and before the processes are joined."""
+    """Returns JAX's client of the coordination service; None with one process, or before the processes are joined."""
     state = _service.global_state
-    # Used before it is connected it aborts the process; the manager is made right after the connection.
+    # A client that is used before it is connected aborts the process; the manager exists right after the connection.
     connected = state.preemption_sync_manager is not None
     return state.client if connected and state.num_processes > 1 else None
 
 
 def process() -> int:
-    """The number of this process. Unlike `jax.process_index` it does not wait for the devices of the others."""
+    """Returns the number of this process. Unlike `jax.process_index` it does not wait for the devices of the others."""
     return _service.global_state.process_id
 
 
 def processes() -> int:
-    """The number of processes of the run, likewise."""
+    """Returns the number of processes of the run, for which this does not wait either."""
     return _service.global_state.num_processes
 
 

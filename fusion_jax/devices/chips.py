@@ -7,12 +7,12 @@ Topology = tpus.TpuTopology | gpus.GpuTopology
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-    """The topology of a name: v5p:4x4x8 is a slice of TPU chips, h100:8x4 means 8 GPUs in each of 4 nodes.
+    """Returns the topology of a name: v5p:4x4x8 is a slice of TPU chips, h100:8x4 means 8 GPUs in each of 4 nodes.
 
     Its `devices()` describes the chips, and `sharding.lower` lowers a program for a mesh of them.
 
     Args:
-      slices: of TPUs, joined by the data centre's network.
+      slices: number of TPU slices, which the data centre's network joins.
 
     Raises:
       UserError: there is no such topology.

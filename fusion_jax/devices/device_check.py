@@ -1,7 +1,7 @@
 """The doctor's checks of the devices: which there are, whether they compute correctly, and how fast.
 
-They are tried in a process of their own. A driver that hangs, or an unknown compiler flag, which ends the process that
-reads it, then becomes a sentence as well.
+They are tried in a process of their own, so that a driver that hangs, or an unknown compiler flag, which ends the
+process that reads it, becomes a line of the report.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def explain(stderr: str, platforms: str) -> Problem:
     """Explains in plain words what ended a process that could not use its devices.
 
     Args:
-      stderr: what it wrote. platforms: JAX_PLATFORMS, empty where it is not set.
+      stderr: what it wrote. platforms: JAX_PLATFORMS, empty if it is not set.
     """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it ended without a word"]
     for line in lines:
@@ -131,7 +131,7 @@ def check_devices(answer: dict | Problem) -> Findings:
     if isinstance(answer, Problem):
         yield answer
         return
-    from fusion_jax.devices.peaks import datasheet_peak  # needs JAX, which answered
+    from fusion_jax.devices.peaks import datasheet_peak  # needs JAX, which works: it has answered
 
     for i, device in enumerate(answer["devices"]):
         kind = device["kind"]

@@ -61,7 +61,7 @@ def _join(where: str, **arguments) -> None:
 
 
 def _scheduled() -> bool:
-    """Whether SLURM (srun) or Open MPI (mpirun) started several processes."""
+    """Returns whether SLURM (srun) or Open MPI (mpirun) started several processes."""
     slurm = "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ
     return any(
         int(os.environ.get(name, "1")) > 1
@@ -71,7 +71,7 @@ def _scheduled() -> bool:
 
 
 def _slurm_devices() -> list[int] | None:
-    """This process's devices where SLURM runs one process on each machine; JAX itself assumes one for each device."""
+    """Returns this process's devices if SLURM runs one process per machine; JAX itself assumes one per device."""
     tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if tasks is not None and tasks == nodes and gpus.isdigit() else None
@@ -83,12 +83,12 @@ def _on_tpu() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes what people read."""
+    """Returns whether this is process 0, which writes what people read."""
     return jax.process_index() == 0
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder where this process writes its metrics and lists: the first in `folder`, the others below it."""
+    """Returns the folder for this process's metrics and lists: `folder` for the first, one below it for the others."""
     return folder if is_first() else folder / "processes" / str(jax.process_index())
 
 

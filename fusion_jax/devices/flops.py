@@ -1,4 +1,4 @@
-"""Analytic FLOPs of the model: what its arithmetic needs, whatever a program computes beyond that.
+"""Counts the FLOPs that the model's arithmetic needs, whatever a program computes beyond that.
 
 Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, activations, rotary); causal attention
 counts half; the backward pass is twice the forward; recomputation does not count; padding does not count.
@@ -39,7 +39,7 @@ class BatchShape:
 
 
 def shape_of(batch: Batch) -> BatchShape:
-    """The shape of a host batch."""
+    """Returns the shape of a host batch."""
     segments = np.asarray(batch.segment_ids)
     lengths = [int((row == s).sum()) for row in segments for s in np.unique(row[row > 0])]
     exists = np.asarray(batch.crop_kind) != NO_CROP
@@ -56,7 +56,7 @@ def shape_of(batch: Batch) -> BatchShape:
 
 
 def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_count: int) -> BatchShape:
-    """The shape of a batch that would hold these examples; their images need not have been read.
+    """Returns the shape of a batch that would hold these examples; their images need not have been read.
 
     A text without an image that has latents counts with its zero image, which no question guides.
     """
@@ -73,7 +73,7 @@ def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_coun
             tilings = example.tilings or (tiles.WHOLE,) * max(example.images, 1)
             images = np.flatnonzero(example.input_ids == IMAGE)
             answers = np.flatnonzero(example.labels == ANSWER_START)[: size.rounds]
-            latest = np.maximum(np.searchsorted(images, answers) - 1, 0)  # the image that each round looks at
+            latest = np.maximum(np.searchsorted(images, answers) - 1, 0)  # the image that each round's latents query
             window_tokens += sum(_window_tokens(tilings[image], spec, latent_count) for image in latest)
     return BatchShape(
         lengths=tuple(lengths),
@@ -88,7 +88,7 @@ def shape_of_examples(examples: Sequence[Example], spec: LayoutSpec, latent_coun
 
 @functools.lru_cache(1 << 14)
 def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) -> int:
-    """Tokens that the windows of one round's latents hold together."""
+    """Counts the tokens that the windows of one round's latents hold together."""
     cells = math.isqrt(latent_count)
     side = 3 * cells if spec.quadrants else math.isqrt(spec.image_tokens)
     tokens = windows(side, cells)[1].sum()
@@ -98,7 +98,7 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) ->
 
 
 def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
-    """FLOPs of one forward pass over a batch."""
+    """Returns the FLOPs of one forward pass over a batch."""
     v, m = config.vision, config.llm
     p, d, dv = v.patches, m.width, v.width
 
@@ -136,5 +136,5 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
 
 
 def step_flops(config: FusionConfig, shape: BatchShape) -> float:
-    """FLOPs of a training step: forward and backward."""
+    """Returns the FLOPs of a training step, forward and backward."""
     return 3 * forward_flops(config, shape)

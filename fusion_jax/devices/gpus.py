@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: figures of a card, how cards are joined, and their descriptions for the compiler."""
+"""Describes NVIDIA GPUs: the figures of a card, how cards are connected, and what the compiler needs."""
 
 import importlib.util
 import os
@@ -20,10 +20,10 @@ class Card:
     """Public figures of one GPU.
 
     Attributes:
-      kind: the name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. memory: bytes, as CUDA counts them;
-      hbm_rate: bytes/s. nvlink, network: bytes/s of one GPU in one direction, to its node's others and to other nodes.
-      cores: streaming multiprocessors, of `units` float32 units each; capability: of CUDA, (major, minor).
-      clock: GHz. l2, shared, block: bytes of level-2 cache, of a core's shared memory and what a block may have of it.
+      kind: JAX's name for it, by which `peaks.PEAKS` lists its FLOP/s. memory: bytes, as CUDA counts them;
+      hbm_rate: bytes/s. nvlink, network: bytes/s of one GPU in one direction, inside its node and to other nodes.
+      cores: streaming multiprocessors, with `units` float32 units each; capability: CUDA's, (major, minor).
+      clock: GHz. l2, shared, block: bytes of level-2 cache, of a core's shared memory and of a block's share of that.
     """
 
     kind: str
@@ -50,10 +50,10 @@ class Card:
         return self.memory * memory_share()
 
 
-# Memory and its rate, NVLink: NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900 GB/s; B200
-# 1,800 GB/s). The network is that of NVIDIA's own machines: one 200 Gbit/s adapter to a GPU in a DGX A100, one of 400
-# Gbit/s in DGX H100, H200 and B200.
-# Cores, caches and the bytes of memory that CUDA reports: XLA's descriptions of these devices
+# The memory, its rate and NVLink are from NVIDIA's datasheets (A100: 600 GB/s of NVLink both ways; H100 SXM, H200 900
+# GB/s; B200 1,800 GB/s). The network is that of NVIDIA's own machines: one 200 Gbit/s adapter per GPU in a DGX A100,
+# one of 400 Gbit/s in DGX H100, H200 and B200.
+# Cores, caches and the bytes of memory that CUDA reports are from XLA's descriptions of these devices
 # (openxla/xla, xla/backends/gpu/target_config/specs).
 CARDS = {
     "a100": Card(
@@ -77,7 +77,7 @@ KNOWN = ", ".join(CARDS)
 
 
 def memory_share() -> float:
-    """The share of a card's memory that JAX takes here.
+    """Returns the share of a card's memory that JAX takes here.
 
     Raises:
       UserError: the environment variable is not a share.
@@ -174,7 +174,7 @@ class GpuTopology:
                 "Planning for GPUs compiles with JAX's CUDA plug-in, which is not installed: "
                 "pip install -e '.[plan_gpu]'."
             )
-        # Else the plug-in would ask for the driver's version and give up.
+        # Without this the plug-in would ask for the driver's version and give up.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         from jax.experimental import topologies
 
@@ -185,7 +185,7 @@ class GpuTopology:
         return list(topology.devices)
 
     def seconds(self, kind: str, sent: float, group: Sequence) -> float:
-        """The least time of a collective, in seconds.
+        """Returns the least time of a collective, in seconds.
 
         Inside a node everything goes over NVLink. Between nodes, what a node has to send goes through the adapters of
         all its members at once; in an all-to-all each member has to send its own part.
@@ -200,6 +200,6 @@ class GpuTopology:
         members = len(group)
         if kind == "collective-permute":
             return sent / self.chip.network
-        # `sent` is (members - 1) / members of the whole, once or twice; between nodes go (nodes - 1) / nodes of it.
+        # `sent` is (members - 1) / members of the whole, once or twice; (nodes - 1) / nodes of the whole leave a node.
         share = (nodes - 1) / (members - 1) * (members / nodes if kind == "all-to-all" else 1)
         return max(inside, sent * share / self.chip.network)

@@ -1,4 +1,4 @@
-"""The doctor's checks of the machine: memory, processors, limits, disks and the variables that clusters set."""
+"""Checks the machine for the doctor: memory, processors, limits, disks and variables set by clusters."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ CLUSTERS = {
 
 
 def memory() -> tuple[int, int]:
-    """(bytes of memory that this process may use, bytes of them that are free), within a container's limit."""
+    """Returns the bytes of memory that this process may use, within a container's limit, and how many are free."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # not Linux
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -43,7 +43,7 @@ def _read(path: str) -> str:
 
 
 def cpus() -> float:
-    """The number of processors that this process may use, within a container's quota."""
+    """Returns the number of processors that this process may use, within a container's quota."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
@@ -71,7 +71,7 @@ def check_machine() -> Findings:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself where it exists, else the nearest folder above it that does."""
+    """Returns the path itself if it exists, else the nearest folder above it that does."""
     while not path.exists():
         path = path.parent
     return path

@@ -1,4 +1,4 @@
-"""Sums the events of a profiler's trace of steps by operation and by kind, to show where the time goes.
+"""Sums the events of a profiler's trace of steps by operation and by kind, to show what takes time.
 
 On a GPU an event is one kernel on one stream; on a CPU, which has no kernels, one instruction of the compiled program.
 """
@@ -24,7 +24,7 @@ KINDS = (
     ("reduction", r"reduc|softmax"),
     ("elementwise", r"fusion|convert|add|multiply|loop|broadcast|select|wrapped"),
 )
-_LOOPS = re.compile(r"(while|call|conditional)(\.\d+)?$")  # their bodies have events of their own
+_LOOPS = re.compile(r"(while|call|conditional)(\.\d+)?$")  # the instructions in their bodies have events of their own
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.MULTILINE)
 
 
@@ -39,7 +39,7 @@ class Event:
 
 
 def kind(name: str, operation: str) -> str:
-    """The kind of an operation: one of `KINDS`, or `other`."""
+    """Returns the kind of an operation: one of `KINDS`, or `other`."""
     both = f"{name} {operation}".lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, both)), "other")
 
@@ -85,7 +85,7 @@ def _instructions(plane) -> Iterator[Event]:
 
 
 def busy(events: list[Event]) -> float:
-    """Nanoseconds in which at least one of the events was running."""
+    """Returns the nanoseconds in which at least one of the events was running."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda e: e.start):
         total += max(0.0, event.end - max(event.start, until))
@@ -99,20 +99,20 @@ def sources(program: str) -> dict[str, str]:
 
 
 def _symbol(instruction: str) -> str:
-    """An instruction's name as it appears in the name of its kernel."""
+    """Returns an instruction's name as it appears in the name of its kernel."""
     return re.sub(r"[.\-]", "_", instruction)
 
 
 def summary(events: list[Event], steps: int, program: str = "", dearest: int = 15) -> dict:
-    """Milliseconds a step, by kind and by operation.
+    """Sums up the milliseconds per step, by kind and by operation.
 
     Args:
       steps: how many the trace holds. program: the compiled program's text, which says where instructions come from.
       dearest: how many operations to list.
 
     Returns:
-      span_ms: from the first event to the last, a step. busy_share: the share of it in which at least one event runs.
-      kinds and dearest: lists of rows, the most expensive first; `share` is that of the span.
+      span_ms: time per step, first to last event. busy_share: the share of it in which at least one event runs.
+      kinds and dearest: lists of rows, the most expensive first; their `share` is of the span.
     """
     if not events:
         return {"span_ms": 0.0, "busy_share": 0.0, "kinds": [], "dearest": []}
@@ -149,6 +149,6 @@ def summary(events: list[Event], steps: int, program: str = "", dearest: int = 1
 
 
 def _short(source: str) -> str:
-    """The end of a path of scopes, which says most."""
+    """Returns the end of a path of scopes, the most informative part."""
     plumbing = ("while", "body", "closed_call", "checkpoint", "rematted_computation")
     return "/".join(part for part in source.split("/") if part not in plumbing)[-90:]

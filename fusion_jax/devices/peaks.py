@@ -1,4 +1,4 @@
-"""The peak FLOP/s of devices: datasheets' by kind, or measured where the table has none (CPUs)."""
+"""Gives the peak FLOP/s of devices, from datasheets or, for kinds without one (CPUs), measured."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ PEAKS = {
 
 
 def datasheet_peak(kind: str) -> float | None:
-    """FLOP/s in bfloat16 of one device of a kind, as JAX names it; None for kinds that are not in PEAKS.
+    """Returns the FLOP/s in bfloat16 of one device of a kind, as JAX names it; None for kinds that are not in PEAKS.
 
     The longest name with which the kind begins counts, up to the end of a word: an L40S is not an L4.
     """
@@ -90,7 +90,7 @@ def _seconds(function, argument) -> float:
 
 @functools.cache
 def peak(dtype: DTypeLike = jnp.bfloat16) -> float:
-    """Peak FLOP/s of all devices of all processes: the datasheets', or measured for kinds not in PEAKS (CPUs).
+    """Returns the peak FLOP/s of all devices of all processes: the datasheets', or measured for kinds not in PEAKS.
 
     Only one device is measured, by the first process, so that all have the same number. A collective: all must call it.
     """

@@ -1,10 +1,10 @@
-"""The device mesh, and the mesh axes over which each logical axis is sharded.
+"""Defines the device mesh, and the mesh axes over which each logical axis is sharded.
 
 No other file knows mesh axes:
 
     data     shards rows of a batch and copies parameters. It joins the slices of a TPU, over the slow network.
     fsdp     shards rows of a batch, and parameters too: gathered for each layer, gradients scattered back.
-    tensor   shards heads, hidden units of MLPs and the vocabulary; all of it has the same rows.
+    tensor   shards heads, hidden units of MLPs and the vocabulary; devices along it hold the same rows.
 
 Parameters declare logical axes beside their shapes (`models.layers`), activations through `models.partition`. An
 optimizer moment is sharded like its parameter. On one device nothing is annotated at all.
@@ -43,7 +43,7 @@ RULES = (
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with -1 filled in. UserError where they do not multiply to the number of devices."""
+    """Returns (data, fsdp, tensor) with -1 filled in. Raises UserError if they do not multiply to `devices`."""
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     written = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -81,15 +81,15 @@ def make_mesh(config: MeshConfig | None = None, devices: list | None = None) -> 
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """The number of shards of a batch's rows."""
+    """Returns the number of shards of a batch's rows."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
-# Checks, made before anything is compiled.
+# Checks before anything is compiled.
 
 
 def check_rows(rows: int, mesh: Mesh, where: str) -> None:
-    """UserError where that many rows of a microbatch cannot be sharded evenly. where: for the message."""
+    """Raises UserError if that many rows of a microbatch cannot be sharded evenly. `where` is for the message."""
     shards = batch_shards(mesh)
     check(
         rows % shards == 0,
@@ -99,7 +99,7 @@ def check_rows(rows: int, mesh: Mesh, where: str) -> None:
 
 
 def check_model(config: FusionConfig, mesh: Mesh) -> None:
-    """UserError naming the sizes of the model that the mesh does not divide."""
+    """Raises UserError, which names the sizes, if the mesh does not divide sizes of the model."""
     fields = {
         TENSOR: (
             ("vision.heads", config.vision.heads),
@@ -122,28 +122,28 @@ def check_model(config: FusionConfig, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def of_rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 sharded over data and fsdp."""
+    """Returns the sharding of axis 0 over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def of_parameters(boxed, mesh: Mesh):
-    """Shardings of a tree of parameters that still carry their logical axes (abstract ones will do)."""
+    """Returns the shardings of a tree of parameters, which may be abstract, that still carry their logical axes."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
 def of_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
-    """Shardings of `tx`'s state: those of the parameters for their moments, copies for everything else.
+    """Returns the shardings of `tx`'s state: those of the parameters for their moments, copies for everything else.
 
     Moments of another shape (Adafactor keeps one of rows and one of columns) are sharded as far as they have the
     parameter's axes.
 
     Args:
-      params: abstract parameters. shardings: theirs, the same tree.
+      params: abstract parameters. shardings: their shardings, the same tree.
     """
 
     def place(moments, parameter, sharding):
@@ -165,7 +165,7 @@ def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: Nam
     """Shards each axis of a moment like the axis of its parameter that it corresponds to, and no other axis.
 
     With as many dimensions as the parameter, an axis corresponds to the one in the same place, if the sizes are equal;
-    with fewer, to the next one of equal size: (R, C) has moments (R,) and (C,), or (R, 1) and (1, C). Where several
+    with fewer, to the next one of equal size: (R, C) has moments (R,) and (C,), or (R, 1) and (1, C). If several
     sizes are equal any choice is valid.
     """
     if shape == parameter:
@@ -181,7 +181,7 @@ def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: Nam
 
 
 def constrain(tree, shardings):
-    """Inside a jitted function: shards `tree` by these shardings. Does nothing on one device."""
+    """Shards `tree` by these shardings inside a jitted function. Does nothing on one device."""
     leaves = jax.tree.leaves(shardings)
     return jax.lax.with_sharding_constraint(tree, shardings) if leaves[0].mesh.size > 1 else tree
 
@@ -191,7 +191,7 @@ def constrain(tree, shardings):
 
 @contextlib.contextmanager
 def use(mesh: Mesh):
-    """Functions traced or called inside are for `mesh`: kernels for its devices, logical constraints for its axes.
+    """Makes functions traced or called inside use `mesh`: kernels for its devices, logical constraints for its axes.
 
     On one device constraints do nothing.
     """
@@ -205,7 +205,7 @@ def use(mesh: Mesh):
 
 
 def lower(function, mesh: Mesh, *arguments):
-    """Lowers a jitted function for the devices of `mesh`, which need not be here: `devices.chips` describes some.
+    """Lowers a jitted function for the devices of `mesh`, which this machine need not have: see `devices.chips`.
 
     Args:
       arguments: arrays, or shapes with shardings on `mesh`.
@@ -217,14 +217,14 @@ def lower(function, mesh: Mesh, *arguments):
 
 
 def _program_for(platform: str) -> str:
-    """The name of a platform's programs: JAX calls NVIDIA's devices gpu and programs for them cuda."""
+    """Returns the name of a platform's programs: JAX calls NVIDIA's devices gpu and programs for them cuda."""
     return "cuda" if platform == "gpu" else platform
 
 
 def _described(device):
-    """Tells Triton kernels which GPU they are for, where that is a single device that is only described.
+    """Tells Triton kernels which GPU they are for, if that is a single device that is only described.
 
-    They ask the GPU of this machine, or the mesh of several devices; a single device is under no mesh.
+    They ask this machine's GPU or, with several devices, the mesh; a single device has no mesh.
     """
     if device.platform != "gpu" or jax.default_backend() == "gpu":
         return contextlib.nullcontext()
@@ -264,7 +264,7 @@ def microbatches(batch, count: int, mesh: Mesh):
 
 @functools.cache
 def held_shards(mesh: Mesh) -> tuple[int, ...]:
-    """The numbers of the row shards that are, at least in part, on this process's devices; ascending.
+    """Returns the numbers of the row shards that are, at least in part, on this process's devices; ascending.
 
     A process feeds all rows of these, and processes that share a `tensor` group feed the same rows. The numbers need
     not be consecutive: the mesh follows the network, in which the chips of a host form a square.
@@ -275,7 +275,7 @@ def held_shards(mesh: Mesh) -> tuple[int, ...]:
 
 
 def local_rows(batch, mesh: Mesh):
-    """The rows of a whole batch that this process feeds, shard by shard."""
+    """Returns the rows of a whole batch that this process feeds, shard by shard."""
     shards, held = batch_shards(mesh), held_shards(mesh)
     if len(held) == shards:
         return batch

@@ -1,4 +1,4 @@
-"""The doctor's checks of installed software: versions, the tested requirements, optional packages, a C compiler."""
+"""Checks the installed software for the doctor: versions, requirements, optional packages, C compiler."""
 
 import importlib.metadata
 import os
@@ -25,7 +25,7 @@ EXTRAS = {
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+    """Returns the installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""TPUs: figures of a chip, which topologies there are, and their descriptions for the compiler."""
+"""Describes TPUs: the figures of a chip, the topologies that exist, and what the compiler needs."""
 
 import importlib.util
 import math
@@ -15,10 +15,10 @@ class Chip:
     """Public figures of one chip.
 
     Attributes:
-      kind: a name that JAX has for it, by which `peaks.PEAKS` lists its FLOP/s. hbm: bytes; hbm_rate: bytes/s. link:
+      kind: JAX's name for it, by which `peaks.PEAKS` lists its FLOP/s. hbm: bytes; hbm_rate: bytes/s. link:
       bytes/s of one link of the torus in one direction, two links along each dimension. dcn: bytes/s of the data
-      centre's network. ring: the ends of a dimension are joined where its length is a multiple of this. shapes: of
-      slices.
+      centre's network. ring: the ends of a dimension are joined if its length is a multiple of this. shapes: those
+      that a slice may have.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class Chip:
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 
-# v5e and v5p from the vendor's pages (docs.cloud.google.com/tpu/docs, read in 2026); v6e's are still to be checked
-# there, as is how v5e's interconnect divides over its links. The interconnect is published
-# for a chip as a whole: v5e 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways
-# over 4. The network between slices: 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s a v5p chip, 100 Gbit/s a v6e chip.
+# v5e and v5p are from the vendor's pages (docs.cloud.google.com/tpu/docs, read in 2026); v6e's are still to be checked
+# there, as is how v5e's interconnect divides over its links. The interconnect is published for a chip as a whole: v5e
+# 1,600 Gbit/s each way over 4 links, v5p 1,200 GB/s both ways over 6, v6e 800 GB/s both ways over 4. The network
+# between slices has 6.4 Tbit/s for 256 v5e chips, 50 Gbit/s per v5p chip, 100 Gbit/s per v6e chip.
 CHIPS = {
     "v5e": Chip("TPU v5e", 16e9, 819e9, 50e9, 3.1e9, 16, _FLAT),
     "v5p": Chip("TPU v5p", 95 * 2**30, 2765e9, 100e9, 6.2e9, 4, _CUBES),
@@ -101,7 +101,7 @@ class TpuTopology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError("Planning compiles with libtpu, which is not installed: pip install -e '.[plan]'.")
-        # There is no TPU to query, and none that only one process may hold.
+        # There is no TPU to query, nor one that only one process may hold.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         # Without these it complains that the machine has no TPU; their values do not matter for compiling.
@@ -115,15 +115,15 @@ class TpuTopology:
         return list(topology.devices)
 
     def seconds(self, kind: str, sent: float, group: Sequence) -> float:
-        """The least time of a collective, in seconds, in which each device of a group sends `sent` bytes."""
+        """Returns the least seconds of a collective in which each device of a group sends `sent` bytes."""
         del kind
         links = self.links(group)
         return sent / (links * self.chip.link if links else self.chip.dcn)
 
     def links(self, group: Sequence) -> float:
-        """The number of links into a chip that a collective can use at once, 0 where its group leaves the slice.
+        """Returns the number of links into a chip that a collective can use at once, 0 if its group leaves the slice.
 
-        Two for every dimension of the torus along which they spread, one where its ends are not joined.
+        There are two for each dimension of the torus along which the group spreads, one if its ends are not joined.
         """
         if len({getattr(device, "slice_index", None) or 0 for device in group}) > 1:
             return 0

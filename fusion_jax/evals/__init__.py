@@ -1,1 +1,1 @@
-"""Benchmarks, one file each, and what reads, asks, scores and reports them."""
+"""Evaluates checkpoints on benchmarks: each has a file; the others read, ask, score and report."""

@@ -58,7 +58,7 @@ def _from_archive(folder: files.Folder) -> Iterator[Question]:
 
 
 def _lettered(options: Sequence[str] | str, right: str | int, where: str) -> tuple[dict[str, str], str]:
-    """The options by their letters, and the letter of the right one, which the files number from 0."""
+    """The options by letter, and the letter of the right one, which the files number from 0."""
     texts = choices.listed(options, f"{where}: options")
     return dict(zip(choices.LETTERS, texts)), choices.numbered(right, where)
 
@@ -69,8 +69,8 @@ def _question(key: str, text: str, options: dict[str, str], right: str, image: P
 
 
 def parse(answer: str) -> str:
-    """lmms-eval's rule: the capital letter before a period at the start, or else the whole answer without ASCII's
-    marks, in lower case."""
+    """Applies lmms-eval's rule: the capital letter before a period at the start, or else the whole answer without ASCII
+    punctuation; in lower case."""
     first = re.match(r"\s*([A-Z])\.", answer)
     return (first[1] if first else answer.strip()).lower().translate(_NO_MARKS)
 

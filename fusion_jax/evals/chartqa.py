@@ -1,6 +1,6 @@
 """ChartQA, test split: questions about charts (Masry et al., ACL Findings 2022).
 
-Some questions are by people (human), some by a machine (augmented).
+Some questions were written by people (human), some by a machine (augmented).
 
 test/test_human.json, test/test_augmented.json   [{"imgname", "query", "label"}, ...]
 test/png/                                        the images
@@ -51,8 +51,8 @@ def _number(text: str) -> float | None:
 
 
 def relaxed(answer: str, reference: str) -> bool:
-    """Numbers, percentages among them, within 5% of the reference; everything else, and a reference of 0, the same
-    text but for case."""
+    """Whether a number or percentage is within 5% of the reference; any other text, and an answer to a reference of 0,
+    must equal it but for case."""
     value, right = _number(answer), _number(reference)
     if value is not None and right:
         return abs(value - right) / abs(right) <= _TOLERANCE

@@ -1,4 +1,4 @@
-"""Multiple choice: options in tables and prompts, and rules that read the letter of an answer."""
+"""Reads and writes the options of multiple choice questions, and finds the letter in an answer."""
 
 import ast
 import contextlib
@@ -16,14 +16,14 @@ BY_LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
 
 
-# Whose code the tasks follow.
+# The code that the tasks follow.
 LMMS_EVAL = "lmms-eval 0.7.3"
-LMMS_EVAL_OLD = "lmms-eval 0.3.0"  # of the time of the published figures
+LMMS_EVAL_OLD = "lmms-eval 0.3.0"  # the version at the time of the published figures
 SCRIPTS = "FUSION-Code's evaluation scripts, April 2025"
 
 
 def lettered(options: Sequence[str] | Mapping[str, str]) -> str:
-    """One option a line: `A. cat`. A mapping has letters of its own."""
+    """Writes one option a line, such as `A. cat`. A mapping brings its own letters."""
     pairs = options.items() if isinstance(options, Mapping) else zip(LETTERS, options)
     return "\n".join(f"{letter}. {option}" for letter, option in pairs)
 
@@ -34,20 +34,20 @@ def is_blank(value: object) -> bool:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a hint or a category is blank, or a word that tables write for an empty cell."""
+    """Whether a hint or a category is blank, or is a word that tables write for an empty cell."""
     return is_blank(value) or str(value).strip().lower() in ("nan", "none")
 
 
 def as_text(cell: object) -> str:
-    """The cell as text, 3.0 as `3`: a column of whole numbers with empty cells is read as floats."""
+    """The cell as text, with 3.0 as `3`, because a column of whole numbers with empty cells is read as floats."""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def listed(cell: object, name: str) -> list[Any]:
-    """The list in a cell, which may be a Python list as text.
+    """The list in a cell, which may be the text of a Python list.
 
     Raises:
-      UserError: it is neither; the characters of another text would be taken for its items.
+      UserError: it is neither; the characters of any other text would become its items.
     """
     value = cell
     if isinstance(cell, str):
@@ -65,22 +65,22 @@ def read_options(
     group: Callable[[Mapping[str, Any]], Hashable] = id,
     needed: bool = True,
 ) -> list[dict[str, str]]:
-    """The options of each row of a table by their letters: those columns among `letters` whose cell is not blank.
+    """The options of each row of a table by letter: those of the columns `letters` whose cells are not blank.
 
-    Every text is an option, `None` and `nan` too. But no question has the same option twice: where some row of the file
-    ends with one of these two words twice, the file writes it for nothing, and no row's last cells that read so are
-    options. Even there a word that stands before an option, or is the answer, in one of a question's rotations is an
-    option in all of them.
+    Any text can be an option, also `None` and `nan`. But no question has the same option twice. So where some row of
+    the file ends with one of these two words twice, the file uses the word for empty cells, and it is dropped from the
+    ends of all rows. There is one exception: where one of a question's rotations has the word before another option,
+    or as the answer, it is an option in all of them.
 
     Args:
-      rows: with the columns of their options, as far as they have them, and `answer`.
+      rows: mappings with `answer` and the columns of the options that they have.
       letters: columns that may hold options.
-      where: names a row for messages. group: what the rotations of a question have in common.
-      needed: there are at least two options, and a letter as the answer; otherwise a row may have none, and its answer
-        is not looked at.
+      where: names a row for messages. group: a key that the rotations of a question share.
+      needed: whether a row must have at least two options and a letter as its answer; otherwise it may have no options,
+        and its answer is not checked.
 
     Raises:
-      UserError: an answer that is none of the options, or too few options.
+      UserError: an answer is not one of the options, or there are too few options.
     """
     every = [{x: as_text(row[x]) for x in letters if not is_blank(row.get(x))} for row in rows]
     nothing = {word for options in every if (word := _written_twice(options))}
@@ -100,18 +100,18 @@ def read_options(
 
 
 def _written_twice(options: Mapping[str, str]) -> str:
-    """The word for an empty cell with which a row ends twice; "" where it does not."""
+    """The word for an empty cell that a row has twice at its end; "" where there is none."""
     *_, before, last = ("", "", *options.values())
     return last if before == last and is_missing(last) else ""
 
 
 def _tail(options: Mapping[str, str], nothing: Collection[str]) -> list[str]:
-    """The letters of the last options that consist of such a word."""
+    """The letters of the options at the end that are one of these words."""
     return list(itertools.takewhile(lambda letter: options[letter] in nothing, reversed(options)))
 
 
 def place(answer: object, letters: Sequence[str], where: str) -> int:
-    """The index of the option that a letter names. UserError where there is no such option."""
+    """The index of the option that a letter names. Raises UserError where there is no such option."""
     letter = str(answer).strip()
     if letter not in list(letters):
         raise UserError(f"{where}: the answer {brief(answer)} is not one of its {len(letters)} options.")
@@ -119,7 +119,7 @@ def place(answer: object, letters: Sequence[str], where: str) -> int:
 
 
 def yes_or_no(answer: object, where: str) -> str:
-    """A reference that is `yes` or `no`, in any case and with or without a period. UserError for any other."""
+    """A reference, `yes` or `no` in any case, with or without a period. Raises UserError for any other text."""
     word = str(answer).strip().rstrip(".").lower()
     if word not in ("yes", "no"):
         raise UserError(f"{where}: the answer {brief(answer)} is neither yes nor no.")
@@ -127,14 +127,14 @@ def yes_or_no(answer: object, where: str) -> str:
 
 
 def numbered(answer: object, where: str) -> str:
-    """The letter of the option with an index. UserError where there is no such option."""
+    """The letter of the option with an index. Raises UserError where there is no such option."""
     if not re.fullmatch(r"\d\d?(\.0*)?", number := str(answer).strip()) or float(number) >= len(LETTERS):
         raise UserError(f"{where}: the answer {brief(answer)} is not the number of an option; the first is 0.")
     return LETTERS[int(float(number))]
 
 
 def find_letter(answer: str, options: dict[str, str]) -> str:
-    """The option that an answer names, by VLMEvalKit's rule of 2026, which MMBench's own evaluation uses.
+    """Finds the option that an answer names, by VLMEvalKit's rule of 2026, which MMBench's own evaluation uses.
 
     1. Some marks become spaces. If exactly one option's letter stands as a word of its own, and first does so among
        the last four words, that is it.
@@ -168,8 +168,10 @@ _REFUSALS = (
 
 
 def scripted_letter(answer: str) -> str:
-    """The letter by the scripts that came with the published models for CV-Bench, MMVP and ScienceQA: a letter from A
-    to F alone, or else the first one before a period, a comma or a line's end, or in brackets. "" where there is none.
+    """Finds the letter by the published models' own scripts for CV-Bench, MMVP and ScienceQA.
+
+    It is a letter from A to F alone, or else the first one before a period, a comma or a line's end, or in brackets; ""
+    where there is none.
     """
     if answer in tuple("ABCDEF"):
         return answer
@@ -178,11 +180,11 @@ def scripted_letter(answer: str) -> str:
 
 
 def ranked_letter(answer: str, letters: Sequence[str]) -> str:
-    """The letter by lmms-eval's general rule (its extract_mcq_answer): of all places where one stands in some form, the
-    last one of the form that is trusted most; "" where there is none.
+    """Finds the letter by lmms-eval's general rule (its extract_mcq_answer): of all occurrences of a letter, the last
+    one in the most trusted form; "" where there is none.
 
-    The forms, from the most trusted: at the start, at the end, somewhere after a phrase such as `answer is`, and
-    `(A)`, `A.`, `A:`, `A)`, `A `. Only without any of these does a letter inside a word count.
+    The forms are, from the most trusted: at the start, at the end, somewhere after a phrase such as `answer is`, and
+    `(A)`, `A.`, `A:`, `A)`, `A `. A letter inside a word counts only where none of these occurs.
     """
     text = answer.strip()
     for mark in ",.!?;:'\"":
@@ -207,7 +209,7 @@ def ranked_letter(answer: str, letters: Sequence[str]) -> str:
 
 
 _FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
-# Each for itself: the first `the answer is` may stand after the first `answer is`.
+# All are needed: the first `the answer is` may come after the first `answer is`.
 _PHRASES = (
     *(f"{which}answer is" for which in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
     *(f"{which}option is" for which in ("correct ", "the correct ", "best ", "the best ")),

@@ -19,7 +19,7 @@ _COLUMNS = ("idx", "type", "task", "source", "prompt", "choices", "answer")
 
 def read(data_dir: Path) -> list[Question]:
     folder = files.open_folder(data_dir, ("cv_bench", "CVBench", "CV-Bench"), "cv_bench", DATA)
-    sides = folder.joined_parquet(("2D", "3D"), "test")  # where a README or folders tell them apart
+    sides = folder.joined_parquet(("2D", "3D"), "test")  # where a README or folders distinguish them
     wanted = (("default", ("test_2d", "test_3d")), ("default", ("test",)))
     if parquet := sides or folder.parquet(*wanted):
         rows = files.read_parquet(parquet, _COLUMNS)
@@ -49,7 +49,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`accuracy` over 2D and 3D (of what there is), each of them, and accuracy by source and task."""
+    """`accuracy` as the mean of 2D and 3D (as far as present), each of the two, and accuracy by source and task."""
     sources = percent_by(predictions, "source")
     means = {}
     for side in ("2D", "3D"):

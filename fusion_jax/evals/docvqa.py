@@ -34,7 +34,7 @@ def _data(name: str, split: str) -> str:
 
 
 def read(name: str, split: str, data_dir: Path) -> list[Question]:
-    # The hub has both in one snapshot, DocVQA.
+    # The hub has both in one snapshot, named DocVQA.
     folder = files.open_folder(data_dir, (name, _TITLES[name], "docvqa"), name, _data(name, split))
     parts = {"val": ("validation", "val"), "test": ("test",)}[split]
     if parquet := folder.parquet(*((config, (s,)) for config in (_TITLES[name], "default") for s in parts)):
@@ -60,7 +60,7 @@ def _question(row: dict[str, Any], image: Picture) -> Question:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements of one character.
+    """Levenshtein's distance: the number of insertions, deletions and replacements of one character.
 
     Myers' algorithm (Journal of the ACM, 1999) keeps a column of the usual table as two numbers of len(b) bits: where
     the next value is one higher, and where it is one lower. An answer of a megabyte takes a second.
@@ -93,7 +93,7 @@ def anls(answer: str, references: Sequence[str]) -> float:
     def distance(reference: str) -> float:
         a, b = (" ".join(text.strip().lower().split()) for text in (reference, answer))
         length = max(len(reference.upper()), len(answer.upper()))
-        if abs(len(a) - len(b)) > (1 - _THRESHOLD) * length:  # at least so many edits: 0, whatever the rest says
+        if abs(len(a) - len(b)) > (1 - _THRESHOLD) * length:  # at least so many edits are needed, so the score is 0
             return 1.0
         return edit_distance(a, b) / length if length else 0.0
 

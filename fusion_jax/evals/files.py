@@ -28,7 +28,7 @@ _POINTER = b"version https://git-lfs.github.com/"
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, or one with an object on each line, which some benchmarks call JSON, too.
+    """Reads a JSON file, or a file with an object on each line, which some benchmarks also call JSON.
 
     Half a surrogate pair, which no text file can hold, becomes `?`.
 
@@ -84,7 +84,7 @@ class ParquetRow:
 
     path: Path
     number: int
-    group: int  # row group, and the row's place in it
+    group: int  # the row group, and the row's index in it
     place: int
     values: dict[str, Any]
 
@@ -146,7 +146,7 @@ def _open_parquet(path: Path):
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """Differs once a file has been written anew: a training run reads its benchmarks again for days."""
+    """Changes when a file is rewritten: a training run reads its benchmarks again and again for days."""
     try:
         status = os.stat(path)
     except OSError as e:
@@ -171,7 +171,7 @@ def _opened(path: Path, version: tuple[int, ...]):
 
 @functools.lru_cache(maxsize=2)
 def _cells(path: Path, version: tuple[int, ...], group: int, column: str) -> list:
-    """An image column of one row group. Questions are asked roughly in order, so a group is read about once."""
+    """Reads an image column of one row group. Questions are asked roughly in order, so a group is read about once."""
     return _opened(path, version).read_row_group(group, columns=[column]).column(0).to_pylist()
 
 
@@ -196,7 +196,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
     sheet = book.create_sheet()
     clean = openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE
     for row in [columns, *rows]:
-        # A text stays a text, even one that begins like a formula.
+        # A text must stay a text, even where it begins like a formula.
         row = [clean.sub("", v).encode(errors="replace").decode() if isinstance(v, str) else v for v in row]
         cells = [openpyxl.cell.WriteOnlyCell(sheet, v) for v in row]
         for cell, value in zip(cells, row):

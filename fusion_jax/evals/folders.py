@@ -16,22 +16,22 @@ from fusion_jax.evals.sources import note
 from fusion_jax.files import read_text
 
 _SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
-_DEPTH = 4  # folders below the data folder in which files are looked for
+_DEPTH = 4  # levels of folders below the data folder that are searched
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_MANY = 20  # questions without a Chinese character; fewer prove nothing
+_MANY = 20  # questions without a Chinese character that decide the language; fewer prove nothing
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder with one benchmark's data, and what should be in it, for errors."""
+    """The folder with one benchmark's data, and its expected contents, for errors."""
 
     path: Path
     task: str
     expects: str
-    own: bool = False  # named after the benchmark, so that all in it is the benchmark's
+    own: bool = False  # whether it is named after the benchmark, so that it holds nothing else
 
     def all(self) -> list[Path]:
-        """All data files up to a few levels deep, sorted."""
+        """All data files down to a few levels, sorted."""
         return _listing(self.path)
 
     def find(self, *patterns: str) -> list[Path]:
@@ -50,7 +50,7 @@ class Folder:
         return paths
 
     def one(self, *patterns: str) -> Path:
-        """The match nearest to the top. UserError where there is none, or several are equally near."""
+        """The match nearest to the top. Raises UserError where there is none or several are equally near."""
         paths = self.need(*patterns)
         depth = min(len(path.parts) for path in paths)
         nearest = [path for path in paths if len(path.parts) == depth]
@@ -76,7 +76,7 @@ class Folder:
         return paths
 
     def images(self, *names: str) -> Path:
-        """The first existing folder of these paths below the data folder ("" is itself). UserError if there is none."""
+        """The first of these paths below the data folder that exists ("" is itself). Raises UserError without one."""
         for name in names:
             path = self.path / name
             if path.is_dir():
@@ -144,12 +144,12 @@ def _snapshot(path: Path, task: str) -> Path:
 
 
 def _listing(folder: Path) -> list[Path]:
-    """All data files up to a few levels deep."""
+    """All data files down to a few levels."""
     paths = []
     for here, folders, names in os.walk(folder, followlinks=True):
         if len(Path(here).relative_to(folder).parts) >= _DEPTH:
             folders.clear()
-        # Hidden files are a download's own notes, or were added to an archive by macOS.
+        # Hidden files are notes of a download, or were added to an archive by macOS.
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         names = [name for name in names if not name.startswith(".")]
         paths += [Path(here) / name for name in sorted(names) if name.lower().endswith(_SUFFIXES)]
@@ -161,7 +161,7 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
 
 
 def check_language(folder: Folder, language: str, texts: Sequence[str]) -> None:
-    """UserError where the questions are in the other language of `en` and `cn`: their files may have the same name."""
+    """Raises UserError where the questions are not in this language, `en` or `cn`: files of both may share a name."""
     chinese = sum(bool(_CHINESE.search(text)) for text in texts)
     if language == "en" and 2 * chinese > len(texts):
         raise folder.wrong("the questions are in Chinese, not in English,")

@@ -6,8 +6,8 @@
     hallusion_bench/VD/figure/...     the images
     or Parquet with the same columns and `image`
 
-An answer is right (1), wrong (0) or unclear (2). A language model decides in the official evaluation, and without one
-the words yes and no. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
+An answer is right (1), wrong (0) or unclear (2). In the official evaluation a language model decides; without one the
+words yes and no do. Unclear counts as right where a question about a missing picture (VS, figure 0) has no answer.
 """
 
 from collections import defaultdict
@@ -20,12 +20,12 @@ from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent, picture
 
 DATA = "HallusionBench.json with the images in hallusion_bench/, or HallusionBench's Parquet files"
-# With and without the questions that have no picture; or in one file.
+# Files with and without the questions that have no picture, or one file for both.
 _SPLITS = (("default", ("image", "non_image")), ("default", ("image",)), ("default", ("test",)))
 _PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")
 _COLUMNS = (*_PLACE, "question", "visual_input", "gt_answer", "gt_answer_details")
 _WORDS = {"1": "yes", "0": "no"}
-# The benchmark's own words (github.com/tianyi-lab/HallusionBench, BSD-3-Clause): others would judge differently.
+# The benchmark's own prompt (github.com/tianyi-lab/HallusionBench, BSD-3-Clause): another would judge differently.
 _GRADING = (
     "Imagine you are an intelligent teacher. Thoroughly read the question, reference answer and the prediction answer "
     "to ensure a clear understanding of the information provided. Assess the correctness of the predictions. If the "
@@ -71,7 +71,7 @@ def _scored(question: Question, verdict: int) -> Scored:
 
 
 def score(question: Question, answer: str) -> Scored:
-    """VLMEvalKit's rule: right or wrong by the one of the words yes and no that is there; unclear with both or none."""
+    """Applies VLMEvalKit's rule: the word yes or no decides; an answer with both or neither is unclear."""
     words = {"yes", "no"} & set(vqa.punctuation(answer.lower(), vqa.ONE_COMMA).split())
     return _scored(question, 2 if len(words) != 1 else int(words == {question.reference}))
 
@@ -82,8 +82,8 @@ def judged(question: Question, answer: str, judge: Judge) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`aAcc` of questions, `fAcc` of figures and `qAcc` of questions over all their figures, for all questions and for
-    those with a picture alone, which some leaderboards show."""
+    """`aAcc` by question, `fAcc` by figure and `qAcc` by question over all its figures, for all questions, and for only
+    those with a picture, which some leaderboards show."""
     with_image = [p for p in predictions if p.question.pictures]
     figures = _figures(predictions)
     return figures | ({f"{key}_images_only": v for key, v in _figures(with_image).items()} if with_image else {})

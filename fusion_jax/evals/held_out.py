@@ -1,6 +1,6 @@
-"""Held-out questions with short answers, beside two baselines that do not see the image.
+"""Held-out questions with short answers, compared with two baselines that do not see the image.
 
-The data are `held_out.json` in LLaVA format, each record with one round and, if accuracy by topic is wanted, `topics`.
+The data are `held_out.json` in LLaVA format; each record has one round and, for accuracy by topic, `topics`.
 """
 
 import random
@@ -20,12 +20,12 @@ DATA = f"{FILE} in LLaVA format, with a key 'topics' for accuracy by topic"
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation at the ends, single spaces."""
+    """The text in lower case, without punctuation at its ends and with single spaces."""
     return " ".join(text.lower().strip().strip(".,;:!?\"'()").split())
 
 
 def majority_accuracy(expected: Sequence[str], topics: Sequence[str]) -> float:
-    """Accuracy of always answering with a topic's most common answer, which needs the questions alone."""
+    """Accuracy of always giving a topic's most common answer, which needs only the questions."""
     by_topic = defaultdict(Counter)
     for answer, topic in zip(expected, topics):
         by_topic[topic][normalise(answer)] += 1
@@ -81,7 +81,7 @@ def _topic(value: Any) -> str:
 
 
 def _picture(record: Record) -> Picture:
-    if isinstance(record.images[0], bytes):  # the record itself holds it
+    if isinstance(record.images[0], bytes):  # the record itself holds the image
         return Picture(f"{record.where}, image", lambda: record.images[0])
     return picture(record.images[0])
 

@@ -1,6 +1,6 @@
 """Chooses the Parquet files of a hub snapshot that a task reads, by their config and split.
 
-    README.md                              names them, where it has `configs` with `data_files` at its top; otherwise
+    README.md                              decides where it has `configs` with `data_files` at its top; otherwise
     test-00000-of-00001.parquet            default, test: the same in data/
     ScienceQA-IMG/test-00000-of-00001.parquet        ScienceQA-IMG, test
     ScienceQA-IMG/test/0000.parquet                  the same, as the hub's own conversion lays it out
@@ -33,10 +33,11 @@ _README_BYTES = 1 << 20
 def choose(folder: Path, files: Sequence[Path], own: bool, wanted: Sequence[Wanted]) -> tuple[list[Path], str]:
     """The Parquet files of the first of these configs that the snapshot has with all its splits, and a description.
 
-    There are none where the folder holds no Parquet files, or also files of another kind that the task may read.
+    Where there is none, the list is empty if the folder holds no Parquet files, or also files of another kind, which
+    the task may read.
 
     Args:
-      files: all data files in the folder. own: the folder is the benchmark's own.
+      files: all data files in the folder. own: whether the folder is the benchmark's own.
       wanted: configs in order of preference. `default` is also the only config of an own folder, whatever its name.
 
     Raises:
@@ -141,7 +142,7 @@ def _configs(readme: Path) -> list[Mapping[str, Any]]:
 
 
 def _whole(paths: Sequence[Path]) -> list[Path]:
-    """The files of one split in order. UserError where shards are missing or exist twice."""
+    """The files of one split in order. Raises UserError where shards are missing or exist twice."""
     numbers: dict[int, Path] = {}
     counts = set()
     for path in paths:

@@ -1,6 +1,6 @@
-"""A language model that grades answers, behind an OpenAI-compatible endpoint.
+"""Grades answers with a language model at an OpenAI-compatible endpoint.
 
-JUDGE_MODEL      name of the model; without it nothing is ever sent anywhere
+JUDGE_MODEL      name of the model; without it nothing is sent anywhere
 JUDGE_BASE_URL   for example https://api.openai.com/v1
 JUDGE_API_KEY    sent as a bearer token and nowhere else; may be missing for a local server
 """
@@ -16,7 +16,7 @@ from typing import Any
 from fusion_jax.errors import UserError
 from fusion_jax.web.client import Web, WebError, is_endpoint, is_key, proxy_for, read_json, retry_after
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses after which a request is repeated
 _LONGEST_WAIT = 60.0
 _MAX_REPLY = 1 << 23  # bytes
 _MAX_TEXT = 10_000  # characters; a verdict is a word or a line
@@ -28,7 +28,7 @@ class Judge:
     """The endpoint and the model that grade.
 
     Attributes:
-      attempts: at most so many for a request. pause: seconds before the second attempt, doubled after each.
+      attempts: most attempts for a request. pause: seconds before the second attempt, doubled after each.
       timeout: seconds for a whole request.
     """
 
@@ -93,7 +93,7 @@ def _web(proxy: str) -> Web:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Judge | None:
-    """The configured judge; None without JUDGE_MODEL. UserError where the address is missing or not a URL."""
+    """The configured judge; None without JUDGE_MODEL. Raises UserError where the address is missing or not a URL."""
     model = environment.get("JUDGE_MODEL", "")
     if not model:
         return None

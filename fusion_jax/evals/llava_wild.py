@@ -6,10 +6,10 @@
     images/
     or Parquet with the columns question_id, question, image, category, caption, gpt_answer
 
-A language model grades: it gives the reference answer and the model's one to ten points each. The figure is the sum of
-the model's in percent of the sum of the references', so it may be above 100. The grading prompt is the benchmark's,
-word for word (github.com/haotian-liu/LLaVA, Apache-2.0): another one would give other scores. Without a judge the
-answers become the file that the benchmark's own script takes.
+A language model grades the reference answer and the model's answer with one to ten points each. The figure is the sum
+of the model's points in percent of the sum of the references', so it may be above 100. The grading prompt is the
+benchmark's, word for word (github.com/haotian-liu/LLaVA, Apache-2.0): another would lead to other scores. Without a
+judge, the answers are written to the file that the benchmark's own script reads.
 """
 
 import json
@@ -109,8 +109,8 @@ def score(question: Question, answer: str) -> Scored:
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
     """Grades one answer: the points of the reference and of the answer, and the latter as a share of ten.
 
-    The judge is asked again where its first line does not hold two numbers. After some attempts the question counts in
-    neither sum.
+    The request is repeated where the first line of the reply does not hold two numbers. After some attempts the
+    question counts in neither sum.
     """
     prompt = GRADING.format(
         context=question.about["context"], question=question.text, reference=question.reference, answer=answer
@@ -128,8 +128,8 @@ def parse(reply: str) -> tuple[float, float] | None:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`relative`, the published figure, of all questions and by category; the mean points of both in percent; and how
-    many questions the judge gave no points."""
+    """`relative`, the published figure, over all questions and by category; the mean points of both in percent; and the
+    number of questions without points from the judge."""
     graded = [p for p in predictions if isinstance(p.parsed, list)]
     kinds = {kind: [p for p in graded if p.question.about["category"] == kind] for kind in CATEGORIES}
     figures = {"relative": graded, **kinds}
@@ -150,7 +150,7 @@ def _relative(predictions: Sequence[Prediction]) -> float:
 
 
 def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
-    """The answers as LLaVA's own grading script takes them."""
+    """Writes the answers as LLaVA's own grading script reads them."""
     path = folder / "submission.jsonl"
     rows = [{"question_id": p.question.id, "prompt": p.question.text, "text": p.answer} for p in predictions]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -4,8 +4,8 @@
                            answer_type, metadata
     or testmini.json       {"1": the same with the image's file in `image`, ...} and images/
 
-An answer is first extracted from what the model says, by a language model in the official evaluation. Without a judge
-that is done by rules: an answer that is one already, `The answer is "..."`, and then the last number in the text.
+The answer is first extracted from the model's text, in the official evaluation by a language model. Without a judge,
+rules extract it: a text that is an answer already, `The answer is "..."`, and then the last number in the text.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def _precision(row: dict[str, Any]) -> int:
 
 
 def query(row: dict[str, Any]) -> str:
-    """The official zero-shot query: a hint at the kind of answer, the question with its unit, the choices."""
+    """The official zero-shot query: a hint about the kind of answer, the question with its unit, the choices."""
     places = _precision(row)
     if row["question_type"] == "multi_choice":
         hint = "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
@@ -172,8 +172,8 @@ def extract(answer: str, about: dict[str, Any]) -> str:
 
 
 def normalise(extraction: str, about: dict[str, Any]) -> str | None:
-    """The extraction in the form of references: an option's text (the nearest by edit distance, if need be), a whole
-    number, or a rounded one; None where it is none."""
+    """The extracted answer in the form of references: an option's text (if need be, the nearest by edit distance), a
+    whole number, or a rounded one; None where it is none of these."""
     options = about["options"]
     if about["question_type"] == "multi_choice":
         extraction = extraction.strip()

@@ -3,10 +3,10 @@
     mmbench_dev_20230712.tsv, MMBench_DEV_EN.tsv and the like: index, question, hint, A, B, C, D, answer, category,
     l2-category, image (base64); or Parquet with the same columns
 
-Circular evaluation (Liu et al., ECCV 2024): a question is right when all its rotations are. The files hold the
+In circular evaluation (Liu et al., ECCV 2024) a question is right when all its rotations are. The files hold the
 rotations: their index is the first one's plus a multiple of a million, and their image may be the index of the row that
-has it. From a file without rotations they are made here. The test splits have no answers; they become a file for the
-benchmark's server.
+has it. For a file without rotations they are made here. The test splits have no answers; theirs are written to a file
+for the benchmark's server.
 """
 
 import dataclasses
@@ -125,11 +125,11 @@ def read_in_other_words(language: str, split: str, data_dir: Path) -> list[Quest
 
 
 def static_letter(answer: str, options: dict[str, str]) -> str:
-    """lmms-eval's rule where no language model is asked (mmbench_en_dev_static).
+    """Applies lmms-eval's rule for evaluation without a language model (mmbench_en_dev_static).
 
-    1. If exactly one letter from A to E stands between spaces, that is it, but for an answer of over three words with
-       an A among them. The same with a mark after or brackets around, in a fixed order.
-    2. If exactly one option's text is in the answer, that is it. 3. `choices.ranked_letter`.
+    1. If exactly one letter from A to E is a word of its own, that is it, except in an answer of over three words that
+       has an A among them. The same holds for letters with punctuation after or brackets around, in a fixed order.
+    2. If exactly one option's text is in the answer, that is it. 3. Otherwise `choices.ranked_letter` decides.
     """
     words, lowered = answer.split(), answer.lower()
     for before, after in _AROUND:
@@ -150,7 +150,7 @@ def static_score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`circular`, the published figure; `vanilla`, one pass alone; and circular accuracy by category."""
+    """`circular`, the published figure; `vanilla`, that of a single pass; and circular accuracy by category."""
     passes: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         passes[p.question.group].append(p)
@@ -166,7 +166,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def submit(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
-    """What the server takes: every row's question, options and prediction."""
+    """Writes what the server reads: every row's question, options and prediction."""
     letters = sorted({*"ABCD"}.union(*(p.question.about["options"] for p in predictions)))
     rows = []
     for p in predictions:

@@ -76,7 +76,7 @@ def _question(key: str, number: int, text: str, answer: str, category: str, imag
 
 
 def score(question: Question, answer: str) -> Scored:
-    """`yes` or `no` within the first four characters but for periods, in this order; `y` and `n` alone count, too."""
+    """Searches the first four characters without periods for `yes`, then for `no`; `y` or `n` alone counts, too."""
     start = answer.lower().strip().replace(".", "")
     start = {"y": "yes", "n": "no"}.get(start, start[:4])
     parsed = next((word for word in ("yes", "no") if word in start), "other")

@@ -7,8 +7,8 @@
                            "Subtask", "Category"}, ...] beside the folders of images
 
 The pictures are photographs, charts and satellite pictures. There are three versions: the whole in English, which
-leaderboards quote, one in Chinese, and `lite`, a tenth of the English one. The prompt is that of lmms-eval 0.7.3
-(mme_realworld), and so is the reading of answers, which is the benchmark's own rule.
+leaderboards quote, one in Chinese, and `lite`, a tenth of the English one. Prompts are made and answers are read as by
+lmms-eval 0.7.3 (mme_realworld), which reads them by the benchmark's own rule.
 """
 
 import functools
@@ -21,7 +21,7 @@ from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Scored, Task, accuracy, percent, percent_by, picture
 
 _LETTERS = "ABCDE"
-# Version, names of its folder, of its TSV and of its JSON.
+# For each version the names of its folder, of its TSV and of its JSON.
 _VERSIONS = {
     "en": (("MME-RealWorld", "MME-RealWorld-Lmms-eval"), "mme-realworld.tsv", "mme_realworld.json"),
     "cn": (("MME-RealWorld-CN", "MME-RealWorld-CN-Lmms-eval"), "mme-realworld-cn.tsv", "mme_realworld_cn.json"),
@@ -113,8 +113,8 @@ def _question(version: str, row: Mapping[str, Any], options: list[str], image: P
 def parse(answer: str) -> str:
     """The first capital A to E after the usual phrases; "" for over ten words without one.
 
-    Of an answer without such a capital, the first of `(a)` to `(e)` that the whole answer is a part of: an empty one is
-    A, as the benchmark's own code has it.
+    For a shorter answer without such a capital, it is the first of `(a)` to `(e)` that contains the whole answer: an
+    empty answer is A, as in the benchmark's own code.
     """
     text = answer.strip()
     for phrase in _PHRASES:
@@ -132,7 +132,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracy over all questions, over those of each task, and by subtask, as `Perception/Monitoring`."""
+    """Accuracy over all questions, by task, and by subtask, such as `Perception/Monitoring`."""
     tasks = percent_by(predictions, "task")
     by: dict[str, list[float]] = {}
     for p in predictions:

@@ -3,9 +3,9 @@
     Accounting/validation-00000-of-00001.parquet and so on, or data/validation-*.parquet: id, question,
     options (a Python list as text), answer, question_type, image_1 ... image_7
 
-Pictures come before the words, in the order of their numbers, and the words keep their `<image 1>`. Answers are read
-as by lmms-eval, which took the rule from the benchmark's eval_utils.py; where that draws a choice at random, the
-question's id decides here. The test split has no answers; it becomes a file for the server.
+Pictures come before the text, in the order of their numbers, and the text keeps its `<image 1>`. Answers are read
+as by lmms-eval, which has the rule from the benchmark's eval_utils.py; where that draws a choice at random, the
+question's id decides here. The test split has no answers; the model's are written to a file for the server.
 """
 
 import functools
@@ -28,7 +28,7 @@ SUBJECTS = (
 _IMAGES = tuple(f"image_{n}" for n in range(1, 8))
 _OPEN = choices.SHORT
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBERS = (  # the official patterns, which look at the digits of a run once instead of from each of them
+_NUMBERS = (  # the official patterns, rewritten to read each run of digits only once
     r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,000
     r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d+",  # 1e5
     r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d+)(?![,\d])",
@@ -67,8 +67,11 @@ def _question(row: files.ParquetRow) -> Question:
 
 
 def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
-    """The letter: in brackets, before a space, before a period, or by its text in an answer of over five words; the
-    last of several, as a word between spaces where there are no brackets."""
+    """Finds the letter in brackets, or else before a space, before a period, or by its option's text.
+
+    An option's text counts only in an answer of over five words. Of several letters, the one that occurs last is taken;
+    those without brackets are located as words of their own.
+    """
     answer = answer.strip()
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
@@ -85,7 +88,7 @@ def parse_choice(answer: str, options: Sequence[str], seed: str) -> str:
 
 
 def _normal(text: str) -> list[str | float]:
-    """A number rounded to two places, or the text in lower case; a single letter only beside a space."""
+    """A number rounded to two places, or the text in lower case, a single letter with a space before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -95,10 +98,10 @@ def _normal(text: str) -> list[str | float]:
 
 
 def parse_open(answer: str) -> list[str | float]:
-    """What may be the answer in each line: the shortest text after a word such as `is` or `answer`, after `=` in the
-    last line too, and all numbers in it."""
+    """Candidates for the answer in each line: the shortest text after a word such as `is` or `answer`, in the last line
+    also after `=`, and all numbers in it."""
     answer = answer.strip().strip(".").lower()
-    # Official, and after lower() without effect: sentences end before a capital letter.
+    # The official pattern ends sentences before a capital letter, which has no effect after lower().
     lines = re.split(r"\.\s(?=[A-Z])|\n", answer)
     candidates = []
     for number, line in enumerate(lines):
@@ -114,7 +117,7 @@ def parse_open(answer: str) -> list[str | float]:
 
 
 def matches(parsed: Sequence[str | float], reference: str | Sequence[str]) -> bool:
-    """A number that equals a right one, or a text that contains a right one."""
+    """Whether a candidate is a number that equals a right one, or a text that contains a right one."""
     right = [value for text in ([reference] if isinstance(reference, str) else reference) for value in _normal(text)]
     return any(
         any(isinstance(r, str) and r in value for r in right) if isinstance(value, str) else value in right

@@ -1,7 +1,7 @@
 """MMStar: 1500 questions that need the picture, in six abilities (Chen et al., NeurIPS 2024).
 
-mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image; where
-the question has no options with it, A, B, C and D
+mmstar.parquet or MMStar.tsv: index, question (with its options), answer (a letter), category, l2_category, image; also
+A, B, C and D where the question does not include its options
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _question(row: dict[str, Any], options: dict[str, str], image: Picture) -> Q
     words = row["question"].strip()
     if options and "Options:" not in words:
         words += "\nOptions: " + ", ".join(f"{letter}: {text}" for letter, text in options.items())
-    # The published prompt has no period at its end here.
+    # The published prompt has no period at its end.
     prompt = f"{words}\n{choices.BY_LETTER.rstrip('.')}"
     about = {"category": row["category"], "l2_category": row["l2_category"]} | ({"options": options} if options else {})
     return Question(str(row["index"]), prompt, row["answer"].strip(), (image,), words, about)
@@ -42,7 +42,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def first_letter_score(question: Question, answer: str) -> Scored:
-    """MMStar's own rule: the letter stands first, in brackets, or after `option ` or `the answer is `."""
+    """Applies MMStar's own rule: the letter is first, in brackets, or after `option ` or `the answer is `."""
     text = answer.lower().strip().replace("\n", " ")
     right = question.reference.lower()
     letter = text[:1]
@@ -53,7 +53,7 @@ def first_letter_score(question: Question, answer: str) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`average` over the finer categories, as lmms-eval has it, and `accuracy` over the questions, as MMStar has it."""
+    """`average` over the finer categories, as in lmms-eval, and `accuracy` over the questions, as in MMStar."""
     by_l2_category = percent_by(predictions, "l2_category")
     return {
         "average": sum(by_l2_category.values()) / len(by_l2_category),

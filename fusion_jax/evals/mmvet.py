@@ -4,8 +4,8 @@
     images/       the images
     or Parquet with the columns question_id, question, answer, capability, image
 
-Without a judge the answers become the file that the benchmark's own evaluator takes. The grading prompt below is the
-benchmark's, word for word (github.com/yuweihao/MM-Vet, Apache-2.0): another one would give other scores.
+Without a judge, the answers are written to the file that the benchmark's own evaluator reads. The grading prompt below
+is the benchmark's, word for word (github.com/yuweihao/MM-Vet, Apache-2.0): another would lead to other scores.
 """
 
 import dataclasses
@@ -83,7 +83,8 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def judged(question: Question, answer: str, judge: Judge) -> Scored:
-    """The judge's number. Without one the judge is asked again at rising temperatures; in the end the score is 0."""
+    """Grades an answer with the judge's number. A reply without one is requested again at rising temperatures; in the
+    end the score is 0."""
     truth = question.reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{GRADING}\n{' | '.join([question.text, truth, answer, ''])}"
     temperature = 0.0

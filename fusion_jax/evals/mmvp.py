@@ -3,7 +3,7 @@
     Questions.csv        Index, Question, Options ("(a) Open (b) Closed"), Correct Answer ("(a)")
     MMVP Images/1.jpg    the images, by index; 1 and 2 are a pair, and so on
 
-A pair is right when both its answers are, by the benchmark's own measure. Published figures count single questions.
+By the benchmark's own measure a pair is right when both its answers are. Published figures count single questions.
 The prompt is that of Cambrian-1's evaluation.
 """
 

@@ -4,7 +4,7 @@
     OCRBench_Images/     the images
     or Parquet with the columns dataset, question_type, question, answer, image
 
-An answer is right when it contains one of the references: without case, but for formulas (HME100k) without spaces.
+An answer is right when it contains one of the references: regardless of case or, for formulas (HME100k), of spaces.
 """
 
 from collections import defaultdict
@@ -59,7 +59,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def lower_case_score(question: Question, answer: str) -> Scored:
-    """The same rule before it folded full-width characters; it took a formula's answer in lower case."""
+    """Applies the rule's earlier version, which did not fold full-width characters and lowered the case of formulas."""
     formula = question.about["dataset"] == _FORMULAS
     references = question.reference if formula else [text.lower() for text in question.reference]
     return _contains(answer.lower(), references, formula)
@@ -73,7 +73,7 @@ def _contains(answer: str, references: Sequence[str], formula: bool) -> Scored:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`final_score`, the number of right answers (of 1000), by kind as well, and the share in percent."""
+    """`final_score`, the number of right answers (of 1000), also by kind, and the share in percent."""
     kinds = defaultdict(int)
     for p in predictions:
         kinds[p.question.about["category"]] += int(p.score)

@@ -46,7 +46,7 @@ def _question(split: str, key: str, text: str, label: str, image) -> Question:
 
 
 def parse(answer: str) -> str:
-    """POPE's rule: only the first sentence counts; it is a no if one of its words is `no`, `No` or `not`."""
+    """Applies POPE's rule: only the first sentence counts; it is a no if one of its words is `no`, `No` or `not`."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -57,7 +57,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def exact_score(question: Question, answer: str) -> Scored:
-    """lmms-eval's rule: the whole answer is the word, in any case."""
+    """Applies lmms-eval's rule: the whole answer must be the word, in any case."""
     parsed = answer.lower().strip()
     return parsed, float(parsed == question.reference)
 
@@ -78,7 +78,7 @@ def measure(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Each split's figures, and their means over the splits, which is what is published."""
+    """The figures of each split, and their means over the splits, which are those that are published."""
     splits = {name: [p for p in predictions if p.question.about["split"] == name] for name in SPLITS}
     each = {name: measure(part) for name, part in splits.items() if part}
     means = {key: sum(m[key] for m in each.values()) / len(each) for key in next(iter(each.values()))}

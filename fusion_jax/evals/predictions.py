@@ -1,4 +1,4 @@
-"""Answers on disk: appended as they come, shared by processes, and refused to another checkpoint.
+"""Keeps answers on disk: appended as they come, shared by processes, bound to one checkpoint.
 
 OUTPUT/TASK/parts/00001-of-00004.jsonl   the answers of process 1 of 4; the first line names the checkpoint
 OUTPUT/TASK/predictions.jsonl            all of them in the benchmark's order, scored; written by process 0
@@ -19,7 +19,7 @@ _LONGEST = 1 << 20  # bytes of the first line
 
 
 def fingerprint(step_folder: Path) -> str:
-    """Names a checkpoint by its files: a copy elsewhere has the same name, every other save another.
+    """Names a checkpoint by its files: a copy elsewhere has the same name, any other save a different one.
 
     The sizes of the parameters' files and the contents of the small ones (the config, and the index of every tensor's
     blocks) are enough for that, so that the weights need not be read.
@@ -34,7 +34,7 @@ def fingerprint(step_folder: Path) -> str:
 
 
 def check_folder(output: Path, header: dict[str, Any]) -> None:
-    """UserError if the output folder holds answers of another checkpoint."""
+    """Raises UserError if the output folder holds answers of another checkpoint."""
     for path in sorted(output.glob(f"*/{_PARTS}/*.jsonl")):
         _check_header(path, header)
 
@@ -44,7 +44,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         with open_file(path) as file:
             first = file.readline(_LONGEST)
         if not first.endswith(b"\n"):
-            return  # stopped before it had written anything
+            return  # the process was stopped before it had written anything
         written = parse_json(first)
         checkpoint = written["checkpoint"]
     except OSError as e:
@@ -94,7 +94,7 @@ class Part:
 
 
 def digest(prompt: str) -> str:
-    """Short name of a prompt: an answer counts only for the prompt that it was given to."""
+    """A short name of a prompt: an answer counts only for the prompt that it answered."""
     return hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:12]
 
 
@@ -117,7 +117,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 known = all(isinstance(row[key], str) for key in ("id", "prompt", "answer"))
             except (ValueError, KeyError, TypeError):
                 known = False
-            if known:  # a machine that failed may leave half a line, whose question is asked again
+            if known:  # a machine that fails may leave half a line; its question is asked again
                 yield row
 
 

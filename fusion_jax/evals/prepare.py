@@ -26,7 +26,7 @@ class Prepared:
     """A task with the questions that will be asked.
 
     Attributes:
-      source: the files that they are from. whole: number of questions in those files, without those for comparison.
+      source: the files that hold them. whole: number of questions in these files, without those for comparison.
     """
 
     task: Task
@@ -41,7 +41,7 @@ def prepare(task: Task, data_dir: Path, limit: int = 0, progress: bool = False) 
     Args:
       data_dir: the benchmark's data, or a folder with one folder for each benchmark.
       limit: about how many questions, spread evenly; 0 for all. Images of the others are not read.
-      progress: whether to show a bar over the images.
+      progress: whether to show a progress bar while images are checked.
 
     Raises:
       UserError: the data folder has another layout, or a row, a reference or an image cannot be used.
@@ -67,12 +67,12 @@ def sample(questions: list[Question], limit: int) -> list[Question]:
 
 
 def key(question: Question) -> tuple[str, str]:
-    """Key of a question's answer: its id, and a digest of all words that the answer depends on."""
+    """The key of a question's answer: its id, and a digest of the whole text that the answer depends on."""
     return question.id, digest(words(question))
 
 
 def words(question: Question) -> str:
-    """All words that an answer depends on."""
+    """The whole text that an answer depends on."""
     system = question.about.get("system")
     return question.prompt if system is None else f"{system}\n\n{question.prompt}"
 
@@ -94,7 +94,7 @@ def _read(task: Task, data_dir: Path) -> list[Question]:
 
 
 def _check(task: Task, questions: Sequence[Question]) -> None:
-    """UserError where two ids are equal, or an answer could not be compared with its reference."""
+    """Raises UserError where two ids are equal, or an answer could not be compared with its reference."""
     if task.headline and (secret := next((q for q in questions if q.reference is None), None)):
         raise UserError(
             f"{task.name}: there are questions without an answer, as only test splits have; the first is "
@@ -126,7 +126,7 @@ def _row(question: Question) -> str:
 
 
 def _check_filled(task: Task, question: Question) -> None:
-    """UserError where an option or an answer is empty, or the answer is not one of the options."""
+    """Raises UserError where an option or an answer is empty, or the answer is not one of the options."""
     where, row, right = f"{task.name}, question {shown(question.id)}", _row(question), question.reference
     options = question.about.get("options") or ()
     by_letter = options if isinstance(options, dict) else dict(zip(LETTERS, options))
@@ -135,8 +135,8 @@ def _check_filled(task: Task, question: Question) -> None:
         raise UserError(f"{where}: an option is empty{row}.")
     if right is not None and (is_blank(right) or right == []):
         raise UserError(f"{where}: the answer is empty{row}.")
-    # It must not be a small letter, a number or an option's text either, as no answer would ever equal that. Only
-    # MathVista's answers are texts.
+    # The answer must not be a lower-case letter, a number or an option's text either, because no prediction would ever
+    # equal that. Only MathVista's answers are texts.
     if texts and isinstance(right, str) and "answer_type" not in question.about:
         try:
             place(right, list(by_letter), where)
@@ -145,7 +145,7 @@ def _check_filled(task: Task, question: Question) -> None:
 
 
 def _check_images(task: Task, questions: Sequence[Question], progress: bool) -> None:
-    """UserError where images are missing, or their headers cannot be read."""
+    """Raises UserError where images are missing, or their headers cannot be read."""
     missing = [(p.name, q.id) for q in questions for p in q.pictures if p.stored_in_file and not Path(p.name).is_file()]
     if missing:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Figures published for models of this family, and how they were measured.
+"""Lists the figures published for models of this family, and how they were measured.
 
-FLARE: the paper's comparison (ICLR 2026). FUSION: the table of the released code (github.com/starriver030515/FUSION,
-README of April 2025), which arXiv 2504.09925 describes. lmms-eval made most of them, and the code's own scripts
-CV-Bench, MMVP and TextVQA.
+Those of FLARE are from the paper's comparison (ICLR 2026), those of FUSION from the table of the released code
+(github.com/starriver030515/FUSION, README of April 2025), which arXiv 2504.09925 describes. Most were measured with
+lmms-eval; CV-Bench, MMVP and TextVQA were measured with the code's own scripts.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ _NOT_THERE = (None, None, None)
 
 @dataclass(frozen=True)
 class Row:
-    """One published column, as a row.
+    """One column of the published tables.
 
     Attributes:
       title: the benchmark. task, figure: our task and its figure that measure the same.
-      values: in the order of MODELS, in the units of `figure`; None where nothing was published.
+      values: one for each of MODELS, in the units of `figure`; None where nothing was published.
       measured: how the published values were measured, and where ours are measured differently.
     """
 
@@ -37,7 +37,8 @@ class Row:
         """Our own value, by the published rule where there is one, and the names of its task and figure.
 
         Args:
-          tasks: figures by task; those by the published rule are a task NAME_published, or have it in their names.
+          tasks: figures by task; those by the published rule belong to a task NAME_published, or have the rule in their
+            own names.
         """
         for task in (f"{self.task}_published", self.task):
             for figure in (f"{self.figure} (rule=published)", self.figure):
@@ -171,8 +172,8 @@ ROWS = (
     ),
 )  # fmt: skip
 
-# Number of questions in a task's whole split, by which a part of it is recognised; several numbers for several
-# releases. Counted in the files on the hub, 2026.
+# Number of questions in a task's whole split, so that a part of it is recognised; several numbers are those of several
+# releases. They were counted in the files on the hub in 2026.
 SIZES: dict[str, tuple[int, ...]] = {
     "pope": (9000, 8910), "mmvet": (218,), "textvqa": (5000,), "ai2d": (3088,), "cv_bench": (2638,), "mmvp": (300,),
     "mme": (2374,), "scienceqa": (4241, 2017), "chartqa": (2500,), "docvqa": (5349,), "docvqa_test": (5188,),

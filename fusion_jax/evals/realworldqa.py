@@ -45,19 +45,19 @@ def _question(key: str, text: str, answer: str, image: Picture, about: dict[str,
 
 
 def parse(answer: str, question: str) -> str:
-    """lmms-eval's earlier, flexible rule: numbers up to ten as digits, no marks, and the letter of the first option
-    whose text is in the answer."""
+    """Applies lmms-eval's earlier, flexible rule: numbers up to ten become digits, punctuation is removed, and an
+    option whose text is in the answer becomes its letter."""
     words = re.sub(r"[^\w\s]", "", _DIGITS.get(answer.lower(), answer)).strip()
     options = [text.strip() for text in _OPTION.findall(question)]
     match = re.search("|".join(map(re.escape, options)), words) if options else None
-    # Of two options with the same text the later one is meant.
+    # Of two options with the same text, the later one counts.
     letters = dict(zip(options, choices.LETTERS))
     return letters.get(match[0], words) if match else words
 
 
 def score(question: Question, answer: str) -> Scored:
-    """By lmms-eval's general rule for letters where the reference is one of the first four; otherwise the whole answer
-    but for case and periods at its end."""
+    """Scores by lmms-eval's general rule for letters where the reference is one of the first four; otherwise the whole
+    answer must equal it, but for case and periods at its end."""
     if question.reference.upper() in tuple("ABCD"):
         parsed = choices.ranked_letter(answer, "ABCD")
         return parsed, float(parsed == question.reference.upper())

@@ -1,7 +1,7 @@
 """Writes report.html: all figures beside the published ones, and wrong answers with their images.
 
-Like the summary it covers every task with answers in the folder, not only those of the last run. A task's part is kept
-beside its predictions, so that each image is read once.
+Like the summary, it covers every task with answers in the folder, not only those of the last run. A task's part is kept
+beside its predictions, so that each image is read only once.
 """
 
 import base64
@@ -31,7 +31,7 @@ def write(
     """Writes or updates the summary and the report; returns their files.
 
     Args:
-      failed: what went wrong, by the names of tasks that have no result.
+      failed: error messages by the names of tasks that have no result.
     """
     for result in results:
         part = output / result.task.name / _PART
@@ -93,7 +93,7 @@ def _words(value: Any) -> str:
 
 
 def thumbnail(picture: Picture) -> str:
-    """An `img` element with the picture, made small; the reason in its place where it cannot be read."""
+    """An `img` element with the picture, reduced; where it cannot be read, the reason in its place."""
     name = html.escape(Path(picture.name).name)
     try:
         image = load_image(picture.load())

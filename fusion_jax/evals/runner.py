@@ -1,4 +1,4 @@
-"""Asks a checkpoint a benchmark's questions, scores the answers, and keeps them for inspection.
+"""Asks a checkpoint the questions of a benchmark, scores its answers, and keeps them for inspection.
 
 With an output folder a run can be interrupted and shared; training runs without one (`evaluate_tasks`).
 """
@@ -27,7 +27,7 @@ from fusion_jax.evals.task import Prediction, Question, Task
 
 log = logging.getLogger("fusion_jax")
 
-_WINDOW = 8  # batches whose questions are sorted by length: little padding, and tables are still read in order
+_WINDOW = 8  # batches whose questions are sorted by length together: little padding, and tables are still read in order
 _JUDGE_THREADS = 8
 
 
@@ -42,13 +42,13 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """Where answers go, and which share of the questions this process answers.
+    """Where answers are written, and which share of the questions this process answers.
 
     Attributes:
       folder: see predictions.py and report.py for what is in it.
       header: `checkpoint` (a fingerprint) and `folder` (for people) of the checkpoint.
-      index, count: this process and how many share the work; process 0 joins it.
-      patience: seconds that process 0 waits for another answer of the others.
+      index, count: the number of this process and of all that share the work; process 0 joins the answers.
+      patience: seconds for which process 0 waits for the next answer of the others.
     """
 
     folder: Path
@@ -63,8 +63,8 @@ class Result:
     """A task's predictions in the benchmark's order, and its figures.
 
     Attributes:
-      seconds: that answers and scores took. files: for the benchmark's server.
-      source: the files that the questions are from. whole: number of questions in them.
+      seconds: time for answers and scores. files: those for the benchmark's server.
+      source: the files that hold the questions. whole: number of questions in them.
     """
 
     task: Task
@@ -79,9 +79,9 @@ class Result:
 def evaluate_tasks(
     answerer: Answers, tasks: Sequence[str], data_dir: Path | str, limit: int = 0, rule: str = "official"
 ) -> dict[str, float]:
-    """Evaluates some tasks; the figures are one flat dict, `task/figure`, for a training loop's metrics.
+    """Evaluates some tasks; returns the figures in one flat dict, `task/figure`, for a training loop's metrics.
 
-    No judge is asked, and nothing is written. A task whose data cannot be used is logged and left out.
+    It uses no judge and writes nothing. A task whose data cannot be used is logged and left out.
 
     Args:
       answerer: a `generate.Answerer` of the current parameters.
@@ -119,7 +119,7 @@ def run_task(
     judge: Judge | None = None,
     progress: bool = True,
 ) -> Result | None:
-    """`prepare` and `answer_task` in one."""
+    """Calls `prepare` and then `answer_task`."""
     return answer_task(answerer, prepare(task, data_dir, limit, progress), output, judge, progress)
 
 
@@ -262,11 +262,11 @@ def _judge(task: Task, predictions: list[Prediction], judge: Judge, output: Outp
         ThreadPoolExecutor(_JUDGE_THREADS) as pool,
         tqdm(total=len(waiting), desc=f"{task.name}, judge", unit="q", disable=not waiting) as bar,
     ):
-        # One window at a time, so that after an error nothing beyond it is asked.
+        # One window at a time, so that after an error no further window is requested.
         for start in range(0, len(waiting), _JUDGE_THREADS):
             window = waiting[start : start + _JUDGE_THREADS]
             pending = [(p, pool.submit(task.judged, p.question, p.answer, judge)) for p in window]
-            # All verdicts of the window are kept before an error ends the run.
+            # All verdicts of the window are written before an error ends the run.
             for p, verdict in pending:
                 if verdict.exception() is None:
                     known[name(p)] = parsed, score = verdict.result()

@@ -14,7 +14,7 @@ from fusion_jax.evals import choices, files
 from fusion_jax.evals.task import Picture, Prediction, Question, Rule, Scored, Task, accuracy, percent, picture
 
 DATA = "problems.json and pid_splits.json with images/test/, or the test split in Parquet files"
-_CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds the questions with a picture alone
+_CONFIGS = ("ScienceQA-FULL", "default", "ScienceQA-IMG")  # the last holds only the questions with a picture
 
 
 def read(data_dir: Path) -> list[Question]:
@@ -46,7 +46,7 @@ def _question(key: str, row: dict[str, Any], pictures: tuple[Picture, ...]) -> Q
 
 
 def parse(answer: str, options: Sequence[str]) -> str:
-    """By the published scripts' rule; FAILED where no option is named."""
+    """Applies the published scripts' rule; FAILED where no option is named."""
     letter = choices.scripted_letter(answer.strip())
     return letter if letter and letter in choices.LETTERS[: len(options)] else "FAILED"
 
@@ -57,7 +57,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def strict_score(question: Question, answer: str) -> Scored:
-    """lmms-eval's rule: the letter alone in any case, or a capital before a period at the start."""
+    """Applies lmms-eval's rule: the letter alone in any case, or a capital before a period at the start."""
     text = answer.strip()
     letter = text[0] if text[:1].isupper() and text[1:2] == "." else text
     return letter, float(letter.lower() == question.reference.lower())

@@ -43,7 +43,7 @@ def _question(row: dict[str, Any], image: Picture, names: dict[int, str]) -> Que
 
 
 def score(question: Question, answer: str) -> Scored:
-    """The answer's first character, as lmms-eval takes it."""
+    """Compares the answer's first character, as lmms-eval does."""
     parsed = answer.strip()[:1]
     return parsed, float(parsed.lower() == question.reference.strip().lower())
 

@@ -32,7 +32,7 @@ def answer_tasks(
     answerer: Answers, prepared: Sequence[Prepared], failed: Failed, output: Output | None = None,
     judge: Judge | None = None, progress: bool = True,
 ) -> Iterator[tuple[Prepared, Result | None]]:  # fmt: skip
-    """Yields each task with its result, None for a task that fails and where `answer_task` returns none."""
+    """Yields each task with its result, which is None for a task that fails and where `answer_task` returns None."""
     for one in prepared:
         yield one, _attempt(one.task.name, failed, lambda one=one: answer_task(answerer, one, output, judge, progress))
 

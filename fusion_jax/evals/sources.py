@@ -16,8 +16,8 @@ class Source:
     """Where questions come from.
 
     Attributes:
-      folder: of the files. config: of a hub snapshot, with its splits, for people; "" for other layouts.
-      files: all that were read, in order.
+      folder: the folder of the files. config: the config of a hub snapshot with its splits, for people; "" for other
+        layouts. files: all files that were read, in order.
     """
 
     folder: Path | None = None
@@ -46,7 +46,7 @@ _noted: ContextVar[Source | None] = ContextVar("noted", default=None)
 
 @contextlib.contextmanager
 def noted() -> Iterator[Source]:
-    """Yields a `Source` that collects all files read inside."""
+    """Yields a `Source` that collects all files read in the block."""
     source = Source()
     token = _noted.set(source)
     try:

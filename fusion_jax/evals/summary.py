@@ -1,7 +1,7 @@
 """Writes summary.json, summary.md and summary.csv into the output folder of an evaluation.
 
-They cover every task with answers in the folder, not only those of the last run. The table has all published figures of
-the family (published.py) and this checkpoint's beside them.
+They cover every task with answers in the folder, not only those of the last run. The table shows all published figures
+of the family (published.py) with this checkpoint's beside them.
 """
 
 import csv
@@ -27,7 +27,7 @@ def write(
     """Writes or updates the summary; returns it, and its files.
 
     Args:
-      failed: error by name of a task without a result. Earlier figures of such a task stay.
+      failed: error messages by the names of tasks without a result. Earlier figures of such a task are kept.
     """
     output.mkdir(parents=True, exist_ok=True)
     tasks = _earlier(output, header)
@@ -132,7 +132,7 @@ def _scores(there: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _questions(task: str, there: Mapping[str, Any]) -> str:
-    """Number of questions, and of how many if these are not all: of the published split, or else of the files."""
+    """Number of questions and, if these are not all, of all: in the published split, or else in the files."""
     entry = there["tasks"].get(task, {})
     if (count := entry.get("scores", {}).get("questions")) is None:
         return ""

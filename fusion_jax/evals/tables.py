@@ -21,11 +21,11 @@ from fusion_jax.evals.task import Picture
 from fusion_jax.files import brief, open_file
 
 csv.field_size_limit(sys.maxsize)  # a field may be a whole image
-_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()  # some programs begin a file with it
+_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()  # some programs write it at the beginning of a file
 _IMAGE = "image"
-# Columns and keys without which there is no question.
+# Columns and keys that must not be blank where a task needs them.
 _QUESTIONS = ("question", "query", "text", "prompt", "label", "gt_answer")
-_Place = tuple[int, int, str | None]  # where a row begins and ends in its file, and the index that is its image
+_Place = tuple[int, int, str | None]  # where a row begins and ends in its file, and the index that stands for its image
 
 
 def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
@@ -75,7 +75,7 @@ def read_images(path: Path, needed: Sequence[str]) -> list[ImageRow]:
 
 
 def _index(cell: str | None, where: str) -> str:
-    """The number as other rows name it. UserError for 1.0, as a data frame writes it if another index is missing."""
+    """The number as other rows write it. Raises UserError for 1.0, which data frames write if an index is missing."""
     if cell is None or not cell.strip().isdecimal():
         raise UserError(f"{where}: the index {brief(cell)} is not a whole number; write it as one, such as 12.")
     return str(int(cell))
@@ -159,7 +159,7 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
 
 
 def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """UserError that names the first column that is missing or exists twice."""
+    """Raises UserError that names the first column that is missing or exists twice."""
     if twice := [name for name in columns if list(columns).count(name) > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}.")
     if missing := [name for name in needed if name not in columns]:
@@ -167,14 +167,14 @@ def need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> N
 
 
 def check_filled(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
-    """UserError where a question is empty: "None" or "nan" would be asked."""
+    """Raises UserError where a question is empty: otherwise "None" or "nan" would be asked."""
     for name in needed:
         if name.lower() in _QUESTIONS and is_blank(row.get(name)):
             raise UserError(f"{where}: {name} is empty.")
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """Decodes an image in base64 or a data URL; white space does not count. UserError for another text."""
+    """Decodes an image in base64 or a data URL; white space does not count. Raises UserError for another text."""
     head, comma, rest = text.partition(",")
     if comma and re.fullmatch(r"\s*data:.*;base64", head, re.IGNORECASE):
         text = rest

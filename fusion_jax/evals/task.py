@@ -1,4 +1,4 @@
-"""Types of a benchmark: questions, a rule that scores one answer, and a summary of all of them."""
+"""Defines a benchmark: its questions, the rule that scores an answer, and the summary of all answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -34,14 +34,14 @@ def picture(path: Path) -> Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
+    """A question of a benchmark.
 
     Attributes:
       id: unique within the task.
       prompt: what the model reads, without image tags: the pictures come before it.
       reference: the right answer, as JSON; None where the benchmark keeps it secret.
       pictures: in order; none for a question about text.
-      text: the benchmark's own words, for people; by default the prompt.
+      text: the question in the benchmark's own words, for people; by default the prompt.
       about: other values for the score or the summary (category, options, split), as JSON; `system`, if there is one,
         replaces the template's system text.
       group: shared by questions that count only together, such as a pair or the rotations of one question.
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question with the model's answer, and what the task's rule reads from it and scores it."""
+    """A question with the model's answer, what the task's rule reads from the answer, and its score."""
 
     question: Question
     answer: str
@@ -87,12 +87,12 @@ class Prediction:
 class Rule:
     """How a benchmark's published figures were measured, where the task itself follows another rule.
 
-    What is left out is as in the task.
+    Attributes that are left out are as in the task.
 
     Attributes:
       name: the code, and its version.
-      score: of one answer. headline: the figure that was published.
-      read: the questions with that code's prompts. max_tokens: longest answer.
+      score: scores one answer. headline: the figure that was published.
+      read: reads the questions with that code's prompts. max_tokens: longest answer.
     """
 
     name: str
@@ -112,18 +112,18 @@ class Task:
     """A benchmark.
 
     Attributes:
-      name: what `--tasks` calls it. title: what tables call it.
+      name: its name in `--tasks`. title: its name in tables.
       data: the files that the data folder must hold; errors quote it.
       read: returns the questions in a data folder. Raises UserError for a folder with another layout.
       score: one answer's score by the official rule, without a judge.
-      summarise: figures by name, in the units of the benchmark's publications (mostly percent), of predictions that all
-        have a score; where some have none there are no figures.
+      summarise: returns figures by name, in the units of the benchmark's publications (mostly percent), for predictions
+        that all have a score; where some have none there are no figures.
       headline: the figure that publications quote; "" where there is none without the benchmark's server.
       max_tokens: longest answer.
-      judged: like `score`, where the official rule asks a language model; used when one is configured.
+      judged: like `score`, for official rules that use a language model; used when one is configured.
       submit: writes the files for the benchmark's server into a folder and returns them.
       rule: the official code that `score` follows, with its version; "" for figures of our own.
-      published: the rule by which the published figures were measured, where that is another.
+      published: the rule by which the published figures were measured, where it differs.
     """
 
     name: str
@@ -158,7 +158,7 @@ class Task:
 
 
 def percent(scores: Sequence[float]) -> float:
-    """100 times the mean; 0 of nothing."""
+    """100 times the mean; 0 for no values."""
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 
@@ -168,7 +168,7 @@ def accuracy(predictions: Sequence[Prediction]) -> float:
 
 
 def summarise_accuracy(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The figures of a benchmark that has its accuracy alone."""
+    """The figures of a benchmark that has only its accuracy."""
     return {"accuracy": accuracy(predictions)}
 
 

@@ -4,9 +4,9 @@
     train_images/            the images, named by image_id
     or Parquet with the columns question_id, question, answers, image
 
-Asked without OCR tokens. The published figures were measured with those of Rosetta in the prompt (rule=published): the
-Parquet files have them as `ocr_tokens`, and LLaVA's evaluation folder has the whole prompts in
-llava_textvqa_val_v051_ocr.jsonl.
+By default questions are asked without OCR tokens. The published figures were measured with those of Rosetta in the
+prompt (rule=published): the Parquet files have them as `ocr_tokens`, and LLaVA's evaluation folder has the whole
+prompts in llava_textvqa_val_v051_ocr.jsonl.
 """
 
 import dataclasses

@@ -4,9 +4,9 @@
     val/, test/           the images
     or Parquet with the columns question_id, question, answers (ten texts), image
 
-The official evaluation normalises the model's answer and compares it with the people's as they wrote them. Its
-normaliser has slips of its own: it writes most contractions with a curly apostrophe. The test split has no answers; it
-becomes a file for the server.
+The official evaluation normalises the model's answer and compares it with the people's answers as they wrote them. Its
+normaliser has errors of its own: it writes most contractions with a curly apostrophe. The test split has no answers;
+the model's are written to a file for the server.
 """
 
 import functools
@@ -61,7 +61,7 @@ def score(question: Question, answer: str) -> Scored:
 
 
 def normalised_score(question: Question, answer: str) -> Scored:
-    """lmms-eval's rule: both sides are normalised, as for TextVQA."""
+    """Applies lmms-eval's rule: both sides are normalised, as for TextVQA."""
     parsed, people = vqa.normalise(answer), question.reference
     return parsed, None if people is None else vqa.accuracy(parsed, [vqa.normalise(person) for person in people])
 

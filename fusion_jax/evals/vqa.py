@@ -1,7 +1,7 @@
-"""VQA accuracy: ten people's answers, and the normaliser that decides which of them agree.
+"""Computes VQA accuracy over ten people's answers, with the normaliser that decides which agree.
 
-The normaliser is that of EvalAI's TextVQA server (facebookresearch/mmf), with its slips, because figures are only
-comparable with them: at most 32 periods go, and a period before a digit stays wherever it stands.
+The normaliser is that of EvalAI's TextVQA server (facebookresearch/mmf), with its errors, because figures are only
+comparable with them: at most 32 periods are removed, and a period before a digit is kept wherever it is.
 """
 
 import re
@@ -27,14 +27,14 @@ you've
 
 
 def _slips(form: str) -> list[str]:
-    """The form with one of its apostrophes left out, in every way."""
+    """All spellings of the form with one of its apostrophes left out."""
     return [form[:i] + form[i + 1 :] for i, letter in enumerate(form) if letter == "'"]
 
 
 _CONTRACTIONS = {slip: form for form in _FORMS.split() for slip in _slips(form)} | {"somebody'd": "somebodyd"}
 
 
-# VizWiz's table has curly apostrophes, but for these forms, which it leaves straight, and these slips.
+# VizWiz's table has curly apostrophes, except in these forms and these misspellings.
 _STRAIGHT = ("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've")
 _STRAIGHT_SLIPS = ("couldn'tve", "hadn'tve")
 _CURLY = {
@@ -44,7 +44,7 @@ _CURLY = {
 
 
 def punctuation(text: str, thousands: re.Pattern = _THOUSANDS) -> str:
-    """Marks become spaces, or nothing where the text has one beside a space, or digits around a comma."""
+    """Replaces marks by spaces; removes those that occur beside a space, or all where digits surround a comma."""
     squeeze = thousands.search(text) is not None
     out = text
     for mark in _MARKS:
@@ -53,7 +53,7 @@ def punctuation(text: str, thousands: re.Pattern = _THOUSANDS) -> str:
 
 
 def digits_and_articles(text: str, contractions: Mapping[str, str] = _CONTRACTIONS) -> str:
-    """Lower case, numbers up to ten as digits, no articles, apostrophes put back."""
+    """The text in lower case, with numbers up to ten as digits, without articles, with apostrophes restored."""
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -66,15 +66,16 @@ def normalise(text: str) -> str:
 
 
 def normalise_for_vizwiz(text: str) -> str:
-    """An answer as VizWiz's own evaluation compares it: two commas between digits are marks like others to it."""
+    """An answer as VizWiz's own evaluation compares it, which treats two commas between digits like other marks."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return digits_and_articles(punctuation(text, ONE_COMMA), _CURLY)
 
 
 def accuracy(answer: str, people: Sequence[str]) -> float:
-    """Mean over the people of min(1, agreeing others / 3): 1 from four of ten on, 0.9 for three, 0.6 for two, 0.3.
+    """Mean over the people of min(1, agreeing others / 3): for ten people 1 if four or more agree, 0.9, 0.6 and 0.3 for
+    three, two and one.
 
-    Both sides are compared as they are: normalise them first.
+    Both sides are compared as they are, so normalise them before.
     """
     agreeing = [person == answer for person in people]
     return sum(min(1.0, (sum(agreeing) - own) / 3) for own in agreeing) / len(agreeing)

@@ -1,1 +1,1 @@
-"""Generation with a trained model, and maps of its attention."""
+"""Generates text with a trained model, and measures and draws its attention."""

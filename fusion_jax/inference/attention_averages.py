@@ -1,4 +1,4 @@
-"""Averages attention maps over layers and heads, and relates them to even attention."""
+"""Averages attention maps over layers and heads, and divides them by uniform attention."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ def chosen(choice: str | Sequence[int], count: int, early: int, name: str) -> np
     """The indices of the chosen layers or heads.
 
     Args:
-      choice: all, mean (the same), early, late, or numbers from 0. count: number of all. early: number of early ones.
-      name: of the layers or heads, for errors.
+      choice: all, mean (the same), early, late, or numbers from 0. count: how many there are. early: how many of them
+        are early. name: the name of the layers or heads in errors.
 
     Raises:
       UserError: a number that does not exist, or another word.
@@ -32,10 +32,10 @@ def chosen(choice: str | Sequence[int], count: int, early: int, name: str) -> np
 
 
 def averaged(maps: np.ndarray | None, layers, heads, early: int, part: str) -> np.ndarray | None:
-    """The mean of maps (layers, heads, h, w) over the chosen layers and heads, (h, w); None for no maps.
+    """The mean of maps (layers, heads, h, w) over the chosen layers and heads, (h, w); None where there are no maps.
 
     Args:
-      layers, heads, early: see `chosen`. part: of the model, for errors.
+      layers, heads, early: see `chosen`. part: the part of the model, for errors.
     """
     if maps is None:
         return None

@@ -33,7 +33,7 @@ from fusion_jax.inference.word_tokens import word_tokens
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.fusion import Fusion
 
-BUCKET = 32  # lengths are rounded up to multiples of it by default, for few programs for many questions
+BUCKET = 32  # lengths are rounded up to multiples of it by default, so that few programs serve many questions
 LARGEST_SIDE = 1024  # pixels of the picture that is kept for drawing
 # The model as trained, and what `without_part` switches off of it: the titles of the figures.
 PARTS = {
@@ -72,11 +72,11 @@ class Levels:
     Attributes:
       picture: (height, width, 3) uint8, the image in RGB, at most LARGEST_SIDE pixels a side.
       question, word: as given. tokens: the sub-words of the word in the LLM's row.
-      whole: maps of the whole view. tiles: maps of the tiles, None at fixed resolution and where the image has none.
+      whole: maps of the whole view. tiles: maps of the tiles; None at fixed resolution and where the image has none.
       exchange: (exchange layers, heads, L, M) float32, attention of latent i of the l x l grid to the tokens of its
         window; each row sums to 1. None without latents.
-      windows: (L, M) int32, the token of each place of a window in the side x side grid over the whole view; -1 for
-        none of them (no token at all, or one of a tile). side: of that grid; 0 without latents.
+      windows: (L, M) int32, for each place in a window the token of the side x side grid over the whole view; -1 where
+        it is not one of these (a tile's token, or no token at all). side: the side of that grid; 0 without latents.
       exchange_after: LLM layers that an exchange follows.
       early: number of encoder layers in the early half.
     """
@@ -113,16 +113,16 @@ def levels(
 ) -> Levels:
     """Runs the question once and reads the attention of one word.
 
-    A word of several tokens: attention from it is the mean over them, attention to it their sum, its embedding their
-    mean. A word that the question says several times counts all of them. Upper and lower case are the same.
+    Where a word has several tokens, attention from it is the mean over them, attention to it is their sum, and its
+    embedding is their mean. All occurrences of the word in the question count. Case is ignored.
 
     Args:
-      model: of the checkpoint, or of a config `without_part`, on the same parameters.
-      config: of the run, for its template. image: a file, or a file's bytes.
+      model: the checkpoint's model, or one by a config of `without_part` on the same parameters.
+      config: the run's config, for its template. image: a file, or a file's bytes.
       word: a word of the question, or several in a row.
       latents: l^2, one of the model's latent counts; 0 for its fixed one.
       exchange: False leaves out latents and exchange, on the same parameters.
-      step: lengths are rounded up to multiples of it; each length is one compiled program.
+      step: lengths are rounded up to multiples of it; each length takes one compiled program.
 
     Raises:
       UserError: the word is not in the question (the message lists its words), the image cannot be read, or the model
@@ -217,7 +217,7 @@ def lay_out_prompt(c: FusionConfig, example: Example, latents: int, step: int = 
 
 
 def indicator(places: Sequence[int], length: int) -> np.ndarray:
-    """(length,) float32, 1 at the places and 0 elsewhere."""
+    """(length,) float32, 1 at these places and 0 elsewhere."""
     ones = np.zeros(length, np.float32)
     ones[list(places)] = 1
     return ones

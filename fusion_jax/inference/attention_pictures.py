@@ -1,4 +1,4 @@
-"""Draws where the model looks for a word, level by level (`attention_maps`, docs/pictures.md)."""
+"""Draws the levels of a word's attention, as docs/pictures.md explains them (`attention_maps`)."""
 
 import math
 import textwrap
@@ -62,7 +62,7 @@ def _heat(
 def colour_limits(grids: Sequence[np.ndarray | None], unit: str) -> tuple[float, float]:
     """The range of the colours: from 0 for attention, from the lowest value for cosines.
 
-    In maps of over 500 values the highest half per cent share the last colour.
+    In maps of more than 500 values, the highest half per cent share the last colour.
     """
     values = np.concatenate([grid.ravel() for grid in grids if grid is not None] or [np.zeros(1)])
     low = float(values.min()) if unit == COSINE else 0.0
@@ -75,7 +75,7 @@ def _percent(grid: np.ndarray | None) -> str:
 
 
 def _windows(axes: Axes, levels: Levels) -> None:
-    """Draws borders of the l x l windows; they cross the shared tokens where l does not divide the grid."""
+    """Draws the borders of the l x l windows; they cross shared tokens where l does not divide the grid."""
     height, width = levels.picture.shape[:2]
     cells = math.isqrt(levels.latents)
     for share in np.arange(1, cells) / cells:
@@ -136,7 +136,7 @@ def _three(levels: Levels, maps: Maps, layers, heads) -> list[tuple[np.ndarray |
     back = averaged(maps.pixel_back, layers, heads, levels.early, "encoder")
     question = averaged(maps.question, layers, heads, early_llm_layers(levels), "LLM")
     none = "\nquestion not read" if pixel is None else ""
-    # Each tile is encoded separately, with attention of its own: a share over all tiles would mean nothing.
+    # Each tile is encoded separately, with its own attention, so a share over all tiles would be meaningless.
     share = "\nword to patches" + ("" if maps is levels.tiles else _percent(pixel))
     hidden = none or ("\nno patch sees the word" if relative(back) is None else "\npatches to word")
     return [
@@ -194,7 +194,7 @@ def draw(levels: Levels, layers: str | Sequence[int] = "all", heads: str | Seque
 
 
 def _early_and_late(axes: np.ndarray, levels: Levels, heads) -> None:
-    """Draws encoder and LLM, early and late, on one scale each, and the share of attention on the image by layer."""
+    """Draws the encoder and the LLM, early and late on one scale, and the share of attention on the image by layer."""
     for first, (maps, early, part, extent) in enumerate(
         (
             (levels.whole.pixel, levels.early, "Encoder", levels.whole.extent),
@@ -225,10 +225,10 @@ def _early_and_late(axes: np.ndarray, levels: Levels, heads) -> None:
 def draw_side_by_side(
     models: Mapping[str, Levels], layers: str | Sequence[int] = "all", heads: str | Sequence[int] = "mean"
 ) -> Figure:
-    """Draws several models on one word, a row each, every column on one scale; arguments and errors as for `draw`.
+    """Draws several models on one word, one in each row, with one scale per column; arguments and errors as for `draw`.
 
     Args:
-      models: levels of the same image, question and word, by the name to be printed.
+      models: levels of the same image, question and word, by the name to print.
     """
     table = []
     for one in models.values():
@@ -260,7 +260,7 @@ def draw_side_by_side(
 def draw_small(levels: Levels) -> Figure:
     """Draws the three levels and the mean of the exchange layers in two columns, legible on a phone.
 
-    Layers and heads are averaged. Without exchange the image takes its place.
+    Layers and heads are averaged. Without exchange, the image is shown in its place.
     """
     pixel, _, space, question = _three(levels, levels.whole, "all", "mean")
     with matplotlib.rc_context(_SAVED):
@@ -291,7 +291,7 @@ def pixels(figure: Figure, dpi: int) -> np.ndarray:
 
 
 def save(figure: Figure, out: str | Path) -> list[Path]:
-    """Writes `out`.png and `out`.svg, and makes their folder. A suffix .png or .svg of `out` is dropped."""
+    """Writes `out`.png and `out`.svg, and creates their folder. A suffix .png or .svg of `out` is dropped."""
     out = Path(out)
     stem = out.with_suffix("") if out.suffix in (".png", ".svg") else out
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]

@@ -20,7 +20,7 @@ def _queries_and_keys(module, method: str) -> bool:
 
 
 def captured(model: Fusion, params, batch: Batch, wanted=_queries_and_keys):
-    """The forward pass: its result, and the outputs of the submodules that `wanted` selects, in every layer."""
+    """Runs the forward pass; returns its result and, in every layer, the outputs of the submodules `wanted` selects."""
     return model.apply({"params": params}, batch, capture_intermediates=wanted, mutable=["intermediates"])
 
 
@@ -87,7 +87,7 @@ def exchange_weights(c: FusionConfig, q, k, windows):
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def measure_word(model: Fusion, params, batch: Batch, in_row, in_question) -> dict:
-    """The attention of one word, one layer at a time, so that the weights of only one layer are in memory.
+    """Measures the attention of one word, one layer at a time, so that only one layer's weights are in memory.
 
     Args:
       batch: one row with one round. in_row: (S,) float32, 1 at the word's tokens in the row, else 0.

@@ -1,4 +1,4 @@
-"""The compiled programs of generation: prefill with exchange, then cached decoding in one loop."""
+"""Defines the compiled programs of generation: prefill with exchange, then cached decoding in a loop."""
 
 import dataclasses
 import functools
@@ -14,22 +14,22 @@ from fusion_jax.inference import sampling
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
 
-CHUNK = 8  # tokens that are decoded between two looks at the answers
+CHUNK = 8  # tokens decoded between two checks of the answers
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The carry of decoding: B rows, which may be at different places of their answers.
+    """The carry of the decoding loop: B rows, which may be at different points of their answers.
 
     Attributes:
-      logits: (B, V) float32 of the next token. positions: (B,) int32, that of the next token.
+      logits: (B, V) float32 for the next token. positions: (B,) int32, its position.
       cache: all rows write their next token into the same slot. Answers follow the prompts in a ring of slots, so a row
         can take a new prompt at any time; no answer may be longer than the ring.
       ring: int32 scalar, the first slot of the ring.
-      done: (B,) bool, whether the row's answer is complete. length: (B,) int32, tokens of the answer so far.
-      limit: (B,) int32, most tokens of the answer.
-      seen: (B, V) bool, tokens of the prompt and the answer. settings: how each row's tokens are chosen.
+      done: (B,) bool, whether the row's answer is complete. length: (B,) int32, tokens in the answer so far.
+      limit: (B,) int32, most tokens that the answer may have.
+      seen: (B, V) bool, tokens that occur in the prompt or the answer. settings: how each row's tokens are chosen.
     """
 
     logits: jax.Array
@@ -48,7 +48,7 @@ def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[
     """Runs the prompts and fills a cache with room for `capacity` tokens a row.
 
     Prompts may be padded on the right, as `data.layout` does, or on the left: each row's next token comes from its own
-    last real one. The logits of an empty row are finite and mean nothing.
+    last real one. The logits of an empty row are finite but meaningless.
 
     Args:
       limit: (B,) int32, the longest answer of each row. With LongRoPE, prompt and limit together decide the factors.
@@ -58,7 +58,7 @@ def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[
     """
     place = batch.tokens.shape[1] - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
     positions = jnp.take_along_axis(batch.positions, place[:, None], axis=1)[:, 0] + 1
-    reach = positions + jnp.maximum(limit, 1) - 1  # nothing is read after an answer's last token
+    reach = positions + jnp.maximum(limit, 1) - 1  # the answer's last token is never read
     cache = llm.empty_cache(model.config.llm, reach, capacity, model.dtype)
     hidden, _, cache = model.apply({"params": params}, batch, cache)
     last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
@@ -67,7 +67,7 @@ def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[
 
 @jax.jit
 def begin(logits, positions, cache: llm.Cache, batch: Batch, limit, settings: sampling.Settings) -> State:
-    """The state after a prefill of `batch`. limit: (B,) int32; a row with 0 is done before it begins."""
+    """The state after a prefill of `batch`. limit: (B,) int32; a row with limit 0 is done from the start."""
     rows = jnp.arange(len(logits))[:, None]
     words = (batch.segment_ids > 0) & (batch.visual_index < 0)
     seen = (
@@ -80,11 +80,11 @@ def begin(logits, positions, cache: llm.Cache, batch: Batch, limit, settings: sa
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Logprobs:
-    """Log probabilities of tokens under the model itself, before any setting and any mask: natural, float32.
+    """Natural log probabilities of tokens under the model itself, before any setting or mask; float32.
 
     Attributes:
-      chosen: (B, steps) of the tokens of the answer. ids: (B, steps, K) int32, the most likely tokens in descending
-        order. values: (B, steps, K) of these.
+      chosen: (B, steps), those of the answer's tokens. ids: (B, steps, K) int32, the most likely tokens in descending
+        order. values: (B, steps, K), those of `ids`.
     """
 
     chosen: jax.Array
@@ -108,14 +108,14 @@ def decode(
     top_logprobs: int = 0,
     allowed=None,
 ):
-    """Up to `steps` tokens a row; stops early once every row is done.
+    """Decodes up to `steps` tokens a row; stops early once every row is done.
 
     Args:
-      draw: whether rows follow their settings; without it all rows are greedy, and nothing else is computed.
-      top_logprobs: K, how many of the most likely tokens to report at each step, 0 for no report. Not with
-        `keep_logits`.
-      allowed: (B, ceil(V / 32)) int32, one bit a token, the lowest bit first: whether a row may take it. The same at
-        every step, and at least one token of each row. None allows all.
+      draw: whether rows follow their settings; if not, all rows are greedy, and nothing else is computed.
+      top_logprobs: K, how many of the most likely tokens to report at each step, 0 for no report. It cannot
+        be combined with `keep_logits`.
+      allowed: (B, ceil(V / 32)) int32, one bit a token, the lowest bit first: whether a row may choose it. The mask
+        holds for all steps and must allow each row at least one token. None allows all.
 
     Returns:
       tokens (B, steps) int32, filled with the first stop id after a row's end; the float32 logits (B, steps, V) that
@@ -164,9 +164,9 @@ def decode(
         done = now.done | (length >= now.limit)
         for stop in stop_ids:
             done = done | (token == stop)
-        # Runs even where no row goes on: a condition here would copy the whole cache at every step.
+        # This runs even where no row continues: a condition here would copy the whole cache at every step.
         logits, cache = forward(now, token)
-        # A row that is done keeps its position, which would otherwise grow for ever.
+        # A row that is done keeps its position, which would otherwise grow without end.
         positions = now.positions + ~done
         return (
             step + 1,
@@ -182,7 +182,7 @@ def decode(
 def first_state(model: Fusion, params, batch: Batch, samplings: Sequence[sampling.Sampling]) -> State:
     """Prefills the batch; the cache has room for the longest answer, `Sampling.max_tokens` of each row.
 
-    Rows after those of `samplings` are done before they begin.
+    Rows beyond those of `samplings` are done from the start.
     """
     empty = len(batch.tokens) - len(samplings)
     limit = np.array([one.max_tokens for one in samplings] + [0] * empty, np.int32)

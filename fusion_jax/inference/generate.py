@@ -1,4 +1,4 @@
-"""Answers prompts in batches: `Answerer` gives texts, `greedy` gives tokens and logits."""
+"""Answers prompts in batches: `Answerer` returns texts, `greedy` returns tokens and logits."""
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ class Answerer:
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.rows = rows if mesh is None else round_up(rows, sharding.batch_shards(mesh))
         self.max_tokens = max_tokens
-        # The model's own config counts, not the one that it was trained with: an ablation may have replaced parts.
+        # The model's own config applies, not the one of its training: an ablation may have replaced parts.
         self.prompts = Prompts(dataclasses.replace(config, model=model.config), tokenizer, Steps(), latents)
         self._mesh = mesh
 

@@ -16,7 +16,7 @@ from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 from fusion_jax.models.config import FusionConfig
 
-BETWEEN = "\n\n"  # between texts that follow each other and are one turn
+BETWEEN = "\n\n"  # between texts that are joined into one turn
 
 
 def first_question(record: Record) -> Record:
@@ -32,8 +32,8 @@ class Buckets:
     """Shapes that prompts are padded to: each combination that occurs is one compiled prefill.
 
     Attributes:
-      lengths: positions of a prompt. questions: question tokens that the encoder reads. rounds, images: of a
-        conversation; 0 images is text alone. All ascend.
+      lengths: positions of a prompt. questions: question tokens that the encoder reads. rounds, images: how many a
+        conversation has; 0 images means text alone. All ascend.
     """
 
     lengths: tuple[int, ...]
@@ -66,15 +66,15 @@ def buckets_of_training(
     rounds: tuple[int, ...] = (),
     images: int = 0,
 ) -> Buckets:
-    """Buckets of the given sizes; of those that are not given, the largest that any stage trained with.
+    """Buckets of these sizes; a size that is left out is the largest that any stage trained with.
 
     Args:
-      images: most images of a conversation, 0 for those of training.
+      images: most images of a conversation, 0 for as many as in training.
     """
     longest = max(stage.max_length for stage in stages)
     images = images or max(stage.max_images for stage in stages)
     return Buckets(
-        # Half the length as well: a short prompt shall not cost what a long one does.
+        # Half the length as well, so that a short prompt costs less than a long one.
         lengths or ((longest // 2, longest) if longest >= 128 else (longest,)),
         questions or (max(stage.max_question_length for stage in stages),),
         rounds or (max(stage.max_rounds for stage in stages),),
@@ -84,7 +84,7 @@ def buckets_of_training(
 
 @dataclass(frozen=True)
 class Steps:
-    """Shapes for batch work: lengths and question tokens are rounded up to multiples of `step`, the rest is exact."""
+    """Shapes for batch jobs: lengths and question tokens are rounded up to multiples of `step`, the rest is exact."""
 
     step: int = 32
 
@@ -130,13 +130,13 @@ class Prompts:
 
     @property
     def text_bytes(self) -> int | None:
-        """An upper bound on the bytes of a prompt's texts: a token at each position, each of them the longest one."""
+        """An upper bound on the bytes of a prompt's texts: the longest token at every position."""
         return self.buckets.lengths[-1] * self.tokenizer.longest if isinstance(self.buckets, Buckets) else None
 
     def example(self, record: Record) -> Example:
         """The prompt of a record, with its images read. Raises BadRecord where it cannot be used or fits no bucket.
 
-        Images are read only after the text is known to fit, and text is tokenized only where it is not far too long. A
+        Images are read only once the text is known to fit, and text that is far too long is not even tokenized. A
         caller's system text is put before the first question where the template has no place for it.
         """
         if self.text_bytes is not None:
@@ -152,9 +152,9 @@ class Prompts:
         return self._maker.with_crops(example, record)
 
     def measure(self, record: Record) -> tuple[Measured, int]:
-        """What a prompt takes, whether or not it fits a bucket, and its number of question tokens.
+        """The sizes that a prompt needs, whether or not they fit a bucket, and its number of question tokens.
 
-        Of images at most the sizes are read. Raises BadRecord where the record cannot be used.
+        At most the sizes of images are read. Raises BadRecord where the record cannot be used.
         """
         example = self._maker.text(record, prompt=True)
         return measure(example, layout_spec(self.config, 1, 1, 1), self.latents), len(example.question_ids)

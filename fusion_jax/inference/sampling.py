@@ -18,7 +18,7 @@ _COLDEST = 1e-6  # a lower temperature counts as 0: logits divided by it overflo
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of one request.
+    """The sampling settings of one request.
 
     Attributes:
       max_tokens: longest answer in tokens, the stop token included.
@@ -27,7 +27,7 @@ class Sampling:
         together hold this share of the probability, 1 for all.
       repetition_penalty: logits of tokens of the prompt or the answer are divided by it where positive and multiplied
         by it where negative; 1 changes nothing.
-      seed: the same seed, prompt and settings give the same answer, whatever shares the batch.
+      seed: the same seed, prompt and settings lead to the same answer, regardless of the rest of the batch.
       stop: texts that end the answer and are not part of it.
     """
 
@@ -59,7 +59,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Settings:
-    """Samplings as arrays (B,), one value a row: float32, but top_k int32 and seeds uint32."""
+    """Samplings as arrays (B,), one value a row: float32, except for top_k in int32 and seeds in uint32."""
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
@@ -100,7 +100,7 @@ def choose(logits: jax.Array, rows: Settings, seen: jax.Array, length: jax.Array
 
 
 def _keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets logits outside top-k, and then outside top-p, to -inf. Logits equal to the last one kept stay, too."""
+    """Sets logits outside top-k, and then outside top-p, to -inf. Logits equal to the last one kept are kept, too."""
     vocabulary = logits.shape[-1]
     falling = jnp.sort(logits, axis=-1, descending=True)
     count = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)[:, None]

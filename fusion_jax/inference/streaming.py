@@ -1,4 +1,4 @@
-"""Decodes an answer while it is generated, and holds back text that a later token could still change."""
+"""Decodes an answer while it is generated, and holds back text that later tokens may still change."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ class TextStream:
     same text however many tokens come at once.
 
     Args:
-      prefix: the answer is exactly what follows this text, white space included. None: the answer is the text without
-        white space around it.
+      prefix: the answer is exactly the text that follows this one, white space included. None: the answer is the text
+        without surrounding white space.
 
     Attributes:
       tokens: the tokens so far without the stop token. length: their number, the stop token included.
@@ -83,7 +83,7 @@ class TextStream:
         return new
 
     def _doubtful(self, text: str) -> int:
-        """The length of the longest suffix of `text` that a stop text begins with."""
+        """The length of the longest suffix of `text` that is a prefix of a stop text."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

@@ -26,7 +26,7 @@ class Chat:
         self.begin(picture)
 
     def begin(self, picture: str | None) -> None:
-        """Begins a new conversation about an image, or about none. Raises UserError where it cannot be read."""
+        """Begins a new conversation about an image, or without one. Raises UserError where the image cannot be read."""
         path = Path(picture).expanduser() if picture else None
         if path is not None:
             try:
@@ -58,7 +58,7 @@ class Chat:
         return True
 
     def answer(self, question: str) -> None:
-        """Writes the answer while it is generated. One that Ctrl-C stops stays in the conversation as it is."""
+        """Writes the answer while it is generated. An answer that Ctrl-C stops stays in the conversation unfinished."""
         turns = [*self.turns, {"from": "human", "value": question}]
         record = Record("chat", self.picture, turns, "the conversation", literal=True)
         answer = ""

@@ -8,7 +8,7 @@ from fusion_jax.errors import UserError
 
 
 def word_tokens(tokenizer: Tokenizer, ids: Sequence[int], question: str, word: str) -> list[int]:
-    """Indices of the tokens that hold any part of the word, wherever the question has it.
+    """Indices of the tokens that hold any part of the word, at all its occurrences in the question.
 
     Args:
       ids: tokens of a text that holds the question, such as a prompt.
@@ -43,7 +43,7 @@ def _spans(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[in
 
 
 def _occurrences(text: str, word: str) -> list[tuple[int, int]]:
-    """The spans of the word in the text. Case does not matter, nor does the white space between several words."""
+    """The spans of the word in the text. Case and the amount of white space between several words do not matter."""
     parts = [re.escape(part) for part in word.split()]
     if not parts:
         return []

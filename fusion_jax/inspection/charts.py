@@ -10,7 +10,7 @@ from fusion_jax.inspection.sample import Sample, StageData
 
 
 def stage_charts(data: StageData, sample: Sample) -> str:
-    """Histograms over the sample."""
+    """Draws histograms over the sample."""
     sample = sample.records[: sample.count]
     good = sample[sample["good"] > 0]
     if not len(good):
@@ -28,7 +28,7 @@ def stage_charts(data: StageData, sample: Sample) -> str:
 
 
 def histogram(values: np.ndarray, title: str, limit: int | None = None, most: int = 30) -> str:
-    """An SVG of how often values occur: a bar each where they are few, else bins of equal width from 0."""
+    """Draws how often values occur, as SVG: one bar per value if they are few, else bins of equal width from 0."""
     if not len(values):
         return ""
     top = int(max(values.max(), 1))

@@ -13,7 +13,7 @@ SHOWN_BAD = 3  # bad records named for each reason
 
 
 def summary(data: StageData, sample: Sample) -> dict[str, Any]:
-    """All figures of a stage, as JSON can hold them."""
+    """Returns all figures of a stage, in types that JSON can hold."""
     config, stage, source = data.config, data.stage, data.source
     records = sample.records
     parts, weights = [], []
@@ -54,7 +54,7 @@ def summary(data: StageData, sample: Sample) -> dict[str, Any]:
 
 
 def lengths(data: StageData, records: np.ndarray) -> dict[str, np.ndarray]:
-    """Positions of text, of images and latents, and of both, at the largest l^2: of every usable record."""
+    """Returns the positions of text, of images and latents, and of both, at the largest l^2, for each usable record."""
     records = records[records["good"] > 0]
     length = records["length"] + records["rounds"] * max(data.latent_counts, default=0)
     return {"text": records["text"], "visual": length - records["text"], "length": length}
@@ -85,7 +85,7 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 
 
 def _bad_figures(sample: Sample, part: int | None) -> dict[str, Any]:
-    """Counts of the bad records of one data set; None: of the sample."""
+    """Counts the bad records of one data set, or with None those of the sample."""
     records = sample.records
     bad = records[records["part"] == part] if part is not None else records[: sample.count]
     images = sum(part in (None, p) for p, _ in sample.bad_images)
@@ -94,7 +94,7 @@ def _bad_figures(sample: Sample, part: int | None) -> dict[str, Any]:
 
 
 def _bad_share(in_all: dict[str, Any]) -> float:
-    """Of all records: those bad by their text, and of the others with images as many as among the ones decoded."""
+    """Estimates the share of bad records: those bad by their text, and others with images as often as decoded ones."""
     by_text = in_all["bad"] / in_all["looked_at"]
     if not in_all["images_decoded_of"]:
         return by_text
@@ -102,7 +102,7 @@ def _bad_share(in_all: dict[str, Any]) -> float:
 
 
 def _bad_list(sample: Sample) -> list[dict[str, Any]]:
-    """Reasons, most frequent first: how many, and the first of them."""
+    """Lists the reasons, most frequent first, each with its count and its first records."""
     reasons = []
     for seen_in, every in (("text", sample.bad), ("image", sample.bad_images)):
         for reason, count in Counter(bad.reason for _, bad in every).most_common():

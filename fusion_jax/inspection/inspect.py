@@ -23,8 +23,8 @@ class Options:
 
     Attributes:
       stage: the name of one stage; empty: all.
-      limit: records of each stage to measure, 0 for all. images: of how many of them to decode the images.
-      rows: rows of each stage on the page. devices: devices that the rows of a step are divided over.
+      limit: records of each stage to measure, 0 for all. images: how many of them have their images decoded.
+      rows: rows of each stage on the page. devices: devices over which the rows of a step are divided.
     """
 
     stage: str = ""
@@ -39,7 +39,7 @@ class Options:
 
 
 def inspect(config: RunConfig, options: Options, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """Prints the tables, writes the page, returns all figures.
+    """Prints the tables, writes the page, and returns all figures.
 
     Args:
       out: the HTML page; None: no page is written. progress: show progress bars.

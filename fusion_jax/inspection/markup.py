@@ -4,5 +4,5 @@ import html
 
 
 def escape(value: str) -> str:
-    """The text as it may stand in HTML, in attributes too."""
+    """Returns the text with HTML's special characters replaced, for use in attributes, too."""
     return html.escape(value, quote=True)

@@ -1,7 +1,7 @@
 """Writes the page of an inspection: one HTML file without scripts that fetches nothing.
 
-Conversations, names and reasons come from data files: they are text here, never markup, and a content security policy
-says so once more.
+Conversations, names and reasons come from data files: they are written as text, never as markup, and a content security
+policy allows neither scripts nor requests.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; backgro
 
 
 def page(sections: Sequence[tuple[str, str]]) -> str:
-    """The document. sections: name and HTML of each stage, from `stage_section`."""
+    """Writes the document. sections: name and HTML of each stage, from `stage_section`."""
     links = "".join(f'<a href="#stage-{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     body = "".join(f'<section id="stage-{i}">{content}</section>' for i, (_, content) in enumerate(sections))
     return (
@@ -87,7 +87,7 @@ def page(sections: Sequence[tuple[str, str]]) -> str:
 def stage_section(
     figures: dict[str, Any], tables: Sequence[Table], data: StageData, sample: Sample, rows: Sequence[Rows]
 ) -> tuple[str, str]:
-    """A stage's name and its part of the page."""
+    """Returns a stage's name and its part of the page."""
     parts = [f"<h2>{escape(data.stage.name)}</h2><p>{escape(headline(figures))}</p>"]
     parts.append(stage_charts(data, sample))
     parts += [_table(table) for table in tables]

@@ -16,7 +16,7 @@ from fusion_jax.inspection.markup import escape
 from fusion_jax.inspection.steps import Rows
 from fusion_jax.inspection.tables import number, percent
 
-# What a position is; the place in this list is the number in `kinds`.
+# The kinds of positions; `kinds` returns indices into this tuple.
 KINDS = ("padding", "text", "answer", "image", "tile", "row end", "latents")
 PADDING, TEXT, ANSWER, IMAGE, TILE, ROW_END, LATENTS = range(7)
 _COLOURS = ("#eef0f3", "#b9c3cf", "#f5b301", "#4a90d9", "#37b6a5", "#0b5a50", "#a86bd8")
@@ -33,13 +33,13 @@ _THUMBNAIL = 160  # pixels of a side at most
 
 
 def kinds(batch: Batch, row: int, spec: LayoutSpec) -> np.ndarray:
-    """What every position of a row is: (S,) int64, places in `KINDS`."""
+    """Returns the kind of every position of a row: (S,) int64 indices into `KINDS`."""
     index, segments = batch.visual_index[row], batch.segment_ids[row]
     tiles = spec.crops * spec.image_tokens
     ends = tiles + spec.crops * spec.tile_tokens
     latents = ends + (1 if spec.grids else 0)
     kind_of = np.where(segments > 0, TEXT, PADDING)
-    kind_of[1:][batch.loss_weights[row, :-1] > 0] = ANSWER  # a target stands one position before its token
+    kind_of[1:][batch.loss_weights[row, :-1] > 0] = ANSWER  # a target is one position before its token
     for start, kind in ((0, IMAGE), (tiles, TILE), (ends, ROW_END), (latents, LATENTS)):
         kind_of[index >= start] = kind
     return kind_of
@@ -113,7 +113,7 @@ def _bar(start: float, end: float, y: int, height: int, colour: str, title: str)
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int, int]]:
-    """(value, start, end) of equal neighbours."""
+    """Returns (value, start, end) of each run of equal neighbours."""
     cuts = np.flatnonzero(np.diff(values)) + 1
     starts = [0, *cuts.tolist()] if len(values) else []
     return [(int(values[start]), start, end) for start, end in zip(starts, [*starts[1:], len(values)])]
@@ -148,7 +148,7 @@ def _example(shown: _Shown, example: Example, tokenizer: Tokenizer) -> str:
 
 
 def _image(batch: Batch, group: int, slot: int, tiling: Tiling, which: int, spec: LayoutSpec) -> str:
-    """The crops of an image as the encoder gets them."""
+    """Draws the crops of an image as the encoder gets them."""
     crops, quadrants, tokens = batch.crops[group], batch.quadrants[group, slot], spec.tokens_of(tiling)
     parts = [f"image {which}: {number(tokens)} tokens"]
     views = [f'<div class="whole">{_picture(crops[slot], f"image {which}, whole view")}</div>']
@@ -184,7 +184,7 @@ def _picture(pixels: np.ndarray, alt: str) -> str:
 
 
 def _guide(batch: Batch, group: int, slot: int, tokenizer: Tokenizer) -> str:
-    """The question tokens that the crops of an example are encoded with."""
+    """Writes the question tokens that guide the crops of an example."""
     ids, mask = batch.crop_text[group, slot], batch.crop_text_mask[group, slot]
     last = np.flatnonzero((ids != 0) | mask)
     if not len(last):
@@ -197,7 +197,7 @@ def _guide(batch: Batch, group: int, slot: int, tokenizer: Tokenizer) -> str:
 
 
 def _tokens(shown: _Shown, places: np.ndarray, images: Sequence[tuple[int, Tiling]], tokenizer: Tokenizer) -> str:
-    """An example token by token; an image's and a round's latents are one mark each."""
+    """Writes an example token by token; an image's tokens and a round's latents are one mark each."""
     batch, row, spec, kind_of = shown.rows.batch, shown.row, shown.rows.spec, shown.kinds
     ends, starts = set(batch.round_end[row].tolist()), batch.latent_start[row].tolist()
     which = {slot: i for i, (slot, _) in enumerate(images, 1)}
@@ -237,8 +237,8 @@ def _token(batch: Batch, row: int, place: int, text: str, answer: bool, end: boo
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token's text, as HTML. Of tokens that share a character the first has it."""
-    front = tokenizer.vision_end_id  # the first of a text may lose its leading space
+    """Returns each token's text, as HTML. If tokens share a character, the first has it."""
+    front = tokenizer.vision_end_id  # the first token of a text may lose its leading space
     skip = len(tokenizer.decode([front], skip_special=False))
 
     def read(start: int, end: int) -> str:

@@ -28,9 +28,9 @@ from fusion_jax.devices import flops
 from fusion_jax.errors import BadRecord
 
 PER_PART = 50  # records measured of each data set, if it has as many
-# One record: its `Measured` without `arrived`; its data set, and whether it is good; text tokens, answers, images,
-# question tokens that guide the encoder, supervised tokens, last rounds left out; FLOPs of its training, the mean over
-# l^2.
+# The fields of one record: its `Measured` without `arrived`; its data set, and whether it is good; text tokens,
+# answers, images, question tokens that guide the encoder, supervised tokens, last rounds left out; FLOPs of its
+# training, the mean over l^2.
 SIZES = Measured._fields[:4]
 _CONTENT = ("part", "good", "text", "answers", "images", "question", "supervised", "dropped")
 RECORD = np.dtype([*((name, np.int64) for name in SIZES), *((name, np.int32) for name in _CONTENT), ("flops", float)])
@@ -38,7 +38,7 @@ RECORD = np.dtype([*((name, np.int64) for name in SIZES), *((name, np.int32) for
 
 @dataclass(frozen=True)
 class StageData:
-    """A stage with its data opened. devices: parts that the rows of a microbatch are divided over."""
+    """A stage with its data opened. devices: parts into which the rows of a microbatch are divided."""
 
     config: RunConfig
     stage: StageConfig
@@ -63,7 +63,7 @@ class StageData:
 
 
 def open_stage(config: RunConfig, stage: StageConfig, tokenizer: Tokenizer, devices: int = 1) -> StageData:
-    """Opens a stage's data and sizes its batches as training would. UserError where that cannot be done."""
+    """Opens a stage's data and sizes its batches as training would. Raises UserError if that cannot be done."""
     source = open_source(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
     sizes = stage_sizes(config, stage, loader, devices)
@@ -75,9 +75,9 @@ class Sample:
     """Records of a stage, measured.
 
     Attributes:
-      records: RECORD array of the sample and, from `count` on, of what small data sets got on top.
-      bad: the bad records by their text, bad_images: of the `decoded` records whose images were read; each with the
-        number of its data set.
+      records: RECORD array of the sample and, from `count` on, of the extra records of small data sets.
+      bad: the records whose text is bad. bad_images: those of the `decoded` records whose images are bad. Each has
+        the number of its data set.
       decoded: records of each data set whose images were read.
     """
 
@@ -124,13 +124,13 @@ def draw_sample(data: StageData, limit: int, images: int, progress: bool = True)
 
 
 def _spans(source: RecordSource) -> list[tuple[int, int]]:
-    """First record and size of each data set."""
+    """Returns first record and size of each data set."""
     sizes = [size for _, size in source.parts]
     return list(zip(itertools.accumulate(sizes, initial=0), sizes))
 
 
 def _mapped(pool: ThreadPoolExecutor, function, numbers: list[int], ahead: int = 256) -> Iterator:
-    """`pool.map` that holds few results at a time."""
+    """Does what `pool.map` does, but holds few results at a time."""
     for start in range(0, len(numbers), ahead):
         yield from pool.map(function, numbers[start : start + ahead])
 
@@ -141,7 +141,7 @@ def _bad_image(loader: ExampleLoader, number: int) -> BadRecord | None:
 
 
 def _row(data: StageData, number: int, part: int, example: Example) -> tuple:
-    """The fields of RECORD of a good record."""
+    """Returns the fields of RECORD for a good record."""
     spec, model = data.loader.spec, data.config.model
     counts = data.latent_counts or (0,)
     cost = float(

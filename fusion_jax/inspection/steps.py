@@ -21,10 +21,10 @@ MOST_STEPS = 200  # planned at most
 
 
 def planned_steps(data: StageData, sample: Sample) -> Iterator[Step]:
-    """The steps of the run, from the first to the last, planned as in training. Records outside the sample are measured
-    on the way.
+    """Yields the steps of the run, from the first to the last, planned as in training. Records outside the sample are
+    measured on the way.
 
-    Ends early where nothing is usable.
+    It ends early if nothing is usable.
     """
     known: dict[int, Element] = {}
     for r in sample.records:
@@ -46,7 +46,7 @@ def planned_steps(data: StageData, sample: Sample) -> Iterator[Step]:
 
 
 def step_statistics(data: StageData, sample: Sample) -> dict[str, Any] | None:
-    """What the planned steps hold; as many of them as the sample is good for. None where nothing is usable."""
+    """Sums up what planned steps hold, as many steps as the sample suffices for. None if nothing is usable."""
     usable = int(sample.records[: sample.count]["good"].sum())
     steps = list(itertools.islice(planned_steps(data, sample), min(MOST_STEPS, max(2, _affordable(data, usable)))))
     if not usable or not steps:
@@ -72,7 +72,7 @@ def step_statistics(data: StageData, sample: Sample) -> dict[str, Any] | None:
 
 
 def _affordable(data: StageData, usable: int) -> int:
-    """Steps that can be planned from so many usable records."""
+    """Returns how many steps can be planned from that many usable records."""
     return int((usable - pool(data.sizes)) / data.sizes.samples)
 
 
@@ -81,8 +81,8 @@ class Rows:
     """Some rows of one step, as training gets them: those of the first groups, or the first of the first group.
 
     Attributes:
-      step: number from 0. batch: these rows alone. examples: of each row, in order. missing: those of their records
-        whose images are bad.
+      step: number from 0. batch: these rows alone. examples: the examples of each row, in order. missing: the records
+        of these rows whose images are bad.
     """
 
     step: int
@@ -93,7 +93,7 @@ class Rows:
 
 
 def sample_rows(data: StageData, sample: Sample, rows: int, steps: int = 3) -> list[Rows]:
-    """About `rows` rows out of the first steps."""
+    """Picks about `rows` rows from the first steps."""
     shown, per_group, share = [], data.sizes.rows_per_group, -(-rows // steps)
     groups = min(max(1, share // per_group), data.sizes.groups)
     for step in itertools.islice(planned_steps(data, sample), steps if rows else 0):

@@ -11,8 +11,8 @@ from fusion_jax.files import printable
 
 @dataclass(frozen=True)
 class Table:
-    """Texts to line up: a line of columns' heads and lines of cells, of which the first is the line's name. notes: the
-    last column holds remarks, not figures."""
+    """Texts to align: a line of column heads, and lines of cells of which the first is the line's name. notes: whether
+    the last column holds remarks, not figures."""
 
     title: str
     heads: Sequence[str]
@@ -22,7 +22,7 @@ class Table:
 
 
 def stage_tables(figures: dict[str, Any]) -> list[Table]:
-    """The stage's figures, data set by data set, and what its steps hold."""
+    """Returns tables of the stage's figures, data set by data set, and of what its steps hold."""
     sets = [*figures["parts"], figures["all"]] if len(figures["parts"]) > 1 else [figures["all"]]
     if len(sets) == 1:
         sets = [{**figures["all"], "name": figures["parts"][0]["name"]}]
@@ -142,7 +142,7 @@ def percent(value: float | None) -> str:
 
 
 def scaled(value: float | None) -> str:
-    """With a prefix: 1.23 T."""
+    """Writes a number with a metric prefix: 1.23 T."""
     if value is None:
         return "–"
     power = min(int(math.log10(max(value, 1))) // 3, 7)
@@ -150,7 +150,7 @@ def scaled(value: float | None) -> str:
 
 
 def as_text(figures: dict[str, Any], tables: Sequence[Table]) -> str:
-    """The tables for a terminal."""
+    """Formats the tables for a terminal."""
     blocks = [f"=== {headline(figures)} ==="]
     for table in tables:
         lines = [list(map(printable, line)) for line in (table.heads, *table.lines)]
@@ -180,7 +180,7 @@ def headline(figures: dict[str, Any]) -> str:
 
 
 def bad_lines(figures: dict[str, Any]) -> list[str]:
-    """Each reason, and under it the first records."""
+    """Returns a line for each reason, and under it lines for its first records."""
     lines = []
     for entry in figures["bad_records"]:
         seen = "of the images read" if entry["seen_in"] == "image" else "by the text"

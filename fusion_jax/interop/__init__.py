@@ -1,3 +1,3 @@
-"""Models of other libraries and file formats: imported, exported, and offered to other tools."""
+"""Imports and exports models of other libraries and file formats, and offers ours to other tools."""
 
 FORMATS = ("published", "transformers")  # of exported folders: the published code's own, and transformers'

@@ -15,9 +15,9 @@ from fusion_jax.models.config import LLMConfig, VisionConfig
 def check_sizes(
     tensors: TensorFolder | GgufFile, prefix: str, tower: VisionConfig | None, decoder: LLMConfig | None
 ) -> None:
-    """UserError where the largest sizes of a config differ from the headers, or a tensor exceeds the memory.
+    """Raises UserError where the largest sizes of a config differ from the headers, or a tensor exceeds the memory.
 
-    This comes first, as everything else is made in these sizes.
+    This check comes first, because everything else is allocated in these sizes.
     """
     expected: dict[str, tuple[int, ...]] = {}
     if tower is not None:
@@ -51,8 +51,8 @@ def check_tensors(
     """`table.check_complete` for a folder, and UserError for a type that cannot be read.
 
     Args:
-      rows: of the table. tensors: of the folder. unused: ends of names that may be left over.
-      shapes: replace those of the rows by name. others: beginnings of names that are left out.
+      rows: the rows of the table. tensors: the folder's tensors. unused: suffixes of names that may be left over.
+      shapes: shapes by name that replace those of the rows. others: prefixes of names that are not checked.
     """
     actual = {name: entry.shape for name, entry in tensors.entries.items() if not name.startswith(others)}
     rows = [dataclasses.replace(row, shape=shapes.get(row.name, row.shape)) for row in rows]

@@ -1,7 +1,7 @@
 """Exports checkpoints as folders for PyTorch: for the published code, or for transformers.
 
-Parameters are read group by group and written into memory-mapped safetensors files, so that memory stays at a few
-tensors whatever the model.
+Parameters are read group by group and written into memory-mapped safetensors files, so that only a few tensors are in
+memory, however large the model.
 """
 
 import json
@@ -35,9 +35,10 @@ from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, TensorWriter, assign, size_of
 from fusion_jax.interop.torch import names
-from fusion_jax.training import checkpoint, loading
-from fusion_jax.training.about import config_of
+from fusion_jax.training import loading
+from fusion_jax.training.about import config_of, load_about, save_tokenizer
 from fusion_jax.training.checkpoint_arrays import Damaged, raise_if_no_damage, stored_shapes, unreadable
+from fusion_jax.training.loading import find_checkpoint
 from fusion_jax.values.foreign import mapping, read_object
 
 log = logging.getLogger("fusion_jax")
@@ -48,9 +49,9 @@ _POSITIONS = "vision/position_embedding"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step folder, its run config, its `about` entry, and dtype and shape of every parameter by path.
+    """A step folder, its run config, its `about` entry, and the dtype and shape of every parameter by path.
 
-    The tower's stacks may have layers that the model's taps do not read; these are exported, too.
+    The tower's stacks may have layers that the model's taps do not read; these are exported as well.
     """
 
     folder: Path
@@ -65,8 +66,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
       UserError: there is no checkpoint, or its parameters are not those of its config.
     """
-    folder = checkpoint.find(path)
-    about = checkpoint.load_about(folder)
+    folder = find_checkpoint(path)
+    about = load_about(folder)
     config = config_of(about, folder)
     stored = flatten_dict(stored_shapes(folder), sep="/")
     parameters = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in stored.items()}
@@ -138,11 +139,11 @@ def _export(source: Checkpoint, target: str | Path, published: bool, dtype: str 
     alone = {name: (shape, of_tower) for name, shape in tower.shapes.items()} if tower else {}
     check_room(target, size_of([*tensors.values(), *alone.values()]))
     with new_folder(target) as building:
-        # Small files, which may be refused, come before the tensors, which take long.
+        # Small files come before the tensors: they may raise errors, and tensors take long.
         with hf_config.reading(f"{source.folder} (its tokenizer)"):
             tokenizer = None
             if source.about["tokenizer"] or not published:
-                checkpoint.save_tokenizer(source.about, building)
+                save_tokenizer(source.about, building)
                 tokenizer = load_tokenizer(building)
             if published:
                 _drop_pointers(building / "tokenizer_config.json")
@@ -179,7 +180,7 @@ def _write_tower(
     tensors: dict[str, tuple[tuple[int, ...], str]],
     progress: bool,
 ) -> None:
-    """Writes the tower alone. Its last layer is zeros, as the published code drops it unread."""
+    """Writes only the tower. Its last layer is all zeros, because the published code drops it without reading it."""
     folder = building / tower.name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tower.config, indent=2) + "\n")
@@ -189,7 +190,7 @@ def _write_tower(
 
 
 def _drop_pointers(path: Path) -> None:
-    """Removes pointers to code from a config: trust in the exported code must not run the code of another folder."""
+    """Removes pointers to code from a config: trusting the exported code must not run the code of another folder."""
     config = read_object(path) if path.is_file() else {}
     if not config.keys().isdisjoint(hf_config.POINTERS):
         kept = {key: value for key, value in config.items() if key not in hf_config.POINTERS}
@@ -197,7 +198,7 @@ def _drop_pointers(path: Path) -> None:
 
 
 def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[str, np.ndarray]:
-    """Tensors that the published files hold and nothing uses: as they were imported, or else the identity."""
+    """Tensors of the published files that are never used: those that were imported, or else the identity."""
     if origin.get("unused") is not None:
         kept = mapping(origin, "unused", where)
         check(all(name.endswith(UNUSED) for name in kept), f"{where} holds tensors that are not among the unused ones.")
@@ -209,7 +210,7 @@ def _unused(origin: dict[str, Any], width: int, dtype: str, where: str) -> dict[
 
 
 def _copy(source: Checkpoint, rows: list[table.Row], writer: TensorWriter, progress: bool) -> None:
-    """Fills the writer group by group of parameters."""
+    """Fills the writer, one group of parameters after the other."""
     places: dict[str, list[tuple[table.Row, int, int | None]]] = {}
     for row in rows:
         for nth, (path, index) in enumerate(row.paths):
@@ -219,7 +220,7 @@ def _copy(source: Checkpoint, rows: list[table.Row], writer: TensorWriter, progr
     def write(job: tuple[np.ndarray, table.Row, int, int | None]) -> int:
         array, row, nth, index = job
         part = table.part_to_published(row, array if index is None else array[index], source.config.model)
-        # Parts of a fused tensor follow each other; their rows are the last axis of ours.
+        # The parts of a fused tensor are consecutive; its rows are the last axis of our arrays.
         start = sum(source.parameters[before][0][-1] for before, _ in row.paths[:nth])
         assign(writer[row.name][start : start + len(part)], part, row.name)
         return part.nbytes

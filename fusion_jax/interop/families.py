@@ -1,7 +1,7 @@
-"""The families of language models that can be imported: one row each says what sets it apart in files.
+"""Lists the families of language models that can be imported, each in a row with its peculiarities.
 
-To add a family like Llama, add a row to `FAMILIES`. Where its layer computes something else, add the class to models/,
-a field for it to `LLMConfig` (which the row sets in `implies`), and the names of its tensors to table.py.
+To add a family like Llama, add a row to `FAMILIES`. Where its layer computes something different, add the class to
+models/, a field for it to `LLMConfig` (which the row sets in `implies`), and the names of its tensors to table.py.
 """
 
 import logging
@@ -22,17 +22,17 @@ log = logging.getLogger("fusion_jax")
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family of language models apart in a Hugging Face folder or a GGUF file.
+    """The peculiarities of a family of language models in Hugging Face folders and GGUF files.
 
     Attributes:
-      template: its chat template in `templates.TEMPLATES`, where the tokenizer brings none of its own.
-      implies: fields of `LLMConfig` that the architecture has by construction, so that config.json does not name them.
-      fused: its files hold query, key and value as one tensor, and gate and up as another.
+      template: its chat template in `templates.TEMPLATES`, used where the tokenizer has none of its own.
+      implies: fields of `LLMConfig` that follow from the architecture, so that config.json does not have them.
+      fused: whether its files hold query, key and value as one tensor, and gate and up as another.
       rope: reads the rotary settings of config.json. windows: reads which layers have a sliding window.
       gguf: its `general.architecture` in GGUF files, "" where it has none of its own.
-      gguf_interleaved: llama.cpp lays the two numbers of a rotary pair beside each other, not half a head apart.
+      gguf_interleaved: whether llama.cpp stores the two numbers of a rotary pair side by side, not half a head apart.
       published: model_type of the published code's model on this decoder, "" where there is none. Such a family keeps
-        its template even where the tokenizer brings one.
+        its template even where the tokenizer has one.
     """
 
     template: str
@@ -64,11 +64,11 @@ def family_of(model_type: str) -> Family:
 def choose_template(model_type: str, tokenizer: Tokenizer | None) -> str:
     """Names the chat template of an imported model.
 
-    That is the published one of a family with published models, else the tokenizer's own, else the first whose special
-    tokens the tokenizer has. Without a tokenizer it is the family's.
+    That is the published one for a family with published models, else the tokenizer's own, else the first template
+    whose special tokens the tokenizer has. Without a tokenizer it is the family's.
 
     Raises:
-      UserError: the tokenizer has the tokens of no template.
+      UserError: no template fits the tokenizer's special tokens.
     """
     family = family_of(model_type)
     if tokenizer is None:

@@ -1,8 +1,8 @@
 """Reads a language model in a GGUF file like a Hugging Face folder: config.json and named tensors.
 
 The package `gguf` unpacks quantised numbers; the tensors are those that llama.cpp computes with, not those before
-quantisation. Key and tensor names, the order of rotary pairs and the factors of Llama 3's
-scaling: github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py and convert_hf_to_gguf.py.
+quantisation. Key and tensor names, the order of rotary pairs and the factors of Llama 3's scaling are documented in
+github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py and convert_hf_to_gguf.py.
 """
 
 import math
@@ -39,7 +39,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _FREQUENCIES, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-# Keys that change the arithmetic unless they are 0; models of these architectures do not use them.
+# Keys that change the arithmetic unless they are 0; models of the supported architectures do not use them.
 _OTHER = (
     "expert_count",
     "attention.max_alibi_bias",
@@ -77,7 +77,8 @@ class GgufFile:
     """The tensors of a GGUF file by the names of a Hugging Face folder, like `TensorFolder`.
 
     Attributes:
-      folder: the file. entries: tensor name to `Entry`; quantised tensors are float32. config: as in config.json.
+      folder: the path of the file. entries: tensor name to `Entry`; quantised tensors are float32. config: as in
+        config.json.
     """
 
     def __init__(self, path: Path):
@@ -99,7 +100,7 @@ class GgufFile:
         self._sizes = {name: self._size(name) for name in self._header.places}
         self.config = self._config()
         self._names = {self._theirs(name): name for name in self._header.places}
-        # A stack of layers has one type: float32 where tensors are quantised or of several types.
+        # A stack of layers has one dtype: float32 where its tensors are quantised or have several dtypes.
         wide = {self._type(name) for name, place in self._header.places.items() if len(place.shape) > 1}
         common = wide.pop() if len(wide) == 1 else "float32"
         self.entries = {
@@ -123,7 +124,7 @@ class GgufFile:
         check(scale == 1.0, f"{where}: {arch}.rope.scale_linear={scale} is not supported.")
 
     def _size(self, name: str) -> int:
-        """Bytes of a tensor. UserError where they are not all in the file, or its type cannot be unpacked."""
+        """Bytes of a tensor. Raises UserError where they are not all in the file, or its type cannot be unpacked."""
         gguf, place, where = self._gguf, self._header.places[name], f"{self.folder}: {shown(name)}"
         try:
             kind = gguf.GGMLQuantizationType(place.kind)
@@ -194,7 +195,7 @@ class GgufFile:
         return config | self._scaling(config)
 
     def _scaling(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json's keys for the rotary scaling, whose factors are tensors in GGUF."""
+        """The keys of config.json for rotary scaling, the factors of which are tensors in GGUF."""
         values, where, arch = self._values, str(self.folder), self._family.gguf
         kind = text(values, f"{arch}.rope.scaling.type", where, "none")
         original = f"{arch}.rope.scaling.original_context_length"
@@ -231,7 +232,7 @@ class GgufFile:
         check(shape == (half,), f"{self.folder}: {name} has shape {shape}; heads of {2 * half} need ({half},).")
         factors = [_decimal(one) for one in self._unpacked(name).astype(np.float32).tolist()]
         least, most = RANGES["factor"]
-        good = all(least <= one <= most for one in factors)  # NaN is in no range
+        good = all(least <= one <= most for one in factors)  # NaN fails, too
         check(good, f"{self.folder}: {name} has values that are not factors from {least:g} to {most:g}.")
         return factors
 
@@ -254,10 +255,10 @@ class GgufFile:
         return array.astype(DTYPES[self.entries[name].dtype], copy=False)
 
     def tokenizer(self, folder: Path) -> tuple[Tokenizer, tempfile.TemporaryDirectory | None]:
-        """The tokenizer of `folder`, or else of the metadata, with the folder of its files, which the caller keeps.
+        """The tokenizer of `folder`, or else of the metadata, with the folder of its files, which the caller must keep.
 
         Raises:
-          UserError: there is no tokenizer, or that of the metadata is not fully described.
+          UserError: there is no tokenizer, or the metadata do not fully describe it.
         """
         if any(os.path.lexists(folder / name) for name in _TOKENIZER_FILES):
             return load_tokenizer(folder), None
@@ -267,7 +268,7 @@ class GgufFile:
 
 
 def _apart(array: np.ndarray, heads: int) -> np.ndarray:
-    """Orders the rows of a query or key matrix with rotary pairs half a head apart; llama.cpp interleaves them."""
+    """Puts the rotary pairs in the rows of a query or key matrix half a head apart; llama.cpp interleaves them."""
     rows, columns = array.shape
     return array.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,9 +1,9 @@
-"""Reads the header of a GGUF file: its keys and values, and the places of its tensors.
+"""Reads the header of a GGUF file: its keys and values, and the positions of its tensors.
 
     "GGUF", version, number of tensors, number of keys | keys with values | name, shape, type, offset | padding | data
 
 It is read here and not by the package `gguf`, because every count and length comes from the file itself: a damaged file
-could demand any amount of time or memory. Layout: github.com/ggml-org/ggml, docs/gguf.md.
+could require any amount of time or memory. The layout is described in github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import math
@@ -31,7 +31,7 @@ _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of a GGUF file: its shape (the fastest axis last), the number of its type, and its first byte."""
+    """A tensor of a GGUF file: its shape (the fastest axis last), the number of its type, and its offset in bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -49,10 +49,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header, and no tensor.
+    """Reads the header without the tensors.
 
     Raises:
-      UserError: it is not a GGUF file of version 2 or 3, is damaged, or ends within the header. Whether the tensors lie
+      UserError: it is not a GGUF file of version 2 or 3, is damaged, or ends within the header. Whether the tensors are
         within the file depends on their types and is checked by `GgufFile`.
     """
     try:
@@ -99,7 +99,7 @@ class _Reader:
         self.left = _MOST_VALUES
 
     def _advance(self, size: int) -> int:
-        """Moves past the next `size` bytes, and returns where they begin. UserError where the file ends before."""
+        """Moves past the next `size` bytes and returns where they begin. Raises UserError where the file is shorter."""
         begin, self.at = self.at, self.at + size
         check(self.at <= len(self.data), f"{self.path} is damaged or cut short: its header ends at {len(self.data):,}.")
         check(self.at <= _MOST_BYTES, f"{self.path} is damaged: its header has over {_MOST_BYTES >> 20} MB.")

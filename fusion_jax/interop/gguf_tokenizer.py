@@ -1,8 +1,8 @@
 """Writes the tokenizer in a GGUF file's metadata as the files of a tokenizer folder.
 
-The metadata hold the tokens and merges of a byte-level BPE, but only a name for how it splits texts
-(`tokenizer.ggml.pre`); the known ones are here. Of SentencePiece tokenizers they leave out which added tokens swallow
-the white space after them (Phi); for these, the tokenizer's own files must lie beside the GGUF file.
+The metadata hold the tokens and merges of a byte-level BPE, but only the name of the rule by which it splits texts
+(`tokenizer.ggml.pre`); this file has the known rules. For SentencePiece tokenizers the metadata do not say which added
+tokens swallow the white space after them (Phi), so the tokenizer's own files must be in the folder of the GGUF file.
 """
 
 import json
@@ -51,7 +51,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 
     Args:
-      values: the metadata. folder: exists. where: the GGUF file, for messages.
+      values: the metadata. folder: an existing folder. where: the GGUF file, for messages.
 
     Raises:
       UserError: there is no tokenizer, it is of another kind, or it contradicts itself.
@@ -70,7 +70,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
     check(
         len(kinds) == len(words), f"{where}: tokenizer.ggml.token_type has {len(kinds)} values for {len(words)} tokens."
     )
-    while kinds and kinds[-1] == _UNUSED:  # rows of the embedding that no token has
+    while kinds and kinds[-1] == _UNUSED:  # rows of the embedding without a token
         words, kinds = words[:-1], kinds[:-1]
     vocabulary = {word: i for i, word in enumerate(words)}
     check(len(vocabulary) == len(words), f"{where}: tokenizer.ggml.tokens names a token twice.")
@@ -78,7 +78,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, where: Path) -> None:
     check(all(len(merge) == 2 for merge in merges), f"{where}: tokenizer.ggml.merges holds values that are not pairs.")
     try:
         model = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
-    except Exception as error:  # the library raises no narrower class
+    except Exception as error:  # the library has no narrower class of errors
         raise UserError(f"{where}: tokenizer.ggml.merges: {first_line(error)}.") from error
     if pre == "qwen2":
         model.normalizer = normalizers.NFC()

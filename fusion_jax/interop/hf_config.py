@@ -1,4 +1,4 @@
-"""config.json of Hugging Face folders, read into our configs of language models and vision towers."""
+"""Reads config.json of Hugging Face folders into our configs of language models and vision towers."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from fusion_jax.models.config import (
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import flag, mapping, number, read_object, text, whole
 
-# What a SigLIP config.json leaves out has these values (the defaults of its config class).
+# Keys that a SigLIP config.json leaves out have these values (the defaults of its config class).
 _TOWER_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -34,10 +34,10 @@ POINTERS = ("auto_map", "custom_pipelines")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Reads the config.json of a folder. UserError where it is missing or not a JSON object."""
+    """Reads the config.json of a folder. Raises UserError where it is missing or not a JSON object."""
     folder = Path(folder)
     path = folder / "config.json"
-    # `os.path` takes any text for a path, also one that no file can have.
+    # `os.path` accepts any text as a path, even one that no file can have.
     no_folder = os.path.lexists(folder) and not os.path.isdir(folder)
     check(not no_folder, f"{shown(folder, 1000)} is neither a folder nor a GGUF file; give a Hugging Face folder.")
     check(os.path.lexists(path), f"{shown(folder, 1000)} has no config.json; a Hugging Face folder needs it.")
@@ -48,7 +48,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Turns errors over values of a wrong kind in a config into one that names the file."""
+    """Turns errors about values of a wrong type in a config into one that names the file."""
     try:
         yield
     except UserError as error:
@@ -69,7 +69,7 @@ def llm_config(config: Mapping[str, Any], where: str = "config.json") -> LLMConf
     """Reads the decoder settings of a config.json of one of `FAMILIES`.
 
     Raises:
-      UserError: the architecture is another one, or has an option that our decoder lacks.
+      UserError: the architecture is not supported, or has an option that our decoder lacks.
     """
     kind = config.get("model_type")
     check(kind not in PUBLISHED, f"{where} is a whole model in the published format: import it with --from.")
@@ -108,7 +108,7 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
     In a whole SigLIP model the tower's keys are in `vision_config`.
 
     Raises:
-      UserError: the architecture is another one.
+      UserError: the architecture is not supported.
     """
     tower = mapping(config, "vision_config", where) or config
     kind = tower.get("model_type", config.get("model_type"))
@@ -120,7 +120,7 @@ def vision_config(config: Mapping[str, Any], where: str = "config.json") -> Visi
 
 
 def tower_from(tower: Mapping[str, Any], where: str) -> VisionConfig:
-    """The tower that these keys of a config.json describe. Raises as `vision_config`."""
+    """The tower that these keys of a config.json describe. Raises the errors of `vision_config`."""
     act = text(tower, "hidden_act", where, "gelu_pytorch_tanh")
     check(act == "gelu_pytorch_tanh", f"{where}: hidden_act {brief(act)} of the tower is not supported.")
 
@@ -139,7 +139,7 @@ def tower_from(tower: Mapping[str, Any], where: str) -> VisionConfig:
 
 
 def default_exchange(llm: LLMConfig) -> ExchangeConfig:
-    """Exchange layers after decoder layers 0, 3, ..., ten of them as published, or as many as the decoder allows."""
+    """Exchange layers after decoder layers 0, 3, ...: ten as published, or as many as the decoder allows."""
     published = ExchangeConfig()
     layers = min(published.layers, -(-llm.layers // published.stride))
     return dataclasses.replace(published, layers=layers, heads=math.gcd(published.heads, llm.width))

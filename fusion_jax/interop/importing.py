@@ -1,6 +1,6 @@
 """Imports Hugging Face folders and GGUF files: reads our parameters and writes checkpoints.
 
-folders --headers--> names, shapes, dtypes --table--> what goes where        (opening.py: all that can be wrong)
+folders --headers--> names, shapes, dtypes --table--> what goes where        (opening.py: all checks)
         --tensor by tensor, several at once--> memory-mapped parameters --Orbax--> checkpoint
 """
 
@@ -24,7 +24,7 @@ from fusion_jax.interop.shapes import kept_shapes, parameter_shapes
 from fusion_jax.interop.tensors import DTYPES, allocate, assign, size_of
 from fusion_jax.models import fusion
 from fusion_jax.models.config import FusionConfig
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import describe_run
 
 
 def read(opened: Opened, make: Callable[[str, tuple[int, ...], np.dtype], np.ndarray], progress: bool = False) -> dict:
@@ -35,7 +35,7 @@ def read(opened: Opened, make: Callable[[str, tuple[int, ...], np.dtype], np.nda
     total = sum(_row_bytes(source, row) for source, row in jobs)
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not progress) as bar,
-        # Several files at once; each worker holds one tensor.
+        # Several files are read in parallel; each worker holds one tensor.
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers,
     ):
 
@@ -72,7 +72,7 @@ def _fill_vocabulary(into: np.ndarray, part: np.ndarray, transform: str, known: 
 
 
 def _initialise(model: FusionConfig, new: dict[str, np.ndarray]) -> None:
-    """Fills the parameters that no source has with the model's initial values."""
+    """Fills parameters that are in none of the sources with the model's initial values."""
 
     def draw(paths: tuple[str, ...]) -> None:
         # The whole initialiser is traced, but only these parameters are computed.
@@ -101,7 +101,7 @@ def load(folder: str | Path) -> tuple[FusionConfig, dict]:
 
 
 def run_config(opened: Opened) -> RunConfig:
-    """The run config in an imported checkpoint: model and template; its one stage stands for no training."""
+    """The run config of an imported checkpoint: model and template; its one stage is a placeholder without training."""
     longest = max(opened.model.latent_counts)
     stage = StageConfig("import", data="", max_length=max(4096, opened.model.tokens_per_image + longest + 1))
     return RunConfig(model=opened.model, tokenizer="", template=opened.template, stages=(stage,))
@@ -110,8 +110,8 @@ def run_config(opened: Opened) -> RunConfig:
 def write_checkpoint(opened: Opened, target: str | Path, progress: bool = True) -> None:
     """Reads all tensors and writes `target`, an Orbax checkpoint of parameters and `about`, whole or not at all.
 
-    Memory stays at a few tensors: parameters live in memory-mapped files beside the target until Orbax has written
-    them, which for that time takes the disk room of the model twice.
+    Only a few tensors are in memory: parameters are in memory-mapped files beside the target until Orbax has written
+    them, so the model temporarily takes its disk space twice.
 
     Raises:
       UserError: the target is not empty, or the disk is full.
@@ -128,9 +128,9 @@ def write_checkpoint(opened: Opened, target: str | Path, progress: bool = True) 
             return allocate(file, size_of([(shape, opened.dtypes[path])])).view(dtype).reshape(shape)
 
         params = read(opened, make, progress)
-        about = checkpoint.describe(run_config(opened), opened.tokenizer, opened.origin)
+        about = describe_run(run_config(opened), opened.tokenizer, opened.origin)
         context = ocp.Context()
-        # The arrays do not change meanwhile, and a copy would be the whole model.
+        # The arrays do not change while they are written, and a copy would take the memory of the whole model.
         context.memory.deepcopy_host_arrays = False
         context.memory.write_concurrent_bytes = 2 * 10**9
         try:

@@ -1,10 +1,10 @@
-"""The model class through which lmms-eval runs its tasks on a checkpoint.
+"""Defines the model class through which lmms-eval runs its tasks on a checkpoint.
 
     pip install -e '.[lmms_eval]'
     python -m lmms_eval --model fusion_jax --model_args checkpoint=runs/a --tasks mme
 
 lmms-eval finds the class through lmms_eval_plugin.py. Answers are greedy, end at the first `until` text and have
-at most `max_new_tokens` tokens. Perplexities and conversations of several rounds are not offered.
+at most `max_new_tokens` tokens. Perplexities and conversations of several rounds are not supported.
 """
 
 import io
@@ -22,7 +22,7 @@ from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference.generate import Answerer
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint as checkpoints
+from fusion_jax.training.loading import load_model
 
 _LONGEST = 1024  # tokens of an answer, where a task sets no limit
 
@@ -33,7 +33,7 @@ class FusionModel(lmms):
     def __init__(self, checkpoint: str = "", batch_size: int | str = 16, device: str | None = None, **unknown):
         """Args:
           checkpoint: step folder, stage folder or workdir.
-          batch_size: questions answered at a time; 16 where it is not a number.
+          batch_size: questions in a batch; 16 where it is not a number.
           device: ignored; lmms-eval passes it, and JAX chooses its own.
 
         Raises:
@@ -44,7 +44,7 @@ class FusionModel(lmms):
         if not checkpoint or unknown:
             wrong = f"unknown: {', '.join(unknown)}; " if unknown else ""
             raise UserError(f"{wrong}give --model_args checkpoint=DIR, and batch_size=N if need be.")
-        loaded = checkpoints.load_model(checkpoint)
+        loaded = load_model(checkpoint)
         model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
         rows = int(batch_size) if str(batch_size).isdigit() else 16
         self.batch_size = rows
@@ -78,7 +78,7 @@ class FusionModel(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         where = f"{task}, document {doc_id}"
         images = tuple(_bytes(visual, where) for visual in visuals or ())
-        # Tasks that place their images write the tag themselves; others get them in front.
+        # Tasks that choose the positions of their images write the tag themselves; for others images come first.
         if words.count("<image>") != len(images):
             words = "<image>\n" * len(images) + words.replace("<image>", "")
         return Record(str(doc_id), None, [{"from": "human", "value": words}], where, images)

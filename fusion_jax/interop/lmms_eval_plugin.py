@@ -1,4 +1,4 @@
-"""The entry point `lmms_eval.models`: it names the model class without importing JAX."""
+"""Provides the entry point `lmms_eval.models`, which names the model class without importing JAX."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,4 +1,4 @@
-"""The model card, README.md, of a folder that is exported for transformers."""
+"""Writes the model card, README.md, of a folder that is exported for transformers."""
 
 import datetime
 from pathlib import Path
@@ -7,8 +7,9 @@ from fusion_jax import __version__
 from fusion_jax.config import RunConfig
 from fusion_jax.errors import UserError
 from fusion_jax.files import brief, shown
-from fusion_jax.training import checkpoint
+from fusion_jax.training.checkpoint_folders import step_of
 from fusion_jax.training.jsonl import read_rows
+from fusion_jax.training.losses import PARTS
 
 
 def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> str:
@@ -16,13 +17,13 @@ def model_card(folder: Path, config: RunConfig, dtype: str, parameters: int) -> 
 
     Args:
       folder: step folder of the checkpoint. config: its run config.
-      dtype: of the tensors. parameters: how many the model has.
+      dtype: the dtype of the tensors. parameters: how many the model has.
 
     Raises:
-      UserError: the metrics beside the checkpoint are not what a run writes.
+      UserError: the metrics beside the checkpoint are not in the form that runs write.
     """
     model = config.model
-    vision, step = model.vision, checkpoint.step_of(folder)
+    vision, step = model.vision, step_of(folder)
     origin = f"Trained to step {step} with" if step else "Converted with"
     stages = [stage for stage in config.stages if stage.data]
     lines = [
@@ -82,10 +83,9 @@ def metrics_at(folder: Path) -> list[str]:
     last: dict[str, float] = {}
     try:
         for entry in read_rows(file):
-            if entry["step"] <= checkpoint.step_of(folder):
-                wanted = ("total", "ce", "v2t", "t2v")
+            if entry["step"] <= step_of(folder):
                 for name, value in entry.items():
-                    if name in wanted or name.startswith("validation/"):
+                    if name in ("total", *PARTS) or name.startswith("validation/"):
                         if type(value) not in (int, float):
                             raise ValueError(f"{name} is {brief(value)} at step {entry['step']}")
                         last[name] = float(value)

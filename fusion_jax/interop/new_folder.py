@@ -13,7 +13,7 @@ from fusion_jax.files import brief
 
 @contextlib.contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Makes a folder that takes the name `target` at the end; until then it lies in a hidden folder beside it.
+    """Makes a folder that is renamed to `target` at the end; until then it is in a hidden folder beside it.
 
     Yields:
       The folder to fill. Whatever else is in the hidden folder is removed in any case.
@@ -27,7 +27,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             check(target.is_dir(), f"{target} is a file; name a new or an empty folder.")
             check(not any(target.iterdir()), f"{target} is not empty; name a new or an empty folder.")
             check(not target.is_mount(), f"{target} is a mounted disk; name a folder on it.")
-        above = [parent for parent in target.parents if not parent.exists()]  # these go, too, when it fails
+        above = [parent for parent in target.parents if not parent.exists()]  # these are removed as well when it fails
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
@@ -42,13 +42,13 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(room, ignore_errors=True)
         if not target.exists():
-            with contextlib.suppress(OSError):  # another process may have put something there
+            with contextlib.suppress(OSError):  # another process may have written something there
                 for parent in above:
                     parent.rmdir()
 
 
 def _resolved(target: str | Path) -> Path:
-    """The path without links. UserError where the system refuses it: it is too long, or its links form a circle."""
+    """The path without links. Raises UserError where the system refuses it: it is too long or its links form a loop."""
     try:
         resolved = Path(target).resolve()
         resolved.exists()
@@ -59,7 +59,7 @@ def _resolved(target: str | Path) -> Path:
 
 
 def check_room(target: str | Path, size: int) -> None:
-    """UserError unless the disk of `target` has room for `size` bytes."""
+    """Raises UserError unless the disk of `target` has room for `size` bytes."""
     resolved = _resolved(target)
     folder = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     free = shutil.disk_usage(folder).free

@@ -1,6 +1,6 @@
-"""Opens what an import reads, and checks all of it from headers and configs before anything is loaded.
+"""Opens the sources of an import, and checks them from headers and configs before anything is loaded.
 
-A whole published model, or a vision tower and a language model. importing.py then reads the tensors.
+They are a whole published model, or a vision tower and a language model. importing.py then reads the tensors.
 """
 
 import base64
@@ -26,12 +26,12 @@ from fusion_jax.interop.shapes import kept_shapes
 from fusion_jax.interop.tensors import DTYPES, TensorFolder, size_of
 from fusion_jax.models.config import PRESETS, FusionConfig, replace
 
-# In the files, but neither applied nor trained by the published code.
+# The published code has these in its files, but neither applies nor trains them.
 UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "rotary_emb.inv_freq", "embeddings.position_ids")
 # Parts of a SigLIP folder that are not its vision encoder.
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias")
 ADDED_TOKENS = (VISION_START, VISION_END)
-_MOST_UNUSED = 1 << 24  # bytes; they are some vectors, and are kept inside the checkpoint's description
+_MOST_UNUSED = 1 << 24  # bytes; they are a few vectors, and are kept in the checkpoint's description
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Opened:
 
     Attributes:
       model: the model config. template: its chat template. tokenizer: None where the folder has none.
-      sources: the folders to read. dtypes: of each of our parameters by path (keys of `DTYPES`).
-      origin: kept in the checkpoint for a later export: config.json, and tensors that no arithmetic uses (base64).
-      kept: the folder with tokenizer files out of a GGUF file, which must last until they are saved.
+      sources: the folders to read. dtypes: the dtype of each of our parameters by path (keys of `DTYPES`).
+      origin: kept in the checkpoint for a later export: config.json, and tensors that are never used (base64).
+      kept: the folder with the tokenizer files of a GGUF file, which must exist until they are saved.
     """
 
     model: FusionConfig
@@ -64,7 +64,7 @@ class Opened:
 
 
 def open_published(folder: str | Path, allow_pickle: bool = False, dtype: str | None = None) -> Opened:
-    """Opens a folder in the published format: a whole model, `released` preset.
+    """Opens a folder in the published format: a whole model with the `released` preset.
 
     Raises:
       UserError: a file is missing, or a tensor is missing, left over or of the wrong shape.
@@ -105,8 +105,8 @@ def open_backbones(
 ) -> Opened:
     """Opens a vision tower and a language model, which is a folder or a GGUF file.
 
-    The rest starts from random values: projectors, exchange layers and learned latents. The vocabulary is cut to the
-    tokenizer's, and `<vision_start>`, `<vision_end>` get the mean of its rows.
+    Projectors, exchange layers and learned latents start from random values. The vocabulary is cut to the tokenizer's,
+    and the rows of `<vision_start>` and `<vision_end>` are the mean of the others.
 
     Raises:
       UserError: an architecture is unknown, or tensors do not fit the folder's config.
@@ -138,7 +138,7 @@ def open_backbones(
         exchange=hf_config.default_exchange(decoder),
         **PRESETS[preset],
     )
-    # The folder's own number of rows, which may be more or less than we keep.
+    # The folder's own number of rows, which may be larger or smaller than ours.
     seen, text = TensorFolder(vision, allow_pickle), text or TensorFolder(llm, allow_pickle)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in seen.entries) else ""
     check_sizes(seen, prefix, tower, None)
@@ -186,7 +186,7 @@ def _check_vocabulary(tokenizer: Tokenizer | None, rows: int, folder: Path) -> N
 
 
 def _dtypes(sources: list[Source], shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, str]:
-    """Dtypes by path: a parameter has its source's, and a new one that of the embedding."""
+    """Dtypes by path: a parameter has that of its source, and a new one has that of the embedding."""
     if dtype is not None:
         check_choice("dtype ", dtype, DTYPES)
     if dtype is not None:
@@ -205,7 +205,7 @@ def pack(array: np.ndarray) -> dict[str, Any]:
 
 
 def unpack(packed: Any, where: str) -> np.ndarray:
-    """Reads a small tensor of a checkpoint's `about`. UserError, which begins with `where`, if it is damaged."""
+    """Reads a small tensor of a checkpoint's `about`. Raises UserError, which begins with `where`, if it is damaged."""
     try:
         data = np.frombuffer(base64.b64decode(packed["data"]), DTYPES[packed["dtype"]])
         return data.reshape(packed["shape"])

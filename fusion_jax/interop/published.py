@@ -1,8 +1,8 @@
-"""Checks what the published code can open, and describes folders for vision towers that it needs.
+"""Checks whether the published code can open an export, and describes the tower folders that it needs.
 
-It opens `mm_vision_tower` of config.json like transformers, as a hub id or a folder, before it reads the model's own
-weights, and chooses one of two encoders by that name. Each is written for one number of patches and for taps at fixed
-layers (starriver030515/FUSION at 421b449: fusion/model/multimodal_encoder).
+That code opens `mm_vision_tower` of config.json like transformers, as a hub id or a folder, before it reads the model's
+own weights, and chooses one of two encoders by that name. Each is written for one number of patches and for taps at
+fixed layers (starriver030515/FUSION at 421b449: fusion/model/multimodal_encoder).
 
     "siglip2" in it   384 pixels, patches of 16, taps as of 38 or 39 layers that run      (SigLIP2-giant: 39)
     else "siglip"     384 pixels, patches of 14, taps as of 26 or 27                      (SigLIP-so400m: 26)
@@ -24,13 +24,13 @@ from fusion_jax.models.config import FusionConfig, VisionConfig
 
 _SIDE = 384
 _PREFIX = "vision_model."
-# The conversation templates that it shares with us; its others belong to models without text-guided encoding.
+# The conversation templates that both have; its others belong to models without text-guided encoding.
 _TEMPLATES = tuple(FAMILIES[name].template for name in PUBLISHED.values())
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """An encoder of the published code: the word that chooses it, the patches and the layers that it is written for."""
+    """An encoder of the published code: the word that selects it, and the patches and layers that it is written for."""
 
     word: str
     patch_size: int
@@ -59,7 +59,7 @@ class TowerFolder:
 
 
 def check_opens(model: FusionConfig, template: str) -> None:
-    """UserError where the published code has no encoder for the tower, or lacks the chat template."""
+    """Raises UserError where the published code has no encoder for the tower, or lacks the chat template."""
     tower = model.vision
     check(
         any(encoder.runs(tower) for encoder in _ENCODERS),
@@ -82,7 +82,7 @@ def place_tower(
 
     Args:
       model: one that passes `check_opens`. described: its config.json. target: the folder of the export.
-      shapes: of our parameters by path.
+      shapes: the shapes of our parameters by path.
 
     Returns:
       The value of `mm_vision_tower`, and the folder to write inside `target`; None where the value is a hub id, or the
@@ -96,7 +96,7 @@ def place_tower(
     own = _chosen(tower_name) == word and not Path(tower_name).is_absolute()
     if own and re.fullmatch(r"[\w.-]{1,200}", tower_name, re.ASCII) is None:
         return tower_name, None
-    # A plain name is looked up in the current folder of the published code; an absolute path always works.
+    # The published code looks up a plain name in its current folder; an absolute path always works.
     name = tower_name if own else f"vision_{word}"
     full = tower_name if own else str(target.resolve() / name)
     check(
@@ -122,7 +122,7 @@ def place_tower(
 
 
 def name_note(target: Path, template: str) -> str | None:
-    """A warning where the folder's name would make the published loader choose another model; None where it fits."""
+    """A warning where the folder's name would make the published loader choose a wrong model; None otherwise."""
     name = target.resolve().name.lower()
     wanted = {"phi3": "phi", "llama3": "llama3"}[template]
     others = [word for word in ("lora", "mpt", "qwen", "phi", "mistral") if word in name and word != wanted]

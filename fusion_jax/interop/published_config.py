@@ -13,7 +13,7 @@ from fusion_jax.models.config import RELEASED, ExchangeConfig, FusionConfig
 from fusion_jax.models.limits import RANGES
 from fusion_jax.values.foreign import mapping, text, whole
 
-# Published folders name their tower by hub id only.
+# Published folders name their tower only by its hub id.
 TOWERS = {
     "google/siglip-so400m-patch14-384": {
         "hidden_size": 1152,
@@ -32,7 +32,7 @@ TOWERS = {
         "patch_size": 16,
     },
 }
-# Keys of the config.json that a model came from which do not follow from the parameters.
+# Keys of a model's original config.json that do not follow from the parameters.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -79,7 +79,7 @@ def _latent_counts(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
 
 
 def _beyond(key: str, value: Any, vocabulary: int) -> bool:
-    """Whether the padding token lies beyond the vocabulary, for which PyTorch cannot make an embedding."""
+    """Whether the padding token is outside the vocabulary, for which PyTorch cannot make an embedding."""
     return key == "pad_token_id" and isinstance(value, int) and not 0 <= value < vocabulary
 
 
@@ -87,15 +87,15 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     """Writes the config.json of the published code for a model of ours.
 
     Args:
-      model: one with the published code's arithmetic.
+      model: a model with the published code's arithmetic.
       template: its chat template; "phi3" makes it a fusion_phi, any other a fusion_llama.
-      origin: the config.json that the parameters once came from, or empty; its other keys are kept.
-      dtype: of the tensors.
+      origin: the config.json from which the parameters were once imported, or empty; its other keys are kept.
+      dtype: the dtype of the tensors.
 
     Raises:
       UserError: the published code does not have this model.
     """
-    # The place of the image is a matter of the data, not of the arithmetic.
+    # The position of the image belongs to the data, not to the arithmetic.
     wrong = [key for key, value in RELEASED.items() if key != "image_place" and getattr(model, key) != value]
     if not (model.text_guided and model.semantic_exchange and model.needs_back_projection):
         wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
@@ -135,7 +135,7 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     described = tower_config(tower)
     hub = next((name for name, known in TOWERS.items() if {**known, "layer_norm_eps": 1e-6} == described), "")
     published = {
-        "pad_token_id": None,  # else Phi's is 32000, which may lie beyond the vocabulary
+        "pad_token_id": None,  # otherwise Phi's default is 32000, which may be outside the vocabulary
         **{key: origin[key] for key in _KEPT if key in origin and not _beyond(key, origin[key], llm.vocab_size)},
         "model_type": family.published,
         "vocab_size": llm.vocab_size,
@@ -175,6 +175,6 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
         **({} if hub else {"vision_config": described}),
     }
     if is_published(origin) and dataclasses.replace(published_model(origin), image_place=model.image_place) == model:
-        # The arithmetic has not changed: the folder's own keys stay, except for pointers to code.
+        # The arithmetic has not changed, so the folder's own keys are kept, except for pointers to code.
         published |= {key: value for key, value in origin.items() if key not in POINTERS}
     return published | {"torch_dtype": dtype}

@@ -79,7 +79,7 @@ def rope_config(config: Mapping[str, Any], where: str = "config.json") -> RopeCo
 def listed_windows(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
     """Kinds of attention, of `_WINDOWS`, that `layer_types` of a config.json lists; empty where it lists none.
 
-    This and `windows_from_a_layer_on` are how families say which layers have a window; None means that none has.
+    Families list the layers with a window in this way or by `windows_from_a_layer_on`; None means that none has one.
     """
     kinds = sequence(config, "layer_types", where)
     for kind in kinds:
@@ -88,7 +88,7 @@ def listed_windows(config: Mapping[str, Any], layers: int, where: str) -> set[st
 
 
 def windows_from_a_layer_on(config: Mapping[str, Any], layers: int, where: str) -> set[str] | None:
-    """Kinds of attention by `use_sliding_window` and `max_window_layers`: layers below that number see everything."""
+    """Kinds of attention by `use_sliding_window` and `max_window_layers`: layers below that number have no window."""
     listed_windows(config, layers, where)
     if not flag(config, "use_sliding_window", where):
         return None
@@ -97,10 +97,10 @@ def windows_from_a_layer_on(config: Mapping[str, Any], layers: int, where: str) 
 
 
 def sliding_window(config: Mapping[str, Any], where: str, windows: Callable = listed_windows) -> int:
-    """Positions that a query sees, itself included; 0 for all of them.
+    """The number of positions that a query attends to, itself included; 0 for all.
 
     Args:
-      windows: how the family's config.json says which layers have the window.
+      windows: reads from the family's config.json which layers have a window.
 
     Raises:
       UserError: some layers have a window and some have none.

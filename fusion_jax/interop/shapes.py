@@ -1,4 +1,4 @@
-"""Shapes of our parameters, for the table of tensors, without allocating any."""
+"""Computes the shapes of our parameters for the table of tensors, without allocating any."""
 
 import functools
 
@@ -18,5 +18,5 @@ def parameter_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def kept_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes in an imported checkpoint: it keeps the whole tower, which loading cuts to the layers that run."""
+    """Shapes in an imported checkpoint, which keeps the whole tower; loading cuts it to the layers that run."""
     return table.all_shapes(config, parameter_shapes(config))

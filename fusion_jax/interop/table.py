@@ -1,6 +1,7 @@
-"""The table between tensor names of Hugging Face folders and our parameter paths, for both directions.
+"""Maps tensor names of Hugging Face folders to our parameter paths, and back.
 
-A row has the published name, our path (or several for a fused tensor) with the index in its stack, and the transform.
+A row of the table has the published name, our path (or several for a fused tensor) with the index in its stack, and the
+transform.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Row:
-    """Published tensor `name` of `shape`; `paths` are ours, (path, index in the stack or None), in fused order."""
+    """A published tensor `name` of `shape`; `paths` are ours, (path, index in the stack or None), in fused order."""
 
     name: str
     shape: tuple[int, ...]
@@ -103,12 +104,12 @@ def _places(config: FusionConfig) -> tuple[list[tuple[str, int]], list[tuple[str
 
 
 def all_shapes(config: FusionConfig, shapes: Shapes) -> Shapes:
-    """`shapes` with all layers of the tower: files also keep those that the taps do not read."""
+    """`shapes` with all layers of the tower: files also have those that the taps do not read."""
     return {p: (config.vision.layers, *shape[1:]) if p.startswith(TOWER) else shape for p, shape in shapes.items()}
 
 
 def vision_rows(config: FusionConfig, shapes: Shapes, prefix: str = VISION) -> list[Row]:
-    """The vision tower under `prefix`: as in the published files, or `vision_model.` in a SigLIP folder.
+    """The rows of the vision tower under `prefix`: that of the published files, or `vision_model.` in a SigLIP folder.
 
     It has as many layers as the stacks in `shapes`, which may be more than run (`all_shapes`).
     """
@@ -123,7 +124,7 @@ def vision_rows(config: FusionConfig, shapes: Shapes, prefix: str = VISION) -> l
 
 
 def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
-    """The language model alone, named as in its own folder; `fused` as in `Family`."""
+    """The rows of the language model alone, named as in its own folder; `fused` as in `Family`."""
     rows = _Rows(config, shapes)
     for i, (prefix, index) in enumerate(_places(config)[0]):
         for name, paths, transform in _LLM_LAYER + (_FUSED if fused else _SPLIT):
@@ -138,7 +139,7 @@ def llm_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Row]:
 
 
 def connector_rows(config: FusionConfig, shapes: Shapes) -> list[Row]:
-    """Projectors, exchange layers, learned latents and the row end; the published code lacks the last two."""
+    """The rows of projectors, exchange layers, learned latents and row end; the published code lacks the last two."""
     rows = _Rows(config, shapes)
     for name, path, transform in _PROJECTOR:
         rows.add(f"model.mm_projector.{name}", "vision_to_text/", (path,), transform)
@@ -161,8 +162,8 @@ def published_rows(config: FusionConfig, shapes: Shapes, fused: bool) -> list[Ro
     Args:
       config: the model.
       shapes: our parameter shapes by path ("llm/norm/scale"), stacked blocks included.
-      fused: whether the names fuse q, k, v and gate, up (published Phi models) or keep them apart (Llama; and every
-        model in the `transformers` format).
+      fused: whether q, k, v and gate, up are fused (published Phi models) or separate (Llama, and every model in the
+        `transformers` format).
 
     Returns:
       A row per published tensor.
@@ -208,7 +209,7 @@ def to_ours(row: Row, tensor: np.ndarray, shapes: Shapes) -> Iterator[tuple[str,
 
 
 def part_to_published(row: Row, part: np.ndarray, config: FusionConfig) -> np.ndarray:
-    """Our array of one of the row's paths as in the published tensor: all of it, or a block of rows if it is fused."""
+    """Our array for one of the row's paths as in the published tensor: all of it, or a block of rows if it is fused."""
     if row.transform in ("linear", "head"):
         part = part.T
     elif row.transform == "patch":
@@ -226,10 +227,11 @@ def to_published(row: Row, get, config: FusionConfig) -> np.ndarray:
 def check_complete(
     rows: list[Row], actual: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...], where: str
 ) -> None:
-    """UserError that names the first tensor that is missing, left over or of another shape.
+    """Raises UserError that names the first tensor that is missing, left over or of another shape.
 
     Args:
-      rows: expected. actual: shapes by name. ignored: ends of names that may be left over. where: for messages.
+      rows: the expected tensors. actual: shapes by name. ignored: suffixes of names that may be left over. where: the
+        folder, for messages.
     """
     expected = {row.name: row.shape for row in rows}
     missing = [name for name in expected if name not in actual]

@@ -3,8 +3,8 @@
     model.safetensors                              or     model.safetensors.index.json
                                                           model-00001-of-00002.safetensors ...
 
-`TensorFolder` finds every tensor without loading any. `TensorWriter` lays out all files first and fills them through
-memory maps in any order, so that neither side ever holds more than a tensor.
+`TensorFolder` locates every tensor without loading any. `TensorWriter` lays out all files first and fills them through
+memory maps in any order, so that neither ever holds more than one tensor.
 """
 
 import json
@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's file, shape and dtype (a key of `DTYPES`; other types keep the file's code)."""
+    """A tensor's file, shape and dtype (a key of `DTYPES`, or the file's own code for other types)."""
 
     file: Path
     shape: Shape
@@ -58,7 +58,7 @@ class TensorFolder:
 
         Args:
           folder: holds model.safetensors or model.safetensors.index.json.
-          allow_pickle: also take pytorch_model.bin (needs PyTorch; tensors only, no code is run).
+          allow_pickle: whether to accept pytorch_model.bin, too (needs PyTorch; reads only tensors and runs no code).
 
         Raises:
           UserError: there are no weights, a shard is absent or damaged, or the index disagrees with its shards.
@@ -66,7 +66,7 @@ class TensorFolder:
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
         self._pickled: dict[str, object] = {}
-        self._local = threading.local()  # a reader per thread
+        self._local = threading.local()  # one reader per thread
         check(self.folder.is_dir(), f"There is no folder {self.folder}.")
         for name in ("model.safetensors", "model.safetensors.index.json"):
             path = self.folder / name
@@ -129,7 +129,7 @@ class TensorFolder:
             _check_stored(path)
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch raises many kinds
+            except Exception as error:  # torch raises errors of many classes
                 reason = first_line(error)
                 raise UserError(f"{path} cannot be read as tensors without running code: {reason}") from error
             check(
@@ -139,7 +139,7 @@ class TensorFolder:
             )
             for name, tensor in loaded.items():
                 self._enter(name, Entry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-                # A view can claim any size over a single stored number.
+                # A view can have any size over a single stored number.
                 check(
                     tensor.layout == torch.strided
                     and tensor.device.type == "cpu"
@@ -155,7 +155,7 @@ class TensorFolder:
         if name in self._pickled:
             tensor = self._pickled[name]
             try:
-                if entry.dtype == "bfloat16":  # NumPy has no such type of its own
+                if entry.dtype == "bfloat16":  # NumPy itself has no such type
                     import torch
 
                     return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
@@ -174,9 +174,9 @@ class TensorFolder:
 
 
 def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
-    """Assigns with a cast. UserError where a number becomes infinite (float16 ends at 65504)."""
+    """Assigns with a cast. Raises UserError where a number becomes infinite (float16 ends at 65504)."""
     if into.dtype == part.dtype and into.dtype.itemsize == 2:
-        # NumPy copies its own types faster than added ones such as bfloat16.
+        # NumPy copies its own types faster than registered ones such as bfloat16.
         into.view(np.uint16)[...] = part.view(np.uint16)
         return
     with np.errstate(over="ignore"):  # checked below
@@ -186,7 +186,7 @@ def assign(into: np.ndarray, part: np.ndarray, name: str) -> None:
 
 
 def _shards(index: Path, ending: str) -> dict[str, list[str]]:
-    """Tensor names by file name, from an index. UserError unless file names are plain and have that ending."""
+    """Tensor names by file name, from an index. Raises UserError unless file names are plain and have that ending."""
     try:
         placed = read_object(index, _MOST_INDEX_BYTES).get("weight_map")
     except UserError as error:
@@ -204,7 +204,7 @@ def _shards(index: Path, ending: str) -> dict[str, list[str]]:
 
 
 def _check_stored(file: Path) -> None:
-    """UserError for a zip file with compressed entries or more bytes than it has: PyTorch writes neither."""
+    """Raises UserError for a zip file with compressed entries or more bytes in entries than in the file."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -248,7 +248,7 @@ class TensorWriter:
         """
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
-        # Wide types first, so that each tensor starts at a multiple of its own size.
+        # Wide dtypes come first, so that each tensor starts at a multiple of its item size.
         for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -DTYPES[item[1][1]].itemsize):
             start, end = end, end + _bytes(shape, dtype)
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -285,8 +285,8 @@ def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def allocate(file: Path, size: int) -> np.ndarray:
     """Makes a file of `size` bytes, with its disk space reserved, and maps it as writable uint8.
 
-    Pages of a map count as the file's and not as the process's memory, and the kernel drops them when it needs to.
-    Without the reservation a full disk would end the process by a signal, in the middle of an assignment.
+    Pages of a map do not count as the process's memory, and the kernel drops them when necessary. Without the
+    reservation a full disk would end the process by a signal in the middle of an assignment.
     """
     with open(file, "wb+") as opened:
         try:
@@ -297,5 +297,5 @@ def allocate(file: Path, size: int) -> np.ndarray:
 
 
 def size_of(tensors: Iterable[tuple[Shape, str]]) -> int:
-    """Bytes of tensors given by shape and dtype."""
+    """Size in bytes of tensors, by their shapes and dtypes."""
     return sum(_bytes(shape, dtype) for shape, dtype in tensors)

@@ -1,7 +1,7 @@
-"""Converts SentencePiece's tokenizer.model to tokenizer.json, so that transformers needs nothing more.
+"""Converts SentencePiece's tokenizer.model to tokenizer.json, which is enough for transformers.
 
-transformers' own conversion gives other ids where white space comes in runs or next to added tokens. This is what
-`SentencePieceTokenizer` does, in the terms of the library `tokenizers` and in its order:
+transformers' own conversion yields other ids for runs of white space and for white space next to added tokens. These
+are the steps of `SentencePieceTokenizer`, in the terms and in the order of the library `tokenizers`:
 
     the whole text   "▁" counts as a space; an added token may swallow white space; "▁" is put before a text that begins
                      with a space or with an added token that is not special
@@ -9,10 +9,10 @@ transformers' own conversion gives other ids where white space comes in runs or 
     the rest         spaces become "▁"; another "▁" is put before the opening piece unless it has one; pairs of pieces
                      are merged, the best score first
 
-That fits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Each model is
-tested: tokenizer.json is written only if thousands of difficult texts get the ids of the original; otherwise the folder
-needs the package sentencepiece. The test leaves out one text, an added token by itself that is not special (Phi-3's
-"</s>"), whose "▁" cannot be expressed.
+This suits models that merge pairs, change no character and keep white space (Llama 2, Phi-3, Mistral). Each model is
+tested: tokenizer.json is written only if thousands of difficult texts have the same ids as in the original; otherwise
+the folder needs the package sentencepiece. The test leaves out one text, an added token by itself that is not special
+(Phi-3's "</s>"), whose "▁" cannot be expressed.
 """
 
 import random
@@ -67,9 +67,9 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         steps.append(normalizers.Replace(tokenizers.Regex(f"(?<={any_of(right)}){_BLANK}+"), ""))
     if left:
         steps.append(normalizers.Replace(tokenizers.Regex(f"{_BLANK}+(?={any_of(left)})"), ""))
-    # A text that begins with a space, or with an added token that is not special, gets another one here; all others get
-    # theirs below. The library also normalises each added token by itself, and tokens that are added later: those stay
-    # as they are.
+    # A text that begins with a space, or with an added token that is not special, gets another "▁" here; all others get
+    # theirs below. The library also normalises each added token by itself, also tokens that are added later: those must
+    # not change.
     others = [token for token in added if not tokenizer.is_special(token)]
     opening = [" "] + [f"(?:{any_of(others)})(?!\\z)"] * bool(others)
     steps.append(normalizers.Replace(tokenizers.Regex(rf"\A(?={'|'.join(opening)})"), _SPACE))

@@ -1,4 +1,4 @@
-"""Attention: `attention` chooses a kernel; tests compare all kernels with `reference_attention`.
+"""Computes attention: `attention` chooses a kernel; tests compare all with `reference_attention`.
 
 A query sees a key when both have the same segment id, the id is not 0 and, if `causal`, the key is not later (nor, with
 a `window`, that many positions earlier or more). Two packed examples and padding in one row (x: sees):
@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from fusion_jax.models import partition
 
-MASKED = -1e30  # finite, so that a row without any key gives no NaN
+MASKED = -1e30  # finite, so that a row without any key does not give NaN
 
 
 def _mask(q_segments, kv_segments, causal: bool, window: int):
-    """Which key each query sees, boolean (..., Q, S); None where nothing is masked."""
+    """Returns which keys each query sees, boolean (..., Q, S); None if nothing is masked."""
     mask = None
     if q_segments is not None:
         mask = (q_segments[..., :, None] == kv_segments[..., None, :]) & (kv_segments[..., None, :] > 0)
@@ -40,7 +40,7 @@ def _mask(q_segments, kv_segments, causal: bool, window: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def score_product(equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    """`jnp.einsum` of queries and keys with a float32 result.
+    """Computes `jnp.einsum` of queries and keys with a float32 result.
 
     Its gradients are products in the dtype of `q` and `k`, as in the kernels: JAX's own would be float32 products,
     because the gradient of the scores is float32.
@@ -68,7 +68,7 @@ def reference_weights(
     causal: bool = False,
     window: int = 0,
 ) -> Float[Array, "B K G Q S"]:
-    """The weight that every query gives every key, float32.
+    """Returns the weight that every query gives every key, float32.
 
     The H heads are K groups of G, which share keys and values. A query's weights sum to 1, or to 0 without a key.
     """
@@ -93,7 +93,7 @@ def reference_attention(
     causal: bool = False,
     window: int = 0,
 ) -> Float[Array, "B Q H d"]:
-    """Softmax attention with scale d^-0.5; each of K key/value heads serves H / K query heads. Softmax in float32.
+    """Computes attention with scale d^-0.5; each of K key/value heads serves H / K query heads. Softmax in float32.
 
     Returns zeros where a query sees no key.
     """
@@ -107,7 +107,7 @@ def cached_attention(
     v: Float[Array, "B K C d"],
     kv_segments: Int[Array, "B C"],
 ) -> Float[Array, "B 1 H d"]:
-    """`reference_attention` of one new token over a cache of C slots that holds it; slots of segment 0 are not seen."""
+    """Computes attention of one new token over a cache of C slots that holds it; slots of segment 0 are not seen."""
     batch, _, heads, size = q.shape
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
     scores = jnp.einsum("BKGd,BKdC->BKGC", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
@@ -170,7 +170,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
-    """`reference_attention`, one head at a time: the scores take memory once, not for each of B rows and H heads."""
+    """Computes attention one head at a time: the scores take memory once, not for each of B rows and H heads."""
     batch, q_length, heads, size = q.shape
     repeat = heads // k.shape[2]
     k, v = (jnp.repeat(x, repeat, axis=2) if repeat > 1 else x for x in (k, v))
@@ -186,7 +186,7 @@ def blocked_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, 
 
 
 def attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
-    """`reference_attention` by the fastest kernel for this device and shape.
+    """Computes `reference_attention` by the fastest kernel for this device and shape.
 
     Args:
       q: (B, Q, H, d), queries. k, v: (B, S, K, d), keys and values, with K dividing H.

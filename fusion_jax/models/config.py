@@ -16,7 +16,7 @@ from fusion_jax.models.limits import MOST_CHOICES, MOST_GRID, MOST_TILES, MOST_T
 # Grid of image crops per image: the whole image is guided by the question; `quadrants` adds four plain views.
 QUADRANTS = 4
 ROPE_KINDS = ("default", "llama3", "longrope")
-CHOICES = {  # of FusionConfig
+CHOICES = {  # the values of fields of FusionConfig
     "mask": ("paper", "released"),
     "taps": ("paper", "released"),
     "context": ("image", "quadrants"),
@@ -160,7 +160,7 @@ class LLMConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding inside: a multiple of 128, so that it shards; padded logits are masked."""
+        """Rows of the model's embedding: a multiple of 128, so that it shards; padded logits are masked."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -180,7 +180,7 @@ class ExchangeConfig:
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of `blocks` equal superblocks: `layers` decoder layers each, and an exchange after the first or none."""
+    """A run of `blocks` equal superblocks of `layers` decoder layers, with or without an exchange after the first."""
 
     blocks: int
     layers: int
@@ -274,8 +274,8 @@ class FusionConfig:
     def encoder_layers(self) -> int:
         """The number of the tower's layers that run.
 
-        `paper` reads no state after 2h - 1, with h early layers, so that layer 2h - 1 and those after it are not in the
-        program: the last two of 39 layers, the last one of an even number.
+        `paper` reads no state after 2h - 1, with h early layers, so layer 2h - 1 and those after it are not in the
+        program: the last two if there are 39 layers, the last one if their number is even.
         """
         return self.vision.layers if self.taps == "released" else 2 * self.vision.early_layers - 1
 
@@ -310,7 +310,7 @@ class FusionConfig:
 
     @property
     def most_tile_tokens(self) -> int:
-        """Most positions that the tiles of one image take, row ends included: with no padding cut away."""
+        """Most positions that the tiles of one image take, row ends included, if no padding is cut away."""
         side = math.isqrt(self.tokens_per_tile)
         return max((r * side * (c * side + 1) for r, c in self.tile_grids if r * c > 1), default=0)
 
@@ -330,7 +330,7 @@ class FusionConfig:
         return self.text_guided or self.mapping_loss_weight > 0
 
     def stacks(self) -> tuple[Stack, ...]:
-        """The scans of the decoder, in order.
+        """Returns the scans of the decoder, in order.
 
         The published 32 layers with exchanges after 0, 3, ..., 27:
 
@@ -371,7 +371,7 @@ PRESETS = {"released": RELEASED, "paper": PAPER}
 SO400M = VisionConfig(384, 14, 1152, 4304, 26, 16)
 GIANT = VisionConfig(384, 16, 1536, 6144, 39, 16)
 
-# LongRoPE factors are read from the LLM's own config.json; these stand in where no weights are at hand (shapes only).
+# LongRoPE factors are read from the LLM's own config.json; without weights these replace them, for shapes alone.
 PHI35_MINI = LLMConfig(
     vocab_size=32013,
     width=3072,
@@ -410,7 +410,7 @@ VARIANTS: dict[str, dict[str, FusionConfig]] = {
 
 
 def replace(config: Any, **changes) -> Any:
-    """`dataclasses.replace` that reaches into the parts: `replace(c, **{"llm.layers": 4, "mask": "paper"})`."""
+    """Does what `dataclasses.replace` does, in parts, too: `replace(c, **{"llm.layers": 4, "mask": "paper"})`."""
     nested: dict[str, dict] = {}
     flat = {}
     for key, value in changes.items():

@@ -1,4 +1,4 @@
-"""Pools and resizes grids of visual tokens: adaptive max pooling (`batch.adaptive_cells`), bilinear resizing.
+"""Pools grids of visual tokens by adaptive maxima (`batch.adaptive_cells`) or resizes them bilinearly.
 
 All grids are row-major.
 """
@@ -11,7 +11,7 @@ from fusion_jax.batch import adaptive_cells
 
 
 def adaptive_max_pool(grid: Float[Array, "N h w D"], cells: int) -> Float[Array, "N c c D"]:
-    """Adaptive max pooling to cells x cells, one axis at a time (a maximum over a rectangle is separable)."""
+    """Pools maxima adaptively to cells x cells, one axis at a time (a maximum over a rectangle is separable)."""
     for axis in (1, 2):
         size = grid.shape[axis]
         if size % cells == 0:  # equal cells: no gather
@@ -35,7 +35,7 @@ def stitch_quadrants(quadrants: Float[Array, "N 4 P D"]) -> Float[Array, "N twic
 
 
 def _bilinear(size: int, out: int) -> np.ndarray:
-    """Interpolation matrix (out, size): half-pixel centres, edges clamped, no antialiasing."""
+    """Returns an interpolation matrix (out, size): half-pixel centres, edges clamped, no antialiasing."""
     centre = np.clip((np.arange(out) + 0.5) * size / out - 0.5, 0, size - 1)
     low = np.floor(centre).astype(int)
     high = np.minimum(low + 1, size - 1)

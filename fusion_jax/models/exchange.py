@@ -1,4 +1,4 @@
-"""Semantic exchange: each latent token, guided by the question, queries its own window of the image.
+"""Defines the semantic exchange: each latent, guided by the question, queries its window of the image.
 
     p = W_in [H_P ; T_L]                 query: the question's last hidden state and the latent
     c = W_context(window)                keys and values
@@ -28,11 +28,11 @@ class ExchangePlan:
 
     Attributes:
       context: (G, C, D) tokens of each group's images that serve as keys and values.
-      windows: (B, R, L, M) which of the group's C tokens each latent's window holds, -1 none.
-      round_crop: (B, R) which of the group's crops the round looks at.
+      windows: (B, R, L, M) which of the group's C tokens each latent's window holds, -1 for none.
+      round_crop: (B, R) which of the group's crops the round's latents query.
       round_end: (B, R) position of H_P. latent_start: (B, R) position of the round's first latent. Each is -1 where
         there is no such round.
-      side: of each crop's square grid of context tokens, where those are all the tokens that there are; else None.
+      side: side of each crop's square grid of context tokens, if these are all of the context; else None.
     """
 
     context: Float[Array, "G C D"]
@@ -44,7 +44,7 @@ class ExchangePlan:
 
 
 class SemanticExchange(nn.Module):
-    """One exchange layer. LayerNorm eps 1e-5, Linears without bias, width that of the LLM."""
+    """One exchange layer. LayerNorms have eps 1e-5, Linears have no bias, the width is the LLM's."""
 
     heads: int
     dtype: DTypeLike = jnp.float32
@@ -87,7 +87,7 @@ class SemanticExchange(nn.Module):
 
 
 def _attend_windows(q, k, v, plan: ExchangePlan, heads: int):
-    """Attention of each latent to its window of M tokens, gathered one by one: q (B, R, L, D); k, v (G, C, D)."""
+    """Computes attention of each latent to its window of M gathered tokens: q (B, R, L, D); k, v (G, C, D)."""
     batch, rounds, count, window = plan.windows.shape
     groups, _, width = k.shape
     per_head = width // heads
@@ -101,7 +101,7 @@ def _attend_windows(q, k, v, plan: ExchangePlan, heads: int):
 
 
 def _attend_cells(q, k, v, plan: ExchangePlan, heads: int):
-    """`_attend_windows` where l divides the grid's side, so that the windows are the cells of the grid.
+    """Does what `_attend_windows` does if l divides the grid's side, so that the windows are the cells of the grid.
 
     Each round fetches its whole crop by a product with a one-hot matrix and cuts it into cells. The gradient is a
     product too; that of gathered tokens is a scatter with as many additions as there are tokens in all windows, which

@@ -1,4 +1,4 @@
-"""Attention kernels for TPU and GPU that never write the scores to memory.
+"""Calls attention kernels for TPU and GPU that never write the scores to memory.
 
 Each has the contract of `attention.reference_attention`: packed segments, padding, grouped heads, zeros where a query
 sees no key. Lengths are padded to whole blocks with positions of segment 0, which no query sees.
@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from fusion_jax.models import segment_flash
 from fusion_jax.models.remat import ATTENTION
 
-LANES = 128  # of a TPU: its blocks are multiples of it
+LANES = 128  # lanes of a TPU; its blocks are multiples of this
 UNSEEN = -1  # the segment of padded keys, which no query has
 
 
@@ -24,14 +24,14 @@ def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
 
 
 def _segments(q, k, q_segments, kv_segments):
-    """The segment ids, or all in segment 1 where there are none."""
+    """Returns the segment ids, or puts all positions in segment 1 if there are none."""
     if q_segments is not None:
         return q_segments, kv_segments
     return jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
 
 
 def _zero_blind(out, q_segments, kv_segments, causal):
-    """Sets zeros where a query sees no key, as that of padding; kernels leave arbitrary values there."""
+    """Sets zeros where a query sees no key, as one of padding; kernels leave arbitrary values there."""
     sees = q_segments > 0
     if not causal:  # a causal query sees at least itself
         sees &= (q_segments[:, :, None] == kv_segments[:, None, :]).any(-1)
@@ -39,7 +39,7 @@ def _zero_blind(out, q_segments, kv_segments, causal):
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """(padded length, block): one block up to 1024 positions, else the block that pads least."""
+    """Returns (padded length, block): one block up to 1024 positions, else the block that pads least."""
     if length <= 1024:
         padded = math.ceil(length / LANES) * LANES
         return padded, padded
@@ -47,7 +47,7 @@ def _blocks(length: int) -> tuple[int, int]:
 
 
 def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, interpret=False):
-    """Splash attention (TPU): blocks that a causal mask or window hides are never computed."""
+    """Calls splash attention (TPU); blocks that a causal mask or window hides are never computed."""
     _, q_length, heads, size = q.shape
     ours, theirs = _segments(q, k, q_segments, kv_segments)
     (q_padded, q_block), (k_padded, k_block) = _blocks(q_length), _blocks(k.shape[1])
@@ -75,7 +75,7 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
 
 
 def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):
-    """Flash attention in Triton (GPU) of a packed sequence with itself: the same positions and segments on both sides.
+    """Calls Triton flash attention (GPU) of a packed sequence with itself: queries and keys have the same segments.
 
     It is causal and has no window.
     """
@@ -89,9 +89,9 @@ def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, i
 
 
 def cudnn_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, implementation="cudnn"):
-    """cuDNN's fused attention (NVIDIA GPU). It has no segments, so they become a mask of two bytes a pair.
+    """Calls cuDNN's fused attention (NVIDIA GPU). It has no segments, so they become a mask of two bytes per pair.
 
-    float16 and bfloat16 only. `implementation`: that of `jax.nn.dot_product_attention`; tests use another.
+    It takes float16 and bfloat16 only. `implementation`: see `jax.nn.dot_product_attention`; tests use another.
     """
     q_length, k_length, extra = q.shape[1], k.shape[1], {}
     # Its backward pass needs even lengths.

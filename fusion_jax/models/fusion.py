@@ -1,4 +1,4 @@
-"""The whole model: encoder guided by the question, projectors, latents, decoder with exchange layers.
+"""Defines the whole model: question-guided encoder, projectors, latents, decoder with exchange layers.
 
 `init(config, key)` gives the parameters, `Fusion(config).apply(...)` runs one of the methods; nothing else of Flax is
 needed outside this folder.
@@ -31,7 +31,7 @@ class Visual:
       image_tokens: (G, V, D) the part of the visual table that comes from images (see `data.layout`): K I tokens of
         whole views and, with dynamic resolution, K J of tiles and the row end.
       context: (G, C, D) keys/values of the exchange, None without exchange.
-      latents: (B, R, L, D) initial latents, None without.
+      latents: (B, R, L, D) initial latents, None without latents.
       question: (G, K, T, D) LLM embeddings of the question; question_features: (G, K, T, D) the same tokens out of
         the encoder, projected to text. None without text guidance.
       patches: (G, K, P, Dv) state 0 of the crop; patch_features: (G, K, P, Dv) the crop out of the encoder,
@@ -128,7 +128,7 @@ class Fusion(nn.Module):
         )
 
     def _initial_latents(self, batch: Batch, grid: Float[Array, "GK h w D"]) -> Float[Array, "B R L D"]:
-        """The learned latents, or the pooled grid of each round's whole view."""
+        """Returns the learned latents, or the pooled grid of each round's whole view."""
         c = self.config
         b, rounds = batch.round_end.shape
         count = batch.latent_count
@@ -152,7 +152,7 @@ class Fusion(nn.Module):
         return ExchangePlan(encoded.context, batch.windows, *rounds, side)
 
     def assemble(self, batch: Batch, encoded: Visual) -> Float[Array, "B S D"]:
-        """The decoder's input: text embeddings, and entries of the visual table at visual positions."""
+        """Returns the decoder's input: text embeddings, and entries of the visual table at visual positions."""
         text = self.llm.embed(batch.tokens)
         table, g = encoded.image_tokens, batch.crop_kind.shape[0]
         if encoded.latents is not None:
@@ -162,7 +162,7 @@ class Fusion(nn.Module):
         return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
 
     def __call__(self, batch: Batch, cache: llm.Cache | None = None):
-        """One forward pass (with a cache: the prefill).
+        """Runs one forward pass, which is the prefill if there is a cache.
 
         Returns:
           hidden: (B, S, D) after the final norm; encoded: Visual or None; cache: filled, or None.
@@ -178,7 +178,7 @@ class Fusion(nn.Module):
         return hidden, encoded, cache
 
     def decode(self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: llm.Cache):
-        """Decodes one more token a row. Returns float32 logits (B, V) and the cache."""
+        """Decodes one more token per row. Returns float32 logits (B, V) and the cache."""
         x = self.llm.embed(tokens[:, None])
         hidden, cache = self.llm(x, jnp.ones_like(tokens)[:, None], positions[:, None], None, cache)
         return self.llm.logits(hidden[:, 0]), cache
@@ -199,7 +199,7 @@ def head_kernel(config: FusionConfig, params) -> Float[Array, "D V"]:
 
 
 def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
-    """A batch of the smallest legal shape, all zeros: for initialisation and shape inference."""
+    """Returns a batch of the smallest legal shape, all zeros, for initialisation and shape inference."""
     latents = config.latent_counts[0] if config.semantic_exchange else 0
     length = config.tokens_per_image + latents + 2
     size, rounds = config.vision.image_size, int(config.semantic_exchange)
@@ -223,9 +223,9 @@ def example_batch(config: FusionConfig, rows: int = 1) -> Batch:
 
 
 def init(config: FusionConfig, key: jax.Array, shardings=None):
-    """Random float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis.
+    """Draws float32 parameters as a nested dict of arrays; block parameters are stacked along their first axis.
 
-    With `shardings` (a tree like the result) each device makes its own part of each.
+    With `shardings` (a tree like the result) each device computes its own shard of each.
     """
 
     def make(key, batch):

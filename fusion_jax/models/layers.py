@@ -1,4 +1,4 @@
-"""Small layers that the encoder and the decoder share: dense layers, norms, MLPs, rotary embedding.
+"""Defines the layers that encoder and decoder share: dense layers, norms, MLPs, rotary embedding.
 
 Parameters are float32 and have logical axis names; products are computed in `dtype`, norms in float32.
 """
@@ -20,12 +20,12 @@ Init = Callable[..., jax.Array]
 
 
 def normal(stddev: float = 0.02) -> Init:
-    """Normal initialiser with mean 0."""
+    """Returns a normal initialiser with mean 0."""
     return nn.initializers.normal(stddev)
 
 
 def fan_in(branches: int = 1) -> Init:
-    """Truncated normal with variance 1 / fan-in, divided by the number of residual branches that add up."""
+    """Returns a truncated normal initialiser of variance 1 / fan-in / `branches`, the residual branches that add up."""
     return nn.initializers.variance_scaling(1.0 / branches, "fan_in", "truncated_normal")
 
 
@@ -95,12 +95,12 @@ class RMSNorm(nn.Module):
 
 
 def gelu_erf(x: Array) -> Array:
-    """GELU by the error function."""
+    """Computes GELU with the error function."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU by the approximation with tanh."""
+    """Computes the approximation of GELU with tanh."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -121,7 +121,7 @@ class MLP(nn.Module):
 
 
 def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Inverse frequencies (per_head / 2,) below and beyond the original length, and the factor on cos and sin."""
+    """Returns inverse frequencies (per_head / 2,) up to and beyond the original length, and the factor on cos, sin."""
     base = rope.theta ** -(np.arange(0, per_head, 2, dtype=np.float64) / per_head)
     if rope.kind == "default":
         return base, base, 1.0
@@ -129,7 +129,7 @@ def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, n
         ratio = rope.max_length / rope.original_length
         scale = math.sqrt(1 + math.log(ratio) / math.log(rope.original_length)) if ratio > 1 else 1.0
         return base / np.array(rope.short_factors), base / np.array(rope.long_factors), scale
-    # Llama-3: low frequencies are divided by `factor`, high ones kept, a linear blend between the two wavelengths.
+    # Llama-3 divides low frequencies by `factor`, keeps high ones, and blends linearly between the two wavelengths.
     wavelength = 2 * math.pi / base
     low, high = rope.low_freq_factor, rope.high_freq_factor
     blend = (rope.original_length / wavelength - low) / (high - low)
@@ -143,7 +143,7 @@ def _inverse_frequencies(rope: RopeConfig, per_head: int) -> tuple[np.ndarray, n
 
 
 def example_lengths(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """The number of tokens in the example of each token; an example is a run of one segment at positions 0, 1, ..."""
+    """Counts the tokens in the example of each token; an example is a run of one segment at positions 0, 1, ..."""
     places = jnp.arange(segments.shape[1])
     ends = jnp.concatenate([segments[:, :-1] != segments[:, 1:], jnp.ones_like(segments[:, :1], bool)], 1)
     end = jax.lax.cummin(jnp.where(ends, places, segments.shape[1]), axis=1, reverse=True)
@@ -153,11 +153,11 @@ def example_lengths(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -
 def rotary(
     rope: RopeConfig, per_head: int, positions: Int[Array, "B S"], lengths: Int[Array, "B _S"]
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
-    """cos and sin of the rotary angles, float32, with LongRoPE's attention factor.
+    """Returns cos and sin of the rotary angles, float32, with LongRoPE's attention factor.
 
     Args:
       positions: position of each token within its own example.
-      lengths: the number of tokens of each token's whole example (_S is S, or 1 where a row is one example). An example
+      lengths: the number of tokens of each token's whole example (_S is S, or 1 if a row is one example). An example
         longer than `original_length` takes LongRoPE's long factors for all of its tokens, any other the short ones. The
         published code takes the longest row of the batch instead, so that a long row changes the others.
     """

@@ -1,4 +1,4 @@
-"""The ranges within which the fields of a model config make sense.
+"""Checks that the fields of a model config are within the ranges that make sense.
 
 The largest values are far beyond any real model: a larger size is a mistake or an attack, and is refused before any
 memory is allocated for it.
@@ -36,19 +36,19 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
 }
 REMATS = ("none", "dots", "attention", "full")  # names of the policies in `remat.py`
 MOST_GRID = 1 << 12  # patches per side of an image
-MOST_TOKENS = 1 << 20  # of an image or a set of latents
-MOST_TILES = 1024  # of an image
-MOST_CHOICES = 256  # sets of latents, grids of tiles
+MOST_TOKENS = 1 << 20  # tokens of an image or a set of latents
+MOST_TILES = 1024  # tiles of an image
+MOST_CHOICES = 256  # sets of latents, or grids of tiles
 
 
 def within(name: str, value: int | float, least: int | float, most: int | float) -> None:
-    """UserError unless least <= value <= most; NaN is refused."""
+    """Raises UserError unless least <= value <= most; NaN is refused."""
     check(not value < least, f"{name}={brief(value)} must be at least {least}.")
     check(least <= value <= most, f"{name}={brief(value)} must be between {least} and {most}.")
 
 
 def check_fields(part: str, config: Any, *fields: str) -> None:
-    """`within` for the named fields of a config, and for every value of those that are tuples."""
+    """Calls `within` for the named fields of a config, and for every value of those that are tuples."""
     for field in fields:
         value = getattr(config, field)
         for place, one in enumerate(value) if isinstance(value, tuple) else [("", value)]:

@@ -1,4 +1,4 @@
-"""The decoder, a Llama with semantic exchange layers between its layers, and its key/value cache.
+"""Defines the decoder, a Llama with exchange layers between its own, and its key/value cache.
 
 Families of LLMs differ in fields of `LLMConfig` (biases of q, k and v, a tied head, a sliding window, the kind of
 rotary embedding), and `interop/families.py` has a row for each. One whose layer computes something else adds a class
@@ -42,7 +42,7 @@ class Cache:
 
 
 def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype: DTypeLike) -> Cache:
-    """An empty cache with `capacity` slots. reach: see `Cache`."""
+    """Returns an empty cache with `capacity` slots. reach: see `Cache`."""
     rows, slots = (config.layers, len(reach), config.kv_heads), jnp.zeros((len(reach), capacity), jnp.int32)
     keys = jnp.zeros((*rows, config.per_head, capacity), dtype)
     return Cache(keys, jnp.zeros((*rows, capacity, config.per_head), dtype), slots, slots, reach, jnp.int32(0))
@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
             y = attention.cached_attention(q, k, v, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
-        # There are two residual branches a layer; this keeps the sum of all at the scale of the embedding.
+        # There are two residual branches per layer; this keeps the sum of all at the scale of the embedding.
         residual = {"dtype": self.dtype, "kernel_init": layers.fan_in(2 * c.layers)}
         x = x + layers.Dense(c.width, ("heads", "embed"), name="out", **residual)(y.reshape(batch, length, -1))
         x = partition.constrain(x, "batch", None, None)
@@ -166,11 +166,11 @@ class Decoder(nn.Module):
         return partition.constrain(partition.constrain(embedded, "rows", *rest, "embed"), "batch", *rest, None)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """The head's weights (D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
+        """Returns the head's weights (D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
         return self.embedding.T if self.config.llm.tied_head else self.head
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits over the vocabulary without its padding."""
+        """Computes float32 logits over the vocabulary without its padding."""
         kernel = self.head_kernel()[:, : self.config.llm.vocab_size].astype(self.dtype)
         return jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         plan: ExchangePlan | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Returns the hidden states after the final norm, and the cache where there is one.
+        """Returns the hidden states after the final norm, and the cache if there is one.
 
         With a cache, several tokens are a prefill, which needs an empty cache; one token is a decode step.
         """

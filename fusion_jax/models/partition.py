@@ -1,4 +1,4 @@
-"""Logical axis names on activations, by which they are sharded over the devices of a mesh.
+"""Names the logical axes of activations, by which they are sharded over the devices of a mesh.
 
 `fusion_jax.devices.sharding` maps the names to mesh axes, and programs are traced under its mesh. Without a mesh, as on
 a single device, nothing here does anything.
@@ -24,7 +24,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def compiled_for(platform: str):
-    """Programs traced inside are for that kind of device, whatever this machine has."""
+    """Makes programs traced inside be for that kind of device, whatever this machine has."""
     token = _platform.set(platform)
     try:
         yield
@@ -33,28 +33,28 @@ def compiled_for(platform: str):
 
 
 def platform() -> str:
-    """The kind of device for which a program is traced now: cpu, gpu or tpu."""
+    """Returns the kind of device for which a program is traced now: cpu, gpu or tpu."""
     return _platform.get() or jax.default_backend()
 
 
 def active() -> bool:
-    """Whether a program traced now is sharded over devices by logical names."""
+    """Returns whether a program traced now is sharded over devices by logical names."""
     mesh = jax.sharding.get_abstract_mesh()
     # Inside `split` every axis is manual: there the arrays are one device's own.
     return not mesh.empty and not mesh.manual_axes and bool(nn.get_logical_axis_rules())
 
 
 def constrain(x: ArrayLike, *names: str | None) -> ArrayLike:
-    """`x` with its axes sharded over the devices by their logical names."""
+    """Shards the axes of `x` over the devices by their logical names."""
     return nn.with_logical_constraint(x, names) if active() else x
 
 
 def split(function: Callable, arguments: Sequence[Names], results: Names | tuple[Names, ...]) -> Callable:
-    """Makes `function` run on each device's own shard of its arguments; returns it as it is where nothing is sharded.
+    """Makes `function` run on each device's own shard of its arguments; returns it as it is if nothing is sharded.
 
     Args:
       arguments: logical names of every argument's axes; an argument may be None.
-      results: logical names of the result's axes, or a tuple of such names where there are several results.
+      results: logical names of the result's axes, or a tuple of such names if there are several results.
     """
     if not active():
         return function
@@ -66,9 +66,9 @@ def split(function: Callable, arguments: Sequence[Names], results: Names | tuple
 
 
 def take(x: jax.Array, index: jax.Array, split_last: str | None = None) -> jax.Array:
-    """x[a, index[a]] for every a along axis 0: (A, n, ...), (A, ...) -> (A, ..., ...); devices read their own rows.
+    """Takes x[a, index[a]] for all a of axis 0: (A, n, ...), (A, ...) -> (A, ..., ...); devices read their own rows.
 
-    `split_last`: logical name of the last axis of `x`, where it is sharded.
+    `split_last`: logical name of the last axis of `x`, if it is sharded.
     """
     names = ("batch", *(None,) * (x.ndim - 2), split_last)
     indices = ("batch", *(None,) * (index.ndim - 1))
@@ -76,7 +76,7 @@ def take(x: jax.Array, index: jax.Array, split_last: str | None = None) -> jax.A
 
 
 def take_once(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`take` where each a has an index once at most; zeros beyond the end. Its gradient needs no atomic sums."""
+    """Does what `take` does if no a repeats an index; zeros beyond the end. Its gradient needs no atomic sums."""
     names, indices = (("batch", *(None,) * (a.ndim - 1)) for a in (x, index))
 
     def run(x, i):
@@ -86,7 +86,7 @@ def take_once(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def add_once(x: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
-    """Adds update[a] to x[a, index[a]] for every a along axis 0, where each a has an index once at most.
+    """Adds update[a] to x[a, index[a]] for every a along axis 0, if no a repeats an index.
 
     Indices beyond the end are ignored.
     """
@@ -99,12 +99,12 @@ def add_once(x: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def _rows(index: jax.Array) -> jax.Array:
-    """0, 1, ... along axis 0, in a shape that broadcasts with `index`."""
+    """Returns 0, 1, ... along axis 0, in a shape that broadcasts with `index`."""
     return jnp.arange(index.shape[0]).reshape(-1, *(1,) * (index.ndim - 1))
 
 
 def devices_along(name: str) -> tuple[str, ...]:
-    """Mesh axes of a logical name, without those of size 1; for collectives inside `split`."""
+    """Returns the mesh axes of a logical name, without those of size 1; for collectives inside `split`."""
     if not active():
         return ()
     axes = nn.logical_to_mesh_axes((name,))[0] or ()

@@ -1,4 +1,4 @@
-"""Named rematerialisation policies: what a layer keeps for its backward pass.
+"""Defines the rematerialisation policies: what a layer keeps for its backward pass.
 
 | policy | kept | cost |
 |---|---|---|

@@ -1,12 +1,12 @@
-"""Causal flash attention of packed rows in Triton (NVIDIA GPU), which skips blocks of other segments.
+"""Computes causal flash attention of packed rows in Triton (NVIDIA GPU); skips other segments' blocks.
 
-    one program                 goes over                          and gives
+    one program                 reads                              and writes
     forward: a block of queries  keys from `first` to the diagonal  output, log-sum-exp
     keys:    a block of keys     queries from the diagonal to `last` d(key), d(value)
     queries: a block of queries  keys from `first` to the diagonal  d(query)
 
-`first` and `last` come from the ranges of segment ids that blocks hold, so rows of any segments are right and those
-packed one segment after the other are cheap. Algorithm: FlashAttention-2 (arXiv 2307.08691).
+`first` and `last` come from the ranges of segment ids that blocks hold, so segments in any order give correct results,
+and rows packed one segment after the other are cheap. Algorithm: FlashAttention-2 (arXiv 2307.08691).
 """
 
 import functools
@@ -38,7 +38,7 @@ BLOCKS = FORWARD, KEYS, QUERIES = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Bl
 
 
 def ranges(segments: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """Which blocks may hold the same segments.
+    """Returns which blocks may hold the same segments.
 
     Returns:
       first: int32 (B, S / queries), the first block of keys that each block of queries must read. last: int32
@@ -61,7 +61,7 @@ def _load(ref, start, size, width):
 
 
 def _scores(q, k, q_segments, k_segments, q_start, k_start, scale):
-    """Scores in base 2 (queries, keys), `_HIDDEN` where a query does not see a key."""
+    """Computes scores in base 2 (queries, keys), `_HIDDEN` where a query does not see a key."""
     q_places, k_places = q_start + jnp.arange(q.shape[0]), k_start + jnp.arange(k.shape[0])
     sees = (q_segments[:, None] == k_segments[None]) & (q_places[:, None] >= k_places[None])
     return jnp.where(sees, plt.dot(q, k.T) * (scale * _LOG2E), _HIDDEN)
@@ -173,7 +173,7 @@ def _call(kernel, name, blocks, grid_size, shape, repeat, interpret, in_kinds, o
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def segment_attention(q, k, v, segments, blocks=BLOCKS, interpret=False):
-    """Causal attention within segments: q (B, S, H, d); k, v (B, S, K, d) with K dividing H; segments int32 (B, S).
+    """Computes causal attention within segments: q (B, S, H, d); k, v (B, S, K, d), K divides H; segments int32 (B, S).
 
     S must be a multiple of every block. Padding, segment 0, sees some of the padding before it. On a device the
     arrays must have 16 bits.

@@ -1,4 +1,4 @@
-"""Text-guided SigLIP encoder: the question's tokens join the patches, and every layer updates both.
+"""Defines the text-guided SigLIP encoder: every layer updates the patches and the question's tokens.
 
 Which keys (columns) each query (rows) sees; padding of the text is never seen:
 
@@ -28,7 +28,7 @@ def normalise(crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[
 
 
 def patchify(pixels: Float[Array, "N H W 3"], patch: int) -> Float[Array, "N P pixels"]:
-    """Cuts into row-major patches, each flattened as (row, column, channel); a rest of pixels is dropped."""
+    """Cuts into row-major patches, each flattened as (row, column, channel); pixels that fill no patch are dropped."""
     n, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
     x = pixels[:, : rows * patch, : columns * patch]
@@ -74,14 +74,14 @@ class EncoderLayer(nn.Module):
             hidden = jnp.where(early, 0, text_segments)
             visible_to_image = jnp.concatenate([image_segments, hidden], 1)
         else:
-            # The published code gives early text queries the same score for all keys, which a query of zeros does too.
+            # The published code gives early text queries equal scores for all keys, which a query of zeros does, too.
             q_text = jnp.where(early, 0, q_text).astype(q.dtype)
         image = attention.attention(q[:, :patches], k, v, image_segments, visible_to_image)
         text = attention.attention(q_text, k, v, text_segments, visible_to_text)
         return jnp.concatenate([image, text], 1)
 
     def __call__(self, x, text_segments, early):
-        """x (N, P or P+T, D); text_segments (N, T), 1 real and 0 padding, or None; early: bool scalar."""
+        """Args: x: (N, P or P+T, D); text_segments: (N, T), 1 real and 0 padding, or None; early: bool scalar."""
         y = self._attend(self.norm1(x), text_segments, early)
         x = _along_rows(x + self.out(y.reshape(x.shape)))
         return _along_rows(x + self.mlp(self.norm2(x)))
@@ -154,7 +154,7 @@ class VisionEncoder(nn.Module):
         self.layers = scan(c, self.config.mask, self.dtype)
 
     def embed(self, crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N P D"]:
-        """State 0 of the image: patch + position embedding."""
+        """Returns state 0 of the image: patch + position embedding."""
         patches = patchify(normalise(crops, blank), self.config.vision.patch_size)
         return _along_rows(self.patch_embedding(_along_rows(patches)) + self.position_embedding.astype(self.dtype))
 

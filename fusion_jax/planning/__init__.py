@@ -1,1 +1,1 @@
-"""Plans a run without its hardware: the typical step, the program compiled for it, and what bounds its speed."""
+"""Plans a run without its hardware: its typical step, the compiled program, and what bounds its speed."""

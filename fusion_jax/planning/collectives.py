@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: kinds, the groups of devices that take part, and the bytes that they send."""
+"""Describes the collectives of a compiled program: kinds, groups of devices, and the bytes they send."""
 
 import math
 import re
@@ -14,8 +14,8 @@ class Collective:
     """One collective and how often it runs in a step.
 
     Attributes:
-      kind: of KINDS. bytes: that a chip sends (and receives) in one run. groups: devices that take part together, by
-      their indices in the list that the program was compiled for.
+      kind: one of KINDS. bytes: bytes that a chip sends (and receives) in one run. groups: devices that take part
+      together, by their indices in the list that the program was compiled for.
     """
 
     kind: str
@@ -45,7 +45,7 @@ def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _counted(text: str) -> np.ndarray:
-    """The numbers of `[4,2]T(1,0)`: from 0 in that shape, its dimensions transposed, then flattened."""
+    """Returns the numbers of `[4,2]T(1,0)`: from 0 in that shape, its dimensions transposed, then flattened."""
     shape, turn = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     dims = [int(x) for x in shape.split(",")]
     numbers = np.arange(math.prod(dims)).reshape(dims)
@@ -75,10 +75,10 @@ def _along_axes(axes: str, order: str | None, along: str) -> tuple[tuple[int, ..
 
 
 def bytes_sent(kind: str, whole: float, group: int) -> float:
-    """Bytes that a chip sends in a ring of `group` chips.
+    """Returns the bytes that a chip sends in a ring of `group` chips.
 
     Args:
-      kind: one of KINDS. whole: bytes of the larger side: what is gathered, reduced or exchanged.
+      kind: one of KINDS. whole: bytes of the larger side, that is of all that is gathered, reduced or exchanged.
     """
     share = (group - 1) / group
     return {"all-reduce": 2 * whole * share, "collective-permute": whole}.get(kind, whole * share)

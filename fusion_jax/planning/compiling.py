@@ -1,4 +1,4 @@
-"""Compiles in a thread of its own, so that meanwhile the command reports progress and can be stopped by Ctrl-C.
+"""Compiles in a thread, so that the command can report progress and be stopped by Ctrl-C meanwhile.
 
 Compiling a large program takes minutes, in which Python handles no signals.
 """
@@ -18,10 +18,10 @@ def compiled(lowered, what: str, options: dict | None = None):
     """Returns `lowered.compile()`.
 
     Args:
-      what: the name of the program, for the line on standard error. options: for the compiler.
+      what: the name of the program, for the line on standard error. options: the compiler's options.
 
     Raises:
-      KeyboardInterrupt: at once; the compiler then goes on until the process ends. Otherwise whatever compiling raises.
+      KeyboardInterrupt: at once; the compiler then runs until the process ends. Otherwise whatever compiling raises.
     """
     result = concurrent.futures.Future()
 
@@ -40,12 +40,12 @@ def compiled(lowered, what: str, options: dict | None = None):
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator:
-    """Yields a function that now and then writes how long compiling has taken, in a terminal on one line."""
+    """Yields a function that from time to time writes how long compiling has taken, in a terminal on one line."""
     start = last = time.monotonic()
     terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def write(text: str) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # it is closed, or there is none
+        with contextlib.suppress(OSError, AttributeError):  # standard error is closed, or there is none
             sys.stderr.write(text)
             sys.stderr.flush()
 

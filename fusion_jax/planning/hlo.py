@@ -35,8 +35,8 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      op: what it does, such as fusion or dot. shapes: of its result, several where that is a tuple. operands: names of
-      the instructions that it reads; of a parameter its number, of a constant its value. rest: the line after the
+      op: what it does, such as fusion or dot. shapes: those of its result, several if that is a tuple. operands: names
+      of the instructions that it reads; for a parameter its number, for a constant its value. rest: the line after the
       operands. root: whether its result is that of the computation.
     """
 
@@ -65,7 +65,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position of the bracket that closes the one at `start`."""
+    """Returns the position of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")

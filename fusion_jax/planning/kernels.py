@@ -1,6 +1,6 @@
-"""FLOPs of the kernels that a program calls by name, counted by the shapes of their operands.
+"""Counts the FLOPs of kernels that a program calls by name, from the shapes of their operands.
 
-The program's text shows no products of theirs:
+The program's text does not show their products:
 
 | kernel | products of an attention, each 2 Sq Sk d FLOPs a head |
 |---|---|
@@ -25,7 +25,7 @@ _CUDNN_BLOCK = 128
 
 
 def kind(kernel: Kernel) -> str:
-    """The kernel's name in reports."""
+    """Returns the kernel's name in reports."""
     if kernel.target == "tpu_custom_call":
         return "splash attention"
     if "triton" in kernel.target:
@@ -34,7 +34,7 @@ def kind(kernel: Kernel) -> str:
 
 
 def flops(kernel: Kernel, packed: float = 1.0) -> float:
-    """FLOPs of one call.
+    """Returns the FLOPs of one call.
 
     Args:
       packed: share of a causal row's blocks that are within segments, see `packed_share`.
@@ -50,7 +50,7 @@ def flops(kernel: Kernel, packed: float = 1.0) -> float:
 
 
 def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int = 0) -> float:
-    """The share of an attention's blocks that a causal mask, and a window where there is one, leaves to compute.
+    """Returns the share of an attention's blocks that a causal mask, and a window if there is one, leave to compute.
 
     Args:
       blocks: (queries, keys) of a block. window: keys that a query sees, 0 for all before it.
@@ -65,10 +65,10 @@ def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int 
 
 
 def packed_share(lengths: Sequence[int], rows: int, row_length: int) -> float:
-    """Of the blocks on and below the diagonal of all rows, the share in which queries meet keys of their segment.
+    """Returns in what share of the blocks on and below the diagonals of rows queries meet keys of their segment.
 
     Args:
-      lengths: of the segments in these rows. A segment may begin and end anywhere in a block.
+      lengths: lengths of the segments in these rows. A segment may begin and end anywhere in a block.
     """
 
     def below(length: float) -> float:
@@ -80,7 +80,7 @@ def packed_share(lengths: Sequence[int], rows: int, row_length: int) -> float:
 
 
 def _arrays(kernel: Kernel) -> list[tuple[int, ...]]:
-    """Shapes of the kernel's arrays; query, key and value come first."""
+    """Returns the shapes of the kernel's arrays; query, key and value come first."""
     arrays = [s.dims for s in kernel.operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f16", "f32")]
     if len(arrays) < 3:
         raise _unknown(kernel)
@@ -99,7 +99,7 @@ def _products(kernel: Kernel, table: tuple[tuple[str, int], ...]) -> int:
 
 
 def _splash(kernel: Kernel) -> float:
-    """FLOPs of splash attention; its arrays are (..., heads, length, head size)."""
+    """Counts the FLOPs of splash attention; its arrays are (..., heads, length, head size)."""
     products = _products(kernel, _SPLASH)
     query, key = _arrays(kernel)[:2]
     block = flash._blocks(query[-2])[1]
@@ -109,7 +109,7 @@ def _splash(kernel: Kernel) -> float:
 
 
 def _triton(kernel: Kernel) -> float:
-    """FLOPs of our Triton kernels, which are causal; their arrays are (rows, length, heads, head size)."""
+    """Counts the FLOPs of our Triton kernels, which are causal; their arrays are (rows, length, heads, head size)."""
     products = _products(kernel, _TRITON)
     query, key = _arrays(kernel)[:2]
     blocks = _TRITON_BLOCKS[products]
@@ -118,7 +118,7 @@ def _triton(kernel: Kernel) -> float:
 
 
 def _cudnn(kernel: Kernel) -> float:
-    """FLOPs of cuDNN's attention; its configuration holds the shape of the scores and the mask."""
+    """Counts the FLOPs of cuDNN's attention; its configuration holds the shape of the scores and the mask."""
     scores = re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', kernel.rest)
     if scores is None:
         raise _unknown(kernel)
@@ -132,7 +132,7 @@ def _cudnn(kernel: Kernel) -> float:
 
 
 def _gemm(kernel: Kernel) -> float:
-    """FLOPs of a matrix product by cuBLAS."""
+    """Counts the FLOPs of a matrix product by cuBLAS."""
     contracted = re.search(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]', kernel.rest)
     if contracted is None:
         raise _unknown(kernel)

@@ -1,4 +1,4 @@
-"""FLOPs of the products in a compiled program: 2 x outputs x inputs that each of them sums over."""
+"""Counts the FLOPs of products in a compiled program: 2 x outputs x inputs that each output sums over."""
 
 import math
 import re
@@ -9,14 +9,14 @@ from fusion_jax.planning.hlo import Instruction, Shape
 
 
 def _positions(out: int, size: int, stride: int, low: int, length: int, base: int, dilation: int) -> int:
-    """How many pairs (output position, window position) fall on a real input, along one spatial dimension."""
+    """Counts the pairs (output position, window position) that fall on a real input, along one spatial dimension."""
     places = np.arange(out)[:, None] * stride - low + np.arange(size)[None] * dilation
     reach = (length - 1) * base + 1
     return int(((places >= 0) & (places < reach) & (places % base == 0)).sum())
 
 
 def convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> float:
-    """FLOPs of a convolution, counting only the pairs of output and window that fall on a real input.
+    """Counts the FLOPs of a convolution, but only for pairs of output and window that fall on a real input.
 
     Programs for TPUs write every product as a convolution, and batched ones with windows over the batch.
     """
@@ -49,7 +49,7 @@ def convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> fl
 
 
 def dot_flops(instruction: Instruction, left: Shape) -> float:
-    """FLOPs of a matrix product: for each result, a multiply-add for every contracted element of the left operand."""
+    """Counts the FLOPs of a matrix product: for each result, one multiply-add per contracted element on the left."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
     dims = [int(d) for d in contracted[1].split(",") if d]
     return 2.0 * instruction.shapes[0].size * math.prod(left.dims[d] for d in dims)

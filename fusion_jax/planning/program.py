@@ -25,11 +25,11 @@ class Program:
     """A compiled train step and what it was compiled for.
 
     Attributes:
-      text: its optimized HLO; empty where it does not fit. needed, limit: bytes of HBM that it takes on a chip and that
-        a chip has, according to the compiler; where the arguments alone do not fit, nothing was compiled and `needed`
-        is what they take.
+      text: its optimized HLO; empty if it does not fit. needed, limit: bytes of HBM that it takes on a chip and that a
+        chip has, according to the compiler; if the arguments alone do not fit, nothing was compiled and `needed` is
+        what they take.
       parameters, optimizer, batch: bytes of its arguments on a chip. temporaries: bytes beyond them.
-      parameter_count: of the model. compiled: whether it was compiled. seconds: that this took.
+      parameter_count: that of the model. compiled: whether it was compiled. seconds: the time that this took.
     """
 
     config: RunConfig
@@ -56,7 +56,7 @@ class Program:
 
 
 def find_stage(config: RunConfig, name: str) -> StageConfig:
-    """The config's stage of that name, or its first where the name is empty. UserError where there is none."""
+    """Returns the config's stage of that name, or its first if the name is empty. Raises UserError if there is none."""
     matches = [stage for stage in config.stages if name in ("", stage.name)]
     if not matches:
         check_choice("--stage=", name, [stage.name for stage in config.stages])
@@ -83,14 +83,14 @@ def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
 
 
 def bytes_per_chip(tree) -> int:
-    """Bytes that one device holds of a tree of arrays with shardings, which may be abstract."""
+    """Returns the bytes that one device holds of a tree of arrays with shardings, which may be abstract."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None):
-    """Finds everything that can be wrong before anything is compiled.
+    """Checks everything that can be wrong before anything is compiled, and builds the step to compile.
 
     Returns:
       (mesh, typical step).
@@ -120,7 +120,7 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
     """Compiles a stage's train step, by default at the largest l^2.
 
     Raises:
-      UserError: as `prepare`.
+      UserError: as for `prepare`.
     """
     mesh, step = prepare(config, stage, topology, latent_count)
     tx, labels, arguments = abstract_arguments(config, stage, mesh, step)
@@ -159,7 +159,7 @@ def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, late
 
 
 def _memory(analysis, mesh: Mesh) -> float:
-    """Bytes that a compiled program takes on a chip, from XLA's memory analysis of it."""
+    """Returns the bytes that a compiled program takes on a chip, from XLA's memory analysis of it."""
     if mesh.devices.flat[0].platform == "tpu":
         # Its `temp_size_in_bytes` counts gaps between buffers twice: up to 10 GiB more than the chip needs.
         return analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes

@@ -1,4 +1,4 @@
-"""Analyses a compiled program: what a step needs, how fast it can be at most; as a table and as a JSON line."""
+"""Analyses what a step of a compiled program needs and how fast it can be: a table and a JSON line."""
 
 import math
 from collections import defaultdict
@@ -24,9 +24,9 @@ class Report:
     """What a step needs.
 
     Attributes:
-      samples: of a step, on average over l^2. model_flops, compiled_flops: of all chips, those that the model needs and
-      those that the program computes. kernels: the latter by kind of kernel. hbm_bytes: of one chip. collectives:
-      bytes that one chip sends, by (kind, mesh axes). seconds: lower bounds by cause, each as if the others took none.
+      samples: samples of a step, on average over l^2. model_flops, compiled_flops: FLOPs of all chips that the model
+      needs and that the program computes. kernels: the latter by kind of kernel. hbm_bytes: those of one chip.
+      collectives: bytes that one chip sends, by (kind, mesh axes). seconds: lower bounds by cause, each for that alone.
     """
 
     topology: Topology
@@ -60,7 +60,7 @@ class Report:
 
 
 def axes_of(groups, mesh: Mesh) -> str:
-    """The mesh axes along which the members of a collective's groups differ, such as `fsdp` or `data+fsdp`."""
+    """Returns the mesh axes along which the members of a collective's groups differ, such as `fsdp` or `data+fsdp`."""
     places = np.array([np.unravel_index(device, mesh.devices.shape) for device in groups[0]])
     varying = [axis for axis, column in zip(sharding.AXES, places.T) if len(set(column.tolist())) > 1]
     return "+".join(varying) or "none"
@@ -74,7 +74,7 @@ def analyse(program: Program, topology: Topology) -> Report:
     samples = typical.mean_samples(config, stage, shards)
     if not program.text:
         return Report(topology, program, samples, model_flops)
-    # The only loop whose count its data decides is the cross-entropy's over supervised positions.
+    # The only loop whose trip count depends on its data is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = read(program.text, topology.chips, chunks)
     packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
@@ -113,7 +113,7 @@ def _number(value: float, digits: int = 4) -> float | None:
 
 
 def line(report: Report, stage_samples: float | None) -> dict:
-    """The JSON line of a report; docs/scaling.md describes its keys."""
+    """Returns the JSON line of a report; docs/scaling.md describes its keys."""
     program = report.program
     chip_hours = report.chip_hours(stage_samples) if stage_samples else math.nan
     return {
@@ -132,7 +132,7 @@ def line(report: Report, stage_samples: float | None) -> dict:
 
 
 def table(report: Report, stage_samples: float | None) -> str:
-    """The report for reading, with what its figures are made of."""
+    """Formats the report for reading, with what its figures consist of."""
     program, step, topology = report.program, report.program.step, report.topology
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     noun, plural = topology.noun, topology.noun + "s" * (topology.chips > 1)

@@ -1,4 +1,4 @@
-"""Searches for the mesh, remat policy and batch size that suit a topology, one compilation after the other."""
+"""Searches for the mesh, remat policy and batch size that suit a topology, compiling one by one."""
 
 import dataclasses
 import logging
@@ -30,7 +30,7 @@ def search(
     policies: Sequence[str],
     latent_count: int | None = None,
 ) -> list[Report]:
-    """Reports on everything that was tried, the best first: what fits before what does not, then by samples a second.
+    """Reports on everything that was tried, the best first: what fits before what does not, by samples per second.
 
     It tries the remat policies first, from the one that recomputes least until one fits; with that policy the meshes;
     and with the best mesh twice and half the batch.
@@ -76,12 +76,12 @@ def _merit(tried: Report) -> tuple[bool, float]:
 
 
 def best(tried: Sequence[Report]) -> Report:
-    """The report that fits with most samples a second, or the smallest where none fits."""
+    """Returns the report that fits with most samples per second, or the smallest if none fits."""
     return max(tried, key=_merit)
 
 
 def summary(tried: Report) -> str:
-    """One line of the ranking."""
+    """Formats one line of the ranking."""
     p = tried.program
     mesh = ",".join(f"{axis}={size}" for axis, size in p.mesh.shape.items() if size > 1)
     about = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
@@ -91,5 +91,5 @@ def summary(tried: Report) -> str:
 
 
 def ranking(tried: Sequence[Report]) -> str:
-    """All reports for reading, one a line."""
+    """Formats all reports for reading, one per line."""
     return "\n".join(["Tried, the best first:", *(f"  {summary(one)}" for one in tried)])

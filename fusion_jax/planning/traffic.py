@@ -1,4 +1,4 @@
-"""Bytes through HBM of a compiled program's instructions: what each reads and what it writes."""
+"""Counts the bytes that each instruction of a compiled program reads from and writes to HBM."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ _FREE |= {"replica-id", "call", "conditional", "custom-call-start", "optimizatio
 
 
 def hbm_bytes(module: Module, instruction: Instruction, operands: list[Instruction]) -> float:
-    """Bytes that one run of an instruction outside fusions moves. Loops, calls and branches count by what they run."""
+    """Returns the bytes that one run of an instruction outside fusions moves; a loop or call itself moves none."""
     op = instruction.op
     if op in _FREE or op.endswith("-done") or op.endswith("-start"):
         return 0.0
@@ -26,7 +26,7 @@ def hbm_bytes(module: Module, instruction: Instruction, operands: list[Instructi
 
 
 def _fusion_bytes(module: Module, instruction: Instruction, read: list[float], results: float) -> float:
-    """A fusion that only uses a slice of an operand reads no more; one that updates a slice writes no more.
+    """Returns a fusion's bytes: if it only uses a slice of an operand or updates a slice, only the slice counts.
 
     Args:
       read: bytes of each operand. results: bytes of its results.
@@ -48,7 +48,7 @@ def _fusion_bytes(module: Module, instruction: Instruction, read: list[float], r
 
 
 def users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
-    """The instructions of a computation that read each name."""
+    """Returns the instructions of a computation that read each name."""
     readers: dict[str, list[Instruction]] = {}
     for one in computation.values():
         for operand in one.operands:
@@ -57,13 +57,13 @@ def users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
 
 
 def only_sliced(computation: dict[str, Instruction], instruction: Instruction) -> bool:
-    """Whether of an instruction's result only slices are used."""
+    """Returns whether only slices of an instruction's result are used."""
     uses = through_bitcasts(users(computation), instruction.name)
     return bool(uses) and all(use.op == "dynamic-slice" for use in uses)
 
 
 def through_bitcasts(readers: dict[str, list[Instruction]], name: str) -> list[Instruction]:
-    """The instructions that read a name, itself or through bitcasts; `readers` as of `users`."""
+    """Returns the instructions that read a name, itself or through bitcasts; `readers` is from `users`."""
     return list(
         itertools.chain.from_iterable(
             through_bitcasts(readers, use.name) if use.op == "bitcast" else [use] for use in readers.get(name, [])

@@ -1,4 +1,4 @@
-"""The step to plan: the shapes of a typical batch of a stage, and its sizes without padding."""
+"""Builds the step to plan: the shapes of a typical batch of a stage, and its sizes without padding."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class TypicalStep:
 
 
 def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None) -> TypicalStep:
-    """A typical step of a stage.
+    """Returns a typical step of a stage.
 
     Args:
       shards: parts that the rows are sharded into. latent_count: l^2; the largest by default, which takes most memory.
@@ -48,6 +48,6 @@ def step(config: RunConfig, stage: StageConfig, shards: int, latent_count: int |
 
 
 def mean_samples(config: RunConfig, stage: StageConfig, shards: int) -> float:
-    """Samples of a step on average over the l^2 that training draws from."""
+    """Returns the samples of a step on average over the l^2 that training draws from."""
     counts = config.model.drawn_latent_counts or (0,)
     return float(np.mean([sum(map(len, typical_rows(config, stage, shards, count)[2])) for count in counts]))

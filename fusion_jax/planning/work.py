@@ -31,7 +31,7 @@ class Kernel:
 
     Attributes:
       name: where in the model it is called. operands, results: their shapes. times: how often it runs in a step.
-      target: what is called. rest: the rest of its line.
+      target: the name that is called. rest: the rest of its line.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Work:
     """The work of one chip in one step.
 
     Attributes:
-      flops: of the products that the text shows. hbm_bytes: that go through HBM. collectives: with the bytes that each
-      sends. kernels: that are called by name, whose FLOPs `planning.kernels` counts.
+      flops: FLOPs of the products that the text shows. hbm_bytes: bytes through HBM. collectives: each with the bytes
+      that it sends. kernels: those that are called by name, whose FLOPs `planning.kernels` counts.
     """
 
     flops: float
@@ -58,7 +58,7 @@ class Work:
 
 
 def _constant(computation: dict[str, Instruction], name: str) -> int | None:
-    """The value of a constant integer, also where it is copied or converted; None where it is not constant."""
+    """Returns the value of a constant integer, even if it is copied or converted; None if it is not constant."""
     instruction = computation[name]
     if instruction.op == "constant":
         return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
@@ -68,9 +68,9 @@ def _constant(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def trips(module: Module, computation: dict[str, Instruction], loop: Instruction) -> float | None:
-    """How often a loop runs its body, None where only its data decides.
+    """Returns how often a loop runs its body, None if only its data decides.
 
-    The compiler mostly writes it beside the loop. Otherwise it is read from the condition, where that compares a
+    The compiler mostly writes it beside the loop. Otherwise it is read from the condition, if that compares a
     counter, which starts at 0 as those of `lax.scan` do, with a constant of the condition or of the initial state.
     """
     known = _TRIPS.search(loop.rest)
@@ -98,7 +98,7 @@ def trips(module: Module, computation: dict[str, Instruction], loop: Instruction
 
 
 class _Counter:
-    """Sums of the work of a program's computations."""
+    """Sums up the work of a program's computations."""
 
     def __init__(self, module: Module, devices: int, unknown_trips: Callable[[str], float]):
         self.module, self.devices, self.unknown_trips = module, devices, unknown_trips
@@ -178,7 +178,7 @@ class _Counter:
     def _add_collective(
         self, kind: str, instruction: Instruction, operands: list[Instruction], times: float, outer: str
     ) -> None:
-        # A collective that is spread over several fusions, to be hidden behind their products, is in each of them.
+        # A collective that is spread over several fusions, so that their products overlap it, is in each of them.
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         if channel and (outer, channel[1]) in self._counted:
             return
@@ -194,8 +194,8 @@ def read(text: str, devices: int, unknown_trips: Callable[[str], float] | float 
     """Counts what one device does in one run of a program.
 
     Args:
-      text: `compiled.as_text()`. devices: that it was compiled for.
-      unknown_trips: how often a loop runs whose count only its data decides; a function gets the rest of its line.
+      text: `compiled.as_text()`. devices: the number that it was compiled for.
+      unknown_trips: how often a loop runs if only its data decides; a function is called with the rest of its line.
 
     Raises:
       ValueError: the text is not optimized HLO.

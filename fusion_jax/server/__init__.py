@@ -1,1 +1,1 @@
-"""An HTTP server and a web page for a checkpoint: `python -m fusion_jax.serve --checkpoint DIR`."""
+"""Serves a checkpoint over HTTP, with a web page: `python -m fusion_jax.serve --checkpoint DIR`."""

@@ -1,4 +1,4 @@
-"""Tells the API's addresses from the page's, and answers requests for any others."""
+"""Distinguishes the API's addresses from the page's, and refuses requests for any others."""
 
 import re
 
@@ -21,12 +21,12 @@ PAGE = {
     f"{GRADIO}/queue/data": "GET",
 }
 FILE = f"{GRADIO}/file="
-_LONGEST = 200  # characters of a file's path: no file of Gradio has a longer one, and file systems refuse them
+_LONGEST = 200  # characters of a file's path: none of Gradio's files has a longer one, and file systems refuse those
 _STATIC = re.compile(r"/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static)(/\w[\w@-]*)*/\w[\w.@-]*\.[a-z]\w*")
 
 
 def normalized(path: str) -> str:
-    """The path without trailing or repeated slashes, where it is the API's: clients join addresses in many ways."""
+    """Removes trailing and repeated slashes from paths of the API, because clients join addresses in many ways."""
     plain = "/" + "/".join(filter(None, path.split("/")))
     return plain if plain in ("/health", "/metrics", "/v1") or plain.startswith("/v1/") else path
 
@@ -37,12 +37,12 @@ def is_static(path: str) -> bool:
 
 
 def page_methods(path: str) -> str:
-    """The methods that the page takes at an address; "" where the address is not the page's."""
+    """The methods that the page accepts at an address; "" where the address is not the page's."""
     return PAGE.get(path) or ("GET" if is_static(path) or path.startswith(FILE) else "")
 
 
 def refusal(request: Request, error: HTTPException) -> JSONResponse:
-    """An error in the API's form: 404 lists what is served, 405 the methods that the address takes."""
+    """An error in the API's form: 404 lists what is served, 405 the methods that the address accepts."""
     request_line = f"{request.method} {request.scope['path'][:200]}"
     if error.status_code == 405:
         allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))

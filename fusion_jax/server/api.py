@@ -1,4 +1,4 @@
-"""The HTTP API: chat completions, models, health and metrics over one engine."""
+"""Defines the HTTP API over one engine: chat completions, models, health and metrics."""
 
 import contextlib
 import hmac
@@ -26,7 +26,7 @@ def make_app(engine: Engine, options: Options, grammars: Grammars) -> fastapi.Fa
     """The application. The engine must have been started; it is drained when the application ends.
 
     Args:
-      grammars: makes the grammars of answers' forms; `Grammars.load` first, lest the first such request waits for it.
+      grammars: makes the grammars of answers' forms. Call `Grammars.load` before, or the first such request waits.
     """
     shared, created = Shared(engine, options, grammars), int(time.time())
     key = options.api_key.encode(errors="surrogateescape")  # from the environment: may not be valid UTF-8
@@ -37,7 +37,7 @@ def make_app(engine: Engine, options: Options, grammars: Grammars) -> fastapi.Fa
         await run_in_threadpool(engine.close)
         shared.close()
 
-    # No redirects: one would lead to any host that the caller names.
+    # No redirects: they would lead to any host that the caller names.
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(ApiMiddleware, origins=options.origins)
 
@@ -63,7 +63,7 @@ def make_app(engine: Engine, options: Options, grammars: Grammars) -> fastapi.Fa
         if not key:
             check_host(request, options.host_names)
         else:
-            # Headers are decoded as Latin-1: encoding them so gives the bytes that were sent.
+            # Headers are decoded as Latin-1; encoding them in it restores the bytes that were sent.
             scheme, key_sent = [*request.headers.get("authorization", "").split(maxsplit=1), "", ""][:2]
             matches = hmac.compare_digest(key_sent.strip().encode("latin-1"), key)
             if scheme.lower() != "bearer" or not matches:
@@ -104,7 +104,7 @@ def make_app(engine: Engine, options: Options, grammars: Grammars) -> fastapi.Fa
         running = RunningRequest(shared)
         try:
             authorize(request)
-            if from_browser(request):  # programs may leave out the content type
+            if from_browser(request):  # other programs may leave out the content type
                 check_json(request)
             return await running.respond(request)
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Counts the programs that this process compiles, except in threads that ask not to be counted."""
+"""Counts the programs that this process compiles, except in threads that opt out."""
 
 import contextlib
 import threading
@@ -26,7 +26,7 @@ def count() -> int:
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Leaves out what this thread compiles meanwhile: work beside the answers, such as attention pictures."""
+    """Does not count what this thread compiles in the block: work other than answers, such as attention pictures."""
     _thread.uncounted = True
     try:
         yield

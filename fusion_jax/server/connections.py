@@ -1,16 +1,16 @@
-"""Limits the connections that callers hold open: their number, and the time of each state.
+"""Limits the connections that callers hold open: their number, and their time in each state.
 
-uvicorn alone waits for ever for headers, for a body and for a reader. Here a connection is always in one of these
-states, each with a limit:
+By itself uvicorn waits without limit for headers, for a body and for a reader. Here a connection is always in one of
+these states, each with a limit:
 
     idle        no request: the first bytes, or the rest of the headers, are awaited     header_seconds, then 408
     body        the headers have arrived, the body has not                               body_seconds, then 408
     writing     the caller does not read what is written                                 write_seconds, then cut
     closing     the last bytes are on their way to a caller who may not read them        write_seconds, then cut
-    answering   the application works: its own deadline counts
+    answering   the application works on the answer; its own deadline applies
 
-Nor does uvicorn bound what it parses at once: all bytes that have arrived are parsed before another connection has its
-turn. Here little is read at a time, and a request with very many headers or very small chunks is refused.
+Nor does uvicorn limit how much it parses at a time: all bytes that have arrived are parsed before another connection
+gets its turn. Here little is read at a time, and a request with very many headers or very small chunks is refused.
 """
 
 import asyncio
@@ -27,25 +27,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fusion_jax.server.error import ApiError
 
-LOOK = 0.5  # seconds between two looks at a connection
-_LAST_ANSWERS = 5  # seconds for the last answers of a server that ends
-_GRACE = 5.0  # seconds in which the application itself may answer that a body is late
+LOOK = 0.5  # seconds between two checks of a connection
+_LAST_ANSWERS = 5  # seconds for the last answers of a server that is shutting down
+_GRACE = 5.0  # seconds for the application itself to answer that a body is late
 _READ = 1 << 14  # bytes that are read and parsed at a time
 HEADER_BYTES = 1 << 15
 HEADERS = 128
 CHUNKS = 1000  # chunks of a body that may have any size
 CHUNK_BYTES = 256  # least mean size in bytes of the chunks after these
 REST_BYTES = 1 << 16  # bytes of a body that are still read after its request has been answered
-REST_SECONDS = 2.0  # seconds for a caller to read the answer while it still sends
-# Where all connections are taken, one makes room for a new one if it has waited for its caller for HELD_SECONDS and the
-# caller sends fewer than HELD_RATE bytes a second, or reads nothing.
+REST_SECONDS = 2.0  # seconds for a caller to read the answer while it is still sending
+# Where all connections are in use, one is closed for a new one if it has waited for its caller for HELD_SECONDS and
+# the caller sends fewer than HELD_RATE bytes a second, or reads nothing.
 HELD_SECONDS = 2.0
 HELD_RATE = 1 << 14
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Limits of the connections. connections: open at once at most. The seconds are explained above."""
+    """Limits of the connections. connections: most that are open at a time. The seconds are explained above."""
 
     connections: int = 512
     header_seconds: float = 10.0
@@ -89,9 +89,9 @@ class _Flow(FlowControl):
 class Connection(H11Protocol, asyncio.BufferedProtocol):
     """uvicorn's HTTP/1.1 with these limits.
 
-    Where there are too many connections, one that waits for its caller makes room: the one that has been idle for
+    Where there are too many connections, one that waits for its caller is closed: the one that has been idle for
     longest, or else the one that has been held for longest. So callers who send nothing, send slowly or do not read
-    shut nobody out. Where all are being answered, the new one gets status 503.
+    cannot lock others out. Where all are being answered, the new one gets status 503.
     """
 
     def __init__(self, patience: Patience, **named):
@@ -99,7 +99,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.conn = _Http()
         self._patience = patience
         self._buffer = bytearray(_READ)
-        self._seen, self._since = "", time.monotonic()  # its state at the last look, and since when
+        self._seen, self._since = "", time.monotonic()  # its state at the last check, and since when
         self._sent = 0  # bytes that the caller has sent since then
         self._answered = None  # the request whose answer came before its body, and the body's bytes since then
         self._rest = 0
@@ -133,7 +133,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if self._answered_early() and self._rest <= REST_BYTES:
             self._rest += count
             if self._rest > REST_BYTES and self.transport.can_write_eof():
-                self.transport.write_eof()  # the answer is complete; reading goes on, so that the caller receives it
+                self.transport.write_eof()  # the answer is complete; reading continues, so that the caller receives it
         if self._rest <= REST_BYTES:
             self.data_received(bytes(self._buffer[:count]))
 
@@ -142,7 +142,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
 
     def held(self) -> bool:
-        """Whether the connection has waited for its caller for long enough to be given to another."""
+        """Whether the connection has waited for its caller for long enough to be closed in favour of another."""
         waited = time.monotonic() - self._since
         at = self.at()
         if at != self._seen or waited < HELD_SECONDS:
@@ -174,14 +174,14 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._next_look = self.loop.call_later(LOOK, self._look)
         at, now, patience = self.at(), time.monotonic(), self._patience
         if at != self._seen:
-            # An idle connection has been waiting since its last answer, not since this look.
+            # An idle connection has been waiting since its last answer, not since this check.
             self._since = self._since if not self._seen else now
             self._seen, self._sent = at, 0
         waited = now - self._since
         if at == "idle" and waited > min(patience.header_seconds, REST_SECONDS) and self._answered_early():
             self.end()
         elif at == "idle" and waited > patience.header_seconds:
-            begun = bool(self.conn.trailing_data[0])  # without any byte of a request no answer is due
+            begun = bool(self.conn.trailing_data[0])  # before the first byte of a request no answer is due
             self.end(ApiError(408, "The request's headers did not arrive in time.", "timeout") if begun else None)
         elif at == "body" and waited > patience.body_seconds + _GRACE:
             self.end(ApiError(408, "The request's body did not arrive in time.", "timeout"))
@@ -191,7 +191,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def end(self, error: ApiError | None = None) -> None:
         """Closes the connection, after an answer with the error where none has begun."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # its application may send nothing more
+            self.cycle.disconnected = True  # the application cannot send anything more
             self.cycle.message_event.set()
         if error is not None and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
@@ -208,9 +208,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends open requests with an error when their time is up.
+    """Extends uvicorn's server to end open requests with an error when their time is up.
 
-    uvicorn alone cancels their tasks: streams break off without an error, and each leaves a traceback in the log.
+    By itself uvicorn cancels their tasks: streams break off without an error, each with a traceback in the log.
     """
 
     def __init__(self, config: uvicorn.Config, drain_seconds: float, give_up: Callable[[], None]):
@@ -244,9 +244,9 @@ def make_server(
     """The server of an application.
 
     Args:
-      drain_seconds: seconds for open requests when the server is to end.
+      drain_seconds: seconds for open requests when the server is shutting down.
       give_up: called after these; must end all answers.
-      problem: why the server cannot go on, "" while it can. With a problem it ends, within _LAST_ANSWERS seconds.
+      problem: why the server cannot continue, "" while it can. With a problem it ends, within _LAST_ANSWERS seconds.
     """
 
     async def watch() -> None:
@@ -262,7 +262,7 @@ def make_server(
             loop="asyncio",  # uvloop would read any amount at a time
             http=functools.partial(Connection, patience),
             ws="none",
-            log_level="error",  # strangers could cause any number of warnings
+            log_level="error",  # anybody could cause any number of warnings
             timeout_graceful_shutdown=drain_seconds + _LAST_ANSWERS,
             callback_notify=watch,
             timeout_notify=0,

@@ -8,7 +8,7 @@ PER_BROWSER = 64
 
 
 def browser(session: str) -> str:
-    """The browser of a session, by the name that `gradio_proxy` gives both."""
+    """The browser of a session, read from the name that `gradio_proxy` makes for sessions."""
     return session.partition("-")[0]
 
 

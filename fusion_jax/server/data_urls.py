@@ -1,7 +1,7 @@
 """Decodes `data:` URLs of images (RFC 2397), piece by piece, in the ways that programs write them.
 
-Accepted are: upper case in `data`, the media type and `base64`; no media type, or any number of parameters; white space
-and line breaks; missing padding; the alphabet for URLs (`-_`); percent escapes, in base64 and in place of it.
+It accepts upper case in `data`, the media type and `base64`; a missing media type, or any number of parameters; white
+space and line breaks; missing padding; the alphabet for URLs (`-_`); percent escapes, in base64 and in place of it.
 """
 
 import binascii
@@ -14,7 +14,7 @@ from fusion_jax.server.error import ApiError
 
 _HEAD = re.compile(r"\s*data:([^,]{0,1024}),", re.IGNORECASE)
 _START = re.compile(r"\s*data:", re.IGNORECASE)
-_PIECE = 1 << 18  # characters that are decoded at once
+_PIECE = 1 << 18  # characters that are decoded at a time
 _SPACES = string.whitespace.encode()
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
@@ -28,7 +28,7 @@ def decode(address: str, most: int, where: str) -> bytes:
     """The data of a data URL, whatever its media type.
 
     Args:
-      most: bytes at most. where: place in the request, for errors.
+      most: the most bytes that are accepted. where: place in the request, for errors.
 
     Raises:
       ApiError: 400 `invalid_image_url` for an invalid URL or invalid base64, `image_too_large` for over `most` bytes.

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread owns the device; requests join and leave between chunks of tokens."""
+"""Batches continuously: one thread owns the device, and requests join and leave between chunks."""
 
 import logging
 import queue
@@ -56,12 +56,12 @@ class Engine:
         self._closing = False
         self._compiled_when_warm: int | None = None
         self._thread: threading.Thread | None = None
-        self._working_since: float | None = None  # since when the thread waits for the device
+        self._working_since: float | None = None  # when the thread began to wait for the device
 
     # ---- Called from any thread.
 
     def start(self) -> None:
-        """Compiles everything and begins to answer."""
+        """Compiles all programs and starts the thread that answers."""
         begun = time.monotonic()
         self.batch.warm_up()
         self._compiled_when_warm = compilations.count()
@@ -123,7 +123,7 @@ class Engine:
         with self._wake:
             self._check_open()
             if len(self._waiting) > self.rows + self.queue_limit:
-                # Cancelled requests have given their places back, and a hanging device takes none out of the queue.
+                # Cancelled requests have released their places, but stay in the queue while the device hangs.
                 self._waiting = deque(one for one in self._waiting if not one.cancelled)
             self._waiting.append(request)
             self._wake.notify()
@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def silent(self) -> float:
-        """Seconds since the device was last given work, 0 where it has finished it."""
+        """Seconds for which the device has worked on its current task, 0 where it is idle."""
         since = self._working_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -205,7 +205,7 @@ class Engine:
         return self._closing
 
     def close(self, patience: float = 60.0) -> None:
-        """Answers the accepted requests, for `patience` seconds at most, then ends the thread."""
+        """Answers the accepted requests for at most `patience` seconds, then ends the thread."""
         self.refuse()
         end = time.monotonic() + patience
         while (self.busy or self.waiting) and time.monotonic() < end and not self.problem:
@@ -223,7 +223,7 @@ class Engine:
         try:
             while self._cycle():
                 self._working_since = None
-        except BaseException as error:  # the device failed: no request may wait for ever
+        except BaseException as error:  # the device failed: no request may be left waiting
             detail = " ".join(str(error).split())[:300]
             log.exception("the engine has stopped")
             with self._wake:
@@ -237,7 +237,7 @@ class Engine:
             self._end(request, "error" if self.problem else "cancelled")
 
     def _cycle(self) -> bool:
-        """Admits requests, decodes a chunk and emits the new text. Returns False when the engine is to end."""
+        """Admits requests, decodes a chunk and emits the new text. Returns False when the engine should end."""
         with self._wake:
             while self._thread is not None and not self._waiting and not self.busy:
                 self._wake.wait()
@@ -318,7 +318,7 @@ class Engine:
             )
         if request.stream.finish is not None:
             self._active[row] = None
-            # The device does not know of a row that ends by a stop text or by its constraint.
+            # The device does not know that a stop text or a constraint has ended a row.
             if request.stream.length % self.batch.chunk or request.how.stop or constraint is not None:
                 self.batch.leave([row])
             self._end(request, request.stream.finish, text, logprobs)

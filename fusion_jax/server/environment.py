@@ -1,4 +1,4 @@
-"""The process around the server: the API key in its environment, its open files, its memory allocator."""
+"""Reads the API key from the environment, checks the open files, and sets up the memory allocator."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ def api_key() -> str:
 
 
 def check_open_files(connections: int) -> None:
-    """Raises UserError where the process may not have so many connections open."""
+    """Raises UserError where the process may not open so many connections."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     check(
         allowed == resource.RLIM_INFINITY or connections + _FILES <= allowed,

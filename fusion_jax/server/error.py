@@ -1,10 +1,10 @@
-"""Errors in the form of the OpenAI API."""
+"""Defines errors in the form of the OpenAI API."""
 
 from typing import Any
 
 
 class ApiError(Exception):
-    """An error in that API's form. status: of HTTP. code: short machine-readable name. param: the key at fault."""
+    """An error in that API's form. status: the HTTP status. code: short name for machines. param: the key at fault."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)

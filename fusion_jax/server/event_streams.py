@@ -1,7 +1,7 @@
-"""Limits the event streams of the page, which Gradio alone keeps open for ever and in any number.
+"""Limits the event streams of the page, which Gradio itself keeps open without any limit.
 
-A session has one stream, a browser and all browsers together have few, and a stream ends when no message is pending for
-it. Where there are too many, a new stream takes the place of an old one.
+A session has one stream, the streams of a browser and of all browsers are limited, and a stream ends when no message is
+pending for it. Where there are too many, a new stream replaces an old one.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from collections.abc import Callable
 log = logging.getLogger("fusion_jax")
 
 STREAMS_PER_BROWSER = 8
-_POLL = 2.0  # seconds between two looks for pending messages
+_POLL = 2.0  # seconds between two checks for pending messages
 
 
 class EventStreams:
     """The open event streams, by session.
 
     Args:
-      most: streams of all browsers. seconds: for which a stream may stay open after its session's last event.
+      most: streams of all browsers. seconds: how long a stream may stay open after its session's last event.
       pending: whether a session has a message or an unfinished event.
     """
 
@@ -35,7 +35,7 @@ class EventStreams:
             self._open[session].end = time.monotonic() + self.seconds
 
     async def run(self, stream, owner: str, session: str, scope, receive, send) -> bool:
-        """Runs an application that streams to a session, until it ends or its place is taken.
+        """Runs an application that streams to a session, until it ends or another stream takes its place.
 
         Returns whether an answer was begun.
         """
@@ -83,7 +83,7 @@ class EventStreams:
         silent = 0
         while (
             silent < 2 and time.monotonic() < one.end
-        ):  # not at the first look: the last message may still be on its way
+        ):  # not at the first check: the last message may still be on its way
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL):
                     await one.ended.wait()

@@ -1,7 +1,7 @@
 """Hides GRADIO_* variables from Gradio, which reads them when imported; import this module first.
 
-Those variables could open folders, share the page through a tunnel or serve other routes. Gradio's files go to a folder
-of this process alone, not to /tmp/gradio, which all users of a machine share.
+Those variables could open folders, share the page through a tunnel or serve other routes. Gradio's files are kept in a
+folder of this process alone, not in /tmp/gradio, which all users of a machine share.
 """
 
 import atexit
@@ -17,7 +17,7 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 os.environ |= {
     "GRADIO_TEMP_DIR": str(FOLDER),
     "GRADIO_ANALYTICS_ENABLED": "False",
-    # By default it keeps 10,000 events and, after each of them, makes a table of all of them that nothing here shows.
+    # By default Gradio keeps 10,000 events and, after each, makes a table of all of them that is not shown here.
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(1 << 60),
 }

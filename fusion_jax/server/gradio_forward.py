@@ -24,7 +24,7 @@ _FORWARDED = {
     "x-forwarded-host",
     "x-forwarded-proto",
 }
-# Gradio's page needs inline scripts and functions made from text; nothing may reach any other address.
+# Gradio's page needs inline scripts and functions made from text; it must not reach any other address.
 _POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -43,9 +43,9 @@ _POLICY = "; ".join(
 
 
 def forward(inner, request: Request, body: bytes = b"", query: str = "", set_cookie: str | None = None):
-    """An ASGI application that sends a request to Gradio, with nothing of the original but its path and some headers.
+    """An ASGI application that sends a request to Gradio; it keeps only the path and some headers of the original.
 
-    No cookie of the request is sent, and none of Gradio's answer.
+    Neither the cookies of the request nor those of Gradio's answer are passed on.
 
     Args:
       inner: Gradio's application. body: JSON. set_cookie: a cookie for the browser.
@@ -95,7 +95,7 @@ def forward(inner, request: Request, body: bytes = b"", query: str = "", set_coo
         except Exception:
             if not begun or ended:
                 raise
-            # For instance the stream of an unknown session: anybody may request one, so it is no error of ours.
+            # For instance the stream of an unknown session: anybody may request one, so it is not our error.
             log.debug("an answer of the page broke off", exc_info=True)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         if missing:

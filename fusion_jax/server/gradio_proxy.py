@@ -1,14 +1,14 @@
-"""A proxy before Gradio, which passes on the few requests of the page and refuses all others.
+"""Forwards the few requests of the page to Gradio, and refuses all others.
 
-Gradio serves some eighty routes and accepts anything in an event: paths, addresses, other visitors' sessions. Here
-requests are checked and rewritten:
+Gradio serves some eighty routes and accepts anything in an event: paths, addresses, other visitors' sessions. This
+proxy checks and rewrites requests:
 
     a browser is identified by a cookie of its own, and by the key where there is one
-    an event is the number of a known function and as many values as it has inputs, each of its input's kind
+    an event is the number of a known function and one value for each of its inputs, of the input's kind
     an image is identified by the name that its upload returned to the same browser; Gradio gets its path from here
-    a session belongs to one browser and one page, so that no visitor reaches another visitor's
-    uploads and pictures come and go through `Uploads`; Gradio's own routes for files are closed
-    event streams are few, and end, see `event_streams`
+    a session belongs to one browser and one page, so that visitors cannot reach each other's
+    uploads and pictures are transferred through `Uploads`; Gradio's own routes for files are closed
+    event streams are limited in number and time, see `event_streams`
 """
 
 import json
@@ -35,7 +35,7 @@ from fusion_jax.server.visitors import Refused, Visitors
 LONGEST_TEXT = 1 << 15  # characters of a question: far more than any model reads
 EVENT_BYTES = 1 << 18
 
-_PIECE = 1 << 18  # bytes of a file that are read at once
+_PIECE = 1 << 18  # bytes of a file that are read at a time
 _SESSION = re.compile(r"\w{1,40}", re.ASCII)
 _EVENT = re.compile(r"[0-9a-f]{32}")
 
@@ -59,7 +59,7 @@ class GradioProxy:
     ):
         self.inner, self.uploads, self.events, self.options = inner, uploads, events, options
         self.visitors = Visitors(options)
-        # An event waits in the queue and is then answered, each within the time for a request.
+        # An event waits in the queue and is then answered; each phase has the time limit of a request.
         self.streams = EventStreams(options.streams, 2 * options.timeout + 30, pending)
         self.forms = UploadForms(uploads, options)
 
@@ -140,7 +140,7 @@ class GradioProxy:
         return self._forward(request, json.dumps(event).encode())
 
     def _value(self, kind: str, value, owner: str):
-        """An event's value for an input of this kind, as Gradio gets it. Raises Refused for any other value."""
+        """An event's value for an input of this kind, as it is passed to Gradio. Raises Refused for any other value."""
         if value is None and kind != "slider":
             return None
         if kind in ("textbox", "radio") and isinstance(value, str):
@@ -195,7 +195,7 @@ class GradioProxy:
             size, kind = self.uploads.about(name, owner)
         except BadRecord as error:
             raise Refused(404, "Not found.") from error
-        # Read piece by piece: a browser that does not read holds one piece, and no open file.
+        # The file is read in pieces: a browser that does not read holds up one piece, and no open file.
         pieces = (self.uploads.read(name, owner, start, _PIECE) for start in range(0, size, _PIECE))
         headers = {
             "content-disposition": "attachment" if kind == "application/octet-stream" else "inline",

@@ -1,7 +1,7 @@
-"""Constrains answers to a grammar: which tokens can still lead to an answer that it allows.
+"""Constrains answers to a grammar by the tokens that can still lead to an answer that it allows.
 
-The grammars are llguidance's (https://github.com/guidance-ai/llguidance). It works on bytes: each token stands for the
-bytes that it adds to a text, and control tokens are excluded.
+The grammars are those of llguidance (https://github.com/guidance-ai/llguidance), which works on bytes: each token
+represents the bytes that it adds to a text, and control tokens are excluded.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from fusion_jax.server.error import ApiError
 from fusion_jax.server.structured import Form
 
 _TRY_SCRIPT = Path(__file__).with_name("try_grammar.py")
-_SECONDS = 20  # for one try
-_REMEMBERED = 256  # grammars that are known to be good
+_SECONDS = 20  # for one trial of a grammar
+_REMEMBERED = 256  # grammars that are known to be valid
 _ITEMS = 100_000  # parser items of one step; 200 optional keys take over 5,000 with a vocabulary of 49,000 tokens
 
 
 class GrammarError(Exception):
-    """An answer cannot go on; the message is a clause that says why."""
+    """An answer cannot continue; the message is a clause that says why."""
 
 
 class Matcher:
@@ -125,7 +125,7 @@ class Grammars:
         if tried.returncode in (
             -signal.SIGINT,
             -signal.SIGTERM,
-        ):  # signals reach all processes of a server that is to end
+        ):  # signals reach all processes of a server that is shutting down
             raise ApiError(503, "The server is shutting down.", "shutting_down")
         if tried.returncode:
             raise _refusal(form, "it takes too much time or memory to prepare")
@@ -133,7 +133,7 @@ class Grammars:
             raise _refusal(form, tried.stdout.decode(errors="replace"))
 
     def _can_spell(self, text: str) -> bool:
-        """Whether tokens can spell the text: as it is tokenized, or byte by byte."""
+        """Whether tokens can spell the text, either as the tokenizer splits it or byte by byte."""
         data = text.encode()
         spelled = b"".join(map(self._tokenizer.token_bytes, _Vocabulary.ids(self._tokenizer, text)))
         return spelled == data or all(bytes([byte]) in self._single for byte in data)
@@ -150,7 +150,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int):
         known = tokenizer.vocab_size
         self.tokens = [tokenizer.token_bytes(i) if i < known else b"" for i in range(vocabulary)]
-        # An answer cannot contain ids without a text.
+        # An answer cannot contain ids that have no text.
         self.special_token_ids = [i for i, word in enumerate(self.tokens) if not word or tokenizer.is_control(i)]
         for i in self.special_token_ids:
             self.tokens[i] = self.tokens[i] or f"<id {i}>".encode()
@@ -178,7 +178,7 @@ def _opens_with_space(prompts: Prompts) -> bool:
 
 
 def _refusal(form: Form, problem: str) -> ApiError:
-    """The error for a form. problem: llguidance's message, whose dumps of grammar and state are removed."""
+    """The error for a form. problem: llguidance's message, from which dumps of grammar and state are removed."""
     problem = re.split(r"\n\s*\d+ \||\n<", problem)[0]
     problem = " ".join(
         re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |Enable 'coerce_one_of'.*", "", problem).split()

@@ -1,8 +1,8 @@
-"""Parses JSON of strangers in at most twice the memory of its bytes.
+"""Parses untrusted JSON in at most twice the memory of its bytes.
 
-A parser makes an object of 60 bytes of every `{}` and may store a text in four bytes a character. Bodies for which this
-costs too much are refused before they are parsed: a scan from one string to the next counts values and text. Images do
-not count: they are data URLs in ASCII, of one byte a character, and are decoded piece by piece.
+A parser turns every `{}` into an object of 60 bytes, and may store a text in four bytes a character. Bodies for which
+this costs too much are refused before they are parsed: a scan from one string to the next counts values and text.
+Images do not count: they are data URLs in ASCII, of one byte a character, and are decoded in pieces.
 """
 
 import io
@@ -30,15 +30,15 @@ _ESCAPES += [
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/=_% -]++|" + b"|".join(re.escape(before) for before, _ in _ESCAPES) + rb')*+"')
 _PERCENT = re.compile(rb'[ !#-\[\]-~]*+"')
 _SMALL = 64 << 10  # bytes of a data URL whose escapes are left to the parser
-_PIECE = 1 << 20  # bytes that are rewritten at once
+_PIECE = 1 << 20  # bytes that are rewritten at a time
 
 
 def read_json(body: io.BytesIO, text_bytes: int) -> dict[str, Any]:
     """The JSON object of a body. Closes the body.
 
     Args:
-      text_bytes: bytes of all texts together in UTF-8 at most. A small body with more may be accepted: whatever reads
-        the texts checks them again.
+      text_bytes: most bytes of all texts together in UTF-8. A small body with more may be accepted: the readers of the
+        texts check them again.
 
     Raises:
       ApiError: 400 for anything but a JSON object in UTF-8, for too many values or for too much text.

@@ -1,7 +1,7 @@
-"""The keys that a chat request may have, and how each of them is checked.
+"""Lists the keys that a chat request may have, and checks each of them.
 
 Some keys are read, some are ignored because they do not change an answer, and some would change an answer in ways that
-are not supported and may only have a value that asks for nothing. Every other key is refused by name.
+are not supported and may only have a value without effect. Every other key is refused by name.
 """
 
 import json
@@ -22,8 +22,8 @@ class Keys:
 
     Attributes:
       read: keys that the server reads. ignored: keys that do not change an answer, whatever their value.
-      fixed: keys that would change an answer in ways that are not supported: why, and the values (see `no_op`) that ask
-        for nothing.
+      fixed: keys that would change an answer in ways that are not supported, each with the reason and with the values
+        (see `no_op`) that have no effect.
     """
 
     read: tuple[str, ...]
@@ -32,7 +32,7 @@ class Keys:
 
 
 def no_op(*values: Any) -> Values:
-    """The values of an unsupported key that ask for nothing; null is always one of them."""
+    """The values of an unsupported key that have no effect; null is always one of them."""
     return (None, *values)
 
 
@@ -114,7 +114,7 @@ CHAT = Keys(
         "request_id",
         "cache_salt",
         "guided_decoding_backend",
-        "parallel_tool_calls",  # there are none, in parallel or not
+        "parallel_tool_calls",  # there are no tool calls, parallel or not
         "spaces_between_special_tokens",  # an answer's text has no such tokens
     ),
     fixed={

@@ -1,4 +1,4 @@
-"""Turns the messages of a chat request into the turns of a conversation, none lost and none added."""
+"""Turns the messages of a chat request into the turns of a conversation, without loss or addition."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def read_messages(
     conversation's own; later ones count as the user's.
 
     Args:
-      text_bytes: bytes of all texts at most. take_image: called with each image's address and its place.
+      text_bytes: most bytes of all texts. take_image: called with each image's address and its place.
 
     Raises:
       ApiError: 400, which names the message and the problem.
@@ -84,7 +84,7 @@ def _joined(texts: list[str]) -> str:
 
 
 def _check_name(name: Any, role: str, names: dict[str, str], where: str) -> None:
-    """Raises ApiError where one role has several names, which no template has a place for."""
+    """Raises ApiError where one role has several names, because no template can express that."""
     if name is None:
         return
     if not isinstance(name, str):
@@ -123,7 +123,7 @@ def _part(part: Any, role: str, where: str, take_image: Callable[[Any, str], Non
         raise ApiError(400, f"{where}: {problem}.", "invalid_value", where)
     check_keys(part, _PARTS[kind], where)
     if kind == "image_url":
-        # Removed from the message, because the long text is not needed after it is decoded.
+        # The address is removed from the message: the long text is not needed once it is decoded.
         address = part.pop("image_url", None)
         if isinstance(address, dict):
             check_keys(address, _IMAGE, f"{where}.image_url")

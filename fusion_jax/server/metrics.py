@@ -1,4 +1,4 @@
-"""The metrics of the server in Prometheus's format, read from the engine at every scrape."""
+"""Reports the server's metrics in Prometheus's format, read from the engine at every scrape."""
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

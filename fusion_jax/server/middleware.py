@@ -1,4 +1,4 @@
-"""Middleware before the API's routes: brings addresses into one spelling, and adds the CORS headers."""
+"""Normalizes the addresses of requests before the API's routes, and adds the CORS headers."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
@@ -8,11 +8,11 @@ from fusion_jax.server.addresses import normalized, page_methods
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.origins import cors_headers, is_preflight, preflight
 
-_ANY = "GET, HEAD, POST"  # where nothing is served, so that the page that asks may read the error
+_ANY = "GET, HEAD, POST"  # where nothing is served, so that the requesting page may read the error
 
 
 class ApiMiddleware:
-    """ASGI middleware before the routes. Requests for the page pass unchanged: other sites never use it.
+    """ASGI middleware before the routes. Requests for the page pass unchanged: other sites must not use it.
 
     Args:
       origins: origins that may use the API, see `origins.read_origins`.
@@ -48,7 +48,7 @@ class ApiMiddleware:
 
 
 def _methods(scope) -> str:
-    """The methods that an address takes."""
+    """The methods that an address accepts."""
     for route in scope["app"].routes:
         if route.matches(scope)[0] is not Match.NONE:
             return ", ".join(sorted(route.methods))

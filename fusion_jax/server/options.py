@@ -1,4 +1,4 @@
-"""The options of the HTTP application."""
+"""Defines the options of the HTTP application."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ class Options:
       host_names: public host names under which the server answers without a key, see `origins`.
       origins: origins whose pages may use the API, see `origins.read_origins`.
       fetch_urls: whether image_url may be an http(s) address.
-      timeout: seconds for a request, from the end of its headers. body_seconds: seconds of these for its body.
-      bodies_bytes: bytes of all requests together whose prompts are not ready yet.
+      timeout: seconds for a request, from the end of its headers. body_seconds: how many of these its body may take.
+      bodies_bytes: most bytes of all requests together whose prompts are not ready yet.
       threads: threads that prepare prompts, and as many more that decode images.
-      fetching: requests whose images are fetched at once, and as many more that wait for it.
-      building: grammars of answers' forms that are built at once, and eight times as many that wait for it.
-      streams: event streams of the page that are open at once.
+      fetching: requests whose images are fetched at the same time; as many more may wait.
+      building: grammars of answers' forms that are built at the same time; eight times as many may wait.
+      streams: most event streams of the page that are open at the same time.
     """
 
     model: str

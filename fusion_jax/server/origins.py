@@ -1,12 +1,11 @@
 """Refuses requests that other sites make a visitor's browser send, to the API or to the page.
 
-A browser sends what any page tells it to, to any address that it reaches, among them private ones and its own machine.
-Its headers name the page's origin (`check_origin`), and without a preflight a page can set only a few content types
-(`check_json`). A page whose own host name points to this server counts as this server's; without a key nothing but that
-name gives it away (`check_host`). Programs other than browsers send none of these headers and are not affected.
+A browser sends whatever a page makes it send, to any address that it can reach, also on private networks and its own
+machine. Its headers name the page's origin (`check_origin`), and without a preflight a page can set only a few content
+types (`check_json`). A page whose own host name points to this server counts as this server's; without a key, only that
+name reveals it (`check_host`). Programs other than browsers send none of these headers and are not affected.
 
-Sites that --cors_origins names may use the API, and read all of its answers (`cors_headers`, `preflight`); never the
-page.
+Sites in --cors_origins may use the API and read all of its answers (`cors_headers`, `preflight`), but never the page.
 """
 
 import ipaddress
@@ -21,7 +20,7 @@ from starlette.requests import Request
 from fusion_jax.errors import check
 from fusion_jax.server.error import ApiError
 
-# Nobody can register a public name below these.
+# Nobody can register a public name under these.
 _PRIVATE = (".localhost", ".local", ".internal", ".home.arpa")
 _FORM = re.compile(r"(?:([\w.-]+)|\[([\w:.%]+)\])(?::(\d{0,5}))?", re.ASCII)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
@@ -56,7 +55,7 @@ def read_origins(texts: Collection[str]) -> tuple[str, ...]:
 
 
 def check_host(request: Request, names: Collection[str]) -> None:
-    """Raises ApiError 421 for a host name that a stranger can own, unless it is this machine's or in `names`."""
+    """Raises ApiError 421 for a host name that anybody could own, unless it is this machine's or in `names`."""
     header = request.headers.get("host")
     if header is None:  # browsers always send it
         return
@@ -68,7 +67,7 @@ def check_host(request: Request, names: Collection[str]) -> None:
 
 
 def check_origin(request: Request, allowed: Collection[str] = ()) -> None:
-    """Raises ApiError 403 where the page of another site made a browser send this. allowed: see `read_origins`."""
+    """Raises ApiError 403 where a page of another site made a browser send this. allowed: see `read_origins`."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     if origin is not None and _is_allowed(origin, allowed):
         return
@@ -86,7 +85,7 @@ def cors_headers(headers: Headers, allowed: Collection[str]) -> dict[str, str]:
     Every answer carries them, errors as well: otherwise the page could not read why it was refused.
 
     Args:
-      headers: of the request. allowed: see `read_origins`.
+      headers: the request's headers. allowed: see `read_origins`.
     """
     if not allowed:
         return {}
@@ -112,7 +111,7 @@ def preflight(headers: Headers, allowed: Collection[str], methods: str) -> dict[
     """The headers that answer a preflight. Raises ApiError 403 for an origin that is not allowed.
 
     Args:
-      methods: that the address takes, for instance "GET, HEAD".
+      methods: those that the address accepts, for instance "GET, HEAD".
     """
     if not _is_allowed(headers["origin"], allowed):
         raise ApiError(403, "Another site may not use this server.", "foreign_origin")

@@ -1,4 +1,4 @@
-"""The web page: a streaming chat about an uploaded image, with attention pictures beside the answer."""
+"""Builds the web page: a streaming chat about an uploaded image, with attention pictures beside it."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ footer {display: none !important}
 _INTO_VIEW = """
 () => setTimeout(() => document.querySelector("#picture")?.scrollIntoView({block: "nearest", behavior: "smooth"}), 400)
 """
-# Gradio's own messages, of a refused upload for instance, close at the next action.
+# Gradio's own messages, such as that of a refused upload, close at the next action.
 _CLOSING = """
 () => {
   const close = (event) => {
@@ -45,7 +45,7 @@ _CLOSING = """
 }
 """
 _SWEEP = 600  # seconds between two deletions of old uploads
-_SESSIONS = 256  # pages that Gradio keeps the state of
+_SESSIONS = 256  # pages whose state Gradio keeps
 
 
 def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pictures) -> fastapi.FastAPI:
@@ -60,7 +60,7 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
         js=_CLOSING,
         max_file_size=options.limits.image_bytes,
         footer_links=[],
-        # The remaining arguments fix what Gradio's environment or later defaults could change.
+        # The remaining arguments fix settings that Gradio's environment or later defaults could change.
         allowed_paths=[],
         show_error=False,
         run_history=False,
@@ -94,7 +94,7 @@ def mount(app: fastapi.FastAPI, engine: Engine, options: Options, pictures: Pict
 
 
 class _Page(Mount):
-    """Mounts the page's addresses alone: all others are answered as without the page."""
+    """Mounts only the page's addresses: all others are answered as without the page."""
 
     def matches(self, scope) -> tuple[Match, dict]:
         return super().matches(scope) if page_methods(scope["path"]) else (Match.NONE, {})
@@ -177,7 +177,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
                     buttons=["fullscreen", "download"],
                     elem_id="picture",
                 )
-        # The values that the proxy has checked; with preprocessing Gradio would open the image itself.
+        # These are the values that the proxy has checked; with preprocessing Gradio would open the image itself.
         private = {"api_visibility": "private", "preprocess": False}
         answering = gr.on(
             [question.submit, send.click],
@@ -191,7 +191,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
         quiet = {"show_progress": "hidden", **private}
         stop.click(on.settle, image, [chat, question, state, missed], cancels=[answering], **quiet)
         chat.clear(on.forget, image, [state, missed], cancels=[answering], **quiet)
-        # No queue, which Gradio would not bound: a browser learns at once that another picture is being drawn.
+        # Without Gradio's queue, which has no bound, a browser learns immediately that another picture is being drawn.
         drawing = {
             "fn": on.look,
             "outputs": [picture, state, missed],
@@ -200,7 +200,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
             **private,
         }
         typed = gr.on([word.submit, show.click], inputs=[word, image], **drawing)
-        # Moving through the words by keyboard draws the picture of the last one only.
+        # Moving through the words by keyboard draws only the picture of the last one.
         pressed = words.input(inputs=[words, image], trigger_mode="always_last", **drawing)
         words.input(lambda value: value, words, word, **private)
         for one in (typed, pressed):
@@ -215,7 +215,7 @@ def make_page(engine: Engine, options: Options, pictures: Pictures, uploads: Upl
             cancels=[answering, typed, pressed],
             **quiet,
         )
-    # For each of these Gradio keeps copies of the components, which nothing here reads.
+    # For each of these sessions Gradio keeps copies of the components, which are not read here.
     page.state_session_capacity = _SESSIONS
     # Events in this queue have no place in the engine's queue yet.
     return page.queue(api_open=False, max_size=engine.rows + engine.queue_limit)

@@ -1,4 +1,4 @@
-"""What the web page does at each event: answers questions, draws pictures, keeps conversations."""
+"""Handles the web page's events: answers questions, draws pictures, keeps conversations."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from fusion_jax.server.pictures import Pictures, suggested
 from fusion_jax.server.space_left import space_left
 from fusion_jax.server.uploads import Uploads
 
-_READING = 4  # images that are in memory and decoded at once
+_READING = 4  # images that are in memory and decoded at the same time
 
 
 class PageEvents:
@@ -44,7 +44,7 @@ class PageEvents:
         return data
 
     def _status(self, image: dict | None, request: gr.Request, problem: str = "") -> str:
-        """The lines below the question: what has gone wrong, and how much more fits into the conversation."""
+        """The lines below the question: what went wrong, and how much more fits into the conversation."""
         more, messages = "", [*self.conversations.get(request.session_hash), question_message("?")]
         try:
             with self._reading if image else contextlib.nullcontext():
@@ -74,7 +74,7 @@ class PageEvents:
             how = Sampling(max_tokens=int(length), temperature=temperature)
             for piece in self.engine.answer(example, how, self.options.timeout):
                 answer["content"] += piece
-                # With two questions at once on one page the later one stays, so that roles alternate.
+                # Of two simultaneous questions on one page the later one is kept, so that roles alternate.
                 if messages and messages[-1] is question:
                     messages.append(answer)
                 yield escaped([*so_far, answer]), "", gr.Radio(**words), waiting, ""
@@ -83,7 +83,7 @@ class PageEvents:
                 messages.append(answer)
         except Exception as error:
             problem = problem_text(error)
-        # A question without an answer leaves the conversation and returns to the line, to be changed or sent again.
+        # A question without an answer is moved from the conversation back to the line, to be changed or sent again.
         line = drop_unanswered(messages, question)
         if line:
             choices = suggested((self.conversations.questions(request.session_hash) or [""])[-1]) if image else []
@@ -91,7 +91,7 @@ class PageEvents:
         yield escaped(messages), line, gr.Radio(**words), self._status(image, request, problem), ""
 
     def settle(self, image, request: gr.Request):
-        """Leaves the page after Stop as `reply` leaves it at its end."""
+        """Brings the page after Stop into the state in which `reply` leaves it."""
         messages = self.conversations.get(request.session_hash)
         line = drop_unanswered(messages)
         return escaped(messages), line or gr.skip(), self._status(image, request), ""

@@ -1,4 +1,4 @@
-"""The texts of the web page: messages for the person, and conversations as the page shows them."""
+"""Writes the texts of the web page: messages for the user, and conversations as the page shows them."""
 
 import html
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger("fusion_jax")
 
 
 def problem_text(error: Exception) -> str:
-    """What has gone wrong, in one sentence for the person at the page."""
+    """What went wrong, in one sentence for the user of the page."""
     match error:
         case Full():
             return "Too many requests are waiting; try again."
@@ -28,7 +28,7 @@ def problem_text(error: Exception) -> str:
             return f"The engine has failed: {error}" if str(error) else "The server is shutting down."
         case BadRecord():
             if error.reason in ("too_long", "question_too_long", "too_many_rounds"):
-                return "The question does not fit into the conversation."  # the line after it says how much does
+                return "The question does not fit into the conversation."  # the next line says how much does
             return f"{error.detail[0].upper()}{error.detail[1:].removesuffix('.')}."
         case UserError():
             return str(error)
@@ -62,7 +62,7 @@ def answer_message(text: str) -> dict[str, str]:
 
 
 def escaped(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The conversation for the page, which reads text as HTML even where it renders no Markdown.
+    """The conversation escaped for the page, which reads text as HTML even where it renders no Markdown.
 
     Only what would be read as HTML is escaped, so that other text can be copied from the page unchanged.
     """

@@ -12,10 +12,10 @@ from fusion_jax.inference.word_tokens import words
 from fusion_jax.server import compilations
 from fusion_jax.server.engine import Engine
 
-STEP = 128  # lengths are rounded up to it, for few programs: the first visitor with a length waits for the compiler
+STEP = 128  # lengths are rounded up to it, for few programs: the first question of a length waits for the compiler
 DPI = 170
-LONGEST_WORD = 24  # characters of a word that is suggested
-# Words that a question is not about.
+LONGEST_WORD = 24  # most characters of a word that is suggested
+# Words that are never what a question is about.
 _SMALL = """
 a about all am an and any are as at be been but by can could describe did do does each few for from give had has have he
 her here his how i if in into is it its many may me more most much my name no not of on one or our out please say see
@@ -31,11 +31,11 @@ class Busy(Exception):
 class Pictures:
     """Draws where the served model looks for a word.
 
-    Pictures have a program of their own, which is compiled for the first question of each length and not counted by
+    Pictures have a program of their own, which is compiled for the first question of each length, and is not counted in
     `Engine.recompilations`. It shares the device with the answers.
 
     Args:
-      engine: its model, parameters and limits are used. config: of the run, for its template.
+      engine: its model, parameters and limits are used. config: the run's config, for its template.
     """
 
     def __init__(self, engine: Engine, config: RunConfig):
@@ -46,7 +46,7 @@ class Pictures:
         """The picture of a question without a conversation, (height, width, 3) uint8; see `draw_small`.
 
         Raises:
-          Busy: another picture is being drawn. requests.Full, requests.Closing: as for an answer, whose places count.
+          Busy: another picture is being drawn. requests.Full, requests.Closing: as for an answer, whose places it uses.
           BadRecord: the question does not fit the server's limits, or the image cannot be read.
           UserError: the word is not in the question.
         """
@@ -83,7 +83,7 @@ class Pictures:
 
 
 def suggested(question: str, most: int = 8) -> list[str]:
-    """The last `most` words of a question that may be worth looking for: those that are not common English ones."""
+    """The last `most` words of a question that may be worth a picture: those that are not common English words."""
     small, chosen = set(_SMALL.split()), {}
     for word in words(question):
         if len(word) <= LONGEST_WORD and word.lower() not in small and not word.isdigit():

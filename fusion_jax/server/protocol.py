@@ -26,9 +26,9 @@ class Limits:
     """The limits of one request.
 
     Attributes:
-      max_tokens: tokens of an answer. body_bytes: bytes of a request.
-      image_bytes, image_pixels: size of an image, checked before it is decoded. images: images of a conversation.
-      text_bytes: bytes of all texts of a conversation in UTF-8. upload_bytes: bytes of all images that the page keeps.
+      max_tokens: most tokens of an answer. body_bytes: most bytes of a request.
+      image_bytes, image_pixels: largest image, checked before it is decoded. images: most images of a conversation.
+      text_bytes: most bytes of a conversation's texts in UTF-8. upload_bytes: most bytes of images that the page keeps.
     """
 
     max_tokens: int
@@ -45,8 +45,8 @@ class ChatRequest:
     """A parsed request.
 
     Attributes:
-      record: the conversation with its images' bytes. how: the settings.
-      stream: whether to answer in pieces. usage: whether to report the token counts after them.
+      record: the conversation with its images' bytes. how: the sampling settings.
+      stream: whether to answer in pieces. usage: whether to report the token counts after the last piece.
       addresses: addresses of images that are still to be fetched, by the image's number; see `with_fetched`.
       form: the form of the answer.
       top_logprobs: how many alternatives of each token to report; None reports no log probabilities.
@@ -61,7 +61,7 @@ class ChatRequest:
     top_logprobs: int | None = None
 
     def with_fetched(self, fetched: dict[int, bytes], limits: Limits) -> "ChatRequest":
-        """The request with images for its addresses. Raises ApiError where one is not an image, or too large."""
+        """The request with fetched images for its addresses. Raises ApiError where one is not an image or too large."""
         for data in fetched.values():
             check_image(data, limits, "image_url")
         images = tuple(fetched.get(number, data) for number, data in enumerate(self.record.images))
@@ -196,7 +196,7 @@ def logprobs_of(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[st
 
     def named(token: int, value: float) -> dict[str, Any]:
         word = tokenizer.token_bytes(token)
-        # The API's value for minus infinity, which JSON has no number for.
+        # The API's value for minus infinity, which JSON numbers cannot express.
         value = value if math.isfinite(value) else -9999.0
         return {"token": word.decode(errors="replace"), "bytes": [*word], "logprob": value}
 

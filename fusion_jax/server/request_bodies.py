@@ -1,4 +1,4 @@
-"""Reads the bodies of requests, with limits on their bytes, their seconds and the memory of all.
+"""Reads the bodies of requests, with limits on bytes, seconds and the memory of all bodies together.
 
 A caller who sends slowly holds a connection and the bytes that have arrived, but no place in the queue. The bytes of
 all requests whose prompts are not ready yet are counted together, so that many large bodies cannot exhaust the memory.
@@ -16,7 +16,7 @@ FREE = 64 << 10  # bytes of each request that are not counted, so that short one
 
 
 class Budget:
-    """The bytes that requests may hold together. Used from the event loop alone."""
+    """The bytes that all requests together may hold. It is used only from the event loop."""
 
     def __init__(self, most: int):
         self.most, self.used = most, 0
@@ -33,7 +33,7 @@ class Share:
         self._budget, self._size, self._counted = budget, 0, 0
 
     def grow(self, size: int) -> None:
-        """Takes `size` more bytes. Raises ApiError 429 where the budget has not that many left."""
+        """Reserves `size` more bytes. Raises ApiError 429 where the budget does not have that many left."""
         more = max(self._size + size - FREE, 0) - self._counted
         if self._budget.used + more > self._budget.most:
             raise ApiError(429, "Too many large requests are being read; try again.", "server_busy")
@@ -57,12 +57,12 @@ async def read_body(request: Request, most: int, seconds: float, share: Share | 
     """The body of a request, in a buffer that its reader may close to free the memory.
 
     Args:
-      most: bytes at most. seconds: for all of it to arrive.
+      most: the most bytes that are accepted. seconds: limit for the whole body to arrive.
       share: counts the bytes; bodies that are always small need none.
 
     Raises:
-      ApiError: 408 did not arrive in time, 413 more bytes than allowed, 415 compressed, 429 see `Share.grow`, 499 the
-        caller has disconnected.
+      ApiError: 408 the body did not arrive in time, 413 it is too long, 415 it is compressed, 429 see `Share.grow`, 499
+        the caller has disconnected.
     """
     check_plain(request)
     too_large = ApiError(413, f"The request has over {most} bytes.", "request_too_large")

@@ -1,4 +1,4 @@
-"""What goes into the engine and comes out of it: requests, their events, and why they are refused."""
+"""Defines the engine's input and output: requests, their events, and the reasons for refusing them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Event:
     Attributes:
       finish: stop, length, timeout, cancelled or error; None before the end.
       tokens: the new tokens, where the request wants log probabilities.
-      problem: why the answer ended, where that is the request's own fault.
+      problem: why the answer ended, where the request itself is at fault.
     """
 
     text: str = ""
@@ -70,11 +70,11 @@ class Constraint(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt on its way.
+    """A prompt that is waiting or being answered.
 
     Attributes:
       example, how: the prompt and its settings. emit: called by the engine's thread with each Event.
-      deadline: in seconds of time.monotonic. prompt_tokens: positions of the prompt, visual ones included.
+      deadline: seconds of time.monotonic. prompt_tokens: positions of the prompt, visual ones included.
       stream: the answer so far. constraint: what the answer must follow.
       top_logprobs: how many alternatives of each token to report; None reports no tokens.
     """

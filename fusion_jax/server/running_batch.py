@@ -1,8 +1,8 @@
-"""The running batch on the device: R rows of prompts and answers, which requests join and leave.
+"""Keeps the running batch on the device: R rows of prompts and answers, which requests join and leave.
 
 The cache has R rows of P + A slots. A new prompt is prefilled alone and copied into slots [0, P) of a free row; all
-rows write their next token into the same slot of the ring [P, P + A). A row lives A steps at most, so the tokens that
-it still needs are never overwritten, wherever in the ring it began:
+rows write their next token into the same slot of the ring [P, P + A). A row lasts at most A steps, so the tokens
+that it still needs are never overwritten, wherever in the ring it began:
 
     slot     0 ......... P-1 | P ... ^ ... P+A-1          ^ written next, by all rows
     row 0    prompt   . . .  | a a a a . . a a a          an answer that wrapped around the end of the ring
@@ -34,7 +34,7 @@ from fusion_jax.server.requests import MOST_LOGPROBS
 
 
 class RunningBatch:
-    """The rows on the device, and the compiled programs that change them. One thread uses it at a time.
+    """The rows on the device, and the compiled programs that change them. Only one thread may use it at a time.
 
     Args:
       prompts: with `prompts.Buckets`; its longest prompt is P. rows: R. max_tokens: A, the longest answer.
@@ -52,7 +52,7 @@ class RunningBatch:
         self.state: State | None = None
 
     def shapes(self) -> list[tuple[int, int, int, int]]:
-        """Every (length, question tokens, rounds, images) that is compiled."""
+        """All shapes that are compiled: (length, question tokens, rounds, images)."""
         b = self.prompts.buckets
         return [(s, t, r, i) for s in b.lengths for t in b.questions for r in b.rounds for i in b.images]
 
@@ -64,7 +64,7 @@ class RunningBatch:
         return State(
             logits=jnp.zeros((rows, config.vocab_size), jnp.float32),
             positions=none,
-            # Copies: steps donate their buffers, which must differ.
+            # These are copies: steps donate their buffers, which must differ.
             cache=replace(cache, positions=cache.positions.copy(), length=jnp.int32(self.capacity)),
             ring=jnp.int32(self.capacity),
             done=jnp.ones(rows, bool),
@@ -94,7 +94,7 @@ class RunningBatch:
         jax.block_until_ready(self.state)
 
     def _longest(self, length: int, question: int, rounds: int, images: int) -> Example | None:
-        """A prompt that falls into this bucket and no smaller one: as long as it, and just large enough otherwise.
+        """A prompt that falls into this bucket and no smaller one: of the full length, and just large enough otherwise.
 
         None where no prompt does.
         """
@@ -136,7 +136,7 @@ class RunningBatch:
 
         Args:
           allowed: the tokens that may come next, see `decoding.decode`. They depend on the token before, so the step
-            then decodes one token a row. None allows all.
+            decodes only one token a row. None allows all.
         """
         steps = self.chunk if allowed is None else 1
         most = min(MOST_LOGPROBS, self.model.config.llm.vocab_size)
@@ -173,7 +173,7 @@ class TextOnly:
 
 
 def text_only(batch: Batch, capacity: int) -> TextOnly:
-    """What `decoding.begin` reads of a batch, padded to one shape for all buckets: (rows, capacity)."""
+    """The part of a batch that `decoding.begin` reads, padded to one shape for all buckets: (rows, capacity)."""
     width = capacity - batch.tokens.shape[1]
 
     def padded(x, fill):

@@ -1,4 +1,4 @@
-"""One chat request of the API, from its body to the last byte of its answer, whole or streamed."""
+"""Runs one chat request of the API, from its body to the last byte of its whole or streamed answer."""
 
 import asyncio
 import contextlib
@@ -23,11 +23,11 @@ from fusion_jax.server.thread_pool import ThreadPool
 from fusion_jax.web.fetch import FetchError, fetch
 
 FETCH_SECONDS = 10.0  # for all images of a request that are addresses
-_GRACE = 1.0  # seconds after its deadline in which a caller may still read what is written
+_GRACE = 1.0  # seconds after the deadline in which a caller may still read what is written
 
 
 class Shared:
-    """What all requests share: the engine, the metrics, memory for bodies, and threads.
+    """What all requests share: the engine, the metrics, the memory budget of bodies, and threads.
 
     Images are fetched and decoded in threads of their own, and grammars are built in others, so that text never waits
     for a slow host, a large image or a large schema.
@@ -73,7 +73,7 @@ class RunningRequest:
             self.engine.release()
 
     async def respond(self, request: Request) -> Response:
-        """The answer. Raises ApiError 504 at the deadline, whatever the request waits for at that time."""
+        """The answer. Raises ApiError 504 at the deadline, whatever the request is waiting for."""
         try:
             async with asyncio.timeout(max(self.left, 0)):
                 return await self._respond(request)
@@ -107,7 +107,7 @@ class RunningRequest:
         return JSONResponse(protocol.completion(name, options.model, created, text, event.finish, counts, logprobs))
 
     async def _submit(self, body) -> tuple[bool, bool]:
-        """Hands the request to the engine. Returns whether to stream, and whether to report the usage then.
+        """Submits the request to the engine. Returns whether to stream, and whether to report the usage in the stream.
 
         Its place is reserved once everything that the caller sends or links to has arrived.
         """
@@ -174,7 +174,7 @@ class RunningRequest:
 
     async def _stream(self, event, usage: bool, name: str, created: int) -> AsyncIterator[bytes]:
         piece = functools.partial(protocol.chunk, name, self.options.model, created)
-        status = 499  # unless the answer is sent to its end
+        status = 499  # unless the answer is sent completely
         try:
             yield _sse(piece({"role": "assistant", "content": ""}, None))
             while True:
@@ -205,7 +205,7 @@ class RunningRequest:
 
 
 class _StreamedResponse(StreamingResponse):
-    """Gives back what the request holds even where the caller disconnects before the first piece, or does not read."""
+    """Frees what the request holds even where the caller disconnects before the first piece, or does not read."""
 
     def __init__(self, chat: RunningRequest, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -213,7 +213,7 @@ class _StreamedResponse(StreamingResponse):
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            # After the deadline it only waits for the caller to read; then the connection is cut, see `connections`.
+            # After the deadline this only waits for the caller to read; then the connection is cut, see `connections`.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(self.chat.left, 0) + _GRACE):
                     await super().__call__(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Says how much more fits into a conversation on the page."""
+"""Estimates how much more fits into a conversation on the page."""
 
 from fusion_jax.data.sources import Record
 from fusion_jax.inference.prompts import Prompts
@@ -9,7 +9,7 @@ _NEW = "press New conversation to go on"
 
 
 def space_left(prompts: Prompts, record: Record) -> str:
-    """One sentence for the person at the page.
+    """One sentence for the user of the page on how much more fits into the conversation.
 
     Args:
       record: the conversation, with the shortest next question at its end.
@@ -34,6 +34,6 @@ def space_left(prompts: Prompts, record: Record) -> str:
 
 
 def _rounded(words: float) -> int:
-    """Rounded down to a number that reads well after "about"."""
+    """The number rounded down to one that reads well after "about"."""
     step = next(step for most, step in ((20, 1), (100, 5), (1000, 10), (float("inf"), 100)) if words < most)
     return int(max(words, 0) // step) * step

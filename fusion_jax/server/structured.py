@@ -1,4 +1,4 @@
-"""Reads the form that an answer must have, such as a JSON schema, from a chat request.
+"""Reads the required form of an answer, such as a JSON schema, from a chat request.
 
 The keys are `response_format` of the OpenAI API, and `structured_outputs` and `guided_*` of vLLM.
 """
@@ -14,12 +14,12 @@ from pydantic_core import from_json
 from fusion_jax.server.error import ApiError
 from fusion_jax.server.keys import Keys, check_keys, no_op, read
 
-MOST_BYTES = 64 << 10  # of a schema, or of all choices
+MOST_BYTES = 64 << 10  # of a schema, or of all choices together
 MOST_REGEX = 8 << 10
 MOST_CHOICES = 1000
 MOST_NOTES = 100  # different words of a schema that are not keywords; each takes a millisecond to compare
-# White space between the parts of JSON: a space, or a line break with an indent. Without a bound a model may write line
-# breaks to the end of its tokens.
+# White space between the parts of JSON: a space, or a line break with an indent. Without a bound a model might write
+# line breaks until its tokens are used up.
 _SPACE = " |\\n[ \\t]{0,24}"
 
 _NAMED = (
@@ -28,7 +28,7 @@ _NAMED = (
     "$defs",
     "definitions",
     "dependentSchemas",
-)  # their keys are names of the caller's choice
+)  # their keys are names that the caller chooses
 _DATA = ("enum", "const", "default", "example", "examples", "required", "discriminator")  # their values are not schemas
 _OLD = ("divisibleBy", "extends", "disallow")
 _KEYWORDS = frozenset(
@@ -68,7 +68,7 @@ class Form:
     """The form of an answer: a JSON schema or a regular expression.
 
     Attributes:
-      key: the request's key for it. schema: a JSON schema, as JSON. regex: of the whole answer.
+      key: the request's key for it. schema: a JSON schema, as JSON. regex: matches the whole answer.
       choices: all possible answers, where the request lists them; `regex` then matches them.
     """
 
@@ -128,7 +128,7 @@ def _structured(values: Mapping[str, Any], prefix: str, place: str | None) -> li
 def _json(key: str, schema: Any) -> Form:
     if isinstance(schema, str) and len(schema) <= MOST_BYTES:
         try:
-            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # by the parser of the request's body
+            schema = from_json(schema, allow_inf_nan=False, cache_strings="none")  # the parser of the request's body
         except ValueError as error:
             raise ApiError(400, f"{key} is not valid JSON: {str(error)[:200]}.", "invalid_value", key) from error
     if not isinstance(schema, dict):
@@ -144,7 +144,7 @@ def _json(key: str, schema: Any) -> Form:
 def _check_words(key: str, schema: Any, notes: set[str]) -> None:
     """Raises ApiError 400 for a word that is almost a keyword of JSON Schema, and would silently have no effect.
 
-    llguidance refuses keywords that it does not support. All other words are notes of the caller.
+    llguidance refuses keywords that it does not support. All other words are the caller's own notes.
 
     Args:
       notes: words that are known to be notes; new ones are added.

@@ -1,4 +1,4 @@
-"""Threads for the slow work of requests, with a bounded queue."""
+"""Runs the slow work of requests in threads, with a bounded queue."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from fusion_jax.server.error import ApiError
 
 
 class ThreadPool:
-    """Threads for one kind of work. Callers wait for a free one in the event loop, each within its own deadline.
+    """Threads for one kind of work. Callers wait in the event loop for a free thread, each until its own deadline.
 
     Args:
-      queue: callers that may wait at once; None: any number.
+      queue: most callers that may wait at the same time; None: any number.
     """
 
     def __init__(self, name: str, threads: int, queue: int | None = None):
@@ -20,9 +20,9 @@ class ThreadPool:
         self._queue, self._waiting = queue, 0
 
     async def run(self, function: Callable, *arguments):
-        """The function's result. Raises ApiError 429 where the queue is full.
+        """Runs a function and returns its result. Raises ApiError 429 where the queue is full.
 
-        Where the caller is cancelled, its thread stays taken until the function returns.
+        Where the caller is cancelled, its thread stays busy until the function returns.
         """
         if self._queue is not None and self._free.locked() and self._waiting >= self._queue:
             raise ApiError(429, "Too many requests wait for slow work; try again.", "server_busy")
@@ -41,7 +41,7 @@ class ThreadPool:
         return await asyncio.wrap_future(work)
 
     def close(self) -> None:
-        """Ends the threads when they are free, without waiting for them."""
+        """Lets the threads end when they are free, without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

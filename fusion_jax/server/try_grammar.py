@@ -1,8 +1,8 @@
-"""Tries a grammar under limits, as a program of its own that loads nothing but llguidance.
+"""Tries a grammar under limits, in a separate program that loads only llguidance.
 
-Grammars come from strangers. Some of a few hundred bytes would take minutes or gigabytes, and a library without memory
-ends its process; so each grammar is first built and walked through here. The input is a grammar in llguidance's Lark;
-the output is what is wrong with it, or nothing.
+Grammars are untrusted. Some of a few hundred bytes would take minutes or gigabytes, and a library that runs out of
+memory ends its process; so each grammar is first built and walked through here. The input is a grammar in llguidance's
+Lark format; the output is what is wrong with it, or nothing.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ import time
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 _SECONDS, _BYTES = 2, 1 << 30
-_WALK, _WALK_SECONDS = 200, 1.0  # bytes and seconds of the answer that is walked
+_WALK, _WALK_SECONDS = 200, 1.0  # most bytes and seconds of the trial answer
 _END, _QUOTE = 256, 0x22
 
 
 def limits(items: int = 5_000) -> LLParserLimits:
-    """Limits of one grammar, far below the library's, which are meant for trusted grammars.
+    """Limits for one grammar, far below the library's, which are meant for trusted grammars.
 
     Args:
-      items: parser items of one step. A mask goes through the whole vocabulary, so a long one needs more.
+      items: parser items of one step. A mask covers the whole vocabulary, so a large vocabulary needs more.
     """
     return LLParserLimits(
         initial_lexer_fuel=500_000,
@@ -56,7 +56,7 @@ def problem(grammar: str) -> str:
         allowed = [byte for byte in range(_END) if bits >> byte & 1]
         if not allowed:
             break
-        # A quote where possible: the keys and texts of JSON have the most continuations.
+        # A quotation mark is taken where possible: the keys and texts of JSON have the most continuations.
         last = _QUOTE if _QUOTE in allowed and last != _QUOTE else allowed[len(allowed) // 2]
         matcher.consume_token(last)
     return matcher.get_error() if matcher.is_error() else ""
@@ -64,7 +64,7 @@ def problem(grammar: str) -> str:
 
 def main() -> None:
     for limit, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force, or the system has none
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force, or the system has no limits
             resource.setrlimit(limit, (most, most))
     sys.stdout.write(problem(sys.stdin.read()))
 

@@ -1,4 +1,4 @@
-"""Receives the images that browsers upload as forms, a bounded number of them at once."""
+"""Receives the images that browsers upload as forms, with a bounded number at a time."""
 
 import asyncio
 import contextlib
@@ -18,24 +18,24 @@ from fusion_jax.server.uploads import NoRoom, Uploads
 from fusion_jax.server.visitors import Refused
 
 AT_ONCE = 16  # uploads that may arrive at the same time
-SLOW = 5.0  # seconds after which an unfinished upload makes room for another where all places are taken
-IN_MEMORY = 2  # complete uploads that are in memory at once
+SLOW = 5.0  # seconds after which an unfinished upload is dropped for another where all places are taken
+IN_MEMORY = 2  # complete uploads that are in memory at the same time
 FORM_BYTES = 1 << 14  # bytes of an upload besides the file
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs what strangers send
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs untrusted input
 
 
 class UploadForms:
-    """Takes images out of forms and keeps them in `uploads`."""
+    """Extracts images from forms and keeps them in `uploads`."""
 
     def __init__(self, uploads: Uploads, options: Options):
         self.uploads, self.options = uploads, options
         self._uploading = asyncio.Semaphore(AT_ONCE)
-        self._arriving: dict[asyncio.Timeout, float] = {}  # unfinished uploads and their beginnings, the oldest first
+        self._arriving: dict[asyncio.Timeout, float] = {}  # unfinished uploads and when they began, the oldest first
         self._reading = asyncio.Semaphore(IN_MEMORY)
 
     async def add(self, request: Request, owner: str) -> str:
-        """The name of the image that a form holds. Raises Refused where it is not taken."""
+        """Keeps the image that a form holds and returns its name. Raises Refused where it is not accepted."""
         if media_type(request) != "multipart/form-data":
             raise Refused(415, "An upload must be a form with one file.")
         check_plain(request)
@@ -61,7 +61,7 @@ class UploadForms:
                     raise Refused(415, f"This image cannot be used: {error.detail}.") from error
 
     async def _received(self, request: Request, stack: contextlib.AsyncExitStack) -> UploadFile:
-        """The one file of a form, of which no more is read than is allowed.
+        """The one file of a form, which is read only up to the allowed size.
 
         A file over 1 MiB is kept on disk, until `stack` closes.
         """

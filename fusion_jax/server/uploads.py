@@ -1,4 +1,4 @@
-"""Keeps visitors' images in one private folder, within limits of bytes, number and time for each owner."""
+"""Keeps visitors' images in one private folder, with limits on bytes, number and time per owner."""
 
 import os
 import secrets
@@ -14,11 +14,11 @@ from pathlib import Path
 from fusion_jax.data import image
 from fusion_jax.errors import BadRecord
 
-KEPT = 24 * 3600  # seconds that an image is kept
-SPARED = 600  # seconds that an image is kept even where another needs its space
+KEPT = 24 * 3600  # seconds for which an image is kept
+SPARED = 600  # seconds for which an image is kept even where another needs its space
 FILES = 4096
 OWN_FILES = 64  # images of one owner
-OWN_PART = 8  # an owner may have one OWN_PART-th of all bytes, or one image
+OWN_PART = 8  # an owner may use a share of 1 / OWN_PART of all bytes, or keep one image
 # The types that a browser may display, recognized by their first bytes, never by a name. All others are downloads.
 _KINDS = (
     (b"\x89PNG\r\n", "image/png", ".png"),
@@ -41,13 +41,13 @@ class _Image:
 
 
 class Uploads:
-    """Images under names that nobody can guess, returned to their owner alone.
+    """Images under names that nobody can guess, which are returned only to their owner.
 
-    Each owner has a share, in which the oldest images make room for the newest. Where the folder is full, images of the
-    owner with the most make room for owners with less; among equals, the owner's own images do, and old ones.
+    Each owner has a share, in which the oldest images are deleted for the newest. Where the folder is full, images of
+    the owner with the most are deleted for owners with less; among equals, the owner's own images are, and old ones.
 
     Args:
-      folder: where a folder of mode 0700 is made for the images. most: bytes of all images. files: most images.
+      folder: where a folder of mode 0700 is made for the images. most: most bytes of all images. files: most images.
     """
 
     def __init__(self, folder: Path, most: int, files: int = FILES):

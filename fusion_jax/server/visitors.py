@@ -16,11 +16,11 @@ from fusion_jax.server.options import Options
 from fusion_jax.server.request_bodies import read_body
 
 LOGIN_BYTES = 1 << 14
-LOGIN_SECONDS = 5.0  # for the form that holds the key
+LOGIN_SECONDS = 5.0  # for the form with the key to arrive
 WRONG_KEY_SECONDS = 1.0
-WRONG_KEYS = 8  # at once
+WRONG_KEYS = 8  # that are checked at the same time
 
-_BYTES = "surrogateescape"  # keys are bytes, in the environment as in the form
+_BYTES = "surrogateescape"  # keys are bytes, both in the environment and in the form
 _TOKEN = re.compile(r"[\w-]{43}", re.ASCII)
 _LOGIN = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -36,7 +36,7 @@ input, button {{font: inherit; padding: 8px; box-sizing: border-box; width: 100%
 
 
 class Refused(ApiError):
-    """A refusal of the page, in one sentence for the person."""
+    """A refusal by the page, in one sentence for the user."""
 
     def __init__(self, status: int, text: str):
         super().__init__(status, text, {404: "not_found", 405: "method_not_allowed"}.get(status, "refused"))
@@ -93,7 +93,7 @@ class Visitors:
             async with self._refusing:
                 await asyncio.sleep(WRONG_KEY_SECONDS)
             return self.login_page(401, "That is not the key.")
-        # A new token, so that nobody who planted the old one in this browser is logged in with it.
+        # The token is new, so that somebody who planted the old one in this browser is not logged in with it.
         token, answer = secrets.token_urlsafe(32), RedirectResponse("./", 303)
         answer.headers.append("set-cookie", self._header(request, "", token))
         answer.headers.append("set-cookie", self._header(request, "key", self._mark("key", token)))

@@ -1,1 +1,1 @@
-"""Synthesis of training data: captions in; images, conversations and mixtures out."""
+"""Synthesises training data: turns captions into images, conversations and mixtures."""

@@ -1,9 +1,9 @@
-"""Keeps samples under way in blocks, each a file that appears whole or not at all.
+"""Keeps unfinished samples in blocks, each in a file that appears whole or not at all.
 
     OUT/work/blocks/00012.jsonl    {"block": 12, "done": ["filter", "judge"]}, then a sample a line
 
-A block's file is replaced when its samples have been through the stages of the run. If the run is killed before, they
-go through them again, and replies that were paid for come out of the journal.
+A block's file is replaced when its samples have passed the stages of the run. If the run is killed before that, they
+pass them again, and replies that were paid for are read from the journal.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def _block_path(out: Path, number: int) -> Path:
 
 
 def write_block(out: Path, number: int, done: list[str], samples: list[Sample]) -> None:
-    """Writes a block whose samples have been through the stages `done`."""
+    """Writes a block whose samples have passed the stages `done`."""
     lines = [{"block": number, "done": done}, *samples]
     write_once(
         _block_path(out, number),
@@ -32,7 +32,7 @@ def write_block(out: Path, number: int, done: list[str], samples: list[Sample]) 
 
 @contextlib.contextmanager
 def readable(out: Path, path: Path) -> Iterator[IO[str]]:
-    """A JSON file of the run, open for reading. UserError where what is read in here is damaged."""
+    """Opens a JSON file of the run for reading. Raises UserError where the data read in the block are damaged."""
     try:
         with open(path, encoding="utf-8") as f:
             yield f
@@ -44,32 +44,32 @@ def readable(out: Path, path: Path) -> Iterator[IO[str]]:
 
 
 def read_done(out: Path, number: int) -> list[str]:
-    """The stages that a block's samples have been through. UserError where its file is damaged."""
+    """The stages that a block's samples have passed. Raises UserError where its file is damaged."""
     with readable(out, _block_path(out, number)) as f:
         return json.loads(f.readline())["done"]
 
 
 def read_block(out: Path, number: int) -> tuple[list[str], list[Sample]]:
-    """The stages that a block's samples have been through, and the samples. UserError where its file is damaged."""
+    """The stages that a block's samples have passed, and the samples. Raises UserError where its file is damaged."""
     with readable(out, _block_path(out, number)) as f:
         head, *samples = map(json.loads, f)
     return head["done"], samples
 
 
 def size(out: Path, number: int) -> int:
-    """How many samples a block has. UserError where its file is damaged."""
+    """How many samples a block has. Raises UserError where its file is damaged."""
     with readable(out, _block_path(out, number)) as f:
         return sum(1 for _ in f) - 1
 
 
 def all_samples(out: Path, blocks: int) -> Iterator[Sample]:
-    """All samples in their order, a block in memory at a time."""
+    """Yields all samples in their order, with one block in memory at a time."""
     for number in range(blocks):
         yield from read_block(out, number)[1]
 
 
 def missing(done: list[str], wanted: list[str], number: int) -> list[str]:
-    """Which of the wanted stages a block still has to go through. UserError where one before them is missing."""
+    """Which of the wanted stages a block still has to pass. Raises UserError where an earlier stage is missing."""
     todo = [stage for stage in STAGES if stage in wanted and stage not in done]
     if todo:
         before = list(STAGES)[: list(STAGES).index(todo[0])]

@@ -1,4 +1,4 @@
-"""Reads captions from text, JSONL, Parquet and TensorFlow Datasets, never all of them into memory."""
+"""Reads captions from text, JSONL, Parquet and TensorFlow Datasets as streams."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ _MAX_SCORE = 1e6
 
 
 def read_pool(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
-    """The captions of one pool, in its order.
+    """Yields the captions of one pool, in its order.
 
     Yields:
-      Mappings with `caption`, unchanged (None where a record has no text); `record`, its number from 0; where the pool
-      has them, `image` (a path) and the scores `clip_score` and `blip_score`.
+      Mappings with `caption`, unchanged (None where a record has no text); `record`, its number from 0; and where the
+      pool has them, `image` (a path) and the scores `clip_score` and `blip_score`.
 
     Raises:
-      UserError: a missing, empty, mis-encoded or otherwise unreadable file.
+      UserError: a file is missing, empty, wrongly encoded or otherwise unreadable.
     """
     count = 0
     for count, record in enumerate(_open(pool, seed), start=1):
@@ -47,7 +47,7 @@ def _open(pool: PoolConfig, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank."""
+    """Yields the number, from 1, and the text of each line that is not blank."""
     with open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
             if len(line) > MAX_LINE:
@@ -114,7 +114,7 @@ def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
         fields["image"] = str(Path(pool.image_folder or Path(pool.path).parent) / image)
     for key in ("clip_score", "blip_score"):
         score = record.get(key)
-        if isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < _MAX_SCORE:  # and no NaN
+        if isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < _MAX_SCORE:  # and not NaN
             fields[key] = float(score)
     return fields
 
@@ -122,7 +122,7 @@ def _fields(pool: PoolConfig, record: dict[str, Any]) -> dict[str, Any]:
 def _tfds(pool: PoolConfig) -> Iterator[dict[str, Any]]:
     from fusion_jax.data.tfds import TfdsRecords
 
-    # Without its images: only the text is read.
+    # Only the text is read, not the images.
     source = TfdsRecords(pool.path, pool.data_dir or None, {"text": pool.text}, "")
     for i in range(len(source)):
         header, _, _ = source.read(i)

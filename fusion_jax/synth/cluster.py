@@ -1,14 +1,14 @@
-"""Runs the stages on a cluster, by Ray Data.
+"""Runs the stages on a cluster with Ray Data.
 
     first pass    blocks -> [cpu: filter] -> [llm: judge describe refilter] -> [images: draw] -> [scorer: score] ->
     saved second pass   blocks -> [llm: qa] -> [vision: verify] -> saved
     third pass    blocks -> [llm: statement] -> [scorer: rank] -> saved
 
-Each bracket is a pool of workers, as many as ray.actors says, with ray.gpus and ray.cpus each; blocks travel through
-them side by side. No pass has two pools of one model, so that no model is loaded twice. The workers run `run_stages` as
-a local run does, so the output is the same. They write images and paid replies into the run's folder, which therefore
-lies on a disk that all machines share; a block whose worker is lost goes to another, which takes from the
-journal what was paid for. Blocks are saved by this process, after each pass.
+Each bracket is a pool of workers, whose number is in ray.actors, with ray.gpus and ray.cpus each; blocks pass through
+the pools in parallel. No pass has two pools of one model, so that no model is loaded twice. The workers run
+`run_stages` as a local run does, so the output is the same. They write images and paid replies into the run's folder,
+which must therefore be on a disk that all machines share; a block whose worker is lost is passed to another worker,
+which reads the replies that were paid for from the journal. This process saves the blocks after each pass.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from fusion_jax.synth.stages import STAGES, run_stages
 
 log = logging.getLogger("fusion_jax")
 
-# Stage -> pool of workers.
+# The pool of workers for each stage.
 POOLS = {
     "filter": "cpu",
     "judge": "llm",
@@ -45,7 +45,7 @@ POOLS = {
 
 
 def passes(stages: list[str]) -> list[list[tuple[str, list[str]]]]:
-    """Neighbouring stages of one pool together, and a new pass where a pool would come twice: [[(pool, stages)]]."""
+    """Joins neighbouring stages of one pool, and begins a new pass where a pool would repeat: [[(pool, stages)]]."""
     result: list[list[tuple[str, list[str]]]] = [[]]
     for stage in stages:
         pool = POOLS[stage]
@@ -58,7 +58,7 @@ def passes(stages: list[str]) -> list[list[tuple[str, list[str]]]]:
 
 
 class Worker:
-    """One worker of a pool: takes a block's samples through some stages."""
+    """One worker of a pool, which runs some stages on a block's samples."""
 
     def __init__(self, config: SynthConfig, out: str, stages: list[str], share: float):
         self._models, self._stages = Models(config, Path(out), share), stages
@@ -78,7 +78,7 @@ class Worker:
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
-    """As `engine.run`, on the cluster at ray.address, or a local one that ends with this process."""
+    """Does what `engine.run` does on the cluster at ray.address, or on a local one that ends with this process."""
     try:
         import ray
         import ray.data
@@ -126,7 +126,7 @@ def _one_pass(ray, config: SynthConfig, out: Path, work: list[Work], pools: list
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Block number -> its samples, each with the stages it has yet to go through."""
+    """Reads the samples of a block by its number, each with the stages that it still has to pass."""
 
     out: Path
     work: dict[int, Work]

@@ -1,4 +1,4 @@
-"""Configs of a synthesis run: frozen dataclasses, each field a key of configs/synthesize*.py."""
+"""Defines the config of a synthesis run as frozen dataclasses: the keys of configs/synthesize*.py."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from fusion_jax.models.limits import within
 from fusion_jax.synth.backends.config import ImageConfig, ModelConfig, ScorerConfig, check_ranges
 
 ENGINES = ("local", "ray")
-ROLES = ("llm", "images", "scorer", "vision", "cpu")  # workers of engine "ray"
+ROLES = ("llm", "images", "scorer", "vision", "cpu")  # kinds of workers of the engine "ray"
 
-# Least and most of the fields that are numbers; None, where it is allowed, is within.
+# The smallest and the largest value of each numeric field; None is valid where it is allowed.
 _SHARE, _SCORE = (0, 1), (-10, 10)
 _FILTER_RANGES = {
     "alphanumeric_min": _SHARE,
@@ -51,20 +51,20 @@ class PoolConfig:
     image: str = ""
     """Field with the caption's own image, if it has one, relative to image_folder."""
     image_folder: str = ""
-    """Folder of the captions' own images; empty: the folder of the file."""
+    """Folder of the captions' own images; empty: the folder that holds the file."""
     limit: int = 0
     """Number of captions to use; 0: all."""
     source: str = ""
-    """Where the captions come from, kept with every record; required, except for embedded captions."""
+    """The captions' source, kept with every record; required, except for embedded captions."""
     licence: str = ""
     """The captions' licence, kept with every record; required, except for embedded captions."""
     data_dir: str = ""
     """TFDS's data folder; empty: its default."""
     kinds: dict[str, float] = field(default_factory=dict)
-    """{kind: weight} of this pool's captions; empty: the run's kinds."""
+    """{kind: weight} for this pool's captions; empty: the run's kinds."""
     split: str = ""
-    """File for this pool's records, which then belong to no mixture, such as held_out for a test; empty: the file of
-    their stage."""
+    """File for this pool's records, such as held_out for a test, which then is not part of any mixture; empty: the file
+    of their stage."""
 
     def __post_init__(self):
         check(self.limit >= 0, f"pool {self.path}: limit={self.limit} must not be negative.")
@@ -75,12 +75,12 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Thresholds of the text filters (filters.py), by default as published; None turns one off."""
+    """Thresholds of the text filters (filters.py), by default those published; None turns a filter off."""
 
     alphanumeric_min: float | None = 0.60
-    """Least share of letters and digits among the characters."""
+    """Smallest share of letters and digits among the characters."""
     perplexity_max: float | None = 5500.0
-    """Largest perplexity under perplexity_model."""
+    """Largest perplexity under `perplexity_model`."""
     perplexity_model: str = ""
     """KenLM file for the perplexity; empty: the perplexity is not measured."""
     flagged_words: bool = True
@@ -92,18 +92,18 @@ class FilterConfig:
     word_repetition_max: float | None = 0.0309
     """Largest share of repeated n-grams of words."""
     special_min: float | None = 0.165
-    """Least share of characters that are not letters."""
+    """Smallest share of characters that are not letters."""
     special_max: float | None = 0.420
     """Largest share of characters that are not letters."""
     ngram: int = 10
-    """Length of the n-grams, of characters and of words, whose repetition counts."""
+    """Lengths of the n-grams of characters and of words whose repetition counts."""
     blip_min: float | None = 0.8
-    """Least image-text matching score of captions with an image, from the pool's field `blip_score`."""
+    """Smallest image-text matching score of captions with an image, from the pool's field `blip_score`."""
     clip_min: float | None = 0.28
-    """Least CLIP score of captions with an image, from the pool's field `clip_score`, or computed where that is missing
-    and a scorer is configured."""
+    """Smallest CLIP score of captions with an image, from the pool's field `clip_score`, or computed where that is
+    missing and a scorer is configured."""
     understood_min: float | None = 0.6
-    """Least share of a caption's content words that the embedded backend's scene keeps (worlds/scenes/reading.py);
+    """Smallest share of a caption's content words that the embedded backend's scene keeps (worlds/scenes/reading.py);
     other backends are not measured."""
 
     def __post_init__(self):
@@ -118,17 +118,17 @@ class SelectConfig:
     """Which finished samples become records."""
 
     image_score_min: float | None = 0.0
-    """Least CLIPScore + 0.5 SSIM_a of a sample, checked as soon as its image is scored; None: no scoring."""
+    """Smallest CLIPScore + 0.5 SSIM_a of a sample, checked as soon as its image is scored; None: no scoring."""
     ssim_scale: float = 0.5
-    """Factor by which SSIM_a resizes an image down."""
+    """Factor by which SSIM_a reduces an image."""
     keep: float = 1.0
-    """Share of each kind kept, ranked by the mean CLIPScore of statements or, without a scorer, by the image score."""
+    """Share of each kind to keep, ranked by the mean CLIPScore of statements, without a scorer by the image score."""
     text_similarity: float | None = 0.8
-    """Jaccard similarity of word 3-shingles from which texts count as the same; None: texts may be alike."""
+    """Jaccard similarity of word 3-shingles from which on texts count as duplicates; None: duplicates are kept."""
     image_distance: int = 4
-    """Differing bits of 64-bit perceptual hashes up to which images count as the same; -1: images may be alike."""
+    """Differing bits of 64-bit perceptual hashes up to which images count as duplicates; -1: duplicates are kept."""
     validation: float = 0.0
-    """Share of the samples that goes into validation.json."""
+    """Share of the samples that is written to validation.json."""
 
     def __post_init__(self):
         check_ranges(self, _SELECT_RANGES)
@@ -136,16 +136,16 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """The cluster of engine "ray"; workers are `llm`, `images`, `scorer`, `vision` and `cpu`."""
+    """The cluster of the engine "ray"; its workers are `llm`, `images`, `scorer`, `vision` and `cpu`."""
 
     address: str = ""
     """Address of the cluster; empty: starts a local one."""
     actors: dict[str, int] = field(default_factory=dict)
-    """{worker: how many}, 1 of each by default."""
+    """{worker: number of them}, by default 1 of each."""
     gpus: dict[str, float] = field(default_factory=dict)
-    """{worker: GPUs that one takes}, 0 by default."""
+    """{worker: GPUs for each of them}, by default 0."""
     cpus: dict[str, float] = field(default_factory=dict)
-    """{worker: CPUs that one takes}, 0.1 by default: workers that call endpoints mostly wait."""
+    """{worker: CPUs for each of them}, by default 0.1, as workers that call endpoints mostly wait."""
 
     def __post_init__(self):
         for name, least, most in (("actors", 1, 1 << 16), ("gpus", 0, 1 << 16), ("cpus", 0, 1 << 16)):
@@ -156,16 +156,16 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """A whole run."""
+    """A whole synthesis run."""
 
     pools: tuple[PoolConfig, ...]
     """Sources of captions."""
     kinds: dict[str, float]
-    """{kind: weight}; each caption becomes one kind, drawn by seed in proportion to the weights."""
+    """{kind: weight}; each caption becomes a sample of one kind, drawn by seed in proportion to the weights."""
     stages: dict[str, str] = field(default_factory=dict)
-    """{kind: training stage} where it is not the kind's own (synth/kinds)."""
+    """{kind: training stage} for kinds that are not used in their own stage (synth/kinds)."""
     seed: int = 0
-    """Seed of every draw."""
+    """Seed of all random choices."""
     filters: FilterConfig = FilterConfig()
     """Text filters."""
     llm: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
@@ -179,31 +179,31 @@ class SynthConfig:
     select: SelectConfig = SelectConfig()
     """Which finished samples become records."""
     attempts: int = 3
-    """How often a model is asked for an answer that keeps the limits."""
+    """Most requests to a model until its answer keeps the limits."""
     judge: bool = True
-    """Whether the llm judges first if a caption can be drawn."""
+    """Whether the LLM first judges if a caption can be drawn."""
     verify: bool = True
     """Whether answers are verified."""
     block: int = 256
-    """Captions worked on and saved together."""
+    """Captions that are processed and saved together."""
     engine: str = "local"
     """local (this machine) or ray (a cluster)."""
     processes: int = 1
     """Processes of a local run; more than one only with the embedded backend, which is bound by the CPU."""
     ray: RayConfig = RayConfig()
-    """The cluster of engine ray."""
+    """The cluster of the engine ray."""
     journal: str = ""
     """Folder of paid replies; empty: the run's own. The folder of another run lets this one use its replies."""
     shards: bool = True
     """Whether ArrayRecord shards are written besides the JSON files."""
     mixtures: dict[str, dict[str, str]] = field(default_factory=dict)
-    """{stage: {other stage: sampling strategy}}: what a stage's mixture has besides its own records."""
+    """{stage: {other stage: sampling strategy}}: records that a stage's mixture has besides its own."""
     tokenizer: int = 0
     """Pieces of a SentencePiece vocabulary to train on the stages' texts, for models without pretraining; 0: none."""
 
     def __post_init__(self):
         from fusion_jax.data.data_sets import parse_strategy
-        from fusion_jax.synth.kinds import KINDS, STAGES  # kinds are made of prompts and schemas: loaded when needed
+        from fusion_jax.synth.kinds import KINDS, STAGES  # kinds hold prompts and schemas: loaded when needed
 
         check(len(self.pools) > 0, "config.pools is empty; name at least one source of captions.")
         for pool in self.pools:
@@ -246,7 +246,7 @@ class SynthConfig:
         return sorted(set().union(*(pool.kinds or self.kinds for pool in self.pools)))
 
 
-# Fields that may change when a run goes on: they do not change the result.
+# Fields that may change when a run is continued, because they do not change the result.
 OPERATIONAL = {
     "": ("engine", "processes", "ray", "journal"),
     "llm": ("base_url", "api_key_env", "concurrency", "requests_per_second", "timeout", "retries"),

@@ -1,7 +1,7 @@
 """Runs the stages over all blocks, in this process or in several, and lists what is left to do.
 
-Samples of several blocks are under way at once, so that no block's last, slow request leaves an endpoint idle; a block
-is saved when its last sample is through.
+Samples of several blocks are processed at the same time, so that no block's last, slow request leaves an endpoint idle;
+a block is saved when its last sample is done.
 """
 
 import collections
@@ -26,7 +26,7 @@ from fusion_jax.synth.stages import NEEDS, STAGES, Sample, run_stages
 
 log = logging.getLogger("fusion_jax")
 
-_GRACE = 3.0  # seconds for requests under way when a run ends early: their replies are paid for
+_GRACE = 3.0  # seconds for open requests when a run ends early, because their replies are paid for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Work:
     """The work on one block.
 
     Attributes:
-      number: the block's. size: its samples. todo: stages that they still have to go through.
-      again: samples that a failing endpoint dropped go through that stage, and the later ones that are done, again.
+      number: the number of the block. size: how many samples it has. todo: stages that they still have to pass.
+      again: whether samples that a failing endpoint dropped repeat that stage, and the later ones that are done.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Work:
 
 
 def remaining(out: Path, count: int, stages: list[str], retry_failed: bool) -> list[Work]:
-    """The blocks, of `count`, that have not been through all `stages`. UserError where an earlier stage is missing."""
+    """The blocks, of `count`, that have not passed all `stages`. Raises UserError where an earlier stage is missing."""
     left = []
     for number in range(count):
         done = blocks.read_done(out, number)
@@ -61,13 +61,13 @@ def _failed(sample: Sample) -> bool:
 
 
 def needed(work: list[Work]) -> tuple[str, ...]:
-    """The models that this work takes."""
+    """The models that this work needs."""
     stages = set().union(*(STAGES if one.again else one.todo for one in work)) if work else set()
     return tuple(dict.fromkeys(name for stage in STAGES if stage in stages for name in NEEDS[stage]))
 
 
 def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
-    """The stages one sample goes through; one that a failing endpoint dropped starts again at the failed stage."""
+    """The stages that one sample passes; a sample that a failing endpoint dropped starts again at the failed stage."""
     if not (work.again and _failed(sample)):
         return work.todo
     failed = sample.pop("dropped")["stage"]
@@ -76,7 +76,7 @@ def stages_of(sample: Sample, work: Work, done: list[str]) -> list[str]:
 
 
 def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True) -> None:
-    """Does the work, a block at a time; finished blocks stay finished. UserError for what ends a run."""
+    """Does the work block by block; finished blocks stay finished. Raises UserError for errors that end a run."""
     if not work:
         return
     if config.processes > 1 and len(work) > 1:
@@ -97,7 +97,7 @@ def run(config: SynthConfig, out: Path, work: list[Work], progress: bool = True)
 
 
 def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
-    """Shows a progress bar of the captions that have been worked on, dropped ones included."""
+    """Shows a progress bar of the captions that are done, dropped ones included."""
     sizes = {one.number: one.size for one in work}
     # A terminal gets a live bar, a log file a line every ten seconds.
     slow = {} if sys.stderr.isatty() else {"mininterval": 10.0}
@@ -107,7 +107,7 @@ def _follow(done: Iterator[int], work: list[Work], progress: bool) -> None:
             bar.update(sizes[number])
 
 
-_models: Models | None = None  # of a worker process
+_models: Models | None = None  # those of a worker process
 
 
 def _start_process(config: SynthConfig, out: Path) -> None:
@@ -121,7 +121,7 @@ def _work_in_process(work: Work) -> int:
 
 
 def threads_for(config: SynthConfig) -> int:
-    """Twice as many samples as places at the busiest endpoint: some wait, back off, decode."""
+    """Twice as many threads as places at the busiest endpoint, because some wait, back off or decode."""
     parts = (config.llm, config.vision, config.images)
     remote = [part.concurrency for part in parts if part.backend in ("endpoint", "vllm")]
     return 2 * max(remote) if remote else 1
@@ -130,7 +130,7 @@ def threads_for(config: SynthConfig) -> int:
 def work_through(models: Models, work: list[Work]) -> Iterator[int]:
     """Yields the number of each block once it is saved."""
     threads = threads_for(models.config)
-    ahead = 1 + -(-2 * threads // models.config.block)  # blocks under way
+    ahead = 1 + -(-2 * threads // models.config.block)  # blocks in progress
     if threads == 1:
         for one in work:
             done, samples = blocks.read_block(models.out, one.number)

@@ -1,14 +1,14 @@
 """Writes the selected samples as records, shards and mixtures for training.
 
 OUT/stage1.json stage1_5.json stage2.json    LLaVA records, images relative to OUT
-OUT/validation.json                          the validation share of all of them, and what a pool is kept for
+OUT/validation.json                          the validation share of all of them, and the files that pools name
 OUT/shards/stage1/ ...                       the same records with their images (data/shard_writing.py)
 OUT/stage1.yaml ...                          the mixtures that a stage's `data` names
 OUT/tokenizer/                               a vocabulary of the stages' texts, if wanted
 OUT/lineage.jsonl                            how each record was made, a line each: `origin` is the caption's, `source`
                                              and `licence` the record's; of the embedded backend also what it
                                              `understood` and `missed` of the caption and what it `invented`
-OUT/dropped.jsonl                            every caption that became no record, where and why
+OUT/dropped.jsonl                            every caption that did not become a record, with stage and reason
 
 {"id": "00000012-conv_short", "image": "images/3f/3f0c...png", "conversations": [...], "kind": "conv_short",
  "topics": ["colour"], "source": "...", "licence": "..."}    topics: of the rounds, where the backend knows them
@@ -40,14 +40,14 @@ log = logging.getLogger("fusion_jax")
 
 VALIDATION = "validation"
 _TOKENIZER_RECORDS = 20_000  # of a stage
-_MISSED = 20  # words that captions have and the embedded backend cannot draw, the most frequent ones
+_MISSED = 20  # the most frequent words of captions that the embedded backend cannot draw
 
 
 def export(config: SynthConfig, out: Path, blocks: int) -> dict[str, Any]:
     """Writes the files listed above and returns the counts: records by file and kind, dropped captions by reason.
 
     Raises:
-      UserError: there is no selection.
+      UserError: no selection has been made.
     """
     selection = out / "work" / "selection.jsonl"
     check(selection.exists(), f"There is no {selection}; run the stage `select` first.")
@@ -122,7 +122,7 @@ class _Readings:
                 self._inventions += len(reading["invented"])
 
     def counts(self) -> dict[str, Any]:
-        """{"understood": ...} where the embedded backend read captions, else nothing."""
+        """{"understood": ...} where the embedded backend read captions, else empty."""
         if not self._shares:
             return {}
         return {
@@ -168,8 +168,8 @@ def record(config: SynthConfig, sample: Sample) -> dict[str, Any]:
 def rights(config: SynthConfig, sample: Sample) -> dict[str, str]:
     """Source and licence of a record.
 
-    They are the caption's, but not those of a scene that the embedded backend invented after it: that one is the
-    embedded backend's own, and what the caption's source says of its licence is not about it.
+    They are the caption's, except where the embedded backend invented the scene from it: that scene is its own work,
+    and the licence of the caption's source does not apply to it.
     """
     source, licence = sample["origin"]["source"], sample["origin"]["licence"]
     users = {Path(pool.path).name for pool in config.pools if not pool.path.startswith("embedded:")}
@@ -194,7 +194,7 @@ def _lineage(config: SynthConfig, sample: Sample, file: str) -> dict[str, Any]:
 
 
 class _Whole:
-    """A JSON file that appears once it is complete: a list of `item`s, or `line`s."""
+    """A JSON file that appears once it is complete: a list of `item`s, or JSON Lines of `line`s."""
 
     def __init__(self, path: Path):
         self._list = path.suffix == ".json"
@@ -217,7 +217,7 @@ class _Whole:
     def __exit__(self, *raised) -> None:
         if self._list:
             self._file.write("\n]\n" if self._items else "[]\n")
-        self._file.detach()  # which writes out what is left; the file itself is closed below
+        self._file.detach()  # this writes out what is buffered; the file itself is closed below
         self._whole.__exit__(*raised)
 
 

@@ -1,17 +1,17 @@
-"""The published text filters: each compares a ratio of the text with thresholds.
+"""Implements the published text filters, each of which compares a ratio of the text with thresholds.
 
-The first filter that a text fails names the reason.
+The first filter that a text fails is the reason for dropping it.
 
     "A red kite over the grey sea."    23 letters or digits of 29 characters: alphanumeric 0.79, special 0.24
 
-The thresholds are the papers', the definitions those of the data-cleaning tool whose filters carry these names:
+The thresholds are those of the papers; the definitions are those of the data-cleaning tool with filters of these names:
 
 - alphanumeric: share of the characters that are letters or digits;
 - special: share of the characters that are not letters: punctuation, digits, white space, emoji. White space makes up
   most of it in a sentence; a text below 0.165 hardly consists of words;
-- character repetition: of all n-grams of characters, the share taken by the most frequent ones, as many as the square
-  root of the number of different n-grams, leaving out those seen once;
-- word repetition: of all n-grams of words, the share of those seen more than once;
+- character repetition: the share of the most frequent n-grams among all n-grams of characters; they are as many as the
+  square root of the number of different n-grams, without those that occur once;
+- word repetition: the share of n-grams of words that occur more than once among all of them;
 - perplexity: 10^(-log10 probability / words) by a KenLM model.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from fusion_jax.errors import UserError
 from fusion_jax.synth.config import FilterConfig
 
-# For runs without a list of their own: words that make a picture unfit in any context.
+# Words that make a picture unfit in any context, for runs without a list of their own.
 FLAGGED = frozenset(
     {"porn", "porno", "pornography", "pornographic", "xxx", "nude", "nudes", "nudity", "naked", "topless", "nsfw"}
     | {"sex", "sexy", "sexual", "hentai", "erotic", "erotica", "fetish", "orgy", "blowjob", "dildo", "masturbation"}
@@ -53,7 +53,7 @@ def character_repetition(text: str, n: int) -> float:
 
 
 def word_repetition(text: str, n: int) -> float:
-    """Share of n-grams of words that are seen more than once; 0 for texts of fewer words."""
+    """Share of n-grams of words that occur more than once; 0 for texts of fewer words than n."""
     words = re.findall(r"\w+", text.lower())
     counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values()
     return sum(count for count in counts if count > 1) / max(sum(counts), 1)
@@ -61,7 +61,7 @@ def word_repetition(text: str, n: int) -> float:
 
 @lru_cache(maxsize=4)
 def load_perplexity_model(path: str):
-    """A KenLM model. UserError without the package or the file."""
+    """Loads a KenLM model. Raises UserError without the package or the file."""
     if not Path(path).is_file():
         raise UserError(f"There is not a KenLM model {path} (filters.perplexity_model).")
     try:
@@ -77,7 +77,7 @@ def load_perplexity_model(path: str):
 
 
 def perplexity(text: str, model_path: str) -> float:
-    """Perplexity by words in lower case, as the published models were trained."""
+    """Perplexity per word of the text in lower case, as in the training of the published models."""
     return load_perplexity_model(model_path).perplexity(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
 
 
@@ -94,14 +94,14 @@ def flagged_words(path: str) -> frozenset[str]:
 
 
 def check_config(config: FilterConfig) -> None:
-    """UserError for missing files, before the run begins."""
+    """Raises UserError for missing files, before the run begins."""
     flagged_words(config.flagged_words_file)
     if config.perplexity_model:
         load_perplexity_model(config.perplexity_model)
 
 
 def failed(text: str, config: FilterConfig) -> tuple[str, str] | None:
-    """Reason and detail of the first filter that the text fails; None if it passes all."""
+    """The reason and detail of the first filter that the text fails; None if it passes all."""
     if config.flagged_words:
         words = set(re.findall(r"\w+", text.lower()))
         if flagged := words & flagged_words(config.flagged_words_file):

@@ -1,9 +1,9 @@
-"""Guards the folder of a run: one config, one process at a time, and empty after a failed start.
+"""Guards the folder of a run: it has one config and one process, and is empty after a failed start.
 
 OUT/manifest.json           config, prompts, inputs; at the end the counts and costs
-OUT/work/                   captions and samples under way (pool.py, blocks.py)
+OUT/work/                   captions and unfinished samples (pool.py, blocks.py)
 OUT/journal/                paid replies (journal.py)
-OUT/images/                 images, named by what they were drawn from
+OUT/images/                 images, named by hashes of what they were drawn from
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FORMAT, VERSION = "fusion_jax synthesis", 1
 
 
 def identity(config: SynthConfig) -> dict[str, Any]:
-    """What must be unchanged for a run to go on: prompts, and the config without what does not change the result."""
+    """What must be the same to continue a run: prompts, and the config without what does not change the result."""
     settings = json.loads(json.dumps(to_dict(config)))
     for part, keys in OPERATIONAL.items():
         for key in keys:
@@ -37,27 +37,27 @@ def identity(config: SynthConfig) -> dict[str, Any]:
         kind = KINDS[name]
         prompts[name] = "/".join(ask.version for ask in (kind.describe, kind.ask) if ask)
     drawn = "embedded" in (config.llm.backend, config.vision.backend, config.images.backend)
-    own = {"embedded": factory.embedded().VERSION} if drawn else {}  # what it makes is decided by its code
+    own = {"embedded": factory.embedded().VERSION} if drawn else {}  # its output depends on its code
     return {"format": FORMAT, "version": VERSION, "config": settings, "prompts": prompts} | own
 
 
 def open_run(config: SynthConfig, out: Path) -> dict[str, Any]:
-    """The manifest of the run in a folder; a new folder begins one. UserError for the folder of another run."""
+    """The manifest of the run in a folder; begins one in a new folder. Raises UserError for another run's folder."""
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
     wanted = identity(config)
     if not is_new(out):
         manifest = find_run(config, out)
         if all(manifest.get(key) == wanted[key] for key in wanted):
             return manifest
-        shutil.rmtree(out / "work", ignore_errors=True)  # captions alone: there are no results
+        shutil.rmtree(out / "work", ignore_errors=True)  # it holds only captions, no results
     manifest = wanted | {"state": "running"}
     write_json(out / "manifest.json", manifest)
     return manifest
 
 
 def find_run(config: SynthConfig, out: Path) -> dict[str, Any]:
-    """The manifest of a run that this config may go on with: its own, or one of another config without results so far,
-    so that a mistake can be corrected and paid replies are still used.
+    """The manifest of a run that this config may continue: its own, or one of another config without results so far, so
+    that a mistake can be corrected and paid replies are still used.
 
     Raises:
       UserError: the folder holds another run or other files.
@@ -81,12 +81,12 @@ def find_run(config: SynthConfig, out: Path) -> dict[str, Any]:
 
 
 def is_new(out: Path) -> bool:
-    """Whether a folder is not there, or holds nothing but a lock."""
+    """Whether a folder does not exist, or holds only a lock."""
     return not out.exists() or all(path.name == "lock" for path in out.iterdir())
 
 
 def _has_results(out: Path) -> bool:
-    """Whether any sample has been through a stage and was not dropped."""
+    """Whether any sample has passed a stage without being dropped."""
     for path in sorted((out / "work" / "blocks").glob("*.jsonl")):
         done, samples = read_block(out, int(path.stem))
         if done and not all("dropped" in sample for sample in samples):
@@ -96,8 +96,8 @@ def _has_results(out: Path) -> bool:
 
 @contextlib.contextmanager
 def leaving_nothing(out: Path, created: list[Path]) -> Iterator[None]:
-    """Empties a folder that was new and removes the created ones where the block ends in an error before anything was
-    paid for or a sample came through a stage: the corrected command then starts as the first did."""
+    """Empties a folder that was new and removes the created ones where the block raises before anything was paid for or
+    a sample passed a stage, so that the corrected command starts in the same state."""
     new = is_new(out)
     try:
         yield
@@ -127,7 +127,7 @@ def _difference(present: Any, wanted: Any, where: str = "") -> str:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Locks the folder against a second run; the system releases the lock when the process ends, in whatever way."""
+    """Locks the folder against a second run; the system releases the lock when the process ends in any way."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with files.locked(out / "lock") as mine:

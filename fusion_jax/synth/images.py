@@ -1,4 +1,4 @@
-"""The quality score and perceptual hash of images, and how image files are written."""
+"""Computes the quality score and perceptual hash of images, and writes image files."""
 
 import os
 import struct
@@ -17,11 +17,11 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # of SSIM (Wang et al. 2004), f
 
 
 def ssim(a: Float[np.ndarray, "*C H W"], b: Float[np.ndarray, "*C H W"]) -> float:
-    """Structural similarity of two grey images with values 0 to 255, at least 8 x 8: 1 for equal ones. Of stacks of
-    images the mean.
+    """Structural similarity of two grey images with values 0 to 255, at least 8 x 8: 1 for equal ones. For stacks of
+    images it is the mean.
 
-    Its windows are 8 x 8 pixels, one at every fourth pixel, as video encoders take them: a small part of the work that
-    a window around every pixel makes.
+    Its windows are 8 x 8 pixels, one at every fourth pixel, as in video encoders: that takes a small part of the time
+    of a window around every pixel.
     """
     mean_a, mean_b = _window_means(a), _window_means(b)
     var_a, var_b = _window_means(a * a) - mean_a**2, _window_means(b * b) - mean_b**2
@@ -41,16 +41,16 @@ def _window_means(x: Float[np.ndarray, "*C H W"]) -> np.ndarray:
 
 
 def ssim_a(image: Image.Image, scale: float = 0.5) -> float:
-    """The papers' measure of an image's quality, at most 2; high where structures are larger than noise.
+    """The papers' measure of an image's quality, at most 2, and high where structures are larger than noise.
 
-    SSIM of the image with itself, resized down by `scale` and back, plus a quarter of the sum of the same over its four
-    quadrants.
+    It is the SSIM of the image with itself reduced by `scale` and enlarged again, plus the mean of the same over its
+    four quadrants.
     """
     grey = image.convert("L")
     width, height = grey.size
     w, h = width // 2, height // 2
     quadrants = [grey.crop((x, y, x + w, y + h)) for y in (0, height - h) for x in (0, width - w)]
-    # As the channels of one image, each of which is resized for itself, they take half the time.
+    # As the channels of one image, which are resized independently, they take half the time.
     return _there_and_back(grey, scale) + _there_and_back(Image.merge("CMYK", quadrants), scale)
 
 
@@ -61,22 +61,22 @@ def _there_and_back(image: Image.Image, scale: float) -> float:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that are alike for images that look alike."""
+    """A hash of 64 bits, most of which are equal for images that look alike."""
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
 
 
 def write_once(path: Path, data: bytes, sync: bool = True) -> None:
-    """A file with these bytes, whole or not at all; with `sync` also if the machine loses its power."""
+    """Writes a file with these bytes, whole or not at all; with `sync` also if the machine loses its power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data, path.with_name(f".{path.name}.{os.getpid()}.tmp"), sync)
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file: RGB, without metadata.
+    """Encodes the image as a PNG file: RGB, without metadata.
 
-    Every row is kept as its difference from the one above. Pillow tries all five filters on each row, which takes as
+    Every row is stored as its difference from the one above. Pillow tries all five filters on each row, which takes as
     long as the compression and saves 3%.
     """
     pixels = np.asarray(image.convert("RGB"))
@@ -94,7 +94,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def open_file(path: str | os.PathLike) -> Image.Image:
-    """An image file of the pool. OSError where it cannot be used."""
+    """Opens an image file of the pool. Raises OSError where it cannot be used."""
     try:
         return load_image(Path(path))
     except BadRecord as e:

@@ -4,8 +4,8 @@
 
 KEY is the hash of everything that decides the reply: model, settings, messages, schema and seed. A line is one write
 to a file that only one process appends to, so a process that dies leaves at most one torn line, at its file's end; a
-line counts once its line break is there. Any number of processes read each other's files, which may lie on a shared
-disk. Only keys and places stay in memory. A damaged line counts as none: its request is repeated.
+line is valid once its line break is written. Any number of processes read each other's files, which may be on a shared
+disk. Only keys and places stay in memory. A damaged line is ignored, and its request is repeated.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any
 
 from fusion_jax.errors import UserError
 
-_SYNC_EVERY = 1.0  # seconds; a process that is killed loses nothing, a machine that dies this much
+_SYNC_EVERY = 1.0  # seconds; a killed process loses nothing, a failing machine loses as much
 _KEY = 32
 _WHOLE = re.compile(rb"[0-9a-f]{32} \{.*\}\n", re.DOTALL)
 
@@ -35,7 +35,7 @@ def make_key(*parts: Any) -> str:
 
 
 class Journal:
-    """Get and put replies by key; for all threads of a process."""
+    """Stores and returns replies by key, for all threads of a process."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -45,9 +45,9 @@ class Journal:
             raise UserError(f"Cannot write the journal {folder}: {e.strerror}.") from e
         self._lock = threading.Lock()
         self._places: dict[bytes, Place] = {}
-        # Of keys that occur more than once: one of the values may be damaged.
+        # For keys that occur more than once: one of the values may be damaged.
         self._others: dict[bytes, list[Place]] = {}
-        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self._read: dict[Path, int] = {}  # bytes of each file that have been read
         self._file = -1
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
         self._synced = 0.0
@@ -67,7 +67,7 @@ class Journal:
         with open(path, "rb") as f:
             f.seek(start)
             for line in f:
-                if not line.endswith(b"\n"):  # torn, or still being written
+                if not line.endswith(b"\n"):  # the line is torn, or still being written
                     break
                 if _WHOLE.match(line):
                     key, place = bytes.fromhex(line[:_KEY].decode()), (path, start + _KEY + 1, len(line) - _KEY - 2)
@@ -80,14 +80,14 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> dict | None:
-        """The value kept under the key, or None."""
+        """The value stored under the key, or None."""
         name = bytes.fromhex(key)
         with self._lock:
             places = [self._places[name], *self._others.get(name, ())] if name in self._places else []
         return next(filter(None, map(_value, places)), None)
 
     def put(self, key: str, value: dict) -> None:
-        """Keeps a value; UserError where it cannot be written."""
+        """Stores a value. Raises UserError where it cannot be written."""
         content = json.dumps(value, separators=(",", ":")).encode()
         with self._lock:
             try:
@@ -106,7 +106,7 @@ class Journal:
             self._places[bytes.fromhex(key)] = (self._path, start + _KEY + 1, len(content))
 
     def close(self) -> None:
-        """Writes out and closes this process's file; a later `put` begins another one."""
+        """Writes out and closes this process's file; a later `put` begins a new one."""
         with self._lock:
             if self._file >= 0:
                 os.fsync(self._file)
@@ -116,7 +116,7 @@ class Journal:
                 self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def values(self):
-        """All values, once each and in any order, for the sum of costs."""
+        """Yields every value once, in any order, to sum up the costs."""
         with self._lock:
             places = sorted((place, key) for key, place in self._places.items())
         for place, key in places:

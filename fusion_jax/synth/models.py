@@ -1,4 +1,4 @@
-"""The models of a run, loaded when first used, and the journal and images that spare a second request."""
+"""Loads a run's models when they are first used, and avoids second requests by journal and images."""
 
 import collections
 import threading
@@ -22,7 +22,7 @@ class Models:
     """The models of one process, for all its threads.
 
     Attributes:
-      config: the run's. out: its folder. share: the part of the configured traffic that this process may make.
+      config: the run's config. out: its folder. share: the share of the configured traffic that this process may cause.
     """
 
     def __init__(self, config: SynthConfig, out: Path, share: float = 1.0):
@@ -34,7 +34,7 @@ class Models:
         self._showing = threading.Lock()
 
     def _load(self, name: str, make: Any) -> Any:
-        # Several threads ask for a model at once, and two copies of it would not fit.
+        # Several threads may need a model at the same time, and two copies of it would not fit.
         with self._loading:
             if name not in self.__dict__:
                 self.__dict__[name] = make()
@@ -57,7 +57,7 @@ class Models:
         return self._load("_scorer", lambda: self._factory.scorer(self.config.scorer))
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Checks now whether the models (llm, vision, generator, scorer) can be used. UserError if not."""
+        """Checks in advance whether models (llm, vision, generator, scorer) can be used. Raises UserError if not."""
         for name in names:
             check = getattr(getattr(self, name), "check", None)
             if check is not None:
@@ -68,23 +68,23 @@ class Models:
         return [model.client for model in models if hasattr(model, "client")]
 
     def stop(self) -> None:
-        """Sends no further request to endpoints and ends the waiting for one; those under way may still be answered."""
+        """Sends no more requests to endpoints and ends all waits; those that have been sent may still be answered."""
         for client in self._clients():
             client.stop()
 
     def cut(self) -> None:
-        """Ends the requests under way, too."""
+        """Ends also the requests that have been sent."""
         for client in self._clients():
             client.cut()
 
     def ask(self, model: Any, purpose: str, request: list[Any], call: Callable[[], Reply]) -> Reply:
-        """The reply to a request: out of the journal, or else the model's, which the journal then keeps.
+        """The reply to a request, read from the journal, or else requested from the model and stored in the journal.
 
         Args:
-          request: all that decides the reply besides the model and its settings. call: asks the model.
+          request: everything that decides the reply besides the model and its settings. call: sends the request.
 
         Raises:
-          What the model raises; `Refused` also where the journal holds a refusal.
+          The errors of the model; `Refused` also where the journal holds a refusal.
         """
         if not model.paid:
             return call()
@@ -103,7 +103,7 @@ class Models:
         return reply
 
     def draw(self, description: str, seed: int, data: dict) -> str:
-        """The image's path within the run's folder; draws it unless it is there. Raises as `ImageGenerator.draw`."""
+        """The image's path in the run's folder; draws it unless it exists. Raises as `ImageGenerator.draw` does."""
         model, config = self.generator, self.config.images
         size = (config.width, config.height)
         key = make_key("draw", model.name, model.settings, [description, size, seed, data["index"]])
@@ -125,7 +125,8 @@ class Models:
             except OSError as e:
                 raise UserError(f"Cannot write {path}: {e.strerror}; the same command goes on from here.") from e
             self._keep(name, image)
-        # After the file: an image that is there is never paid for again, and is always in the books.
+        # The journal entry is written after the file, also for a file that exists: an image is never paid for twice,
+        # and its cost is always recorded.
         if model.paid and entry is None:
             self.journal.put(key, {"purpose": "draw", "model": model.name, "image": name})
         return name

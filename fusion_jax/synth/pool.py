@@ -25,10 +25,10 @@ MAX_CAPTION = 2000  # characters
 
 
 def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
-    """Writes the captions of all pools as blocks, unless they are there, and returns the contents of pool.json.
+    """Writes the captions of all pools as blocks, unless they exist, and returns the contents of pool.json.
 
     Raises:
-      UserError: as `captions.read_pool`; pool.json is damaged.
+      UserError: as for `captions.read_pool`, or pool.json is damaged.
     """
     path = out / "work" / "pool.json"
     if path.exists():
@@ -55,7 +55,7 @@ def make_pool(config: SynthConfig, out: Path) -> dict[str, Any]:
 
 
 def _captions(config: SynthConfig) -> Iterator[tuple[Sample, dict[str, float]]]:
-    """Each caption as a sample, and the weights of the kinds that it may become."""
+    """Yields each caption as a sample, with the weights of the kinds that it may become."""
     for i, pool in enumerate(config.pools):
         source, licence = pool.source, pool.licence
         if pool.path.startswith("embedded:"):
@@ -79,7 +79,7 @@ def _assign(config: SynthConfig, sample: Sample, n: int, kinds: dict[str, float]
     if reason is None and known in seen:
         reason = "duplicate_caption"
     seen.add(known)
-    # By its text, not its number: other captions beside it do not change what it becomes.
+    # The draw is by its text, not its number, so that other captions do not change what it becomes.
     names, weights = zip(*sorted(kinds.items()))
     at = make_seed(config.seed, text, "kind") / (1 << 31) * sum(weights)
     kind = next((name for name, end in zip(names, itertools.accumulate(weights)) if at < end), names[-1])

@@ -1,7 +1,7 @@
-"""Cleans the replies of models: JSON or prose in, text without control characters and markup out.
+"""Cleans the replies of models, JSON or prose, to text without control characters and markup.
 
-A reply may be anything, a megabyte of opening brackets for instance. So all of this takes time in proportion to the
-text: a repetition in a pattern has a bound wherever a second repetition or a later mark could match the same text.
+A reply may be anything, for instance a megabyte of opening brackets. So everything here takes time in proportion to the
+text: repetitions in patterns are bounded wherever a second repetition or a later mark could match the same text.
 """
 
 import html
@@ -13,10 +13,10 @@ from typing import Any
 
 from fusion_jax.web.client import check_depth
 
-MAX_TEXT = 200_000  # characters of an answer, without the thinking before it
+MAX_TEXT = 200_000  # characters of an answer, without the thoughts before it
 _STARTS = 1000  # brackets that are tried as the start of JSON
-_TRIED = 2_000_000  # characters that all tries read together: each may go to the end of the text
-# Combining marks on one letter, as in Unicode's stream-safe form: more take quadratic time to normalise.
+_TRIED = 2_000_000  # characters that all attempts read together: each may read to the end of the text
+# Combining marks on one letter, limited as in Unicode's stream-safe form: more take quadratic time to normalise.
 _MARKS = 30
 
 _THINKING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
@@ -25,7 +25,7 @@ _COMMENT = re.compile(r"<!(--)")
 _FENCE = re.compile(r"```[\w-]*+\n?+(.*?)```", re.DOTALL)
 # Tags as HTML writes them, and the special tokens of chat templates: <|end|>, <image>, [INST]. "x < 5" is neither.
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<\|[^|<>]{1,40}\|>|\[/?INST\]")
-_REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # no character; Python reads numbers of 4300 digits at most
+_REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # not a character; Python reads numbers of at most 4300 digits
 _PREAMBLE = re.compile(
     r"^(?:(?:sure|certainly|of course|okay|ok|absolutely|great)\b[^\n:]{0,80}[!.:,]\s*)?"
     r"(?:here(?:'s| is| are)\b[^\n:]{0,120}:\s*)?",
@@ -59,14 +59,14 @@ class Invalid(Exception):
 
 
 def clean_text(text: Any) -> str:
-    """One clean text: no markup, no chat tokens, no control or invisible characters, single spaces, lines kept.
+    """Removes markup, chat tokens, control and invisible characters and double spaces; line breaks are kept.
 
     Raises:
-      Invalid: not a text, or nothing is left of it.
+      Invalid: the value is not a text, or nothing is left of it.
     """
     if not isinstance(text, str):
         raise Invalid("malformed", f"a text was expected, not {type(text).__name__}")
-    for _ in range(8):  # what is hidden in two layers, "<<b>script>" or "&amp;lt;b>", takes as many passes
+    for _ in range(8):  # markup in two layers, such as "<<b>script>" or "&amp;lt;b>", takes as many passes
         stripped = html.unescape(_REFERENCE.sub(" ", text))
         stripped = _without(_without(stripped, _SCRIPT, r"</{}\s{{0,8}}>", " "), _COMMENT, "-->", " ")
         stripped = _TAG.sub(" ", stripped)
@@ -74,7 +74,7 @@ def clean_text(text: Any) -> str:
             break
         text = stripped
     text = unicodedata.normalize("NFC", _few_marks(text).replace("\r\n", "\n").replace("\r", "\n"))
-    # Not kept: control, invisible format (zero width, right-to-left overrides), surrogates, private, unassigned.
+    # This drops control, invisible format (zero width, right-to-left overrides), surrogates, private and unassigned.
     text = "".join(
         c if c == "\n" or unicodedata.category(c)[0] != "C" else " " if c == "\t" or ord(c) < 32 else "" for c in text
     )
@@ -121,7 +121,7 @@ def _few_marks(text: str) -> str:
 
 
 def without_thinking(text: str) -> str:
-    """A reply without the thoughts that some models write down first."""
+    """A reply without the thoughts that some models write first."""
     return _without(text, _THINKING, "</{}>", "")
 
 
@@ -154,13 +154,13 @@ def find_json(text: str) -> Any:
     left = _TRIED
     for part in (*fenced, text):
         for match in itertools.islice(re.finditer(r"[\[{]", part), _STARTS):
-            start, end = match.start(), len(part)  # an open string and a long number are read to the end, if need be
+            start, end = match.start(), len(part)  # an open string or a long number may be read to the end
             try:
                 value, end = decoder.raw_decode(part, start)
                 if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
                     check_depth(value)
                     return value
-            except RecursionError:  # not an answer; each further bracket of it would take as long
+            except RecursionError:  # this is not an answer, and each further bracket of it would take as long
                 return None
             except json.JSONDecodeError as error:
                 end = end if error.msg.startswith("Unterminated string") else error.pos
@@ -173,7 +173,7 @@ def find_json(text: str) -> Any:
 
 
 def prose(text: str) -> str:
-    """A reply without thinking, code fences, "Sure, here is ...:" and "Caption:"."""
+    """A reply without thoughts, code fences, "Sure, here is ...:" and "Caption:"."""
     text = without_thinking(text).strip()
     if fenced := _FENCE.search(text):
         text = fenced[1].strip()
@@ -182,7 +182,7 @@ def prose(text: str) -> str:
 
 
 def pairs_from_prose(text: str) -> list[dict[str, Any]]:
-    """Questions and answers out of "Q: ... A: ..." in its usual spellings; options out of lettered lines."""
+    """Parses questions and answers from "Q: ... A: ..." in its usual spellings, and options from lettered lines."""
     lines = (line.strip() for line in _BOLD.sub(r"\2", prose(text)).split("\n"))
     text = "\n".join(_NUMBERED.sub("", line) if _NUMBERED_QUESTION.match(line) else line for line in lines if line)
     pairs, at = [], 0

@@ -1,7 +1,7 @@
-"""Writes report.html: one file to look at, without scripts and without anything from other places.
+"""Writes report.html: a single file without scripts that loads nothing from elsewhere.
 
-Counts by stage and reason, histograms of the scores, calls, tokens and cost by model, and samples of every kind with
-their questions and answers. All texts of models and captions are escaped.
+It shows counts by stage and reason, histograms of the scores, calls, tokens and cost by model, and samples of every
+kind with their questions and answers. All texts of models and captions are escaped.
 """
 
 import base64
@@ -20,7 +20,7 @@ from fusion_jax.synth.stages import STAGES
 
 PER_KIND = 4
 _THUMBNAIL = 240
-# Scores by their names in a sample, and what they are with a scorer and without one.
+# Scores by their names in a sample, and their titles with a scorer and without one.
 _SCORES = {
     "image": ("Image score: CLIPScore + 0.5 SSIM_a", "Image score: 0.5 SSIM_a (no scorer, so no CLIPScore)"),
     "clip": ("CLIPScore of image and description",) * 2,
@@ -39,7 +39,7 @@ tr { border-bottom: 1px solid #ddd; } td.n { text-align: right; font-variant-num
 
 
 def costs(config: SynthConfig, journal: Journal) -> dict[str, dict[str, float]]:
-    """Replies, tokens and money by purpose and model, over everything that the journal holds."""
+    """Replies, tokens and money by purpose and model, summed over the whole journal."""
     books: dict[str, dict[str, float]] = {}
     for entry in journal.values():
         line = books.setdefault(f"{entry.get('purpose')} {entry.get('model')}", Counter())
@@ -61,8 +61,8 @@ def write_report(out: Path, counts: dict[str, Any], books: dict[str, dict[str, f
     """Writes OUT/report.html and returns its path.
 
     Args:
-      counts: as the manifest has them: captions, records, kinds, dropped, and understood of the embedded backend.
-      books: as `costs` gives them.
+      counts: as in the manifest: captions, records, kinds, dropped, and understood for the embedded backend.
+      books: as returned by `costs`.
     """
     scores: dict[str, list[float]] = {name: [] for name in _SCORES}
     examples: dict[str, list[dict]] = {name: [] for name in KINDS}
@@ -117,7 +117,7 @@ def _table(head: tuple[str, ...], rows) -> str:
 
 
 def _flow(counts: dict[str, Any]) -> str:
-    """Captions into each stage, and those lost there by reason."""
+    """Captions that enter each stage, and those dropped there by reason."""
     by_stage: dict[str, dict[str, int]] = {}
     for name, lost in counts["dropped"].items():
         stage, reason = name.split(": ", 1)
@@ -133,7 +133,7 @@ def _flow(counts: dict[str, Any]) -> str:
 
 
 def _understood(counts: dict[str, Any]) -> list[str]:
-    """What the embedded backend kept of the captions; nothing where another one described them."""
+    """What the embedded backend kept of the captions; empty where another backend described them."""
     readings = counts.get("understood")
     if not readings:
         return []
@@ -163,7 +163,7 @@ def _books(books: dict[str, dict[str, float]]) -> str:
 
 
 def _histogram(title: str, values: list[float], bins: int = 30) -> str:
-    """An SVG of its own: no plotting library, no script."""
+    """Writes an SVG without a plotting library or a script."""
     low, high = min(values), max(values)
     width = (high - low) / bins or 1.0
     heights = [0] * bins

@@ -1,4 +1,4 @@
-"""Runs the data engine from captions to records, or goes on with a run, and logs the result."""
+"""Runs the data engine from captions to records, or continues a run, and logs the result."""
 
 import json
 import logging
@@ -24,14 +24,14 @@ EVERY_STAGE = ("pool", *STAGES, "select", "export")
 def synthesize(
     config: SynthConfig, out: Path, stages: list[str] | None = None, retry_failed: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Runs stages in `out`, or goes on with them, and returns the run's manifest.
+    """Runs or continues stages in `out`, and returns the run's manifest.
 
     Args:
       out: folder of the run. stages: of `EVERY_STAGE`; empty or None for all.
-      retry_failed: try again what a failing endpoint dropped. progress: show a progress bar.
+      retry_failed: whether to retry samples that a failing endpoint dropped. progress: whether to show a progress bar.
 
     Raises:
-      UserError: unusable configuration, captions, folder or models; no caption became a record.
+      UserError: configuration, captions, folder or models cannot be used, or no caption became a record.
     """
     stages = list(stages or EVERY_STAGE)
     for stage in stages:
@@ -39,7 +39,7 @@ def synthesize(
     filters.check_config(config.filters)
     out = out.absolute()
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out names a folder.")
-    if not folder.is_new(out):  # looks before anything is written, the lock's file included
+    if not folder.is_new(out):  # checked before anything is written, even the lock file
         folder.find_run(config, out)
     created = [path for path in (out, *out.parents) if not path.exists()]
     with folder.locked(out), folder.leaving_nothing(out, created):
@@ -78,7 +78,7 @@ def _work_through(config: SynthConfig, out: Path, work: list[engine.Work], retry
 
 
 def _announce(config: SynthConfig) -> None:
-    """Logs beforehand what the embedded backend can and cannot make of other people's captions."""
+    """Logs in advance what the embedded backend can and cannot draw of captions from files."""
     pools = [pool.path for pool in config.pools if not pool.path.startswith("embedded:")]
     if pools and config.llm.backend == "embedded":
         from fusion_jax.synth.worlds.scenes.lexicon import NOUNS
@@ -118,7 +118,7 @@ def _log_counts(out: Path, counts: dict, books: dict, seconds: float) -> None:
 
 
 def _why_nothing(out: Path, counts: dict) -> str:
-    """The reasons in one sentence: the folder of a run without records is emptied."""
+    """The reasons in one sentence, because the folder of a run without records is emptied."""
     reasons = sorted(counts["dropped"].items(), key=lambda one: -one[1])
     summary = ", ".join(f"{reason} {lost}" for reason, lost in reasons[:5])
     with open(out / "dropped.jsonl", encoding="utf-8") as f:

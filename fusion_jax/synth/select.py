@@ -1,8 +1,8 @@
-"""Chooses among the finished samples: the best of each kind, none twice, some for validation.
+"""Chooses among the finished samples: the best of each kind, without duplicates, some for validation.
 
-Ranking is by the mean CLIPScore of the statements, as published, or by the image score where there is no scorer. Going
-down that ranking, a sample is left out if a better one says nearly the same or looks nearly the same. The
-papers do not have this step; generators repeat themselves.
+Ranking is by the mean CLIPScore of the statements, as published, or by the image score where there is no scorer. In
+this order, a sample is left out if a better one has nearly the same text or nearly the same image. The papers do not
+have this step, but generators repeat themselves.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _SHINGLE = 3  # words
 
 
 def select(config: SynthConfig, out: Path, blocks: int) -> Path:
-    """Writes OUT/work/selection.jsonl, a line for each sample that came this far, in their order, and returns its path:
+    """Writes OUT/work/selection.jsonl and returns its path. It has a line for each remaining sample, in their order:
     {"id", "split": "train" | "validation" | the pool's own} or {"id", "reason", "detail"}."""
     ranked: list[tuple[str, float, int, str]] = []
     texts: dict[int, np.ndarray] = {}
@@ -98,7 +98,7 @@ def shingles(text: str) -> np.ndarray:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of two sets as `shingles` gives them."""
+    """Jaccard similarity of two sets as returned by `shingles`."""
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / max(len(a) + len(b) - both, 1)
 
@@ -110,7 +110,7 @@ class TextIndex:
         import datasketch
 
         self._threshold, self._minhash = threshold, datasketch.MinHash
-        # A little lower, so that what lies just above the threshold is proposed.
+        # A little lower, so that pairs just above the threshold are proposed.
         self._lsh = datasketch.MinHashLSH(threshold=max(0.05, threshold - 0.1), num_perm=_PERMUTATIONS)
         self._sets: dict[str, np.ndarray] = {}
         self._last: tuple[bytes, Any] = (b"", None)
@@ -123,7 +123,7 @@ class TextIndex:
         return self._last[1]
 
     def find(self, hashes: np.ndarray) -> str | None:
-        """The name of a text that is nearly the same, the earliest added; None if there is none."""
+        """The name of the earliest text that is nearly the same, or None."""
         near = self._lsh.query(self._sketch(hashes))
         same = [name for name in near if similarity(self._sets[name], hashes) >= self._threshold]
         return min(same, default=None)
@@ -136,7 +136,7 @@ class TextIndex:
 class ImageIndex:
     """Finds images nearly the same as one by the differing bits of their hashes, exactly.
 
-    Hashes are cut into one part more than bits may differ: two that are near agree in at least one part.
+    Hashes are cut into one part more than the bits that may differ, so two close ones agree in at least one part.
     """
 
     def __init__(self, distance: int):
@@ -148,7 +148,7 @@ class ImageIndex:
         return [(one >> low) & ((1 << (high - low)) - 1) for low, high in zip(self._ends, self._ends[1:])]
 
     def find(self, hashes: list[int]) -> str | None:
-        """The name of a sample with an image near to one of these; None if there is none."""
+        """The name of a sample with an image close to one of these; None if there is none."""
         near = set()
         for one in hashes:
             for table, part in zip(self._tables, self._parts(one)):

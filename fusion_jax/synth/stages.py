@@ -1,19 +1,19 @@
-"""The stages that work on one sample at a time, in their order.
+"""Defines the stages, which process one sample at a time, in their order.
 
     caption -> filter -> judge -> describe -> refilter -> draw -> score -> qa -> verify -> statement
     -> rank -> (select.py)
 
-A sample is a dict that JSON can hold. A stage adds keys to it or raises `Drop`, which the sample then keeps as
-`dropped`: {stage, reason, detail, again}; later stages skip it. `again` marks what may succeed another time (an
-endpoint that was down). Keys, by the stage that adds them:
+A sample is a dict of JSON values. A stage adds keys to it or raises `Drop`, which the sample then has as
+`dropped`: {stage, reason, detail, again}; later stages skip it. `again` marks what may succeed later (an endpoint that
+was down). The keys, by the stage that adds them, are:
 
     pool       id, n, key (hash of caption and kind: the root of all its seeds), kind, stage, caption,
                origin {pool, record, source, licence}, and image, clip_score, blip_score where the pool has them
-    describe   answer (by kind), descriptions, state; of the embedded backend reading {understood, missed, invented,
-               kept_share}: what of the caption the scene keeps, and what it shows besides
+    describe   answer (by kind), descriptions, state; from the embedded backend also reading {understood, missed,
+               invented, kept_share}: what the scene keeps of the caption, and what else it shows
     draw       images [{file, seed}]
-    score      scores {clip, ssim_a, image}; hashes (perceptual, one an image) where alike images go
-    qa         pairs [{question, answer}], with options of multiple choice and the topic where the backend knows it;
+    score      scores {clip, ssim_a, image}; hashes (perceptual, one per image) where duplicate images are dropped
+    qa         pairs [{question, answer}], with options for multiple choice and the topic where the backend knows it;
                asked (number of pairs before verification)
     verify     pairs (the right ones), wrong, unverified
     statement  statements, where there is a scorer
@@ -47,12 +47,12 @@ class Drop(Exception):
 
 
 def make_seed(*parts: Any) -> int:
-    """A seed of 31 bits from the parts that name a draw: the same on every machine and in any order of the samples."""
+    """A 31-bit seed from the parts that name a draw: the same on every machine and in any order of the samples."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
 def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where: str = "") -> tuple[dict, Any]:
-    """The clean answer to a request and the reply it was in. Drop once all attempts are used up.
+    """The clean answer to a request and the reply that holds it. Raises Drop once all attempts are used up.
 
     Args:
       where: distinguishes the requests of one stage.
@@ -65,7 +65,7 @@ def _ask(models: Models, sample: Sample, stage: str, ask: Ask, data: dict, where
         return models.llm.chat(messages, ask.schema, seed, stage, data)
 
     model = models.vision if stage == "verify" else models.llm
-    # The name of an image file is a hash of what decides the image: in the request it stands for the image.
+    # The name of an image file is a hash of what decides the image, so it represents the image in the request.
     pictures = [image["file"] for image in sample["images"]] if stage == "verify" else []
     drop, complaint = Drop("no_answer"), ""
     for attempt in range(models.config.attempts):
@@ -165,7 +165,7 @@ def _score(models: Models, sample: Sample) -> None:
     ssim_a = [images.ssim_a(image, config.select.ssim_scale) for image in pictures]
     clip = _clip_scores(models, pictures, sample["descriptions"], paired=True)
     values = [(clip[i] if clip else 0.0) + 0.5 * ssim_a[i] for i in range(len(pictures))]
-    # Of a pair of images the worse one counts.
+    # For a pair of images the worse one counts.
     scores = {"ssim_a": min(ssim_a), "clip": min(clip) if clip else None, "image": min(values)}
     sample["scores"] = {key: None if value is None else round(value, 6) for key, value in scores.items()}
     if sample["scores"]["image"] < config.select.image_score_min:
@@ -173,7 +173,7 @@ def _score(models: Models, sample: Sample) -> None:
 
 
 def _clip_scores(models: Models, pictures: list, texts: list[str], paired: bool) -> list[float] | None:
-    """CLIPScores, weight * max(cosine, 0): of image i with text i, or of each text with its best image."""
+    """CLIPScores, weight * max(cosine, 0), of image i with text i, or of each text with its best image."""
     if models.scorer is None:
         return None
     cosines = np.maximum(models.scorer.similarity(pictures, texts), 0) * models.config.scorer.weight
@@ -182,7 +182,7 @@ def _clip_scores(models: Models, pictures: list, texts: list[str], paired: bool)
 
 def _qa(models: Models, sample: Sample) -> None:
     kind = KINDS[sample["kind"]]
-    if kind.ask is None:  # the caption itself is what is learned
+    if kind.ask is None:  # the caption itself is the training text
         request = kind.turns([{"answer": ""}], make_seed(models.config.seed, sample["key"], "turns"))[0][0]
         sample["pairs"] = [{"question": request, "answer": sample["descriptions"][0]}]
     else:
@@ -205,7 +205,7 @@ def _verify(models: Models, sample: Sample) -> None:
         try:
             answer, _ = _ask(models, sample, "verify", VERIFY, data, str(k))
         except Drop as e:
-            if e.again:  # the endpoint failed, not the answer: the whole sample may be tried another time
+            if e.again:  # the endpoint failed, not the answer: the whole sample may be retried later
                 raise
             unverified.append(pair | {"reason": e.reason})
             continue
@@ -222,7 +222,7 @@ def _whole_question(pair: dict) -> str:
 
 
 def _statement(models: Models, sample: Sample) -> None:
-    """Statements only serve the scorer: without one, none is paid for."""
+    """Requests statements, which only the scorer uses: without one, none is paid for."""
     if not models.config.scorer.path:
         return
     if KINDS[sample["kind"]].ask is None:
@@ -236,7 +236,7 @@ def _statement(models: Models, sample: Sample) -> None:
 
 
 def _rank(models: Models, sample: Sample) -> None:
-    """The mean CLIPScore of the statements, each with the image that it fits better."""
+    """Computes the mean CLIPScore of the statements, each with the image that it fits better."""
     sample["scores"]["statement"] = None
     if models.scorer is None:
         return
@@ -245,7 +245,7 @@ def _rank(models: Models, sample: Sample) -> None:
     sample["scores"]["statement"] = round(sum(scores) / len(scores), 6)
 
 
-# In order; what each needs beside the CPU decides where a cluster runs it.
+# In order; the model that a stage needs decides where a cluster runs it.
 STAGES: dict[str, Callable[[Models, Sample], None]] = {
     "filter": _filter,
     "judge": _judge,
@@ -273,7 +273,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def run_stages(models: Models, sample: Sample, stages: list[str]) -> Sample:
-    """The sample after these stages; it is changed in place. Only errors that end the run are raised."""
+    """Runs these stages on the sample, in place, and returns it. Only errors that end the run are raised."""
     for stage in stages:
         if "dropped" in sample:
             break
@@ -282,13 +282,13 @@ def run_stages(models: Models, sample: Sample, stages: list[str]) -> Sample:
         except Drop as e:
             detail = " ".join(str(e).split())[:300]
             sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": detail, "again": e.again}
-        except BackendError as e:  # an image of this run that is damaged, for instance
+        except BackendError as e:  # for instance a damaged image of this run
             sample["dropped"] = {"stage": stage, "reason": e.reason, "detail": str(e)[:300], "again": False}
     return sample
 
 
 def conversation(sample: Sample, kind: Kind, seed: int) -> list[dict[str, str]]:
-    """The turns of a finished sample as training reads them; image tags stand before the first question."""
+    """The turns of a finished sample as training reads them, with image tags before the first question."""
     turns = kind.turns(sample["pairs"], make_seed(seed, sample["key"], "turns"))
     messages = []
     for i, (question, answer) in enumerate(turns):

@@ -1,6 +1,6 @@
 """Trains a small SentencePiece vocabulary and writes it as a Phi-3 tokenizer folder.
 
-The ids, as in the released tokenizers, only fewer:
+The ids are those of the released tokenizers, but fewer:
 
     0 <unk>   1 <s>   2 </s>   3..258 single bytes   259.. pieces   V <|endoftext|>   V+1 <|assistant|> ... V+4 <|user|>
 
@@ -25,20 +25,20 @@ ADDED_TOKENS = (
     ("<|user|>", True),
 )
 EOS = "<|endoftext|>"
-# Part of every row of the Phi-3 template: repeated so often that it becomes few tokens.
+# Part of every row of the Phi-3 template: it is repeated so often that it becomes few tokens.
 _SYSTEM = ["You are a helpful AI assistant."] * 20
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size: int) -> pathlib.Path:
     """Trains on `texts` and writes `tokenizer.model` and the three JSON files of a Phi-3 tokenizer.
 
-    The result depends on the texts and their order only.
+    The result depends only on the texts and their order.
 
     Args:
       texts: training texts.
-      folder: where the files go; created where missing.
-      vocab_size: the number of pieces, 259 of them taken by the bytes and the three control pieces. A text too small to
-        fill it gives a smaller vocabulary.
+      folder: the folder for the files; created where missing.
+      vocab_size: the number of pieces, 259 of which are the bytes and the three control pieces. Where the texts are too
+        small to fill it, the vocabulary is smaller.
 
     Returns:
       The folder.
@@ -52,13 +52,13 @@ def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=stream,
-            # Unigram, on so few different sentences, splits common words; merging pairs ends with whole words.
+            # On so few different sentences, Unigram splits common words, while merging pairs ends with whole words.
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=1.0,
-            # Text comes back as it went in: no folding of characters and no joining of spaces.
+            # Decoding restores the text exactly: no characters are folded and no spaces are joined.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=True,

@@ -1,4 +1,4 @@
-"""The `about` entry of a checkpoint (config, tokenizer files, environment): written, read, checked."""
+"""Writes, reads and checks the `about` entry of a checkpoint: config, tokenizer files, environment."""
 
 import base64
 import binascii
@@ -32,14 +32,14 @@ log = logging.getLogger("fusion_jax")
 
 LARGEST = 1 << 28  # bytes of the whole entry, and of each tokenizer file in it
 _MOST_LAYERS, _MOST_TOKENS = 1 << 14, 1 << 20
-# The version of the entry. 1, or none: every conversation began with a BOS token (or else the padding token), whatever
-# the tokenizer's files say. 2: see `data.templates.first_ids`.
+# The version of the entry. With version 1, or none, every conversation began with a BOS token (or else the padding
+# token), whatever the tokenizer's files say. With version 2 it begins as `data.templates.first_ids` describes.
 FORMAT = 2
 _KINDS = {
     "config": dict,
     "tokenizer": dict,
     "origin": dict,
-    "records": dict,  # only numbers of records, from earlier versions
+    "records": dict,  # from earlier versions: the numbers of records alone
     "data": dict,
     "conversation": list,
     "stage": dict,
@@ -54,10 +54,10 @@ def describe_run(
     origin: dict[str, Any] | None = None,
     data: dict[str, list[dict[str, Any]]] | None = None,
 ) -> dict[str, str]:
-    """The `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
+    """Returns the `about` entry of a checkpoint: one JSON text, because Orbax writes a file entry per leaf.
 
     Args:
-      origin: what an import keeps of the folder that it read, for an export (see `interop.importing.Plan`).
+      origin: what an import keeps of the folder that it read, for a later export (see `interop.opening.Opened`).
       data: a description of each stage's files (`RecordSource.describe`).
     """
     files = {}
@@ -78,14 +78,15 @@ def describe_run(
 
 
 def with_stage(about: dict[str, str], name: str, order: int) -> dict[str, str]:
-    """The entry of a run with the stage of a checkpoint added; `order` is from `checkpoint_folders.order_in`."""
+    """Returns a run's entry with the stage of a checkpoint added; `order` is from `checkpoint_folders.order_in`."""
     return {"json": json.dumps({**json.loads(about["json"]), "stage": {"name": name, "order": order}})}
 
 
 def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
-    """Tokens, labels and question tokens of a fixed conversation, to recognise other templates, tokenizers or code.
+    """Returns tokens, labels and question tokens of a fixed conversation.
 
-    Empty if the tokenizer lacks a token of the template.
+    They differ if the template, the tokenizer or the code has changed. Empty if the tokenizer lacks a token of the
+    template.
     """
     texts = ("human", "<image>\nWhat is it?"), ("gpt", "A tree."), ("human", "How tall?"), ("gpt", "12 m, I'd say.")
     turns = [{"from": role, "value": text} for role, text in texts]
@@ -97,7 +98,7 @@ def conversation_ids(tokenizer: Tokenizer, template: str) -> list[int]:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on besides its config: versions, devices, and the commit if it runs from a git checkout."""
+    """Returns what a run depends on besides its config: versions, devices, and the commit in a git checkout."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(__file__).parents[2]
     commit = None
@@ -173,7 +174,7 @@ def check_form(about: Any, needed: Collection[str] = ("config", "tokenizer")) ->
 
 
 def load_about(folder: Path) -> dict[str, Any]:
-    """The `about` entry of a step folder.
+    """Reads the `about` entry of a step folder.
 
     Raises:
       UserError: it is missing or damaged, or one of its entries has a wrong type; names the folder.
@@ -187,7 +188,7 @@ def load_about(folder: Path) -> dict[str, Any]:
 
 
 def config_of(about: dict[str, Any], folder: Path | str) -> RunConfig:
-    """The run config of an `about` entry. UserError, which names the folder, if it is not valid."""
+    """Returns the run config of an `about` entry. Raises UserError, which names the folder, if it is not valid."""
     try:
         config = from_dict(RunConfig, about["config"])
         _check_model(config.model)
@@ -199,7 +200,7 @@ def config_of(about: dict[str, Any], folder: Path | str) -> RunConfig:
 
 
 def _check_model(model: FusionConfig) -> None:
-    """UserError if a size is too large for any model: describing its parameters alone would take all memory."""
+    """Raises UserError if a size is too large for any model: describing its parameters alone would take all memory."""
     tokens = (model.vision.patches, model.image_tokens, model.tile_tokens, *model.latent_counts)
     for name, value, most in (
         ("vision.layers", model.vision.layers, _MOST_LAYERS),
@@ -213,7 +214,7 @@ def _check_model(model: FusionConfig) -> None:
 
 
 def always_bos(about: dict[str, Any], where: Path | str) -> bool:
-    """Whether a checkpoint was trained with a BOS token before every conversation, whatever its tokenizer says."""
+    """Returns whether a checkpoint was trained with a BOS before every conversation, whatever its tokenizer says."""
     if about.get("format", 1) >= 2:
         return False
     config = config_of(about, where)
@@ -261,7 +262,7 @@ def save_tokenizer(about: dict[str, Any], folder: Path) -> None:
 
 
 def check_size(folder: Path, like: Any) -> None:
-    """UserError if the files of a step folder are too small for parameters of the shapes of `like`.
+    """Raises UserError if the files of a step folder are too small for parameters of the shapes of `like`.
 
     Arrays compress, but not a hundredfold: a config that promises more than that would only fill the memory.
     """

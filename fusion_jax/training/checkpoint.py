@@ -25,19 +25,8 @@ from fusion_jax.devices import distributed
 from fusion_jax.errors import UserError, first_line
 from fusion_jax.training import integrity
 from fusion_jax.training.about import check_form, config_of, load_text
-from fusion_jax.training.about import describe_run as describe  # noqa: F401
-from fusion_jax.training.about import load_about as load_about
-from fusion_jax.training.about import save_tokenizer as save_tokenizer
 from fusion_jax.training.checkpoint_arrays import abstract, check_shapes, load_parts, raise_if_no_damage
-from fusion_jax.training.checkpoint_folders import FOLDER as FOLDER
-from fusion_jax.training.checkpoint_folders import discard, remove
-from fusion_jax.training.checkpoint_folders import order_in as order_in
-from fusion_jax.training.checkpoint_folders import step_of as step_of
-from fusion_jax.training.checkpoint_folders import steps_in as steps_in
-from fusion_jax.training.loading import Loaded as Loaded
-from fusion_jax.training.loading import find_checkpoint as find  # noqa: F401
-from fusion_jax.training.loading import load_model as load_model
-from fusion_jax.training.loading import load_params as load_params
+from fusion_jax.training.checkpoint_folders import discard, remove, steps_in
 from fusion_jax.training.state import TrainState
 
 log = logging.getLogger("fusion_jax")
@@ -58,8 +47,8 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 _FOLDER_ERRORS = (OSError, ValueError, TimeoutError)
 _WRITING = ".writing"  # suffix of a folder whose files are not all written and listed
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", f"*{_WRITING}", "*.deleting")
-_PATIENCE_MS = 600_000  # for which a process waits for the others when a checkpoint is complete, or read
-_READ_PATIENCE = 30.0  # seconds, the same for a process that could not read it
+_PATIENCE_MS = 600_000  # milliseconds that a process waits for the others when a checkpoint is written or read
+_READ_PATIENCE = 30.0  # seconds that a process which could not read it waits for the others
 
 
 class Checkpoints:
@@ -70,7 +59,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], keep: int = 3, keep_every: int = 0):
-        """OSError: the folder cannot be created."""
+        """Creates the folder; raises OSError if that fails."""
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._about, self._keep, self._keep_every = about, keep, keep_every
@@ -85,7 +74,7 @@ class Checkpoints:
         self._saves = 0
         self._meet = get_barrier_sync_fn()
         self._options = ocp.Context()
-        # Random mantissas compress by a tenth only, which takes all cores for seconds.
+        # Random mantissas compress only by a tenth, which takes all cores for seconds.
         self._options.array.saving.use_compression = False
         # Otherwise a folder that cannot be created leaves threads that wait for it for minutes, even at exit.
         self._options.async_options.create_directories_asynchronously = False
@@ -93,7 +82,7 @@ class Checkpoints:
         self._sweep()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Returns the steps of the complete checkpoints, oldest first."""
         return steps_in(self.folder)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
@@ -120,7 +109,7 @@ class Checkpoints:
         self._writer.start()
 
     def finish(self, step: int, state: TrainState, data: dict[str, Any], patience: float) -> None:
-        """Like `save`, but waits until the checkpoint is complete, and tries again for `patience` seconds.
+        """Saves as `save` does, but waits until the checkpoint is complete, and tries again for `patience` seconds.
 
         Raises:
           UserError: the checkpoint still cannot be written.
@@ -147,7 +136,7 @@ class Checkpoints:
         Args:
           like: arrays or `jax.ShapeDtypeStruct`s: shapes, dtypes and shardings to restore into, on whatever mesh the
             checkpoint was written.
-          accept: called with a step and the state of the input; raises if that is invalid: the checkpoint is damaged.
+          accept: called with a step and the state of the input; raises if that is invalid, as in a damaged checkpoint.
 
         Returns:
           Step, training state and the state of the input; None if there is no checkpoint.
@@ -184,7 +173,7 @@ class Checkpoints:
         return None
 
     def _load_data(self, folder: Path, step: int, accept) -> dict[str, Any]:
-        """The state of the input in a step folder, all of whose JSON parts are checked."""
+        """Reads the state of the input from a step folder, and checks all of its JSON parts."""
         data = load_text(folder, "data")
         about = check_form(load_text(folder, "about"), self._needed)
         if self._compares:
@@ -317,7 +306,7 @@ class Checkpoints:
 
 
 def _try_to_load(load: Callable, *arguments) -> tuple[Any, str | None]:
-    """The result of loading, and None; or None, and a description of the damage."""
+    """Returns the result of loading and None, or None and a description of the damage."""
     try:
         return load(*arguments), None
     except Exception as error:  # damage raises other errors in each part and library
@@ -326,14 +315,14 @@ def _try_to_load(load: Callable, *arguments) -> tuple[Any, str | None]:
 
 
 def all_agree(here: bool) -> bool:
-    """Whether a condition holds in every process. A collective."""
+    """Returns whether a condition holds in every process. A collective."""
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
 
 
 def read_by_all(folder: Path, damage: object) -> None:
-    """UserError if this process alone could not read a checkpoint (`damage`): in Orbax the others wait for it."""
+    """Raises UserError if only this process could not read a checkpoint (`damage`): in Orbax the others wait for it."""
     patience = _PATIENCE_MS / 1000 if damage is None else _READ_PATIENCE
     if not distributed.meet(f"read/{folder.absolute()}", patience):
         raise UserError(

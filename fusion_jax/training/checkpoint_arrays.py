@@ -18,7 +18,7 @@ class Damaged(UserError):
 
 
 def abstract(tree):
-    """Shapes, dtypes and shardings of a tree; a leaf without a sharding goes to the first device."""
+    """Returns the shapes, dtypes and shardings of a tree; a leaf without a sharding goes to the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), tree)
 
@@ -33,7 +33,7 @@ def raise_if_no_damage(error: BaseException) -> None:
 
 
 def check_shapes(tree, like) -> None:
-    """ValueError if an array has another shape or dtype than the one in `like`; names it."""
+    """Raises ValueError if an array has another shape or dtype than the one in `like`; names it."""
     for (path, array), wanted in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True):
         if array.shape != wanted.shape or array.dtype != wanted.dtype:
             raise ValueError(
@@ -42,7 +42,7 @@ def check_shapes(tree, like) -> None:
             )
 
 
-# The tower's stacks of layers in a tree of parameters, or of anything that has a leaf for each, as moments have.
+# The path of the tower's stacked layers in a tree of parameters, or in one with a leaf per parameter, such as moments.
 _TOWER = ("vision", "layers")
 
 
@@ -67,7 +67,7 @@ def load_parts(folder: Path, like: dict) -> dict:
 
 
 def _shared_count(folder: Path, train: dict):
-    """Path and shape of Adam's counts in a tree of training state if the file has a single count; else None."""
+    """Returns path and shape of Adam's counts in a tree of training state if the file has a single count; else None."""
     for path, x in jax.tree.leaves_with_path(train):
         if getattr(path[-1], "name", "") == "count" and x.shape:
             stored = jax.tree.leaves_with_path(stored_shapes(folder, "train"))
@@ -86,7 +86,7 @@ def _replaced(tree, path, by):
 
 
 def _load_tower(folder: Path, like: dict) -> dict:
-    """`load_parts` without the conversion of counts."""
+    """Reads as `load_parts` does, without the conversion of counts."""
     stored, wanted = _depth(stored_shapes(folder)), _depth(like["params"])
     if stored - wanted not in _LEFT_OUT:
         return _load(folder, like)
@@ -107,7 +107,7 @@ def _load_tower(folder: Path, like: dict) -> dict:
 
 
 def _load(folder: Path, like: dict) -> dict:
-    """`ocp.load_checkpointables`, with a ValueError that names the difference if the folder has other arrays."""
+    """Calls `ocp.load_checkpointables`; a ValueError names the difference if the folder has other arrays."""
     try:
         return ocp.load_checkpointables(folder, like)
     except Exception as error:
@@ -117,7 +117,7 @@ def _load(folder: Path, like: dict) -> dict:
 
 
 def _other_arrays(folder: Path, like: dict) -> str:
-    """A description of the arrays that a folder has or lacks, compared with `like`."""
+    """Returns a description of the arrays that a folder has or lacks, compared with `like`."""
     differences = []
     for part, tree in like.items():
         stored, wanted = (
@@ -134,7 +134,7 @@ def _other_arrays(folder: Path, like: dict) -> str:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The first cause of an error: the later ones of Orbax print the whole tree."""
+    """Returns the first cause of an error: the later ones of Orbax print the whole tree."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return error
@@ -146,7 +146,7 @@ def _is_tower(path) -> bool:
 
 
 def _depth(params: dict) -> int:
-    """The number of the tower's layers in a tree of parameters; 0 if there is no tower."""
+    """Returns the number of the tower's layers in a tree of parameters; 0 if there is no tower."""
     leaves = jax.tree.leaves(params.get(_TOWER[0], {}).get(_TOWER[1], {}))
     return leaves[0].shape[0] if leaves and len(leaves[0].shape) else 0
 
@@ -174,7 +174,7 @@ def read_params(folder: Path, like: dict) -> dict:
 
 
 def fits(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a parameter of the shape `stored` can be read as one of the shape `wanted`."""
+    """Returns whether a parameter of the shape `stored` can be read as one of the shape `wanted`."""
     if stored == wanted:
         return True
     tower = name.startswith("/".join(_TOWER)) and bool(stored) and bool(wanted)
@@ -182,7 +182,7 @@ def fits(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def stored_shapes(folder: Path, part: str = "params") -> dict:
-    """Shapes and dtypes of a part of a step folder, as a nested dict. `Damaged` if they cannot be read."""
+    """Reads shapes and dtypes of a part of a step folder as a nested dict. Raises `Damaged` if that fails."""
     _silence_loops()
     try:
         stored = ocp.metadata(folder, part).metadata
@@ -195,13 +195,13 @@ def stored_shapes(folder: Path, part: str = "params") -> dict:
 
 
 def unreadable(folder: Path, why: BaseException | str) -> Damaged:
-    """The error of a step folder whose parameters cannot be read."""
+    """Returns the error of a step folder whose parameters cannot be read."""
     reason = why if isinstance(why, str) else _shortened(first_line(_first_cause(why)))
     return Damaged(f"{folder} is not an intact checkpoint: its params cannot be read ({reason}).")
 
 
 def _shortened(message: str) -> str:
-    """An error of TensorStore without the list of options that follows the name of the file."""
+    """Returns an error of TensorStore without the list of options that follows the name of the file."""
     return " ".join(message.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0].split())[:300]
 
 

@@ -13,17 +13,17 @@ _STEP = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's checkpoint folder, oldest first. Other names are ignored."""
+    """Returns the steps of complete checkpoints in a stage's checkpoint folder, oldest first; ignores other names."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def step_of(folder: Path) -> int:
-    """The training step of a step folder; 0 for an import, whose folder the user has named."""
+    """Returns the training step of a step folder; 0 for an import, whose folder the user has named."""
     return int(folder.name) if _STEP.fullmatch(folder.name) else 0
 
 
 def order_of(folder: Path) -> int | None:
-    """The position of a stage among those of its run, from the newest readable checkpoint in its checkpoint folder.
+    """Returns the position of a stage among those of its run, from the newest readable checkpoint in its folder.
 
     Checkpoints of earlier versions have the names of all stages in their order instead. None if no checkpoint has it.
     """
@@ -41,7 +41,7 @@ def order_of(folder: Path) -> int | None:
 
 
 def order_in(workdir: Path, stage: str) -> int:
-    """The position of a stage that is now trained in a workdir: its own, or one more than the largest there."""
+    """Returns the position of a stage that is now trained in a workdir: its own, or one more than the largest there."""
     own = order_of(workdir / stage / FOLDER)
     if own is not None:
         return own
@@ -50,7 +50,7 @@ def order_in(workdir: Path, stage: str) -> int:
 
 
 def latest_first(folders: Iterable[Path]) -> list[Path]:
-    """Checkpoint folders of a run's stages, the last one first.
+    """Returns the checkpoint folders of a run's stages, the last one first.
 
     Modification times decide only if nothing else does, since a copy of the run has other times.
     """

@@ -37,13 +37,13 @@ class Inputs:
     """The inputs of a run, opened and checked.
 
     Attributes:
-      config: with the values that depend on a checkpoint's weights.
+      config: the run's config, with the values that depend on a checkpoint's weights filled in.
       first: index of the stage to continue with. begun: whether that stage has a checkpoint. over: whether its newest
         checkpoint is that of its last step, so that its data have not been compared.
       accepted: `resume.INPUTS` that may have changed. tokenizer, origin: see `resume.start_from`.
       sources, data: the records of each stage and their description (`RecordSource.describe`), by name of the stage.
-      sizes: of the batches of each stage that will be trained, by name.
-      validation: of each stage that has one, by name.
+      sizes: the batch sizes of each stage that will be trained, by name.
+      validation: the validation data of each stage that has some, by name.
     """
 
     config: RunConfig
@@ -63,7 +63,7 @@ class Inputs:
 
 
 def check_accepted(accepted: Sequence[str]) -> None:
-    """UserError if --accept_changed names something unknown."""
+    """Raises UserError if --accept_changed names something unknown."""
     for name in accepted:
         check(name in resume.INPUTS, f"--accept_changed={name} is unknown; allowed: {', '.join(resume.INPUTS)}.")
 
@@ -117,7 +117,7 @@ def open_inputs(
             with attempt():
                 sharding.check_model(config.model, inputs.mesh)
             for stage in config.stages:
-                if not stage.packing:  # whose rows are always a multiple of the devices'
+                if not stage.packing:  # packed rows are always a multiple of the number of devices
                     with attempt():
                         rows = stage.batch_size // stage.accumulation
                         sharding.check_rows(rows, inputs.mesh, f"stage {stage.name!r}")
@@ -159,7 +159,7 @@ def open_inputs(
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """UserError if the model has too few rows for the tokenizer's tokens, or the tokenizer lacks the template's."""
+    """Raises UserError if the model has too few rows for the tokenizer, or the tokenizer lacks a template's token."""
     check(
         tokenizer.vocab_size <= config.model.llm.vocab_size,
         f"config.model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the {tokenizer.vocab_size} "
@@ -169,7 +169,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def described_mesh(config: RunConfig, devices: int) -> jax.sharding.AbstractMesh:
-    """The mesh over a number of devices. UserError if its sizes do not fit that number."""
+    """Returns the mesh over a number of devices. UserError if its sizes do not fit that number."""
     return jax.sharding.AbstractMesh(sharding.mesh_sizes(config.mesh, devices), sharding.AXES)
 
 
@@ -195,7 +195,7 @@ def check_resume(inputs: Inputs, workdir: Path, attempt) -> None:
 
 
 def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
-    """Whether the newest checkpoint is that of the stage's last step, so that its data will not be read."""
+    """Returns whether the newest checkpoint is that of the stage's last step, so that its data will not be read."""
     try:
         position = load_text(folder / str(steps_in(folder)[-1]), "data")
         return stage_is_over(stage, records, position)
@@ -206,7 +206,7 @@ def _is_over(stage: StageConfig, records: int, folder: Path) -> bool:
 def measure_validation(
     config: RunConfig, stages: Sequence[StageConfig], tokenizer: Tokenizer | None
 ) -> dict[str, Validation]:
-    """The validation of each stage that has one, by name. A collective.
+    """Measures the validation data of each stage that has some, by name. A collective.
 
     Stages of equal sizes share what is measured. Without a tokenizer the data are only opened.
 
@@ -241,7 +241,7 @@ def measure_validation(
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """UserError if the benchmarks to run during training are unknown, or their data are missing."""
+    """Raises UserError if the benchmarks to run during training are unknown, or their data are missing."""
     check(
         bool(config.evaluation_tasks) and Path(config.evaluation_data).is_dir(),
         f"config.evaluate_every={config.evaluate_every} needs evaluation_tasks (they are "
@@ -251,5 +251,5 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def checkpoints(workdir: Path, stage: StageConfig) -> Path:
-    """The folder of a stage's checkpoints."""
+    """Returns the folder of a stage's checkpoints."""
     return workdir / stage.name / FOLDER

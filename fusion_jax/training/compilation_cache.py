@@ -35,7 +35,7 @@ def keep_programs(folder: Path, first: bool) -> None:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a compressed file is complete; one in a format that cannot be read here counts as complete."""
+    """Returns whether a compressed file is complete; one in a format that cannot be read here counts as complete."""
     with path.open("rb") as file:
         block = file.read(_BLOCK)
         reader = _decompressor(block)
@@ -51,7 +51,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _decompressor(start: bytes) -> Any:
-    """A decompressor for a file with this beginning; None if there is none."""
+    """Returns a decompressor for a file with this beginning; None if there is none."""
     if start[:1] == b"\x78":
         return zlib.decompressobj()
     if start.startswith(_ZSTANDARD):

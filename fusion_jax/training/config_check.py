@@ -1,4 +1,4 @@
-"""The doctor's checks of a run configuration: what training itself would refuse, and whether its state fits."""
+"""Checks a run configuration for the doctor: what training would refuse, and whether its state fits."""
 
 import logging
 import os
@@ -12,14 +12,14 @@ from fusion_jax.errors import UserError
 
 
 def count_parameters(config) -> tuple[int, int]:
-    """The number of parameters, and of those trained in the stage that trains most; nothing is allocated."""
+    """Returns the number of parameters, and of those trained in the stage that trains most; nothing is allocated."""
     with loading():
         import jax
 
         from fusion_jax.models import fusion
         from fusion_jax.training import optim
 
-    jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
+    jax.config.update("jax_platforms", "cpu")  # this process must not take the accelerator just for this
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     sizes = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.size, params))
     trained = [
@@ -34,7 +34,7 @@ def count_parameters(config) -> tuple[int, int]:
 
 
 def state_bytes(total: int, trained: int) -> int:
-    """Bytes that float32 weights and both moments of AdamW take, in memory and in a checkpoint."""
+    """Returns the bytes that float32 weights and both moments of AdamW take, in memory and in a checkpoint."""
     return 4 * total + 8 * trained
 
 
@@ -42,7 +42,7 @@ def check_inputs(config, workdir: str | None, accepted, devices: int) -> Finding
     """Runs the checks with which training begins (`checks.open_inputs`), and yields all their errors and warnings.
 
     Args:
-      config: RunConfig. accepted: what may have changed, see `--accept_changed`. devices: how many there are, 0 where
+      config: RunConfig. accepted: what may have changed, see `--accept_changed`. devices: how many there are, 0 if
         that is unknown.
     """
     with loading():
@@ -77,7 +77,7 @@ def check_config(config, answer: dict | Problem, workdir: str | None, accepted=(
     with loading():
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # of this process, which must not take the accelerator for this
+        jax.config.update("jax_platforms", "cpu")  # this process must not take the accelerator just for this
     yield from check_inputs(config, workdir, accepted, answer["count"] if known else 0)
     if not known:
         yield from check_disk(workdir)

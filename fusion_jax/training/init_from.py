@@ -1,4 +1,4 @@
-"""Starts a model from a checkpoint of a similar one, which may have more or fewer parts, or other stacks.
+"""Starts a model from the checkpoint of a similar one, which may have other parts, or other stacks.
 
 The decoder's layers are stored in stacks (`FusionConfig.stacks`) that depend on the positions of the exchange layers:
 a model without exchange layers has other stacks. Here each layer is identified by its number in the decoder:
@@ -52,10 +52,10 @@ class Transfer:
 
 
 def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
-    """The step folder that `config.init_from` refers to, and its parameters in shapes, dtypes and shardings of `like`.
+    """Returns the step folder of `config.init_from`, and its parameters in shapes, dtypes and shardings of `like`.
 
     Parameters that `config.init_without` matches are not taken over, but begin at random values if the model has them.
-    With several processes all use the same folder. UserError as `loading.use` and `load_params`.
+    With several processes all use the same folder. Raises UserError as `loading.use` and `load_params` do.
     """
 
     def load(folder: Path) -> tuple[Path, dict]:
@@ -79,7 +79,7 @@ def initial_parameters(config: RunConfig, like: dict) -> tuple[Path, dict]:
 
 
 def check_initial(config: RunConfig, shapes: dict) -> None:
-    """UserError if a model with parameters of these shapes cannot start from those of `config.init_from`."""
+    """Raises UserError if a model with parameters of these shapes cannot start from those of `config.init_from`."""
 
     def look(folder: Path) -> None:
         saved = config_of(load_about(folder), folder).model
@@ -127,7 +127,7 @@ def match_parameters(
 def take_parameters(
     folder: Path, saved: FusionConfig, model: FusionConfig, like: dict, without: Sequence[str] = (), seed: int = 0
 ) -> dict:
-    """The parameters of `match_parameters`, in shapes, dtypes and shardings of `like`.
+    """Reads the parameters of `match_parameters`, in shapes, dtypes and shardings of `like`.
 
     What the checkpoint does not provide is drawn at random from the seed.
 
@@ -177,7 +177,7 @@ def _restacked(folder: Path, transfer: Transfer, wanted: Mapping[str, jax.ShapeD
 
 
 def _new_parameters(model: FusionConfig, seed: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
-    """Random parameters, equal to those of a model that starts without a checkpoint."""
+    """Draws random parameters, equal to those of a model that starts without a checkpoint."""
 
     def make(key):
         drawn = flatten_dict(fusion.init(model, key), sep="/")
@@ -188,7 +188,7 @@ def _new_parameters(model: FusionConfig, seed: int, wanted: Mapping[str, jax.Sha
 
 
 def _places(model: FusionConfig, paths: Iterable[str]) -> dict[str, Place]:
-    """The place of each parameter, for stacks one per layer, in the order of the paths and layers."""
+    """Returns the place of each parameter, one per layer for stacks, in the order of the paths and layers."""
     stacks = model.stacks()
     first = [sum(stack.blocks * stack.layers for stack in stacks[:s]) for s in range(len(stacks))]
     places: dict[str, Place] = {}
@@ -206,7 +206,7 @@ def _places(model: FusionConfig, paths: Iterable[str]) -> dict[str, Place]:
 
 
 def _matcher(patterns: Sequence[str], paths: Sequence[str]):
-    """Whether a path matches one of the patterns. UserError if a pattern is invalid or matches no path."""
+    """Returns a function that says whether a path matches a pattern. UserError if a pattern is invalid or unused."""
     compiled = []
     for pattern in patterns:
         try:
@@ -222,7 +222,7 @@ def _matcher(patterns: Sequence[str], paths: Sequence[str]):
 
 
 def _described(names: Sequence[str]) -> str:
-    """A short description of parameters: known parts by their names, and the first of the others."""
+    """Returns a short description of parameters: known parts by their names, and the first of the others."""
     parts_numbers: dict[str, list[str]] = {}
     others = []
     for name in names:
@@ -244,7 +244,7 @@ def _described(names: Sequence[str]) -> str:
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Patterns for `config.init_without` that match these names."""
+    """Returns patterns for `config.init_without` that match these names."""
     patterns = []
     for name in names:
         known = next((pattern for part, (_, pattern) in _PARTS.items() if name.startswith(part)), None)

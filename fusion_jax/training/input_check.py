@@ -25,7 +25,7 @@ log = logging.getLogger("fusion_jax")
 
 
 def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
-    """UserError if the processes hold different records. A collective. `data`: from `RecordSource.describe`."""
+    """Raises UserError if the processes hold different records. A collective. `data`: from `RecordSource.describe`."""
     by_process = distributed.gather(data)
     for process, other in enumerate(by_process):
         different = differences(other, by_process[0], "process 0")
@@ -37,7 +37,7 @@ def check_same_data(name: str, data: list[dict[str, Any]]) -> None:
 
 
 def check_same_tokenizer(tokenizer: Tokenizer) -> None:
-    """UserError if the processes have different tokenizers. A collective."""
+    """Raises UserError if the processes have different tokenizers. A collective."""
     by_process = distributed.gather(tokenizer.fingerprint)
     other = next((i for i, fingerprint in enumerate(by_process) if fingerprint != by_process[0]), None)
     check(
@@ -48,7 +48,7 @@ def check_same_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose: str) -> list[str]:
-    """How two descriptions of data (`RecordSource.describe`) differ, as phrases; names of files may differ."""
+    """Says in phrases how two descriptions of data (`RecordSource.describe`) differ; names of files may differ."""
     if len(data) != len(others):
         names, theirs = (", ".join(part["name"] for part in parts) for parts in (data, others))
         return [f"the data sets {names} ({whose}: {theirs})"]
@@ -67,7 +67,7 @@ def differences(data: list[dict[str, Any]], others: list[dict[str, Any]], whose:
 
 
 def agreed_sizes(config: RunConfig, stage: StageConfig, source: RecordSource, tokenizer, shards: int) -> Sizes:
-    """`planner.stage_sizes` as process 0 measures them. A collective.
+    """Returns `stages.stage_sizes` as process 0 measures them. A collective.
 
     Args:
       shards: the number of shards of the rows of a microbatch.
@@ -97,11 +97,11 @@ class InputCheck:
         self._stage, self._records, self._path = stage, records, folder / "bad_records.jsonl"
         self._allowed = config.max_bad_records
         self._held = list(held)
-        self._counts, self._plan = Counts(), 0  # of the last step
-        self._last: BadRecord | None = None  # of this process
+        self._counts, self._plan = Counts(), 0  # those of the last step
+        self._last: BadRecord | None = None  # the last bad record of this process
         self._gaps = 0  # checksum of this process's gaps
         self._own: Counter[str] = Counter()  # gaps of this process since the start, by reason
-        self._all: Counter[str] = Counter()  # of all processes, at their last exchange
+        self._all: Counter[str] = Counter()  # gaps of all processes, at their last exchange
         self._planned = self._unusable = 0  # samples and bad records since that exchange, without gaps
         self._in_row = 0  # bad records since the last sample
         self._agreed = True
@@ -159,11 +159,11 @@ class InputCheck:
         return total
 
     def position(self, step: int, state: dict) -> dict:
-        """The state of the input iterator after this step, with the counts over all processes. A collective."""
+        """Returns the state of the input iterator after this step, with the counts over all processes. A collective."""
         return state | {"counts": state["counts"] | {"bad": self.agree(step).bad}}
 
     def _total(self) -> Counts:
-        """The counts with the gaps of the last exchange: the same in every process."""
+        """Returns the counts with the gaps of the last exchange: the same in every process."""
         return self._counts.plus({reason: self._all[reason] - self._own[reason] for reason in self._all | self._own})
 
     def _check_gaps(self, gaps: int) -> None:

@@ -38,7 +38,7 @@ def write(folder: Path, process: int) -> None:
 def problem(
     folder: Path, process: int = 0, processes: int = 1, thorough: bool = True, parts: tuple[str, ...] = ()
 ) -> str | None:
-    """A description of what is wrong with the files of a step folder; None if all are intact or unlisted.
+    """Describes what is wrong with the files of a step folder; returns None if all are intact or unlisted.
 
     Args:
       processes: the number of processes, each of which checks its share of the files.
@@ -76,7 +76,7 @@ def problem(
 
 
 def unlisted(folder: Path) -> bool:
-    """Whether files of a step folder are not listed because their process left no list."""
+    """Returns whether files of a step folder are not listed because their process left no list."""
     try:
         lists = _owners_of_lists(folder)
         return any(_owner(name) not in lists for name in files(folder))
@@ -85,7 +85,7 @@ def unlisted(folder: Path) -> bool:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Returns the CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -101,7 +101,7 @@ def _checksum(path: Path) -> int | OSError:
 
 
 def _owner(name: str) -> int:
-    """The process that lists the file."""
+    """Returns the process that lists the file."""
     owner = _OWNER.search(name)
     return int(owner[1]) if owner else 0
 
@@ -139,7 +139,7 @@ def _owners_of_lists(folder: Path) -> set[int]:
 
 
 def _read_lists(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and checksum by name of file, from all lists.
+    """Reads size and checksum by name of file, from all lists.
 
     Raises:
       ValueError: a list cannot be read, or is not a list of files inside the folder; names it.

@@ -38,12 +38,12 @@ def truncate_rows(path: Path, step: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The entries of a JSONL file, each with a `step`; other lines are skipped."""
+    """Returns the entries of a JSONL file, each with a `step`; other lines are skipped."""
     return [entry for line in path.read_bytes().split(b"\n") if (entry := _entry(line)) is not None]
 
 
 def _entry(line: bytes) -> dict | None:
-    """The entry in a line; None if there is none."""
+    """Returns the entry in a line; None if there is none."""
     try:
         entry = json.loads(line.decode())
     except (ValueError, RecursionError):

@@ -37,21 +37,21 @@ class Loaded:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The step folder that `path` refers to (see `use`), judged by its files alone."""
+    """Returns the step folder that `path` refers to (see `use`), judged by its files alone."""
     return use(path, lambda folder: folder)
 
 
 def use(path: str | Path, load: Callable[[Path], T]) -> T:
-    """The result of `load` for the step folder that `path` refers to.
+    """Returns the result of `load` for the step folder that `path` refers to.
 
     `path` is a step folder, a stage's folder (its newest step), or a workdir (its newest stage and step). If the newest
-    checkpoint is damaged, the previous one is used, and the log says so; a step folder given by itself has none.
+    checkpoint is damaged, the previous one is used, and the log says so. A path to a step folder has no such fallback.
 
     Args:
       load: raises `Damaged` if the folder cannot be read.
 
     Raises:
-      UserError: there is no checkpoint, or none that is intact; whatever else `load` raises.
+      UserError: there is no checkpoint, or none that is intact. Errors of `load` other than `Damaged` are passed on.
     """
     path = Path(path).absolute()
     if (path / "params").is_dir():
@@ -82,7 +82,7 @@ def use(path: str | Path, load: Callable[[Path], T]) -> T:
 
 
 def _unusable(folder: Path) -> str | None:
-    """Why a model cannot be loaded from a step folder; None if its files look intact."""
+    """Says why a model cannot be loaded from a step folder; returns None if its files look intact."""
     if not (folder / "params").is_dir():
         return "it has no params"
     try:
@@ -99,13 +99,13 @@ def _unusable(folder: Path) -> str | None:
 
 
 def _why(folder: Path, error: UserError) -> str:
-    """The text of an error about a step folder, without the folder's name and the full stop."""
+    """Returns the text of an error about a step folder, without the folder's name and the full stop."""
     return str(error).removeprefix(f"{folder} is not an intact checkpoint: ").removeprefix(f"{folder} ").rstrip(".")
 
 
 @functools.lru_cache(maxsize=16)
 def _problem(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str | None:
-    """`integrity.problem`, cached by the state of the files, since it takes minutes and a command may need it twice."""
+    """Caches `integrity.problem` by the state of the files: it takes minutes, and a command may need it twice."""
     return integrity.problem(folder, parts=("params", "about"))
 
 
@@ -125,7 +125,7 @@ def load_params(folder: Path, like) -> dict:
 
 
 def check_names(folder: Path, stored: Collection[str], wanted: Collection[str]) -> None:
-    """UserError if a checkpoint has parameters of other names than a model.
+    """Raises UserError if a checkpoint has parameters of other names than a model.
 
     This is checked before anything is read, because the error of Orbax prints both trees.
     """
@@ -138,7 +138,7 @@ def check_names(folder: Path, stored: Collection[str], wanted: Collection[str]) 
 
 
 def check_fits(folder: Path, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """UserError if a parameter has another shape than the one in a model.
+    """Raises UserError if a parameter has another shape than the one in a model.
 
     This is checked before anything is read, because Orbax reports each such array with its own traceback.
     """

@@ -1,4 +1,4 @@
-"""The lock of a workdir, which lets one run at a time train there.
+"""Locks a workdir, so that one run at a time trains there.
 
 The operating system releases it however the process ends. Where a file system shares files but not locks between hosts,
 the time stamp of the lock file, which a live run renews, shows whether a run on another host is alive.
@@ -70,7 +70,7 @@ def sign_off() -> None:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file. Raises UserError where it is a folder, a link or a pipe."""
+    """Returns a descriptor of the lock file. Raises UserError if it is a folder, a link or a pipe."""
     try:
         file = open_lock(path)
         if stat.S_ISREG(os.fstat(file).st_mode):
@@ -99,9 +99,9 @@ def _sign_off(file: int) -> None:
 
 
 def _holder(file: int) -> dict[str, str] | None:
-    """The process that the lock file names (pid, host, since); empty where there is none or it has not yet signed.
+    """Returns the process that the lock file names (pid, host, since); empty if none has signed it yet.
 
-    None where the file holds anything else.
+    None if the file holds anything else.
     """
     content = os.pread(file, _LONGEST, 0)
     if not content.strip(b"\0"):  # zeros are what a power cut leaves

@@ -1,4 +1,4 @@
-"""The steps of a training loop: waiting for input, computing, reporting, and where the time goes."""
+"""Runs the steps of a training loop: waits for input, computes, reports, and measures what takes time."""
 
 import logging
 import math
@@ -37,13 +37,13 @@ class Loop:
         """Sets up the loop of a stage.
 
         Args:
-          steps: of the stage (`planner.stage_steps`). start: those done before. step_fn: from `compile_step`.
+          steps: the stage's steps (`planner.stage_steps`). start: steps done before. step_fn: from `compile_step`.
         """
         self._config, self._stage, self._steps, self._start = config, stage, steps, start
         self._done = 0.0  # `Fed.done` of the last step
         self._mesh, self._step_fn, self._phase = mesh, step_fn, phase
         self._peak = peaks.peak(model.dtype)
-        # Shards of a batch over those that this process holds.
+        # The number of shards of a batch, divided by the number that this process holds.
         self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))
         self._compiled: set[int] = set()  # latent counts that have a program
         self._running: deque = deque()  # results of steps that may still be computing

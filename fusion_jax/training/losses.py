@@ -1,4 +1,4 @@
-"""The losses of training: their sums over a batch, what these are divided by, and their weights.
+"""Defines the losses of training: their sums over a batch, the counts that divide these, and weights.
 
 `LOSSES` is the one place to add a loss to: the train step adds it to the total, and the metrics, the log, the curves,
 validation and the tests read its parts from there. A new loss takes
@@ -36,7 +36,7 @@ def _chunk(index, order, hidden, targets, weights, size):
 
 
 def _chunk_loss(hidden, kernel, targets, weights, vocab_size, vocab_axes):
-    """Sum of weighted CE over one chunk and d(sum)/d(logits); `kernel` may hold a part of the vocabulary's columns."""
+    """Computes the weighted CE of a chunk and d(CE)/d(logits); `kernel` may hold part of the vocabulary's columns."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     columns = jnp.arange(logits.shape[-1])
     if vocab_axes:
@@ -63,7 +63,7 @@ def _cross_entropy(hidden, kernel, targets, weights, vocab_size):
 
 
 def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
-    """The loss and, on request, its gradients by hidden states and kernel; each device computes its rows of the batch.
+    """Computes the loss and, on request, its gradients in hidden states and kernel; each device has its rows.
 
     The kernel's columns are sharded like the vocabulary; its rows are gathered, once.
     """
@@ -87,7 +87,7 @@ def _run(hidden, kernel, targets, weights, vocab_size, with_gradient):
 
 
 def _loop(hidden, kernel, targets, weights, vocab_size, with_gradient, row_axes, vocab_axes):
-    """One loop over chunks of supervised positions, gradients included, so that no logits are kept or recomputed."""
+    """Computes loss and gradients in one loop over chunks of supervised positions: no logits are kept or recomputed."""
     count = hidden.shape[0]
     size = min(CHUNK, count)
     padding = -count % size
@@ -136,7 +136,7 @@ def cross_entropy_sum(
     weights: Float[Array, "B S"],
     vocab_size: int,
 ) -> Float[Array, ""]:
-    """Weighted sum of next-token cross-entropies, float32.
+    """Computes the weighted sum of next-token cross-entropies, float32.
 
     Logits exist only for supervised positions (weight > 0), a chunk at a time. Differentiable in `hidden` and `kernel`.
 
@@ -158,7 +158,7 @@ def _cosine_distance(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[
 def mapping_loss_sums(
     visual: Visual, crop_kind: Int[Array, "B N"], text_mask: Bool[Array, "B N T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Dual-semantic mapping loss: sums of 1 - cos, both sides with gradient.
+    """Computes the dual-semantic mapping loss: sums of 1 - cos, both sides with gradient.
 
     Returns:
       v2t: over real question tokens, embedding against the encoder's output projected to text;
@@ -195,7 +195,7 @@ class Loss:
 
     Attributes:
       parts: names in the metrics. sums, counts: one float32 scalar per part; the mean of a part is sum / count.
-      weight: where it is 0, the sums are not computed and the parts are 0.
+      weight: if it is 0, the sums are not computed and the parts are 0.
     """
 
     parts: tuple[str, ...]
@@ -211,7 +211,7 @@ def _ce_sums(config: FusionConfig, outputs: Outputs) -> tuple[jax.Array]:
 
 
 def _ce_counts(config: FusionConfig, batch: Batch) -> tuple[jax.Array]:
-    """Supervised tokens."""
+    """Counts the supervised tokens."""
     return (jnp.sum(batch.loss_weights),)
 
 
@@ -222,7 +222,7 @@ def _mapping_sums(config: FusionConfig, outputs: Outputs) -> tuple[jax.Array, ja
 
 
 def _mapping_counts(config: FusionConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Question tokens, and patches, of the crops that exist."""
+    """Counts the question tokens, and the patches, of the crops that exist."""
     exists = batch.crop_kind != NO_CROP
     tokens = jnp.sum(batch.crop_text_mask & exists[..., None]).astype(jnp.float32)
     return tokens, jnp.sum(exists).astype(jnp.float32) * config.vision.patches
@@ -236,14 +236,14 @@ PARTS = tuple(part for loss in LOSSES.values() for part in loss.parts)
 
 
 def counts(config: FusionConfig, batch: Batch) -> dict[str, Float[Array, ""]]:
-    """What the sum of each part is divided by, by its name."""
+    """Returns what the sum of each part is divided by, by the part's name."""
     return {name: x for loss in LOSSES.values() for name, x in zip(loss.parts, loss.counts(config, batch), strict=True)}
 
 
 def total_and_parts(
     config: FusionConfig, outputs: Outputs, totals: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The total loss and its parts, each the sum over this batch divided by the count in `totals`; float32 scalars."""
+    """Returns total loss and parts, each the sum over this batch divided by its count in `totals`; float32 scalars."""
     shares, parts = [], {}
     for loss in LOSSES.values():
         weight = loss.weight(config)

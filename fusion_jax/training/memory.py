@@ -1,4 +1,4 @@
-"""The memory that a run has in use, and the error of a run that does not fit into a device."""
+"""Measures the memory that a run uses, and explains the error of one that does not fit into a device."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from fusion_jax.errors import UserError
 
 
 def memory_in_use() -> dict[str, float]:
-    """GiB in use: of the fullest local device, now and at its peak, if known; and of this process on the host."""
+    """Returns the GiB in use: on the fullest local device, now and at its peak, if known; and by the host process."""
     values = {}
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     for name, key in (("hbm_gib", "bytes_in_use"), ("hbm_peak_gib", "peak_bytes_in_use")):

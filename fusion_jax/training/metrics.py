@@ -1,4 +1,4 @@
-"""The metrics of an interval of steps: means, rates, shares of time, spikes, and one readable line."""
+"""Computes the metrics of an interval of steps: means, rates, shares of time, spikes, a readable line."""
 
 import time
 from collections import deque
@@ -11,7 +11,7 @@ from fusion_jax.training.losses import PARTS
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m10s or 42s."""
+    """Writes seconds as 1h02m, 3m10s or 42s."""
     seconds = round(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
@@ -29,7 +29,7 @@ class Interval:
         self._start = time.perf_counter()
 
     def add(self, metrics: dict, samples: int, flops: float) -> None:
-        """`metrics` may still be on the device: this does not wait for them."""
+        """Adds a step, whose `metrics` may still be on the device: this does not wait for them."""
         self._steps.append(metrics)
         self._samples += samples
         self._flops += flops
@@ -39,12 +39,12 @@ class Interval:
         self._seconds[on] += seconds
 
     def fetched(self) -> list[dict[str, float]]:
-        """The metrics of the steps as numbers; waits for the last step."""
+        """Returns the metrics of the steps as numbers; waits for the last step."""
         self._steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(self._steps)]
         return self._steps
 
     def report(self, peak: float) -> dict[str, float]:
-        """The values of the interval; waits for the last step. `peak`: FLOP/s of all devices, for the MFU."""
+        """Returns the values of the interval; waits for the last step. `peak`: FLOP/s of all devices, for the MFU."""
         steps = self.fetched()
         seconds = time.perf_counter() - self._start
         averaged = [name for name in steps[0] if name in _AVERAGED or name.startswith("grad_norm/")]
@@ -82,7 +82,7 @@ class Spikes:
         self._known = {name: deque(maxlen=window) for name in ("total", "grad_norm")}
 
     def find(self, first: int, steps: Iterable[Mapping[str, float]]) -> list[str]:
-        """One sentence for each spike in the metrics of consecutive steps; `first` is the number of the first."""
+        """Returns a sentence for each spike in the metrics of consecutive steps; `first` is the number of the first."""
         sentences = []
         for step, values in enumerate(steps, first):
             if not np.isfinite(values["update_norm"]) and all(np.isfinite(values[name]) for name in self._known):
@@ -106,7 +106,7 @@ class Spikes:
 
 
 def line(stage: str, step: int, steps: int, values: Mapping[str, float], seconds_left: float) -> str:
-    """One readable line of the values of an interval."""
+    """Formats the values of an interval as one readable line."""
     rates = [value for name, value in values.items() if name.startswith("learning_rate/")]
     parts = "  ".join(f"{name} {values[name]:.{4 if name == 'ce' else 3}f}" for name in PARTS)
     memory = f"  hbm {values['hbm_gib']:.1f} GiB" if "hbm_gib" in values else ""

@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and freezing by parameter path, and the published schedule.
+"""Defines optimizers, learning rates and freezing by parameter path, and the published schedule.
 
 `StageConfig.learn_rows` lets some rows of a frozen word embedding learn: new tokens of an otherwise frozen language
 model. The embedding's gradient is zero in all other rows, and clipping, moments and decay apply to these rows alone.
@@ -56,12 +56,12 @@ def labels(stage: StageConfig, params) -> dict:
 
 
 def decays(params) -> dict:
-    """Whether weight decay applies to each parameter: to all but norms and biases."""
+    """Returns whether weight decay applies to each parameter: to all but norms and biases."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def cosine(step: float, steps: int, warmup_ratio: float) -> float:
-    """The published schedule, as a factor: linear from 0 over the warm-up, then a half cosine to 0 at `steps`."""
+    """Returns the factor of the published schedule: linear from 0 over the warm-up, a half cosine to 0 at `steps`."""
     warmup = -(-int(steps * warmup_ratio * 1e9) // 10**9)  # ceil, without the rounding error of the product
     if step < warmup:
         return step / warmup
@@ -69,7 +69,7 @@ def cosine(step: float, steps: int, warmup_ratio: float) -> float:
 
 
 def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.float32]:
-    """The learning rate of each label for the step after `step` earlier ones (`loader.Fed.done`)."""
+    """Returns the learning rate of each label for the step after `step` earlier ones (`loader.Fed.done`)."""
     factor = cosine(step, steps, stage.warmup_ratio)
     rates = {DEFAULT: stage.learning_rate, **stage.learning_rate_by_path}
     if stage.learn_rows:
@@ -78,7 +78,7 @@ def learning_rates(stage: StageConfig, step: float, steps: int) -> dict[str, np.
 
 
 def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
-    """UserError if a stage of this number of steps would not change any parameter.
+    """Raises UserError if a stage of this number of steps would not change any parameter.
 
     Args:
       params: arrays or shapes.
@@ -101,7 +101,7 @@ def check_changes_parameters(stage: StageConfig, steps: int, params) -> None:
 
 
 def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a stage, without the learning rate, which the train step applies by label.
+    """Returns the optimizer of a stage, without the learning rate, which the train step applies by label.
 
     Frozen parameters have no moments; their gradients must already be zero. If only `learn_rows` of the embedding
     learn, its updates are (rows, D). `update` also takes the `squares` of the gradients and their global `norm`.
@@ -109,25 +109,25 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraAr
     trained = jax.tree.map(lambda label: label != FROZEN, labels(stage, params))
     # The state has the structure of optax's chain of clipping, Adam and decay, as in older checkpoints.
     tx = optax.chain(
-        optax.identity(), optax.masked(OPTIMIZERS["adamw"](stage), trained, mask_compatible_extra_args=True)
+        optax.identity(), optax.masked(OPTIMIZERS[stage.optimizer](stage), trained, mask_compatible_extra_args=True)
     )
     return _on_rows(tx, stage.learn_rows) if stage.learn_rows else tx
 
 
 def squares(grads) -> dict:
-    """The sum of squares of every parameter's gradient, as float32 scalars, from which norms are computed."""
+    """Returns the sum of squares of every parameter's gradient, as float32 scalars, from which norms are computed."""
     return jax.tree.map(lambda g: jnp.sum(g * g), grads)
 
 
 def norm(squares) -> jax.Array:
-    """The global norm of a tree, from its sums of squares."""
+    """Returns the global norm of a tree, from its sums of squares."""
     return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov & Hutter, 2019) that does not change parameters without a part in a step, like PyTorch's.
+    """Returns AdamW (Loshchilov & Hutter, 2019) that leaves alone parameters without a part in a step, as PyTorch's.
 
-    If the squared gradient of a parameter is 0 (the latent table of another l^2; the encoder in a batch of text alone),
+    If the squared gradient of a parameter is 0 (the latent table of an l^2 not drawn; the encoder in text-only steps),
     the parameter, its moments and its count of steps stay as they are. Every parameter has its own count, which
     corrects the bias of its moments: an int32 vector in the order of the leaves.
     """
@@ -152,7 +152,7 @@ def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, decays: bool):
-    """The update and the moments of one parameter."""
+    """Returns the update and the moments of one parameter."""
     if stage.clip_norm > 0:
         g = jnp.where(norm < stage.clip_norm, g, g / norm * stage.clip_norm)
     first = stage.b1 * mu + (1 - stage.b1) * g
@@ -198,12 +198,12 @@ def freeze(params, label_tree, rows: tuple[int, ...] = ()):
 
 
 def changes(updates, rates: dict[str, jax.Array], label_tree):
-    """What a step subtracts from the parameters: rate * update, with the rate of the label; None if frozen."""
+    """Returns what a step subtracts from each parameter: rate * update, with the rate of its label; None if frozen."""
     return jax.tree.map(lambda u, label: None if label == FROZEN else rates[label] * u, updates, label_tree)
 
 
 def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
-    """params - changes; the changes of a `ROWS` parameter are those of `rows`."""
+    """Returns params - changes; the changes of a `ROWS` parameter are those of `rows`."""
 
     def step(change, p, label):
         if label == ROWS:
@@ -217,5 +217,5 @@ def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
 
 
 def group_norms(squares) -> dict[str, jax.Array]:
-    """The global norm of the gradients of each top-level module, as float32 scalars by name."""
+    """Returns the global norm of the gradients of each top-level module, as float32 scalars by name."""
     return {name: norm(part) for name, part in squares.items()}

@@ -34,5 +34,5 @@ def plot_losses(files: Mapping[str, Path], target: Path) -> None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it can be drawn: a damaged file may hold anything."""
+    """Returns whether a value can be drawn: a damaged file may hold anything."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -1,4 +1,4 @@
-"""A trace of some steps of a stage, for XProf."""
+"""Traces some steps of a stage, for XProf."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ log = logging.getLogger("fusion_jax")
 class Profile:
     """A trace of the steps `first` to `last` for XProf, under `folder`. Steps are those of the stage.
 
-    If the trace cannot be taken or written, the log says so and training goes on.
+    If the trace cannot be started or written, the log says so and training continues.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
@@ -29,7 +29,7 @@ class Profile:
                 self._give_up(error)
 
     def after(self, step: int, results) -> None:
-        """`results`: of the step; the trace ends after they are computed."""
+        """Ends the trace after its last step, once the `results` of the step are computed."""
         if self._running and step >= self._last:
             jax.block_until_ready(results)
             if self.close():
@@ -53,7 +53,7 @@ class Profile:
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-    """`5:7` as (5, 7), and an empty text as None. UserError for any other text."""
+    """Reads `5:7` as (5, 7), and an empty text as None. Raises UserError for any other text."""
     if not text:
         return None
     first, _, last = text.partition(":")

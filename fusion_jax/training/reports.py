@@ -1,6 +1,6 @@
-"""The reports of a stage during training: validation, sample answers and benchmarks.
+"""Writes the reports of a stage during training: validation, sample answers and benchmarks.
 
-No report may cost a training step: it runs after the step is saved, and one that fails is logged, counted and left out.
+No report may cost a training step: reports run after the step is saved, and failed ones are logged, counted, skipped.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _FAILED_PATIENCE = 20.0  # the same for a process whose report failed: the other
 
 @dataclass
 class Reports:
-    """Makes the reports of one stage, and writes them to its metrics, to TensorBoard and to the log."""
+    """Runs the reports of one stage, and writes them to its metrics, to TensorBoard and to the log."""
 
     config: RunConfig
     stage: StageConfig
@@ -55,9 +55,9 @@ class Reports:
         return compile_evaluation(self.model, self.mesh)
 
     def run(self, step: int, params, phase: Watch, last: bool) -> bool:
-        """Makes the reports that are due after a step and not yet written; returns whether there was one.
+        """Runs the reports that are due after a step and not yet written; returns whether there was one.
 
-        After a request to stop none is made: the run that continues from this step makes them.
+        After a request to stop it runs none: the run that continues from this step will.
 
         Args:
           last: this is the last step of the stage.
@@ -76,7 +76,7 @@ class Reports:
         return ran
 
     def failures(self) -> dict[str, int]:
-        """How many reports of each kind have failed, for the metrics."""
+        """Returns how many reports of each kind have failed, for the metrics."""
         return {f"failed/{kind}": count for kind, count in self._failed.items()}
 
     def _validates_at(self, step: int, last: bool) -> bool:
@@ -88,22 +88,22 @@ class Reports:
         return bool(step and every and step % every == 0)
 
     def _has(self, step: int, kind: str) -> bool:
-        """Whether an earlier start has written the report. The first process decides, as all must do the same."""
+        """Returns whether an earlier start has written the report. Process 0 decides, as all must do the same."""
         return distributed.gather(self.writer.has(step, f"{kind}/"))[0]
 
     @contextlib.contextmanager
     def _tolerate(self, step: int, kind: str) -> Iterator[None]:
-        """Logs the error of a report, so that training goes on.
+        """Logs the error of a report, so that training continues.
 
         With several processes all must reach the end of the report, failed or not. If one fails while the others wait
-        for it inside a compiled program, training cannot go on, and an error is raised after a short time.
+        for it inside a compiled program, training cannot continue, and an error is raised after a short time.
         """
         failure = None
         try:
             yield
         except Exception as error:
             if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or is_process_lost(error)):
-                raise  # another process is gone, or all are out of step
+                raise  # another process has ended, or all are out of step
             failure = error
         if not distributed.meet(f"{self.stage.name}/{step}/{kind}", _FAILED_PATIENCE if failure else _PATIENCE):
             raise failure or RuntimeError(f"not every process reached the end of the {kind} after step {step}")
@@ -149,7 +149,7 @@ class Reports:
         log.info("%s %d  evaluation  %s", self.stage.name, step, text)
 
     def _sample_answers(self, params) -> list[str]:
-        """The first questions of validation records that every process can use, with the model's answers, as Markdown.
+        """Returns the first questions of validation records usable in every process, with answers, as Markdown.
 
         If a record fits into the stage, so does its first question.
         """

@@ -24,18 +24,18 @@ log = logging.getLogger("fusion_jax")
 _VISION_SIZES = ("image_size", "patch_size", "width", "mlp_dim", "layers", "heads")
 _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qkv_bias", "tied_head")
 
-# These would change the state, or the order of the data, of the stage that continues. All others may change between two
-# starts: learning rates, length of the schedule, loss weight, dtype, accumulation, reports, paths of files, devices.
+# Fields whose change would alter the state, or the order of the data, of the stage that continues. All others may
+# change between starts: learning rates, schedule length, loss weight, dtype, accumulation, reports, paths, devices.
 _RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
 _STAGE += ("learn_rows",)
 _MODEL_FREE = ("mapping_loss_weight",)
-# May change on purpose, if named in --accept_changed.
+# Inputs that may change on purpose, if named in --accept_changed.
 INPUTS = ("data", "tokenizer", "template")
 
 
 def newest_about(folder: Path) -> dict[str, Any] | None:
-    """`about` of the newest readable checkpoint in a stage's checkpoint folder; None if none can be read.
+    """Returns `about` of the newest readable checkpoint in a stage's checkpoint folder; None if none can be read.
 
     The log says which are skipped.
     """
@@ -74,7 +74,7 @@ def start_from(config: RunConfig, source: Path, scratch: str) -> tuple[RunConfig
       The config with the values that depend on the checkpoint's weights, the tokenizer, and the checkpoint's origin.
 
     Raises:
-      UserError: as `find_checkpoint`, `continue_model` and `load_tokenizer`.
+      UserError: as from `find_checkpoint`, `continue_model` and `load_tokenizer`.
     """
     folder = find_checkpoint(source)
     about = load_about(folder)
@@ -143,7 +143,7 @@ def check_inputs(
     """Compares the inputs of a run with those of the checkpoint from which its stage continues.
 
     Args:
-      data: of the stage, from `RecordSource.describe`; None if the stage is over.
+      data: the stage's data, from `RecordSource.describe`; None if the stage is over.
       accepted: those of `INPUTS` that may differ; the log says how they do.
 
     Raises:
@@ -174,7 +174,7 @@ def _data_differences(stage: StageConfig, data: list[dict[str, Any]], about: dic
 
 
 def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, Any], where: Path) -> dict[str, str]:
-    """Descriptions of what makes other tokens of the same texts, by the key in `INPUTS`."""
+    """Describes what would turn the same texts into other tokens, by the key in `INPUTS`."""
     different = {}
     theirs = config_of(about, where).template
     if config.template != theirs:
@@ -189,7 +189,7 @@ def _text_differences(config: RunConfig, tokenizer: Tokenizer, about: dict[str, 
 
 
 def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
-    """Names of the tokenizer's files that differ from the checkpoint's (as `checkpoint.save_tokenizer` writes them)."""
+    """Names the tokenizer's files that differ from the checkpoint's, as `about.save_tokenizer` writes them."""
     with tempfile.TemporaryDirectory() as scratch:
         save_tokenizer(about, Path(scratch))
         folders = tokenizer.folder, Path(scratch)
@@ -199,7 +199,7 @@ def _other_files(tokenizer: Tokenizer, about: dict[str, Any]) -> list[str]:
 
 
 def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
-    """Whether two files have equal contents; JSON may be formatted differently."""
+    """Returns whether two files have equal contents; JSON may be formatted differently."""
     if ours is None or theirs is None or ours == theirs:
         return ours == theirs
     try:
@@ -209,7 +209,7 @@ def _same_content(ours: bytes | None, theirs: bytes | None) -> bool:
 
 
 def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, value, value) of all leaves of two dataclasses of the same type."""
+    """Returns (path, value, value) of all leaves of two dataclasses of the same type."""
     pairs = []
     for field in dataclasses.fields(ours):
         a, b, name = getattr(ours, field.name), getattr(theirs, field.name), f"{prefix}{field.name}"
@@ -221,7 +221,7 @@ def _model_pairs(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, An
 
 
 def continue_model(config: FusionConfig, about: dict[str, Any], where: str) -> FusionConfig:
-    """The model config of a run that starts from a checkpoint, whose vision tower and decoder it takes over.
+    """Returns the model config of a run that takes over the vision tower and decoder of a checkpoint.
 
     A config for a published size need not have the numbers that come with the weights (vocabulary, rotary factors).
 

@@ -41,7 +41,7 @@ def train(
 
     Raises:
       UserError: anything that the person at the terminal can put right.
-      RunAgain: stopped on request; the same call goes on.
+      RunAgain: the run was stopped on request; the same call continues it.
     """
     stop = stop or Stop()
     with explain_start_errors(workdir):
@@ -49,7 +49,7 @@ def train(
         inputs = checks.open_inputs(config, workdir, accepted)
         config = inputs.config
         workdir.mkdir(parents=True, exist_ok=True)
-    # One of several processes holds the lock for all.
+    # With several processes, one of them holds the lock for all.
     with lock.hold(workdir) if distributed.is_first() else contextlib.nullcontext():
         keep_programs(workdir / "compiled", distributed.is_first())
         with explain_start_errors(workdir):
@@ -86,7 +86,7 @@ def _log_model(config: RunConfig, params: dict, mesh: Mesh) -> None:
 
 
 def _initial_parameters(config: RunConfig, like: dict, mesh: Mesh) -> dict:
-    """Those of `config.init_from`, in the shapes, dtypes and shardings of `like`, or random ones."""
+    """Returns the parameters of `config.init_from` with the shapes, dtypes and shardings of `like`, or random ones."""
     if not config.init_from:
         return state.initial_parameters(config.model, config.seed, mesh)
     folder, params = init_from.initial_parameters(config, like)

@@ -1,4 +1,4 @@
-"""When a stage saves its checkpoints, and what happens to them when its steps are skipped."""
+"""Decides when a stage saves its checkpoints, and sets aside those that skipped steps may have ruined."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ class Every:
         self._begun = time.monotonic()
 
     def due(self, together: bool) -> bool:
-        """`together`: all processes may wait for each other at this step, as they do every few steps."""
+        """Returns whether a save is due. `together`: processes may wait for each other here, as every few steps."""
         if not self._seconds:
             return False
         due = time.monotonic() - self._begun > self._seconds
@@ -45,12 +45,12 @@ class Every:
 class Saver:
     """Saves the checkpoints of one stage.
 
-    A checkpoint of a step holds the state of the input right after the batch of this step: save it before the iterator
+    A checkpoint of a step holds the state of the input right after the batch of this step: save before the iterator
     moves on. With several processes all call every method at the same steps.
     """
 
     def __init__(self, config: RunConfig, checkpoints: Checkpoints, position: Callable[[int], dict], phase: Watch):
-        """`position`: gives the state of the input after a step."""
+        """`position` returns the state of the input after a step."""
         self._config, self._checkpoints, self._position, self._phase = config, checkpoints, position, phase
         self._every = Every(config.checkpoint_minutes)
 
@@ -68,17 +68,17 @@ class Saver:
         return saved()
 
     def finish(self, step: int, current: TrainState, patience: float) -> None:
-        """Saves and waits until the checkpoint is complete. UserError where that fails for `patience` seconds."""
+        """Saves and waits until the checkpoint is complete. Raises UserError if that fails for `patience` seconds."""
         with self._phase("saving"):
             self._checkpoints.finish(step, current, self._position(step), patience)
 
     def check_skipped(self, step: int, current: TrainState, values: dict[str, Any]) -> None:
-        """UserError where too many steps in a row were skipped; checkpoints that may be ruined are set aside."""
+        """Sets aside checkpoints that may be ruined, and raises UserError, if too many steps in a row were skipped."""
         in_row = int(current.skipped_in_row)
         if in_row < self._config.max_skipped_steps:
             return
         # The last update may have ruined the parameters, and a checkpoint of it would ruin the next start, too; but not
-        # where they gave a finite loss and the next update alone is at fault.
+        # if they gave a finite loss and the next update alone is at fault.
         if not all(math.isfinite(float(values[name])) for name in ("total", "grad_norm")):
             self._checkpoints.distrust(step - in_row)
         raise UserError(

@@ -1,4 +1,4 @@
-"""Trains one stage: optimizer and state, input, where it continues from, and the loop over its steps."""
+"""Trains one stage: sets up its optimizer, state and input, restores it, and loops over its steps."""
 
 import contextlib
 import functools
@@ -47,10 +47,10 @@ def train_stage(
     """Trains a stage from the newest of its checkpoints, or from `params`, and returns the final parameters.
 
     Args:
-      about: of the run, see `about.describe_run`. params: may be abstract where there is a checkpoint.
+      about: the run's entry, see `about.describe_run`. params: may be abstract if there is a checkpoint.
 
     Raises:
-      RunAgain: stopped on request; everything is saved.
+      RunAgain: the run was stopped on request; everything is saved.
       UserError: the stage's folder cannot be used, none of its checkpoints is intact, or too much of the data is bad.
     """
     config, mesh, tokenizer = inputs.config, inputs.mesh, inputs.tokenizer
@@ -77,7 +77,7 @@ def train_stage(
         if restored is not None:
             start, current, _ = restored
             over = stage_is_over(stage, len(source), batches.get_state())
-            if inputs.over and not over:  # the last checkpoint was damaged, and data are trained again
+            if inputs.over and not over:  # the last checkpoint was damaged, and some data are trained on again
                 _check_inputs(inputs, stage, folder / FOLDER / str(start))
             log.info("%s is over after step %d" if over else "%s continues after step %d", stage.name, start)
         else:
@@ -96,7 +96,7 @@ def train_stage(
         reports = Reports(config, stage, mesh, tokenizer, validation, model, writer, stop)
         loop = Loop(config, stage, steps, start, model, mesh, step_fn, phase)
         saver = Saver(config, checkpoints, lambda step: records.position(step, batches.get_state()), phase)
-        reports.run(start, current.params, phase, over)  # the run may have been stopped before them
+        reports.run(start, current.params, phase, over)  # the run may have been stopped before they were written
         loop.begin_interval()
         step, last = start, over
         while not last:
@@ -105,24 +105,24 @@ def train_stage(
             fed, counts = loop.wait_for_input(batches)
             last = fed.last
             records.note(step, fed, counts)
-            if last and step == 1:  # packed: it may hold the samples that were expected to take two
+            if last and step == 1:  # packed rows may hold in one step the samples that were expected to take two
                 optim.check_changes_parameters(stage, 1, current.params)
             current, values = loop.compute(step, current, fed)
             stop.nothing_to_lose = False
             tracer.after(step, values)
             stop.after_step()
-            # Rows cannot fail, so they may come before the save: a restart from this step has its row.
+            # Writing metrics cannot fail, so it may come before the save: a restart from this step has its line.
             if step % config.log_every == 0 or last:
                 report = loop.report(step, values)
                 writer.scalars(step, report | records.agree(step).scalars() | reports.failures())
                 saver.check_skipped(step, current, values)
-            # The iterator stands right after this step's batch: save before it moves on.
+            # The iterator is right after this step's batch: save before it moves on.
             if last:
                 saver.finish(step, current, FINAL_PATIENCE)
                 stop.nothing_to_lose = True
             elif saver.is_due(step):
                 loop.interval.spend("checkpoint", saver.save(step, current))
-            # All that may fail comes after the save.
+            # Everything that may fail comes after the save.
             writer.publish()
             if reports.run(step, current.params, phase, last):
                 loop.begin_interval()  # a report is not training time
@@ -135,7 +135,7 @@ def train_stage(
 
 
 def _continue_input(batches, step: int, position: Any) -> None:
-    """Lets the input continue after a step. ValueError where that is not a position after it."""
+    """Makes the input continue after a step. Raises ValueError if `position` is not one after that step."""
     position_step = position.get("step") if isinstance(position, dict) else None
     if position_step != step:
         raise ValueError(f"the state of its input is that after step {position_step!r:.80}, not {step}")
@@ -143,13 +143,13 @@ def _continue_input(batches, step: int, position: Any) -> None:
 
 
 def _check_inputs(inputs: Inputs, stage: StageConfig, step_folder: Path) -> None:
-    """UserError where data, tokenizer or template are not those of a checkpoint."""
+    """Raises UserError if data, tokenizer or template are not those of a checkpoint."""
     about, data = load_about(step_folder), inputs.data[stage.name]
     resume.check_inputs(inputs.config, stage, data, inputs.tokenizer, about, step_folder, inputs.accepted)
 
 
 def _log_untrained(stage: StageConfig, waiting: list) -> None:
-    """Logs what a stage that is counted in steps has read and not trained; after whole epochs nothing waits."""
+    """Logs the records that a stage counted in steps has read and not trained on; after whole epochs there are none."""
     if waiting:
         text = sum(not Measured(*measured).crops for measured in waiting)
         log.info(
@@ -160,7 +160,7 @@ def _log_untrained(stage: StageConfig, waiting: list) -> None:
 
 @contextlib.contextmanager
 def explain_start_errors(folder: Path) -> Iterator[None]:
-    """UserError where a file or folder fails at the start. Later, training goes on for as long as it can."""
+    """Raises UserError if a file or folder fails at the start. Later, training continues for as long as it can."""
     try:
         yield
     except OSError as error:
@@ -181,7 +181,7 @@ def _closed_at_the_end(*parts: _Closable) -> Iterator[None]:
         yield
     except BaseException as error:
         if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or is_process_lost(error)):
-            raise  # another process is gone, without which no checkpoint is finished
+            raise  # another process has ended, without which no checkpoint is finished
         for part in parts:
             try:
                 part.close()

@@ -1,4 +1,4 @@
-"""The training state: a pytree of arrays, and its shapes and shardings."""
+"""Defines the training state, a pytree of arrays, and its shapes and shardings."""
 
 import functools
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TrainState:
 
     Attributes:
       step: int32, number of steps taken, including skipped ones; it identifies the next batch.
-      params: float32 master weights. opt_state: of `optim.optimizer`.
+      params: float32 master weights. opt_state: the state of `optim.optimizer`.
       skipped: int32, number of steps skipped so far because loss, gradient or update were not finite.
       skipped_in_row: int32, number of steps skipped since the last good one.
     """
@@ -35,23 +35,23 @@ class TrainState:
 
 @functools.cache
 def _boxed_parameters(config: FusionConfig):
-    """Shapes of the parameters with their logical axes; nothing is computed."""
+    """Returns the shapes of the parameters with their logical axes; nothing is computed."""
     return jax.eval_shape(fusion.Fusion(config).init, jax.random.key(0), fusion.example_batch(config))["params"]
 
 
 def abstract_parameters(config: FusionConfig, mesh: Mesh):
-    """Shape, dtype and sharding of every parameter."""
+    """Returns shape, dtype and sharding of every parameter."""
     boxed = _boxed_parameters(config)
     return _with_shardings(nn.unbox(boxed), sharding.of_parameters(boxed, mesh))
 
 
 def shapes(config: FusionConfig):
-    """Shape and dtype of every parameter."""
+    """Returns shape and dtype of every parameter."""
     return nn.unbox(_boxed_parameters(config))
 
 
 def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shape, dtype and sharding of every array of a state; `params` may be abstract."""
+    """Returns shape, dtype and sharding of every array of a state; `params` may be abstract."""
     shapes = jax.eval_shape(functools.partial(create, tx=tx), params)
     placed, everywhere = jax.tree.map(lambda p: p.sharding, params), sharding.replicated(mesh)
     places = TrainState(
@@ -65,20 +65,20 @@ def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState
 
 
 def initial_parameters(config: FusionConfig, seed: int, mesh: Mesh):
-    """Random float32 parameters, with the same values on every mesh; each device computes its own shard."""
+    """Draws random float32 parameters, the same values on every mesh; each device computes its own shard."""
     places = sharding.of_parameters(_boxed_parameters(config), mesh)
     return fusion.init(config, jax.random.key(seed), places)
 
 
 def create(params, tx: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 with a fresh optimizer."""
+    """Creates a state at step 0 with a fresh optimizer."""
     # Three buffers, not the same one three times: the step donates them.
     step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, tx.init(params), skipped, in_row)
 
 
 def begin(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """`create` on a mesh: the parameters stay where they are, and the optimizer's state is created in its shards.
+    """Does what `create` does on a mesh: parameters stay where they are, the optimizer's state is created in shards.
 
     `params` become part of the state, whose buffers the step donates.
     """

@@ -1,4 +1,4 @@
-"""The pure training step (loss, accumulation, update, metrics), and the evaluation of the losses."""
+"""Defines the pure training step (loss, accumulation, update, metrics) and evaluates the losses."""
 
 import functools
 
@@ -24,12 +24,12 @@ TPU_OPTIONS = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Options of the compiler for a program on the devices of a mesh."""
+    """Returns the compiler's options for a program on the devices of a mesh."""
     return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The total loss (float32 scalar) and its parts by name (`losses.PARTS`), from a forward pass.
+    """Computes the total loss (float32 scalar) and its parts by name (`losses.PARTS`), from a forward pass.
 
     Each part is a sum over this batch divided by its count in `totals`, by default the counts of this batch.
     """
@@ -38,27 +38,27 @@ def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[ja
 
 
 def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
-    """`loss_and_parts` from the results of a forward pass."""
+    """Computes `loss_and_parts` from the results of a forward pass."""
     totals = losses.counts(model.config, batch) if totals is None else totals
     kernel = head_kernel(model.config, params).astype(model.dtype)
     return losses.total_and_parts(model.config, losses.Outputs(batch, hidden, visual, kernel), totals)
 
 
-# The last names of parameters that only matrix products read, in the compute dtype.
+# The last path components of parameters that only matrix products read, in the compute dtype.
 _PRODUCTS = ("kernel", "in", "head")
 
 
 def _cast_products(params, dtype):
-    """Casts weights of matrix products as the layers would, but once a step and not at each use in each microbatch.
+    """Casts weights of matrix products as the layers would, but once per step, not at each use in each microbatch.
 
-    Their gradients have the same dtype, in which they are kept until they are summed.
+    Their gradients have the same dtype, and keep it until they are summed.
     """
     flat = flatten_dict(params)
     return unflatten_dict({path: x.astype(dtype) if path[-1] in _PRODUCTS else x for path, x in flat.items()})
 
 
 def _accumulate(grad_fn, params, batch: Batch, microbatches: int, mesh: Mesh):
-    """Sum of (loss, parts) and gradients over equal slices of the batch, one at a time; all float32."""
+    """Sums (loss, parts) and gradients over equal slices of the batch, one at a time; all float32."""
     if microbatches == 1:
         return jax.tree.map(lambda x: x.astype(jnp.float32), grad_fn(params, batch))
     slices = sharding.microbatches(batch, microbatches, mesh)
@@ -82,13 +82,13 @@ def train_step(
     batch: Batch,
     rates: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step.
+    """Takes one optimizer step.
 
     A step whose loss, gradient norm or update norm is not finite changes nothing but the counters.
 
     Args:
       label_tree: `optim.labels` of the parameters. places: shardings of the state on `mesh`.
-      batch: B must be divisible by `stage.accumulation` times the number of devices that share its rows.
+      batch: B must be divisible by `stage.accumulation` times the number of shards of its rows.
       rates: learning rate per label. They are arguments, so that stages of equal shapes share a compiled program.
 
     Returns:
@@ -148,7 +148,7 @@ def train_step(
 
 
 def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) -> sharding.OnMesh:
-    """The jitted step (state, batch, rates) -> (state, metrics), which reuses the buffers of the old state.
+    """Returns the jitted step (state, batch, rates) -> (state, metrics), which reuses the buffers of the old state.
 
     The state is sharded as in `state.abstract`, the batch as by `sharding.put_batch`.
     """
@@ -167,7 +167,7 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
 
 
 def evaluate(model: Fusion, params, batch: Batch):
-    """Sums of the losses and their counts, float32 scalars by name; the counts include the number of `samples`."""
+    """Computes sums of the losses and their counts, float32 scalars by name; the counts include that of `samples`."""
     totals = losses.counts(model.config, batch)
     _, means = loss_and_parts(model, params, batch, totals)
     samples = batch.segment_ids.max(axis=1).sum().astype(jnp.float32)
@@ -175,7 +175,7 @@ def evaluate(model: Fusion, params, batch: Batch):
 
 
 def compile_evaluation(model: Fusion, mesh: Mesh) -> sharding.OnMesh:
-    """The jitted `evaluate` (params, batch) -> (sums, counts); arguments are sharded as in `compile_step`."""
+    """Returns the jitted `evaluate` (params, batch) -> (sums, counts); arguments are sharded as in `compile_step`."""
     places = jax.tree.map(lambda x: x.sharding, state.abstract_parameters(model.config, mesh))
     jitted = jax.jit(
         functools.partial(evaluate, model),

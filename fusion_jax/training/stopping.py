@@ -35,7 +35,7 @@ _SEEN = "fusion_jax/ends_seen"
 _POLL = 1.0  # seconds between two checks for a notice
 _ending = threading.Lock()
 _PATIENCE = 10.0  # seconds that process 0, whose end removes the notice, waits for the others to see it
-# In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process is gone.
+# In the error texts of collectives (gloo, NCCL, TPU) and of JAX's coordination service when a process has ended.
 _LOST = ("Gloo", "gloo", "onnection", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "heartbeat", "ABORTED")
 _STATUS = re.compile(r"[A-Z_]+: ")  # begins the runtime's errors, some of which JAX raises as a ValueError
 
@@ -57,7 +57,7 @@ class Stop:
         self._steps = 0  # over all stages: the number that JAX's processes agree on must never decrease
 
     def after_step(self) -> None:
-        """With several processes: sets `requested` in all of them after the same step. It changes nowhere else."""
+        """With several processes, sets `requested` in all of them after the same step; nothing else sets it then."""
         self._steps += 1
         if self._several and multihost_utils.reached_preemption_sync_point(self._steps):
             self.requested = True
@@ -161,7 +161,7 @@ def _leave_notice(error: Exception) -> Notice:
 
 
 def _read_notice(patience: float = 0.0) -> Notice | None:
-    """The notice, waiting up to `patience` seconds for one; None if there is none."""
+    """Waits up to `patience` seconds for a notice and returns it; None if there is none."""
     deadline = time.monotonic() + patience
     while True:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -172,7 +172,7 @@ def _read_notice(patience: float = 0.0) -> Notice | None:
 
 
 def is_process_lost(error: BaseException | None) -> bool:
-    """Whether an error was caused by the loss of another process."""
+    """Returns whether an error was caused by the loss of another process."""
     while error is not None:
         ours = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
         if ours and any(word in str(error) for word in _LOST):

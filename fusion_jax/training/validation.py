@@ -1,4 +1,4 @@
-"""The validation data of a stage: its first usable records, measured before anything is trained."""
+"""Opens the validation data of a stage: its first usable records, measured before anything is trained."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ class Validation:
     """The first usable records of the validation data, in the sizes of one stage.
 
     Attributes:
-      records: measured, in the order of the file; the same in every process.
+      records: measured records, in the order of the file; the same in every process.
       bad: records that cannot be used, judged by texts and headers of images; known to process 0 alone.
       broken: records that turned out to be bad in this process's rows, by number.
     """
@@ -77,7 +77,7 @@ class Validation:
 
 
 def open_data(config: RunConfig) -> RecordSource | None:
-    """The validation records; None if the config names none. UserError as `sources.load_source`."""
+    """Opens the validation records; None if the config names none. Raises UserError as `sources.load_source` does."""
     if not config.validation_data:
         return None
     return sources.load_source(config.validation_data, config.validation_image_folder or None)

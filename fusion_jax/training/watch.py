@@ -50,7 +50,7 @@ class Watch:
 
 
 def stacks() -> str:
-    """The stack of every thread, as text."""
+    """Returns the stack of every thread, as text."""
     with tempfile.TemporaryFile("w+") as file:  # written by C code, which needs a file descriptor
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -37,7 +37,7 @@ class Writer:
         self._errors: dict[str, str] = {}  # the last one logged, by service
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether an earlier start of the run has written a value at that step whose name begins with `prefix`."""
+        """Returns whether an earlier start has written a value at that step whose name begins with `prefix`."""
         return any(row["step"] == step and name.startswith(prefix) for row in self._before for name in row)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -84,7 +84,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _tolerate(self, service: str) -> Iterator[None]:
-        """Logs an error of a service, each kind once, and lets training go on."""
+        """Logs an error of a service, each kind once, and lets training continue."""
         try:
             yield
         except Exception as error:
@@ -94,7 +94,7 @@ class Writer:
             self._errors[service] = message
 
     def _board_is_alive(self) -> bool:
-        """Whether TensorBoard's thread lives. A full disk ends it, and then the queue to it would block for ever."""
+        """Returns whether TensorBoard's thread is alive. A full disk ends it; writing to its queue would then hang."""
         return self._board.file_writer.event_writer._worker.is_alive()
 
 
@@ -113,7 +113,7 @@ def _import_tensorboard():
 
 
 def import_wandb():
-    """The `wandb` module. UserError if it is not installed."""
+    """Imports the `wandb` module. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -122,7 +122,7 @@ def import_wandb():
 
 
 def _start_wandb(project: str, folder: Path):
-    """A W&B run for one stage. Its id depends on the folder alone, so that a restart continues the same run."""
+    """Starts a W&B run for a stage. Its id depends on the folder alone, so that a restart continues the same run."""
     identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     arguments = {"project": project, "name": f"{folder.parent.name}/{folder.name}", "id": identity, "dir": str(folder)}
     wandb = import_wandb()

@@ -69,7 +69,7 @@ def whole(config: Mapping[str, Any], key: str, where: str, least: int, most: int
 def number(
     config: Mapping[str, Any], key: str, where: str, least: float, most: float, default: float | None = None
 ) -> float:
-    """Like `whole` for any finite number."""
+    """Reads any finite number; arguments and errors are those of `whole`."""
     value = _value(config, key, where, default)
     if value is None:
         return default

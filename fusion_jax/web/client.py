@@ -30,13 +30,13 @@ from fusion_jax.files import parse_json
 _LOOKUPS = threading.BoundedSemaphore(32)  # names looked up at once: a lookup cannot be stopped, only abandoned
 MAX_DEPTH = 64  # of JSON
 MAX_VALUES = 500_000  # of JSON: "[],[],[]," takes thirty times its size in memory
-_KEEP = 5.0  # seconds that an idle connection is kept for
+_KEEP = 5.0  # seconds for which an idle connection is kept
 _PIECE = 1 << 14  # bytes written at a time
 _clock = threading.local()  # `end`: when the request of this thread must be over, monotonic time
 
 
 class WebError(Exception):
-    """A request has no answer.
+    """A request failed without an answer.
 
     Attributes:
       reason: timeout, no_host, forbidden (by `allowed`), no_connection, cut, too_large, encoded, or invalid (of the
@@ -178,7 +178,7 @@ def proxy_for(url: str) -> str:
 
 
 def read_json(data: bytes | str) -> Any:
-    """Parses JSON from a stranger.
+    """Parses JSON from an untrusted sender.
 
     Raises:
       ValueError: it is not JSON, has over MAX_VALUES values, or over MAX_DEPTH levels: later code may recurse into it.
@@ -206,7 +206,7 @@ def _inside(one: dict | list) -> Any:
 
 
 def retry_after(headers: dict[str, str], most: float) -> float | None:
-    """The seconds of the header Retry-After, a number or a date, within 0 to `most`; None where it is unusable."""
+    """The seconds in the header Retry-After, a number or a date, limited to 0 to `most`; None where it is unusable."""
     value = headers.get("retry-after", "")[:64]
     try:
         seconds = float(value)

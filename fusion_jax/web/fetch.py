@@ -1,4 +1,4 @@
-"""Fetches an address that a stranger wrote, without reaching into the network that this process runs in."""
+"""Fetches an untrusted address without giving it access to the network that this process runs in."""
 
 import contextlib
 import ipaddress
@@ -19,7 +19,7 @@ PORTS = {"http": 80, "https": 443}
 _INNER_4 = [ipaddress.IPv4Network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 # Of IPv6 only global unicast addresses may be reached, and of those none that contains an IPv4 address (Teredo and
 # the rest of 2001::/23, 6to4) or is reserved for documentation. All other forms that contain an IPv4 address (mapped,
-# compatible, translated, NAT64) and the site-local, private and link-local ranges lie outside of it.
+# compatible, translated, NAT64) and the site-local, private and link-local ranges are outside of it.
 _GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 _INNER_6 = [ipaddress.IPv6Network(net) for net in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 

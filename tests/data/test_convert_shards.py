@@ -153,7 +153,7 @@ def test_command_is_killed_at_any_moment_and_goes_on(made, tmp_path):
         finished = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
         assert process.returncode == -signal.SIGKILL
         assert not (out / shards.MANIFEST).exists()
-        with pytest.raises(UserError, match="no folder of shards"):
+        with pytest.raises(UserError, match="not a folder of shards"):
             load_source(out)
         kept = {json.loads(p.read_text())["shard"]["name"] for p in out.glob("partial/0*.json")}
         assert kept
@@ -279,7 +279,7 @@ def edit(folder, change):
         (lambda m: m.pop("format"), "lacks 'format'"),
         (lambda m: m.pop("records"), "'records' is missing"),
         (lambda m: m.pop("shards"), "'shards' is missing"),
-        (lambda m: m.update(records="55"), "'records'.*no int"),
+        (lambda m: m.update(records="55"), "'records'.*not of type int"),
         (lambda m: m.update(records=54), "55 records.*54"),
         (lambda m: m["shards"][1].pop("text"), "'text' is missing in shard 1"),
         (lambda m: m["shards"][1]["shard"].pop("sha256"), "'sha256' is missing in 'shard' of shard 1"),
@@ -299,7 +299,7 @@ def test_manifests_that_cannot_be_read(copy, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' occurs twice")],
+    [("{", "not a valid manifest"), ("[]", "'format'"), ('{"version": 1, "version": 1}', "'version' occurs twice")],
 )
 def test_manifests_that_are_none(copy, text, message):
     (copy / shards.MANIFEST).write_text(text)
@@ -318,11 +318,11 @@ def test_missing_and_changed_shards(copy, tmp_path):
         load_source(copy)
     assert any("is missing" in problem for problem in check_shards(copy, progress=False))
     (copy / shards.MANIFEST).unlink()
-    with pytest.raises(UserError, match="no folder of shards"):
+    with pytest.raises(UserError, match="not a folder of shards"):
         load_source(copy)
-    with pytest.raises(UserError, match="no folder of shards"):
+    with pytest.raises(UserError, match="not a folder of shards"):
         load_source(tmp_path)
-    with pytest.raises(UserError, match="no folder of shards"):
+    with pytest.raises(UserError, match="not a folder of shards"):
         load_source(tmp_path / "nowhere")
 
 
@@ -379,7 +379,7 @@ def test_remote_shards_are_copied_once(converted, tmp_path, monkeypatch):
     remote.rm(name)
     with pytest.raises(UserError, match="is missing"):
         load_source("memory://bucket/shards")
-    with pytest.raises(UserError, match="no folder of shards"):
+    with pytest.raises(UserError, match="not a folder of shards"):
         load_source("memory://bucket/nowhere")
     with pytest.raises(UserError, match="Cannot reach nonsense://x"):
         load_source("nonsense://x")

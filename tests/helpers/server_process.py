@@ -15,6 +15,8 @@ from PIL import Image
 
 from fusion_jax.config import StageConfig
 from fusion_jax.training import checkpoint, optim, state
+from fusion_jax.training.about import describe_run
+from fusion_jax.training.checkpoint_folders import FOLDER
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-the-test"
@@ -25,7 +27,7 @@ def make_checkpoint(folder):
     tokenizer = make_tokenizer(folder / "tokenizer")
     stage = StageConfig(name="s", data="")
     tx = optim.optimizer(stage, weights())
-    saved = checkpoint.Checkpoints(folder / "s" / checkpoint.FOLDER, checkpoint.describe(config(), tokenizer))
+    saved = checkpoint.Checkpoints(folder / "s" / FOLDER, describe_run(config(), tokenizer))
     saved.finish(1, state.create(weights(), tx), {}, 10.0)
 
 

@@ -24,7 +24,9 @@ from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.training import about, checkpoint, lock, resume
+from fusion_jax.training.checkpoint_folders import FOLDER, step_of, steps_in
 from fusion_jax.training.jsonl import read_rows, truncate_rows
+from fusion_jax.training.loading import find_checkpoint
 from fusion_jax.training.plots import plot_losses
 from fusion_jax.training.state import TrainState
 
@@ -65,7 +67,7 @@ def accept(step, data):
 
 def attempts(random, folder):
     whole, outside = folder / "whole", folder / "outside"
-    build(whole / STAGE / checkpoint.FOLDER, folder / "tokenizer")
+    build(whole / STAGE / FOLDER, folder / "tokenizer")
     outside.mkdir()
     (outside / "canary").write_text("untouched")
     os.mkfifo(outside / "pipe")
@@ -123,7 +125,7 @@ def build(folder: Path, tokenizer: Path) -> None:
 
 def damage_steps(random, whole, work, outside):
     shutil.copytree(whole, work, dirs_exist_ok=True)
-    folder = work / STAGE / checkpoint.FOLDER
+    folder = work / STAGE / FOLDER
     said = []
     for _ in range(random.integers(1, 4)):
         step = folder / str(random.choice([3, 3, 3, 2]))
@@ -297,9 +299,9 @@ DAMAGES = (content, content, kind_of_file, without_list, listed, forged_about, f
 
 
 def load_steps(work):
-    folder = work / STAGE / checkpoint.FOLDER
+    folder = work / STAGE / FOLDER
     with recorded() as said:
-        newest = max(checkpoint.steps_in(folder), default=0)
+        newest = max(steps_in(folder), default=0)
         passed = load_model_like(work, newest, said)
         resume.newest_about(folder)
         try:
@@ -322,7 +324,7 @@ def load_steps(work):
 def load_model_like(work, newest, said):
     """What the commands do with a checkpoint, up to its parameters. The step that they use, 0 for none."""
     try:
-        found = checkpoint.find(work)
+        found = find_checkpoint(work)
         loaded = about.load_about(found)
         about.config_of(loaded, found)
         target = work / "tokenizer"
@@ -331,7 +333,7 @@ def load_model_like(work, newest, said):
         assert_a_sentence(error)
         return 0
     assert {path.name for path in target.iterdir()} <= set(about.TOKENIZER_FILES)
-    step = checkpoint.step_of(found)
+    step = step_of(found)
     assert step == newest or "trying the previous one" in said(), said()
     return step
 

@@ -28,7 +28,7 @@ from fusion_jax.interop.opening import open_backbones, open_published
 from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import TensorWriter
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about
 
 QUICK = 150
 _SECONDS, _MEGABYTES = 20, 1500
@@ -180,7 +180,7 @@ def _write_sentencepiece(folder: Path) -> None:
 
 def _damage_description(random, work: Path) -> str:
     """What a checkpoint says of its config and of the folder it came from; its tokenizer is tried as a folder."""
-    about = checkpoint.load_about(work)
+    about = load_about(work)
     key = ("config", "origin")[random.integers(2)]
     about[key] = _alter(random, about[key], key)
     shutil.rmtree(work / "about")

@@ -32,7 +32,7 @@ from fusion_jax.inspection.sample import draw_sample, open_stage
 from fusion_jax.inspection.steps import planned_steps, sample_rows, step_statistics
 from fusion_jax.inspection.tables import stage_tables
 from fusion_jax.synth.tokenizer import train_tokenizer
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import describe_run
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('x')</script> & \"<b>\""
@@ -412,7 +412,7 @@ def test_data_without_a_usable_record(folder, tmp_path, capsys):
 
 def test_a_run_that_starts_from_a_checkpoint_takes_its_tokenizer(folder, tmp_path):
     trained_with = configured(folder)
-    about = checkpoint.describe(trained_with, load_tokenizer(folder / "tokenizer"))
+    about = describe_run(trained_with, load_tokenizer(folder / "tokenizer"))
     ocp.save_checkpointables(tmp_path / "10", {"params": {"x": np.zeros(1)}, "about": about})
     config = dataclasses.replace(trained_with, tokenizer="", init_from=str(tmp_path), template="llama3")
     got = inspect(config, Options(), progress=False)

@@ -31,7 +31,7 @@ from fusion_jax.interop import exporting, importing, table
 from fusion_jax.interop.opening import open_backbones
 from fusion_jax.models import fusion, vision
 from fusion_jax.models.fusion import Fusion, example_batch
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import load_model, load_params
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TEMPLATE = {"llama": "llama3", "phi3": "phi3", "qwen2": "chatml", "mistral": "mistral"}
@@ -189,7 +189,7 @@ def test_layers_behind_the_last_tap_stay_in_the_files_alone(folders, tmp_path):
     for name in kept:
         np.testing.assert_array_equal(written[table.VISION + name], given[name].numpy(), err_msg=name)
     # Neither model has them.
-    loaded = checkpoint.load_model(tmp_path / "checkpoint").params
+    loaded = load_model(tmp_path / "checkpoint").params
     stacks = flatten_dict(loaded["vision"]["layers"], sep="/")
     assert {leaf.shape[0] for leaf in stacks.values()} == {1}
     np.testing.assert_array_equal(
@@ -211,7 +211,7 @@ def test_a_model_that_needs_all_layers_is_not_loaded_from_fewer(folders, tmp_pat
     ocp.save_checkpointables(tmp_path / "0", {"params": params})
     like = jax.eval_shape(lambda: fusion.init(dataclasses.replace(model, taps="released"), jax.random.key(0)))
     with pytest.raises(UserError, match=r"layers.*shape \(1, .*asks for \(3, .*taps='paper'.*import"):
-        checkpoint.load_params(tmp_path / "0", like)
+        load_params(tmp_path / "0", like)
 
 
 def test_half_precision_sources_keep_their_dtype(folders, tmp_path):

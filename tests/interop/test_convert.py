@@ -24,7 +24,9 @@ from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.interop.tensors import TensorFolder
 from fusion_jax.models.config import VARIANTS, FusionConfig, RopeConfig
-from fusion_jax.training import checkpoint, resume
+from fusion_jax.training import resume
+from fusion_jax.training.about import load_about
+from fusion_jax.training.loading import find_checkpoint, load_model, load_params
 
 MODEL = tiny("released", **PUBLISHED)
 
@@ -140,13 +142,13 @@ def test_parameters_are_restored_as_float32_masters(published, tmp_path):
     opened = open_published(published, dtype="bfloat16")
     importing.write_checkpoint(opened, tmp_path / "half", progress=False)
     like = jax.eval_shape(lambda: params(opened.model))
-    restored = checkpoint.load_params(checkpoint.find(tmp_path / "half"), like)
+    restored = load_params(find_checkpoint(tmp_path / "half"), like)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(restored)} == {"float32"}
 
 
 def test_continued_runs_take_sizes_from_the_checkpoint(published, tmp_path):
     importing.write_checkpoint(open_published(published), tmp_path / "checkpoint", progress=False)
-    about = checkpoint.load_about(tmp_path / "checkpoint")
+    about = load_about(tmp_path / "checkpoint")
     # A config need not know what comes with the weights ...
     vague = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, vocab_size=1000))
     assert resume.continue_model(vague, about, "checkpoint").llm == MODEL.llm
@@ -388,7 +390,7 @@ def test_a_checkpoint_without_tokenizer_says_so(published, tmp_path):
         exporting.export(tmp_path / "checkpoint", tmp_path / "out", "transformers", progress=False)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="holds no tokenizer"):
-        checkpoint.load_model(tmp_path / "checkpoint")
+        load_model(tmp_path / "checkpoint")
 
 
 def test_command_line(published, tmp_path):

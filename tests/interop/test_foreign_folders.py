@@ -24,7 +24,7 @@ from fusion_jax.interop import FORMATS, exporting, importing, model_card
 from fusion_jax.interop.new_folder import check_room, new_folder
 from fusion_jax.interop.opening import open_backbones, open_published
 from fusion_jax.interop.tensors import TensorFolder
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about
 
 MODEL = tiny("released", **PUBLISHED)
 
@@ -173,7 +173,7 @@ def test_rotary_settings_of_wrong_kinds(folder, scaling, word):
         ('{"vocab_size": ' + "9" * 5000 + "}", "digits"),
         (b"\xff\xfe{}", "not valid JSON"),
         ('{"model_type": "\\ud800"}', "not valid JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("", "not valid JSON"),
     ],
 )
@@ -302,13 +302,13 @@ def test_a_tensor_larger_than_the_memory_is_not_read(folder, monkeypatch):
         ("tokenizer_config.json", {"additional_special_tokens": "<s>"}, ("additional_special_tokens",)),
         ("tokenizer_config.json", {"additional_special_tokens": [1]}, ("additional_special_tokens",)),
         ("special_tokens_map.json", {"eos_token": ["</s>"]}, ("eos_token",)),
-        ("special_tokens_map.json", [1], ("no JSON object",)),
+        ("special_tokens_map.json", [1], ("not a JSON object",)),
         ("added_tokens.json", {"x": 10**12}, ("x", "1000000000000")),
         ("added_tokens.json", {"x": -1}, ("x", "-1")),
         ("added_tokens.json", {"x": "5"}, ("x", "'5'")),
         ("added_tokens.json", {"x": 5.0}, ("x", "5.0")),
         ("added_tokens.json", {"": 5}, ("1 to 1000 characters",)),
-        ("added_tokens.json", ["x"], ("no JSON object",)),
+        ("added_tokens.json", ["x"], ("not a JSON object",)),
         ("tokenizer.json", {}, ("not a valid tokenizer file",)),
         (
             "tokenizer.json",
@@ -384,7 +384,7 @@ def test_pickles_that_lie_or_run_code(folder):
 def described(made: Path, into: Path, change) -> Path:
     """A copy of the checkpoint that says other things of itself."""
     copy = shutil.copytree(made / "checkpoint", into / "checkpoint")
-    about = checkpoint.load_about(copy)
+    about = load_about(copy)
     change(about)
     shutil.rmtree(copy / "about")
     ocp.save_checkpointables(into / "other", {"about": {"json": json.dumps(about)}})

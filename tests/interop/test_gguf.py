@@ -16,7 +16,7 @@ from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.interop import gguf_file, gguf_tokenizer, importing
 from fusion_jax.interop.opening import open_backbones
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import load_about, save_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the test extra: pip install -e '.[test]'")
 
@@ -307,5 +307,5 @@ def test_the_tokenizer_lasts_until_the_checkpoint_is_written(folders, tmp_path):
     importing.write_checkpoint(opened, tmp_path / "checkpoint", progress=False)
     files = Path(opened.kept.name)
     del opened
-    checkpoint.save_tokenizer(checkpoint.load_about(tmp_path / "checkpoint"), tmp_path)
+    save_tokenizer(load_about(tmp_path / "checkpoint"), tmp_path)
     assert load_tokenizer(tmp_path).encode(TEXTS[0]) == expected and not files.exists()

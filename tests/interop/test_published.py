@@ -17,7 +17,7 @@ from fusion_jax.interop.opening import Opened, open_published
 from fusion_jax.interop.published_config import published_config
 from fusion_jax.interop.shapes import parameter_shapes
 from fusion_jax.models.config import GIANT, SO400M, FusionConfig, replace
-from fusion_jax.training import checkpoint
+from fusion_jax.training.about import describe_run
 
 SIGLIP = {"vision.patch_size": 14, "vision.layers": 26}
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def saved(folder, path, model: FusionConfig, template: str = "llama3"):
     """A checkpoint of random parameters, as training leaves it, with nothing of the folder but its tokenizer."""
     flat = params(model)
-    about = checkpoint.describe(importing.run_config(Opened(model, template, None, [], {})), load_tokenizer(folder), {})
+    about = describe_run(importing.run_config(Opened(model, template, None, [], {})), load_tokenizer(folder), {})
     importing.ocp.save_checkpointables(path, {"params": flat, "about": about})
     return jax.tree.map(np.asarray, flat)
 

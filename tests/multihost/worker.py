@@ -136,11 +136,11 @@ def report(folder: Path, process: int) -> None:
     reports._FAILED_PATIENCE = 2.0
     config, stage = configured(folder, False)
     one = reports.Reports(config, stage, None, None, None, None, None, None)
-    with one._survived(1, "validation"):
+    with one._tolerate(1, "validation"):
         if process == 1:
             raise OSError("survived")
     print("went on", flush=True)
-    with one._survived(2, "validation"):
+    with one._tolerate(2, "validation"):
         if process == 1:
             raise OSError("not survived")
         multihost_utils.process_allgather(np.zeros(3))

@@ -23,6 +23,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.server import environment
 from fusion_jax.synth.tokenizer import train_tokenizer
 from fusion_jax.training import checkpoint, optim, state
+from fusion_jax.training.about import describe_run
+from fusion_jax.training.checkpoint_folders import FOLDER
 
 TESTS = Path(__file__).parents[1]
 SIZE = 30 << 20
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = load_tokenizer(train_tokenizer([*QUESTIONS, "A red circle."], folder / "tokenizer", 400))
     tx = optim.optimizer(StageConfig(name="s", data=""), weights())
-    saved = checkpoint.Checkpoints(folder / "s" / checkpoint.FOLDER, checkpoint.describe(config(), tokenizer))
+    saved = checkpoint.Checkpoints(folder / "s" / FOLDER, describe_run(config(), tokenizer))
     saved.finish(1, state.create(weights(), tx), {}, 10.0)
     return folder
 

@@ -23,7 +23,7 @@ from fusion_jax.inference import generate
 from fusion_jax.inference.prompts import Buckets, Prompts
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import checkpoint
+from fusion_jax.training.loading import load_model
 
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
@@ -46,7 +46,7 @@ def question(i):
 @pytest.fixture(scope="module")
 def expected(folder):
     """The answers to `question(0)` ... `question(7)` by the batch function."""
-    loaded = checkpoint.load_model(folder)
+    loaded = load_model(folder)
     one = generate.Answerer(Fusion(tiny_run.MODEL, jnp.float32), loaded.params, loaded.config, loaded.tokenizer, rows=1)
     buckets = Buckets((80, 160), (64,), (2,), (0, 1))
     one.prompts = Prompts(loaded.config, loaded.tokenizer, buckets)

@@ -1,1 +1,1 @@
-"""The exported model's own PyTorch code; nothing else of the package imports it."""
+"""Holds the exported model's own PyTorch code, which is only imported for exports."""

@@ -1,4 +1,4 @@
-"""Sorts the arguments of the processor: which images belong to which conversation."""
+"""Sorts the arguments of the processor, so that each conversation has its own images."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs", "processor_kwargs")
 
 
 def batch(conversations, images) -> tuple[list, list[list]]:
-    """Conversations or texts as a list, and for each the images that it does not carry itself."""
+    """Conversations or texts as a list, and for each the images that it does not contain itself."""
     if isinstance(conversations, tuple):
         conversations = list(conversations)
     if isinstance(conversations, str) or (conversations and isinstance(conversations[0], dict)):
@@ -25,12 +25,12 @@ def batch(conversations, images) -> tuple[list, list[list]]:
     if images is None:
         return conversations, [[] for _ in conversations]
     images = list(images) if isinstance(images, list | tuple) else [images]
-    if any(isinstance(one, list | tuple) for one in images):  # a list for each
+    if any(isinstance(one, list | tuple) for one in images):  # a list for each conversation
         images = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
         images = [[one for one in own if one is not None] for own in images]
     elif count == 1:
         images = [[one for one in images if one is not None]]
-    else:  # all of them in the order of their positions, or one for each
+    else:  # all of them in the order of their positions, or one for each conversation
         places = [places_of(conversation) for conversation in conversations]
         if not any(one is None for one in images) and sum(places) == len(images):
             waiting = iter(images)
@@ -57,7 +57,7 @@ def is_image(value: Any) -> bool:
 
 
 def places_of(conversation: Any) -> int:
-    """Number of positions for images in a text, or in a conversation for images that it does not carry."""
+    """Number of positions for images in a text, or in a conversation for images that it does not contain."""
     if isinstance(conversation, str):
         return conversation.count(IMAGE_TAG)
     places = 0

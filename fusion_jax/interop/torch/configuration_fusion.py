@@ -1,10 +1,10 @@
-"""The configuration of an exported model, and the constants that its model and processor share."""
+"""Defines the configuration of an exported model, and constants that model and processor share."""
 
 import math
 
 from transformers import PretrainedConfig
 
-# Values of image_kind. A zero image is 0.0 after normalisation, the mid-grey that stands in where there is no image.
+# Values of image_kind. A zero image is 0.0 after normalisation: mid-grey, in place of a missing image.
 NO_IMAGE, PIXELS, ZERO_IMAGE = 0, 1, 2
 QUADRANTS = 4
 IGNORE = -100  # in labels: not supervised
@@ -23,7 +23,7 @@ LLM = {
     "norm_eps": 1e-5,
     "qkv_bias": False,
     "tied_head": False,
-    "sliding_window": 0,  # 0: none, else how many positions a query sees, itself included
+    "sliding_window": 0,  # 0: none, else how many positions a query attends to, itself included
 }
 ROPE = {
     "kind": "default",  # or llama3, longrope
@@ -40,15 +40,15 @@ EXCHANGE = {"start": 0, "stride": 3, "layers": 10, "heads": 16}  # after decoder
 
 
 class FusionConfig(PretrainedConfig):
-    """The whole model.
+    """The configuration of the whole model.
 
-    `vision`, `llm` (with `rope`) and `exchange` are dicts; keys that they leave out have the defaults above.
+    `vision`, `llm` (with `rope`) and `exchange` are dicts; keys that are missing have the defaults above.
 
     Args:
-      text_guided: the question's tokens enter the encoder.
+      text_guided: whether the question's tokens enter the encoder.
       mapping_loss_weight: lambda of the dual-semantic mapping loss.
-      semantic_exchange: the model has latents and exchange layers.
-      latent_counts: the l^2 that training drew from. latent_count: the default of them.
+      semantic_exchange: whether the model has latents and exchange layers.
+      latent_counts: the l^2 that training drew from. latent_count: the default one.
       image_tokens: tokens of an image, 0 for one per patch.
       tile_grids: (rows, columns) of tiles into which an image may be cut, empty for fixed resolution.
       tile_tokens: tokens of a tile, 0 for one per patch.
@@ -57,7 +57,7 @@ class FusionConfig(PretrainedConfig):
     """
 
     model_type = "fusion_jax"
-    # Parts of a FusionOutput that are not predictions; the cache has an older and a newer name.
+    # Parts of a FusionOutput that are not predictions; the cache has two names, an older and a newer one.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "ce", "v2t", "t2v"]  # noqa: RUF012
 
     def __init__(
@@ -82,7 +82,7 @@ class FusionConfig(PretrainedConfig):
         template=None,
         **kwargs,
     ):
-        kwargs.pop("vocab_size", None)  # that of `llm`
+        kwargs.pop("vocab_size", None)  # it is in `llm`
         tied = kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)
         self.vision = {**VISION, **(vision or {})}
@@ -124,12 +124,12 @@ class FusionConfig(PretrainedConfig):
 
     @property
     def patches(self) -> int:
-        # The patch convolution has no padding: 384 / 14 gives 27 a side.
+        # The patch convolution has no padding: 384 / 14 makes 27 patches a side.
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
     @property
     def encoder_layers(self) -> int:
-        """Layers of the tower that run: unless its last state is a tap, nothing reads what follows state 2h - 1."""
+        """Layers of the tower that run: unless its last state is a tap, states after 2h - 1 are not needed."""
         layers = self.vision["layers"]
         return layers if self.taps == "released" else 2 * (layers // 2) - 1
 
@@ -141,7 +141,8 @@ class FusionConfig(PretrainedConfig):
     def table_tokens(self) -> int:
         """Positions of an image in the table into which `visual_index` points.
 
-        With dynamic resolution there are as many for tiles as any image needs, with a row end after each row of tokens.
+        With dynamic resolution they include the most that the tiles of any image need, with a row end after each row of
+        tokens.
         """
         side = math.isqrt(self.tile_tokens or self.patches)
         grids = [(rows * side, columns * side) for rows, columns in self.tile_grids if rows * columns > 1]

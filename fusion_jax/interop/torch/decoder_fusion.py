@@ -1,4 +1,4 @@
-"""Layers of the decoder, and the exchange between its latents and the image."""
+"""Implements the layers of the decoder, and the exchange between its latents and the image."""
 
 import inspect
 import math
@@ -21,8 +21,8 @@ class Exchange(NamedTuple):
     """Inputs of the exchange layers, and the positions of the latents that they update.
 
     Attributes:
-      context: (M, C, D). image, row, end: (K,) a round's image, its row and the position of its question's last token.
-      places: (K, L) positions of its latents. index, real: (1 or K, L, W) windows over the image's context.
+      context: (M, C, D). image, row, end: (K,), for each round its image, row and the position of its question's last
+        token. places: (K, L) positions of its latents. index, real: (1 or K, L, W) windows over the image's context.
     """
 
     context: Tensor
@@ -35,7 +35,7 @@ class Exchange(NamedTuple):
 
 
 class ExchangeLayer(nn.Module):
-    """Each latent queries its own window of the image, led by the last hidden state of its round's question."""
+    """Lets each latent query its own window of the image, guided by its question's last hidden state."""
 
     def __init__(self, config: FusionConfig):
         super().__init__()
@@ -57,13 +57,13 @@ class ExchangeLayer(nn.Module):
         e = Exchange(*exchange)
         rounds, count = e.places.shape
         rows = e.row[:, None]
-        # All rounds read the state before the layer.
+        # All rounds read the state from before the layer.
         latents = x[rows, e.places]
         question = x[e.row, e.end][:, None].expand_as(latents)
         p = self.proj_in(torch.cat([question, latents], -1))
         c = self.proj_context(e.context)
         q = self.project("q", p)
-        # Keys and values are computed once per image; then each latent gathers those of its window.
+        # Keys and values are computed once per image; each latent then gathers those of its window.
         k, v = (self.project(name, c)[e.image[:, None, None], e.index] for name in "kv")
         q = split_heads(q.reshape(rounds * count, 1, -1), self.heads)
         k, v = (split_heads(a.flatten(0, 1), self.heads) for a in (k, v))
@@ -100,7 +100,7 @@ class FusionRMSNorm(nn.Module):
 
 
 def inverse_frequencies(rope: dict, head_dim: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Inverse frequencies up to and beyond the original length, and the factor on cos and sin."""
+    """Inverse frequencies up to the original length and beyond it, and the factor on cos and sin."""
     base = rope["theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope["kind"] == "default":
         return base, base, 1.0
@@ -109,7 +109,7 @@ def inverse_frequencies(rope: dict, head_dim: int) -> tuple[np.ndarray, np.ndarr
         ratio = rope["max_length"] / length
         scale = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 else 1.0
         return base / np.array(rope["short_factors"]), base / np.array(rope["long_factors"]), scale
-    # Llama-3: low frequencies are divided, high ones kept, a linear blend in between.
+    # Llama-3: low frequencies are divided, high ones are kept, and those between are a linear blend.
     turns = length * base / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     blend = np.clip((turns - low) / (high - low), 0, 1)
@@ -170,7 +170,7 @@ class DecoderLayer(nn.Module):
 def decoder_mask(attention_mask: Tensor, queries: int, window: int, dense: bool = False) -> tuple[Tensor | None, bool]:
     """Mask (B, 1, queries, S) for the last `queries` of the S positions.
 
-    Unless `dense` it may be None; the second value tells then whether attention is causal.
+    Unless `dense`, it may be None; the second value is then whether attention is causal.
     """
     length = attention_mask.shape[1]
     if not dense and (window == 0 or window >= length) and queries in (1, length) and attention_mask.all():

@@ -14,7 +14,7 @@ from fusion_jax.interop.tokenizer_json import tokenizer_json
 from fusion_jax.models.config import FusionConfig
 
 # The code that transformers runs with trust_remote_code; each file imports only the others and installed packages.
-# `_CODE` is written for the export. `_SHARED` are files of training, so that images are read and cut as there.
+# `_CODE` is written for the export. `_SHARED` are files of training, so that images are read and cut as in training.
 _PARTS = ("configuration", "vision", "decoder", "modeling", "image", "text", "arguments", "layout", "processing")
 _CODE = tuple(f"{part}_fusion" for part in _PARTS)
 _SHARED = (
@@ -38,10 +38,10 @@ def write_side_files(
     """Makes `folder`, which holds or will hold the safetensors, loadable by transformers' Auto classes.
 
     Args:
-      folder: made if needed.
-      model_config: the model.
-      tokenizer: None writes the model's part only, no processor. template: needed with a tokenizer.
-      dtype: of the tensors, a torch dtype's name ("bfloat16").
+      folder: created if needed.
+      model_config: the config of the model.
+      tokenizer: None writes only the files of the model, without a processor. template: needed with a tokenizer.
+      dtype: the dtype of the tensors, by torch's name ("bfloat16").
 
     Raises:
       UserError: the tokenizer lacks a token of the template, or its files have changed since loading.
@@ -89,7 +89,7 @@ def write_side_files(
 
 
 def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
-    """The exported processor's settings, from model, tokenizer and template."""
+    """The exported processor's settings, made from the model, tokenizer and template."""
     return {
         "processor_class": "FusionProcessor",
         "auto_map": {"AutoProcessor": "processing_fusion.FusionProcessor"},
@@ -114,7 +114,7 @@ def _described(template: Template) -> dict[str, Any]:
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> None:
-    """Adds to the tokenizer's files what our tokenizer knows by itself: the two vision tokens and the padding token.
+    """Adds to the tokenizer's files what our tokenizer adds itself: the two vision tokens and the padding token.
 
     Where tokenizer.json was converted from SentencePiece (`converted`), the properties of added tokens are added, too.
     """
@@ -133,12 +133,12 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> 
         config["clean_up_tokenization_spaces"] = False
         config |= tokenizer.tokens
     config["pad_token"] = tokenizer.decode([tokenizer.pad_id], skip_special=False)
-    config["padding_side"] = "left"  # as generation needs it
+    config["padding_side"] = "left"  # as generation requires
     config["processor_class"] = "FusionProcessor"
     # The generic class runs tokenizer.json as it is; other classes may rebuild it.
     generic = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "LlamaTokenizer"
     config["tokenizer_class"] = generic
-    for key in ("chat_template", "auto_map"):  # of the model that the tokenizer came from; ours are files of their own
+    for key in ("chat_template", "auto_map"):  # those of the tokenizer's original model; ours are in files of their own
         config.pop(key, None)
     _write(path, config)
     other = folder / "special_tokens_map.json"
@@ -148,7 +148,7 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, converted: bool) -> 
 
 
 def chat_template(model_config: FusionConfig, template: Template) -> str:
-    """The readable prompt as a Jinja template over messages; visual positions are tags."""
+    """A Jinja template that writes messages as the readable prompt; visual positions are tags."""
 
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,6 @@
 """Turns images of any kind into the pixels that training would see.
 
-Files are read as in training, and resized as by Pillow up to version 12, whichever version is installed.
+Files are read as in training. Images are resized as by Pillow up to version 12, whichever version is installed.
 """
 
 import time
@@ -20,7 +20,7 @@ from fusion_jax.data.formats import ALLOWED, TooLarge, format_of, read_file
 from fusion_jax.data.grey import UnclearRange, is_deep_colour, to_eight_bits
 from fusion_jax.data.tiles import WHOLE, Tiling, choose_tiling, on_canvas
 
-URL_SECONDS = 30  # for the body of an answer, and for each silence before it
+URL_SECONDS = 30  # limit for the body of an answer, and for each pause before it
 # Keys of a message's part that may hold its image.
 KEYS = ("image", "image_url", "url", "path", "base64")
 
@@ -46,7 +46,7 @@ def to_rgb(image: Any) -> Image.Image:
         return _of_pillow(image)
     if isinstance(image, np.ndarray | torch.Tensor):
         return _of_array(image)
-    if isinstance(image, dict):  # as datasets keeps images that are not decoded; or a part of a message
+    if isinstance(image, dict):  # an undecoded image of the library `datasets`, or a part of a message
         held = [image[key] for key in ("bytes", *KEYS) if image.get(key) is not None]
         if held:
             return to_rgb(held[0])
@@ -55,7 +55,7 @@ def to_rgb(image: Any) -> Image.Image:
         return decode_opened(open_image(data))
     except Image.UnidentifiedImageError as e:
         raise ValueError(f"Cannot read {name}: it is not one of {ALLOWED}.") from e
-    except Exception as e:  # decoders answer damaged bytes with almost any exception
+    except Exception as e:  # decoders raise almost any exception for damaged bytes
         raise ValueError(f"Cannot read {name}: {_reason(e)}") from e
 
 
@@ -97,7 +97,7 @@ def _of_array(values: np.ndarray | torch.Tensor) -> Image.Image:
         )
     first = values.shape[0] in channels and (channels_first or values.shape[2] not in channels)
     values = values.transpose(1, 2, 0) if first else values
-    values = values[..., :3]  # transparency is left out
+    values = values[..., :3]  # transparency is dropped
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     if values.dtype != np.uint8:
@@ -146,7 +146,7 @@ def _read(image: Any) -> tuple[bytes, str]:
 
 
 def _fetched(url: str) -> bytes:
-    """Fetches a URL of http or https; of a file that is too large only the beginning.
+    """Fetches a URL of http or https; of a file that is too large, only the beginning.
 
     Raises:
       OSError: the server does not answer with a file, or takes longer than URL_SECONDS.
@@ -177,7 +177,7 @@ def _of_data_url(url: str) -> bytes:
 
 
 def _of_base64(text: str) -> bytes | None:
-    """Decodes base64 as in training; None for another text."""
+    """Decodes base64 as in training; None for any other text."""
     try:
         return from_base64(text) or None
     except ValueError:
@@ -187,7 +187,7 @@ def _of_base64(text: str) -> bytes | None:
 def resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     """Resizes bicubically to (height, width, 3) uint8: first the columns, then the rows.
 
-    In one call Pillow 13 would begin with the rows of most upright images, which rounds to other values.
+    In a single call Pillow 13 would begin with the rows of most upright images, which is rounded differently.
     """
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return np.array(across.resize((width, height), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Lays out rows of text and visual positions, and collates them to batches, as in training."""
+"""Lays out rows of text and visual positions, and collates them into batches, as in training."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,8 @@ class Layout:
     """The settings of the model that a batch depends on.
 
     Attributes:
-      pad_id: the id at visual positions and in padding. image_size: pixels of a view's side.
-      count: latents of a round. tiled: whether resolution is dynamic. The others are the processor's settings.
+      pad_id: the id at visual positions and in padding. image_size: side of a view in pixels.
+      count: latents in a round. tiled: whether resolution is dynamic. The others are the processor's settings.
     """
 
     pad_id: int
@@ -35,14 +35,14 @@ class Layout:
 
 @dataclass
 class Row:
-    """One conversation from position 0.
+    """One conversation, laid out from position 0.
 
     Attributes:
       views: (V, size, size, 3) uint8, the whole view last; None without an image.
       tiling: six numbers with dynamic resolution, see `FusionProcessor.views`; else empty.
       kind: NO_IMAGE, PIXELS or ZERO_IMAGE. closed: whether it ends with a complete answer.
-      ids, labels: of every position. visual: -1 for text, else an index into the row's table, see `fill`.
-      start, end: of each round the position of its first latent, and of the last token before its answer.
+      ids, labels: one for every position. visual: -1 for text, else an index into the row's table, see `fill`.
+      start, end: for each round the position of its first latent, and of the last token before its answer.
     """
 
     encoded: Encoded
@@ -66,10 +66,10 @@ class Row:
     def fill(self, image_tokens: int, tile_tokens: int, count: int, image_first: bool, pad_id: int) -> None:
         """Lays out the encoded text, with `count` latents in each round.
 
-        The row's visual table has the image's whole view, room for as many tokens as tiles may have, and the latents of
-        the rounds.
+        The row's visual table holds the image's whole view, as many places as tiles may need, and the latents of the
+        rounds.
         """
-        # In the published order the first visual position of the image's round holds the image, and the latents follow.
+        # In the published order, the image is at the first visual position of its round, and the latents follow.
         # With `image_first` the image is at the first visual position of the conversation.
         markers = [token for token in self.encoded.ids if token < 0]
         if IMAGE in markers:
@@ -93,7 +93,7 @@ class Row:
             self.labels += [label] * len(places)
 
     def cut(self, limit: int) -> None:
-        """Cuts the row to `limit` positions, within an answer or after one.
+        """Cuts the row to `limit` positions, but only within or after an answer.
 
         Raises:
           ValueError: the image or the last question would be cut.
@@ -101,7 +101,7 @@ class Row:
         if len(self.ids) <= limit:
             return
         if not self.end:
-            length = limit  # an answer alone
+            length = limit  # the row is only an answer
         else:
             needed = [end + 2 for end in self.end if end + 2 <= limit]  # rounds with a part of their answer
             image = self.visual.index(0) if 0 in self.visual else 0
@@ -112,7 +112,7 @@ class Row:
                     f"max_length={limit} would cut {part}: give a larger max_length, or truncation=False."
                 )
             rounds = len(needed)
-            # The next round is cut with everything between it and the answer before.
+            # The next round is cut together with everything between it and the answer before it.
             answers = [i for i, label in enumerate(self.labels[:limit]) if label >= 0]
             length = limit if rounds == len(self.end) else answers[-1] + 1
             self.end, self.start = self.end[:rounds], self.start[:rounds]
@@ -129,9 +129,9 @@ def collate(
     return_tensors: str | None,
     masks: bool,
 ) -> BatchFeature:
-    """Makes one batch of rows.
+    """Collates rows into one batch.
 
-    `visual_index`, `round_end` and `latent_start` count from each row's first token, so that they stay right when rows
+    `visual_index`, `round_end` and `latent_start` count from each row's first token, so that they stay valid when rows
     are padded or moved later.
     """
     if padding not in PADDINGS:
@@ -203,7 +203,7 @@ def _visual(rows: list[Row], layout: Layout, length: int, padded) -> dict[str, T
         width = max(1, *map(len, questions))
         question = padded(questions, 0, width)
         mask = padded([[1] * len(one) for one in questions], 0, width).bool()
-        # The published code pads with 0 and takes every id 0 for padding.
+        # The published code pads with 0 and treats every id 0 as padding.
         data["question_ids"] = question[:, None]
         data["question_mask"] = (mask & (question != 0) if layout.hide_question_id_zero else mask)[:, None]
     if count:

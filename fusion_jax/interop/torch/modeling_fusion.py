@@ -1,4 +1,4 @@
-"""FUSION/FLARE vision-language models for PyTorch and transformers.
+"""Implements FUSION and FLARE vision-language models for PyTorch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -8,15 +8,15 @@
     print(processor.batch_decode(answer, skip_special_tokens=True))
 
 The question's tokens join the image's patches in the encoder (text-guided encoding). In the decoder each round of the
-conversation owns l x l latent tokens, which the exchange layers update from the image, led by that round's question:
+conversation has l x l latent tokens, which the exchange layers update from the image, guided by its question:
 
     tokens        s s v i i i i v v L L L L v q q e a a e s v L L L L v q e    (i image, L latent, q question,
     visual_index -1-1-1 0 1 2 3-1-1 4 5 6 7-1-1-1-1-1-1-1-1-1 8 91011-1-1-1     a answer, s v e template)
     round_end                                     ^                       ^    the last token before an answer
 
 Shapes: B conversations, S positions, N images, V views of an image, P patches, I tokens of an image in the sequence,
-T question tokens, R rounds, L = l * l latents, D decoder width, M images that exist in the batch, K rounds that have
-latents. Everything is batch-first, and rows may be padded on either side.
+T question tokens, R rounds, L = l * l latents, D decoder width, M images that exist in the batch, K rounds with
+latents. All tensors are batch-first, and rows may be padded on either side.
 """
 
 import math
@@ -34,7 +34,7 @@ from .configuration_fusion import NO_IMAGE, PIXELS, QUADRANTS, FusionConfig
 from .decoder_fusion import DecoderLayer, Exchange, FusionRMSNorm, SamplerLayer, decoder_mask, inverse_frequencies
 from .vision_fusion import VisionEncoder, checkpointed, pool, resize, square, stitch, tiled_windows, windows
 
-# What transformers calls the cache: `past_key_values`, from 5.24 on `cache`.
+# The name of the cache in transformers: `past_key_values`, or `cache` from 5.24 on.
 CACHE = fields(CausalLMOutputWithPast)[2].name
 
 
@@ -53,7 +53,7 @@ class Visual(NamedTuple):
     Attributes:
       table: (B, N I + R L, D) into which visual_index points; I includes the room for tiles.
       places: (B, S) bool, the visual positions.
-      question, patches: pairs that the mapping loss compares, None without it.
+      question, patches: pairs that the mapping loss compares; None without it.
     """
 
     table: Tensor
@@ -72,7 +72,7 @@ class FusionModelOutput(ModelOutput):
 
 
 class Learned(nn.Module):
-    """Parameters that no layer owns, by name; `forward` returns one of them."""
+    """Parameters outside the layers, by name; `forward` returns one of them."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -87,7 +87,7 @@ class Learned(nn.Module):
 
 
 class FusionModel(nn.Module):
-    """Encoder, projectors, latents and decoder with exchange: all except the head and the losses."""
+    """The encoder, projectors, latents and decoder with exchange: everything but the head and the losses."""
 
     gradient_checkpointing = False
 
@@ -96,7 +96,7 @@ class FusionModel(nn.Module):
         c, d, dv = config.llm, config.llm["width"], config.vision["width"]
         self.config = config
         taps = 3 if config.taps == "released" else 2
-        # Nested for the published names.
+        # Nested as in the published names.
         tower = nn.ModuleDict({"vision_model": VisionEncoder(config)})
         self.vision_tower = nn.ModuleDict({"vision_tower": tower})
         self.mm_projector = nn.Sequential(nn.Linear(taps * dv, d), nn.GELU(), nn.Linear(d, d))
@@ -111,7 +111,7 @@ class FusionModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(c["layers"]))
         self.norm = FusionRMSNorm(d, c["norm_eps"])
         self.table_tokens = config.table_tokens
-        self.frequencies = inverse_frequencies(c["rope"], c["head_dim"])  # numpy: no buffer to convert or to lose
+        self.frequencies = inverse_frequencies(c["rope"], c["head_dim"])  # NumPy: a buffer could be converted or lost
 
     def encode(
         self,
@@ -160,7 +160,7 @@ class FusionModel(nn.Module):
         exchange = None
         if config.semantic_exchange and latent_start is not None and (latent_start >= 0).any():
             row, r = (latent_start >= 0).nonzero(as_tuple=True)
-            # The number of latents follows from the number of positions that the rounds own.
+            # The number of latents follows from the number of positions of the rounds' latents.
             count = int((visual_index >= table.shape[1]).sum()) // len(row)
             side = math.isqrt(count)
             if side == 0 or side**2 != count:
@@ -177,7 +177,7 @@ class FusionModel(nn.Module):
                     raise ValueError(f"There are no latents for l^2 = {count}; allowed are {config.latent_counts}.")
                 latents = self.latents(str(count)).to(table).expand(len(row), -1, -1)
             else:
-                # Cells of the l x l grid are unions of those of the context's grid: pooling it again is exact.
+                # Cells of the l x l grid are unions of cells of the context's grid, so pooling that again is exact.
                 real = (image_kind.flatten()[present] == PIXELS)[:, None, None]
                 latents = torch.where(real, pool(grid, side), 0.0).to(table.dtype)[image]
             both = table.new_zeros((*latent_start.shape, count, table.shape[-1])).index_put((row, r), latents)
@@ -201,8 +201,8 @@ class FusionModel(nn.Module):
         """Joins the tokens of each image's whole view with those of its tiles, row by row with a row end after each.
 
         Args:
-          tokens: (M, I, D). tiles: (tiles of all images, tokens of a tile, D). cut: rows and columns of each image's
-            tiles; top, bottom, left and right of the tokens in their merged grid that are kept.
+          tokens: (M, I, D). tiles: (tiles of all images, tokens of a tile, D). cut: for each image the rows and columns
+            of tiles, and top, bottom, left and right of the tokens that are kept in their merged grid.
 
         Returns:
           (M, the most tokens of an image, D), with zeros after an image's tokens.
@@ -221,7 +221,7 @@ class FusionModel(nn.Module):
         return torch.stack([F.pad(own, (0, 0, 0, widest - len(own))) for own in listed])
 
     def idle(self, x: Tensor) -> Tensor:
-        """Returns 0, computed so that every parameter that serves images has a (zero) gradient.
+        """Returns 0, computed so that every parameter for images has a (zero) gradient.
 
         Distributed training waits for these gradients, whether or not this process has an image in its batch.
         """
@@ -260,7 +260,7 @@ class FusionModel(nn.Module):
         rope, device = self.config.llm["rope"], attention_mask.device
         frequencies = torch.tensor(short, dtype=torch.float32, device=device)
         if rope["kind"] == "longrope":
-            # A row has the long factors for all of its tokens or for none, as transformers has for a batch of one.
+            # A row uses the long factors for all of its tokens or for none, as transformers does for a batch of one.
             beyond = (lengths[:, -1] if reach is None else reach.to(device)) > rope["original_length"]
             if reach is None and queries < lengths.shape[1]:
                 cached = lengths[:, -queries - 1]
@@ -279,7 +279,7 @@ class FusionModel(nn.Module):
     def decode(
         self, x: Tensor, attention_mask: Tensor, exchange: Exchange | None, cache, past: int, reach, states: list | None
     ) -> Tensor:
-        """x: (B, S, D). states: a list to which the input of every layer is appended, or None."""
+        """Runs the decoder. x: (B, S, D). states: a list to which every layer's input is appended, or None."""
         queries = x.shape[1]
         dense = cache is not None and not isinstance(cache, DynamicCache)
         mask, causal = decoder_mask(attention_mask, queries, self.config.llm["sliding_window"], dense)
@@ -296,7 +296,7 @@ class FusionModel(nn.Module):
                 x = layer(x, *shared, cache=cache, past=past)
             if exchange is not None and i in after:
                 sampler = self.vision_sampler_layers[after.index(i)]
-                # Tensor by tensor: reentrant checkpointing gives no gradient to what is inside a tuple.
+                # Tensors are passed one by one: reentrant checkpointing computes no gradient for those inside a tuple.
                 x = checkpointed(self, sampler.__call__, x, *exchange) if remat else sampler(x, *exchange)
         return self.norm(x)
 
@@ -310,7 +310,7 @@ class FusionModel(nn.Module):
         states: list | None = None,
         **images: Tensor | None,
     ) -> FusionModelOutput:
-        """As FusionForCausalLM.forward, whose other arguments change nothing here."""
+        """Runs the model as FusionForCausalLM.forward does; the other arguments of that have no effect here."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         x, visual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
@@ -345,7 +345,7 @@ class FusionModel(nn.Module):
         return FusionModelOutput(self.decode(x, attention_mask, exchange, cache, past, reach, states), visual)
 
     def check_whole(self, images: dict[str, Tensor]) -> None:
-        """ValueError if only some of an image's inputs exist, as the model would then answer without seeing it."""
+        """Raises ValueError if only some inputs of an image exist: the model would then answer without seeing it."""
         index = images.get("visual_index")
         if "pixel_values" not in images and (index is None or not (index >= 0).any()):
             return
@@ -361,10 +361,10 @@ class FusionModel(nn.Module):
 def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict[str, Tensor]:
     """Converts `visual_index` (B, S), `round_end` and `latent_start` to positions of the padded rows.
 
-    They count from each row's first token, wherever that is and whatever follows.
+    They count from each row's first token, wherever it is.
 
     Args:
-      read: number of positions that the first call of a conversation has read, or reads now.
+      read: number of positions that the first call of a conversation has read, or is reading.
 
     Raises:
       ValueError: visual positions or questions come after those.
@@ -387,7 +387,7 @@ def placed(images: dict[str, Tensor], attention_mask: Tensor, read: int) -> dict
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.float(), b.float().to(a.device)
     norms = a.square().sum(-1) * b.square().sum(-1)
-    # The floor is under the root, so that a zero vector has a finite gradient.
+    # The lower bound is inside the root, so that a zero vector has a finite gradient.
     return 1.0 - (a * b).sum(-1) * torch.rsqrt(norms.clamp(min=1e-16))
 
 
@@ -402,7 +402,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (if config.tie_word_embeddings)
     _supports_sdpa = True
     _can_compile_fullgraph = False
-    # Layers of the tower that the taps do not read; files have them where the imported tower had them.
+    # Layers of the tower that the taps do not read; they are in the files where the imported tower had them.
     _keys_to_ignore_on_load_unexpected = [r"\.vision_model\.encoder\.layers\.\d+\."]  # noqa: RUF012
 
     def __init__(self, config: FusionConfig):
@@ -462,7 +462,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> FusionOutput | tuple:
-        """Runs one forward pass. `FusionProcessor` makes its inputs; without images leave out all that concern them.
+        """Runs one forward pass. `FusionProcessor` makes its inputs; without images leave out all that concern images.
 
         Args:
           input_ids: (B, S), the pad token at visual positions; or inputs_embeds, (B, S, D).
@@ -536,7 +536,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def losses(self, logits: Tensor, labels: Tensor, visual: Visual | None, items=None) -> dict[str, Tensor]:
         """Means over the batch's supervised tokens, question tokens and patches."""
         supervised = labels[:, 1:] >= 0
-        if visual is not None:  # trainers that supervise all of input_ids mean the text
+        if visual is not None:  # trainers that supervise all of input_ids mean only the text
             supervised &= ~visual.places[:, 1:].to(labels.device)
         count = supervised.sum()
         chosen = logits[:, :-1][supervised].float()
@@ -565,7 +565,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def longest_answer(self, prompt: int, generation_config, kwargs: dict) -> int:
-        """Most tokens that `generate` may add to prompts of this length."""
+        """The most tokens that `generate` may add to prompts of this length."""
 
         def option(name):
             places = (kwargs.get(name), getattr(generation_config, name, None))
@@ -583,13 +583,13 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         mask = inputs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:  # for a cache of fixed length; the model makes its own
+        if not isinstance(mask, Tensor) or mask.ndim != 2:  # made for a cache of fixed length; ours is made later
             inputs["attention_mask"] = attention_mask
         return inputs
 
 
 def check_positions(positions: Tensor, attention_mask: Tensor | None) -> None:
-    """ValueError if positions (B, S) differ from those that the model counts itself."""
+    """Raises ValueError if positions (B, S) differ from those that the model computes itself."""
     queries = positions.shape[-1]
     if attention_mask is None:
         steps = positions.diff(dim=-1)

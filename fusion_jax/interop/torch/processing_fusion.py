@@ -45,19 +45,19 @@ SETTINGS = {
     "tile_tokens": 0,
     "sentencepiece": False,
 }
-# Arguments of other processors that have no effect here: a row always begins as in training.
+# Arguments of other processors without effect here: a row always begins as in training.
 _WITHOUT_EFFECT = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids")
 _OTHERS = ("videos", "audio", "tools")
 
 
 class FusionProcessor(ProcessorMixin):
-    """Conversations and images to the model's inputs.
+    """Turns conversations and images into the model's inputs.
 
-    A conversation is a list of {"role": "user" | "assistant", "content": text or list of parts}, a part being
-    {"type": "text", "text": ...} or {"type": "image"}, which may carry its picture as "image", "url", "path" or
+    A conversation is a list of {"role": "user" | "assistant", "content": text or list of parts}. A part is
+    {"type": "text", "text": ...} or {"type": "image"}, which may contain its picture as "image", "url", "path" or
     "base64", or {"type": "image_url", "image_url": {"url": ...}}. `image_fusion.to_rgb` lists the kinds of pictures. A
-    conversation has at most one image. A first message of role "system" replaces the template's own system text, where
-    the template can hold one. A conversation that ends with the user waits for an answer; one that ends with the
+    conversation has at most one image. A first message of role "system" replaces the template's own system text, if the
+    template has a place for one. A conversation that ends with the user waits for an answer; one that ends with the
     assistant is a training row and gets labels.
 
     `image_token` marks the position of the image in a text; `image_token_id` is the id at all visual positions.
@@ -155,7 +155,7 @@ class FusionProcessor(ProcessorMixin):
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
-        """Ids of `text`; after an added token (id `after`) it has no word prefix, and may lose white space."""
+        """Encodes `text` to ids; after an added token (id `after`) it has no word prefix, and may lose white space."""
         token = self._added.get(after)
         if token is None:
             return self._ids(text)
@@ -186,10 +186,10 @@ class FusionProcessor(ProcessorMixin):
           conversations: one conversation or a list of them, or the prompts that `apply_chat_template` returns for them.
             `text` is another name for it. A text that is not such a prompt is a question if it has an image; otherwise
             it follows a prompt (an answer with its end) and is tokenized as it would be there.
-          images: of the conversations that do not carry theirs: a list for each, or one list of all in the order of
+          images: those that the conversations do not contain: a list for each, or one list of all in the order of
             their positions, or one image for each. An image is a PIL image, array, tensor, bytes, path, URL or base64.
           latent_count: l^2, by default the model's own.
-          padding: True or "longest", "max_length" (which needs max_length), or False, with which only rows of one
+          padding: True or "longest", "max_length" (which needs max_length), or False, with which only rows of equal
             length become tensors. padding_side: by default the tokenizer's; generation needs "left".
           truncation: cuts the ends of rows to max_length positions, but only within an answer or after one: a round
             whose question or visual positions would be cut is removed whole.
@@ -259,8 +259,8 @@ class FusionProcessor(ProcessorMixin):
         Args:
           conversation: one conversation or a list of them.
           images, and others: as for the processor itself.
-          add_generation_prompt: whether the header of an answer follows a last question.
-          continue_final_message: the last answer stays open.
+          add_generation_prompt: whether the header of an answer follows a final question.
+          continue_final_message: whether the last answer is left open.
           return_dict: False for input_ids only.
           kwargs: others are ignored.
         """
@@ -298,10 +298,10 @@ class FusionProcessor(ProcessorMixin):
     def _encoded(
         self, conversation, images: list, prompt: bool, goes_on: bool, rendered: bool = False
     ) -> tuple[Encoded, Any, str]:
-        """Ids and labels, the image or None, and how the conversation ends.
+        """The ids and labels, the image or None, and how the conversation ends.
 
         Args:
-          rendered: only the prompt is needed, so that the image may be missing.
+          rendered: whether only the prompt is needed, so that the image may be missing.
         """
         if isinstance(conversation, str):
             text = conversation
@@ -336,7 +336,7 @@ class FusionProcessor(ProcessorMixin):
     def views(self, image) -> tuple[np.ndarray, list[int]]:
         """Views of an image, (V, size, size, 3) uint8: its quadrants or tiles, and the whole image last.
 
-        With dynamic resolution the second value has the rows and columns of tiles, and top, bottom, left and right of
+        With dynamic resolution the second value holds the rows and columns of tiles, and top, bottom, left and right of
         the tokens that show a part of the image; otherwise it is empty.
         """
         if not self.tile_grids:

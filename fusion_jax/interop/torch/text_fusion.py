@@ -18,10 +18,10 @@ except ImportError:
 IMAGE_TAG = "<image>"  # marks the image in the text of a turn
 LATENTS_TAG = "<latent_image>"
 VISION_START, VISION_END = "<vision_start>", "<vision_end>"  # around all visual positions
-# Stand-ins in a row of ids until the layout fills the positions.
+# Placeholders in a row of ids until the layout fills the positions.
 IMAGE, LATENTS = -200, -300
 _FRAMED = re.compile(f"{VISION_START}({IMAGE_TAG}|{LATENTS_TAG}){VISION_END}")
-# How a conversation ends: with an open question, before an answer, within an answer, or after one.
+# The ways in which a conversation ends: with an open question, before an answer, within an answer, or after one.
 ASKING, WAITING, ANSWERING, CLOSED = "asking", "waiting", "answering", "closed"
 
 
@@ -45,7 +45,7 @@ class Chat:
 
 @dataclass
 class Encoded:
-    """A conversation as ids.
+    """A conversation as token ids.
 
     Attributes:
       ids: token ids, with IMAGE and LATENTS in place of visual tokens. labels: ids where supervised, else IGNORE.
@@ -65,9 +65,9 @@ class ChatText:
 
     Args:
       template: dict, see `FusionProcessor`.
-      encode: returns the ids of a text, which follows the token with an id or None.
-      first: ids before every conversation. latents: whether rounds have latents; latents_without_image: also those of
-        text only. text_guided: the question guides the encoder.
+      encode: returns the ids of a text after the token with a certain id, or after none.
+      first: ids before every conversation. latents: whether rounds have latents; latents_without_image: whether rounds
+        of text only have them, too. text_guided: whether the question guides the encoder.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ChatText:
     ):
         self.template, self.encode, self.first = template, encode, first
         self.latents, self.latents_without_image, self.text_guided = latents, latents_without_image, text_guided
-        # A question's own end, and the header of its answer, where the template writes them apart.
+        # The end of a question and the header of its answer, where the template writes them separately.
         ended = template["end"] + template["between"]
         self.closing = ended if ended and template["answer"].startswith(ended) else ""
         closed = re.escape(template["end"]), re.escape(template["between"] + template["question"])
@@ -178,11 +178,11 @@ class ChatText:
         return Encoded(row.ids, row.labels, row.ends, question_ids, "".join(row.prompt))
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]], after: int | None) -> list[int]:
-        """Ids of texts that follow each other; here none of them is literal."""
+        """Ids of consecutive texts, none of which is literal here."""
         return self.encode("".join(text for text, _ in parts), after)
 
     def continued(self, text: str) -> Encoded:
-        """A text that follows a prompt: an answer, as trainers on prompts and completions pass it."""
+        """Encodes a text that follows a prompt: an answer, as trainers on prompts and completions pass it."""
         if _FRAMED.search(text) or IMAGE_TAG in text:
             raise ValueError("A text that does not begin as this model's prompts do cannot hold an image.")
         header = self.encode(self.template["answer"], None)
@@ -194,7 +194,7 @@ def read_messages(messages: list[dict], images: list[Any], text: ChatText) -> tu
     """Reads a conversation, and its image or None.
 
     Args:
-      messages: see `FusionProcessor`. images: those that the messages do not carry themselves.
+      messages: see `FusionProcessor`. images: those that the messages do not contain themselves.
 
     Raises:
       ValueError: the messages are not a conversation of this model, with the reason.

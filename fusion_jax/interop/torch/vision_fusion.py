@@ -1,4 +1,4 @@
-"""The vision encoder, which the question guides, and the grids of its tokens."""
+"""Implements the vision encoder, which the question guides, and the grids of its tokens."""
 
 import math
 
@@ -19,10 +19,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def checkpointed(owner: nn.Module, call, *args):
-    """Calls `call(*args)` with gradient checkpointing as transformers is set to.
+    """Calls `call(*args)` with the gradient checkpointing that is set in transformers.
 
-    Several processes never use the reentrant way, the default before transformers 5: it allows each layer to run only
-    once, and those of the encoder see two kinds of views.
+    With several processes the reentrant kind, the default before transformers 5, is never used: it allows each layer to
+    run only once, and those of the encoder run on two kinds of views.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return checkpoint(call, *args, use_reentrant=False)
@@ -48,9 +48,9 @@ class VisionLayer(nn.Module):
         if patches == x.shape[1] or not early:
             return F.scaled_dot_product_attention(q, k, v, keys)
         q_image, q_text = q[:, :, :patches], q[:, :, patches:]
-        if self.config.mask == "paper":  # image queries do not see the text
+        if self.config.mask == "paper":  # image queries do not attend to the text
             image = F.scaled_dot_product_attention(q_image, k[:, :, :patches], v[:, :, :patches])
-        else:  # they do, and text queries attend uniformly: a query of zeros scores all keys alike
+        else:  # they do, and text queries attend uniformly: a query of zeros has equal scores for all keys
             image = F.scaled_dot_product_attention(q_image, k, v, keys)
             q_text = torch.zeros_like(q_text)
         return torch.cat([image, F.scaled_dot_product_attention(q_text, k, v, keys)], 2)
@@ -90,14 +90,14 @@ class VisionEncoder(nn.Module):
         """Encodes state 0 of the image and the projected question (M, T, Dv) to taps (M, P + T, taps * Dv)."""
         patches, keys = x.shape[1], None
         if text is not None:
-            x = torch.cat([x, text.to(x)], 1)  # text gets no position embedding
+            x = torch.cat([x, text.to(x)], 1)  # text has no position embedding
             if not text_mask.all():
                 keys = F.pad(text_mask.bool(), (patches, 0), value=True)[:, None, None]
         half = self.config.vision["layers"] // 2
         shallow, deep = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(x, dtype=torch.float32)
         for i, layer in enumerate(self.encoder["layers"]):
             if i < half:
-                shallow = shallow.to(x.device) + x.float() / half  # layers may lie on different devices
+                shallow = shallow.to(x.device) + x.float() / half  # layers may be on different devices
             elif i < 2 * half:
                 deep = deep.to(x.device) + x.float() / half
             if self.gradient_checkpointing and self.training:
@@ -139,7 +139,7 @@ def windows(height: int, width: int, cells: int, device, line: int = 0) -> tuple
     """Adaptive windows of a height x width grid: token indices (cells^2, W) and which of them are real.
 
     Cell i of a side covers [floor(i size / cells), ceil((i + 1) size / cells)): neighbours overlap where `cells` does
-    not divide `size`. Rows of the grid lie `line` tokens apart, by default its width.
+    not divide `size`. Rows of the grid are `line` tokens apart, by default its width.
     """
     i = torch.arange(cells, device=device)
     index, real = [], []
@@ -161,8 +161,8 @@ def tiled_windows(boxes: list[list[int]], side: int, cells: int, device) -> tupl
     cells^2, W).
 
     Args:
-      boxes: (top, bottom, left, right) of each image's tokens in the merged grid; all zero without tiles. side: of the
-        whole view's grid.
+      boxes: (top, bottom, left, right) of each image's tokens in the merged grid; all zero without tiles. side: the
+        side of the whole view's grid.
     """
     whole, whole_real = windows(side, side, cells, device)
     index, real = [], []
@@ -170,7 +170,7 @@ def tiled_windows(boxes: list[list[int]], side: int, cells: int, device) -> tupl
         parts = [whole], [whole_real]
         if bottom > top:
             height, width = bottom - top, right - left
-            tiles, tiles_real = windows(height, width, cells, device, width + 1)  # each row has its end
+            tiles, tiles_real = windows(height, width, cells, device, width + 1)  # each row has a row end
             parts[0].append(side * side + tiles)
             parts[1].append(tiles_real)
         index.append(torch.cat(parts[0], 1))

@@ -1,1 +1,1 @@
-"""The models behind the data engine: replies, images, verdicts and scores."""
+"""Provides the models of the data engine: for replies, images, verdicts and scores."""

@@ -1,8 +1,9 @@
-"""The interface of the models that the data engine calls, and how they may fail.
+"""Defines the interface of the models that the data engine calls, and their errors.
 
-Every request travels in two forms: as chat messages (a prompt and the caption as data), which endpoints read, and as
-`data`, the structured request that the prompt was made from, which the embedded backend reads. `seed` is all the
-randomness a backend may use: equal arguments, equal reply. What `data` holds and `Reply.parsed` must hold:
+Every request has two forms: chat messages (a prompt and the caption as data), which endpoints read, and `data`, the
+structured request that the prompt was made from, which the embedded backend reads. `seed` is the only source of
+randomness that a backend may use: equal arguments must lead to equal replies. These are the contents of `data`, and
+those that `Reply.parsed` must have:
 
     purpose    data                                            parsed
     judge      caption                                         {"drawable": bool}
@@ -12,10 +13,11 @@ randomness a backend may use: equal arguments, equal reply. What `data` holds an
     verify     kind, caption, descriptions, state              {"correct": bool}
     draw       kind, caption, descriptions, state, index       (an image: that of descriptions[index])
 
-`describe` by kind. All but the first line are the published limits, and a reply that breaks them is requested anew:
+For `describe` they depend on the kind. All lines but the first have the published limits; a reply that breaks them is
+requested again:
 
     multi_choice, conv_short, conv_long, reasoning   {"description"}
-    text_qa          {"description": 110-150 words, "texts": <= 3 of <= 12 words, each standing in the description}
+    text_qa          {"description": 110-150 words, "texts": <= 3 of <= 12 words, each part of the description}
     contrast_short, contrast_long   {"left": 120-180 words, "right": 120-180 words}
     caption_color    {"caption": <= 12 words, as in all captions, "colors": the <= 3 named in it}
     caption_count    {"caption", "objects": [{"name", "count"}]: <= 3 of a kind, <= 6 in all, as the caption says}
@@ -25,9 +27,9 @@ randomness a backend may use: equal arguments, equal reply. What `data` holds an
 
 `descriptions` are the texts that the images are drawn from: one, or left and right for the contrast kinds; the caption
 itself for the caption kinds. `kind` is absent from `judge`. Pairs of multi_choice are {"question", "options": [2 to 4
-texts], "answer": one of them}. Conversations of the caption kinds need no `qa` request; their one pair to verify
-asks for the caption. `state` is what the `describe` reply had in `Reply.state`, or None: anything that JSON can
-say, kept with the sample (a scene graph, for instance). Texts of replies pass the text filters (synth/filters.py).
+texts], "answer": one of them}. Conversations of the caption kinds need no `qa` request; the one pair to verify asks for
+the caption. `state` is the `Reply.state` of the `describe` reply, or None: any JSON value, kept with the sample, such
+as a scene graph. Texts of replies pass through the text filters (synth/filters.py).
 """
 
 from dataclasses import dataclass
@@ -42,9 +44,9 @@ class Reply:
     """One answer of a model.
 
     Attributes:
-      text: the model's answer. parsed: the object in it where the backend has it; else the engine reads `text`.
+      text: the model's answer. parsed: the object in it where the backend has it; else the engine parses `text`.
       prompt_tokens, completion_tokens: as counted by the backend, 0 where it does not count.
-      state: of a `describe` reply: goes along with every later request about the sample. JSON must hold it.
+      state: of a `describe` reply, a JSON value that is passed with every later request about the sample.
     """
 
     text: str
@@ -66,7 +68,7 @@ class BackendError(Exception):
 
 
 class Retryable(BackendError):
-    """Overload, a cut connection, a timeout: the same request may well succeed later.
+    """The request failed by overload, a cut connection or a timeout: it may well succeed later.
 
     `wait`: seconds to wait, where the endpoint names them, or None.
     """
@@ -77,18 +79,18 @@ class Retryable(BackendError):
 
 
 class Refused(BackendError):
-    """The model refused to answer. That is paid for like an answer; a further try takes another seed."""
+    """The model refused to answer. A refusal is paid for like an answer; a further attempt uses another seed."""
 
 
 class Unusable(BackendError):
-    """No further try can succeed (the request is too long, for instance): the sample is dropped, the run continues."""
+    """No further attempt can succeed, for instance as the request is too long; the run drops the sample."""
 
 
 class LanguageModel(Protocol):
     """Writes text.
 
     Attributes:
-      name: of the model, for lineage. settings: what else decides its answers (temperature and the like).
+      name: name of the model, for lineage. settings: other values that decide its answers, such as the temperature.
       paid: whether replies are kept in the journal, because they cost money or time.
     """
 
@@ -97,7 +99,7 @@ class LanguageModel(Protocol):
     paid: bool
 
     def chat(self, messages: list[dict], schema: dict | None, seed: int, purpose: str, data: dict) -> Reply:
-        """One reply. Called by several threads at once.
+        """Returns one reply. Several threads may call it at the same time.
 
         Args:
           messages: chat messages, [{"role", "content"}, ...]. schema: JSON schema that the answer should meet.
@@ -109,7 +111,7 @@ class LanguageModel(Protocol):
 
 
 class VisionModel(Protocol):
-    """Decides whether an answer about images is right; attributes as of `LanguageModel`."""
+    """Decides whether an answer about images is right; its attributes are those of `LanguageModel`."""
 
     name: str
     settings: dict[str, Any]
@@ -118,20 +120,20 @@ class VisionModel(Protocol):
     def verify(
         self, images: list[Image.Image], messages: list[dict], question: str, answer: str, seed: int, data: dict
     ) -> Reply:
-        """`parsed` is {"correct": bool}. `messages` are text only: the backend puts the images in front. Raises as
-        `LanguageModel.chat`."""
+        """Returns a reply whose `parsed` is {"correct": bool}. `messages` are only text: the backend puts the images in
+        front. Raises the errors of `LanguageModel.chat`."""
         ...
 
 
 class ImageGenerator(Protocol):
-    """Draws; attributes as of `LanguageModel`."""
+    """Draws images; its attributes are those of `LanguageModel`."""
 
     name: str
     settings: dict[str, Any]
     paid: bool
 
     def draw(self, description: str, size: tuple[int, int], seed: int, data: dict) -> Image.Image:
-        """An RGB image of `size` (width, height). Raises as `LanguageModel.chat`."""
+        """Draws an RGB image of `size` (width, height). Raises the errors of `LanguageModel.chat`."""
         ...
 
 

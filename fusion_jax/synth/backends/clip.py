@@ -1,4 +1,4 @@
-"""The scorer: CLIP or SigLIP from a local folder, through transformers."""
+"""Scores images against texts with CLIP or SigLIP from a local folder, through transformers."""
 
 import threading
 from pathlib import Path
@@ -11,10 +11,10 @@ from fusion_jax.synth.backends.config import ScorerConfig
 
 
 class ClipScorer:
-    """Cosines between images and texts. Texts longer than the model reads are cut at its end."""
+    """Computes cosines between images and texts. Texts that are too long for the model are cut at their end."""
 
     def __init__(self, config: ScorerConfig):
-        """UserError where packages or files are missing."""
+        """Raises UserError where packages or files are missing."""
         path = Path(config.path)
         if not path.is_dir():
             raise UserError(f"There is no folder {path} (scorer.path): give a CLIP or SigLIP model's folder.")

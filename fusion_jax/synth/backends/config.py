@@ -1,4 +1,4 @@
-"""Configs of the models of a synthesis run, each field a key of `llm`, `vision`, `images` or `scorer`."""
+"""Defines the configs of a synthesis run's models: the keys of `llm`, `vision`, `images`, `scorer`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ LANGUAGE_BACKENDS = ("embedded", "endpoint", "vllm")
 IMAGE_BACKENDS = ("embedded", "endpoint", "diffusers")
 STRUCTURED = ("json_schema", "json_object", "none")
 
-# Least and most of the fields that are numbers.
+# The smallest and the largest value of each numeric field.
 _PRICE = (0, 1e9)
 _MODEL_RANGES = {
     "temperature": (0, 100),
@@ -25,7 +25,7 @@ _IMAGE_RANGES = {
     "price_image": _PRICE,
 }
 _TRAFFIC_RANGES = {
-    "concurrency": (1, 4096),  # each takes a thread
+    "concurrency": (1, 4096),  # each needs a thread
     "retries": (0, 1000),
     "timeout": (1e-3, 86400),
     "requests_per_second": (0, 1e6),
@@ -33,7 +33,7 @@ _TRAFFIC_RANGES = {
 
 
 def check_ranges(config: object, ranges: dict[str, tuple[float, float]]) -> None:
-    """UserError unless the named fields lie within their least and most; None, where a field allows it, does."""
+    """Raises UserError unless the named fields are within their limits, or None where a field allows that."""
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
         if value is not None:
@@ -57,7 +57,7 @@ class ModelConfig:
     max_tokens: int = 2048
     """Longest answer, in tokens."""
     concurrency: int = 16
-    """Requests under way at once."""
+    """Requests that may be open at the same time."""
     requests_per_second: float = 0.0
     """Limit of requests a second; 0: no limit."""
     timeout: float = 120.0
@@ -104,7 +104,7 @@ class ImageConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never part of a config."""
     concurrency: int = 8
-    """Requests under way at once."""
+    """Requests that may be open at the same time."""
     requests_per_second: float = 0.0
     """Limit of requests a second; 0: no limit."""
     timeout: float = 300.0

@@ -13,8 +13,8 @@ from fusion_jax.errors import UserError, first_line
 from fusion_jax.synth.backends.base import Refused
 from fusion_jax.synth.backends.config import ImageConfig
 
-_ROOM = 1.15  # memory that drawing takes at least, as a multiple of the weights
-_MULTIPLE = 16  # pipelines draw sides of such lengths; others are cut from the next larger one
+_ROOM = 1.15  # least memory that drawing needs, as a multiple of the weights
+_MULTIPLE = 16  # pipelines draw sides of multiples of it; others are cut from the next larger one
 
 
 class Diffusion:
@@ -23,7 +23,7 @@ class Diffusion:
     paid = True  # in time
 
     def __init__(self, config: ImageConfig):
-        """Loads the pipeline. UserError where packages, files or memory are missing."""
+        """Loads the pipeline. Raises UserError where packages, files or memory are missing."""
         try:
             import torch
             from diffusers import DiffusionPipeline
@@ -58,7 +58,7 @@ class Diffusion:
         del data
         width, height = (math.ceil(side / _MULTIPLE) * _MULTIPLE for side in size)
         with self._lock:
-            # On the CPU: the same noise on every device.
+            # The noise is drawn on the CPU, so that it is the same on every device.
             noise = self._torch.Generator("cpu").manual_seed(seed)
             try:
                 drawn = self._pipeline(prompt=description, width=width, height=height, generator=noise, **self._options)
@@ -76,7 +76,7 @@ class Diffusion:
 
 
 def _check_memory(folder: Path, itemsize: int, device: str, torch) -> None:
-    """UserError before loading where the weights alone do not fit: a process out of host memory would be killed."""
+    """Raises UserError before loading where the weights do not fit: a process out of host memory would be killed."""
     need = sum(_elements(file) for file in folder.glob("*/*.safetensors") if ".fp16." not in file.name) * itemsize
     if device.startswith("cuda"):
         free, where = torch.cuda.mem_get_info(torch.device(device))[0], device

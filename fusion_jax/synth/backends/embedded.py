@@ -1,7 +1,7 @@
-"""The default backend: no network and no weights, but worlds that know what they show.
+"""Implements the default backend without network or weights, from worlds that know what they show.
 
-A request is answered by the first world that owns it: the plain shapes of the quickstart where its caption or state
-names one of their pictures, drawn scenes for all others.
+The first world that owns a request answers it: the plain shapes of the quickstart where its caption or state names one
+of their pictures, drawn scenes for all others.
 """
 
 import json
@@ -23,7 +23,7 @@ STYLES = (*scenes.STYLES, *shapes.STYLES)
 
 
 def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
-    """A pool of captions in one of `STYLES`, each a function of the seed and its number."""
+    """Yields a pool of captions in one of `STYLES`, each a function of the seed and its number."""
     for world in WORLDS:
         if style in world.STYLES:
             yield from world.captions(count, seed, style)
@@ -66,7 +66,7 @@ class LanguageModel:
 
 
 class VisionModel:
-    """An oracle: reads the state that travels with the images, never their pixels."""
+    """An oracle that reads the state of the sample, never the pixels of its images."""
 
     name = "embedded-oracle"
     paid = False
@@ -84,7 +84,7 @@ class VisionModel:
 
 
 class ImageGenerator:
-    """Draws what the state or the description says."""
+    """Draws what the state or the description describes."""
 
     name = "embedded"
     paid = False

@@ -1,7 +1,7 @@
 """Calls OpenAI-compatible endpoints: chat for language and vision models, images for generators.
 
-Servers differ in what they know. What one rejects by name (a form of structured output, `seed`, `max_tokens` under that
-name) is left out or replaced from then on, which is logged once.
+Servers differ in the parameters that they support. A parameter that one rejects by name (a form of structured output,
+`seed`, `max_tokens` under that name) is left out or replaced from then on, which is logged once.
 """
 
 import base64
@@ -87,7 +87,7 @@ class ChatEndpoint:
         return {key: value for key, value in body.items() if key not in self._left_out}
 
     def _adapt(self, body: dict[str, Any], complaint: str) -> bool:
-        """Changes later requests after a complaint of the endpoint; False where there is nothing left to change."""
+        """Changes later requests after an error of the endpoint; returns False where nothing is left to change."""
         complaint = complaint.lower()
         if "max_tokens" in body and "max_completion_tokens" in complaint:
             self._length_key = "max_completion_tokens"
@@ -118,7 +118,7 @@ class ChatEndpoint:
             content = message.get("content")
         except (KeyError, IndexError, TypeError, AttributeError) as e:
             raise Retryable("broken_reply", "the reply has no choices[0].message") from e
-        if isinstance(content, list):  # parts, as some servers answer: the texts among them, not thoughts or images
+        if isinstance(content, list):  # some servers answer in parts: only the texts are used, not thoughts or images
             content = "".join(filter(None, map(_text_of, content)))
         if not isinstance(content, str):
             content = ""
@@ -204,7 +204,7 @@ class ImageEndpoint:
         if isinstance(first.get("b64_json"), str):
             try:
                 return base64.b64decode(first["b64_json"], validate=True)
-            except ValueError as e:  # binascii.Error among them; other letters than ASCII
+            except ValueError as e:  # also binascii.Error, and characters outside ASCII
                 raise Unusable("bad_image", "the image is not base64") from e
         if isinstance(first.get("url"), str):
             return self.client.fetch(first["url"])

@@ -9,22 +9,25 @@ from fusion_jax.synth.backends.config import ImageConfig, ModelConfig, ScorerCon
 
 
 def embedded() -> ModuleType:
-    """The backend without network and weights: a module with the classes LanguageModel, VisionModel and ImageGenerator,
-    made without arguments, `captions(count, seed, style)` which yields captions, STYLES, the number VERSION that
-    changes with what it makes, and the texts SOURCE and LICENCE."""
+    """The module of the backend without network and weights.
+
+    It has the classes LanguageModel, VisionModel and ImageGenerator, which take no arguments, `captions(count, seed,
+    style)`, which yields captions, STYLES, the number VERSION, which changes whenever its output does, and the texts
+    SOURCE and LICENCE.
+    """
     return importlib.import_module("fusion_jax.synth.backends.embedded")
 
 
 class Factory:
-    """Makes the models of one process; those at one address share its rate."""
+    """Makes the models of one process; those at one address share its rate limit."""
 
     def __init__(self, share: float = 1.0):
-        """Args: share: the part of the configured traffic that this process may make."""
+        """Args: share: the share of the configured traffic that this process may cause."""
         self._share = share
         self._rates: dict[str, Any] = {}
 
     def language_model(self, config: ModelConfig, what: str = "llm") -> LanguageModel:
-        """The model that writes. Args: what: the config's key, for messages."""
+        """Makes the model that writes. Args: what: the config's key, for messages."""
         if config.backend == "embedded":
             return embedded().LanguageModel()
         if config.backend == "vllm":
@@ -36,11 +39,11 @@ class Factory:
         return ChatEndpoint(config, what, self._rates, self._share)
 
     def vision_model(self, config: ModelConfig) -> VisionModel:
-        """The model that verifies answers."""
+        """Makes the model that verifies answers."""
         return embedded().VisionModel() if config.backend == "embedded" else self.language_model(config, "vision")
 
     def image_generator(self, config: ImageConfig) -> ImageGenerator:
-        """The model that draws."""
+        """Makes the model that draws."""
         if config.backend == "embedded":
             return embedded().ImageGenerator()
         if config.backend == "diffusers":
@@ -52,7 +55,7 @@ class Factory:
         return ImageEndpoint(config, "images", self._rates, self._share)
 
     def scorer(self, config: ScorerConfig) -> Scorer | None:
-        """The model that compares images with texts; None where none is configured."""
+        """Makes the model that compares images with texts; None where none is configured."""
         if not config.path:
             return None
         from fusion_jax.synth.backends.clip import ClipScorer

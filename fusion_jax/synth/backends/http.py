@@ -1,11 +1,11 @@
-"""Sends requests to one HTTP endpoint: how many at once, what is retried and what ends the run.
+"""Sends requests to an HTTP endpoint: limits their number and rate, retries them, or ends the run.
 
     caller thread -> [rate] -> [one of `concurrency` places] -> request -> reply
                        ^                                          |
-                       +--------- back-off, place given up <------+  429, 5xx, time-out, cut connection, broken JSON
+                       +--------- back-off, place released <------+  429, 5xx, time-out, cut connection, broken JSON
 
-A request that waits holds no place, so all places are busy while there are requests. Models at one address share its
-rate; each has places of its own. After a 429 all wait for as long as the endpoint demands.
+A waiting request holds no place, so all places are busy while there are requests. Models at one address share its rate;
+each has its own places. After a 429 all requests wait for as long as the endpoint demands.
 """
 
 import json
@@ -27,15 +27,15 @@ log = logging.getLogger("fusion_jax")
 
 MAX_TEXT = 1 << 23  # bytes of a reply of a language or vision model
 MAX_IMAGE = 1 << 26  # bytes of a reply with an image, or of the image that it names
-_REDIRECTS = 3  # on the way to an image
+_REDIRECTS = 3  # most redirects on the way to an image
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _DEAD_AFTER = 8  # requests in a row that failed with all their retries
-_TURNED_AWAY = 10  # times as many retries after 429, which cost nothing: the endpoint lives
+_TURNED_AWAY = 10  # times as many retries after 429, which cost nothing and show that the endpoint is alive
 _REASONS = {"timeout": "timeout", "cut": "cut_connection", "encoded": "broken_reply"}
 
 
 class Rate:
-    """Spaces the requests to an address, for all threads and models of a process."""
+    """Spaces out the requests to an address, for all threads and models of a process."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -46,24 +46,24 @@ class Rate:
         with self._lock:
             now = time.monotonic()
             mine = max(self._next, now)
-            # Up to a tenth of a second of unused time may be caught up on.
+            # Up to a tenth of a second of unused time may be used later.
             self._next = max(self._next, now - 0.1) + gap
         return mine - now
 
     def pause(self, seconds: float) -> None:
-        """Lets no request leave for so many seconds."""
+        """Holds back all requests for so many seconds."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Client:
-    """Posts JSON to one endpoint; for any number of threads."""
+    """Posts JSON to one endpoint, from any number of threads."""
 
     def __init__(self, config: ModelConfig | ImageConfig, what: str, rates: dict[str, Rate], share: float = 1.0):
         """
         Args:
-          what: the config's key, for messages. rates: by address, of all clients in this process; this one's is added.
-          share: of the configured traffic that this process may make.
+          what: the config's key, for messages. rates: by address, for all clients in this process; this one's is added.
+          share: the share of the configured traffic that this process may cause.
 
         Raises:
           UserError: the address is missing or cannot be used.
@@ -76,7 +76,7 @@ class Client:
             f"The key in {self._key_name} holds a line break, a space or another character that no key may have.",
         )
         self._headers = {"User-Agent": "fusion_jax"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        # Addresses of images may name the endpoint's own host, wherever that is, and what the config names.
+        # Addresses of images may name the endpoint's own host, in any network, and the hosts in the config.
         self._private = [_place(self.address), *map(_place, getattr(config, "image_hosts", ()))]
         self._retries, self._timeout = config.retries, config.timeout
         concurrency = max(1, round(config.concurrency * share))
@@ -89,22 +89,22 @@ class Client:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Sends no request from now on and ends all waiting; those under way may still be answered."""
+        """Sends no more requests and ends all waits; requests that have been sent may still be answered."""
         self._stopped.set()
 
     def cut(self) -> None:
-        """Ends the requests under way as well."""
+        """Ends also the requests that have been sent."""
         self._stopped.set()
         self._web.cut()
 
     def post(self, path: str, body: dict[str, Any], most: int = MAX_TEXT) -> dict[str, Any]:
-        """The reply's JSON object.
+        """Posts a request and returns the JSON object of the reply.
 
         Args:
-          most: bytes that the reply may have.
+          most: most bytes that the reply may have.
 
         Raises:
-          As `LanguageModel.chat`; `Rejected` for a request that the endpoint does not accept.
+          The errors of `LanguageModel.chat`, and `Rejected` for a request that the endpoint does not accept.
         """
         data = json.dumps(body).encode()
         tries = turned_away = 0
@@ -127,7 +127,7 @@ class Client:
                 self._back_off(tries + min(turned_away, 6), e.wait)
 
     def check(self) -> None:
-        """Fetches the list of models. UserError for a missing endpoint, a wrong key or a model that is not served."""
+        """Fetches the list of models. Raises UserError for a missing endpoint, a wrong key or a model not served."""
         for attempt in range(self._retries + 1):
             try:
                 reply = self._send("GET", f"{self.address}/models", None, MAX_TEXT)
@@ -141,7 +141,7 @@ class Client:
                     raise UserError(
                         f"{self.address} redirects to another address; give that one as {self.what}.base_url."
                     ) from e
-                return  # an endpoint without such a list; the first request will tell
+                return  # the endpoint has no such list; the first request will show what is wrong
             except (Refused, Unusable):
                 return
         listed = reply.get("data")
@@ -151,7 +151,7 @@ class Client:
             raise UserError(f"{self.address} does not serve {self.what}.model {self.model!r}; it serves {some}.")
 
     def fetch(self, url: str) -> bytes:
-        """The content of an address in a reply, fetched without the key; time and size are limited as for a reply."""
+        """Fetches the content of an address in a reply without the key; time and size are limited as for a reply."""
         try:
             with self._places:
                 return fetch(
@@ -208,20 +208,20 @@ class Client:
         if status in (408, 409, 425, 429) or status >= 500:
             reason = {429: "rate_limited", 408: "timeout"}.get(status, "server_error")
             raise Retryable(reason, summary, retry_after(answer.headers, _LONGEST_WAIT))
-        # Redirects are not followed: the key and the captions are for this place alone.
+        # Redirects are not followed: the key and the captions are only for this address.
         raise Rejected("redirect" if 300 <= status < 400 else "bad_request", summary)
 
     def _clean(self, text: Any) -> str:
-        """A message of the endpoint: short, printable, and without the key."""
+        """Makes a message of the endpoint short and printable, and removes the key."""
         text = self.scrub(str(text))[:2000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
     def scrub(self, text: str) -> str:
-        """The text without the key, should it contain it."""
+        """Removes the key from the text."""
         return text.replace(self._key, "***") if self._key else text
 
     def _back_off(self, tries: int, wait: float | None) -> None:
-        """Sleeps longer from try to try, or as long as the endpoint demands; with jitter, so that retries spread."""
+        """Sleeps longer with each attempt, or as long as the endpoint demands; with jitter, so that retries spread."""
         self.counts["retries"] += 1
         if wait is None:
             self._sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
@@ -242,11 +242,11 @@ class Client:
 
 
 class Rejected(Unusable):
-    """HTTP 4xx: no repetition of this request can succeed."""
+    """The endpoint answered HTTP 4xx: repeating this request cannot succeed."""
 
 
 class Stopped(Unusable):
-    """The run ends before this request was answered."""
+    """The run ended before this request was answered."""
 
     def __init__(self):
         super().__init__("stopped", "the run was stopped")
@@ -256,7 +256,7 @@ class Stopped(Unusable):
 
 
 def _address(config: ModelConfig | ImageConfig, what: str) -> str:
-    """The endpoint's address without a slash at its end. UserError where there is none, or none that can be used."""
+    """The endpoint's address without a slash at its end. Raises UserError where it is missing or cannot be used."""
     url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if not url:
         raise UserError(f"Give the endpoint's address in {what}.base_url or OPENAI_BASE_URL: https://HOST/v1.")

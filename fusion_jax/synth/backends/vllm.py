@@ -1,7 +1,7 @@
 """Runs a language or vision model in this process through vLLM, for the workers of a cluster.
 
-Samples are worked on by threads, one request each; vLLM is fast on many at once. So requests of all threads are
-gathered and handed over together, as soon as the last ones are done.
+Each sample is processed by a thread that makes one request at a time, but vLLM is fast on large batches. So the
+requests of all threads are gathered and passed on together, as soon as the previous batch is done.
 """
 
 import base64
@@ -21,7 +21,7 @@ from fusion_jax.synth.backends.config import ModelConfig
 
 
 class Gatherer:
-    """Calls a function of a list for callers that have one item each."""
+    """Calls a function on a list for callers that each have one item."""
 
     def __init__(self, work: Callable[[list[Any]], list[Any]], most: int):
         """Args: work: items -> results, in order. most: items at a time."""
@@ -40,7 +40,7 @@ class Gatherer:
             batch = [self._waiting.get()]
             while len(batch) < self._most:
                 try:
-                    # Callers are threads that were all woken by the last batch: most come within moments.
+                    # The callers are threads that were all woken by the last batch, so most arrive within moments.
                     batch.append(self._waiting.get(timeout=0.01))
                 except queue.Empty:
                     break
@@ -56,7 +56,7 @@ class Gatherer:
                     done.set_result(result)
 
     def _one_by_one(self, batch: list[tuple[Any, Future]]) -> None:
-        """Repeats a failed batch item by item: one item may have caused the failure, and the others then succeed."""
+        """Repeats a failed batch item by item: if one item caused the failure, the others then succeed."""
         for item, done in batch:
             try:
                 done.set_result(self._work([item])[0])
@@ -65,12 +65,12 @@ class Gatherer:
 
 
 class VllmModel:
-    """As `LanguageModel` and `VisionModel`."""
+    """A language or vision model; its attributes are those of `LanguageModel` and `VisionModel`."""
 
     paid = True  # in time
 
     def __init__(self, config: ModelConfig):
-        """Loads the model. UserError where the package, files or memory are missing."""
+        """Loads the model. Raises UserError where the package, files or memory are missing."""
         try:
             import vllm
             from vllm.sampling_params import StructuredOutputsParams
@@ -106,7 +106,7 @@ class VllmModel:
     def _ask(self, messages: list[dict], schema: dict | None, seed: int) -> Reply:
         try:
             return self._gather((messages, schema, seed))
-        except ValueError as e:  # longer than the model's context, for instance
+        except ValueError as e:  # for instance a prompt longer than the model's context
             raise Unusable("bad_request", " ".join(str(e).split())[:300]) from e
 
     def _answer(self, requests: list[tuple[list[dict], dict | None, int]]) -> list[Reply]:

@@ -1,13 +1,13 @@
-"""The kinds of samples, a file each: prompt, form of the answer, limits.
+"""Lists the kinds of samples; each has a file with its prompt, the form of its answer, and limits.
 
-All but caption_long are the papers'.
+All but caption_long are from the papers.
 """
 
 import importlib
 
 from fusion_jax.synth.kinds.base import STAGES, Ask, Kind
 
-# Files of this folder, each with a `KIND` of the same name. Reports and manifests list the kinds in this order.
+# The files of this folder, each with a `KIND` of the same name. Reports and manifests list the kinds in this order.
 NAMES = (
     "caption_color",
     "caption_count",

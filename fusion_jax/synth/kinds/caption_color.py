@@ -1,4 +1,4 @@
-"""Color captions: what has which colour, at most three colours."""
+"""Defines colour captions, which state what has which colour, with at most three colours."""
 
 import re
 
@@ -7,7 +7,7 @@ from fusion_jax.synth.kinds.common import caption, caption_turns, only_caption, 
 from fusion_jax.synth.replies import Invalid, one_line
 
 MOST = 3
-# Basic colour words and their everyday relatives; two names of one colour count as one.
+# Basic colour words and their common synonyms; two names of one colour count as one.
 _BASIC = (
     "red",
     "orange",
@@ -40,7 +40,7 @@ def check(value: dict, data: dict) -> dict:
     named = list(dict.fromkeys(one_line(colour).lower() for colour in value["colors"]))
     if missing := [colour for colour in named if not stands_in(colour, text)]:
         raise Invalid("colors_not_in_caption", f"{missing[0]!r} is not in the caption")
-    # What the model forgot to list counts as well, and "light blue" is the blue that the caption names.
+    # Colours that the model forgot to list count as well, and "light blue" is the blue that the caption names.
     known = colours(text)
     named += [colour for colour in known if not any(colour in colours(name) for name in named)]
     if not named:

@@ -1,4 +1,4 @@
-"""Count captions: how many of what, at most three of a kind and six in all."""
+"""Defines count captions, which state how many things there are: at most three of a kind, six in all."""
 
 from fusion_jax.synth.kinds.base import NUMBER, TEXT, Ask, Kind, listed, obj
 from fusion_jax.synth.kinds.common import NUMBERS, caption, caption_turns, drop_article, only_caption, stands_in
@@ -8,7 +8,7 @@ EACH, IN_ALL = 3, 6
 
 
 def _number(word: str) -> int | None:
-    """What a word counts, or None. Python reads numbers of 4300 digits at most, and no caption counts to a million."""
+    """The number that a word means, or None. Python reads at most 4300 digits, and no caption counts to a million."""
     if word.lower() in NUMBERS:
         return NUMBERS.index(word.lower())
     return int(word[:7]) if word.isdecimal() else None
@@ -35,7 +35,7 @@ def check(value: dict, data: dict) -> dict:
             raise Invalid("too_many_objects", f"{each['count']} of a kind, the limit is {EACH}")
     if sum(each["count"] for each in objects) > IN_ALL:
         raise Invalid("too_many_objects", f"more than {IN_ALL} objects in all")
-    # "a", "an" and "the" may stand for one; every other number must be in the caption, and no number but these.
+    # "a", "an" and "the" may mean one; every other number must be in the caption, and the caption has no further ones.
     numbers = _numbers(text)
     counts = [each["count"] for each in objects]
     several, counted = (sorted(n for n in each if n != 1) for each in (numbers, counts))

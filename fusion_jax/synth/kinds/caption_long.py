@@ -1,4 +1,4 @@
-"""Captions at full length: the description that the image was drawn from. Not among the papers' kinds."""
+"""Defines long captions, which are the descriptions of the images; the papers do not have this kind."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Scene captions: things in exactly one surrounding."""
+"""Defines scene captions, which show things in exactly one setting."""
 
 import re
 
@@ -6,7 +6,7 @@ from fusion_jax.synth.kinds.base import TEXT, Ask, Kind, obj
 from fusion_jax.synth.kinds.common import caption, caption_turns, drop_article, only_caption, stands_in
 from fusion_jax.synth.replies import Invalid, one_line, words
 
-# Surroundings that a caption may name on top of the one it declares.
+# Settings that a caption may name besides the one that it declares.
 _PLACES = """
     airport bathroom beach bedroom bridge cafe canyon cave church city classroom desert farm field forest
     garage garden harbor harbour island jungle kitchen lake library market meadow mountain mountains museum

@@ -1,4 +1,4 @@
-"""Spatial captions: where things stand to each other, moved from where one expects them."""
+"""Defines spatial captions, which state how things are placed relative to each other, in unusual ways."""
 
 import re
 

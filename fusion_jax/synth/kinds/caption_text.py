@@ -1,4 +1,4 @@
-"""Text captions: what is written, and on what."""
+"""Defines text captions, which state what is written on what."""
 
 import re
 

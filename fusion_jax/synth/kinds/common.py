@@ -1,4 +1,4 @@
-"""What several kinds share: checks of limits, the requests of judge and verifier, wordings."""
+"""Provides what several kinds share: checks of limits, requests to judge and verifier, wordings."""
 
 import re
 from collections.abc import Callable
@@ -18,11 +18,11 @@ CAPTION_REQUESTS = (
 )
 
 
-_LETTERS = 40  # characters of a word and its punctuation, at most on average
+_LETTERS = 40  # most characters of a word with its punctuation, on average
 
 
 def limit_words(text: str, low: int, high: int, what: str) -> str:
-    """Returns the text. `Invalid` (too_long, too_short) where its number of words is not within low .. high."""
+    """Returns the text. Raises `Invalid` (too_long, too_short) where its number of words is not within low .. high."""
     if len(text) > _LETTERS * (high + 5):
         raise Invalid("too_long", f"{what} has {len(text)} characters, the limit is {high} words")
     count = len(words(text))
@@ -49,19 +49,19 @@ def drop_article(name: str) -> str:
 
 
 def only_caption(text: str) -> dict | None:
-    """Prose in place of a caption's JSON: its first line."""
+    """Reads prose in place of a caption's JSON: its first line is the caption."""
     line = replies.prose(text).split("\n", 1)[0]
     return {"caption": line} if line and len(line) <= _LETTERS * (CAPTION_WORDS + 5) else None
 
 
 def only_description(text: str) -> dict | None:
-    """Prose in place of a description's JSON."""
+    """Reads prose in place of a description's JSON."""
     description = replies.prose(text)
     return {"description": description} if description else None
 
 
 def only_pairs(text: str) -> dict | None:
-    """Prose in place of the JSON of questions and answers."""
+    """Reads prose in place of the JSON of questions and answers."""
     pairs = replies.pairs_from_prose(text)
     return {"pairs": pairs} if pairs else None
 
@@ -76,19 +76,19 @@ def plain_turns(pairs: list[dict], number: int) -> list[tuple[str, str]]:
 
 
 def short_turns(pairs: list[dict], number: int) -> list[tuple[str, str]]:
-    """As `plain_turns`; the first question says that short answers are wanted."""
+    """Like `plain_turns`, but the first question requests short answers."""
     turns = plain_turns(pairs, number)
     return [(f"{turns[0][0]}\nAnswer with a single word or phrase.", turns[0][1]), *turns[1:]]
 
 
 def check_description(value: dict, data: dict) -> dict:
-    """A description of 20 to 260 words; the published text gives no limit for the general ones."""
+    """Checks that a description has 20 to 260 words; the papers have no limit for descriptions in general."""
     del data
     return {"description": limit_words(clean_text(value["description"]), 20, 260, "the description")}
 
 
 def check_pairs(most: int, answer_words: tuple[int, int]) -> Callable[[dict, dict], dict]:
-    """Keeps the first `most` pairs that are whole, different and within the limits; Invalid if none is."""
+    """Keeps the first `most` pairs that are complete, different and within the limits. Raises Invalid if none is."""
 
     def check(value: dict, data: dict) -> dict:
         del data
@@ -117,7 +117,7 @@ def questions(instructions: str, most: int, answer_words: tuple[int, int]) -> As
     """The request for questions and answers about descriptions.
 
     Args:
-      instructions: the prompt. most: pairs that are kept. answer_words: least and most words of an answer.
+      instructions: the prompt. most: most pairs to keep. answer_words: fewest and most words of an answer.
     """
     return Ask(
         instructions=instructions,
@@ -143,7 +143,7 @@ DESCRIBE = Ask(
     prose=only_description,
 )
 
-# Said in every prompt for questions: what the answer may rest on.
+# The part of every prompt for questions that states what answers may be based on.
 GROUNDED = (
     "The person who answers sees only the picture, never the description: do not mention a description, and do not ask "
     "about anything that the picture could not show. Ask only about what is clearly there, or clearly not there. Every "

@@ -1,4 +1,4 @@
-"""Two pictures that differ: at most seven questions with answers in sentences."""
+"""Asks about two pictures that differ: at most seven questions with answers in sentences."""
 
 from fusion_jax.synth.kinds.base import Kind
 from fusion_jax.synth.kinds.common import plain_turns, questions

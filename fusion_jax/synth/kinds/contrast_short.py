@@ -1,4 +1,4 @@
-"""Two pictures that differ: at most seven questions with short answers.
+"""Asks about two pictures that differ: at most seven questions with short answers.
 
 The prompt for the pictures is shared with contrast_long.
 """

@@ -1,4 +1,4 @@
-"""Conversations in whole sentences, at most eight pairs."""
+"""Defines conversations in whole sentences, with at most eight pairs."""
 
 from fusion_jax.synth.kinds.base import Kind
 from fusion_jax.synth.kinds.common import DESCRIBE, GROUNDED, plain_turns, questions

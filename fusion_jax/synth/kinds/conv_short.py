@@ -1,4 +1,4 @@
-"""Conversations in short answers, at most eight pairs."""
+"""Defines conversations with short answers, with at most eight pairs."""
 
 from fusion_jax.synth.kinds.base import Kind
 from fusion_jax.synth.kinds.common import DESCRIBE, GROUNDED, questions, short_turns

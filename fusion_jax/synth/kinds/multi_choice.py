@@ -1,4 +1,4 @@
-"""Multiple choice questions, at most eight to a picture; the engine shuffles the options."""
+"""Defines multiple choice questions, at most eight per picture; the engine shuffles the options."""
 
 import random
 
@@ -58,7 +58,7 @@ def prose(text: str) -> dict | None:
 
 
 def turns(pairs: list[dict], number: int) -> list[tuple[str, str]]:
-    """Options in an order of the sample's own: models put the right one at the same places again and again."""
+    """Shuffles the options for each sample, because models often put the right one at the same place."""
     rounds = []
     for k, pair in enumerate(pairs):
         options = list(pair["options"])

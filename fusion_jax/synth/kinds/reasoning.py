@@ -1,4 +1,4 @@
-"""Questions that take thought: at most six pairs, answers of at least 100 words."""
+"""Defines questions that need reasoning: at most six pairs, with answers of at least 100 words."""
 
 from fusion_jax.synth.kinds.base import Kind
 from fusion_jax.synth.kinds.common import DESCRIBE, plain_turns, questions

@@ -1,4 +1,4 @@
-"""Questions about written text: a description with at most three texts, at most five pairs."""
+"""Defines questions about written text: a description with at most three texts, at most five pairs."""
 
 import re
 
@@ -17,10 +17,10 @@ def check(value: dict, data: dict) -> dict:
     del data
     description = limit_words(clean_text(value["description"]), *DESCRIPTION_WORDS, "the description")
     texts = list(dict.fromkeys(one_line(text) for text in value["texts"]))
-    for text in texts:  # before the search for each in the others, which is slow for long texts
+    for text in texts:  # checked before each text is searched for in the others, which is slow for long texts
         limit_words(text, 1, TEXT_WORDS, "a written text")
     quoted = [one_line(text) for text in _WRITTEN.findall(description)]
-    texts += [text for text in quoted if not any(stands_in(text, known) for known in texts)]  # what it forgot to list
+    texts += [text for text in quoted if not any(stands_in(text, known) for known in texts)]  # unlisted texts
     if not texts:
         raise Invalid("no_text", "nothing is written")
     if len(texts) > TEXTS:

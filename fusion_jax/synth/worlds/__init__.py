@@ -1,6 +1,6 @@
-"""Worlds of the embedded backend: each makes captions, pictures and questions whose answers it knows.
+"""Holds the embedded backend's worlds, which make captions, pictures and questions with known answers.
 
-Both are modules with the same names, `shapes.world` (plain shapes on a grid) and `scenes.world` (drawn scenes):
+Both are modules, `shapes.world` (plain shapes on a grid) and `scenes.world` (drawn scenes), with the same names:
 
     STYLES                                        the styles of its captions, as `embedded:STYLE:COUNT` names them
     captions(count, seed, style)                  yields captions

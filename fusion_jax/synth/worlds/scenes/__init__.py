@@ -1,1 +1,1 @@
-"""Drawn scenes: the embedded backend's world of things in settings."""
+"""Makes drawn scenes, the embedded backend's world of things in settings."""

@@ -1,7 +1,7 @@
-"""Draws each noun by an artist: a function that returns a `Sculpture`, varied by a random generator.
+"""Draws each noun by an artist, a function that makes a `Sculpture` with random variations.
 
-Coordinates are those of `Sculpture`: the ground at y = 0, the top at y = 1. Parts without a colour take the thing's
-own; they make up most of every thing, so that its colour is what one sees.
+Coordinates are those of `Sculpture`: the ground is at y = 0, the top at y = 1. Parts without a colour have that of the
+thing; they make up most of it, so that its colour dominates.
 """
 
 import functools
@@ -34,5 +34,5 @@ PANELS = {
 
 @functools.cache  # at most nouns x variants, 0.3 MB each
 def master(noun: str, variant: int) -> Master:
-    """The model of a noun; `variant` is 0 to VARIANTS - 1."""
+    """Makes the model of a noun; `variant` is 0 to VARIANTS - 1."""
     return ARTISTS[noun](random.Random(f"{noun}/{variant}")).finish()

@@ -1,4 +1,4 @@
-"""Artists of the things that carry writing, except the mug (see art.py)."""
+"""Defines the artists of things that carry writing, except the mug (see art.py)."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Artists of fruit, household things, toys and luggage (see art.py)."""
+"""Defines the artists of fruit, household things, toys and luggage (see art.py)."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Artists of what stands, grows, drives, lives or flies outdoors (see art.py)."""
+"""Defines the artists of outdoor things: plants, buildings, vehicles, animals, aircraft (see art.py)."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from fusion_jax.synth.worlds.scenes.sculpt import (
 
 def umbrella(rng: random.Random) -> Sculpture:
     s = Sculpture(1.1)
-    s.add(s.box(-0.17, 0.0, 0.17, 0.05, 0.02), METAL, bulge=0.02)  # a foot: nothing else holds it up
+    s.add(s.box(-0.17, 0.0, 0.17, 0.05, 0.02), METAL, bulge=0.02)  # a foot, without which nothing would hold it up
     s.add(s.box(-0.05, 0.03, 0.05, 0.12, 0.01), METAL, bulge=0.02)
     s.add(s.line([(0, 0.04), (0, 0.96)], 0.035), WOOD, bulge=0.02)
     edge = [(-0.52, 0.5), (-0.35, 0.56), (-0.18, 0.5), (0, 0.56), (0.18, 0.5), (0.35, 0.56), (0.52, 0.5)]
@@ -96,7 +96,7 @@ def flower(rng: random.Random) -> Sculpture:
         x, y = 0.19 * math.cos(a), 0.72 + 0.19 * math.sin(a)
         s.add(s.ellipse(x, y, 0.14, 0.09, math.degrees(a)), bulge=0.07, rim=0.8)
     s.add(s.ellipse(0, 0.72, 0.09, 0.09), (200, 142, 40), bulge=0.06)
-    # In a pot, so that it can stand on a table or a road as well as in the grass.
+    # It is in a pot, so that it can stand on a table or a road as well as in the grass.
     s.add(s.polygon([(-0.14, 0.16), (0.14, 0.16), (0.1, 0.0), (-0.1, 0.0)]), (190, 110, 70), bulge=0.06)
     return s
 

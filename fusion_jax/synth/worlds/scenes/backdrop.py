@@ -1,6 +1,6 @@
-"""Draws backdrops: the sky or wall behind the things of a scene and the ground, by setting.
+"""Draws the backdrop of each setting: the ground, and the sky or wall in the background.
 
-A backdrop never looks like a noun that its setting does not name in `Setting.shows`.
+A backdrop never resembles a noun that its setting does not list in `Setting.shows`.
 """
 
 import math
@@ -19,7 +19,7 @@ def _vary(colour: Colour, rng: random.Random, by: int = 10) -> Colour:
 
 
 def _fill(image: Image.Image, points: Sequence[tuple[float, float]], colour: Colour) -> None:
-    """A polygon with smooth edges; points as shares of the image."""
+    """Draws a polygon with smooth edges; points are shares of the image."""
     w, h = image.size
     xs, ys = zip(*points)
     left, right = max(0, math.floor(min(xs) * w) - 1), min(w, math.ceil(max(xs) * w) + 2)
@@ -32,7 +32,7 @@ def _fill(image: Image.Image, points: Sequence[tuple[float, float]], colour: Col
 
 
 def _ridge(image: Image.Image, base: float, height: float, bumps: float, colour: Colour, rng: random.Random) -> None:
-    """A wavy line of hills, dunes or mountains, filled down to the bottom."""
+    """Draws a wavy line of hills, dunes or mountains, filled down to the bottom."""
     a, b, c = (rng.uniform(0, 6.28) for _ in range(3))
     xs = [k / 48 for k in range(49)]
     ys = [
@@ -45,7 +45,7 @@ def _ridge(image: Image.Image, base: float, height: float, bumps: float, colour:
 
 
 def _sky(size, rng, top: Colour, bottom: Colour, clouds: float, zoom: float) -> Image.Image:
-    """A sky with soft clouds; `clouds` is how white they get."""
+    """Draws a sky with soft clouds; `clouds` is how white they are."""
     sky = gradient(size, _vary(top, rng), _vary(bottom, rng))
     if clouds:
         tile = piece("clouds", size, rng, zoom)
@@ -57,13 +57,13 @@ def _sky(size, rng, top: Colour, bottom: Colour, clouds: float, zoom: float) -> 
 
 
 def _fade(ground: Image.Image, top: float, bottom: float) -> Image.Image:
-    """Lighter at the horizon, darker near the viewer: depth."""
+    """Adds depth: lighter at the horizon, darker near the viewer."""
     pixels = np.asarray(ground) * np.linspace(top, bottom, ground.height, dtype=np.float32)[:, None, None]
     return Image.fromarray(np.minimum(pixels, 255, out=pixels).astype(np.uint8))
 
 
 def _pebbles(image: Image.Image, rng: random.Random, shades: Sequence[Colour], count: int) -> None:
-    """Clutter without questions about it: pebbles, crumbs, petals."""
+    """Draws clutter that no question is about: pebbles, crumbs, petals."""
     w, h = image.size
     pen = ImageDraw.Draw(image, "RGBA")
     for _ in range(count):
@@ -89,7 +89,7 @@ GREENS = ((52, 96, 34), (150, 196, 92))
 
 
 def backdrop(setting: str, size: tuple[int, int], horizon: float, rng: random.Random) -> Image.Image:
-    """The empty scene of a setting, RGB; the ground begins at `horizon`, a share of the height."""
+    """Draws the empty scene of a setting, RGB; the ground begins at `horizon`, a share of the height."""
     w, h = size
     level = round(h * horizon)
     zoom = h / 384
@@ -200,7 +200,7 @@ def _street(rng, back, ground, zoom):
 
 
 def _courtyard(rng, back, ground, zoom):
-    # Mortar is the light end of the tile.
+    # The tile's lightest grey is the mortar.
     wall = textured("bricks", back, _vary((128, 62, 44), rng), _vary((206, 150, 122), rng), rng, zoom)
     floor = textured("paving", ground, _vary((128, 124, 116), rng), _vary((206, 202, 190), rng), rng, zoom)
     _pebbles(floor, rng, ((150, 120, 60), (130, 140, 70)), rng.randint(3, 10))

@@ -1,11 +1,12 @@
-"""Checks whether an answer is true of a scene: the oracle that verifies answers.
+"""Checks whether an answer is true of a scene, as the oracle that verifies answers.
 
-Two tests, both must pass:
-1. If the question is one that `facts.py` knows, the answer must hold the words that make it right.
-2. Every sentence's claims must hold: what there is, how many, in which colour, where, in what relation, with what text.
+There are two tests, and both must pass:
+1. If `facts.py` knows the question, the answer must contain the words that make it right.
+2. All claims of its sentences must hold: what there is, how many, in which colour, where, in what relation, with what
+   text.
 
-A sentence without claims that can be read here is let pass. With two scenes, sentences say which picture they mean:
-"in the left image", "in the right image", "both images", "neither image".
+A sentence without claims that this module can read passes. With two scenes, sentences name the picture that they are
+about: "in the left image", "in the right image", "both images", "neither image".
 """
 
 import re
@@ -33,7 +34,7 @@ def correct(question: str, answer: str, scenes: Sequence[Scene]) -> bool:
             return True
         if text in {wrong.lower() for wrong in fact.wrong}:
             return False
-        # "Yes" and "no" decide at the beginning; any other word may stand anywhere.
+        # "Yes" and "no" must be at the beginning; any other word may be anywhere.
         anywhere = "^" if fact.key in ("yes", "no") else r"(?<!\w)"
         if not re.search(rf"{anywhere}{re.escape(fact.key.lower())}(?!\w)", text):
             return False
@@ -54,7 +55,7 @@ def true(text: str, scenes: Sequence[Scene]) -> bool:
 
 
 def _parts(sentence: str, scenes: int) -> list[tuple[str, tuple[int, ...], bool]]:
-    """The clauses of a sentence, the scenes that each is about, and whether it denies what it names."""
+    """Yields the clauses of a sentence, with the scenes that each is about and whether it denies what it names."""
     if scenes == 1:
         return [(sentence, (0,), False)]
     parts = []

@@ -1,6 +1,6 @@
-"""Makes scenes: at random, from a draft that leaves things open, and as variations of another.
+"""Makes scenes at random, from a draft that leaves things open, or as variations of another scene.
 
-Everything is drawn from the generator that is passed in, so a seed decides.
+All random choices use the generator that is passed in, so a seed decides them.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from fusion_jax.synth.worlds.scenes.lexicon import CARRIERS, COLUMNS, NOUNS, ROW
 from fusion_jax.synth.worlds.scenes.parse import Draft, DraftGroup
 from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 
-# Things that may as well carry no text; a sign without one would look odd.
+# Things that carry text but may also be without; a sign without text would look odd.
 PLAIN_CARRIERS = ("mug", "book", "box")
 AIR_SLOTS, GROUND_SLOTS = len(COLUMNS), 2 * len(COLUMNS)
-# Largest ratio of heights in a scene that no caption prescribes: a snail beside a house would be a dot. What hangs or
-# flies is drawn by a rule of its own, and its height may differ more.
+# Largest ratio of heights in a scene that no caption prescribes: a snail beside a house would be a dot. Things that
+# hang or fly are drawn by a rule of their own, and their heights may differ more.
 RATIO, AIR_RATIO = 8.0, 25.0
 
-BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side are tiny
+BROAD = ("bird", "hat", "suitcase", "snail", "teapot", "cake")  # three of them side by side would be tiny
 
 
 class Impossible(ValueError):
@@ -35,7 +35,7 @@ def _fits(noun: str, setting: str) -> bool:
 
 
 def _most(noun: str, groups: int) -> int:
-    """How many of a thing an invented scene has beside so many groups: three houses would all be tiny."""
+    """Most copies of a thing in an invented scene with so many groups: three houses would all be tiny."""
     metres = NOUNS[noun].metres
     if metres >= 1.4:
         return 1 if groups > 2 else 2
@@ -43,7 +43,7 @@ def _most(noun: str, groups: int) -> int:
 
 
 def _in_proportion(noun: str, others: Iterable[str]) -> bool:
-    """Whether a thing can be drawn beside others without either being a dot."""
+    """Whether a thing can be drawn beside the others without one of them becoming a dot."""
     for other in others:
         small, large = sorted((NOUNS[noun].metres, NOUNS[other].metres))
         if large > small * (AIR_RATIO if NOUNS[noun].air or NOUNS[other].air else RATIO):
@@ -52,9 +52,9 @@ def _in_proportion(noun: str, others: Iterable[str]) -> bool:
 
 
 def choose_setting(draft: Draft, rng: random.Random) -> str:
-    """One in which most of the draft's things make sense."""
+    """Chooses a setting in which most of the draft's things make sense."""
     fitting = {name: sum(_fits(group.noun, name) for group in draft.groups) for name in SETTINGS}
-    # Not where a thing's own colour would be lost.
+    # Settings against which a thing's colour would be lost are left out.
     for group in draft.groups:
         for name, place in SETTINGS.items():
             fitting[name] -= (group.colour in place.clash) * 0.5
@@ -63,12 +63,13 @@ def choose_setting(draft: Draft, rng: random.Random) -> str:
 
 
 def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int | None = None) -> Scene:
-    """A scene that keeps to a draft and fills in what it leaves open.
+    """Makes a scene that follows a draft and fills in what the draft leaves open.
 
     Args:
-      draft: as `parse.parse` reads it. rng: decides what is open.
-      exact: raise for what cannot be drawn as described (a seventh thing, a mug above an apple) instead of omitting it.
-      colours: at most so many different ones, as far as the draft leaves them open.
+      draft: as read by `parse.parse`. rng: decides what is open.
+      exact: whether to raise for what cannot be drawn as described (a seventh thing, a mug above an apple) instead of
+        omitting it.
+      colours: most different colours, as far as the draft leaves them open.
 
     Raises:
       Impossible: there is nothing to draw, or, if `exact`, not everything can be.
@@ -80,7 +81,7 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
     if slots is None:
         if exact:
             raise Impossible("the positions contradict each other, or a thing cannot be at its position")
-        # One relation after the other, as long as they hold together.
+        # Relations are added one by one, as long as all of them can hold.
         kept: list[tuple[int, str, int]] = []
         for relation in relations:
             if _slots(groups, [*kept, relation], random.Random(0)) is not None:
@@ -94,14 +95,14 @@ def settle(draft: Draft, rng: random.Random, exact: bool = False, colours: int |
         colour = group.colour or _colour(group.noun, setting, [*finished, *groups], rng, colours)
         size = group.size
         if size is None:
-            # A text that gives the place gives all it has to say: no size is the ordinary one.
+            # A text that names the place is a full description, so without a size the thing has the ordinary one.
             size = "" if group.row and group.column else rng.choices(SIZES, (1, 2, 1))[0]
         finished.append(Group(group.noun, group.count or 1, colour, size, row, column, group.text))
     return graph.scene(setting, _without_twins(finished))
 
 
 def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, int]]:
-    """The groups that fit into a picture, and where each of the draft's went."""
+    """The groups that fit into a picture, and the new index of each of the draft's groups."""
     kept: list[DraftGroup] = []
     moved: dict[int, int] = {}
     for i, group in enumerate(draft.groups):
@@ -132,14 +133,14 @@ def _countable(draft: Draft, exact: bool) -> tuple[list[DraftGroup], dict[int, i
 
 
 def _slots(groups: list[DraftGroup], relations, rng: random.Random) -> list[tuple[str, str]] | None:
-    """A slot for each group such that every relation holds, at random among all ways; None where there is none."""
+    """A slot for each group, at random, such that every relation holds; None where that is impossible."""
     choices = []
     standing = [NOUNS[group.noun].metres for group in groups if not NOUNS[group.noun].air]
     for group in groups:
         rows = ("air",) if NOUNS[group.noun].air else ("back", "front")
         free = [(r, c) for r in rows for c in COLUMNS if group.row in (None, r) and group.column in (None, c)]
         rng.shuffle(free)
-        # High things mostly stand behind low ones: near the viewer they would hide the rest or shrink it.
+        # High things are mostly put in the back row: near the viewer they would hide the others or shrink them.
         if standing and max(standing) > 2 * min(standing) and rng.random() < 0.85:
             high = NOUNS[group.noun].metres ** 2 > max(standing) * min(standing)
             free.sort(key=lambda slot: (slot[0] == "front") == high)
@@ -178,7 +179,7 @@ def _colour(noun: str, setting: str, others, rng: random.Random, limit: int | No
 
 
 def _without_twins(groups: list[Group]) -> list[Group]:
-    """Drops a second group of the same noun and colour, which only chance can have made."""
+    """Drops a second group of the same noun and colour, which only chance can have produced."""
     seen: dict[tuple[str, str], Group] = {}
     for group in groups:
         seen.setdefault((group.noun, group.colour), group)
@@ -186,16 +187,16 @@ def _without_twins(groups: list[Group]) -> list[Group]:
 
 
 def random_draft(rng: random.Random, groups: int, texts: int = 0) -> Draft:
-    """Nouns, counts, `texts` written texts and a setting by chance; everything else stays open."""
-    # A roof over every other one, though fewer settings have one: neither answer is the better guess.
+    """Draws nouns, counts, `texts` written texts and a setting at random; everything else stays open."""
+    # Every second scene is indoors, though fewer settings are: neither answer is then the better guess.
     indoors = rng.random() < 0.5
     settings = [name for name, place in SETTINGS.items() if place.indoors == indoors]
     return extend(Draft(rng.choice(settings), [], []), rng, groups, texts)
 
 
 def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longest: int = MAX_TEXT_WORDS) -> Draft:
-    """The draft with more groups, up to `groups` of them and `texts` written texts of at most `longest` words, all that
-    still fit."""
+    """Adds groups to the draft, as far as they fit: up to `groups` in all, and `texts` written texts of at most
+    `longest` words."""
     phrases = [text for text in TEXTS if len(text.split()) <= longest]
     extended = Draft(
         draft.setting or choose_setting(draft, rng), [dataclasses.replace(g) for g in draft.groups], draft.relations
@@ -219,12 +220,12 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
             and _in_proportion(name, there)
             and (air < AIR_SLOTS if noun.air else len(extended.groups) - air < GROUND_SLOTS)
         ]
-        # Things that hang or fly are few among the nouns: without a weight most pictures would have an empty sky.
+        # Few nouns hang or fly: without a weight most pictures would have an empty sky.
         weights = [2.5 if NOUNS[name].air else 1.0 for name in pool]
         if room < 1 or not pool:
             break
         noun = rng.choices(pool, weights)[0]
-        # Writing has to be large enough to read: beside it, the fewer.
+        # Writing has to be large enough to read, so there are fewer things beside it.
         most = min(room, _most(noun, groups) if not texts else _most(noun, 3) - (_most(noun, 3) == 2))
         count = 1 if writing else min(most, rng.choices((1, 2, 3), (5, 2, 2))[0])
         extended.groups.append(DraftGroup(noun, count, text=rng.choice(phrases) if writing else ""))
@@ -232,7 +233,7 @@ def extend(draft: Draft, rng: random.Random, groups: int, texts: int = 0, longes
 
 
 def vary(scene: Scene, rng: random.Random) -> Scene:
-    """Another scene that differs from this one in up to five ways: colours, counts, things, places, the setting."""
+    """Makes a scene that differs from this one in up to five ways: colours, counts, things, places, the setting."""
     changes = rng.sample(("colour", "count", "noun", "setting", "swap", "drop", "colour"), rng.randint(3, 5))
     setting, groups = scene.setting, list(scene.groups)
     for change in changes:

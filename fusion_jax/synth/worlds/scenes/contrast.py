@@ -1,4 +1,4 @@
-"""The facts that may be asked about a left and a right picture together."""
+"""Lists the facts that may be asked about a left and a right picture together."""
 
 import functools
 import random
@@ -17,14 +17,14 @@ def _number(count: int, noun: str) -> str:
     return f"one {noun}" if count == 1 else f"{NUMBERS[count]} {NOUNS[noun].plural}"
 
 
-@functools.lru_cache(maxsize=64)  # needed for every question of a sample
+@functools.lru_cache(maxsize=64)  # used for every question of a sample
 def by_question(left: Scene, right: Scene) -> dict[str, Fact]:
     """{question in lower case: its fact}."""
     return {question.lower(): fact for fact in facts(left, right) for question in fact.questions}
 
 
 def facts(left: Scene, right: Scene) -> list[Fact]:
-    """All facts about the pair, in a fixed order."""
+    """All facts about the two pictures, in a fixed order."""
     scenes = (left, right)
     facts = [*_settings(scenes)]
     nouns = dict.fromkeys(group.noun for scene in scenes for group in scene.groups)
@@ -146,7 +146,7 @@ def _there(count: int, noun: str) -> str:
 
 
 def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fact]:
-    """Up to `most` facts, each about another thing, differences before likenesses."""
+    """Chooses up to `most` facts, each about a different thing, differences before similarities."""
     listed = facts(left, right)
     rng.shuffle(listed)
     there = {group.noun for scene in (left, right) for group in scene.groups} | {"setting", *SIDES}
@@ -157,7 +157,7 @@ def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fac
         pool = [f for f in listed if f.topic == topic and f.about not in {c.about for c in chosen}]
         # One question in four about what is in neither picture is enough.
         pool = [f for f in pool if f.about in there or rng.random() < 0.02]
-        # Most things keep their color, and most occur once: with this probability another answer comes first.
+        # Most things keep their colour, and most occur once: with this probability another answer comes first.
         usual, often = {"same": ("yes", 0.6), "count": ("one", 0.5)}.get(topic, ("", 0.0))
         if rng.random() < often:
             pool.sort(key=lambda f, usual=usual: f.short == usual)
@@ -167,10 +167,10 @@ def choose(left: Scene, right: Scene, rng: random.Random, most: int) -> list[Fac
 
 
 def details(scene: Scene, side: str, fact: Fact) -> list[str]:
-    """True sentences about one picture's share in an answer, none of which repeats what the fact's own says."""
+    """True sentences about one picture's part in an answer, none of which repeats the fact's own sentence."""
     group = _only(scene, fact.about) if fact.about in NOUNS else None
     if group is None or fact.topic == "place":
         return []
-    # The sentence of a fact about number or color already names both.
+    # The sentence of a fact about number or colour already names both.
     named = f"the {group.words}" if fact.topic in ("colour", "same", "count", "more") else group.full
     return [f"In the {side} image, {named} {be(group)} {where(group)}."]

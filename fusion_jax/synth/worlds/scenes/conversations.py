@@ -1,4 +1,4 @@
-"""Questions and answers of every kind about one scene, or about a left and a right one."""
+"""Writes questions and answers of every kind about one scene, or about a left and a right one."""
 
 import random
 
@@ -10,16 +10,16 @@ from fusion_jax.synth.worlds.scenes.graph import Scene
 
 
 def ask(kind: str, schema: dict | None, scenes: list[Scene], rng: random.Random) -> list[dict]:
-    """The pairs that a kind asks for, each with its "topic" where it rests on a single fact.
+    """The pairs that a kind requests, each with its "topic" where it is about a single fact.
 
     Raises:
-      Unusable: a kind whose pairs have a form that this world does not write.
+      Unusable: the kind's pairs have a form that this world does not write.
     """
     known = likeness(kind, "qa", schema)
     if len(scenes) == 2 and known not in CONTRAST_KINDS:
         known = "contrast_long" if rng.random() < 0.5 else "contrast_short"
     elif known != kind and known == "conv_short" and rng.random() < 0.5:
-        known = "conv_long"  # which length the kind wants shows in its check: the next attempt may be the other
+        known = "conv_long"  # only the kind's check knows which length it wants, so the next attempt may use the other
     if known in CONTRAST_KINDS:
         return _about_both(known, scenes, rng)
     (scene,) = scenes
@@ -73,7 +73,7 @@ def _about_both(kind: str, scenes: list[Scene], rng: random.Random) -> list[dict
 
 
 def statement(pair: dict, scenes: list[Scene]) -> str:
-    """A question and its answer as one statement, whether the answer is right or not."""
+    """Joins a question and its answer into one statement, whether the answer is right or not."""
     question, answer = pair["question"].split("\n")[0], pair["answer"]
     known = facts.by_question(scenes[0]) if len(scenes) == 1 else contrast.by_question(*scenes)
     fact = known.get(question.lower())

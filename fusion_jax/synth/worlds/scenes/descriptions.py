@@ -1,4 +1,4 @@
-"""Captions and descriptions of every kind: draft -> scenes -> the answer to `describe`."""
+"""Makes captions and descriptions of every kind: draft -> scenes -> the answer to `describe`."""
 
 import dataclasses
 import random
@@ -30,7 +30,7 @@ def describe(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Sc
     if kind in CONTRAST_KINDS:
         left = compose.settle(compose.extend(draft, rng, rng.randint(3, 5)), rng)
         scenes = [left, compose.vary(left, rng)]
-        rng.shuffle(scenes)  # a variation loses things more often than it wins some
+        rng.shuffle(scenes)  # a variation loses things more often than it gains some
         texts = [write.description(scene, rng, 120, 180) for scene in scenes]
         return dict(zip(("left", "right"), texts)), scenes
     if kind == "text_qa":
@@ -42,7 +42,7 @@ def describe(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Sc
 
 
 def _with_room(draft: Draft) -> Draft:
-    """A draft that leaves room for a thing with a text, and has at most three texts itself."""
+    """A draft that has room for a thing with a text, and has at most three texts itself."""
     part = _subset(draft, sorted(range(len(draft.groups)), key=lambda i: not draft.groups[i].text)[:3])
     for group in part.groups:
         group.count = min(group.count or 1, graph.MAX_OF_A_KIND)
@@ -59,10 +59,10 @@ def _subset(draft: Draft, numbers: list[int]) -> Draft:
 
 
 def _caption(kind: str, draft: Draft, rng: random.Random) -> tuple[dict, list[Scene]]:
-    """A caption of at most twelve words about a scene that holds what the draft names, as far as twelve words allow
-    it. `caption_spatial` needs two things, `caption_text` one with a text."""
+    """Writes a caption of at most twelve words about a scene with what the draft names, as far as twelve words allow.
+    `caption_spatial` needs two things, `caption_text` one with a text."""
     order = list(range(len(draft.groups)))
-    if kind == "caption_text":  # first what carries a text already
+    if kind == "caption_text":  # first the groups that carry a text already
         order.sort(key=lambda i: (not draft.groups[i].text, draft.groups[i].noun not in compose.CARRIERS))
     least, texts = (2 if kind == "caption_spatial" else 1), (1 if kind == "caption_text" else 0)
     for attempt in range(_TRIES):

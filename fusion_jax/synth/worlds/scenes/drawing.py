@@ -1,7 +1,7 @@
 """Draws a scene graph: backdrop, supports, soft shadows, things from back to front, writing.
 
-Where things are and how large is `layout.py`'s. The seed moves, flips and resizes things a little and chooses the
-backdrop's details; it never changes what is true of the scene.
+`layout.py` decides where things are and how large. The seed moves, flips and resizes things a little and chooses the
+details of the backdrop; it never changes what is true of the scene.
 """
 
 import functools
@@ -27,7 +27,7 @@ SWAYING = {"balloon": 8, "kite": 25, "bird": 12, "butterfly": 25, "airplane": 10
 
 
 def draw(scene: Scene, size: tuple[int, int] = (384, 384), seed: int = 0) -> Image.Image:
-    """The picture of a scene, RGB of `size` (width, height)."""
+    """Draws the picture of a scene, RGB of `size` (width, height)."""
     canvas = np.stack(stage(scene, size, seed).split())
     for index, placed in enumerate(layout(scene, size, seed)):
         group = scene.groups[placed.group]
@@ -40,7 +40,7 @@ def draw(scene: Scene, size: tuple[int, int] = (384, 384), seed: int = 0) -> Ima
 
 
 def stage(scene: Scene, size: tuple[int, int], seed: int) -> Image.Image:
-    """The picture without its things: the backdrop, and what those that hang or are held hang on."""
+    """Draws the picture without its things: the backdrop, and the ropes and poles of things that hang or are held."""
     rng = graph.generator(seed, "backdrop")
     horizon = rng.uniform(0.5, 0.56)
     image = backdrop(scene.setting, size, horizon, rng)
@@ -52,10 +52,10 @@ def stage(scene: Scene, size: tuple[int, int], seed: int) -> Image.Image:
         noun = scene.groups[number].noun
         if noun in HANGING and scene.place.sky:
             _between_poles(pen, held, size, round(size[1] * (horizon + 0.06)), wide)
-        elif noun in HANGING:  # from a ceiling or a branch that the picture does not reach up to
+        elif noun in HANGING:  # from a ceiling or a branch above the picture
             for x, y in (hook for box in held for hook in _hooks(noun, box)):
                 pen.line((x, 0, x, y), fill=CORD, width=wide)
-        elif noun == "kite":  # someone beside the picture holds it
+        elif noun == "kite":  # someone outside the picture holds it
             for left, top, right, bottom in held:
                 side = 0 if (left + right) / 2 < size[0] / 2 else size[0]
                 pen.line(((left + right) // 2, (top + bottom) // 2, side, round(0.62 * size[1])), fill=STRING, width=1)
@@ -63,14 +63,14 @@ def stage(scene: Scene, size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def _hooks(noun: str, box: Box) -> list[tuple[int, int]]:
-    """Where a hanging thing is fastened: a banner at both ends, a lantern in the middle."""
+    """The points where a hanging thing is fastened: a banner at both ends, a lantern in the middle."""
     left, top, right, _ = box
     ends = (left + round(0.03 * (right - left)), right - round(0.03 * (right - left)))
     return [(x, top + 2) for x in (ends if noun == "banner" else ((left + right) // 2,))]
 
 
 def _between_poles(pen: ImageDraw.ImageDraw, boxes: list[Box], size: tuple[int, int], foot: int, wide: int) -> None:
-    """Under the open sky things hang on a rope between two poles that stand in the background."""
+    """Draws a rope between two poles in the background, on which things hang under the open sky."""
     tops = min(box[1] for box in boxes)
     rope = max(1, tops - round(0.02 * size[1]))
     ends = (max(wide, boxes[0][0] - 2 * wide), min(size[0] - wide, boxes[-1][2] + 2 * wide))
@@ -129,7 +129,7 @@ def _soft_disc() -> Image.Image:
 
 
 def _shadow(canvas: np.ndarray, box: tuple[int, int, int, int]) -> None:
-    """A soft shadow on the ground, to the lower right as the light comes from the upper left."""
+    """Draws a soft shadow on the ground, to the lower right, as the light comes from the upper left."""
     left, _top, right, bottom = box
     wide = right - left
     disc = _soft_disc().resize((max(4, round(wide * 1.25)), max(3, round(wide * 0.3))), Image.Resampling.BILINEAR)
@@ -148,7 +148,7 @@ FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSans.ttf", "DejaV
 
 @functools.lru_cache(maxsize=1)
 def _font_folder() -> pathlib.Path:
-    # Matplotlib brings DejaVu (a free licence); importing it would be slow.
+    # Matplotlib contains DejaVu (a free licence); importing it would be slow.
     (folder,) = importlib.util.find_spec("matplotlib").submodule_search_locations
     return pathlib.Path(folder) / "mpl-data" / "fonts" / "ttf"
 
@@ -176,7 +176,7 @@ def _write(face: Image.Image, group: Group) -> None:
 
 @functools.lru_cache(maxsize=512)
 def _widths(text: str, font_name: str) -> tuple[float, ...]:
-    """Widths of the words and of a space, in font sizes."""
+    """Widths of the words and of a space, as multiples of the font size."""
     font = _font(font_name, 64)
     return tuple(font.getlength(word) / 64 for word in (*text.split(), " "))
 

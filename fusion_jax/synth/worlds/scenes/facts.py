@@ -1,7 +1,7 @@
-"""The facts that may be asked about one scene, each with its one true answer.
+"""Lists the facts that may be asked about one scene, each with its only true answer.
 
-`facts` lists everything, so that `claims.py` can look up what a question's answer must be; `choose` takes a few facts
-of different topics.
+`facts` lists them all, so that `claims.py` can look up the answer to a question; `choose` picks a few facts of
+different topics.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ TOPICS = ("colour", "count", "place", "relation", "exists", "absent", "setting",
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One fact that can be asked about.
+    """A fact that can be asked about.
 
     Attributes:
-      topic: of `TOPICS`. questions: wordings. about: the noun or setting that they are about, so that rounds differ.
-      short: the answer in a word or phrase. sentence: as a whole sentence.
-      wrong: answers of the same sort that are false here, short.
-      key: the words without which no answer is right.
+      topic: one of `TOPICS`. questions: wordings. about: their noun or setting, so that rounds differ.
+      short: the answer in a word or phrase. sentence: the answer as a whole sentence.
+      wrong: short answers of the same sort that are false here.
+      key: the words that every right answer contains.
     """
 
     topic: str
@@ -37,7 +37,7 @@ class Fact:
     key: str
 
 
-@functools.lru_cache(maxsize=64)  # needed for every question of a sample
+@functools.lru_cache(maxsize=64)  # used for every question of a sample
 def by_question(scene: Scene) -> dict[str, Fact]:
     """{question in lower case: its fact}."""
     return {question.lower(): fact for fact in facts(scene) for question in fact.questions}
@@ -55,7 +55,7 @@ def facts(scene: Scene) -> list[Fact]:
 
 def _of_group(scene: Scene, group: Group) -> list[Fact]:
     name = called(scene, group)
-    alone = group.colour not in name  # "the apples" are all there are
+    alone = group.colour not in name  # "the apples" means all of them
     facts = []
     if alone:
         wrong = tuple(c for c in COLOURS if c != group.colour)
@@ -222,12 +222,12 @@ def _comparisons(scene: Scene) -> list[Fact]:
     return facts
 
 
-# Answers to "how many" that most pictures have: with this probability a fact with another answer comes first.
+# Answers to "how many" that are true of most pictures: with this probability a fact with another answer comes first.
 _TOO_OFTEN = {"one": 0.75, "six": 0.8}
 
 
 def choose(scene: Scene, rng: random.Random, most: int, topics: tuple[str, ...] = TOPICS) -> list[Fact]:
-    """Up to `most` facts: topics take turns in a random order, and no topic asks about one thing twice."""
+    """Chooses up to `most` facts: topics take turns in a random order, and no topic asks about one thing twice."""
     pools: dict[str, list[Fact]] = {topic: [] for topic in topics}
     for fact in facts(scene):
         if fact.topic in pools:
@@ -250,7 +250,7 @@ def choose(scene: Scene, rng: random.Random, most: int, topics: tuple[str, ...] 
     return chosen
 
 
-# What the sentence of a topic already states: details add something else.
+# What the sentence of a topic already states; details add something else.
 _COVERED = {
     "colour": ("colour",),
     "place": ("place",),
@@ -262,7 +262,7 @@ _COVERED = {
 
 
 def details(scene: Scene, fact: Fact, rng: random.Random) -> list[str]:
-    """True sentences about the things that a fact is about, for answers at length, none of which repeats it."""
+    """True sentences about the things of a fact, for long answers; none of them repeats the fact."""
     sentences = []
     covered = _COVERED.get(fact.topic, ())
     for group in scene.groups:

@@ -1,4 +1,4 @@
-"""The kinds that this world answers, and for an unknown kind the known one with the same form."""
+"""Lists the kinds that this world answers, and finds for an unknown kind a known one of the same form."""
 
 from fusion_jax.synth.backends.base import Unusable
 
@@ -7,7 +7,7 @@ CONTRAST_KINDS = ("contrast_short", "contrast_long")
 DESCRIBED_KINDS = ("multi_choice", "conv_short", "conv_long", "reasoning", "text_qa", "caption_long")
 KINDS = (*CAPTION_KINDS, *CONTRAST_KINDS, *DESCRIBED_KINDS)
 
-# For a kind that is not of `KINDS`: (keys of `describe`, keys of a pair) -> the kind that it is like.
+# For kinds outside `KINDS`: (keys of `describe`, keys of a pair) -> the kind of the same form.
 _FORMS = {
     "describe": {
         ("caption",): "caption_scene",
@@ -22,7 +22,7 @@ def likeness(kind: str, purpose: str, schema: dict | None) -> str:
     """The kind itself, or for an unknown one the known kind whose answers have the same form.
 
     Args:
-      purpose: "describe" or "qa". schema: of the answer.
+      purpose: "describe" or "qa". schema: the schema of the answer.
 
     Raises:
       Unusable: no kind of this world has that form.

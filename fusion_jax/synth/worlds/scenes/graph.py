@@ -1,13 +1,13 @@
-"""The scene graph: all that a picture shows and all that may be said about it.
+"""Defines the scene graph: all that a picture shows, and all that may be stated about it.
 
-A scene is a setting and up to six things in groups of equals. Each group has a slot of its own, in one of three rows
-of three columns:
+A scene is a setting and up to six things in groups of equal things. Each group has its own slot in one of three rows of
+three columns:
 
     air     | left | center | right |     hangs or flies, in the upper third
     back    | left | center | right |     stands on the ground, further away
     front   | left | center | right |     stands on the ground, near; may cover the feet of what is behind it
 
-What is left of, above or in front of what follows from the slots alone, so it holds whatever the drawing's jitter.
+The slots alone decide what is left of, above or in front of what, so the jitter of the drawing does not affect it.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Group:
     """Equal things side by side: three small red apples, or one sign with its text.
 
     Attributes:
-      noun: a key of `lexicon.NOUNS`. count: 1 to 3. colour: of `COLOURS`. size: of `SIZES`.
+      noun: a key of `lexicon.NOUNS`. count: 1 to 3. colour: one of `COLOURS`. size: one of `SIZES`.
       row, column: the slot.
       text: what is written on it (one carrier alone), or "".
     """
@@ -87,7 +87,7 @@ class Scene:
 
 
 def scene(setting: str, groups: list[Group] | tuple[Group, ...]) -> Scene:
-    """A scene with its groups in order; raises ValueError where it breaks a rule."""
+    """Makes a scene with its groups in order; raises ValueError where it breaks a rule."""
     ordered = sorted(groups, key=lambda g: (ROWS.index(g.row), COLUMNS.index(g.column)))
     result = Scene(setting, tuple(ordered))
     if problem := fault(result):
@@ -96,7 +96,7 @@ def scene(setting: str, groups: list[Group] | tuple[Group, ...]) -> Scene:
 
 
 def fault(scene: Scene) -> str:
-    """The first rule that a scene breaks, or ""."""
+    """The first rule that a scene breaks, or "" where it keeps all."""
     if scene.setting not in SETTINGS:
         return f"{scene.setting!r} is not a setting"
     if not scene.groups:
@@ -122,7 +122,7 @@ def fault(scene: Scene) -> str:
 
 
 def to_json(scene: Scene) -> dict[str, Any]:
-    """The scene as JSON objects: travels with the sample as its state."""
+    """The scene as JSON objects, which are the state of a sample."""
     return {"version": VERSION, "setting": scene.setting, "groups": [dataclasses.asdict(g) for g in scene.groups]}
 
 
@@ -136,7 +136,7 @@ def from_json(state: Any) -> Scene:
         raise ValueError(f"not a scene graph: {error}") from None
 
 
-# Relations between two groups, each by its words, with the opposite one.
+# Relations between two groups by their words, each with its opposite.
 OPPOSITES = {"left of": "right of", "above": "below", "in front of": "behind"}
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 
@@ -144,8 +144,8 @@ OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 def holds(relation: str, a: Group, b: Group) -> bool:
     """Whether a is left of, right of, above, below, in front of or behind b.
 
-    Left and right need different columns. Above and below need the same column, one in the air, one on the ground. In
-    front and behind are for things on the ground.
+    Left and right need different columns. Above and below need the same column, with one in the air and one on the
+    ground. In front of and behind apply to things on the ground.
     """
     across = COLUMNS.index(a.column) - COLUMNS.index(b.column)
     if relation == "left of":
@@ -162,7 +162,7 @@ def holds(relation: str, a: Group, b: Group) -> bool:
 
 
 def relations(scene: Scene) -> list[tuple[Group, str, Group]]:
-    """All that holds between groups, each pair in both directions."""
+    """All relations that hold between groups, for each pair in both directions."""
     pairs = itertools.permutations(scene.groups, 2)
     return [(a, relation, b) for a, b in pairs for relation in OPPOSITES if holds(relation, a, b)]
 
@@ -178,7 +178,7 @@ def names(scene: Scene, group: Group) -> tuple[str, ...]:
 
 
 def absent_nouns(scene: Scene) -> list[str]:
-    """Nouns that are nowhere in the picture, the backdrop included, in the lexicon's order."""
+    """Nouns that are nowhere in the picture, not even in the backdrop, in the lexicon's order."""
     there = {group.noun for group in scene.groups} | set(scene.place.shows)
     return [noun for noun in NOUNS if noun not in there]
 

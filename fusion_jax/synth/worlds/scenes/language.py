@@ -3,8 +3,8 @@
     "In the foreground on the left stand two small red apples, to the left of the mug."
      place front, left               mention: 2 small red apple    left of   mention: the mug
 
-Words outside the lexicon are passed over. Both `parse.py` (text to scene) and `claims.py` (is this sentence true?)
-build on it.
+Words outside the lexicon are ignored. Both `parse.py` (text to scene) and `claims.py` (is this sentence true?) are
+built on this module.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 COUNT_WORDS = {word: i for i, word in enumerate(NUMBERS)} | {str(i): i for i in range(1, 10)}
 COUNT_WORDS |= {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "several": 3, "some": 3, "pair": 2, "couple": 2}
 _ARTICLES = ("a", "an", "the", "no", "another", "this", "that", "its", "their", "neither", "any")
-# A noun phrase does not reach back over these.
+# A noun phrase does not extend back over these.
 _STOPWORDS = """
     in on at by of to from with without and or but is are was were has have there stands stand sits sit lies lie hangs
     hang floats float while which who where above below behind over under near beside next that reads read says say it
@@ -26,7 +26,7 @@ _STOPWORDS = """
 """
 _STOPS = frozenset(_STOPWORDS.split())
 
-# What may follow a noun without making it the first half of another: "a cat asleep", but "a bus stop", "an apple pie".
+# Words that may follow a noun without making it the first half of a compound: "a cat asleep", unlike "a bus stop".
 _AFTER_WORDS = """
     about across after against ago alone along already always among amid around asleep atop away back because before
     being between beyond bigger bright closed close covered day dark down during each early empty entirely even ever
@@ -86,7 +86,7 @@ class Mention:
 
 
 def sentences(text: str) -> list[str]:
-    """Splits at full stops that do not stand in quotation marks."""
+    """Splits at full stops outside quotation marks."""
     hidden = QUOTE.sub(lambda quote: '"' + re.sub(r"[.!?;]", "\x00", quote[1]) + '"', text)
     ends = [0, *(stop.end() for stop in re.finditer(r"[.!?;](?:\s+|$)", hidden)), len(text)]
     return [text[a:b].strip() for a, b in itertools.pairwise(ends) if text[a:b].strip()]
@@ -99,7 +99,7 @@ def _backdrop_phrases() -> re.Pattern:
 
 
 def setting_phrases(text: str) -> list[str]:
-    """The settings whose own phrase stands in a text."""
+    """The settings whose phrase occurs in a text."""
     return [name for name, s in SETTINGS.items() if re.search(rf"\b{s.phrase}\b", text, re.IGNORECASE)]
 
 
@@ -110,8 +110,8 @@ def mask(sentence: str) -> str:
 
 
 def mentions(sentence: str) -> list[Mention]:
-    """The things that a sentence names, in order. The longest run of nouns counts as its last: "apple tree". A noun
-    before one that is not known ("bus stop") names nothing."""
+    """The things that a sentence names, in order. A run of nouns counts as its last one, as in "apple tree". A noun
+    before an unknown noun, as in "bus stop", names nothing."""
     low = mask(sentence)
     tokens = [(token[0], token.start(), token.end()) for token in _TOKEN.finditer(low)]
     mentions_ = []
@@ -155,7 +155,7 @@ def mentions(sentence: str) -> list[Mention]:
 
 
 def _is_first_half(between: str, word: str) -> bool:
-    """Whether the word after a noun, with `between` in between, makes the two another thing: "bus" before "stop"."""
+    """Whether the word after a noun, with `between` in between, makes it part of a compound: "bus" before "stop"."""
     if between != " " or not word.isalpha() or word in _AFTER or word in COUNT_WORDS or word in _ARTICLES:
         return False
     return word in _HEADS or not word.endswith(("ing", "ed", "ly", "s"))
@@ -165,13 +165,13 @@ _PAIRS = ("pair", "couple")
 
 
 def _lead(low: str, tokens: list, before: list[int], i: int) -> str:
-    """The two words in front of a noun phrase."""
+    """The two words before a noun phrase."""
     first = before[-1] if before else i
     return " ".join(tokens[j][0] for j in range(max(0, first - 2), first)) + " "
 
 
 def relation_between(sentence: str, first: Mention, second: Mention) -> str | None:
-    """The relation that the words between two neighbouring mentions say."""
+    """The relation that the words between two neighbouring mentions express."""
     between = mask(sentence)[first.end : second.start]
     for pattern, relation in RELATION_WORDS.items():
         if re.search(pattern, between):
@@ -180,7 +180,7 @@ def relation_between(sentence: str, first: Mention, second: Mention) -> str | No
 
 
 def places(text: str) -> tuple[str | None, str | None]:
-    """Row and column that a piece of text names, each None where it names none or several."""
+    """The row and the column that a piece of text names, each None where it names none or several."""
     low = mask(text)
     rows = [row for row, pattern in ROW_WORDS.items() if re.search(pattern, low)]
     columns = [column for column, pattern in COLUMN_WORDS.items() if re.search(pattern, low)]
@@ -188,5 +188,5 @@ def places(text: str) -> tuple[str | None, str | None]:
 
 
 def quotes(sentence: str) -> list[tuple[str, int]]:
-    """The quoted texts and where they begin."""
+    """The quoted texts and their positions."""
     return [(" ".join(quote[1].split()), quote.start()) for quote in QUOTE.finditer(sentence) if quote[1].strip()]

@@ -1,6 +1,6 @@
 """Places the things of a scene in the picture and chooses their sizes.
 
-The three rows are bands of the picture, the columns divide their width:
+The three rows are bands of the picture, and the columns divide their width:
 
     +-----------------------------+
     |  air                        |   things hang or fly between 0.03 and 0.31 of the height
@@ -13,10 +13,10 @@ Sizes follow the heights in `lexicon.py`, those of near things enlarged:
 
     pixels of a thing  =  scale * (metres * size * nearness) ** power
 
-The scale is as large as the narrowest slot allows, and below that for a picture of small things alone, which would
-otherwise look like giants before their backdrop. At power 1 a mug beside a bus would be a dot: the power is the
-largest of `POWERS` at which everything can be seen. What is higher is drawn higher at any power. Equal things of a
-group stand side by side and never overlap each other.
+The scale is as large as the narrowest slot allows, and smaller for a picture of only small things, which would
+otherwise look like giants before their backdrop. At power 1 a mug beside a bus would be a dot, so the power is the
+largest of `POWERS` at which everything can be seen. At any power, higher things are drawn higher. Equal things of a
+group are drawn side by side and never overlap each other.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SIZES = {"small": 0.75, "": 1.0, "large": 1.35}  # times the ordinary height
 NEARNESS = {"back": 1.0, "front": 1.3, "air": 1.0}
 POWERS = (0.6, 0.5, 0.42, 0.35, 0.28, 0.2, 0.12)
 SEEN, LEGIBLE = 0.075, 0.13  # least height of a thing, and of one with a text on it, as shares of the picture
-CLEARLY = 1.5  # times as high, from which on one sees it in every picture
+CLEARLY = 1.5  # ratio of heights from which on the difference is visible in every picture
 GAP = 1.14  # from one thing of a group to the next, in widths
 
 Box = tuple[int, int, int, int]
@@ -40,8 +40,8 @@ Box = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One thing in the picture: its group's number, its box in pixels (left, top, right, bottom), and which of the
-    noun's models it is."""
+    """One thing in the picture: its group's number, its box in pixels (left, top, right, bottom), and the number of
+    the noun's model."""
 
     group: int
     box: Box
@@ -50,7 +50,7 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """The room of one group, pixels. `most`: height at which the group just fills it; `least`: at which it is seen."""
+    """The space for one group in pixels. `most`: height at which the group fills it; `least`: visible height."""
 
     group: Group
     variant: int
@@ -64,13 +64,13 @@ class _Slot:
 
 
 def metres(group: Group) -> float:
-    """How high a thing of the group is: an ordinary one, or a small or large one of its kind."""
+    """The height of a thing of the group in metres: an ordinary, small or large one of its kind."""
     return NOUNS[group.noun].metres * SIZES[group.size]
 
 
-@functools.lru_cache(maxsize=4)  # needed for the stage and for the things on it
+@functools.lru_cache(maxsize=4)  # used for the stage and for the things on it
 def layout(scene: Scene, size: tuple[int, int], seed: int) -> tuple[Placed, ...]:
-    """Where every single thing is drawn, from back to front."""
+    """The place of every single thing, from back to front."""
     slots = _slots(scene, size, seed)
     high = _heights(scene, slots)
     placed = []
@@ -86,7 +86,7 @@ def _apparent(group: Group) -> float:
 
 
 def _heights(scene: Scene, slots: list[_Slot]) -> list[float]:
-    """The height of each group's things, pixels."""
+    """The height of each group's things in pixels."""
     low, high = scene.place.metres
     typical = (low * high) ** 0.5 * 2
     largest = max(metres(slot.group) for slot in slots)
@@ -97,7 +97,7 @@ def _heights(scene: Scene, slots: list[_Slot]) -> list[float]:
         heights = [scale * _apparent(slot.group) ** power for slot in slots]
         if all(high >= min(slot.least, 0.9 * slot.most * fill) for high, slot in zip(heights, slots)):
             return heights
-    # Even so something would be too small to see: it may come as near to those that are clearly higher as need be.
+    # Something would still be too small to see, so it is enlarged, but stays lower than clearly higher things.
     order = sorted(range(len(slots)), key=lambda i: -_apparent(slots[i].group))
     for k, i in enumerate(order):
         above = [heights[j] for j in order[:k] if _apparent(slots[j].group) > CLEARLY * _apparent(slots[i].group)]
@@ -106,7 +106,7 @@ def _heights(scene: Scene, slots: list[_Slot]) -> list[float]:
 
 
 def _slots(scene: Scene, size: tuple[int, int], seed: int) -> list[_Slot]:
-    """The room of each group, in the scene's order."""
+    """The space for each group, in the scene's order."""
     width, height = size
     bands = _bands(scene)
     spans: dict[int, tuple[float, float]] = {}
@@ -121,7 +121,7 @@ def _slots(scene: Scene, size: tuple[int, int], seed: int) -> list[_Slot]:
         left, right = spans[number]
         top, bottom = bands[group.row]
         if group.row == "front" and any(a < right and b > left for (a, b), _ in behind):
-            # Over the feet of what is behind, never over its writing.
+            # It may cover the feet of what is behind it, never its writing.
             covers = 0.03 if not any(g.text and PANELS[g.noun][1] < 0.2 for (_, _), g in behind) else 0.01
             top = bands["back"][1] - covers
         room = (right - left) * width
@@ -136,7 +136,7 @@ def _slots(scene: Scene, size: tuple[int, int], seed: int) -> list[_Slot]:
 
 
 def _bands(scene: Scene) -> dict[str, tuple[float, float]]:
-    """Top and bottom of each row as shares of the height; where a row is empty the others may grow."""
+    """Top and bottom of each row as shares of the height; where a row is empty, the others may grow."""
     rows = {group.row for group in scene.groups}
     back_top = 0.33 if "air" in rows else 0.16
     front_top = 0.4 if "air" in rows else 0.28
@@ -158,7 +158,7 @@ def _side_by_side(number: int, slot: _Slot, high: float, rng: random.Random) -> 
     high *= rng.uniform(0.985, 1.0)
     wide = high * slot.aspect
     span = wide * (1 + GAP * (slot.group.count - 1))
-    # Free to move a little about the column's middle, less so where others are near.
+    # The group may move a little about the column's middle, less where others are near.
     room = slot.right - slot.left - span
     start = slot.left + room / 2 + min(room, 0.35 * (slot.right - slot.left)) * rng.uniform(-0.2, 0.2)
     placed = []

@@ -1,11 +1,11 @@
-"""The words of drawn scenes: what can be drawn, named and read.
+"""Lists the words of drawn scenes: the things that can be drawn, named and read.
 
-A word that is not here is not drawn: `parse.py` passes over it, and a caption with none of these nouns is refused.
+A word that is not listed is not drawn: `parse.py` ignores it, and a caption with none of these nouns is refused.
 """
 
 import dataclasses
 
-# Named colours and how they are painted. Each is nearest to itself under the shading of `sculpt.py`.
+# Named colours and their RGB values. Under the shading of `sculpt.py` each stays closest to itself.
 RGB = {
     "red": (208, 34, 38),
     "orange": (243, 134, 20),
@@ -30,7 +30,7 @@ COLOUR_WORDS = {colour: colour for colour in COLOURS} | {
     "navy": "blue",
 }
 
-SIZES = ("small", "", "large")  # "" is neither, and not spoken of
+SIZES = ("small", "", "large")  # "" is neither, and is not mentioned
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -45,11 +45,11 @@ class Noun:
     Attributes:
       name, plural: its words.
       home: where it makes sense: "indoors", "outdoors", under the open "sky" or "anywhere".
-      metres: height of an ordinary one. An airplane is as high as it looks among nearer things: it flies far off.
-      air: it hangs or flies in the upper third; everything else stands on the ground.
-      colours: that it comes in when a caption names none.
+      metres: height of an ordinary one. That of an airplane is its apparent height, because it flies far away.
+      air: whether it hangs or flies in the upper third; everything else stands on the ground.
+      colours: its colours when a caption names none.
       use: what it is for or what it does, "can ..." or "is used to ..." (reasoning).
-      carrier: texts can be written on it.
+      carrier: whether texts can be written on it.
     """
 
     name: str
@@ -115,7 +115,7 @@ _NOUNS = (
 NOUNS = {noun.name: noun for noun in _NOUNS}
 CARRIERS = tuple(name for name, noun in NOUNS.items() if noun.carrier)
 
-# Other words for the same drawing, singular and plural.
+# Synonyms with the same drawing, singular and plural.
 _SYNONYMS = {
     "cup": ("mug", "cups"),
     "present": ("gift", "presents"),
@@ -130,13 +130,13 @@ _SYNONYMS = {
     "cottage": ("house", "cottages"),
     "parasol": ("umbrella", "parasols"),
 }
-# Word -> (name, it is a plural).
+# Word -> (name, whether it is a plural).
 NOUN_WORDS = {noun.name: (noun.name, False) for noun in NOUNS.values()}
 NOUN_WORDS |= {noun.plural: (noun.name, True) for noun in NOUNS.values()}
 NOUN_WORDS |= {word: (name, False) for word, (name, _) in _SYNONYMS.items()}
 NOUN_WORDS |= {many: (name, True) for name, many in _SYNONYMS.values()}
 
-# What the embedded backend writes on things when a caption does not say: greetings, shops, notices.
+# Texts that the embedded backend writes on things when a caption has none: greetings, shops, notices.
 TEXTS = (
     "OPEN",
     "CLOSED",

@@ -1,7 +1,7 @@
 """Parses a caption or a description into a `Draft` of a scene.
 
-`compose.settle` turns a draft into a scene. Of a description written by `write.py`, the draft is complete, and settling
-it gives the scene it was written from.
+`compose.settle` turns a draft into a scene. The draft of a description by `write.py` is complete, and becomes the scene
+that the description was written from.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ class Draft:
     """A scene as far as a text describes it.
 
     Attributes:
-      setting: or None. groups: in the text's order. relations: (index of a group, relation, index of another).
+      setting: a setting, or None. groups: in the text's order. relations: (index of a group, relation, index of
+        another).
     """
 
     setting: str | None
@@ -40,7 +41,7 @@ class Draft:
 
 
 def parse(text: str) -> Draft:
-    """Reads what it can; a text without a known noun gives a draft without groups."""
+    """Parses as much as possible; for a text without a known noun the draft has no groups."""
     draft = Draft(_setting(text), [], [])
     for sentence in language.sentences(text):
         _read(sentence, draft)
@@ -54,7 +55,7 @@ def _setting(text: str) -> str | None:
     low = language.QUOTE.sub(" ", text.lower())
     matches = [(m.start(), SETTING_WORDS[m[0]]) for m in re.finditer(r"[a-z]+", low) if m[0] in SETTING_WORDS]
     names = [name for _, name in sorted(matches)]
-    # "A snowy field", "a street at night": the word that says more wins.
+    # "A snowy field", "a street at night": the more specific word wins.
     return next((name for name in ("night", "snow") if name in names), names[0] if names else None)
 
 
@@ -87,7 +88,7 @@ def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
     for i, group in enumerate(draft.groups):
         same_colour = mention.colour is None or group.colour is None or mention.colour == group.colour
         counted = mention.count is not None and group.count is not None and mention.count != group.count
-        # "A red apple ... and a green apple" are two; "the apple" and "the three apples" point back.
+        # "A red apple ... and a green apple" are two; "the apple" and "the three apples" refer to earlier ones.
         if group.noun == mention.noun and same_colour and not counted and (mention.definite or mention.colour):
             group.colour = group.colour or mention.colour
             group.size = group.size if group.size is not None else mention.size
@@ -98,7 +99,7 @@ def _group(mention: Mention, draft: Draft) -> tuple[int | None, bool]:
 
 
 def _place(sentence: str, mentioned: list[Mention], fresh: list[tuple[Mention, int]], draft: Draft) -> None:
-    """Sets the places of new groups: the place that the sentence names for one thing, else that of its clause."""
+    """Sets the places of new groups: the place that the sentence states for the thing, else that of its clause."""
     for mention, index in fresh:
         if len(fresh) == 1:
             row, column = language.places(sentence)
@@ -109,7 +110,7 @@ def _place(sentence: str, mentioned: list[Mention], fresh: list[tuple[Mention, i
 
 
 def _carrier(start: int, mentioned: list[Mention], known: list[int | None], draft: Draft) -> int | None:
-    """The group that a quotation is written on: the nearest thing that can carry it, first looking back."""
+    """The group that a quotation is written on: the nearest thing that can carry it, preferably before it."""
     able = [
         (mention, index)
         for mention, index in zip(mentioned, known)

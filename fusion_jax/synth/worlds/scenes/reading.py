@@ -1,13 +1,13 @@
-"""Measures how much of a caption its scenes show, and lists what they show besides.
+"""Measures how much of a caption its scenes show, and lists what else they show.
 
     caption              "A man with a red umbrella at the beach"      scene: red umbrella, beach, blue bucket
     content words        man  red  umbrella  beach                     function words and "picture", "shown" are none
     kept                      red  umbrella  beach                     kept_share 3/4
     invented             a blue bucket
 
-A noun is kept where the scene has such a thing, its color, size and number where it has such things with them, "left
-of" where that holds, a quoted text where it is written on something. All else is missed: "man", "rainy", words of
-another language, "on" in "a cat on a chair". A quotation counts as one word, and a repeated word once.
+A noun is kept where the scene has such a thing, its colour, size and number where it has such things with them, "left
+of" where that holds, a quoted text where it is written on something. Everything else is missed: "man", "rainy", words
+of another language, "on" in "a cat on a chair". A quotation counts as one word, and a repeated word counts once.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SIZE_WORDS, art
 from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 from fusion_jax.synth.worlds.scenes.write import ink
 
-KEPT_MIN = 0.6  # captions of which less is kept are dropped, unless config.filters says otherwise
-PARAGRAPH_MIN = 0.1  # and descriptions of a paragraph, by another model; this one's own have 0.14 to 0.5
+KEPT_MIN = 0.6  # captions of which less is kept are dropped; config.filters may change it
+PARAGRAPH_MIN = 0.1  # the same for paragraphs by another model; this backend's own have 0.14 to 0.5
 SHOWN = 20  # words of a list that are kept with a sample
 
 _FUNCTION = """
@@ -47,7 +47,7 @@ class Reading:
     """Which words of a caption its scene keeps.
 
     Attributes:
-      understood, missed: its content words, in their order. invented: what the scenes show besides, as phrases.
+      understood, missed: its content words, in their order. invented: what else the scenes show, as phrases.
     """
 
     understood: tuple[str, ...]
@@ -81,12 +81,12 @@ def read(caption: str, scene: Scene) -> Reading:
             understood.append(word)
         elif word not in _FUNCTION_WORDS or match.start() in inside:
             missed.append(word)
-    # Each word once: a caption that says "an apple" forty times says it once.
+    # Each word counts once, even where a caption repeats "an apple" forty times.
     return Reading(tuple(dict.fromkeys(understood)), tuple(dict.fromkeys(missed)), _invented(caption, scene))
 
 
 def _kept_spans(caption: str, scene: Scene) -> set[tuple[int, int]]:
-    """Where the words of a caption stand that the scene keeps."""
+    """The positions of those words of a caption that the scene keeps."""
     low = language.QUOTE.sub(lambda quote: " " * len(quote[0]), caption.lower())
     words = [(match[0], match.start(), match.end()) for match in _WORD.finditer(low)]
     kept = set()
@@ -114,7 +114,7 @@ def _kept_spans(caption: str, scene: Scene) -> set[tuple[int, int]]:
 
 
 def _inside(caption: str) -> set[int]:
-    """Where "on", "in" and "of" stand that put one thing on or into another: all are only drawn side by side."""
+    """The positions of "on", "in" and "of" that put one thing on or into another: things are drawn side by side."""
     low = caption.lower()
     places = set()
     for first, second in itertools.pairwise(language.mentions(caption)):
@@ -146,7 +146,7 @@ def _is_name(word: str, mention: Mention) -> bool:
 
 
 def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
-    """What the scene shows and the caption does not name: things, colors of things it names, the surroundings."""
+    """What the scene shows and the caption does not name: things, colours of things that it names, the setting."""
     named: dict[str, list[Mention]] = {}
     for mention in language.mentions(caption):
         named.setdefault(mention.noun, []).append(mention)
@@ -169,6 +169,6 @@ def _invented(caption: str, scene: Scene) -> tuple[str, ...]:
 
 
 def complaint(reading: dict[str, Any]) -> str:
-    """The reason why a caption is dropped, from the mapping of `Reading.to_json`."""
+    """The reason for dropping a caption, from the mapping of `Reading.to_json`."""
     kept, missed = (", ".join(reading[key]) or "nothing" for key in ("understood", "missed"))
     return f"{reading['kept_share']:.0%} of its words can be drawn ({kept}); not: {missed}"

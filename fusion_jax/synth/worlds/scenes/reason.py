@@ -1,6 +1,6 @@
-"""Questions that take several steps, with answers of at least a hundred words.
+"""Writes questions that need several steps, with answers of at least a hundred words.
 
-Every sentence rests on the scene graph, so it can be checked one by one (`claims.py`).
+Every sentence is based on the scene graph, so that each can be checked separately (`claims.py`).
 """
 
 import dataclasses
@@ -195,7 +195,7 @@ def answers(scene: Scene, rng: random.Random, most: int) -> list[tuple[str, str]
 
 
 def _at_length(scene: Scene, thought: Thought, rng: random.Random) -> str:
-    """Observations, as many as make the answer long enough, then the steps, without repeating a relation."""
+    """Joins enough observations to make the answer long enough, then the steps, without repeating a relation."""
     sentences = _observe(scene, rng)
     related = {_pair_of(step) for step in thought.steps} - {None}
     goal = rng.randint(LOW + 5, LOW + 40)

@@ -1,8 +1,8 @@
-"""Models a thing from parts with soft shading and a dark rim, in any colour.
+"""Models a thing from parts with soft shading and a dark rim, to be painted in any colour.
 
 An artist (art.py) places parts on a `Sculpture`; each part is a mask that bulges towards the light in the upper left.
-The result, a `Master`, is kept: drawing a thing then is one resize and one multiplication. Colour comes last, since all
-that shading does is linear in it:
+The result, a `Master`, is cached, so that drawing a thing is one resize and one multiplication. Colour is applied last,
+because shading is linear in it:
 
     pixel = fixed + tint * colour          (premultiplied by the coverage)
 """
@@ -76,7 +76,7 @@ class Sculpture:
         return self.polygon(np.concatenate(curve).tolist())
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Image.Image:
-        """Centre, radii and counter-clockwise tilt in degrees."""
+        """An ellipse by centre, radii and counter-clockwise tilt in degrees."""
         cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
         angles = np.linspace(0, 2 * math.pi, 72, endpoint=False)
         u, v = rx * np.cos(angles), ry * np.sin(angles)
@@ -110,12 +110,12 @@ class Sculpture:
         rim: float = 1.0,
         inside: Image.Image | None = None,
     ) -> None:
-        """Puts a part over what is there.
+        """Puts a part over those so far.
 
         Args:
-          colour: None takes the thing's own. shade: below 1 darker, above 1 lighter.
-          bulge: how far the roundness reaches in from the edge, in units; 0 is flat.
-          rim: darkness of the edge, 0 none. inside: keeps the part within another mask.
+          colour: None is the thing's own colour. shade: below 1 is darker, above 1 lighter.
+          bulge: how far the rounding extends inwards from the edge, in units; 0 is flat.
+          rim: darkness of the edge; 0 is none. inside: another mask that bounds the part.
         """
         if inside is not None:
             mask = Image.composite(mask, Image.new("L", mask.size), inside)
@@ -158,7 +158,7 @@ class Sculpture:
         images = [Image.fromarray(np.clip(channel, 0, 255).astype(np.uint8)) for channel in channels]
         coverage = Image.fromarray((np.clip(self.coverage, 0, 1) * 255).astype(np.uint8))
         paint = Image.merge("CMYK", images)
-        # Cut to what is drawn, so that a thing stands on its lowest pixel and fills its box.
+        # The canvas is cut to the drawing, so that a thing stands on its lowest pixel and fills its box.
         bounds = coverage.getbbox()
         paint, coverage = paint.crop(bounds), coverage.crop(bounds)
         return Master(paint.reduce(SUPERSAMPLE), coverage.reduce(SUPERSAMPLE), paint.width / paint.height)
@@ -166,7 +166,7 @@ class Sculpture:
 
 def _towards_light(mask: Image.Image, reach: float) -> np.ndarray:
     """(height, width) in about -1..1: how much the surface of a bulging mask turns to the upper left."""
-    step = max(1, int(reach / 10))  # the slope is smooth: computed on a smaller image where the reach is large
+    step = max(1, int(reach / 10))  # the slope is smooth, so a smaller image suffices where the reach is large
     small = mask.reduce(step) if step > 1 else mask
     height = ndimage.gaussian_filter(np.asarray(small, np.float32) / 255, reach / step / 2, truncate=2.5)
     down, right = np.gradient(height)

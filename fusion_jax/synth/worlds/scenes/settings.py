@@ -1,4 +1,4 @@
-"""The settings of scenes: what each is called, what it shows and which things belong there."""
+"""Lists the settings of scenes: their names, what they show and which things belong there."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ class Setting:
     """A background scene.
 
     Attributes:
-      phrase: after "a" or "an": "sandy beach". preposition: "on" or "in".
-      indoors: whether it is under a roof. sky: whether the open sky is above it; elsewhere things hang from above.
+      phrase: its phrase after "a" or "an": "sandy beach". preposition: "on" or "in".
+      indoors: whether it is under a roof. sky: whether the open sky is above it; without it things hang from above.
       metres: height of the smallest and of the largest thing that belongs there.
       ground, behind: what things stand on and what is behind them, as noun phrases.
-      words: by which a caption names it.
+      words: words by which a caption names it.
       shows: nouns that the backdrop itself may show, so that no question asks whether they are there.
       clash: colours that would be lost against it.
       mood: a true sentence about it.

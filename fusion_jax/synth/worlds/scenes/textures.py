@@ -1,6 +1,6 @@
-"""Textures of backdrops: grey tiles of grass, bricks, clouds and the like, coloured.
+"""Makes the textures of backdrops from grey tiles of grass, bricks, clouds and the like.
 
-A tile has 512 x 512 pixels, is made once per process and kept (0.25 MB).
+A tile has 512 x 512 pixels, and is made once per process and cached (0.25 MB).
 """
 
 import functools
@@ -27,7 +27,7 @@ def _noise(seed: int, *scales: float) -> np.ndarray:
 
 
 def _strokes(seed: int, count: int, length: tuple[int, int], lean: float, flat: bool = False) -> np.ndarray:
-    """Short strokes in all shades, upright or (flat) lying."""
+    """Short strokes in all shades, vertical or, if `flat`, horizontal."""
     rng = random.Random(seed)
     image = Image.new("L", (TILE * 2, TILE * 2), 110)
     pen = ImageDraw.Draw(image)
@@ -60,7 +60,7 @@ def _bricks(width: int, height: int, joint: int, stagger: bool) -> np.ndarray:
 
 
 def _shelves() -> np.ndarray:
-    """Rows of books by their backs, in greys."""
+    """Rows of books seen from their backs, in greys."""
     rng = random.Random(5)
     image = Image.new("L", (TILE, TILE), 40)
     pen = ImageDraw.Draw(image)
@@ -110,7 +110,7 @@ def _tile(name: str) -> Image.Image:
 
 
 def piece(name: str, size: tuple[int, int], rng: random.Random, zoom: float) -> Image.Image:
-    """A random piece of a tile, grey, of `size`; `zoom`: pixels of the picture to one of the tile."""
+    """A random grey piece of a tile, of `size`; `zoom`: pixels of the picture for each pixel of the tile."""
     tile = _tile(name)
     wide, high = min(TILE, math.ceil(size[0] / zoom)), min(TILE, math.ceil(size[1] / zoom))
     left, top = rng.randint(0, TILE - wide), rng.randint(0, TILE - high)
@@ -123,14 +123,14 @@ def piece(name: str, size: tuple[int, int], rng: random.Random, zoom: float) -> 
 def textured(
     name: str, size: tuple[int, int], dark: Colour, light: Colour, rng: random.Random, zoom: float
 ) -> Image.Image:
-    """A piece of a tile, its greys spread between two colours."""
+    """A piece of a tile, with its greys mapped to the range between two colours."""
     grey = piece(name, size, rng, zoom)
     grey.putpalette([round(a + (b - a) * k / 255) for k in range(256) for a, b in zip(dark, light)])
     return grey.convert("RGB")
 
 
 def gradient(size: tuple[int, int], top: Colour, bottom: Colour) -> Image.Image:
-    """An image whose colour goes from `top` to `bottom`."""
+    """An image whose colour changes gradually from `top` to `bottom`."""
     ramp = np.linspace(0, 1, size[1])[:, None, None]
     column = np.array(top) * (1 - ramp) + np.array(bottom) * ramp
     return Image.fromarray(np.clip(column, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)

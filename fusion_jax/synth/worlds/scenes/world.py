@@ -1,12 +1,12 @@
-"""The world of drawn scenes: every word and every pixel follows from a scene graph.
+"""Implements the world of drawn scenes, where every word and every pixel follows from a scene graph.
 
     caption --parse--> draft --settle--> scene graph --write--> description, caption
                                              |--------draw----> image
                                              |--------ask-----> questions and answers, true by construction
                                              `-------claims---> is this answer right?
 
-The graph travels as the sample's state. Where there is none, because another model wrote the description, the
-description is parsed, and what cannot be drawn as it says is refused. The functions are those of `synth/worlds`.
+The graph is the sample's state. Where there is none, because another model wrote the description, the description is
+parsed, and refused where it cannot be drawn as it is. The functions are those listed in `synth/worlds`.
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ from fusion_jax.synth.worlds.scenes.graph import Scene
 from fusion_jax.synth.worlds.scenes.parse import parse
 
 STYLES = ("scenes",)
-_SHORT = 20  # words of a caption at most; a longer description is a paragraph
+_SHORT = 20  # most words of a caption; a longer description is a paragraph
 
 
 def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
-    """Captions of random scenes, each a function of the seed and its number."""
+    """Yields captions of random scenes, each a function of the seed and its number."""
     del style
     for number in range(count):
         rng = graph.generator(seed, "pool", number)
@@ -44,7 +44,7 @@ def captions(count: int, seed: int, style: str = "scenes") -> Iterator[str]:
 
 
 def owns(request: dict[str, Any]) -> bool:
-    """True: what no other world owns is about a scene."""
+    """Always true: requests that no other world owns are about a scene."""
     del request
     return True
 
@@ -62,7 +62,7 @@ def describe(request: dict[str, Any], schema: dict | None, seed: int) -> tuple[d
     if not draft.groups:
         raise Unusable("not_drawable", "the caption names nothing that the embedded backend can draw")
     answer, scenes = descriptions.describe(kind, draft, rng)
-    # Of two scenes one differs from the caption's on purpose.
+    # One of two scenes differs from the caption's on purpose.
     readings = [reading.read(request["caption"], scene) for scene in scenes]
     best = max(readings, key=lambda each: each.kept_share)
     return answer, {"scenes": [graph.to_json(scene) for scene in scenes], "reading": best.to_json()}
@@ -86,17 +86,17 @@ def verify(question: str, answer: str, request: dict[str, Any]) -> bool:
 
 
 def draw(description: str, request: dict[str, Any], size: tuple[int, int], seed: int) -> Image.Image:
-    """The picture of the request's scene number `index`, or of the description where the request has no state."""
+    """Draws the request's scene number `index`, or the description where the request has no state."""
     index = request.get("index", 0)
     scenes = scenes_of({"descriptions": [description] * (index + 1), "state": request.get("state")})
     return drawing.draw(scenes[index], size, seed)
 
 
 def scenes_of(request: dict[str, Any]) -> list[Scene]:
-    """The scenes of a request, out of its state or else read from its descriptions.
+    """The scenes of a request, from its state or else parsed from its descriptions.
 
     Raises:
-      Unusable: a broken state, or a description that cannot be drawn.
+      Unusable: the state is broken, or a description cannot be drawn.
     """
     state = request.get("state")
     try:
@@ -110,11 +110,11 @@ def scenes_of(request: dict[str, Any]) -> list[Scene]:
 
 
 def _read_exactly(description: str) -> Scene:
-    """The scene of a description; a hash of its words decides what it leaves open. Raises `compose.Impossible` where it
+    """The scene of a description; a hash of the text decides what it leaves open. Raises `compose.Impossible` where it
     cannot be drawn, or where the scene keeps too little of it."""
     scene = compose.settle(parse(description), graph.generator(description), exact=True)
     result = reading.read(description, scene)
-    # A paragraph speaks of light and manner, too, and has its things in a fraction of its words.
+    # A paragraph also describes light and style, and only a fraction of its words are things.
     short = write.count_words(description) <= _SHORT
     if result.kept_share < (reading.KEPT_MIN if short else reading.PARAGRAPH_MIN):
         raise compose.Impossible(reading.complaint(result.to_json()))

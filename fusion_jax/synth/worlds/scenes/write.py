@@ -1,6 +1,6 @@
 """Writes a scene as text: captions of the published kinds and descriptions of a given length.
 
-What is written is true of the scene, and `parse.py` reads a description back to the very scene it was written from.
+All texts are true of the scene, and `parse.py` parses a description back to exactly the scene that it was written from.
 """
 
 import random
@@ -28,7 +28,7 @@ _LYING = ("apple", "pear", "pumpkin", "ball", "hat", "book")
 
 
 def capital(text: str) -> str:
-    """The text with a capital letter at its beginning."""
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
@@ -41,7 +41,7 @@ def where(group: Group, rng: random.Random | None = None, used: list[str] | None
     """ "in the foreground on the left": the slot in words; without a generator always the same ones.
 
     Args:
-      used: phrases of the text so far; the least frequent ones are chosen and added.
+      used: phrases of the text so far; the least frequent are chosen, and added to them.
     """
     row, column = _ROW_PHRASES[group.row], _COLUMN_PHRASES[group.column]
     if group.noun in _FLYING:
@@ -77,7 +77,7 @@ def stands(group: Group, rng: random.Random) -> str:
 
 
 def ink(group: Group) -> str:
-    """The colour of the letters on a carrier, as drawing.py chooses it."""
+    """The colour of the letters on a carrier, as drawing.py paints them."""
     r, g, b = RGB[group.colour]
     return "black" if 0.3 * r + 0.59 * g + 0.11 * b > 120 else "white"
 
@@ -137,7 +137,7 @@ def _introduction(group: Group, form: int, rng: random.Random, used: list[str]) 
 
 
 def relation_sentence(scene: Scene, a: Group, relation: str, b: Group, rng: random.Random) -> str:
-    """A sentence that says the relation of a to b."""
+    """A sentence that states the relation of a to b."""
     words = f"to the {relation}" if relation in ("left of", "right of") else relation
     verb = rng.choice((be(a), stands(a, rng)))
     return f"{capital(called(scene, a, rng))} {verb} {words} {called(scene, b, rng)}."
@@ -180,11 +180,11 @@ def _extras(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def description(scene: Scene, rng: random.Random, low: int = 60, high: int = 180) -> str:
-    """One paragraph of `low` to `high` words that describes the whole scene."""
+    """Writes one paragraph of `low` to `high` words that describes the whole scene."""
     opening = _opening(scene, rng)
     order = list(scene.groups)
     rng.shuffle(order)
-    # Each form once: the text filters count repetition.
+    # Each form is used once, because the text filters count repetition.
     used: list[str] = []
     body = [_introduction(group, form, rng, used) for group, form in zip(order, rng.sample(range(6), 6))]
     sentences = [*opening, *body]
@@ -199,7 +199,7 @@ def description(scene: Scene, rng: random.Random, low: int = 60, high: int = 180
 
 
 def group_phrase(group: Group, size: bool = True, colour: bool = True) -> str:
-    """ "two small red apples", with less if wanted."""
+    """ "two small red apples", or less of that if wanted."""
     words = " ".join(w for w in (group.size if size else "", group.colour if colour else "", group.words) if w)
     return f"{NUMBERS[group.count]} {words}" if group.plural else article(words)
 
@@ -222,7 +222,7 @@ def _in(scene: Scene) -> str:
 
 
 def _set(scene: Scene, phrases: list[str]) -> str:
-    """ "two red cars on a city street"; "a city street with a bird and a car": what flies over it is not on it."""
+    """ "two red cars on a city street", but "a city street with a bird and a car", as the bird is not on the street."""
     aloft = {group.row == "air" for group in scene.groups}
     if len(aloft) > 1 and scene.place.preposition == "on":
         return f"{article(scene.place.phrase)} with {listed(phrases)}"
@@ -230,7 +230,7 @@ def _set(scene: Scene, phrases: list[str]) -> str:
 
 
 def color_caption(scene: Scene, rng: random.Random) -> dict | None:
-    """What has which colour; None where twelve words are too few."""
+    """A caption of what has which colour; None where twelve words are too few."""
     groups = list(scene.groups)
     rng.shuffle(groups)
     bare = [group_phrase(g, size=False) for g in groups]
@@ -248,7 +248,7 @@ def color_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def count_caption(scene: Scene, rng: random.Random) -> dict | None:
-    """How many of what."""
+    """A caption of how many things there are."""
     groups = list(scene.groups)
     rng.shuffle(groups)
     coloured = [rng.random() < 0.5 for _ in groups]
@@ -264,7 +264,7 @@ def count_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def scene_caption(scene: Scene, rng: random.Random) -> dict | None:
-    """Things in one surrounding."""
+    """A caption of things in one setting."""
     groups = list(scene.groups)
     rng.shuffle(groups)
     be_there = "are" if len(groups) > 1 or groups[0].plural else "is"
@@ -277,7 +277,7 @@ def scene_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def spatial_caption(scene: Scene, rng: random.Random) -> dict | None:
-    """Where things are to each other."""
+    """A caption of where things are relative to each other."""
     pairs = graph.relations(scene)
     rng.shuffle(pairs)
     for a, relation, b in pairs:
@@ -292,7 +292,7 @@ def spatial_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def text_caption(scene: Scene, rng: random.Random) -> dict | None:
-    """What is written, and on what; None where nothing is."""
+    """A caption of what is written on what; None where there is no text."""
     groups = list(scene.texts)
     if not groups:
         return None
@@ -311,10 +311,10 @@ def text_caption(scene: Scene, rng: random.Random) -> dict | None:
 
 
 def pool_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as people write them: things, some colours, a place, perhaps a relation or a text."""
+    """A caption like those that people write: things, some colours, a place, perhaps a relation or a text."""
     groups = list(scene.groups)
     rng.shuffle(groups)
-    # Each way to tell a text once: the text filters count repetition.
+    # Each way to introduce a text is used once, because the text filters count repetition.
     phrases = [
         group_phrase(g, size=rng.random() < 0.6, colour=rng.random() < 0.85) + written(g, rng, form)
         for g, form in zip(groups, rng.sample(range(4), 4))

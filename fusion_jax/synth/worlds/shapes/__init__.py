@@ -1,1 +1,1 @@
-"""Plain shapes on a grid: the quickstart's world."""
+"""Makes plain shapes on a grid, the quickstart's world."""

@@ -1,7 +1,7 @@
-"""The facts that may be asked about a grid of plain shapes, each with its one true answer.
+"""Lists the facts that may be asked about a grid of plain shapes, each with its only true answer.
 
-A fact is kept only where the grid leaves one answer: "the star" needs a single star, "the thing on the left" a left
-column with one thing in it.
+A fact is listed only where the grid allows one answer: "the star" needs a single star, "the thing on the left" a left
+column with a single thing.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ ROW_PHRASES = ("at the top", "in the middle", "at the bottom")
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that can be asked about a grid.
+    """A fact that can be asked about a grid.
 
     Attributes:
-      kind: one of `KINDS` but "choice", or "describe" (sentences only).
-      form: how the subject is named; facts of one kind are picked form by form so that none crowds out another.
-      subject: the words that name what the question is about ("the star", "squares", "a red ring"), empty for the word.
+      kind: one of `KINDS` except "choice", or "describe" (sentences only).
+      form: how the subject is named; facts of a kind are picked form by form, so that no form dominates.
+      subject: the words for what the question is about ("the star", "squares", "a red ring"), empty for the word.
       answer: the short answer.
       statement: the answer as a sentence.
-      plural: the subject takes "are".
+      plural: whether the subject needs "are".
     """
 
     kind: str
@@ -63,7 +63,7 @@ def article(noun: str) -> str:
 
 
 def capital(text: str) -> str:
-    """The text with a capital letter at its beginning."""
+    """The text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
@@ -78,7 +78,7 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-# By how a kind may name its subject. Size is used only where the shorter name fits several things.
+# The ways in which a kind may name its subject. Size is used only where the shorter name fits several things.
 _NAMED_BY = {
     "colour": (("shape",), ("shape", "size")),
     "shape": (("colour",), ("colour", "size")),
@@ -92,7 +92,7 @@ def _same(grid: Grid, thing: Thing, attributes: Sequence[str]) -> list[Thing]:
 
 
 def _alone_there(grid: Grid, thing: Thing) -> bool:
-    """Whether "on the left" and the like can mean this thing only: no other thing lies on that side of the grid."""
+    """Whether "on the left" and the like can mean only this thing: no other thing is on that side of the grid."""
     row, column = divmod(thing.cell, 3)
     others = [divmod(other.cell, 3) for other in grid.things if other != thing]
     if (row == 1) == (column == 1):  # a corner or the center has a name of its own
@@ -169,7 +169,7 @@ def _count_facts(grid: Grid) -> list[Fact]:
 
     facts = [fact("shape", shape, sum(thing.shape == shape for thing in grid.things)) for shape in SHAPES]
     facts += [fact("colour", f"{c} thing", sum(thing.colour == c for thing in grid.things)) for c in COLOURS]
-    # "shapes", not "things": the written word is not counted among them.
+    # It asks for "shapes", not "things", because the written word is not counted among them.
     return [*facts, fact("all", "shape", len(grid.things))]
 
 
@@ -181,12 +181,12 @@ def _exists_facts(grid: Grid, split: str) -> list[Fact]:
         there = shape in shapes
         statement = f"Yes, there is a {shape}." if there else f"No, there is no {shape}."
         facts.append(Fact("exists", "shape", f"a {shape}", "yes" if there else "no", statement))
-    # Training text never names a pair kept for the held-out grids: a question about one would always be answered "no".
+    # Training text never names the held-out pairs: questions about them would always be answered "no".
     for colour, shape in SEEN if split == "train" else PAIRS:
         noun = f"{colour} {shape}"
         if (colour, shape) in pairs:
             facts.append(Fact("exists", "pair", article(noun), "yes", f"Yes, there is {article(noun)}."))
-        elif colour in colours or shape in shapes:  # half right: seeing the colour or the shape alone is not enough
+        elif colour in colours or shape in shapes:  # half right: seeing only the colour or the shape is not enough
             facts.append(Fact("exists", "pair", article(noun), "no", f"No, there is no {noun}."))
     return facts
 
@@ -210,7 +210,7 @@ def facts(grid: Grid, kind: str, split: str = "train") -> list[Fact]:
     """All facts of a kind about the grid, each with one true answer.
 
     Args:
-      kind: one of `KINDS` but "choice", or "describe".
+      kind: one of `KINDS` except "choice", or "describe".
       split: "train" leaves out the pairs of colour and shape that are held out.
     """
     if kind == "exists":

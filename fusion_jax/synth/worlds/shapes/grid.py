@@ -1,4 +1,4 @@
-"""Plain shapes on a grid: the content of a picture, at random, and its drawing.
+"""Chooses plain shapes on a grid at random as the content of a picture, and draws them.
 
 A grid has nine cells. Each cell holds at most one thing; a written word takes a whole row to itself:
 
@@ -10,9 +10,9 @@ A grid has nine cells. Each cell holds at most one thing; a written word takes a
     | bottom left | bottom | bottom right |    (6) (7) (8)
     +-------------+--------+--------------+
 
-Each colour is kept from one of the six shapes: those pairs (`HELD_OUT`) never occur in a training grid, and every
-held-out grid has at least one of them. A model that does well there has learned colours and shapes, not a list of
-things it saw.
+For each colour one of the six shapes is held out: those pairs (`HELD_OUT`) never occur in a training grid, and every
+held-out grid has at least one of them. A model that does well there has learned colours and shapes, not a list of the
+things that it saw.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ ROWS = ("top", "middle", "bottom")
 WORDS = ("UP", "CAT", "SUN", "BOX", "FISH", "TREE")
 SPLITS = ("train", "held_out")
 
-# Distinct at 48 pixels on any of the grey backgrounds; so no brown beside orange and no cyan beside blue.
+# Colours are distinct at 48 pixels on any of the grey backgrounds, so there is orange without brown, and blue without
+# cyan.
 RGB = {
     "red": (214, 24, 30),
     "orange": (255, 138, 0),
@@ -43,18 +44,18 @@ RGB = {
 }
 COLOURS = tuple(RGB)
 
-# Neutral or faintly tinted, darker than white so that yellow stands out.
-# Around 127, which is 0 after normalisation: a model that starts from nothing then sees the things first.
+# Backgrounds are neutral or faintly tinted, and darker than white so that yellow stands out. They are around 127, which
+# is 0 after normalisation: a model that starts from random weights then sees the things first.
 BACKGROUNDS = ((126, 126, 126), (118, 120, 128), (132, 126, 118), (118, 128, 130), (128, 120, 130), (120, 130, 118))
 
-# Outlines and writing; no question asks about black, so the writing is never a "black thing".
-# The outline has one colour whatever the thing's own, so that a shape is the same pattern eight times over: without it
-# a small encoder learns colours long before shapes and sizes.
+# Outlines and writing are black; no question asks about black, so the writing is never a "black thing". The outline has
+# one colour for things of all colours, so that a shape is the same pattern in all eight: without it a small encoder
+# learns colours long before shapes and sizes.
 INK = (16, 16, 18)
 OUTLINE = 0.2  # width as a share of the radius
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-# One shape per colour, walking through the shapes: each colour loses one shape and each shape one or two colours.
+# One shape per colour, cycling through the shapes: each colour loses one shape, and each shape one or two colours.
 HELD_OUT = frozenset((colour, SHAPES[c % len(SHAPES)]) for c, colour in enumerate(COLOURS))
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 UNSEEN = tuple(pair for pair in PAIRS if pair in HELD_OUT)
@@ -87,7 +88,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A written word and the grid row (0 top, 2 bottom) it fills."""
+    """A written word and the grid row (0 top, 2 bottom) that it fills."""
 
     text: str
     row: int
@@ -103,7 +104,7 @@ class Grid:
 
 
 def random_grid(rng: random.Random, split: str = "train") -> Grid:
-    """A grid of one to four things; repeats of a colour, a shape or both are common, so counts up to four occur.
+    """Makes a grid of one to four things; colours, shapes or both are often repeated, so counts up to four occur.
 
     Args:
       rng: the source of every choice.
@@ -136,7 +137,7 @@ def random_grid(rng: random.Random, split: str = "train") -> Grid:
 def draw(grid: Grid, pixels: int, rng: random.Random) -> Image.Image:
     """Draws the grid as a square RGB picture; place, size, tilt and shade of each thing vary a little.
 
-    The jitter never moves a thing out of its cell nor brings a small thing near a large one.
+    The jitter never moves a thing out of its cell, and never makes a small thing almost as large as a large one.
     """
     side = pixels * SUPERSAMPLE
     cell = side / 3
@@ -157,7 +158,7 @@ def draw(grid: Grid, pixels: int, rng: random.Random) -> Image.Image:
 
 
 def _background(colour: tuple[int, int, int], side: int, rng: random.Random) -> Image.Image:
-    """A greyish colour with soft lighter and darker patches: 3 x 3 random shades, enlarged smoothly."""
+    """Draws a greyish colour with soft lighter and darker patches: 3 x 3 random shades, enlarged smoothly."""
     light = rng.uniform(-6, 6)
     patches = np.array([[light + rng.uniform(-7, 7) for _ in range(3)] for _ in range(3)])
     shades = np.clip(np.array(colour) + patches[..., None], 0, 255).astype(np.uint8)
@@ -209,7 +210,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
 
 @functools.lru_cache(maxsize=32)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; kept, since reading it takes longer than drawing a grid."""
+    """Pillow's own font, cached because reading it takes longer than drawing a grid."""
     return ImageFont.load_default(size=size)
 
 

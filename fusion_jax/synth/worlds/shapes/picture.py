@@ -1,7 +1,7 @@
-"""One picture of plain shapes, named by seed, split and number.
+"""Defines a picture of plain shapes, named by seed, split and number.
 
-Everything about it follows from the name: what it shows, every pixel, every question. So its state is the name, and its
-caption, too:
+Everything about it follows from the name: what it shows, every pixel, every question. So both its state and its caption
+are the name:
 
     "Plain shapes, picture 17 of train 0"
 """
@@ -27,15 +27,15 @@ _NAMED = re.compile(rf"Plain shapes, picture (\d{{1,12}}) of ({'|'.join(SPLITS)}
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture of a data set: `split` is of `SPLITS`; `held_out` has unseen pairs of colour and shape."""
+    """One picture of a data set: `split` is one of `SPLITS`; `held_out` has unseen pairs of colour and shape."""
 
     seed: int
     split: str
     index: int
 
     def rng(self, purpose: str) -> random.Random:
-        """The random generator of one purpose."""
-        # Seeded by a string: the same on every machine and every Python, and independent from purpose to purpose.
+        """The random generator for one purpose."""
+        # A string as the seed gives the same numbers on every machine and Python, independent for each purpose.
         return random.Random(f"{self.seed}/{self.split}/{self.index}/{purpose}")
 
     @functools.cached_property
@@ -51,16 +51,16 @@ class Picture:
 
     @property
     def fact(self) -> Fact:
-        """The fact that the picture was drawn for, and that its first question is about."""
+        """The fact for which the picture was drawn, which is that of its first question."""
         return self._content[1]
 
     def draw(self, pixels: int) -> Image.Image:
-        """The picture, RGB of `pixels` x `pixels`."""
+        """Draws the picture, RGB of `pixels` x `pixels`."""
         return grid.draw(self.grid, pixels, self.rng("image"))
 
     def description(self, kind: str) -> str:
-        """What is drawn, in words: the captions of `caption_long` are learned as they are, those of the other kinds are
-        as long as a description."""
+        """Describes the drawing in words: captions of `caption_long` are training texts as they are, while those of the
+        other kinds have the length of a description."""
         text = questions.caption(self.grid, self.rng("description"))
         if kind == "caption_long":
             return text
@@ -78,9 +78,9 @@ class Picture:
         return [questions.short_round(self.fact, rng)]
 
     def correct(self, question: str, answer: str) -> bool:
-        """Whether an answer is right by any fact of the grid in any wording. A text that is not a question known here
-        asks for a caption."""
-        question, answer = question.split("\n")[0].split(" (")[0].strip(), answer.strip()  # without options
+        """Whether an answer is right by any fact of the grid in any wording. A text that is not a known question is a
+        request for a caption."""
+        question, answer = question.split("\n")[0].split(" (")[0].strip(), answer.strip()  # without its options
         for kind, wordings in questions.WORDINGS.items():
             if not question.startswith(tuple(wording.partition("{")[0] for wording in wordings)):
                 continue
@@ -88,7 +88,7 @@ class Picture:
                 be = "are" if fact.plural else "is"
                 if question in (wording.format(s=fact.subject, be=be) for wording in wordings):
                     return answer.lower() in (fact.answer.lower(), fact.statement.lower())
-        # A caption lists the same shapes in some wording: it is right if it is one of those that can be written.
+        # A caption lists the same shapes in some wording, and is right if it is one of those that can be written.
         return any(answer == questions.caption(self.grid, random.Random(k)) for k in range(200))
 
     @property
@@ -101,7 +101,7 @@ class Picture:
         return {"style": STYLE, **dataclasses.asdict(self)}
 
 
-# The engine asks for one picture again and again, and finding its grid takes longer than drawing it.
+# The engine requests the same picture repeatedly, and finding its grid takes longer than drawing it.
 _picture = functools.lru_cache(maxsize=8)(Picture)
 
 
@@ -112,7 +112,7 @@ def from_caption(caption: str) -> Picture | None:
 
 
 def from_json(state: Any) -> Picture | None:
-    """The picture of a state, or None for a state of another style. ValueError for a broken one."""
+    """The picture of a state, or None for a state of another style. Raises ValueError for a broken one."""
     if not isinstance(state, dict) or state.get("style") != STYLE:
         return None
     try:

@@ -1,11 +1,11 @@
-"""Captions, questions and answers about a grid of shapes, true by construction.
+"""Writes captions, questions and answers about a grid of shapes, which are true by construction.
 
     grid --facts.facts--> facts of a kind, each with its answer
          --pick---------> one fact, rare answers as often as common ones
          --wording------> "What colour is the star?"   short answer "red"   sentence "The star is red."
 
-Answers are balanced because what counts is how much a model owes to the image: a model that never looks should come no
-further than one over the number of possible answers.
+Answers are balanced to measure how much a model uses the image: the accuracy of a model that ignores it should not
+exceed one over the number of possible answers.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from fusion_jax.synth.worlds.shapes.facts import (
 )
 from fusion_jax.synth.worlds.shapes.grid import SHAPES, Grid, Thing, random_grid
 
-# Questions of two answers are few: half of them come right without looking.
+# There are few questions with two answers, because half of them are right without seeing the image.
 SHARES = {"colour": 8, "shape": 6, "place": 8, "count": 7, "word": 6, "choice": 5, "exists": 4, "size": 4}
 
-# Further rounds cannot choose their grid, and few grids have a word: these weights bring stage 2 to `SHARES`.
+# Further rounds cannot choose their grid, and few grids have a word; with these weights stage 2 has the `SHARES`.
 ROUND_SHARES = {"colour": 7, "shape": 8, "place": 8, "count": 4, "word": 25, "exists": 2, "size": 1}
 SENTENCE_SHARES = {"colour": 7, "shape": 7, "place": 7, "count": 6, "word": 10, "exists": 5, "size": 4, "describe": 5}
 
-# Every grid has a count of zero of something: without these weights a third of the further rounds had that answer.
+# Every grid has zero of something: without these weights a third of the further rounds would have that answer.
 ANSWER_WEIGHTS = {"zero": 0.3, "one": 0.3, "two": 1.2, "three": 1.8, "four": 2.2}
 
-CHOICE_OF = ("colour", "shape", "place", "count", "word")  # what a multiple choice question may be about
+CHOICE_OF = ("colour", "shape", "place", "count", "word")  # kinds of facts that a multiple choice question may be about
 OPTIONS = 3
 
 # {s} is the subject, {be} is "is" or "are". Stage 1.5, stage 2 and the held-out questions share the wordings.
@@ -64,7 +64,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The question a picture is drawn for: grids are made until one has this answer.
+    """The question for which a picture is drawn: grids are made until one has this answer.
 
     For "choice", `about` is the kind of its fact and `answer` that fact's answer.
     """
@@ -75,7 +75,7 @@ class Target:
 
 
 def pick(candidates: Sequence[Fact], rng: random.Random, answer: str | None = None) -> Fact | None:
-    """Picks an answer (unless given), then a form, then a fact; None where nothing fits."""
+    """Picks an answer (unless it is passed), then a form, then a fact; None where nothing fits."""
     if answer is None:
         answers = sorted({fact.answer for fact in candidates})
         if not answers:
@@ -89,22 +89,22 @@ def pick(candidates: Sequence[Fact], rng: random.Random, answer: str | None = No
 
 
 def wording(fact: Fact, rng: random.Random) -> str:
-    """A question about the fact in one of `WORDINGS`."""
+    """Writes a question about the fact in one of `WORDINGS`."""
     return rng.choice(WORDINGS[fact.kind]).format(s=fact.subject, be="are" if fact.plural else "is")
 
 
 def short_round(fact: Fact, rng: random.Random) -> Round:
-    """A question with the short answer."""
+    """Makes a question with the short answer."""
     return Round(fact.kind, wording(fact, rng), fact.answer)
 
 
 def sentence_round(fact: Fact, rng: random.Random) -> Round:
-    """A question with the answer as a sentence."""
+    """Makes a question with the answer as a sentence."""
     return Round(fact.kind, wording(fact, rng), fact.statement)
 
 
 def choice_round(fact: Fact, rng: random.Random) -> Round:
-    """The fact as multiple choice; the wrong options are any other answers of its kind."""
+    """Makes a multiple choice question of the fact; the wrong options are other answers of its kind."""
     wrong = [answer for answer in ANSWERS[fact.kind] if answer != fact.answer]
     options = [fact.answer, *rng.sample(wrong, OPTIONS - 1)]
     rng.shuffle(options)
@@ -112,7 +112,7 @@ def choice_round(fact: Fact, rng: random.Random) -> Round:
 
 
 def caption(grid: Grid, rng: random.Random) -> str:
-    """A caption with every thing's size, colour, shape and place, and the word."""
+    """Writes a caption with the size, colour, shape and place of every thing, and the word."""
     groups: dict[str, list[Thing]] = {}
     for thing in grid.things:
         groups.setdefault(noun_phrase(thing, ("size", "colour", "shape")), []).append(thing)
@@ -120,7 +120,7 @@ def caption(grid: Grid, rng: random.Random) -> str:
     for noun, group in groups.items():
         places = [PLACE_PHRASES[thing.place] for thing in group]
         parts.append(f"{_number_of(len(group), noun)} {_listed(places)}")
-    # No words around it: each would take gradient from the shapes and colours, which are what there is to learn.
+    # It has no other words: they would dilute the gradient of the shapes and colours, which are to be learned.
     sentence = f"{capital(_listed(parts))}."
     if grid.word is None:
         return sentence
@@ -138,7 +138,7 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def target(index: int, rng: random.Random) -> Target:
-    """The question picture `index` is drawn for; kinds and answers take turns, so any long run is balanced."""
+    """The question for which picture `index` is drawn; kinds and answers alternate, so that long runs are balanced."""
     cycle = _cycle()
     turn, slot = divmod(index, len(cycle))
     kind = cycle[slot]
@@ -150,13 +150,13 @@ def target(index: int, rng: random.Random) -> Target:
 
 
 def _cycle() -> tuple[str, ...]:
-    """Kinds in the proportions of `SHARES`, one kind after the other."""
+    """Kinds in the proportions of `SHARES`, one after the other."""
     rounds = itertools.zip_longest(*([kind] * share for kind, share in SHARES.items()))
     return tuple(kind for cycle in rounds for kind in cycle if kind is not None)
 
 
 def target_grid(goal: Target, rng: random.Random, split: str = "train") -> tuple[Grid, Fact]:
-    """Makes grids until one can be asked the question of `goal`; returns it with the fact to ask about."""
+    """Makes grids until one fits the question of `goal`; returns it with the fact to ask about."""
     kind = goal.about or goal.kind
     while True:
         grid = random_grid(rng, split)
@@ -177,7 +177,7 @@ _PLAIN = {"a", "an", "the", "thing", "shape"}
 
 
 def _given_away(fact: Fact, history: set[str]) -> bool:
-    """Whether earlier rounds may give the answer away: the round would teach to read the text instead of the image."""
+    """Whether earlier rounds may reveal the answer: the round would teach to read the text instead of the image."""
     revealing = fact.subject if fact.kind in ("exists", "count") else fact.answer
     return bool((_words(revealing) - _PLAIN) & history) or bool(_words(fact.answer) & history)
 
@@ -194,11 +194,11 @@ def _more_rounds(
     kinds = [kind for kind in shares if kind not in {r.kind for r in rounds}]
     while len(rounds) < count and kinds:
         kind = rng.choices(kinds, [shares[k] for k in kinds])[0]
-        kinds.remove(kind)  # one of each kind: two rounds about two things
+        kinds.remove(kind)  # one of each kind, so that two rounds are about two things
         history = set().union(*(_words(f"{r.question} {r.answer}") for r in rounds))
         left = [fact for fact in facts(grid, kind) if not _given_away(fact, history)]
         if kind == "exists" and len({fact.answer for fact in left}) < 2:
-            continue  # what is there tends to be named already: the rest would be a row of "no"
+            continue  # things in the picture are often named already: the rest would mostly be "no"
         fact = pick(left, rng)
         if fact is not None:
             rounds.append(make(fact, rng))
@@ -206,23 +206,23 @@ def _more_rounds(
 
 
 def _some(rng: random.Random) -> int:
-    """How many rounds a conversation has."""
+    """Draws the number of rounds of a conversation."""
     return rng.choices((1, 2), (0.3, 0.7))[0]
 
 
 def sentence_rounds(grid: Grid, rng: random.Random) -> list[Round]:
-    """One or two questions answered by sentences."""
+    """Makes one or two questions answered in sentences."""
     return _more_rounds(grid, _some(rng), (), SENTENCE_SHARES, rng, sentence_round)
 
 
 def short_rounds(grid: Grid, first: Fact, rng: random.Random) -> list[Round]:
-    """The fact that the picture was drawn for and maybe another one, answered in a word or two."""
+    """Asks about the fact for which the picture was drawn and maybe about another, with answers of a word or two."""
     return _more_rounds(grid, _some(rng), (short_round(first, rng),), ROUND_SHARES, rng, short_round)
 
 
 def choice_rounds(grid: Grid, first: Fact, rng: random.Random) -> list[Round]:
-    """One multiple choice question: about the fact that the picture was drawn for, or about another one where that fact
-    has too few other answers."""
+    """Makes one multiple choice question, about the fact for which the picture was drawn, or about another where that
+    fact has too few other answers."""
     if first.kind in CHOICE_OF:
         return [choice_round(first, rng)]
     return _more_rounds(grid, 1, (), dict.fromkeys(CHOICE_OF, 1), rng, choice_round)

@@ -1,6 +1,7 @@
-"""The world of plain shapes, for models without pretraining: a caption names its picture.
+"""Implements the world of plain shapes, for models without pretraining: a caption names its picture.
 
-The functions are those of `synth/worlds`. A picture decides everything, so neither schema nor seed changes an answer.
+The functions are those listed in `synth/worlds`. A picture decides everything, so neither schema nor seed changes an
+answer.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ STYLES = tuple(f"{STYLE}/{split}" for split in SPLITS)
 
 
 def captions(count: int, seed: int, style: str) -> Iterator[str]:
-    """The names of the first `count` pictures of a split."""
+    """Yields the names of the first `count` pictures of a split."""
     split = style.removeprefix(f"{STYLE}/")
     for number in range(count):
         yield Picture(seed, split, number).caption
@@ -42,13 +43,13 @@ def owns(request: dict[str, Any]) -> bool:
 
 
 def drawable(caption: str) -> bool:
-    """True: a caption of this world names its picture."""
+    """Always true: a caption of this world names its picture."""
     del caption
     return True
 
 
 def describe(request: dict[str, Any], schema: dict | None, seed: int) -> tuple[dict, dict]:
-    """The picture in words, and its name as the state. Raises `Unusable` for a kind that is not of `KINDS`."""
+    """The picture in words, and its name as the state. Raises `Unusable` for a kind outside `KINDS`."""
     del schema, seed
     if request["kind"] not in KINDS:
         raise Unusable("no_such_kind", f"pictures of shapes come in the kinds {', '.join(KINDS)}")
@@ -67,17 +68,17 @@ def ask(request: dict[str, Any], schema: dict | None, seed: int) -> list[dict]:
 
 
 def statements(pairs: list[dict], request: dict[str, Any]) -> list[str]:
-    """Each question and its answer, one after the other."""
+    """Joins each question and its answer."""
     del request
     return [f"{pair['question']} {pair['answer']}" for pair in pairs]
 
 
 def verify(question: str, answer: str, request: dict[str, Any]) -> bool:
-    """Whether the answer is right by what the picture shows."""
+    """Whether the answer is right for the picture."""
     return _picture(request).correct(question, answer)
 
 
 def draw(description: str, request: dict[str, Any], size: tuple[int, int], seed: int) -> Image.Image:
-    """The picture as a square of the shorter side, stretched to `size`."""
+    """Draws the picture as a square of the shorter side, and stretches it to `size`."""
     del description, seed
     return _picture(request).draw(min(size)).resize(size)
