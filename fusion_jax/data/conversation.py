@@ -45,7 +45,7 @@ ANSWER_START = -400  # in labels: the last token before an answer, not supervise
 IMAGE_TAG = "<image>"  # in records: the place of an image
 # The place of an image in literal text, where `<image>` is only text: a lone surrogate, which valid text cannot hold.
 IMAGE_SLOT = "\ud800"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express this; no tokenizer accepts it
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express this; no tokenizer accepts it
 _LATENTS_TAG = "<latent_image>"  # only in the readable prompt
 
 
@@ -164,7 +164,7 @@ def _checked_turns(turns, tag: str, where: str) -> Sequence[Mapping[str, str]]:
         if not isinstance(turn.get("value"), str):
             raise BadRecord("bad_turns", where, f"turn {k} must have a text as 'value'")
         text = turn["value"].replace(tag, "") if turn["from"] == "human" else turn["value"]
-        if _LONE_SURROGATE.search(text):
+        if LONE_SURROGATE.search(text):
             raise BadRecord("bad_turns", where, f"turn {k} holds half a surrogate pair, which is not text")
     return turns
 
@@ -198,7 +198,7 @@ def _check_system(text: str | None, template: Template, where: str) -> None:
     """Raises BadRecord if the template cannot hold the system text of a conversation."""
     if text and template.system_frame is None:
         raise BadRecord("system_turn", where, f"the template {template.name} has no place for a system text")
-    if text and _LONE_SURROGATE.search(text):
+    if text and LONE_SURROGATE.search(text):
         raise BadRecord("bad_turns", where, "the system text holds half a surrogate pair, which is not text")
 
 

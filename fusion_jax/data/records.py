@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_jax.data.conversation import IMAGE_TAG
+from fusion_jax.data.conversation import IMAGE_TAG, LONE_SURROGATE
 from fusion_jax.data.media import Named, check_media, named_images, plain_key, read_image
 from fusion_jax.errors import BadRecord
 from fusion_jax.files import brief, shown
@@ -37,7 +37,6 @@ _OTHER_TAGS = re.compile(
     r"<\|(?:image|video|audio)(?:_\d+|_pad|_start)?\|>|<\|vision_start\|>"
 )
 _NUMBERED_TAG = re.compile(r"<image[ _]?\d+>")  # beside images these are words about them
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _text(value: Any, what: str, where: str) -> str:
     text, places = _content(value, what, where)
     if places:
         raise BadRecord("system_turn", where, f"{what} has an image in a system text")
-    if _LONE_SURROGATE.search(text):
+    if LONE_SURROGATE.search(text):
         raise BadRecord("bad_turns", where, f"{what} holds half a surrogate pair, which is not text")
     return text
 
