@@ -19,7 +19,6 @@ def count_parameters(config) -> tuple[int, int]:
         from fusion_jax.models import fusion
         from fusion_jax.training import optim
 
-    jax.config.update("jax_platforms", "cpu")  # this process must not take the accelerator just for this
     params = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     sizes = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.size, params))
     trained = [
