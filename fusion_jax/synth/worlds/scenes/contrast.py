@@ -5,9 +5,10 @@ import random
 
 from fusion_jax.synth.worlds.scenes.facts import Fact
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS, article
+from fusion_jax.synth.worlds.scenes.lexicon import NOUNS, NUMBERS
 from fusion_jax.synth.worlds.scenes.settings import SETTINGS
 from fusion_jax.synth.worlds.scenes.write import be, where
+from fusion_jax.synth.worlds.words import article
 
 SIDES = ("left", "right")
 IMAGES = ("the left image", "the right image", "both images", "neither image")

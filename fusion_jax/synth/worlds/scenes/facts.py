@@ -10,9 +10,10 @@ import random
 
 from fusion_jax.synth.worlds.scenes import graph, write
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, TEXTS, article
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, TEXTS
 from fusion_jax.synth.worlds.scenes.settings import SETTINGS
-from fusion_jax.synth.worlds.scenes.write import be, called, capital, where
+from fusion_jax.synth.worlds.scenes.write import be, called, where
+from fusion_jax.synth.worlds.words import article, capital
 
 TOPICS = ("colour", "count", "place", "relation", "exists", "absent", "setting", "text", "which", "more")
 

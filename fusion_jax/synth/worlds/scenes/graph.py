@@ -15,8 +15,9 @@ import itertools
 import random
 from typing import Any
 
-from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, SIZES, article
+from fusion_jax.synth.worlds.scenes.lexicon import COLOURS, COLUMNS, NOUNS, NUMBERS, ROWS, SIZES
 from fusion_jax.synth.worlds.scenes.settings import SETTINGS, Setting
+from fusion_jax.synth.worlds.words import article
 
 MAX_THINGS = 6
 MAX_OF_A_KIND = 3

@@ -179,8 +179,3 @@ TEXTS = (
     "Made by hand",
     "Home sweet home",
 )
-
-
-def article(phrase: str) -> str:
-    """ "a" or "an" before a phrase of this module."""
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase

@@ -18,9 +18,10 @@ from typing import Any
 from fusion_jax.synth.worlds.scenes import graph, language
 from fusion_jax.synth.worlds.scenes.graph import Scene
 from fusion_jax.synth.worlds.scenes.language import COUNT_WORDS, Mention
-from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SIZE_WORDS, article
+from fusion_jax.synth.worlds.scenes.lexicon import COLOUR_WORDS, SIZE_WORDS
 from fusion_jax.synth.worlds.scenes.settings import SETTING_WORDS
 from fusion_jax.synth.worlds.scenes.write import ink
+from fusion_jax.synth.worlds.words import article
 
 KEPT_MIN = 0.6  # captions of which less is kept are dropped; config.filters may change it
 PARAGRAPH_MIN = 0.1  # the same for paragraphs by another model; this backend's own have 0.14 to 0.5

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from fusion_jax.synth.worlds.scenes import graph, language, write
 from fusion_jax.synth.worlds.scenes.graph import Scene
-from fusion_jax.synth.worlds.scenes.lexicon import COLUMNS, NOUNS, NUMBERS, article
-from fusion_jax.synth.worlds.scenes.write import be, called, capital, count_words, where
+from fusion_jax.synth.worlds.scenes.lexicon import COLUMNS, NOUNS, NUMBERS
+from fusion_jax.synth.worlds.scenes.write import be, called, count_words, where
+from fusion_jax.synth.worlds.words import article, capital
 
 LOW, HIGH = 100, 500
 

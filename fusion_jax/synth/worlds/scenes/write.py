@@ -7,7 +7,8 @@ import random
 
 from fusion_jax.synth.worlds.scenes import graph
 from fusion_jax.synth.worlds.scenes.graph import Group, Scene
-from fusion_jax.synth.worlds.scenes.lexicon import NUMBERS, RGB, article
+from fusion_jax.synth.worlds.scenes.lexicon import NUMBERS, RGB
+from fusion_jax.synth.worlds.words import article, capital
 
 CAPTION_WORDS = 12
 
@@ -25,11 +26,6 @@ _COLUMN_PHRASES = {
 _FLYING = ("bird", "butterfly", "airplane", "kite")
 _SITTING = ("cat", "rabbit", "duck", "snail")
 _LYING = ("apple", "pear", "pumpkin", "ball", "hat", "book")
-
-
-def capital(text: str) -> str:
-    """The text with a capital first letter."""
-    return text[:1].upper() + text[1:]
 
 
 def count_words(text: str) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from fusion_jax.synth.worlds.shapes.grid import CELLS, COLOURS, PAIRS, SEEN, SHAPES, SIZES, WORDS, Grid, Thing
+from fusion_jax.synth.worlds.words import article, capital
 
 KINDS = ("colour", "shape", "place", "count", "word", "choice", "exists", "size")
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -55,16 +56,6 @@ class Fact:
     answer: str
     statement: str
     plural: bool = False
-
-
-def article(noun: str) -> str:
-    """The noun with "a" or "an"."""
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def capital(text: str) -> str:
-    """The text with a capital first letter."""
-    return text[0].upper() + text[1:]
 
 
 def noun_phrase(thing: Thing, attributes: Sequence[str]) -> str:

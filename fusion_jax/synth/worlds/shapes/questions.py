@@ -19,12 +19,12 @@ from fusion_jax.synth.worlds.shapes.facts import (
     PLACE_PHRASES,
     ROW_PHRASES,
     Fact,
-    capital,
     facts,
     noun_phrase,
     plural,
 )
 from fusion_jax.synth.worlds.shapes.grid import SHAPES, Grid, Thing, random_grid
+from fusion_jax.synth.worlds.words import capital
 
 # There are few questions with two answers, because half of them are right without seeing the image.
 SHARES = {"colour": 8, "shape": 6, "place": 8, "count": 7, "word": 6, "choice": 5, "exists": 4, "size": 4}
