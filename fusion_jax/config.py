@@ -13,6 +13,7 @@ from fusion_jax.values.dicts import from_dict as from_dict
 from fusion_jax.values.dicts import to_dict as to_dict
 
 DTYPES = ("float32", "bfloat16")
+MOMENTS = (*DTYPES, "int8")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
 OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
@@ -59,7 +60,13 @@ RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-STAGE_CHOICES = {"optimizer": OPTIMIZER_NAMES, "first_moment": DTYPES}
+STAGE_CHOICES = {
+    "optimizer": OPTIMIZER_NAMES,
+    "first_moment": MOMENTS,
+    "second_moment": MOMENTS,
+    "master_weights": DTYPES,
+    "gradient_sums": DTYPES,
+}
 RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
@@ -107,6 +114,8 @@ class StageConfig:
     """Conversations in an optimizer step over all devices; with `packing` on average, and at least one row a device."""
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
+    gradient_sums: str = "float32"
+    """Dtype in which gradients of weights of matrix products are summed over microbatches; bfloat16 is rounded stochastically."""
     epochs: int = 1
     """How often every record is trained on; the last step holds the records that remain."""
     steps: int = 0
@@ -130,7 +139,11 @@ class StageConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     first_moment: str = "float32"
-    """Dtype of Adam's running mean; bfloat16 saves two bytes a parameter."""
+    """How Adam's running mean of the gradient is stored; float32 takes four bytes a parameter, int8 one (docs/training.md)."""
+    second_moment: str = "float32"
+    """How Adam's running mean of the squared gradient is stored, as `first_moment`."""
+    master_weights: str = "float32"
+    """Dtype of the weights of matrix products between steps; bfloat16 is rounded stochastically after each update."""
     freeze: tuple[str, ...] = ()
     """Regular expressions on parameter paths; parameters that match are not trained."""
     learn_rows: tuple[int, ...] = ()

@@ -68,7 +68,7 @@ def compile_step(work: Work) -> CompiledStep:
     """Compiles the step as training does, with random parameters."""
     stage, mesh = work.stage, work.mesh
     sharding.check_model(work.model.config, mesh)
-    params = state.initial_parameters(work.model.config, 0, mesh)
+    params = state.with_masters(state.initial_parameters(work.model.config, 0, mesh), stage.master_weights)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     current = state.begin(params, tx, mesh)
     batch = sharding.put_batch(sharding.local_rows(work.batch, mesh), mesh)

@@ -107,7 +107,7 @@ def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_co
 
 def abstract_arguments(config: RunConfig, stage: StageConfig, mesh: Mesh, step: TypicalStep):
     """Returns (optimizer, labels, arguments of the train step as shapes with shardings)."""
-    params = state.abstract_parameters(config.model, mesh)
+    params = state.with_masters(state.abstract_parameters(config.model, mesh), stage.master_weights)
     tx, labels = optim.optimizer(stage, params), optim.labels(stage, params)
     rows, everywhere = sharding.of_rows(mesh), sharding.replicated(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), step.batch)

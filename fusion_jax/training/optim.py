@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.config import StageConfig
 from fusion_jax.errors import UserError, check
+from fusion_jax.training import rounding
 
 DEFAULT, FROZEN, ROWS = "default", "frozen", "rows"
 EMBEDDING = "llm/embedding"
@@ -57,7 +58,15 @@ def labels(stage: StageConfig, params) -> dict:
 
 def decays(params) -> dict:
     """Returns whether weight decay applies to each parameter: to all but norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree.map_with_path(lambda path, _: _decays(path), params)
+
+
+def _decays(path) -> bool:
+    return path[-1].key not in ("scale", "bias")
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def cosine(step: float, steps: int, warmup_ratio: float) -> float:
@@ -116,7 +125,7 @@ def optimizer(stage: StageConfig, params) -> optax.GradientTransformationExtraAr
 
 def squares(grads) -> dict:
     """Returns the sum of squares of every parameter's gradient, as float32 scalars, from which norms are computed."""
-    return jax.tree.map(lambda g: jnp.sum(g * g), grads)
+    return jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
 
 
 def norm(squares) -> jax.Array:
@@ -131,37 +140,59 @@ def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
     the parameter, its moments and its count of steps stay as they are. Every parameter has its own count, which
     corrects the bias of its moments: an int32 vector in the order of the leaves.
     """
-    moments = optax.scale_by_adam(stage.b1, stage.b2, stage.eps, mu_dtype=stage.first_moment)
     decay = optax.MaskedState(optax.EmptyState())
 
     def init(params):
         count = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
-        return moments.init(params)._replace(count=count), decay
+        mu, nu = moments(params, stage.first_moment), moments(params, stage.second_moment, signed=False)
+        return optax.ScaleByAdamState(count, mu, nu), decay
 
     def update(grads, state, params, *, norm, squares):
         old = state[0]
         leaves, tree = jax.tree.flatten(grads)
+        names = [_name(path) for path, _ in jax.tree.leaves_with_path(grads)]
         used = [square > 0 for square in tree.flatten_up_to(squares)]
         count = old.count + jnp.stack(used)
         trees = (old.mu, old.nu, params, decays(params))
-        parts = zip(leaves, used, count, *map(tree.flatten_up_to, trees))
+        parts = zip(names, leaves, used, count, *map(tree.flatten_up_to, trees))
         updates, mu, nu = (tree.unflatten(x) for x in zip(*(_of_parameter(stage, norm, *part) for part in parts)))
         return updates, (optax.ScaleByAdamState(count, mu, nu), decay)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _of_parameter(stage: StageConfig, norm, g, used, count, mu, nu, parameter, decays: bool):
+def moments(params, dtype: str, signed: bool = True) -> dict:
+    """Returns a moment of 0 for each parameter, in the form that `rounding.write` keeps.
+
+    Args:
+      dtype: `float32`, `bfloat16` or `int8`, in which moments of norms and biases, which are few, stay float32.
+      signed: whether the moment may be negative.
+    """
+
+    def of(path, parameter):
+        spared = dtype == rounding.INT8 and not _decays(path)
+        return rounding.zeros(parameter, "float32" if spared else dtype, signed)
+
+    return jax.tree.map_with_path(of, params)
+
+
+def _of_parameter(stage: StageConfig, norm, name: str, g, used, count, mu, nu, parameter, decays: bool):
     """Returns the update and the moments of one parameter."""
+    g = g.astype(jnp.float32)
     if stage.clip_norm > 0:
         g = jnp.where(norm < stage.clip_norm, g, g / norm * stage.clip_norm)
-    first = stage.b1 * mu + (1 - stage.b1) * g
-    second = stage.b2 * nu + (1 - stage.b2) * g * g
+    first = stage.b1 * rounding.read(mu) + (1 - stage.b1) * g
+    second = stage.b2 * rounding.read(nu) + (1 - stage.b2) * g * g
     steps = jnp.maximum(count, 1)
     update = first / (1 - stage.b1**steps) / (jnp.sqrt(second / (1 - stage.b2**steps)) + stage.eps)
     if decays:
         update = update + stage.weight_decay * parameter
-    return jnp.where(used, update, 0), jnp.where(used, first.astype(mu.dtype), mu), jnp.where(used, second, nu)
+
+    def rounded(values, old, which):
+        new = rounding.write(values, old, rounding.key_of(f"{which} moment of {name}", count))
+        return jax.tree.map(lambda new, old: jnp.where(used, new, old), new, old)
+
+    return jnp.where(used, update, 0), rounded(first, mu, "first"), rounded(second, nu, "second")
 
 
 # An optimizer is one function of the stage. What it returns takes `update(grads, state, params, *, norm, squares)` and
@@ -176,7 +207,7 @@ def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -
 
     def cut(tree):
         def one(path, leaf):
-            return leaf[np.array(rows)] if jax.tree_util.keystr(path, simple=True, separator="/") == EMBEDDING else leaf
+            return leaf[np.array(rows)] if _name(path) == EMBEDDING else leaf
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -202,18 +233,23 @@ def changes(updates, rates: dict[str, jax.Array], label_tree):
     return jax.tree.map(lambda u, label: None if label == FROZEN else rates[label] * u, updates, label_tree)
 
 
-def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = ()):
-    """Returns params - changes; the changes of a `ROWS` parameter are those of `rows`."""
+def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = (), step: jax.Array | int = 0):
+    """Returns params - changes, in the dtypes of the parameters; bfloat16 is rounded stochastically, by the step.
 
-    def step(change, p, label):
+    The changes of a `ROWS` parameter are those of `rows`.
+    """
+
+    def subtract(path, change, p, label):
         if label == ROWS:
             # No scatter, which would move parts of a table that is sharded.
             for row, one in zip(rows, change, strict=True):
                 p = jnp.where((np.arange(len(p)) == row)[:, None], p - one, p)
             return p
-        return p if change is None else p - change
+        if change is None:
+            return p
+        return rounding.write(p.astype(jnp.float32) - change, p, rounding.key_of(_name(path), step))
 
-    return jax.tree.map(step, changes, params, label_tree, is_leaf=lambda change: change is None)
+    return jax.tree.map_with_path(subtract, changes, params, label_tree, is_leaf=lambda change: change is None)
 
 
 def group_norms(squares) -> dict[str, jax.Array]:

@@ -60,6 +60,7 @@ def train_stage(
     about = with_stage(about, stage.name, order_in(workdir, stage.name))
 
     # ---- Optimizer and state.
+    params = state.with_masters(params, stage.master_weights)
     tx = optim.optimizer(stage, params)
     step_fn = compile_step(model, stage, tx, optim.labels(stage, params), mesh)
 

@@ -13,6 +13,9 @@ from fusion_jax.devices import sharding
 from fusion_jax.models import fusion
 from fusion_jax.models.config import FusionConfig
 
+# The last path components of parameters that only matrix products read, in the compute dtype.
+PRODUCTS = ("kernel", "in", "head")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class TrainState:
 
     Attributes:
       step: int32, number of steps taken, including skipped ones; it identifies the next batch.
-      params: float32 master weights. opt_state: the state of `optim.optimizer`.
+      params: master weights, in the dtypes of `with_masters`. opt_state: the state of `optim.optimizer`.
       skipped: int32, number of steps skipped so far because loss, gradient or update were not finite.
       skipped_in_row: int32, number of steps skipped since the last good one.
     """
@@ -48,6 +51,28 @@ def abstract_parameters(config: FusionConfig, mesh: Mesh):
 def shapes(config: FusionConfig):
     """Returns shape and dtype of every parameter."""
     return nn.unbox(_boxed_parameters(config))
+
+
+def with_masters(params, dtype: str):
+    """Returns the parameters in the dtypes in which a stage keeps them: weights of products in `dtype`, others float32.
+
+    Arrays are cast one at a time, and those in another dtype are deleted, so that memory never holds both.
+
+    Args:
+      params: arrays or shapes, with shardings. dtype: `StageConfig.master_weights`.
+    """
+
+    def cast(path, x):
+        wanted = jnp.dtype(dtype if path[-1].key in PRODUCTS else jnp.float32)
+        if x.dtype == wanted:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, wanted, sharding=x.sharding)
+        new = jax.block_until_ready(jax.jit(lambda x: x.astype(wanted), out_shardings=x.sharding)(x))
+        x.delete()
+        return new
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def abstract(params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -12,7 +12,7 @@ from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
 from fusion_jax.devices import sharding
 from fusion_jax.models.fusion import Fusion, head_kernel
-from fusion_jax.training import losses, optim, state
+from fusion_jax.training import losses, optim, rounding, state
 from fusion_jax.training.state import TrainState
 
 # By default the TPU compiler splits a product with a sharded weight into one product per shard, each a hop of the ring
@@ -44,31 +44,41 @@ def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
     return losses.total_and_parts(model.config, losses.Outputs(batch, hidden, visual, kernel), totals)
 
 
-# The last path components of parameters that only matrix products read, in the compute dtype.
-_PRODUCTS = ("kernel", "in", "head")
-
-
 def _cast_products(params, dtype):
     """Casts weights of matrix products as the layers would, but once per step, not at each use in each microbatch.
 
     Their gradients have the same dtype, and keep it until they are summed.
     """
     flat = flatten_dict(params)
-    return unflatten_dict({path: x.astype(dtype) if path[-1] in _PRODUCTS else x for path, x in flat.items()})
+    return unflatten_dict({path: x.astype(dtype) if path[-1] in state.PRODUCTS else x for path, x in flat.items()})
 
 
-def _accumulate(grad_fn, params, batch: Batch, microbatches: int, mesh: Mesh):
-    """Sums (loss, parts) and gradients over equal slices of the batch, one at a time; all float32."""
-    if microbatches == 1:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), grad_fn(params, batch))
-    slices = sharding.microbatches(batch, microbatches, mesh)
-    first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+def _accumulate(grad_fn, params, batch: Batch, stage: StageConfig, mesh: Mesh, step: jax.Array):
+    """Sums (loss, parts) and gradients over equal slices of the batch, one at a time.
 
-    def body(total, part):
-        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+    The sums are float32, those of gradients of products `stage.gradient_sums`. Gradients of a single slice keep their
+    dtype.
+    """
+    if stage.accumulation == 1:
+        return grad_fn(params, batch)
+    slices = sharding.microbatches(batch, stage.accumulation, mesh)
+    values, grads = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
 
-    return jax.lax.scan(body, zeros, slices)[0]
+    def zeros(path, x):
+        return jnp.zeros(x.shape, stage.gradient_sums if path[-1].key in state.PRODUCTS else jnp.float32)
+
+    def add(path, total, x, number):
+        key = rounding.key_of(f"gradient of {jax.tree_util.keystr(path)}", step, number)
+        return rounding.write(total.astype(jnp.float32) + x, total, key)
+
+    def body(totals, numbered):
+        number, part = numbered
+        values, grads = grad_fn(params, part)
+        sums = jax.tree.map_with_path(functools.partial(add, number=number), totals[1], grads)
+        return (jax.tree.map(jnp.add, totals[0], values), sums), None
+
+    first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values), jax.tree.map_with_path(zeros, grads)
+    return jax.lax.scan(body, first, (jnp.arange(stage.accumulation), slices))[0]
 
 
 def train_step(
@@ -106,7 +116,7 @@ def train_step(
         return values, sharding.constrain(grads, places.params)
 
     weights = _cast_products(old.params, model.dtype)
-    (total, parts), grads = _accumulate(grad_fn, weights, batch, stage.accumulation, mesh)
+    (total, parts), grads = _accumulate(grad_fn, weights, batch, stage, mesh, old.step)
     squares = optim.squares(grads)
     grad_norm = optim.norm(squares)
 
@@ -118,7 +128,7 @@ def train_step(
     first, _ = change(*jax.lax.optimization_barrier((grads, old.opt_state, old.params)))
     update_norm = optim.norm(optim.squares(first))
     changes, opt_state = change(grads, old.opt_state, old.params)
-    params = optim.apply_changes(old.params, changes, label_tree, stage.learn_rows)
+    params = optim.apply_changes(old.params, changes, label_tree, stage.learn_rows, old.step)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
