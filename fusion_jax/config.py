@@ -115,7 +115,7 @@ class StageConfig:
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
     gradient_sums: str = "float32"
-    """Dtype in which gradients of weights of matrix products are summed over microbatches; bfloat16 is rounded stochastically."""
+    """Dtype of the sums of products' gradients over microbatches; bfloat16 is rounded stochastically."""
     epochs: int = 1
     """How often every record is trained on; the last step holds the records that remain."""
     steps: int = 0
@@ -139,7 +139,7 @@ class StageConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     first_moment: str = "float32"
-    """How Adam's running mean of the gradient is stored; float32 takes four bytes a parameter, int8 one (docs/training.md)."""
+    """How Adam's running mean of the gradient is stored: `int8` takes one byte a parameter (docs/training.md)."""
     second_moment: str = "float32"
     """How Adam's running mean of the squared gradient is stored, as `first_moment`."""
     master_weights: str = "float32"
