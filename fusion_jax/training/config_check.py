@@ -1,5 +1,6 @@
 """Checks a run configuration for the doctor: what training would refuse, and whether its state fits."""
 
+import functools
 import logging
 import os
 import tempfile
@@ -32,9 +33,19 @@ def count_parameters(config) -> tuple[int, int]:
     return sum(sizes), max(trained)
 
 
-def state_bytes(total: int, trained: int) -> int:
-    """Returns the bytes that float32 weights and both moments of AdamW take, in memory and in a checkpoint."""
-    return 4 * total + 8 * trained
+def state_bytes(config) -> int:
+    """Returns the bytes of the training state, in memory and in a checkpoint, in the stage where it takes most."""
+    with loading():
+        import jax
+
+        from fusion_jax.training import optim, state
+
+    def of(stage) -> int:
+        params = state.with_masters(state.shapes(config.model), stage.master_weights)
+        whole = jax.eval_shape(functools.partial(state.create, tx=optim.optimizer(stage, params)), params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+
+    return max(map(of, config.stages))
 
 
 def check_inputs(config, workdir: str | None, accepted, devices: int) -> Findings:
@@ -83,13 +94,14 @@ def check_config(config, answer: dict | Problem, workdir: str | None, accepted=(
         return
     total, trained = count_parameters(config)
     yield Fact("config", "parameters", f"{total:,}, {trained:,} of them trained")
-    state = state_bytes(total, trained)
+    state = state_bytes(config)
     yield Fact("config", "state", f"{state / GIB:.1f} GiB over all devices; gradients and activations come on top")
     hbm = answer["devices"][0]["memory"] * answer["count"] or memory()[0]
     if state > hbm:
         yield Problem(
             True,
             f"Weights and optimizer take {state / GIB:.1f} GiB; all devices have {hbm / GIB:.1f} GiB.",
-            "Use more devices, or freeze parts (config.stages[i].freeze).",
+            "Use more devices, freeze parts (config.stages[i].freeze), or store the state in fewer bits (first_moment, "
+            "second_moment and master_weights of config.stages[i]).",
         )
     yield from check_disk(workdir, state, config.keep_checkpoints)

@@ -39,5 +39,6 @@ def explain_memory_errors(remat: str) -> Iterator[None]:
         raise UserError(
             f"The run does not fit into a device's memory ({match[1][:200].strip()}); what helps, the cheapest first: "
             f"a higher accumulation of the stage, remat=full (now {remat}), a shorter max_length, more devices to "
-            "share the parameters (mesh.fsdp). python -m fusion_jax.plan says beforehand what fits."
+            "share the parameters (mesh.fsdp), a state in fewer bits (docs/training.md). "
+            "python -m fusion_jax.plan says beforehand what fits."
         ) from error

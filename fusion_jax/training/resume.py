@@ -13,7 +13,7 @@ from fusion_jax.data.tokenizer_files import TOKENIZER_FILES
 from fusion_jax.errors import UserError
 from fusion_jax.files import parse_json, read_file
 from fusion_jax.models.config import FusionConfig, replace
-from fusion_jax.training import integrity
+from fusion_jax.training import integrity, rounding
 from fusion_jax.training.about import always_bos, config_of, conversation_ids, load_about, save_tokenizer
 from fusion_jax.training.checkpoint_folders import steps_in
 from fusion_jax.training.input_check import differences
@@ -29,6 +29,8 @@ _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qk
 _RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
 _STAGE += ("learn_rows",)
+# Moments in eight bits have other arrays; between float32 and bfloat16 they are converted, as are master weights.
+_EIGHT_BIT = ("first_moment", "second_moment")
 _MODEL_FREE = ("mapping_loss_weight",)
 # Inputs that may change on purpose, if named in --accept_changed.
 INPUTS = ("data", "tokenizer", "template")
@@ -123,6 +125,8 @@ def check(config: RunConfig, stage: StageConfig, about: dict[str, Any], where: P
     old = next((known for known in saved.stages if known.name == stage.name), None)
     if old is not None:
         pairs += [(f"{stage.name}.{name}", getattr(stage, name), getattr(old, name)) for name in _STAGE]
+        moments = [(name, getattr(stage, name), getattr(old, name)) for name in _EIGHT_BIT]
+        pairs += [(f"{stage.name}.{name}", *values) for name, *values in moments if rounding.INT8 in values]
     different = [f"{name}={ours!r} (checkpoint: {theirs!r})" for name, ours, theirs in pairs if ours != theirs]
     if different:
         raise UserError(

@@ -7,8 +7,8 @@ step gives the same numbers on every mesh, with any number of processes, and aft
 
 Eight-bit numbers are stored with one scale for each row (all but the last axis), the largest magnitude in it:
 
-    signed (int8)       sign, then 127 magnitudes from 2^-16 to 1 times the scale
-    unsigned (uint8)    255 magnitudes from 2^-32 to 1 times the scale
+    signed (int8)       sign, then 127 magnitudes from 1.25 * 2^-16 to 1 times the scale
+    unsigned (uint8)    255 magnitudes from 1.25 * 2^-32 to 1 times the scale
                         in both, 0 and eight levels for each power of two: a float with three bits of mantissa
 
 so that a small number beside a large one keeps its relative precision, as in bitsandbytes' dynamic quantization
