@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from helpers.fixtures import flat, mixed_batch, params, tiny
 
@@ -15,7 +16,7 @@ from fusion_jax.devices import sharding
 from fusion_jax.errors import UserError
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import program
-from fusion_jax.training import checkpoint, optim, resume, rounding, state
+from fusion_jax.training import checkpoint, loading, optim, resume, rounding, state
 from fusion_jax.training.about import describe_run
 from fusion_jax.training.config_check import state_bytes
 from fusion_jax.training.step import compile_step
@@ -27,6 +28,11 @@ FORMS = {"bfloat16": ("bfloat16", True), "signed": ("int8", True), "unsigned": (
 
 # Six powers of ten in every row.
 SIZES = np.float32(10) ** -np.linspace(0, 6, 24, dtype=np.float32)
+
+
+def copy(tree):
+    """A copy of arrays that `with_masters` or a donation would delete."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def numbers(form):
@@ -139,11 +145,11 @@ def test_adam_with_small_moments_learns_as_with_float32():
 
 
 @functools.cache
-def begun(stage=STAGE):
-    weights = jax.tree.map(jnp.copy, params(CONFIG))
-    weights = state.with_masters(weights, stage.master_weights)
+def begun(**changes):
+    stage, mesh = dataclasses.replace(STAGE, **changes), sharding.make_mesh()
+    places = jax.tree.map(lambda x: x.sharding, state.abstract_parameters(CONFIG, mesh))
+    weights = state.with_masters(jax.device_put(copy(params(CONFIG)), places), stage.master_weights)
     tx, labels = optim.optimizer(stage, weights), optim.labels(stage, weights)
-    mesh = sharding.make_mesh()
     step = compile_step(Fusion(CONFIG), stage, tx, labels, mesh)
     kept = jax.jit(lambda s, b, r: step(s, b, r))  # inside another jit nothing is donated
     return state.begin(weights, tx, mesh), kept
@@ -172,9 +178,8 @@ def test_a_step_keeps_the_forms_of_its_state_and_is_the_same_again():
 
 
 def test_a_step_moves_weights_as_in_float32_but_for_the_rounding():
-    plain = dataclasses.replace(STAGE, **dict.fromkeys(FEW_BITS, "float32"))
-    current, step = begun(plain)
-    expected, wanted = step(current, mixed_batch(CONFIG), optim.learning_rates(plain, 0, 10))
+    current, step = begun(**dict.fromkeys(FEW_BITS, "float32"))
+    expected, wanted = step(current, mixed_batch(CONFIG), optim.learning_rates(STAGE, 0, 10))
     after, metrics = after_a_step()
     np.testing.assert_allclose(metrics["total"], wanted["total"], rtol=1e-2)
     np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=2e-2)
@@ -214,7 +219,7 @@ def test_float_types_are_converted_when_a_checkpoint_is_restored(tmp_path):
     forms = {}
     for name in ("float32", "bfloat16"):
         stage = StageConfig("s", "d", first_moment=name, second_moment=name, master_weights=name)
-        of_stage = jax.tree.map(jnp.copy, state.with_masters(jax.tree.map(jnp.copy, weights), name))
+        of_stage = state.with_masters(copy(weights), name)
         forms[name] = state.create(of_stage, optim.optimizer(stage, of_stage))
     checkpoints = checkpoint.Checkpoints(tmp_path, {"json": json.dumps({"config": {}})})
     checkpoints.save(1, forms["float32"], {})
@@ -224,6 +229,16 @@ def test_float_types_are_converted_when_a_checkpoint_is_restored(tmp_path):
     assert restored.params["kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(restored.params["kernel"], forms["bfloat16"].params["kernel"])
     assert {x.dtype for x in jax.tree.leaves(restored.opt_state)} == {np.dtype(np.float32), np.dtype(np.int32)}
+
+
+def test_commands_load_float32_from_the_masters_of_a_checkpoint(tmp_path):
+    """As generation, evaluation and `init_from` do."""
+    masters = state.with_masters(copy(params(CONFIG)), "bfloat16")
+    ocp.save_checkpointables(tmp_path / "1", {"params": masters})
+    loaded = loading.load_params(tmp_path / "1", state.abstract_parameters(CONFIG, sharding.make_mesh()))
+    for path, x in flat(loaded).items():
+        assert x.dtype == jnp.float32
+        np.testing.assert_array_equal(x, np.asarray(flat(masters)[path], np.float32), err_msg=path)
 
 
 @pytest.mark.parametrize(
