@@ -176,7 +176,7 @@ def test_only_data_spans_slices(monkeypatch):
     assert shapes == {"inner": (1, 2, 2), "outer": (2, 1, 1)}
 
 
-def test_first_moments_in_fewer_bits():
+def test_first_moments_in_bfloat16():
     stage = StageConfig("s", "d.json", first_moment="bfloat16", freeze=("^vision/",))
     mesh = sharding.make_mesh()
     params = state.abstract_parameters(tiny(), mesh)
@@ -217,7 +217,7 @@ def test_factored_moments_lie_with_their_parameters_and_update_as_on_one_device(
     # It compares each array's place after two updates, and cuts a tower in its place.
     arrays, report = _run_worker("state_worker.py", tmp_path, 4)
     for mesh, least in {"fsdp": 1.3, "tensor": 1.2, "mixed": 1.5}.items():
-        for name in ("adafactor", "adafactor, masked", "sm3", "eight bits"):
+        for name in ("adafactor", "adafactor, masked", "sm3"):
             held = report[f"{mesh}|{name}"].values()
             whole, here = (sum(math.prod(shapes[i]) for shapes in held) for i in (0, 1))
             assert whole > least * here, (mesh, name)
@@ -227,8 +227,6 @@ def test_factored_moments_lie_with_their_parameters_and_update_as_on_one_device(
     for key, array in arrays.items():
         mesh, rest = key.split("|", 1)
         np.testing.assert_allclose(array, arrays[f"one|{rest}"], rtol=1e-4, atol=1e-6, err_msg=key)
-        if "eight bits" in key:  # codes and bfloat16 weights: the same random bits on every mesh
-            np.testing.assert_array_equal(array, arrays[f"one|{rest}"], err_msg=key)
 
 
 # Eight devices, in a process of their own.

@@ -14,31 +14,14 @@ import optax
 import orbax.checkpoint.experimental.v1 as ocp
 from helpers.fixtures import flat, randomise, tiny
 
-from fusion_jax.config import MeshConfig, StageConfig
+from fusion_jax.config import MeshConfig
 from fusion_jax.devices import sharding
-from fusion_jax.training import optim, state
+from fusion_jax.training import state
 from fusion_jax.training.loading import load_params
 
 CONFIG = tiny(**{"vision.mlp_dim": 32, "llm.mlp_dim": 32, "vision.layers": 2, "llm.layers": 1, "exchange.layers": 1})
-LABELS = optim.labels(StageConfig("s", "d.json"), state.shapes(CONFIG))
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 4, 1), "tensor": (1, 1, 2), "mixed": (1, 2, 2)}
-
-
-def eight_bits():
-    """AdamW with both moments in eight bits."""
-    stage = StageConfig("s", "d.json", first_moment="int8", second_moment="int8", clip_norm=0.0)
-    tx = optim.optimizer(stage, state.shapes(CONFIG))
-
-    def update(grads, opt_state, params):
-        squares = optim.squares(grads)
-        updates, opt_state = tx.update(grads, opt_state, params, norm=optim.norm(squares), squares=squares)
-        return jax.tree.map(lambda x: -1e-2 * x, updates), opt_state
-
-    return optax.GradientTransformation(tx.init, update)
-
-
 OPTIMIZERS = {
-    "eight bits": eight_bits,
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
     "adafactor, masked": lambda: optax.masked(
         optax.adafactor(1e-2, min_dim_size_to_factor=8, momentum=0.9), lambda p: {k: k != "llm" for k in p}
@@ -69,23 +52,21 @@ def main(arrays_file: str, report_file: str):
         gradients = jax.device_put(randomise(abstract, seed=1), places)
         for name, make in OPTIMIZERS.items():
             tx = make()
-            masters = "bfloat16" if name == "eight bits" else "float32"
-            params = state.with_masters(jax.device_put(randomise(abstract), places), masters)
-            current = state.begin(params, tx, mesh)
+            current = state.begin(jax.device_put(randomise(abstract), places), tx, mesh)
             wanted = jax.tree.map(lambda x: x.sharding, state.abstract(current.params, tx, mesh))
 
             def update(old, gradients, tx=tx):
                 updates, opt_state = tx.update(gradients, old.opt_state, old.params)
-                changes = jax.tree.map(lambda x: -x, updates)
-                params = optim.apply_changes(old.params, changes, LABELS, step=old.step)
-                return state.TrainState(old.step + 1, params, opt_state, old.skipped, old.skipped_in_row)
+                return state.TrainState(
+                    old.step + 1, optax.apply_updates(old.params, updates), opt_state, old.skipped, old.skipped_in_row
+                )
 
             step = jax.jit(update, in_shardings=(wanted, places), out_shardings=wanted, donate_argnums=0)
             for _ in range(2):
                 current = step(current, gradients)
             case = f"{mesh_name}|{name}"
             moments = jax.tree.leaves_with_path(current.opt_state)
-            arrays |= {f"{case}|params|{path}": np.float32(leaf) for path, leaf in flat(current.params).items()}
+            arrays |= {f"{case}|params|{path}": leaf for path, leaf in flat(current.params).items()}
             arrays |= {f"{case}|moments|{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in moments}
             report[case] = {
                 jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.addressable_shards[0].data.shape)]
