@@ -192,7 +192,7 @@ class RunConfig:
     init_without: tuple[str, ...] = ()
     """Regular expressions on parameter paths; parameters that match are not loaded from `init_from`."""
     dtype: str = "bfloat16"
-    """Dtype of the computation; the parameters are kept in float32."""
+    """Dtype of the computation; the parameters are kept in float32, or as `master_weights` of a stage says."""
     remat: str = "full"
     """What the backward pass recomputes, from nothing (`none`) to everything (`full`); see `models.remat`."""
     mesh: MeshConfig = MeshConfig()
