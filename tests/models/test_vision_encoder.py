@@ -41,9 +41,9 @@ def encode(config, x, text=None, mask=TEXT_MASK, view="guided"):
 
 
 @functools.cache
-def layer_fn(mask):
-    layer = EncoderLayer(tiny().vision, mask, jnp.float32)
-    return jax.jit(lambda weights, x, segments, early: layer.apply({"params": weights}, x, segments, early))
+def layer_fn(mask, early):
+    layer = EncoderLayer(tiny().vision, mask, early, jnp.float32)
+    return jax.jit(lambda weights, x, segments: layer.apply({"params": weights}, x, segments))
 
 
 def layer_params(config, k):
@@ -56,8 +56,8 @@ def states(config, x, text, mask=TEXT_MASK):
     states = [jnp.concatenate([x, text], 1)]
     segments = jnp.asarray(mask, jnp.int32)
     for k in range(config.encoder_layers):
-        early = jnp.asarray(k < config.vision.layers // 2)
-        states.append(layer_fn(config.mask)(layer_params(config, k), states[-1], segments, early))
+        early = k < config.vision.layers // 2
+        states.append(layer_fn(config.mask, early)(layer_params(config, k), states[-1], segments))
     return [np.asarray(s) for s in states]
 
 
@@ -144,7 +144,7 @@ def test_layer_equals_numpy_under_its_mask(mask, early):
     config = tiny(mask=mask)
     x, text = embedded()
     both = np.concatenate([x, text], 1)
-    out = layer_fn(mask)(layer_params(config, 1), both, jnp.asarray(TEXT_MASK, jnp.int32), jnp.asarray(early))
+    out = layer_fn(mask, early)(layer_params(config, 1), both, jnp.asarray(TEXT_MASK, jnp.int32))
     for row in range(2):
         real = np.concatenate([np.ones(PATCHES, bool), TEXT_MASK[row]])
         sees = np.broadcast_to(real, (len(real), len(real))).copy()
