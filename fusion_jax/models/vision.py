@@ -135,7 +135,7 @@ class _Layers(nn.Module):
         views, shallow = self._run(self.early, half, views, segments)
         views, deep = self._run(self.late, run - half, views, segments)
         if run < 2 * half:  # the last layer's output is the last state of the deep mean
-            deep = {view: tap + views[view] / half for view, tap in deep.items()}
+            deep = {view: mean + jnp.float32(1 / half) * views[view] for view, mean in deep.items()}
         return views, shallow, deep
 
     def _run(self, layer, count, views, segments):
@@ -155,7 +155,7 @@ class _Layers(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         half = self.config.vision.early_layers
-        weights = (np.arange(count) < half) / np.float32(half)
+        weights = (np.arange(count) < half) / half
         # Float32: the means are rounded once, as torch rounds those of a list of states.
         carry = {view: (x, jnp.zeros(x.shape, jnp.float32)) for view, x in views.items()}
         carry, _ = scan(layer, carry, jnp.asarray(weights, jnp.float32), segments)

@@ -197,9 +197,10 @@ def test_taps_are_means_of_the_states(preset, layers):
         np.testing.assert_allclose(taps[:, :, k][real], tap[real], atol=1e-5)
 
 
-def test_means_of_states_are_rounded_once():
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_means_of_states_are_rounded_once(preset):
     """Layers that add nothing: every state is the first one, and so are its means, in bfloat16 to the bit."""
-    config = tiny("released", **{"vision.layers": 14})
+    config = tiny(preset, **{"vision.layers": 14})
     weights = jax.tree.map_with_path(
         lambda path, x: 0 * x if any(key.key == "out" for key in path) else x, params(config)["vision"]
     )
@@ -207,7 +208,7 @@ def test_means_of_states_are_rounded_once():
     run = jax.jit(lambda w, x: VisionEncoder(config, jnp.bfloat16).apply({"params": w}, {"guided": x}, None, None))
     taps = run(weights, x)["guided"]
     assert taps.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(taps, jnp.concatenate([x] * 3, -1))
+    np.testing.assert_array_equal(taps, jnp.concatenate([x] * config.tap_count, -1))
 
 
 @pytest.mark.parametrize("layers", [4, 5])
