@@ -61,7 +61,7 @@ class SemanticExchange(nn.Module):
         beyond = length + jnp.arange(rounds * count).reshape(rounds, count)
         position = jnp.where(plan.latent_start[..., None] >= 0, position, beyond)
         latents = partition.take_once(x, position)
-        question = partition.take(x, jnp.maximum(plan.round_end, 0))
+        question = partition.take_once(x, jnp.where(plan.round_end >= 0, plan.round_end, beyond[:, 0]))
 
         # W_in of the concatenation, half by half: the question's half is applied once per round, not per latent.
         w_in = self.param(
