@@ -116,9 +116,8 @@ class _Layers(nn.Module):
     def __call__(self, views, segments):
         """Returns (last state, shallow mean, deep mean) per view, the means in float32."""
         if self.is_initializing():
-            last, mean = self._run(
-                self.layer, self.config.encoder_layers, views, segments
-            )  # draws the parameters of all layers
+            # Draws the parameters of all layers.
+            last, mean = self._run(self.layer, self.config.encoder_layers, views, segments)
             return last, mean, mean
         return nn.map_variables(_Layers._halves, "params", self._cut)(self, views, segments)
 
