@@ -105,17 +105,18 @@ def test_the_weights_reproduce_every_layers_output(name, folder, config):
     np.testing.assert_allclose(hidden, plain, rtol=0, atol=2e-6)
     kept = kept["intermediates"]
 
-    layer, tree = kept["vision"]["layers"]["layer"], weights["vision"]["layers"]["layer"]
+    tree, half = weights["vision"]["layers"]["layer"], c.vision.early_layers
     batch = jax.tree.map(jnp.asarray, batch)
     text = batch.crop_text_mask[0].astype(jnp.int32)
     real = np.concatenate([np.ones((len(text), c.vision.patches)), text], 1)[0] > 0
     for i in range(c.encoder_layers):
-        q, k, v = (layer[part]["__call__"][0][i] for part in ("query", "key", "value"))
-        w = encoder_weights(c, q, k, text, i < c.vision.early_layers)
+        layer, j = (kept["vision"]["layers"]["early"], i) if i < half else (kept["vision"]["layers"]["late"], i - half)
+        q, k, v = (layer[part]["__call__"][0][j] for part in ("query", "key", "value"))
+        w = encoder_weights(c, q, k, text, i < half)
         np.testing.assert_allclose(w.sum(-1)[:, :, real], 1, atol=1e-5)
         attended = jnp.einsum("nhqk,nkhd->nqhd", w, v.reshape(*v.shape[:2], c.vision.heads, -1)).reshape(v.shape)
         out = attended @ tree["out"]["kernel"][i] + tree["out"]["bias"][i]
-        np.testing.assert_allclose(out[:, real], layer["out"]["__call__"][0][i][:, real], atol=2e-5)
+        np.testing.assert_allclose(out[:, real], layer["out"]["__call__"][0][j][:, real], atol=2e-5)
 
     decoder = kept["llm"]
     q, k, v, outs = (attention_weights.of_layers(c, decoder, part) for part in ("query", "key", "value", "out"))

@@ -43,18 +43,18 @@ def encoder_weights(c: FusionConfig, q, k, text, early):
     """Attention weights of one layer of `vision.EncoderLayer` over [image | text]: (N, H, P + T, P + T).
 
     Args:
-      q, k: (N, P + T, D) of the layer. text: (N, T) int, 1 real and 0 padding.
-      early: whether the layer belongs to the early half.
+      q, k: (N, P + T, D) of the layer; an early one of `released` has queries of the image alone, (N, P, D).
+      text: (N, T) int, 1 real and 0 padding. early: whether the layer belongs to the early half.
     """
     patches = c.vision.patches
     q, k = (x.reshape(*x.shape[:2], c.vision.heads, -1) for x in (q, k))
     image = jnp.ones((len(q), patches), jnp.int32)
     everything = jnp.concatenate([image, text], 1)
     q_text, seen = q[:, patches:], everything
-    if c.mask == "paper":
-        seen = jnp.concatenate([image, jnp.where(early, 0, text)], 1)
-    else:
-        q_text = jnp.where(early, 0, q_text)
+    if early and c.mask == "paper":
+        seen = jnp.concatenate([image, jnp.zeros_like(text)], 1)
+    elif early:
+        q_text = jnp.zeros_like(k[:, patches:])  # the text attends uniformly, as a query of zeros does
     rows = (
         attention.reference_weights(q[:, :patches], k, image, seen),
         attention.reference_weights(q_text, k, text, everything),
@@ -102,18 +102,21 @@ def measure_word(model: Fusion, params, batch: Batch, in_row, in_question) -> di
     kept = kept["intermediates"]
     out = {"pixel": None, "pixel_back": None, "exchange": None}
     if c.text_guided:
-        layer, text = kept["vision"]["layers"]["layer"], batch.crop_text_mask[0].astype(jnp.int32)
+        text = batch.crop_text_mask[0].astype(jnp.int32)
 
-        def of_encoder(inputs):
-            weights = encoder_weights(c, inputs[0], inputs[1], text, inputs[2])
+        def of_encoder(early, inputs):
+            weights = encoder_weights(c, *inputs, text, early)
             p = c.vision.patches
             from_word = jnp.einsum("khtp,t->hkp", weights[:, :, p:, :p], in_question) / in_question.sum()
             return from_word, jnp.einsum("khpt,t->hkp", weights[:, :, :p, p:], in_question)
 
-        early = jnp.arange(c.encoder_layers) < c.vision.early_layers
-        # Guided crops come before plain ones.
-        q, k = (layer[name]["__call__"][0] for name in ("query", "key"))
-        out["pixel"], out["pixel_back"] = jax.lax.map(of_encoder, (q, k, early))
+        halves = []
+        for half in ("early", "late"):
+            layer = kept["vision"]["layers"][half]
+            # Guided crops come before plain ones.
+            q, k = (layer[name]["__call__"][0] for name in ("query", "key"))
+            halves.append(jax.lax.map(functools.partial(of_encoder, half == "early"), (q, k)))
+        out["pixel"], out["pixel_back"] = (jnp.concatenate(parts) for parts in zip(*halves))
 
     decoder = kept["llm"]
 

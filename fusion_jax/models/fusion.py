@@ -157,9 +157,16 @@ class Fusion(nn.Module):
         table, g = encoded.image_tokens, batch.crop_kind.shape[0]
         if encoded.latents is not None:
             table = jnp.concatenate([table, encoded.latents.reshape(g, -1, table.shape[-1])], axis=1)
-        index = jnp.maximum(batch.visual_index, 0).reshape(g, -1)
-        visual = partition.take(table, index).reshape(text.shape)
-        return jnp.where((batch.visual_index >= 0)[..., None], visual, text)
+        index, visual_index = batch.visual_index.reshape(g, -1), batch.visual_index[..., None]
+        once = index >= 0  # every entry of the table stands in one place of the rows, but for the row end
+        if self.config.tile_grids:
+            last = encoded.image_tokens.shape[1] - 1
+            text = jnp.where(visual_index == last, self.row_end.astype(text.dtype), text)
+            once &= index != last
+        # Other places read beyond the table, each its own place of it, so that the gradient adds nothing up.
+        index = jnp.where(once, index, table.shape[1] + jnp.arange(index.shape[1]))
+        visual = partition.take_once(table, index).reshape(text.shape)
+        return jnp.where(once.reshape(visual_index.shape), visual, text)
 
     def __call__(self, batch: Batch, cache: llm.Cache | None = None):
         """Runs one forward pass, which is the prefill if there is a cache.

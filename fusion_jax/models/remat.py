@@ -8,6 +8,8 @@
 | full | layer inputs | recomputes a whole forward pass |
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -29,10 +31,10 @@ POLICIES = {
 }
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """Wraps a module for use inside a scan. Raises UserError for an unknown policy."""
+def remat(layer: Callable, policy: str) -> Callable:
+    """Wraps a class of modules, or a function of one, for use inside a scan. Raises UserError for an unknown policy."""
     check_choice("remat=", policy, POLICIES)
     if policy == "none":
-        return module
+        return layer
     # Inside a scan XLA cannot undo the rematerialisation by common-subexpression elimination, so no barrier is needed.
-    return nn.remat(module, policy=POLICIES[policy], prevent_cse=False)
+    return nn.remat(layer, policy=POLICIES[policy], prevent_cse=False)

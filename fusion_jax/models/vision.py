@@ -8,9 +8,8 @@ Which keys (columns) each query (rows) sees; padding of the text is never seen:
          text      x     x            uniform over both           x     x
 """
 
-from dataclasses import dataclass
-
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -42,10 +41,14 @@ def _along_rows(x: Float[Array, "N L D"]) -> Float[Array, "N L D"]:
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer on image tokens alone or on [image | text]."""
+    """Pre-norm transformer layer on image tokens alone or on [image | text].
+
+    early: whether it belongs to the shallow half, in which `mask` restricts what image and text see of each other.
+    """
 
     config: VisionConfig
     mask: str
+    early: bool
     dtype: DTypeLike
 
     def setup(self):
@@ -60,71 +63,104 @@ class EncoderLayer(nn.Module):
         self.norm2 = layers.LayerNorm(c.norm_eps)
         self.mlp = layers.MLP(c.mlp_dim, c.width, layers.gelu_tanh, True, self.dtype, residual)
 
-    def _attend(self, x, text_segments, early):
+    def _attend(self, x, text_segments):
         n, length, _ = x.shape
-        q, k, v = (f(x).reshape(n, length, self.config.heads, -1) for f in (self.query, self.key, self.value))
+        patches = length if text_segments is None else length - text_segments.shape[1]
+        # Early text queries have no scores in `released`, see `_uniform`.
+        scored = x[:, :patches] if self.early and self.mask == "released" else x
+        q, k, v = (
+            f(y).reshape(*y.shape[:2], self.config.heads, -1)
+            for f, y in ((self.query, scored), (self.key, x), (self.value, x))
+        )
         if text_segments is None:
             return attention.attention(q, k, v)
-        patches = length - text_segments.shape[1]
-        image_segments = jnp.ones((n, patches), jnp.int32)
-        visible_to_text = jnp.concatenate([image_segments, text_segments], 1)
-        visible_to_image = visible_to_text
-        q_text = q[:, patches:]
+        segments = jnp.concatenate([jnp.ones((n, patches), jnp.int32), text_segments], 1)
+        if not self.early:
+            return attention.attention(q, k, v, segments, segments)
         if self.mask == "paper":
-            hidden = jnp.where(early, 0, text_segments)
-            visible_to_image = jnp.concatenate([image_segments, hidden], 1)
+            image = attention.attention(q[:, :patches], k[:, :patches], v[:, :patches])
+            text = attention.attention(q[:, patches:], k, v, text_segments, segments)
         else:
-            # The published code gives early text queries equal scores for all keys, which a query of zeros does, too.
-            q_text = jnp.where(early, 0, q_text).astype(q.dtype)
-        image = attention.attention(q[:, :patches], k, v, image_segments, visible_to_image)
-        text = attention.attention(q_text, k, v, text_segments, visible_to_text)
+            image = attention.attention(q, k, v, segments[:, :patches], segments)
+            text = jnp.broadcast_to(_uniform(v, segments), (n, length - patches, *v.shape[2:]))
         return jnp.concatenate([image, text], 1)
 
-    def __call__(self, x, text_segments, early):
-        """Args: x: (N, P or P+T, D); text_segments: (N, T), 1 real and 0 padding, or None; early: bool scalar."""
-        y = self._attend(self.norm1(x), text_segments, early)
+    def __call__(self, x, text_segments):
+        """Args: x: (N, P or P+T, D); text_segments: (N, T), 1 real and 0 padding, or None."""
+        y = self._attend(self.norm1(x), text_segments)
         x = _along_rows(x + self.out(y.reshape(x.shape)))
         return _along_rows(x + self.mlp(self.norm2(x)))
 
 
-@dataclass(frozen=True)
-class _TapWeights:
-    """The weights of states 0..K-1 in the shallow and in the deep mean."""
+def _uniform(v: Float[Array, "N L H d"], segments: Int[Array, "N L"]) -> Float[Array, "N 1 H d"]:
+    """Returns what a query gets whose scores are all equal, as those of early text in the published code: the mean."""
+    total = jnp.sum(jnp.where(segments[..., None, None] > 0, v, 0), 1, dtype=jnp.float32, keepdims=True)
+    return (total / segments.sum(1)[:, None, None, None]).astype(v.dtype)
 
-    shallow: np.ndarray
-    deep: np.ndarray
 
-    @classmethod
-    def of(cls, config: VisionConfig) -> "_TapWeights":
+class _Layers(nn.Module):
+    """All layers as two scans, one for each half; their parameters are one stack, `layer`.
+
+    A step of a scan is one layer for the plain and the guided crops, so that its weights are gathered once for both.
+    """
+
+    config: FusionConfig
+    dtype: DTypeLike
+    remat: str
+
+    def setup(self):
+        c = self.config
+        self.layer, self.late = (EncoderLayer(c.vision, c.mask, False, self.dtype) for _ in range(2))
+        self.early = EncoderLayer(c.vision, c.mask, True, self.dtype)
+
+    def __call__(self, views, segments):
+        """Returns (last state, shallow mean, deep mean) per view, the means in float32."""
+        if self.is_initializing():
+            # Draws the parameters of all layers.
+            last, mean = self._run(self.layer, self.config.encoder_layers, views, segments)
+            return last, mean, mean
+        return nn.map_variables(_Layers._halves, "params", self._cut)(self, views, segments)
+
+    def _cut(self, variables):
+        """Cuts the stack of parameters into those of the two halves."""
+        half = self.config.vision.early_layers
+        stack, tree = jax.tree.flatten(variables["params"]["layer"])
+        # The gradient of a split is one concatenation, that of two slices a sum of two padded arrays.
+        early, late = zip(*(jax.lax.split(x, (half, self.config.encoder_layers - half)) for x in stack))
+        return {"params": {"early": tree.unflatten(early), "late": tree.unflatten(late)}}
+
+    def _halves(self, views, segments):
         # With K layers and h = K // 2: shallow is the mean of states 0..h-1, deep of h..2h-1; state k enters layer k,
         # so that, unless the last state K is a tap, nothing reads layer 2h-1 or any after it.
-        half, state = config.early_layers, np.arange(config.layers)
-        shallow = (state < half) / half
-        deep = ((state >= half) & (state < 2 * half)) / half
-        return cls(shallow.astype(np.float32), deep.astype(np.float32))
+        half, run = self.config.vision.early_layers, self.config.encoder_layers
+        views, shallow = self._run(self.early, half, views, segments)
+        views, deep = self._run(self.late, run - half, views, segments)
+        if run < 2 * half:  # the last layer's output is the last state of the deep mean
+            deep = {view: mean + jnp.float32(1 / half) * views[view] for view, mean in deep.items()}
+        return views, shallow, deep
 
+    def _run(self, layer, count, views, segments):
+        """Runs `count` layers; returns the last state and the mean of the first h states that enter one, per view."""
 
-def _add(sums, shallow, deep, x):
-    """Adds the weighted state `x` to the sums of both means, float32."""
-    return sums[0] + shallow * x, sums[1] + deep * x
+        def step(layer, carry, weight, segments):
+            new = {}
+            for view, (x, mean) in carry.items():
+                new[view] = (layer(x, segments if view == "guided" else None), mean + weight * x)
+            return new, None
 
-
-class _EncoderStep(nn.Module):
-    """Scan body: one layer for the plain and the guided crops, so that its weights are gathered once for both."""
-
-    config: VisionConfig
-    mask: str
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, carry, per_layer, text_segments):
-        early, shallow, deep = per_layer
-        layer = EncoderLayer(self.config, self.mask, self.dtype, name="layer")
-        new = {}
-        for view, (x, *sums) in carry.items():
-            segments = text_segments if view == "guided" else None
-            new[view] = (layer(x, segments, early), *_add(sums, shallow, deep, x))
-        return new, None
+        scan = nn.scan(
+            remat(step, self.remat),
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for attention maps alone
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        half = self.config.vision.early_layers
+        weights = (np.arange(count) < half) / half
+        # Float32: the means are rounded once, as torch rounds those of a list of states.
+        carry = {view: (x, jnp.zeros(x.shape, jnp.float32)) for view, x in views.items()}
+        carry, _ = scan(layer, carry, jnp.asarray(weights, jnp.float32), segments)
+        return tuple({view: pair[i] for view, pair in carry.items()} for i in range(2))
 
 
 class VisionEncoder(nn.Module):
@@ -143,15 +179,7 @@ class VisionEncoder(nn.Module):
             (c.patches, c.width),
             jnp.float32,
         )
-        scan = nn.scan(
-            remat(_EncoderStep, self.remat),
-            variable_axes={"params": 0, "intermediates": 0},  # the latter for attention maps alone
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.config.encoder_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        self.layers = scan(c, self.config.mask, self.dtype)
+        self.layers = _Layers(self.config, self.dtype, self.remat)
 
     def embed(self, crops: UInt8[Array, "N H W 3"], blank: Bool[Array, "N"]) -> Float[Array, "N P D"]:
         """Returns state 0 of the image: patch + position embedding."""
@@ -174,23 +202,10 @@ class VisionEncoder(nn.Module):
         Returns:
           Per view the concatenated taps; guided: (G, P + T, taps D), plain: (N, P, taps D).
         """
-        c, run = self.config.vision, self.config.encoder_layers
         segments: Int[Array, "G T"] | None = None
         if text is not None:
             views = {**views, "guided": jnp.concatenate([views["guided"], text.astype(self.dtype)], 1)}
             segments = text_mask.astype(jnp.int32)
-        weights = _TapWeights.of(c)
-        early = np.arange(c.layers) < c.early_layers
-        # Float32: the means are rounded once, as torch rounds those of a list of states.
-        zeros = {view: jnp.zeros(x.shape, jnp.float32) for view, x in views.items()}
-        carry = {view: (x, zeros[view], zeros[view]) for view, x in views.items()}
-        per_layer = tuple(jnp.asarray(x[:run]) for x in (early, weights.shallow, weights.deep))
-        carry, _ = self.layers(carry, per_layer, segments)
-        if self.config.taps == "released":
-            return {view: self._joined(states) for view, states in carry.items()}
-        # The last layer's output is the last state of the deep mean.
-        last = (jnp.asarray(weights.shallow[run]), jnp.asarray(weights.deep[run]))
-        return {view: self._joined(_add(sums, *last, x)) for view, (x, *sums) in carry.items()}
-
-    def _joined(self, taps) -> Float[Array, "N L taps"]:
-        return jnp.concatenate([tap.astype(self.dtype) for tap in taps], -1)
+        last, shallow, deep = self.layers(views, segments)
+        taps = (last, shallow, deep) if self.config.taps == "released" else (shallow, deep)
+        return {view: jnp.concatenate([tap[view].astype(self.dtype) for tap in taps], -1) for view in views}

@@ -322,6 +322,44 @@ def test_text_only_row_of_the_released_weights_looks_at_a_zero_image():
     assert np.abs(np.asarray(after) - np.asarray(hidden))[2].max() > 1e-3
 
 
+def test_assembled_rows_and_their_gradients():
+    """Two groups of two rows; the first row has tiles with two row ends, which many places may share."""
+    config = tiny(tile_grids=((1, 2),), tile_tokens=4)
+    batch = mixed_batch(config)
+    table = random_array(2, 3 * 9 + 3 * 4 + 1, 16)
+    row_end, latents = table.shape[1] - 1, random_array(4, 2, 4, 16, seed=1)
+    # The gradient of an entry is that of its place, of the row end the sum over its places.
+    index = np.full((4, 34), -1, np.int32)
+    index[0, :17] = [*range(9), *range(30, 34), row_end, *range(34, 36), row_end]
+    index[1, 3:7], index[2, 5:9] = np.arange(row_end + 1, row_end + 5), np.arange(18, 22)
+    index[3, :4] = np.arange(row_end + 9, row_end + 13)
+    batch = dataclasses.replace(batch, visual_index=index, crop_kind=np.zeros((2, 3), np.int32))
+    batch, weights = jax.tree.map(jnp.asarray, batch), params(config)
+    cotangent = random_array(4, 34, 16, seed=3)
+
+    def assemble(table, latents, row_end):
+        visual = fusion.Visual(table, None, latents, *(None,) * 4)
+        model = fusion.Fusion(config)
+        return model.apply({"params": weights | {"row_end": row_end}}, batch, visual, method="assemble")
+
+    out, back = jax.vjp(assemble, jnp.asarray(table), jnp.asarray(latents), weights["row_end"])
+    d_table, d_latents, d_row_end = map(np.array, back(cotangent))
+    whole = np.concatenate([table, latents.reshape(2, -1, 16)], 1)
+    expected, d_whole = np.asarray(weights["llm"]["embedding"])[batch.tokens], np.zeros_like(whole)
+    d_end = np.zeros(16, np.float32)
+    for row, place in np.argwhere(index >= 0):
+        entry = row // 2, index[row, place]
+        if index[row, place] == row_end:
+            expected[row, place] = weights["row_end"]
+            d_end += cotangent[row, place]
+        else:
+            expected[row, place] = whole[entry]
+            d_whole[entry] += cotangent[row, place]
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_allclose(d_row_end, d_end, atol=1e-6)
+    np.testing.assert_array_equal(np.concatenate([d_table, d_latents.reshape(2, -1, 16)], 1), d_whole)
+
+
 def test_pooled_latents_are_the_stitched_quadrants():
     config = tiny("released")
     batch = mixed_batch(config)

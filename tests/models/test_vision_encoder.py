@@ -41,9 +41,9 @@ def encode(config, x, text=None, mask=TEXT_MASK, view="guided"):
 
 
 @functools.cache
-def layer_fn(mask):
-    layer = EncoderLayer(tiny().vision, mask, jnp.float32)
-    return jax.jit(lambda weights, x, segments, early: layer.apply({"params": weights}, x, segments, early))
+def layer_fn(mask, early):
+    layer = EncoderLayer(tiny().vision, mask, early, jnp.float32)
+    return jax.jit(lambda weights, x, segments: layer.apply({"params": weights}, x, segments))
 
 
 def layer_params(config, k):
@@ -56,8 +56,8 @@ def states(config, x, text, mask=TEXT_MASK):
     states = [jnp.concatenate([x, text], 1)]
     segments = jnp.asarray(mask, jnp.int32)
     for k in range(config.encoder_layers):
-        early = jnp.asarray(k < config.vision.layers // 2)
-        states.append(layer_fn(config.mask)(layer_params(config, k), states[-1], segments, early))
+        early = k < config.vision.layers // 2
+        states.append(layer_fn(config.mask, early)(layer_params(config, k), states[-1], segments))
     return [np.asarray(s) for s in states]
 
 
@@ -144,7 +144,7 @@ def test_layer_equals_numpy_under_its_mask(mask, early):
     config = tiny(mask=mask)
     x, text = embedded()
     both = np.concatenate([x, text], 1)
-    out = layer_fn(mask)(layer_params(config, 1), both, jnp.asarray(TEXT_MASK, jnp.int32), jnp.asarray(early))
+    out = layer_fn(mask, early)(layer_params(config, 1), both, jnp.asarray(TEXT_MASK, jnp.int32))
     for row in range(2):
         real = np.concatenate([np.ones(PATCHES, bool), TEXT_MASK[row]])
         sees = np.broadcast_to(real, (len(real), len(real))).copy()
@@ -197,9 +197,10 @@ def test_taps_are_means_of_the_states(preset, layers):
         np.testing.assert_allclose(taps[:, :, k][real], tap[real], atol=1e-5)
 
 
-def test_means_of_states_are_rounded_once():
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_means_of_states_are_rounded_once(preset):
     """Layers that add nothing: every state is the first one, and so are its means, in bfloat16 to the bit."""
-    config = tiny("released", **{"vision.layers": 14})
+    config = tiny(preset, **{"vision.layers": 14})
     weights = jax.tree.map_with_path(
         lambda path, x: 0 * x if any(key.key == "out" for key in path) else x, params(config)["vision"]
     )
@@ -207,7 +208,7 @@ def test_means_of_states_are_rounded_once():
     run = jax.jit(lambda w, x: VisionEncoder(config, jnp.bfloat16).apply({"params": w}, {"guided": x}, None, None))
     taps = run(weights, x)["guided"]
     assert taps.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(taps, jnp.concatenate([x] * 3, -1))
+    np.testing.assert_array_equal(taps, jnp.concatenate([x] * config.tap_count, -1))
 
 
 @pytest.mark.parametrize("layers", [4, 5])

@@ -47,7 +47,7 @@ from fusion_jax.training import state
 from fusion_jax.training.step import compile_evaluation, compile_step
 
 TINY = {
-    "vision.image_size": 96, "vision.patch_size": 8, "vision.mlp_dim": 256, "vision.heads": 2, "vision.layers": 2,
+    "vision.image_size": 96, "vision.patch_size": 8, "vision.mlp_dim": 256, "vision.heads": 2, "vision.layers": 4,
     "llm.vocab_size": 500, "llm.width": 256, "llm.mlp_dim": 256, "llm.layers": 2, "llm.heads": 4, "llm.kv_heads": 2,
     "exchange.start": 0, "exchange.stride": 1, "exchange.layers": 2, "exchange.heads": 4, "latent_counts": (4,),
 }  # fmt: skip

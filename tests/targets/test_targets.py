@@ -70,13 +70,15 @@ def _compile(target: str) -> dict[str, dict]:
 
 
 def kernels(target: str, name: str) -> dict[str, int]:
-    """Attention kernels that the program must have, and how often: of the encoder, of its plain views, of the LLM.
+    """Attention kernels that the program must have, and how often: of the encoder's halves and of the LLM.
+
+    In each half there is one kernel for each kind of view; early text has too few scores for one.
 
     Forward kernels run again in a backward pass only where the remat policy keeps nothing.
     """
     if not any(part in name for part in ("step", "validation", "prefill", "pictures")):
         return {}  # one token attends, or none
-    encoder, llm = 0 if "text alone" in name else 2 if "quadrants" in name else 1, 1
+    encoder, llm = 0 if "text alone" in name else 4 if "quadrants" in name else 2, 1
     if platform(target) == "tpu":
         forward, backward = {"splash forward": encoder + llm}, {"splash backward": 2 * (encoder + llm)}
     else:
