@@ -15,6 +15,7 @@ from fusion_jax.values.dicts import to_dict as to_dict
 DTYPES = ("float32", "bfloat16")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
+GATHERS = ("layer", "step")
 OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
 OWN_TEMPLATE = "own"  # the chat template in the tokenizer's folder, see `data.chat_template`
 
@@ -59,7 +60,7 @@ RUN_RANGES = {
     "seed": (0, (1 << 32) - 1),
     "max_bad_records": (0, 1),
 }
-STAGE_CHOICES = {"optimizer": OPTIMIZER_NAMES, "first_moment": DTYPES}
+STAGE_CHOICES = {"gather": GATHERS, "optimizer": OPTIMIZER_NAMES, "first_moment": DTYPES}
 RUN_CHOICES = {"template": (*TEMPLATE_NAMES, OWN_TEMPLATE), "dtype": DTYPES, "remat": REMATS, "decode": DECODES}
 
 
@@ -107,6 +108,9 @@ class StageConfig:
     """Conversations in an optimizer step over all devices; with `packing` on average, and at least one row a device."""
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
+    gather: str = "layer"
+    """When devices gather weights along `mesh.fsdp`: `layer`, for each pass of each layer, or once a `step`, which takes
+    two more bytes a parameter, not divided by the devices."""
     epochs: int = 1
     """How often every record is trained on; the last step holds the records that remain."""
     steps: int = 0

@@ -48,27 +48,38 @@ def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
 _PRODUCTS = ("kernel", "in", "head")
 
 
-def _cast_products(params, dtype):
+def _cast_products(params, places, gather: str, dtype):
     """Casts weights of matrix products as the layers would, but once per step, not at each use in each microbatch.
 
-    Their gradients have the same dtype, and keep it until they are summed.
+    Their gradients have the same dtype, and keep it until they are summed. If `gather` is `step`, each device has all
+    of these weights from here on; otherwise XLA gathers those of a layer where it is computed.
     """
     flat = flatten_dict(params)
-    return unflatten_dict({path: x.astype(dtype) if path[-1] in _PRODUCTS else x for path, x in flat.items()})
+    products = {path: x.astype(dtype) for path, x in flat.items() if path[-1] in _PRODUCTS}
+    if gather == "step":
+        flat_places = flatten_dict(places)
+        products = sharding.gather(products, {path: flat_places[path] for path in products})
+    return unflatten_dict(flat | products)
 
 
-def _accumulate(grad_fn, params, batch: Batch, microbatches: int, mesh: Mesh):
-    """Sums (loss, parts) and gradients over equal slices of the batch, one at a time; all float32."""
+def _accumulate(grad_fn, params, batch: Batch, totals, microbatches: int, mesh: Mesh):
+    """Sums (loss, parts) and gradients over equal slices of the batch, one at a time; all float32.
+
+    Devices with copies of the parameters sum their own gradients over the slices, and these sums are added up once.
+    """
     if microbatches == 1:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), grad_fn(params, batch))
-    slices = sharding.microbatches(batch, microbatches, mesh)
-    first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), grad_fn(params, batch, totals))
 
-    def body(total, part):
-        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+    def run(params, totals, slices):
+        first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices), totals)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
-    return jax.lax.scan(body, zeros, slices)[0]
+        def body(total, part):
+            return jax.tree.map(jnp.add, total, grad_fn(params, part, totals)), None
+
+        return jax.lax.scan(body, zeros, slices)[0]
+
+    return sharding.summed_over_copies(run, mesh)(params, totals, sharding.microbatches(batch, microbatches, mesh))
 
 
 def train_step(
@@ -97,16 +108,16 @@ def train_step(
     """
     totals = losses.counts(model.config, batch)
 
-    def loss(params, part):
+    def loss(params, part, totals):
         return loss_and_parts(model, optim.freeze(params, label_tree, stage.learn_rows), part, totals)
 
-    def grad_fn(params, part):
-        values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+    def grad_fn(params, part, totals):
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params, part, totals)
         # Scattered as soon as they are computed: no device ever holds all gradients.
         return values, sharding.constrain(grads, places.params)
 
-    weights = _cast_products(old.params, model.dtype)
-    (total, parts), grads = _accumulate(grad_fn, weights, batch, stage.accumulation, mesh)
+    weights = _cast_products(old.params, places.params, stage.gather, model.dtype)
+    (total, parts), grads = _accumulate(grad_fn, weights, batch, totals, stage.accumulation, mesh)
     squares = optim.squares(grads)
     grad_norm = optim.norm(squares)
 
