@@ -203,12 +203,13 @@ def summed_over_copies(function, mesh: Mesh):
     """Makes a function of (parameters, scalars, slices) sum its results over `data` after, not within, it.
 
     Inside, devices along `data` know nothing of each other: each has the rows of the slices that are its own, and no
-    gradient is added up over these devices before the function returns.
+    gradient is added up over these devices before the function returns. With `tensor` the function stays as it is, and
+    gradients are added up in each microbatch: there the compiler fails (jax 0.10.2) at collectives along `tensor`.
 
     Args:
       function: it returns float32 sums over all rows of the slices, (count, B / count, ...) as from `microbatches`.
     """
-    if mesh.shape[DATA] == 1:
+    if mesh.shape[DATA] == 1 or mesh.shape[TENSOR] > 1:
         return function
 
     def local(*arguments):
