@@ -109,8 +109,8 @@ class StageConfig:
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
     gather: str = "layer"
-    """When devices gather weights along `mesh.fsdp`: `layer`, for each pass of each layer, or once a `step`, which takes
-    two more bytes a parameter, not divided by the devices."""
+    """When devices gather weights along `mesh.fsdp`: for each pass of each `layer`, or once a `step`, which takes two
+    more bytes a parameter on every device and sends fewer, above all with `accumulation`."""
     epochs: int = 1
     """How often every record is trained on; the last step holds the records that remain."""
     steps: int = 0

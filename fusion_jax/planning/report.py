@@ -26,8 +26,8 @@ class Report:
     Attributes:
       samples: samples of a step, on average over l^2. model_flops, compiled_flops: FLOPs of all chips that the model
       needs and that the program computes. kernels: the latter by kind of kernel. hbm_bytes: those of one chip.
-      collectives: bytes that one chip sends, by (kind, mesh axes). exposed: those of them, and exposed_seconds the time at
-    least, beside which the program runs no product. seconds: lower bounds by cause, each for that alone.
+      collectives: bytes that one chip sends, by (kind, mesh axes). exposed, exposed_seconds: the bytes of those beside
+      which the program runs no product, and their least time. seconds: lower bounds by cause, each for that alone.
     """
 
     topology: Topology
