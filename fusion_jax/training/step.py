@@ -15,18 +15,6 @@ from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses, optim, state
 from fusion_jax.training.state import TrainState
 
-# By default the TPU compiler splits a product with a sharded weight into one product per shard, each a hop of the ring
-# away: over 128 chips they are 32 wide, which leaves the matrix unit idle, and take many minutes to compile.
-TPU_OPTIONS = {
-    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
-    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
-}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Returns the compiler's options for a program on the devices of a mesh."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
-
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the total loss (float32 scalar) and its parts by name (`losses.PARTS`), from a forward pass.
@@ -172,7 +160,7 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=sharding.compiler_options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)
 
@@ -192,6 +180,6 @@ def compile_evaluation(model: Fusion, mesh: Mesh) -> sharding.OnMesh:
         functools.partial(evaluate, model),
         in_shardings=(places, sharding.of_rows(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler_options(mesh),
+        compiler_options=sharding.compiler_options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)

@@ -17,6 +17,7 @@ from helpers.fixtures import tiny
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.devices import sharding
 from fusion_jax.errors import UserError
+from fusion_jax.models import partition
 from fusion_jax.training import optim, state
 
 # As in mesh_worker.py.
@@ -193,6 +194,18 @@ def test_the_mesh_is_a_key_of_the_run():
     assert run.mesh == MeshConfig(1, -1, 1)
 
 
+def test_functions_take_the_options_of_the_platform_that_they_run_on(monkeypatch):
+    scaled = sharding.ForPlatform(lambda x, by: x * by, static_argnames=("by",))
+    assert scaled(2.0, by=3) == 6
+    monkeypatch.setattr(sharding, "compiler_options", lambda platform: {f"no_option_of_{platform}": True})
+    for platform in ("tpu", "gpu"):
+        with partition.compiled_for(platform):
+            traced = scaled.trace(2.0, by=3)
+        with pytest.raises(Exception, match=f"no_option_of_{platform}"):
+            traced.lower().compile()
+    assert sharding.TPU_OPTIONS and scaled(2.0, by=4) == 8  # the CPU's program of before is kept
+
+
 # Moments of other shapes than their parameters, and towers cut on loading: four devices, in a process of their own.
 
 
@@ -237,7 +250,7 @@ def ran(tmp_path_factory):
     return _run_worker("mesh_worker.py", tmp_path_factory.mktemp("meshes"), 8)
 
 
-MESHES = ["data", "fsdp", "tensor", "mixed", "mixed, released"]
+MESHES = ["data", "fsdp", "tensor", "mixed", "copies", "mixed, released"]
 
 
 @pytest.mark.slow
@@ -318,3 +331,17 @@ def test_microbatches_are_cut_where_they_lie(ran):
     for name in ("mixed", "mixed, released"):
         shapes = [shape for _, shapes in ran[1][name]["collectives"] for shape in shapes]
         assert len(shapes) > 20 and not any("24,24,3" in shape for shape in shapes)
+
+
+@pytest.mark.slow
+def test_gradients_of_copies_are_added_up_once_a_step(ran):
+    bytes_sent, runs = ran[1]["copies"]["sent"]["all-reduce data"]
+    # In float32 over two copies, and the losses with them; both microbatches together.
+    assert bytes_sent == pytest.approx(4 * ran[1]["copies"]["parameters_here"], rel=0.01) and runs <= 2
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_once_a_step_on_request(ran):
+    report = ran[1]["copies"]
+    # What is left of the table of words and of activations is less than the weights once more.
+    assert report["sent"]["all-gather fsdp"][0] < 2 * 3 * 4 * report["parameters_here"]
