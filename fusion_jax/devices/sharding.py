@@ -299,6 +299,9 @@ class ForPlatform:
     def trace(self, *arguments, **named):
         return self._on(partition.platform()).trace(*arguments, **named)
 
+    def lower(self, *arguments, **named):
+        return self._on(partition.platform()).lower(*arguments, **named)
+
 
 @dataclass(frozen=True)
 class OnMesh:

@@ -200,9 +200,10 @@ def test_functions_take_the_options_of_the_platform_that_they_run_on(monkeypatch
     monkeypatch.setattr(sharding, "compiler_options", lambda platform: {f"no_option_of_{platform}": True})
     for platform in ("tpu", "gpu"):
         with partition.compiled_for(platform):
-            traced = scaled.trace(2.0, by=3)
-        with pytest.raises(Exception, match=f"no_option_of_{platform}"):
-            traced.lower().compile()
+            programs = scaled.trace(2.0, by=3).lower(), scaled.lower(2.0, by=3)
+        for program in programs:
+            with pytest.raises(Exception, match=f"no_option_of_{platform}"):
+                program.compile()
     assert sharding.TPU_OPTIONS and scaled(2.0, by=4) == 8  # the CPU's program of before is kept
 
 
