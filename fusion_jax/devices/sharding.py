@@ -123,19 +123,6 @@ def check_model(config: FusionConfig, mesh: Mesh) -> None:
 # Shardings.
 
 
-# The default for TPUs is to split a product with a sharded weight into one product per shard, each a hop of the ring
-# away: over 128 chips they are 32 wide, which leaves the matrix unit idle, and take many minutes to compile.
-TPU_OPTIONS = {
-    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
-    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
-}
-
-
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """Returns the compiler's options for any program on that kind of device: cpu, gpu or tpu."""
-    return TPU_OPTIONS if platform == "tpu" else None
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -279,28 +266,6 @@ def _described(device):
         return contextlib.nullcontext()
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
-
-
-class ForPlatform:
-    """A jitted function with the compiler's options of whatever platform it is called or traced for.
-
-    `jax.jit` takes options once, where a module is imported, when the platform is not known yet.
-    """
-
-    def __init__(self, function, **how):
-        functools.update_wrapper(self, function)
-        self._on = functools.cache(
-            lambda platform: jax.jit(function, compiler_options=compiler_options(platform), **how)
-        )
-
-    def __call__(self, *arguments, **named):
-        return self._on(partition.platform())(*arguments, **named)
-
-    def trace(self, *arguments, **named):
-        return self._on(partition.platform()).trace(*arguments, **named)
-
-    def lower(self, *arguments, **named):
-        return self._on(partition.platform()).lower(*arguments, **named)
 
 
 @dataclass(frozen=True)

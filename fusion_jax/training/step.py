@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
-from fusion_jax.devices import sharding
+from fusion_jax.devices import compiler, sharding
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses, optim, state
 from fusion_jax.training.state import TrainState
@@ -160,7 +160,7 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
-        compiler_options=sharding.compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)
 
@@ -180,6 +180,6 @@ def compile_evaluation(model: Fusion, mesh: Mesh) -> sharding.OnMesh:
         functools.partial(evaluate, model),
         in_shardings=(places, sharding.of_rows(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=sharding.compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)

@@ -17,7 +17,6 @@ from helpers.fixtures import tiny
 from fusion_jax.config import MeshConfig, RunConfig, StageConfig, from_dict
 from fusion_jax.devices import sharding
 from fusion_jax.errors import UserError
-from fusion_jax.models import partition
 from fusion_jax.training import optim, state
 
 # As in mesh_worker.py.
@@ -192,19 +191,6 @@ def test_the_mesh_is_a_key_of_the_run():
     stage = {"name": "s", "data": "d.json", "max_length": 4000}
     run = from_dict(RunConfig, {"model": tiny(), "stages": [stage], "tokenizer": "t", "mesh": {"data": 1, "fsdp": -1}})
     assert run.mesh == MeshConfig(1, -1, 1)
-
-
-def test_functions_take_the_options_of_the_platform_that_they_run_on(monkeypatch):
-    scaled = sharding.ForPlatform(lambda x, by: x * by, static_argnames=("by",))
-    assert scaled(2.0, by=3) == 6
-    monkeypatch.setattr(sharding, "compiler_options", lambda platform: {f"no_option_of_{platform}": True})
-    for platform in ("tpu", "gpu"):
-        with partition.compiled_for(platform):
-            programs = scaled.trace(2.0, by=3).lower(), scaled.lower(2.0, by=3)
-        for program in programs:
-            with pytest.raises(Exception, match=f"no_option_of_{platform}"):
-                program.compile()
-    assert sharding.TPU_OPTIONS and scaled(2.0, by=4) == 8  # the CPU's program of before is kept
 
 
 # Moments of other shapes than their parameters, and towers cut on loading: four devices, in a process of their own.
