@@ -330,5 +330,6 @@ def test_gradients_of_copies_are_added_up_once_a_step(ran):
 @pytest.mark.slow
 def test_weights_are_gathered_once_a_step_on_request(ran):
     report = ran[1]["copies"]
-    # What is left of the table of words and of activations is less than the weights once more.
-    assert report["sent"]["all-gather fsdp"][0] < 2 * 3 * 4 * report["parameters_here"]
+    whole = 3 * 4 * report["parameters_here"]  # the float32 shards of three other devices
+    # Gathered for each pass of two microbatches the same weights are 1.7 times that.
+    assert report["sent"]["all-gather fsdp"][0] < 1.2 * whole
