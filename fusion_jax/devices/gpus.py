@@ -161,7 +161,7 @@ class GpuTopology:
     @property
     def options(self) -> dict[str, bool]:
         """Options for the compiler, the same as in launch/xla_flags.sh."""
-        return {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_pipelined_all_gather": True}
+        return {"xla_gpu_enable_latency_hiding_scheduler": True}
 
     def devices(self) -> list:
         """Descriptions of all GPUs for the compiler.
