@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16")
 MOMENTS = (*DTYPES, "int8")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
+GATHERS = ("layer", "step")
 OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
 OWN_TEMPLATE = "own"  # the chat template in the tokenizer's folder, see `data.chat_template`
 
@@ -61,6 +62,7 @@ RUN_RANGES = {
     "max_bad_records": (0, 1),
 }
 STAGE_CHOICES = {
+    "gather": GATHERS,
     "optimizer": OPTIMIZER_NAMES,
     "first_moment": MOMENTS,
     "second_moment": MOMENTS,
@@ -114,6 +116,9 @@ class StageConfig:
     """Conversations in an optimizer step over all devices; with `packing` on average, and at least one row a device."""
     accumulation: int = 1
     """Microbatches that a step is split into; must divide `batch_size`."""
+    gather: str = "layer"
+    """When devices gather weights along `mesh.fsdp`: for each pass of each `layer`, or once a `step`, which takes two
+    more bytes a parameter on every device and sends fewer, above all with `accumulation`."""
     gradient_sums: str = "float32"
     """Dtype of the sums of products' gradients over microbatches; bfloat16 is rounded stochastically."""
     epochs: int = 1

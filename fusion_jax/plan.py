@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "samples", None, "samples of the whole stage, for chip-hours; by default the published number", lower_bound=1
     )
-    flags.DEFINE_bool("search", False, "try remat policies, meshes and batch sizes, one compilation each")
+    flags.DEFINE_bool("search", False, "try remat policies, meshes, both gathers and batch sizes, one compilation each")
 
 
 def main(argv: list[str]) -> None:

@@ -44,6 +44,10 @@ v6e)
 gpu)
   # Starts a collective as early and awaits it as late as the graph allows, which overlaps FSDP's gathers with compute.
   xla+=(--xla_gpu_enable_latency_hiding_scheduler=true)
+  # Not set, by the programs that they give (jax 0.10.2): larger thresholds for combining gathers, beside none of which a
+  # product then runs; pipelined gathers, which expose more of them where a step of a loop has several layers, and move 5%
+  # more bytes through HBM; double buffering of loops, which changes nothing but their length. A step with gather=step
+  # exposes least.
   # JAX takes three quarters of the memory by default, and nothing else on a training node would use the rest. The
   # remainder is for CUDA, cuDNN and NCCL.
   variables+=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")

@@ -40,6 +40,8 @@ RULES = (
     ("mlp", TENSOR),
     ("vocab", TENSOR),
 )
+# The same among the devices that hold one copy of the parameters, see `summed_over_copies`.
+_RULES_OF_A_COPY = (("batch", FSDP), *((name, axis) for name, axis in RULES if axis in (FSDP, TENSOR)))
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -183,7 +185,41 @@ def _of_moment(shape: tuple[int, ...], parameter: tuple[int, ...], sharding: Nam
 def constrain(tree, shardings):
     """Shards `tree` by these shardings inside a jitted function. Does nothing on one device."""
     leaves = jax.tree.leaves(shardings)
-    return jax.lax.with_sharding_constraint(tree, shardings) if leaves[0].mesh.size > 1 else tree
+    # Specs alone, so that they also hold where `data` is manual: no parameter is sharded over it.
+    specs = jax.tree.map(lambda x: x.spec, shardings)
+    return jax.lax.with_sharding_constraint(tree, specs) if leaves[0].mesh.size > 1 else tree
+
+
+def gather(params, shardings):
+    """Gathers parameters along `fsdp` inside a jitted function; what is sharded along `tensor` stays so."""
+
+    def whole(one: NamedSharding) -> NamedSharding:
+        return NamedSharding(one.mesh, PartitionSpec(*(None if axis == FSDP else axis for axis in one.spec)))
+
+    return constrain(params, jax.tree.map(whole, shardings))
+
+
+def summed_over_copies(function, mesh: Mesh):
+    """Makes a function of (parameters, scalars, slices) sum its results over `data` after, not within, it.
+
+    Inside, devices along `data` know nothing of each other: each has the rows of the slices that are its own, and no
+    gradient is added up over these devices before the function returns. With `tensor` the function stays as it is, and
+    gradients are added up in each microbatch: there the compiler fails (jax 0.10.2) at collectives along `tensor`.
+
+    Args:
+      function: it returns float32 sums over all rows of the slices, (count, B / count, ...) as from `microbatches`.
+    """
+    if mesh.shape[DATA] == 1 or mesh.shape[TENSOR] > 1:
+        return function
+
+    def local(*arguments):
+        with nn.logical_axis_rules(_RULES_OF_A_COPY):
+            return jax.lax.psum(function(*arguments), DATA)
+
+    everywhere, rows = PartitionSpec(), PartitionSpec(None, DATA)
+    return jax.shard_map(
+        local, in_specs=(everywhere, everywhere, rows), out_specs=everywhere, axis_names={DATA}, check_vma=False
+    )
 
 
 # Running.

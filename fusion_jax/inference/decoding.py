@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusion_jax.batch import Batch
+from fusion_jax.devices import compiler
 from fusion_jax.inference import sampling
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
@@ -43,7 +44,7 @@ class State:
     settings: sampling.Settings
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+@functools.partial(compiler.ForPlatform, static_argnames=("model", "capacity"))
 def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[jax.Array, jax.Array, llm.Cache]:
     """Runs the prompts and fills a cache with room for `capacity` tokens a row.
 
@@ -93,7 +94,7 @@ class Logprobs:
 
 
 @functools.partial(
-    jax.jit,
+    compiler.ForPlatform,
     static_argnames=("model", "steps", "stop_ids", "draw", "keep_logits", "top_logprobs"),
     donate_argnames=("state",),
 )

@@ -41,7 +41,8 @@ def active() -> bool:
     """Returns whether a program traced now is sharded over devices by logical names."""
     mesh = jax.sharding.get_abstract_mesh()
     # Inside `split` every axis is manual: there the arrays are one device's own.
-    return not mesh.empty and not mesh.manual_axes and bool(nn.get_logical_axis_rules())
+    automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    return any(mesh.shape[axis] > 1 for axis in automatic) and bool(nn.get_logical_axis_rules())
 
 
 def constrain(x: ArrayLike, *names: str | None) -> ArrayLike:

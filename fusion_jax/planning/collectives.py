@@ -15,7 +15,8 @@ class Collective:
 
     Attributes:
       kind: one of KINDS. bytes: bytes that a chip sends (and receives) in one run. groups: devices that take part
-      together, by their indices in the list that the program was compiled for.
+      together, by their indices in the list that the program was compiled for. exposed: whether the compiled program
+      runs no product beside it, so that its time adds to that of the products.
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     times: float
     name: str
+    exposed: bool
 
 
 def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:

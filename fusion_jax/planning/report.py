@@ -26,7 +26,8 @@ class Report:
     Attributes:
       samples: samples of a step, on average over l^2. model_flops, compiled_flops: FLOPs of all chips that the model
       needs and that the program computes. kernels: the latter by kind of kernel. hbm_bytes: those of one chip.
-      collectives: bytes that one chip sends, by (kind, mesh axes). seconds: lower bounds by cause, each for that alone.
+      collectives: bytes that one chip sends, by (kind, mesh axes). exposed, exposed_seconds: the bytes of those beside
+      which the program runs no product, and their least time. seconds: lower bounds by cause, each for that alone.
     """
 
     topology: Topology
@@ -37,6 +38,8 @@ class Report:
     kernels: dict[str, float] = field(default_factory=dict)
     hbm_bytes: float = math.nan
     collectives: dict[tuple[str, str], float] = field(default_factory=dict)
+    exposed: float = math.nan
+    exposed_seconds: float = math.nan
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -84,13 +87,17 @@ def analyse(program: Program, topology: Topology) -> Report:
     compiled = work.flops + sum(by_kind.values())
     devices = program.mesh.devices.reshape(-1)
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    network = 0.0
+    network = exposed = exposed_seconds = 0.0
     for one in work.collectives:
         if len(one.groups[0]) == 1:
             continue
         sums[one.kind, axes_of(one.groups, program.mesh)] += one.bytes * one.times
         groups = [[devices[i] for i in group] for group in one.groups]
-        network += max(topology.seconds(one.kind, one.bytes, group) for group in groups) * one.times
+        seconds = max(topology.seconds(one.kind, one.bytes, group) for group in groups) * one.times
+        network += seconds
+        if one.exposed:
+            exposed += one.bytes * one.times
+            exposed_seconds += seconds
     return Report(
         topology=topology,
         program=program,
@@ -100,6 +107,8 @@ def analyse(program: Program, topology: Topology) -> Report:
         kernels={name: count * topology.chips for name, count in {"generated products": work.flops, **by_kind}.items()},
         hbm_bytes=work.hbm_bytes,
         collectives=dict(sums),
+        exposed=exposed,
+        exposed_seconds=exposed_seconds,
         seconds={
             "compute": compiled / chip.peak,
             "hbm": work.hbm_bytes / chip.hbm_rate,
@@ -121,6 +130,8 @@ def line(report: Report, stage_samples: float | None) -> dict:
         "hbm_gib_per_chip": _number(program.needed / GIB),
         "compiled_over_model_flops": _number(report.compiled_flops / report.model_flops),
         "collective_gib_per_chip_step": _number(sum(report.collectives.values()) / GIB if program.fits else math.nan),
+        "exposed_collective_gib": _number(report.exposed / GIB),
+        "exposed_collective_seconds": _number(report.exposed_seconds),
         "step_seconds_bound": _number(report.step_seconds),
         "mfu_bound": _number(report.mfu),
         "bound_by": report.bound_by,
@@ -167,6 +178,7 @@ def table(report: Report, stage_samples: float | None) -> str:
     for (kind, axes), size in sorted(report.collectives.items(), key=lambda item: -item[1]):
         out.append(f"  {kind:<22} {axes:<16} {size / GIB:.3f}")
     out.append(f"  in all                 {'':<16} {sum(report.collectives.values()) / GIB:.3f}")
+    out.append(f"  beside no product      {'':<16} {report.exposed / GIB:.3f}, at least {report.exposed_seconds:.4f} s")
     out.append("Lower bounds of a step, seconds (each as if the others took no time)")
     for name, seconds in report.seconds.items():
         out.append(f"  {name:<22} {seconds:.4f}")

@@ -1,10 +1,11 @@
-"""Searches for the mesh, remat policy and batch size that suit a topology, compiling one by one."""
+"""Searches for the mesh, remat policy, gathering and batch size that suit a topology, compiling one by one."""
 
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
-from fusion_jax.config import MeshConfig, RunConfig, StageConfig
+from fusion_jax.config import GATHERS, MeshConfig, RunConfig, StageConfig
+from fusion_jax.devices import sharding
 from fusion_jax.devices.chips import Topology
 from fusion_jax.errors import UserError
 from fusion_jax.planning import program, report
@@ -33,7 +34,7 @@ def search(
     """Reports on everything that was tried, the best first: what fits before what does not, by samples per second.
 
     It tries the remat policies first, from the one that recomputes least until one fits; with that policy the meshes;
-    and with the best mesh twice and half the batch.
+    with the best mesh the other way to gather weights; and with the better of these twice and half the batch.
 
     Raises:
       UserError: nothing could be compiled at all.
@@ -65,6 +66,11 @@ def search(
         if dataclasses.astuple(mesh) != first:
             attempt(dataclasses.replace(chosen, mesh=mesh), stage)
     chosen = best(tried).program.config
+    if best(tried).program.mesh.shape[sharding.FSDP] > 1:
+        for gather in GATHERS:
+            if gather != stage.gather:
+                attempt(chosen, dataclasses.replace(stage, gather=gather))
+    stage = best(tried).program.stage
     for batch_size in (stage.batch_size * 2, stage.batch_size // 2):
         if batch_size % stage.accumulation == 0 and batch_size:
             attempt(chosen, dataclasses.replace(stage, batch_size=batch_size))
@@ -84,7 +90,8 @@ def summary(tried: Report) -> str:
     """Formats one line of the ranking."""
     p = tried.program
     mesh = ",".join(f"{axis}={size}" for axis, size in p.mesh.shape.items() if size > 1)
-    about = f"{mesh} remat={p.config.remat} batch={p.stage.batch_size}: {p.needed / report.GIB:.1f} GiB"
+    options = f"remat={p.config.remat} gather={p.stage.gather} batch={p.stage.batch_size}"
+    about = f"{mesh} {options}: {p.needed / report.GIB:.1f} GiB"
     if not p.fits:
         return f"{about} {'' if p.compiled else 'and more '}of {p.limit / report.GIB:.1f}, does not fit"
     return f"{about}, {tried.samples_per_second:.1f} samples/s and {tried.mfu:.1%} MFU at most ({tried.bound_by})"

@@ -12,8 +12,10 @@ XLA's own `cost_analysis` counts a loop's body once and sees nothing of kernels 
 counts as its most expensive branch, and elementwise work is free.
 """
 
+import dataclasses
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fusion_jax.planning.collectives import KINDS, Collective, bytes_sent, replica_groups
@@ -105,7 +107,7 @@ class _Counter:
         self.flops = self.hbm_bytes = 0.0
         self.collectives: list[Collective] = []
         self.kernels: list[Kernel] = []
-        self._counted: set[tuple[str, str]] = set()  # collectives, by computation and channel
+        self._counted: dict[tuple[str, str], int] = {}  # places in `collectives`, by computation and channel
 
     def add(self, name: str, times: float, outer: str) -> None:
         """Adds a computation that runs `times` times in a step.
@@ -168,7 +170,7 @@ class _Counter:
         if kind == "all-reduce" and fused and only_sliced(computation, instruction):
             kind = "reduce-scatter"
         if kind in KINDS:
-            self._add_collective(kind, instruction, operands, times, outer)
+            self._add_collective(kind, computation, instruction, operands, times, outer, fused)
         if op in ("fusion", "call", "async-start"):
             for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", rest):
                 self.add(called, times, outer if fused or op == "fusion" else called)
@@ -176,18 +178,58 @@ class _Counter:
             self.hbm_bytes += times * hbm_bytes(self.module, instruction, operands)
 
     def _add_collective(
-        self, kind: str, instruction: Instruction, operands: list[Instruction], times: float, outer: str
+        self,
+        kind: str,
+        computation: dict[str, Instruction],
+        instruction: Instruction,
+        operands: list[Instruction],
+        times: float,
+        outer: str,
+        fused: bool,
     ) -> None:
+        # In a fusion it overlaps the products there; otherwise those between its start and its end.
+        beside = computation.values() if fused else _while_it_runs(computation, instruction)
+        exposed = not any(_computes(self.module, one) for one in beside)
         # A collective that is spread over several fusions, so that their products overlap it, is in each of them.
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        if channel and (outer, channel[1]) in self._counted:
+        key = (outer, channel[1] if channel else instruction.name)
+        if channel and key in self._counted:
+            place = self._counted[key]
+            if not exposed:
+                self.collectives[place] = dataclasses.replace(self.collectives[place], exposed=False)
             return
-        self._counted.add((outer, channel[1] if channel else instruction.name))
+        self._counted[key] = len(self.collectives)
         groups = replica_groups(instruction.rest, self.devices)
         size = 2 if kind == "collective-permute" else max(map(len, groups))
         part = sum(s.bytes for o in operands for s in o.shapes)
         whole = part * size if kind == "all-gather" else part
-        self.collectives.append(Collective(kind, bytes_sent(kind, whole, size), groups, times, instruction.name))
+        sent = bytes_sent(kind, whole, size)
+        self.collectives.append(Collective(kind, sent, groups, times, instruction.name, exposed))
+
+
+def _while_it_runs(computation: dict[str, Instruction], start: Instruction) -> Iterator[Instruction]:
+    """Yields the instructions between the start of an asynchronous collective and its end, in the program's order."""
+    if not start.op.endswith("-start"):
+        return
+    following = itertools.dropwhile(lambda one: one is not start, computation.values())
+    for one in itertools.islice(following, 1, None):
+        if one.op.endswith("-done") and start.name in one.operands:
+            return
+        yield one
+
+
+def _computes(module: Module, instruction: Instruction) -> bool:
+    """Returns whether an instruction, or anything that it calls, is a product."""
+    if instruction.op in ("dot", "convolution"):
+        return True
+    if instruction.op == "custom-call":
+        return _KERNEL.search(instruction.rest) is not None
+    if instruction.op not in ("fusion", "call", "while", "conditional"):
+        return False
+    called = re.findall(r"(?:calls|to_apply|body|\w+_computation)=%?([\w.\-]+)", instruction.rest)
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+    called += re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
+    return any(_computes(module, one) for name in called for one in module.computations[name].values())
 
 
 def read(text: str, devices: int, unknown_trips: Callable[[str], float] | float = 1.0) -> Work:

@@ -38,21 +38,14 @@ def _chunk(index, order, hidden, targets, weights, size):
 def _chunk_loss(hidden, kernel, targets, weights, vocab_size, vocab_axes):
     """Computes the weighted CE of a chunk and d(CE)/d(logits); `kernel` may hold part of the vocabulary's columns."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    columns = jnp.arange(logits.shape[-1])
-    if vocab_axes:
-        first = jax.lax.axis_index(vocab_axes) * logits.shape[-1]
-        logits = jnp.where(first + columns < vocab_size, logits, -jnp.inf)
-        peak = jax.lax.pmax(logits.max(-1), vocab_axes)
-        log_total = peak + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - peak[:, None]), -1), vocab_axes))
-        ours = columns == (targets - first)[:, None]
-        chosen = jax.lax.psum(jnp.sum(jnp.where(ours, logits, 0.0), -1), vocab_axes)
-        d_logits = (jnp.exp(logits - log_total[:, None]) - ours) * weights[:, None]
-    else:
-        logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        d_logits = jnp.exp(logits - log_total[:, None])
-        d_logits = d_logits.at[jnp.arange(len(targets)), targets].add(-1.0) * weights[:, None]
+    columns = jnp.arange(logits.shape[-1]) + (jax.lax.axis_index(vocab_axes) * logits.shape[-1] if vocab_axes else 0)
+    logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
+    peak = jax.lax.pmax(logits.max(-1), vocab_axes)
+    log_total = peak + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - peak[:, None]), -1), vocab_axes))
+    # Compared, not gathered and scattered: these would be passes of their own over the chunk's logits.
+    chosen_column = columns == targets[:, None]
+    chosen = jax.lax.psum(jnp.sum(jnp.where(chosen_column, logits, 0.0), -1), vocab_axes)
+    d_logits = (jnp.exp(logits - log_total[:, None]) - chosen_column) * weights[:, None]
     # Positions without weight may hold anything; where() keeps their values out of the sum.
     return jnp.sum(jnp.where(weights > 0, (log_total - chosen) * weights, 0.0)), d_logits
 

@@ -10,22 +10,10 @@ from jax.sharding import Mesh
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
-from fusion_jax.devices import sharding
+from fusion_jax.devices import compiler, sharding
 from fusion_jax.models.fusion import Fusion, head_kernel
 from fusion_jax.training import losses, optim, rounding, state
 from fusion_jax.training.state import TrainState
-
-# By default the TPU compiler splits a product with a sharded weight into one product per shard, each a hop of the ring
-# away: over 128 chips they are 32 wide, which leaves the matrix unit idle, and take many minutes to compile.
-TPU_OPTIONS = {
-    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
-    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
-}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Returns the compiler's options for a program on the devices of a mesh."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def loss_and_parts(model: Fusion, params, batch: Batch, totals=None) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -44,41 +32,52 @@ def losses_of(model: Fusion, params, batch: Batch, hidden, visual, totals=None):
     return losses.total_and_parts(model.config, losses.Outputs(batch, hidden, visual, kernel), totals)
 
 
-def _cast_products(params, dtype):
+def _cast_products(params, places, gather: str, dtype):
     """Casts weights of matrix products as the layers would, but once per step, not at each use in each microbatch.
 
-    Their gradients have the same dtype, and keep it until they are summed.
+    Their gradients have the same dtype, and keep it until they are summed. If `gather` is `step`, each device has all
+    of these weights from here on; otherwise XLA gathers those of a layer where it is computed.
     """
     flat = flatten_dict(params)
-    return unflatten_dict({path: x.astype(dtype) if path[-1] in state.PRODUCTS else x for path, x in flat.items()})
+    products = {path: x.astype(dtype) for path, x in flat.items() if path[-1] in state.PRODUCTS}
+    if gather == "step":
+        flat_places = flatten_dict(places)
+        products = sharding.gather(products, {path: flat_places[path] for path in products})
+    return unflatten_dict(flat | products)
 
 
-def _accumulate(grad_fn, params, batch: Batch, stage: StageConfig, mesh: Mesh, step: jax.Array):
+def _accumulate(grad_fn, params, batch: Batch, totals, stage: StageConfig, mesh: Mesh, step: jax.Array):
     """Sums (loss, parts) and gradients over equal slices of the batch, one at a time.
 
     The sums are float32, those of gradients of products `stage.gradient_sums`. Gradients of a single slice keep their
-    dtype.
+    dtype. Devices with copies of the parameters sum their own gradients over the slices, and these sums are added up
+    once.
     """
     if stage.accumulation == 1:
-        return grad_fn(params, batch)
-    slices = sharding.microbatches(batch, stage.accumulation, mesh)
-    values, grads = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices))
+        return grad_fn(params, batch, totals)
 
     def zeros(path, x):
         return jnp.zeros(x.shape, stage.gradient_sums if path[-1].key in state.PRODUCTS else jnp.float32)
 
-    def add(path, total, x, number):
+    def add(path, total, x, step, number):
         key = rounding.key_of(f"gradient of {jax.tree_util.keystr(path)}", step, number)
         return rounding.write(total.astype(jnp.float32) + x, total, key)
 
-    def body(totals, numbered):
-        number, part = numbered
-        values, grads = grad_fn(params, part)
-        sums = jax.tree.map_with_path(functools.partial(add, number=number), totals[1], grads)
-        return (jax.tree.map(jnp.add, totals[0], values), sums), None
+    def run(params, scalars, slices):
+        totals, step = scalars
+        values, grads = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices), totals)
+        first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values), jax.tree.map_with_path(zeros, grads)
 
-    first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values), jax.tree.map_with_path(zeros, grads)
-    return jax.lax.scan(body, first, (jnp.arange(stage.accumulation), slices))[0]
+        def body(sums, numbered):
+            number, part = numbered
+            values, grads = grad_fn(params, part, totals)
+            added = jax.tree.map_with_path(functools.partial(add, step=step, number=number), sums[1], grads)
+            return (jax.tree.map(jnp.add, sums[0], values), added), None
+
+        return jax.lax.scan(body, first, (jnp.arange(stage.accumulation), slices))[0]
+
+    slices = sharding.microbatches(batch, stage.accumulation, mesh)
+    return sharding.summed_over_copies(run, mesh)(params, (totals, step), slices)
 
 
 def train_step(
@@ -107,16 +106,16 @@ def train_step(
     """
     totals = losses.counts(model.config, batch)
 
-    def loss(params, part):
+    def loss(params, part, totals):
         return loss_and_parts(model, optim.freeze(params, label_tree, stage.learn_rows), part, totals)
 
-    def grad_fn(params, part):
-        values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+    def grad_fn(params, part, totals):
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params, part, totals)
         # Scattered as soon as they are computed: no device ever holds all gradients.
         return values, sharding.constrain(grads, places.params)
 
-    weights = _cast_products(old.params, model.dtype)
-    (total, parts), grads = _accumulate(grad_fn, weights, batch, stage, mesh, old.step)
+    weights = _cast_products(old.params, places.params, stage.gather, model.dtype)
+    (total, parts), grads = _accumulate(grad_fn, weights, batch, totals, stage, mesh, old.step)
     squares = optim.squares(grads)
     grad_norm = optim.norm(squares)
 
@@ -171,7 +170,7 @@ def compile_step(model: Fusion, stage: StageConfig, tx, label_tree, mesh: Mesh) 
         in_shardings=(places, sharding.of_rows(mesh), everywhere),
         out_shardings=(places, everywhere),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)
 
@@ -191,6 +190,6 @@ def compile_evaluation(model: Fusion, mesh: Mesh) -> sharding.OnMesh:
         functools.partial(evaluate, model),
         in_shardings=(places, sharding.of_rows(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )
     return sharding.OnMesh(jitted, mesh)

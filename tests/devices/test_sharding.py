@@ -237,7 +237,7 @@ def ran(tmp_path_factory):
     return _run_worker("mesh_worker.py", tmp_path_factory.mktemp("meshes"), 8)
 
 
-MESHES = ["data", "fsdp", "tensor", "mixed", "mixed, released"]
+MESHES = ["data", "fsdp", "tensor", "mixed", "copies", "mixed, released"]
 
 
 @pytest.mark.slow
@@ -318,3 +318,18 @@ def test_microbatches_are_cut_where_they_lie(ran):
     for name in ("mixed", "mixed, released"):
         shapes = [shape for _, shapes in ran[1][name]["collectives"] for shape in shapes]
         assert len(shapes) > 20 and not any("24,24,3" in shape for shape in shapes)
+
+
+@pytest.mark.slow
+def test_gradients_of_copies_are_added_up_once_a_step(ran):
+    bytes_sent, runs = ran[1]["copies"]["sent"]["all-reduce data"]
+    # In float32 over two copies, and the losses with them; both microbatches together.
+    assert bytes_sent == pytest.approx(4 * ran[1]["copies"]["parameters_here"], rel=0.01) and runs <= 2
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_once_a_step_on_request(ran):
+    report = ran[1]["copies"]
+    whole = 3 * 4 * report["parameters_here"]  # the float32 shards of three other devices
+    # Gathered for each pass of two microbatches the same weights are 1.7 times that.
+    assert report["sent"]["all-gather fsdp"][0] < 1.2 * whole

@@ -18,6 +18,8 @@ from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import lay_out_rows
 from fusion_jax.devices import sharding
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.planning.report import axes_of
+from fusion_jax.planning.work import read
 from fusion_jax.training import optim, state
 from fusion_jax.training.step import compile_step
 
@@ -28,13 +30,14 @@ SIZES = {
 }  # fmt: skip
 ROWS, LENGTH, LONG = 16, 37, 131
 
-# name: (data, fsdp, tensor), accumulation, batch, preset, changes of the model
+# name: (data, fsdp, tensor), accumulation, batch, preset, fields of the stage
 CASES = {
     "one": ((1, 1, 1), 1, "mixed", "paper", {}),
     "data": ((8, 1, 1), 1, "mixed", "paper", {}),
     "fsdp": ((1, 8, 1), 1, "mixed", "paper", {}),
     "tensor": ((1, 1, 8), 1, "mixed", "paper", {}),
     "mixed": ((2, 2, 2), 2, "mixed", "paper", {}),
+    "copies": ((2, 4, 1), 2, "mixed", "paper", {"gather": "step"}),
     "one, released": ((1, 1, 1), 1, "packed", "released", {}),
     "mixed, released": ((2, 2, 2), 2, "packed", "released", {}),
 }
@@ -61,13 +64,23 @@ def collectives(hlo: str):
     return [[kind, re.findall(r"\[([\d,]*)\]", shapes)] for shapes, kind in matches]
 
 
+def sent(hlo: str, mesh) -> dict[str, list[float]]:
+    """Bytes that a device sends in a step, and how many collectives it runs, by their kind and mesh axes."""
+    sums = {}
+    for one in read(hlo, mesh.size).collectives:
+        of_kind = sums.setdefault(f"{one.kind} {axes_of(one.groups, mesh)}", [0.0, 0.0])
+        of_kind[0] += one.bytes * one.times
+        of_kind[1] += one.times
+    return sums
+
+
 def main(arrays_file: str, report_file: str):
     arrays, report = {}, {}
-    for name, (sizes, accumulation, kind, preset, changes) in CASES.items():
-        config = tiny(preset, **SIZES, **changes)
+    for name, (sizes, accumulation, kind, preset, fields) in CASES.items():
+        config = tiny(preset, **SIZES)
         mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         stage = StageConfig(
-            "s", "d.json", batch_size=ROWS, accumulation=accumulation, learning_rate=1e-2, b2=0.9, eps=1e-4
+            "s", "d.json", batch_size=ROWS, accumulation=accumulation, learning_rate=1e-2, b2=0.9, eps=1e-4, **fields
         )
         if name in ("one", "mixed"):
             initial = state.initial_parameters(config, 0, mesh)
@@ -85,8 +98,10 @@ def main(arrays_file: str, report_file: str):
             "constraints": lowered.as_text().count("sdy.sharding_constraint"),
             "manual": lowered.as_text().count("sdy.manual_computation"),
             "collectives": collectives(compiled.as_text()),
+            "sent": sent(compiled.as_text(), mesh),
             "losses": [],
             "largest": largest.size,
+            "parameters_here": sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(current.params)),
             "state": sum(x.size for x in jax.tree.leaves(current)),
             "state_here": sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(current)),
         }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -21,7 +22,7 @@ from fusion_jax.devices import flops, gpus
 from fusion_jax.devices.chips import topology
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import replace
-from fusion_jax.planning import compiling, program, report, typical
+from fusion_jax.planning import compiling, program, report, search, typical
 
 # Compiling.
 
@@ -177,6 +178,32 @@ def test_state_that_is_too_much_for_a_gpu_is_not_compiled(not_compiled):
     assert line["hbm_gib_per_chip"] == pytest.approx(65, abs=1)
     table = report.table(analysed, 1e6)
     assert "not compiled" in table and "of 59.33 (75% of the card's 79.1" in table and "DOES NOT FIT" in table
+
+
+# The search, without a compiler.
+
+
+def test_search_tries_both_gathers_and_keeps_the_faster_for_other_batch_sizes(monkeypatch):
+    config, stage = run_config(flare, "l_8b,stage1", batch_size=64)
+    tried = []
+
+    def compile_step(config, stage, topology, latent_count):
+        tried.append((config.mesh.fsdp, stage.gather, stage.batch_size))
+        shape = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+        mesh = SimpleNamespace(shape=shape)
+        return SimpleNamespace(config=config, stage=stage, mesh=mesh, fits=True, needed=1.0, limit=2.0, compiled=True)
+
+    def analyse(compiled, topology):
+        speed = compiled.mesh.shape["fsdp"] + (compiled.stage.gather == "step") / 2
+        return SimpleNamespace(program=compiled, samples_per_second=speed, mfu=0.5, bound_by="interconnect")
+
+    monkeypatch.setattr(search.program, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(search.program, "compile_step", compile_step)
+    monkeypatch.setattr(search.report, "analyse", analyse)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1))
+    best = search.search(config, stage, topology("h100:8"), ("full",))[0]
+    assert best.program.stage.gather == "step"
+    assert tried[-3:] == [(8, "step", 64), (8, "step", 128), (8, "step", 32)]
 
 
 # One whole plan.

@@ -70,6 +70,19 @@ def test_collective_spread_over_fusions_counts_once():
     counted = work.read(SPREAD_TEXT, 4)
     [one] = counted.collectives
     assert (one.kind, one.bytes, one.groups) == ("all-gather", 3 * 8 * 16 * 2, ((0, 1, 2, 3),))
+    assert one.exposed
+
+
+def test_collective_is_exposed_unless_a_product_runs_beside_it():
+    product = "  %d = f32[8,8]{1,0} dot(%p.1, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n"
+    [one] = work.read(SPREAD_TEXT.replace("  ROOT %g.1", f"{product}  ROOT %g.1"), 4).collectives
+    assert not one.exposed  # the second of its two fusions computes
+    beside = re.search(r"  %y = .*\n.*\n", GPU_TEXT)[0]
+    exposed = []
+    for before in ("  %gather = ", "  %gathered = ", "  %part = "):
+        moved = GPU_TEXT.replace(beside, "").replace(before, beside + before)
+        exposed.append([one.exposed for one in work.read(moved, 4).collectives])
+    assert exposed == [[True, True], [False, True], [True, False]]
 
 
 SPREAD_TEXT = """HloModule jit_step, is_scheduled=true

@@ -220,7 +220,8 @@ def off_mesh(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     model, params = _model(config, mesh)
     batch = _prompts(config, mesh, sharding.batch_shards(mesh), Steps())
     limit = np.ones(len(batch.tokens), np.int32)
-    yield _off_mesh(lambda *arguments: decoding.prefill(model, *arguments, LENGTH, limit), mesh, params, batch)
+    prefill = decoding.prefill.__wrapped__  # options of a compiler cannot be given within another jitted function
+    yield _off_mesh(lambda *arguments: prefill(model, *arguments, LENGTH, limit), mesh, params, batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Cross-entropy against a plain log-softmax, the mapping loss against plain cosines; values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,14 @@ def test_unsupervised_positions_have_no_influence_and_no_gradient():
     np.testing.assert_array_equal(d_hidden, d_hidden_after)
     np.testing.assert_array_equal(d_kernel, d_kernel_after)
     assert (np.asarray(d_hidden)[np.asarray(weights) == 0] == 0).all()
+
+
+def test_nothing_gathers_from_logits_or_scatters_into_them():
+    """Each would be one more pass over (chunk, V) float32 in HBM."""
+    text = jax.jit(jax.grad(ours)).lower(*inputs(5)).as_text()
+    logits = rf"tensor<{ROWS * LENGTH}x{PADDED}xf32>"
+    assert re.search(rf"stablehlo.dot_general.*{logits}", text)
+    assert not re.search(rf'(stablehlo.gather"|\}}\)).* : \({logits}', text)
 
 
 def test_bfloat16_head_gives_a_float32_loss_near_the_exact_one():
