@@ -50,7 +50,7 @@ def _over_keys(first, last, body, state):
     """Runs `body` over the blocks from `first` to before `last`, several at a time: (start, positions, state) -> state."""
     start, count = first, last - first
     for step in _STEPS:
-        times = count // step
+        times = jax.lax.div(count, step)  # `//` asks for the device that is there
         state = jax.lax.fori_loop(
             0, times, lambda i, state, a=start, n=step: body((a + i * n) * BLOCK, n * BLOCK, state), state
         )
@@ -72,7 +72,7 @@ def _sees(theirs, ours, start, size, block):
     """Returns which of `size` keys from `start` on each query of a block sees: (keys, queries)."""
     shape = size, ours.shape[1]
     key = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    query = block * BLOCK + jax.lax.broadcasted_iota(jnp.int32, shape, 1) % BLOCK
+    query = block * BLOCK + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 1), BLOCK)
     return (jnp.tile(theirs, (1, shape[1] // BLOCK)) == ours) & (key <= query)
 
 
