@@ -38,8 +38,13 @@ def _zero_blind(out, q_segments, kv_segments, causal):
     return jnp.where(sees[..., None, None], out, 0)
 
 
-def _padded(length: int, block: int) -> int:
-    return math.ceil(length / block) * block
+def _parts(length: int) -> tuple[int, int]:
+    """Returns (padded length, part): one part up to 1024 positions, else parts of 512 or 1024."""
+    if length <= 1024:
+        padded = math.ceil(length / LANES) * LANES
+        return padded, padded
+    padded = math.ceil(length / 512) * 512
+    return padded, math.gcd(padded, 1024)
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -81,16 +86,15 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
 def tpu_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, interpret=False):
     """Calls flash attention that skips unseen blocks (TPU); rows too long for it get splash attention."""
     q_length, k_length = q.shape[1], k.shape[1]
-    if not segment_flash_tpu.fits(_padded(k_length, LANES), k.shape[3], k.dtype):
+    (q_padded, part), (k_padded, _) = _parts(q_length), _parts(k_length)
+    if not segment_flash_tpu.fits(k_padded, k.shape[3], k.dtype):
         return splash_attention(q, k, v, q_segments, kv_segments, causal, window, interpret)
-    q_padded = _padded(q_length, LANES if q_length <= 1024 else 512)
-    part = q_padded if q_length <= 1024 else math.gcd(q_padded, 1024)
+    # Small blocks skip most of the other segments; where there is one segment, large ones are faster.
     how = segment_flash_tpu.Attention(causal, window, LANES if causal else part, part, interpret)
     if q_segments is None:
         q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, k_length), jnp.int32)
-    lengths = q_padded, _padded(k_length, LANES if k_length <= 1024 else 512)
-    q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1])))
-    ids = (_pad(x, n) for x, n in zip((q_segments, kv_segments), lengths))
+    q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in ((q, q_padded), (k, k_padded), (v, k_padded)))
+    ids = _pad(q_segments, q_padded), _pad(kv_segments, k_padded)
     return segment_flash_tpu.segment_attention(how, q, k, v, *ids).transpose(0, 2, 1, 3)[:, :q_length]
 
 
