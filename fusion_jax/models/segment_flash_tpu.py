@@ -202,7 +202,7 @@ def _call(kernel, name, how, in_kinds, out_kinds, sums, *arrays):
     Kinds of arrays: `queries` (B, H, Q, d), `keys` (B, K, S, d), `query_row` (B, H, 1, Q), and segment ids: `ours`
     (B, 1, Q) of queries and `theirs` (B, S, BLOCK) of keys, or those of one row if all have the same.
     """
-    bounds, q, k, *_ = arrays
+    _, q, k, *_ = arrays
     (batch, groups, keys, width), group = k.shape, q.shape[1] // k.shape[1]
     heads = next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or n * how.queries <= _LANES))
     programs = group // heads

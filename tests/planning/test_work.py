@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fusion_jax.planning import collectives, hlo, kernels, report, work
+from configs import flare
+from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.models import segment_flash_tpu
+from fusion_jax.planning import collectives, hlo, kernels, report, typical, work
 
 DEVICES = 8
 
@@ -243,6 +246,19 @@ def test_packed_rows_meet_in_their_segments_alone():
     assert kernels.packed_share([96, 96], 1, 256, 64) == (3 + 2) / 10
     # The third does not fit into the first row.
     assert kernels.packed_share([96, 96, 96], 2, 256, 64) == (3 + 2 + 3) / 20
+
+
+def test_attention_of_a_typical_packed_step_on_tpus_is_near_what_its_segments_need():
+    config = from_dict(RunConfig, flare.get_config("l_8b,stage2").to_dict())
+    step = typical.step(config, config.stages[0], 8)
+    rows, length = step.batch.tokens.shape
+    assert length == 4096
+    needed = sum(n * (n + 1) / 2 for n in step.shape.lengths)
+    block = segment_flash_tpu.BLOCK
+    share = kernels.computed(length, length, (block, block)) * kernels.packed_share(
+        step.shape.lengths, rows, length, block
+    )
+    assert 1.0 < rows * length**2 * share / needed < 1.3
 
 
 GPU_TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4
