@@ -25,7 +25,7 @@ BLOCK = 128  # keys of a block: the lanes of a TPU
 _STEPS = (4, 2, 1)  # blocks of keys that are taken at once, the largest that remain first
 _LANES = 512  # queries that are taken at once, of all heads of a program, unless one head's block is larger
 _KEY_BYTES = 2 * 2**20  # of a head that fit into a program
-_VMEM = 48 * 2**20  # bytes that a program may take of a core's vector memory, 64 MiB or more
+_VMEM = 48 * 2**20  # bytes that a program may take of a core's vector memory, which has 64 MiB or more from v5e on
 _HIDDEN = -1e30  # a score whose weight is 0, and which no sum makes infinite
 _LOG2E = math.log2(math.e)
 
