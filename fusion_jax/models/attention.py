@@ -209,7 +209,7 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
 
     | device | long rows | short ones, and one new token |
     |---|---|---|
-    | TPU | splash | plain |
+    | TPU | flash that skips unseen blocks, splash for rows too long for it | plain |
     | NVIDIA GPU, 16 bits | the decoder's packed rows: Triton flash; others: cuDNN | plain |
     | CPU | one head at a time | plain |
     """
@@ -221,7 +221,7 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
     from fusion_jax.models import flash  # not needed on CPU: Pallas takes a while to import
 
     if platform == "tpu":
-        return flash.splash_attention
+        return flash.tpu_attention
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
         if segments and causal and not window:
             return flash.triton_attention

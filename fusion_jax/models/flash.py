@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from fusion_jax.models import segment_flash
+from fusion_jax.models import segment_flash, segment_flash_tpu
 from fusion_jax.models.remat import ATTENTION
 
 LANES = 128  # lanes of a TPU; its blocks are multiples of this
@@ -36,6 +36,15 @@ def _zero_blind(out, q_segments, kv_segments, causal):
     if not causal:  # a causal query sees at least itself
         sees &= (q_segments[:, :, None] == kv_segments[:, None, :]).any(-1)
     return jnp.where(sees[..., None, None], out, 0)
+
+
+def _parts(length: int) -> tuple[int, int]:
+    """Returns (padded length, part): one part up to 1024 positions, else parts of 512 or 1024."""
+    if length <= 1024:
+        padded = math.ceil(length / LANES) * LANES
+        return padded, padded
+    padded = math.ceil(length / 512) * 512
+    return padded, math.gcd(padded, 1024)
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -72,6 +81,21 @@ def splash_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, w
     if q_segments is None:
         return out.astype(v.dtype)
     return _zero_blind(out, ours, theirs, causal).astype(v.dtype)
+
+
+def tpu_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0, interpret=False):
+    """Calls flash attention that skips unseen blocks (TPU); rows too long for it get splash attention."""
+    q_length, k_length = q.shape[1], k.shape[1]
+    (q_padded, part), (k_padded, _) = _parts(q_length), _parts(k_length)
+    if not segment_flash_tpu.fits(k_padded, k.shape[3], k.dtype):
+        return splash_attention(q, k, v, q_segments, kv_segments, causal, window, interpret)
+    # Small blocks skip most of the other segments; where there is one segment, large ones are faster.
+    how = segment_flash_tpu.Attention(causal, window, LANES if causal else part, part, interpret)
+    if q_segments is None:
+        q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, k_length), jnp.int32)
+    q, k, v = (_pad(x, n).transpose(0, 2, 1, 3) for x, n in ((q, q_padded), (k, k_padded), (v, k_padded)))
+    ids = _pad(q_segments, q_padded), _pad(kv_segments, k_padded)
+    return segment_flash_tpu.segment_attention(how, q, k, v, *ids).transpose(0, 2, 1, 3)[:, :q_length]
 
 
 def triton_attention(q, k, v, q_segments, kv_segments, causal=False, window=0, interpret=False):

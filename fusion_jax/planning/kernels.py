@@ -4,20 +4,23 @@ The program's text does not show their products:
 
 | kernel | products of an attention, each 2 Sq Sk d FLOPs a head |
 |---|---|
-| splash (TPU) | scores and output; scores, d(weights), d(query); scores, d(weights), d(key), d(value) |
+| segment flash (TPU) | scores and output; scores, d(weights), d(query), d(key), d(value) |
+| cuDNN (GPU) | the same two |
+| splash (TPU, long rows) | scores and output; scores, d(weights), d(query); scores, d(weights), d(key), d(value) |
 | Triton (GPU) | the same three |
-| cuDNN (GPU) | scores and output; scores, d(weights), d(query), d(key), d(value) |
 
-Blocks that a causal mask or a window hides are never computed; the Triton kernels also skip those between segments.
+Blocks that a causal mask or a window hides are never computed; segment flash and Triton also skip those between
+segments.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fusion_jax.models import flash, segment_flash
+from fusion_jax.models import flash, segment_flash, segment_flash_tpu
 from fusion_jax.planning.work import Kernel
 
+_SEGMENT_TPU = (("segment_flash_tpu_forward", 2), ("segment_flash_tpu_backward", 5))
 _SPLASH = (("_dkv", 4), ("_dq", 3), ("_fwd", 2))
 _TRITON = (("segment_flash_forward", 2), ("segment_flash_keys", 4), ("segment_flash_queries", 3))
 _TRITON_BLOCKS = {2: segment_flash.FORWARD, 4: segment_flash.KEYS, 3: segment_flash.QUERIES}
@@ -27,25 +30,26 @@ _CUDNN_BLOCK = 128
 def kind(kernel: Kernel) -> str:
     """Returns the kernel's name in reports."""
     if kernel.target == "tpu_custom_call":
-        return "splash attention"
+        return "flash attention" if "segment_flash_tpu" in kernel.name else "splash attention"
     if "triton" in kernel.target:
         return "Triton attention"
     return "cuDNN attention" if "fmha" in kernel.target else "cuBLAS products"
 
 
-def flops(kernel: Kernel, packed: float = 1.0) -> float:
+def flops(kernel: Kernel, packed: Callable[[int], float] = lambda block: 1.0) -> float:
     """Returns the FLOPs of one call.
 
     Args:
-      packed: share of a causal row's blocks that are within segments, see `packed_share`.
+      packed: gives for the size of a block the share of a causal row's blocks that are within segments; see
+        `packed_share`.
 
     Raises:
       ValueError: the kernel is unknown.
     """
     if kernel.target == "tpu_custom_call":
-        return _splash(kernel)
+        return _segment_tpu(kernel, packed) if "segment_flash_tpu" in kernel.name else _splash(kernel)
     if "triton" in kernel.target:
-        return _triton(kernel) * packed
+        return _triton(kernel, packed)
     return _cudnn(kernel) if "fmha" in kernel.target else _gemm(kernel)
 
 
@@ -64,19 +68,22 @@ def computed(q_length: int, k_length: int, blocks: tuple[int, int], window: int 
     return count / (rows * columns)
 
 
-def packed_share(lengths: Sequence[int], rows: int, row_length: int) -> float:
+def packed_share(lengths: Sequence[int], rows: int, row_length: int, block: int) -> float:
     """Returns in what share of the blocks on and below the diagonals of rows queries meet keys of their segment.
 
     Args:
-      lengths: lengths of the segments in these rows. A segment may begin and end anywhere in a block.
+      lengths: lengths of the segments in these rows, in their order; a row is taken to be full where the next segment
+        does not fit. block: queries and keys of a block.
     """
-
-    def below(length: float) -> float:
-        blocks = length / segment_flash.FORWARD.queries
-        return blocks * (blocks + 1) / 2
-
-    within = sum(below(length + segment_flash.FORWARD.queries) for length in lengths)
-    return min(1.0, within / (rows * below(row_length)))
+    within, start = 0, 0
+    for length in lengths:
+        start = 0 if start + length > row_length else start
+        blocks = (start + length - 1) // block - start // block + 1
+        # Where the segment before ends in this block, its queries have been counted with these keys.
+        within += blocks * (blocks + 1) // 2 - (start % block > 0)
+        start += length
+    whole = math.ceil(row_length / block)
+    return min(1.0, within / (rows * whole * (whole + 1) / 2))
 
 
 def _arrays(kernel: Kernel) -> list[tuple[int, ...]]:
@@ -98,6 +105,16 @@ def _products(kernel: Kernel, table: tuple[tuple[str, int], ...]) -> int:
     return count
 
 
+def _segment_tpu(kernel: Kernel, packed: Callable[[int], float]) -> float:
+    """Counts the FLOPs of our TPU kernels; their arrays are (rows, heads, length, head size)."""
+    products = _products(kernel, _SEGMENT_TPU)
+    query, key = _arrays(kernel)[:2]
+    block, share = segment_flash_tpu.BLOCK, 1.0
+    if "/llm/" in kernel.name:  # the decoder is causal, the encoder is not
+        share = computed(query[-2], key[-2], (block, block)) * packed(block)
+    return products * 2.0 * math.prod(query) * key[-2] * share
+
+
 def _splash(kernel: Kernel) -> float:
     """Counts the FLOPs of splash attention; its arrays are (..., heads, length, head size)."""
     products = _products(kernel, _SPLASH)
@@ -108,12 +125,12 @@ def _splash(kernel: Kernel) -> float:
     return products * 2.0 * math.prod(query) * key[-2] * share
 
 
-def _triton(kernel: Kernel) -> float:
+def _triton(kernel: Kernel, packed: Callable[[int], float]) -> float:
     """Counts the FLOPs of our Triton kernels, which are causal; their arrays are (rows, length, heads, head size)."""
     products = _products(kernel, _TRITON)
     query, key = _arrays(kernel)[:2]
     blocks = _TRITON_BLOCKS[products]
-    share = computed(query[1], key[1], (blocks.queries, blocks.keys))
+    share = computed(query[1], key[1], (blocks.queries, blocks.keys)) * packed(blocks.queries)
     return products * 2.0 * math.prod(query) * key[1] * share
 
 

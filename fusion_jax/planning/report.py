@@ -1,5 +1,6 @@
 """Analyses what a step of a compiled program needs and how fast it can be: a table and a JSON line."""
 
+import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def analyse(program: Program, topology: Topology) -> Report:
     # The only loop whose trip count depends on its data is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = read(program.text, topology.chips, chunks)
-    packed = kernels.packed_share(step.shape.lengths, *step.batch.tokens.shape)
+    packed = functools.partial(kernels.packed_share, step.shape.lengths, *step.batch.tokens.shape)
     by_kind = defaultdict(float)
     for kernel in work.kernels:
         by_kind[kernels.kind(kernel)] += kernels.flops(kernel, packed) * kernel.times

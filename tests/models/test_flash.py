@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
-from fusion_jax.models import attention, flash, segment_flash
+from fusion_jax.models import attention, flash, segment_flash, segment_flash_tpu
 from fusion_jax.models.attention import reference_attention
 from fusion_jax.models.remat import POLICIES
 
@@ -31,6 +31,7 @@ CASES = {
     "plain crop": (None, None, False, 0, 2, 1),
 }
 KERNELS = {
+    "tpu": (functools.partial(flash.tpu_attention, interpret=True), tuple(CASES)),
     "splash": (functools.partial(flash.splash_attention, interpret=True), tuple(CASES)),
     "triton": (functools.partial(flash.triton_attention, interpret=True), ("packed",)),
     "cudnn": (functools.partial(flash.cudnn_attention, implementation="xla"), tuple(CASES)),
@@ -80,7 +81,62 @@ def test_padding_gives_zeros(kernel):
         assert (x[:, PACKED[0] == 0] == 0).all() and np.isfinite(x).all()
 
 
-def test_blocks_of_other_segments_are_skipped():
+# Longer than four blocks of keys: one segment after the other, segments in any order, padding between two, and one
+# segment. Two query heads share a key/value head, and there are two of those.
+ROWS = np.stack(
+    [
+        np.repeat([1, 2, 3, 0], [300, 150, 90, 100]),
+        np.resize([3, 1, 2], 640),
+        np.repeat([5, 0, 2, 1], [140, 120, 200, 180]),
+        np.ones(640, np.int64),
+    ]
+).astype(np.int32)
+
+
+def test_tpu_kernel_reads_every_segment_of_packed_rows():
+    shapes = ((4, 640, 4, 8), (4, 640, 2, 8), (4, 640, 2, 8), (4, 640, 4, 8))
+    q, k, v, cotangent = (jnp.asarray(random_array(*shape, seed=i)) for i, shape in enumerate(shapes))
+
+    def both(kernel):
+        out, pull = jax.vjp(lambda *arrays: kernel(*arrays, jnp.asarray(ROWS), jnp.asarray(ROWS), True), q, k, v)
+        return out, *pull(cotangent)
+
+    ours = jax.jit(lambda: both(functools.partial(flash.tpu_attention, interpret=True)))()
+    for a, b in zip(ours, both(reference_attention), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert (np.asarray(ours[0])[ROWS == 0] == 0).all()
+
+
+def test_tpu_kernel_skips_blocks_that_no_query_sees():
+    def bounds(causal, window, queries, ours, theirs):
+        how = segment_flash_tpu.Attention(causal, window, queries, queries)
+        first, last = segment_flash_tpu.seen_blocks(how, jnp.asarray(ours), jnp.asarray(theirs))
+        return [[(f, n) for f, n in zip(*row) if n > f] for row in zip(first.tolist(), last.tolist())]
+
+    whole = [(0, i + 1) for i in range(5)]
+    assert bounds(True, 0, 128, ROWS, ROWS) == [
+        [(0, 1), (0, 2), (0, 3), (2, 4), (3, 5)],  # the third block begins in segment 1, the fourth in segment 2
+        whole,
+        [(0, 1), (0, 2), (2, 3), (2, 4), (3, 5)],  # keys of padding are not read
+        whole,
+    ]
+    assert bounds(True, 130, 128, ROWS, ROWS)[3] == [(0, 1), (0, 2), (0, 3), (1, 4), (2, 5)]
+    padding = np.where(np.arange(640) < 200, ROWS[:1], 0)
+    assert bounds(True, 0, 128, padding, padding) == [[(0, 1), (0, 2)]]
+    # Of a question after 512 positions of an image only the block with its words is read.
+    text = np.where(np.arange(768) < 530, 1, 0)[None]
+    assert bounds(False, 0, 640, np.ones((1, 640), int), text) == [[(0, 5)]]
+
+
+def test_long_rows_of_a_tpu_get_splash(monkeypatch):
+    monkeypatch.setattr(segment_flash_tpu, "_KEY_BYTES", 1024)
+    (q, k, v, _), *segments = inputs("packed")
+    run = functools.partial(flash.tpu_attention, interpret=True)
+    text = str(jax.make_jaxpr(lambda *x: run(*x, *map(jnp.asarray, segments), True))(q, k, v))
+    assert "splash_mha_fwd" in text and "segment_flash_tpu" not in text
+
+
+def test_triton_skips_blocks_of_other_segments():
     """Rows of segments one after the other, and one whose segments come in any order: nobody may be left out."""
     in_order, mixed = np.repeat([1, 2, 3, 0], [70, 60, 62, 64]), np.resize([3, 1, 2], 256)
     first, last = segment_flash.ranges(jnp.asarray(np.stack([np.where(in_order, in_order, 9), mixed])), 64, 32)
@@ -114,7 +170,7 @@ def test_cudnn_is_asked_for_what_it_can_do(case, monkeypatch):
 def test_each_device_gets_its_kernel(case):
     q_segments, _, causal, window, *_ = CASES[case]
     arguments = (400, 400, jnp.bfloat16, q_segments is not None, causal, window)
-    assert attention.choose("tpu", *arguments) is flash.splash_attention
+    assert attention.choose("tpu", *arguments) is flash.tpu_attention
     expected = flash.triton_attention if case == "packed" else flash.cudnn_attention
     assert attention.choose("gpu", *arguments) is expected
     assert attention.choose("cpu", *arguments) is attention.blocked_attention
@@ -126,9 +182,11 @@ def test_each_device_gets_its_kernel(case):
 @pytest.mark.parametrize(
     ("platform", "kernel", "case", "call"),
     [
-        ("tpu", flash.splash_attention, "packed", "tpu_custom_call"),
-        ("tpu", flash.splash_attention, "late text", "tpu_custom_call"),
-        ("cuda", flash.triton_attention, "packed", "__gpu"),
+        ("tpu", flash.tpu_attention, "packed", ("tpu_custom_call", 2)),
+        ("tpu", flash.tpu_attention, "window", ("tpu_custom_call", 2)),
+        ("tpu", flash.tpu_attention, "late text", ("tpu_custom_call", 2)),
+        ("tpu", flash.splash_attention, "packed", ("tpu_custom_call", 3)),
+        ("cuda", flash.triton_attention, "packed", ("__gpu", 3)),
     ],
 )
 def test_kernels_lower_for_their_device_without_one(platform, kernel, case, call):
@@ -139,7 +197,7 @@ def test_kernels_lower_for_their_device_without_one(platform, kernel, case, call
 
     with naming_the_gpu() if platform == "cuda" else contextlib.nullcontext():
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv)
-        assert traced.lower(lowering_platforms=(platform,)).as_text().count(call) >= 3
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count(call[0]) >= call[1]
 
 
 def naming_the_gpu():
@@ -161,9 +219,13 @@ def test_the_chosen_kernel_on_this_gpu(case, size):
 
 
 @pytest.mark.parametrize(("policy", "times"), [("full", 2), ("attention", 1), ("dots", 1)])
-@pytest.mark.parametrize(("kernel", "name"), [("splash", "splash_mha_fwd"), ("triton", "segment_flash_forward")])
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [("tpu", "segment_flash_tpu_forward"), ("splash", "splash_mha_fwd"), ("triton", "segment_flash_forward")],
+)
 def test_forward_kernels_run_again_only_where_their_results_are_not_kept(kernel, name, policy, times):
-    run = {"splash": flash.splash_attention, "triton": flash.triton_attention}[kernel]
+    kernels = {"tpu": flash.tpu_attention, "splash": flash.splash_attention, "triton": flash.triton_attention}
+    run = kernels[kernel]
     segments = jnp.ones((1, 128), jnp.int32)
 
     def layer(x, _):

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fusion_jax.planning import collectives, hlo, kernels, report, work
+from configs import flare
+from fusion_jax.config import RunConfig, from_dict
+from fusion_jax.models import segment_flash_tpu
+from fusion_jax.planning import collectives, hlo, kernels, report, typical, work
 
 DEVICES = 8
 
@@ -197,6 +200,22 @@ def test_splash_kernels_count_seven_products_forward_and_backward():
         kernels.flops(work.Kernel("other", (shape,) * 3, (shape,), 1.0, "tpu_custom_call"))
 
 
+def test_flash_kernels_of_tpus_count_seven_products_of_the_blocks_that_segments_leave():
+    query, key = hlo.Shape("bf16", (2, 4, 512, 96)), hlo.Shape("bf16", (2, 2, 512, 96))
+    operands = (hlo.Shape("s32", (16,)), query, key, key, hlo.Shape("s32", (2, 1, 512)))
+    full = 2.0 * 2 * 4 * 512 * 512 * 96
+
+    def both(place: str) -> list[work.Kernel]:
+        names = [f"x/{place}/segment_flash_tpu_{part}/pallas_call" for part in ("forward", "backward")]
+        return [work.Kernel(name, operands, (query,), 1.0, "tpu_custom_call") for name in names]
+
+    assert [kernels.flops(kernel) for kernel in both("vision")] == [2 * full, 5 * full]
+    # 4 blocks of 128: 10 of 16 are below the diagonal.
+    assert sum(map(kernels.flops, both("llm"))) == 7 * full * 10 / 16
+    assert kernels.flops(both("llm")[0], lambda block: {128: 0.5}[block]) == full * 10 / 16
+    assert {kernels.kind(kernel) for kernel in both("llm")} == {"flash attention"}
+
+
 def _fmha(target: str, mask: str, window: int = 0) -> work.Kernel:
     """2 rows, 4 heads of 64; 256 queries and 512 keys."""
     shapes = [hlo.Shape("bf16", (2, length, 4, 64)) for length in (256, 512, 512)]
@@ -226,16 +245,33 @@ def test_triton_kernels_count_nine_products_of_the_blocks_below_the_diagonal():
     full = 2.0 * 2 * 4 * 256 * 256 * 64
     # Blocks of 64 x 64: 1 + 2 + 3 + 4 of 16.
     assert [kernels.flops(kernel) for kernel in calls] == [count * full * 10 / 16 for count in (2, 4, 3)]
-    assert kernels.flops(calls[0], packed=0.5) == full * 10 / 16
+    assert kernels.flops(calls[0], lambda block: {64: 0.5}[block]) == full * 10 / 16
     with pytest.raises(ValueError, match="unknown kernel __gpu"):
         kernels.flops(dataclasses.replace(calls[0], name="something else"))
 
 
 def test_packed_rows_meet_in_their_segments_alone():
     """Blocks of 64: a row of 4 has 10 of them below its diagonal."""
-    assert kernels.packed_share([256], 1, 256) == 1
-    # Two segments of a block each, which may reach over two blocks: 3 of each row's 10.
-    assert kernels.packed_share([64, 64], 2, 256) == 2 * 3 / 20
+    assert kernels.packed_share([256], 1, 256, 64) == 1
+    # Two segments of a block each, in their own blocks, in one of two rows.
+    assert kernels.packed_share([64, 64], 2, 256, 64) == 2 / 20
+    # 96 and 96 positions: blocks 0 and 1; then 1 with itself, which is counted already, and 2 with both.
+    assert kernels.packed_share([96, 96], 1, 256, 64) == (3 + 2) / 10
+    # The third does not fit into the first row.
+    assert kernels.packed_share([96, 96, 96], 2, 256, 64) == (3 + 2 + 3) / 20
+
+
+def test_attention_of_a_typical_packed_step_on_tpus_is_near_what_its_segments_need():
+    config = from_dict(RunConfig, flare.get_config("l_8b,stage2").to_dict())
+    step = typical.step(config, config.stages[0], 8)
+    rows, length = step.batch.tokens.shape
+    assert length == 4096
+    needed = sum(n * (n + 1) / 2 for n in step.shape.lengths)
+    block = segment_flash_tpu.BLOCK
+    share = kernels.computed(length, length, (block, block)) * kernels.packed_share(
+        step.shape.lengths, rows, length, block
+    )
+    assert 1.0 < rows * length**2 * share / needed < 1.3
 
 
 GPU_TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4

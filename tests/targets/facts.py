@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 # Attention kernels by their names in compiled programs. Forward kernels that a backward pass runs again count twice.
 _KERNELS = {
-    "splash forward": r"%splash_mha_fwd\S* = .* custom-call\(.*\"tpu_custom_call\"",
-    "splash backward": r"%splash_mha_d(?:q|kv)\S* = .* custom-call\(.*\"tpu_custom_call\"",
+    "flash forward": r"custom-call\(.*\"tpu_custom_call\".*segment_flash_tpu_forward",
+    "flash backward": r"custom-call\(.*\"tpu_custom_call\".*segment_flash_tpu_backward",
     "cuDNN forward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*(?<!Backward)\"",
     "cuDNN backward": r"custom_call_target=\"__cudnn\$fmha[A-Za-z]*Backward\"",
     "Triton forward": r"custom-call\(.*\"__gpu\$xla\.gpu\.triton\".*segment_flash_forward",

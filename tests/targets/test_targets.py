@@ -24,8 +24,6 @@ INSTALLED = {
 }
 # Float32 products that are meant, by the equation or function that they stand in.
 PERMITTED = {
-    # JAX's splash kernel: the sum of each row of the gradient, weighed by the output.
-    "step": {"hsd,hsd->hs"},
     # Sums over the places of a word, of attention weights and embeddings that were computed in bfloat16.
     "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(measure_word)"},
 }
@@ -80,7 +78,7 @@ def kernels(target: str, name: str) -> dict[str, int]:
         return {}  # one token attends, or none
     encoder, llm = 0 if "text alone" in name else 4 if "quadrants" in name else 2, 1
     if platform(target) == "tpu":
-        forward, backward = {"splash forward": encoder + llm}, {"splash backward": 2 * (encoder + llm)}
+        forward, backward = {"flash forward": encoder + llm}, {"flash backward": encoder + llm}
     else:
         forward = {"cuDNN forward": encoder, "Triton forward": llm}
         backward = {"cuDNN backward": encoder, "Triton backward": 2 * llm}
