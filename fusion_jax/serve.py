@@ -49,8 +49,10 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "lengths", [], "prompt lengths to compile, visual tokens included (default: that of training, and half)"
     )
-    flags.DEFINE_list("question_lengths", [], "question lengths of the encoder to compile (default: that of training)")
-    flags.DEFINE_list("rounds", [], "numbers of rounds to compile (default: that of training)")
+    flags.DEFINE_list(
+        "question_lengths", [], "question lengths of the encoder to compile (default: that of training, and 64, 256)"
+    )
+    flags.DEFINE_list("rounds", [], "numbers of rounds to compile (default: that of training, and 1, 4)")
     flags.DEFINE_integer("images", 0, "most images of a conversation (0: as many as in training)", lower_bound=0)
     # Limits.
     flags.DEFINE_float("request_timeout", 120.0, "seconds for one request", lower_bound=0.1)
