@@ -28,7 +28,7 @@ def main() -> None:
 
         config = fixtures.tiny("paper")
     model = fusion.Fusion(config, jnp.bfloat16)
-    params = jax.block_until_ready(fusion.init(config, jax.random.key(0)))
+    params = jax.block_until_ready(weights.as_read(fusion.init(config, jax.random.key(0)), model.dtype))
     bandwidth = context.device.get("copy_gb_per_second", math.nan) * 1e9
     # Masters are float32 and cast to bfloat16, before the loop where the compiler does so.
     floors = {name: 1e3 * weight_bytes(params, each) / bandwidth for name, each in (("bfloat16", 2), ("float32", 4))}
