@@ -25,7 +25,7 @@ def measure_prefill(config: ConfigDict, rows: int) -> dict:
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
-    params = _params(model)
+    params = random_params(model)
     return time_prefill(model, params, rows if "stages" in config else 1, question, answer, repeats)
 
 
@@ -53,7 +53,7 @@ def measure_decode(config: ConfigDict, rows: int) -> dict:
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
-    params = _params(model)
+    params = random_params(model)
     rows = rows if "stages" in config else config.get("decode_rows", 1)
     return time_decode(model, params, rows, question, answer, repeats)
 
@@ -77,7 +77,7 @@ def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: 
     return {"rows": rows, "tokens_per_second": rows * (answer - 1) / seconds, "seconds": seconds}
 
 
-def _params(model: fusion.Fusion) -> dict:
+def random_params(model: fusion.Fusion) -> dict:
     """Draws weights as a loaded model has them (`models/weights.py`)."""
     return jax.jit(lambda: weights.as_read(fusion.init(model.config, jax.random.key(0)), model.dtype))()
 
