@@ -96,6 +96,9 @@ def measure(
     words += ["--queue", max(CLIENTS), "--request_timeout", _TIMEOUT, "--page=false", *shlex.split(flags)]
     levels = []
     with running(words) as (port, start_seconds):
+        for clients in CLIENTS:  # the first answers ask for programs of their shapes
+            ask(port, prompts, clients, 1)
+        wait_for_programs(port)
         for clients in CLIENTS:
             level, counts = ask(port, prompts, clients, max_tokens)
             levels.append(level)
@@ -183,6 +186,23 @@ def _healthy(port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+def wait_for_programs(port: int) -> None:
+    """Waits until the server has compiled the smaller prefills that prompts have asked for."""
+    start = said = time.monotonic()
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        pending = [float(line.split()[1]) for line in lines if line.startswith("fusion_programs_pending ")]
+        if not any(pending):
+            return
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            _say(f"the server compiles {pending[0]:.0f} smaller programs, {said - start:.0f} s so far")
+        time.sleep(0.2)
 
 
 def ask(port: int, prompts: Sequence[Record], clients: int, max_tokens: int) -> tuple[Level, list[int]]:

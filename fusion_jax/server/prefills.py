@@ -31,7 +31,7 @@ TOGETHER = (8, 4, 2)  # how many prompts of one shape may be prefilled together
 
 
 class Prefills:
-    """Prefills prompts with the programs that are compiled. Only `close` may be called from any thread.
+    """Prefills prompts with the programs that are compiled. Only `pending` and `close` may be used from any thread.
 
     Args:
       capacity: slots of a prompt in the running batch. rows: most prompts at once.
@@ -127,9 +127,9 @@ class Prefills:
                 self._queue.task_done()
 
     @property
-    def pending(self) -> bool:
-        """Whether programs that prompts have asked for are not compiled yet."""
-        return self._queue.unfinished_tasks > 0
+    def pending(self) -> int:
+        """The number of programs that prompts have asked for and that are not compiled yet."""
+        return self._queue.unfinished_tasks
 
     def close(self, patience: float = 60.0) -> None:
         """Compiles nothing more; waits for the program that is being compiled, which cannot be interrupted."""
