@@ -8,7 +8,6 @@
 
 import sys
 
-import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax.command_line import interrupts
@@ -19,7 +18,7 @@ from fusion_jax.inference import generate
 from fusion_jax.inference.prompts import drawn_latents
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.inference.terminal import Chat
-from fusion_jax.models.fusion import Fusion
+from fusion_jax.models import weights
 from fusion_jax.training.loading import load_model
 
 
@@ -27,6 +26,9 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "checkpoint to load: step folder, stage folder or workdir")
     flags.DEFINE_string("image", None, "image file to talk about (default: none)")
     flags.DEFINE_enum("dtype", None, DTYPES, "dtype to compute in (default: that of training)")
+    flags.DEFINE_enum(
+        "weights", "full", weights.KINDS, "how to store weights: full, in the dtype of computation, or as int8"
+    )
     flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens")
     flags.DEFINE_float("temperature", 0.0, "temperature of sampling; 0 takes the most likely token")
     flags.DEFINE_integer("top_k", 0, "sample from this many of the most likely tokens; 0: from all")
@@ -43,10 +45,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or not f.checkpoint:
         raise UserError("Give --checkpoint DIR, and --image FILE to talk about an image.")
     how = Sampling(f.max_tokens, f.temperature, f.top_k, f.top_p, f.repetition_penalty, f.seed)
-    loaded = load_model(f.checkpoint)
-    model = Fusion(loaded.config.model, jnp.dtype(f.dtype or loaded.config.dtype))
+    loaded = load_model(f.checkpoint, f.dtype, f.weights)
     latents = drawn_latents(loaded.config.model, f.seed) if f.latents == -1 else f.latents or None
-    answerer = generate.Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=1, latents=latents)
+    answerer = generate.Answerer(loaded.model, loaded.params, loaded.config, loaded.tokenizer, rows=1, latents=latents)
 
     def write(text: str) -> None:
         sys.stdout.write(text)

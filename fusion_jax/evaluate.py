@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax.command_line.cli import check_output, run_main
@@ -22,7 +21,7 @@ from fusion_jax.evals.registry import TASKS, find_tasks
 from fusion_jax.evals.runner import Output, Result
 from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
 from fusion_jax.inference.generate import Answerer
-from fusion_jax.models.fusion import Fusion
+from fusion_jax.models import weights
 from fusion_jax.training.loading import find_checkpoint, load_model
 
 log = logging.getLogger("fusion_jax")
@@ -41,6 +40,9 @@ def define_flags() -> None:
     flags.DEFINE_string("scores_file", None, "JSON file for scores and all answers; by default none is written")
     flags.DEFINE_integer("limit", 0, "about how many questions of each task, evenly spread; 0 for all")
     flags.DEFINE_integer("batch_size", 32, "questions answered at a time")
+    flags.DEFINE_enum(
+        "weights", "full", weights.KINDS, "how to store weights: full, in the dtype of computation, or as int8"
+    )
     flags.DEFINE_integer("show", 0, "how many questions of each task to print with their answers", lower_bound=0)
     flags.DEFINE_integer(
         "process_id", 0, "number of this process among those that share the work; 0 joins it", lower_bound=0
@@ -79,14 +81,14 @@ def main(argv: list[str]) -> None:
         raise failure(failed, len(tasks))
 
     # Model.
-    loaded = load_model(FLAGS.checkpoint)  # this decides which step is evaluated
-    header = {"checkpoint": predictions.fingerprint(loaded.folder), "folder": str(loaded.folder)}
+    loaded = load_model(FLAGS.checkpoint, kind=FLAGS.weights)  # this decides which step is evaluated
+    stored = "" if FLAGS.weights == "full" else f"-{FLAGS.weights}"
+    header = {"checkpoint": predictions.fingerprint(loaded.folder) + stored, "folder": str(loaded.folder)}
     output = None
     if FLAGS.out:
         predictions.check_folder(Path(FLAGS.out), header)
         output = Output(Path(FLAGS.out), header, index, count, FLAGS.patience)
-    model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
-    answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=FLAGS.batch_size)
+    answerer = Answerer(loaded.model, loaded.params, loaded.config, loaded.tokenizer, rows=FLAGS.batch_size)
 
     # Answers: all results are written after every task, so that finished tasks are kept even if a later one fails.
     results: list[Result] = []

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import signal
 
-import jax.numpy as jnp
 from absl import flags
 
 from fusion_jax.command_line.cli import run_main
@@ -17,7 +16,7 @@ from fusion_jax.command_line.interrupts import loading
 from fusion_jax.config import DTYPES
 from fusion_jax.errors import RunAgain, UserError, check
 from fusion_jax.inference.prompts import Prompts, buckets_of_training
-from fusion_jax.models.fusion import Fusion
+from fusion_jax.models import weights
 from fusion_jax.server.environment import api_key, check_open_files, return_large_buffers
 from fusion_jax.training.loading import load_model
 
@@ -27,6 +26,9 @@ log = logging.getLogger("fusion_jax")
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "checkpoint to load: step folder, stage folder or workdir")
     flags.DEFINE_enum("dtype", None, DTYPES, "dtype to compute in (default: that of training)")
+    flags.DEFINE_enum(
+        "weights", "full", weights.KINDS, "how to store weights: full, in the dtype of computation, or as int8"
+    )
     flags.DEFINE_integer(
         "latents", 0, "latents per round: l^2, one of the model's latent counts (0: its fixed count)", lower_bound=0
     )
@@ -47,8 +49,10 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "lengths", [], "prompt lengths to compile, visual tokens included (default: that of training, and half)"
     )
-    flags.DEFINE_list("question_lengths", [], "question lengths of the encoder to compile (default: that of training)")
-    flags.DEFINE_list("rounds", [], "numbers of rounds to compile (default: that of training)")
+    flags.DEFINE_list(
+        "question_lengths", [], "question lengths of the encoder to compile (default: that of training, and 64, 256)"
+    )
+    flags.DEFINE_list("rounds", [], "numbers of rounds to compile (default: that of training, and 1, 4)")
     flags.DEFINE_integer("images", 0, "most images of a conversation (0: as many as in training)", lower_bound=0)
     # Limits.
     flags.DEFINE_float("request_timeout", 120.0, "seconds for one request", lower_bound=0.1)
@@ -87,13 +91,12 @@ def main(argv: list[str]) -> None:
     check_open_files(f.connections)
 
     # ---- Model.
-    loaded = load_model(f.checkpoint)
+    loaded = load_model(f.checkpoint, f.dtype, f.weights)
     config = loaded.config
-    model = Fusion(config.model, jnp.dtype(f.dtype or config.dtype))
     sizes = (_numbers(name, f[name].value) for name in ("lengths", "question_lengths", "rounds"))
     buckets = buckets_of_training(config.stages, *sizes, f.images)
     prompts = Prompts(config, loaded.tokenizer, buckets, f.latents or None)
-    engine = Engine(RunningBatch(model, loaded.params, prompts, f.rows, f.max_tokens), f.queue)
+    engine = Engine(RunningBatch(loaded.model, loaded.params, prompts, f.rows, f.max_tokens), f.queue)
     log.info("%s from %s; compiling %s", f.model_name, loaded.folder, buckets)
     engine.start()
     grammars = Grammars(prompts, config.model.llm.vocab_size)

@@ -63,7 +63,6 @@ def tower(target: str) -> None:
 
 
 def chat(path: str, llm: str, out: str) -> None:
-    import jax.numpy as jnp
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,11 +70,10 @@ def chat(path: str, llm: str, out: str) -> None:
     from fusion_jax.inference.decoding import decode, first_state
     from fusion_jax.inference.generate import Answerer
     from fusion_jax.inference.sampling import Sampling
-    from fusion_jax.models.fusion import Fusion
     from fusion_jax.training.loading import load_model
 
-    loaded = load_model(path)
-    model = Fusion(loaded.config.model, jnp.float32)
+    loaded = load_model(path, "float32")
+    model = loaded.model
     prompts = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=len(PROMPTS)).prompts
     turns = [[{"from": "human", "value": prompt}] for prompt in PROMPTS]
     examples = [prompts.example(Record(str(i), None, turn, f"prompt {i}")) for i, turn in enumerate(turns)]

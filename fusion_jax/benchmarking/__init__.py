@@ -1,1 +1,1 @@
-"""Measures training steps, checkpoints, generation and input for `python -m fusion_jax.benchmark`."""
+"""Measures training steps, checkpoints, generation, the server and input for `python -m fusion_jax.benchmark`."""

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from fusion_jax.benchmarking.common import RUN_REPEATS, build_model, equal_batch, times
 from fusion_jax.inference import decoding
 from fusion_jax.inference.sampling import Sampling
-from fusion_jax.models import fusion
+from fusion_jax.models import fusion, weights
 
 RUN_QUESTION, RUN_DECODE = 64, 64  # tokens, for a run's configuration
 
@@ -25,7 +25,7 @@ def measure_prefill(config: ConfigDict, rows: int) -> dict:
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
-    params = fusion.init(model.config, jax.random.key(0))
+    params = random_params(model)
     return time_prefill(model, params, rows if "stages" in config else 1, question, answer, repeats)
 
 
@@ -53,7 +53,7 @@ def measure_decode(config: ConfigDict, rows: int) -> dict:
     """
     question, answer, repeats = _sizes(config)
     model = build_model(config)
-    params = fusion.init(model.config, jax.random.key(0))
+    params = random_params(model)
     rows = rows if "stages" in config else config.get("decode_rows", 1)
     return time_decode(model, params, rows, question, answer, repeats)
 
@@ -75,6 +75,11 @@ def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: 
         medians.append(statistics.median(run() for _ in range(repeats)))
     seconds = medians[0] - medians[1]
     return {"rows": rows, "tokens_per_second": rows * (answer - 1) / seconds, "seconds": seconds}
+
+
+def random_params(model: fusion.Fusion) -> dict:
+    """Draws weights as a loaded model has them (`models/weights.py`)."""
+    return jax.jit(lambda: weights.as_read(fusion.init(model.config, jax.random.key(0)), model.dtype))()
 
 
 def _sizes(config: ConfigDict) -> tuple[int, int, int]:

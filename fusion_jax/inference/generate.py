@@ -17,6 +17,7 @@ from fusion_jax.inference import sampling
 from fusion_jax.inference.decoding import CHUNK, decode, first_state
 from fusion_jax.inference.prompts import Prompts, Steps, round_up
 from fusion_jax.inference.streaming import TextStream
+from fusion_jax.models import weights
 from fusion_jax.models.fusion import Fusion
 
 
@@ -64,7 +65,7 @@ class Answerer:
         latents: int | None = None,
         mesh: Mesh | None = None,
     ):
-        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.model, self.params, self.tokenizer = model, weights.as_read(params, model.dtype), tokenizer
         self.rows = rows if mesh is None else round_up(rows, sharding.batch_shards(mesh))
         self.max_tokens = max_tokens
         # The model's own config applies, not the one of its training: an ablation may have replaced parts.

@@ -16,6 +16,8 @@ from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, check
 from fusion_jax.models.config import FusionConfig
 
+# Most questions are much shorter than the longest, and most conversations have few rounds.
+_QUESTIONS, _ROUNDS = (64, 256), (1, 4)
 BETWEEN = "\n\n"  # between texts that are joined into one turn
 
 
@@ -29,7 +31,7 @@ def first_question(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Shapes that prompts are padded to: each combination that occurs is one compiled prefill.
+    """Shapes that prompts are padded to: each combination that occurs is one compiled prefill (`server/prefills.py`).
 
     Attributes:
       lengths: positions of a prompt. questions: question tokens that the encoder reads. rounds, images: how many a
@@ -66,18 +68,21 @@ def buckets_of_training(
     rounds: tuple[int, ...] = (),
     images: int = 0,
 ) -> Buckets:
-    """Buckets of these sizes; a size that is left out is the largest that any stage trained with.
+    """Buckets of these sizes; those that are left out end with the largest that any stage trained with.
 
     Args:
       images: most images of a conversation, 0 for as many as in training.
     """
     longest = max(stage.max_length for stage in stages)
     images = images or max(stage.max_images for stage in stages)
+    most_rounds, longest_question = (
+        max(getattr(s, name) for s in stages) for name in ("max_rounds", "max_question_length")
+    )
     return Buckets(
         # Half the length as well, so that a short prompt costs less than a long one.
         lengths or ((longest // 2, longest) if longest >= 128 else (longest,)),
-        questions or (max(stage.max_question_length for stage in stages),),
-        rounds or (max(stage.max_rounds for stage in stages),),
+        questions or (*(size for size in _QUESTIONS if size <= longest_question // 2), longest_question),
+        rounds or (*(size for size in _ROUNDS if size <= most_rounds // 2), most_rounds),
         (0, 1) if images == 1 else (0, 1, images),
     )
 

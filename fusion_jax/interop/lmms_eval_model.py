@@ -10,7 +10,6 @@ at most `max_new_tokens` tokens. Perplexities and conversations of several round
 import io
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
@@ -21,7 +20,6 @@ from fusion_jax.data.grey import is_deep_colour
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.inference.generate import Answerer
-from fusion_jax.models.fusion import Fusion
 from fusion_jax.training.loading import load_model
 
 _LONGEST = 1024  # tokens of an answer, where a task sets no limit
@@ -45,10 +43,9 @@ class FusionModel(lmms):
             wrong = f"unknown: {', '.join(unknown)}; " if unknown else ""
             raise UserError(f"{wrong}give --model_args checkpoint=DIR, and batch_size=N if need be.")
         loaded = load_model(checkpoint)
-        model = Fusion(loaded.config.model, jnp.dtype(loaded.config.dtype))
         rows = int(batch_size) if str(batch_size).isdigit() else 16
         self.batch_size = rows
-        self._answerer = Answerer(model, loaded.params, loaded.config, loaded.tokenizer, rows=rows)
+        self._answerer = Answerer(loaded.model, loaded.params, loaded.config, loaded.tokenizer, rows=rows)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Returns the answers in the order of the requests.

@@ -1,6 +1,7 @@
 """Defines the layers that encoder and decoder share: dense layers, norms, MLPs, rotary embedding.
 
-Parameters are float32 and have logical axis names; products are computed in `dtype`, norms in float32.
+Parameters are float32 and have logical axis names; products are computed in `dtype`, norms in float32. A model that
+only answers may store them otherwise (`weights.py`).
 """
 
 import math
@@ -13,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import partition
+from fusion_jax.models import partition, weights
 from fusion_jax.models.config import RopeConfig
 
 Init = Callable[..., jax.Array]
@@ -46,7 +47,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = weights.product(x.astype(self.dtype), kernel, self.get_variable("params", weights.scale_name("kernel")))
         if self.use_bias:
             bias = self.param(
                 "bias",

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from fusion_jax.models import attention, layers, partition
+from fusion_jax.models import attention, layers, partition, weights
 from fusion_jax.models.config import FusionConfig, LLMConfig
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
 from fusion_jax.models.remat import remat
@@ -165,14 +165,20 @@ class Decoder(nn.Module):
         rest = (None,) * (tokens.ndim - 1)
         return partition.constrain(partition.constrain(embedded, "rows", *rest, "embed"), "batch", *rest, None)
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        """Returns the head's weights (D, padded vocabulary), float32; logits beyond `vocab_size` must be masked."""
+    def head_kernel(self) -> Num[Array, "D V"]:
+        """Returns the head's weights (D, padded vocabulary) as they are stored.
+
+        Logits beyond `vocab_size` must be masked.
+        """
         return self.embedding.T if self.config.llm.tied_head else self.head
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Computes float32 logits over the vocabulary without its padding."""
-        kernel = self.head_kernel()[:, : self.config.llm.vocab_size].astype(self.dtype)
-        return jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        words = self.config.llm.vocab_size
+        kernel = self.head_kernel()[:, :words].astype(self.dtype)
+        logits = jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        scales = self.get_variable("params", weights.scale_name("head"))
+        return logits if scales is None else logits * scales[:words]
 
     def __call__(
         self,

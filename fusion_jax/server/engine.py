@@ -1,5 +1,6 @@
 """Batches continuously: one thread owns the device, and requests join and leave between chunks."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from fusion_jax.data.examples import layout_spec
-from fusion_jax.data.layout import Example, measure
+from fusion_jax.data.layout import Example, LayoutSpec, measure
 from fusion_jax.data.sources import Record
 from fusion_jax.errors import UserError, check
 from fusion_jax.inference.decoding import Logprobs
@@ -216,6 +217,7 @@ class Engine:
             self._wake.notify()
         if thread is not None:
             thread.join(patience)
+        self.batch.prefills.close()
 
     # ---- The engine's thread.
 
@@ -245,23 +247,43 @@ class Engine:
                 return False
         self._working_since = time.monotonic()
         self._drop_ended()
-        for row in range(self.rows):
-            while self._active[row] is None:
-                with self._wake:
-                    request = self._waiting.popleft() if self._waiting else None
-                if request is None:
-                    break
-                try:
-                    self.batch.join(row, request.example, request.how)
-                except (UserError, ValueError) as error:  # the request's fault, not the device's
-                    log.warning("a request failed: %s", " ".join(str(error).split())[:300])
-                    self._end(request, "error")
-                    continue
-                self.statistics.prefills += 1
-                self.statistics.prompt_tokens += request.prompt_tokens
-                self._active[row] = request
+        self._admit()
         self._decode()
         return True
+
+    def _admit(self) -> None:
+        """Gives free rows to the requests that have waited longest; those of one shape are prefilled together."""
+        while True:
+            free = [row for row, request in enumerate(self._active) if request is None]
+            with self._wake:
+                new = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+            if not new:
+                return
+            groups: dict[LayoutSpec | None, list[Request]] = {}
+            for request in new:
+                shape = None
+                with contextlib.suppress(UserError):  # joining says what is wrong
+                    shape = self.batch.prefills.shape(request.example)
+                groups.setdefault(shape, []).append(request)
+            for requests in groups.values():
+                self._join(free[: len(requests)], requests)
+                free = free[len(requests) :]
+
+    def _join(self, rows: list[int], requests: list[Request]) -> None:
+        try:
+            self.batch.join(rows, [r.example for r in requests], [r.how for r in requests])
+        except (UserError, ValueError) as error:  # a request's fault, not the device's
+            if requests[1:]:
+                for row, request in zip(rows, requests):
+                    self._join([row], [request])
+                return
+            log.warning("a request failed: %s", " ".join(str(error).split())[:300])
+            self._end(requests[0], "error")
+            return
+        for row, request in zip(rows, requests):
+            self.statistics.prefills += 1
+            self.statistics.prompt_tokens += request.prompt_tokens
+            self._active[row] = request
 
     def _decode(self) -> None:
         """Decodes a step of all rows: a chunk, or one token where any of them follows a constraint."""

@@ -33,6 +33,11 @@ class Metrics:
             ("fusion_requests_waiting", "Requests that wait for a row", engine.waiting),
             ("fusion_requests_open", "Requests accepted and not finished", engine.reserved),
             ("fusion_recompilations", "Programs compiled since the warm-up", engine.recompilations),
+            (
+                "fusion_programs_pending",
+                "Smaller prefills that are still to be compiled",
+                engine.batch.prefills.pending,
+            ),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         for name, text, value in (

@@ -1,8 +1,8 @@
 """Keeps the running batch on the device: R rows of prompts and answers, which requests join and leave.
 
-The cache has R rows of P + A slots. A new prompt is prefilled alone and copied into slots [0, P) of a free row; all
-rows write their next token into the same slot of the ring [P, P + A). A row lasts at most A steps, so the tokens
-that it still needs are never overwritten, wherever in the ring it began:
+The cache has R rows of P + A slots. New prompts are prefilled (`prefills.py`) and copied into slots [0, P) of free
+rows; all rows write their next token into the same slot of the ring [P, P + A). A row lasts at most A steps, so the
+tokens that it still needs are never overwritten, wherever in the ring it began:
 
     slot     0 ......... P-1 | P ... ^ ... P+A-1          ^ written next, by all rows
     row 0    prompt   . . .  | a a a a . . a a a          an answer that wrapped around the end of the ring
@@ -11,25 +11,25 @@ that it still needs are never overwritten, wherever in the ring it began:
 """
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusion_jax.batch import Batch
 from fusion_jax.data.conversation import IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, measure
 from fusion_jax.data.tiles import WHOLE
 from fusion_jax.errors import check
 from fusion_jax.inference import sampling
-from fusion_jax.inference.decoding import CHUNK, Logprobs, State, begin, decode, prefill
+from fusion_jax.inference.decoding import CHUNK, Logprobs, State, decode
 from fusion_jax.inference.prompts import Prompts
 from fusion_jax.inference.sampling import Sampling
 from fusion_jax.models import llm
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.server.prefills import Prefills
 from fusion_jax.server.requests import MOST_LOGPROBS
 
 
@@ -49,12 +49,13 @@ class RunningBatch:
         self.model, self.params, self.prompts = model, params, prompts
         self.rows, self.max_tokens, self.chunk = rows, max_tokens, chunk
         self.capacity = prompts.buckets.lengths[-1]
+        self.prefills = Prefills(model, params, prompts, self.capacity, rows)
         self.state: State | None = None
 
     def shapes(self) -> list[tuple[int, int, int, int]]:
-        """All shapes that are compiled: (length, question tokens, rounds, images)."""
+        """The shapes that are compiled at the start: (length, question tokens, rounds, images)."""
         b = self.prompts.buckets
-        return [(s, t, r, i) for s in b.lengths for t in b.questions for r in b.rounds for i in b.images]
+        return [(s, b.questions[-1], b.rounds[-1], i) for s in b.lengths for i in b.images]
 
     def empty(self) -> State:
         """The state with all rows free."""
@@ -75,7 +76,7 @@ class RunningBatch:
         )
 
     def warm_up(self) -> None:
-        """Empties all rows and runs every program once: prefills of all shapes, joining, leaving, all ways of decoding.
+        """Empties all rows and runs every program once: the largest prefills, joining, leaving, all ways of decoding.
 
         A shape that no prompt can have (an image needs more positions than its length) is left out.
         """
@@ -83,12 +84,12 @@ class RunningBatch:
         for length, question, rounds, images in self.shapes():
             example = self._longest(length, question, rounds, images)
             if example is not None:
-                self.join(0, example, Sampling())
+                self.join([0], [example], [Sampling()])
         for how in (Sampling(), Sampling(temperature=1.0)):
-            self.join(0, example_of_text(), how)
+            self.join([0], [example_of_text()], [how])
             self.step(draw=not how.greedy)
         for allowed in (None, self.all_allowed()):
-            self.join(0, example_of_text(), Sampling())
+            self.join([0], [example_of_text()], [Sampling()])
             self.step_reporting(allowed)
         self.leave(range(self.rows))
         jax.block_until_ready(self.state)
@@ -118,13 +119,13 @@ class RunningBatch:
             return None
         return replace(probe, input_ids=np.array([1, *marks, 1, *[1] * free], np.int32))
 
-    def join(self, row: int, example: Example, how: Sampling) -> None:
-        """Prefills a prompt and puts it into a free row."""
-        batch = self.prompts.batch([example])
-        limit = np.array([how.max_tokens], np.int32)
-        logits, positions, cache = prefill(self.model, self.params, batch, self.capacity, limit)
-        new = begin(logits, positions, cache, text_only(batch, self.capacity), limit, sampling.settings([how]))
-        self.state = insert(self.state, new, np.int32(row))
+    def join(self, rows: Sequence[int], examples: Sequence[Example], hows: Sequence[Sampling]) -> None:
+        """Prefills prompts of one shape, several together where a program is ready, and puts them into free rows."""
+        done = 0
+        while done < len(rows):
+            for new in self.prefills.run(examples[done:], hows[done:]):
+                self.state = insert(self.state, new, np.int32(rows[done]))
+                done += 1
 
     def step(self, draw: bool) -> np.ndarray:
         """Decodes a chunk of tokens in all rows, (R, chunk) int32. draw: see `decoding.decode`."""
@@ -160,26 +161,6 @@ class RunningBatch:
 def example_of_text() -> Example:
     """A prompt of one token, for warming up."""
     return Example(np.array([1], np.int32), None, np.zeros(0, np.int32), None, "warm-up")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TextOnly:
-    """The part of a `Batch` that `decoding.begin` reads."""
-
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    visual_index: np.ndarray
-
-
-def text_only(batch: Batch, capacity: int) -> TextOnly:
-    """The part of a batch that `decoding.begin` reads, padded to one shape for all buckets: (rows, capacity)."""
-    width = capacity - batch.tokens.shape[1]
-
-    def padded(x, fill):
-        return np.pad(x, ((0, 0), (0, width)), constant_values=fill)
-
-    return TextOnly(padded(batch.tokens, 0), padded(batch.segment_ids, 0), padded(batch.visual_index, -1))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

@@ -2,19 +2,22 @@
 
 import functools
 import logging
+import math
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from fusion_jax.config import RunConfig
 from fusion_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fusion_jax.errors import UserError, first_line
-from fusion_jax.models import fusion
+from fusion_jax.models import fusion, weights
 from fusion_jax.training import integrity
 from fusion_jax.training.about import check_size, config_of, load_about, save_tokenizer
 from fusion_jax.training.checkpoint_arrays import Damaged, abstract, fits, read_params, stored_shapes
@@ -22,14 +25,23 @@ from fusion_jax.training.checkpoint_folders import FOLDER, latest_first, step_of
 
 log = logging.getLogger("fusion_jax")
 
+_PART = 2 << 30  # bytes of float32 parameters that are read at a time
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model: its run config, parameters (float32, nested dict), tokenizer and step folder."""
+    """A trained model, ready to answer.
+
+    Attributes:
+      config: that of its run. model: what `params` are for; it computes in the dtype that `load_model` was asked for.
+      params: nested dict of arrays, stored as `models/weights.py` says. tokenizer: that of its training.
+      folder: the step folder. step: its number.
+    """
 
     config: RunConfig
+    model: fusion.Fusion
     params: dict
     tokenizer: Tokenizer
     folder: Path
@@ -117,11 +129,56 @@ def load_params(folder: Path, like) -> dict:
       UserError: the checkpoint holds other parameters than `like`.
     """
     check_size(folder, like)
+    return unflatten_dict(read_params(folder, _checked_shapes(folder, like)), sep="/")
+
+
+def _checked_shapes(folder: Path, like) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of parameters by path. Raises UserError if the checkpoint holds others."""
     stored, wanted = (flatten_dict(tree, sep="/") for tree in (stored_shapes(folder), abstract(like)))
     check_names(folder, stored, wanted)
     for name, leaf in wanted.items():
         check_fits(folder, name, tuple(stored[name].shape), leaf.shape)
-    return unflatten_dict(read_params(folder, wanted), sep="/")
+    return wanted
+
+
+def load_for_answers(folder: Path, like, dtype: DTypeLike, kind: str = "full") -> dict:
+    """Loads the parameters as `weights` stores them: in the dtypes that the layers read, or matrices as int8.
+
+    They are read a few at a time and converted at once, so that memory never holds all of them twice.
+
+    Args:
+      like: shapes of the parameters in float32. kind: one of `weights.KINDS`.
+
+    Raises as `load_params` does.
+    """
+    check_size(folder, like)
+    wanted = _checked_shapes(folder, like)
+    read = weights.dtypes(wanted, dtype)
+    params: dict[str, jax.Array] = {}
+    for part in _parts(wanted):
+        whole = {path for path in part if kind == "int8" and weights.becomes_int8(path)}
+        shapes = {path: x if path in whole else x.update(dtype=read[path]) for path, x in part.items()}
+        for path, x in read_params(folder, shapes).items():
+            if path in whole:
+                params[path], params[weights.scale_name(path)] = jax.block_until_ready(weights.to_int8(x))
+                x.delete()
+            else:
+                params[path] = x
+    return unflatten_dict(params, sep="/")
+
+
+def _parts(shapes: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Divides arrays into parts of at most `_PART` bytes, or of one larger array."""
+    part: dict[str, jax.ShapeDtypeStruct] = {}
+    total = 0
+    for path, x in shapes.items():
+        size = math.prod(x.shape) * x.dtype.itemsize
+        if part and total + size > _PART:
+            yield part
+            part, total = {}, 0
+        part[path] = x
+        total += size
+    yield part
 
 
 def check_names(folder: Path, stored: Collection[str], wanted: Collection[str]) -> None:
@@ -154,12 +211,16 @@ def check_fits(folder: Path, name: str, stored: tuple[int, ...], wanted: tuple[i
         )
 
 
-def load_model(path: str | Path) -> Loaded:
-    """Loads all that generation and evaluation need, from a checkpoint alone. Raises as `use` does."""
+def load_model(path: str | Path, dtype: DTypeLike | None = None, kind: str = "full") -> Loaded:
+    """Loads all that generation and evaluation need, from a checkpoint alone. Raises as `use` does.
+
+    Args:
+      dtype: what to compute in, by default that of training. kind: how to store the weights, one of `weights.KINDS`.
+    """
 
     def load(folder: Path) -> Loaded:
         try:
-            return _load_model(folder)
+            return _load_model(folder, dtype, kind)
         except Damaged:
             raise
         except UserError as error:  # parts of the checkpoint contradict each other
@@ -168,7 +229,7 @@ def load_model(path: str | Path) -> Loaded:
     return use(path, load)
 
 
-def _load_model(folder: Path) -> Loaded:
+def _load_model(folder: Path, dtype: DTypeLike | None, kind: str) -> Loaded:
     about = load_about(folder)
     config = config_of(about, folder)
     with tempfile.TemporaryDirectory() as files:
@@ -178,4 +239,7 @@ def _load_model(folder: Path) -> Loaded:
         like = jax.eval_shape(lambda: fusion.init(config.model, jax.random.key(0)))
     except (ArithmeticError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{folder} has a config from which no model can be built: {first_line(error)}") from error
-    return Loaded(config, load_params(folder, like), tokenizer, folder, step_of(folder))
+    model = fusion.Fusion(config.model, jnp.dtype(dtype or config.dtype))
+    params = load_for_answers(folder, like, model.dtype, kind)
+    log.info("weights: %.2f GiB (%s)", weights.size(params) / 2**30, kind if kind == "int8" else model.dtype.name)
+    return Loaded(config, model, params, tokenizer, folder, step_of(folder))

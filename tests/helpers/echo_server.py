@@ -47,9 +47,9 @@ class EchoBatch(RunningBatch):
         self._said = np.array(self.prompts.tokenizer.encode(SAID) * self.chunk)[: self.chunk]
         self.joined, self._chunks = deque(maxlen=100), 0
 
-    def join(self, row, example, how) -> None:
-        self.prompts.batch([example])
-        self.joined.append(example)
+    def join(self, rows, examples, hows) -> None:
+        self.prompts.batch(examples)
+        self.joined.extend(examples)
 
     def step(self, draw: bool) -> np.ndarray:
         time.sleep(self.pace)

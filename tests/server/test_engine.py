@@ -4,6 +4,7 @@ import dataclasses
 import json
 import queue
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from fusion_jax.models.config import RopeConfig, replace
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.server.engine import Engine
 from fusion_jax.server.grammar import GrammarError, Grammars
+from fusion_jax.server.prefills import _holds
 from fusion_jax.server.requests import Closing, Full
 from fusion_jax.server.running_batch import RunningBatch
 from fusion_jax.server.structured import read_form
@@ -296,3 +298,90 @@ def test_steps_of_one_token_are_taken_only_beside_a_form(engine, grammars):
     before = engine.statistics.chunks
     collect_formed(engine, [(mixed(0)[0], Sampling(max_tokens=16), form, None)])
     assert engine.statistics.chunks - before > 2
+
+
+SHAPES = Buckets(lengths=(80, 160), questions=(16, 64), rounds=(1, 2), images=(0, 1, 2))
+
+
+def asked(i, words=1, rounds=1, images=1):
+    record, how = mixed(4 * i)
+    turns = [{"from": "human", "value": "What? " * words}, {"from": "gpt", "value": "A star."}] * rounds
+    turns[0] = {"from": "human", "value": "<image>\n" * images + turns[0]["value"]}
+    pictures = tuple(picture(100 * i + k) for k in range(images))
+    return dataclasses.replace(record, turns=turns[:-1], images=pictures), how
+
+
+def submit(engine, requests):
+    """Queues requests; returns the queues of their events."""
+    queues = [queue.Queue() for _ in requests]
+    for (record, how), events in zip(requests, queues):
+        engine.submit(engine.prepare(record), how, events.put, 300.0)
+    return queues
+
+
+def read(queues):
+    """The answers whose events arrive in these queues."""
+    texts = []
+    for events in queues:
+        text, finish = "", None
+        while finish is None:
+            event = events.get(timeout=300)
+            text, finish = text + event.text, event.finish
+        texts.append(text)
+    return texts
+
+
+def wait_for_programs(engine):
+    for _ in range(3000):
+        if not engine.batch.prefills.pending:
+            return
+        time.sleep(0.1)
+    raise AssertionError("programs are still being compiled")
+
+
+def test_prompts_of_one_shape_are_prefilled_together_once_their_programs_are_ready(tokenizer):
+    prompts = Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, SHAPES)
+    engine = Engine(RunningBatch(Fusion(MODEL, jnp.float32), weights(), prompts, rows=4, max_tokens=24), queue_limit=80)
+    ran = []
+    run = engine.batch.prefills.run
+
+    def recorded(examples, hows):
+        states = run(examples, hows)
+        ran.append((len(examples), len(states)))
+        return states
+
+    engine.start()
+    started = set(engine.batch.prefills._ready)
+    engine.batch.prefills.run = recorded
+    try:
+        assert {count for count, _ in started} == {1}
+        crops = [(spec.question_length, spec.rounds) for _, spec in started if spec.crops]
+        assert set(crops) == {(64, 2)}, "only the largest are compiled at the start"
+
+        requests = [asked(i) for i in range(4)]
+        with engine._wake:  # all wait before the first is admitted
+            first = submit(engine, requests)
+        before = read(first)
+        wait_for_programs(engine)
+        # Small ones of their own, for one prompt and for several.
+        ready = set(engine.batch.prefills._ready) - started
+        assert {(spec.question_length, spec.rounds) for _, spec in ready} == {(16, 1)}
+        assert {count for count, _ in ready} >= {1, 4}
+        ran.clear()
+        with engine._wake:
+            second = submit(engine, requests)
+        assert read(second) == before
+        assert ran == [(4, 4)]
+        assert read(submit(engine, requests[:1])) == before[:1] and ran[1:] == [(1, 1)]
+        for text, (record, how) in zip(before, requests):
+            assert alone(engine, record, how) == text
+    finally:
+        engine.close(10)
+    assert not engine.batch.prefills._thread.is_alive()
+
+
+def test_prefills_pad_to_the_smallest_shape_that_is_ready(engine):
+    spec = engine.batch.prefills.shape(engine.prepare(mixed(2)[0]))
+    assert _holds(spec, spec) and _holds(dataclasses.replace(spec, question_length=65, rounds=9), spec)
+    assert not _holds(dataclasses.replace(spec, question_length=1), spec)
+    assert not _holds(dataclasses.replace(spec, length=spec.length + 1), spec)

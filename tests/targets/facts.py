@@ -43,6 +43,25 @@ def kernels(text: str) -> dict[str, int]:
     return {name: count for name, count in matches.items() if count}
 
 
+def written(text: str, dtypes: tuple[str, ...], shapes: set[tuple[int, int]]) -> list[str]:
+    """Instructions that write a matrix of one of these dtypes and shapes, in either order, to the device's memory.
+
+    What only exists within a fusion is not written.
+    """
+    fused, inside, lines = set(re.findall(r"calls=%?([\w.-]+)", text)), "", []
+    matrices = {(*ones, *shape) for shape in shapes for ones in ((), (1,))}
+    matrices |= {(*shape[:-2], *shape[:-3:-1]) for shape in matrices}
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            inside = start[1]
+        result = re.search(r" = (\w+)\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)[\w-]+\(", line)
+        if not result or inside in fused or result[1] not in dtypes:
+            continue
+        if tuple(map(int, result[2].split(","))) in matrices:
+            lines.append(line.strip()[:200])
+    return lines
+
+
 def host(text: str) -> list[str]:
     matches = Counter(match[1] for pattern in _HOST for match in re.finditer(pattern, text))
     return sorted(matches)

@@ -23,6 +23,7 @@ import facts
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers.fixtures import example
 from jax.sharding import AxisType, Mesh
 
@@ -37,11 +38,11 @@ from fusion_jax.inference import attention_maps, attention_weights, decoding, sa
 from fusion_jax.inference.decoding import CHUNK
 from fusion_jax.inference.prompts import Buckets, Steps, fit
 from fusion_jax.models import fusion as fusion_model
-from fusion_jax.models import partition
+from fusion_jax.models import partition, weights
 from fusion_jax.models.config import replace
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.planning import program, typical
-from fusion_jax.server import running_batch
+from fusion_jax.server import prefills, running_batch
 from fusion_jax.server.requests import MOST_LOGPROBS
 from fusion_jax.training import state
 from fusion_jax.training.step import compile_evaluation, compile_step
@@ -116,6 +117,19 @@ def _model(config: RunConfig, mesh: Mesh, remat: str = "none"):
     return Fusion(config.model, jnp.dtype(config.dtype), remat), state.abstract_parameters(config.model, mesh)
 
 
+def _as_loaded(params, dtype, kind: str):
+    """The parameters as `loading.load_model` stores them."""
+    flat = flatten_dict(params, sep="/")
+    read, stored = weights.dtypes(flat, dtype), {}
+    for path, x in flat.items():
+        stored[path] = _at(x.update(dtype=read[path]), x.sharding)
+        if kind == "int8" and weights.becomes_int8(path):
+            stored[path] = _at(x.update(dtype=jnp.int8), x.sharding)
+            scales = jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1]), jnp.float32)
+            stored[weights.scale_name(path)] = _at(scales, sharding.replicated(x.sharding.mesh))
+    return unflatten_dict(stored, sep="/")
+
+
 def _prompts(config: RunConfig, mesh: Mesh, rows: int, sizes: Buckets | Steps) -> Batch:
     """So many questions about images, laid out as answering does."""
     latents = config.model.fixed_latent_count
@@ -163,6 +177,7 @@ def answers(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What the server's engine runs, on one device."""
     model, params = _model(config, mesh)
+    params, integers = _as_loaded(params, model.dtype, "full"), _as_loaded(params, model.dtype, "int8")
     buckets = Buckets((LENGTH,), (QUESTION,))
     prompts = SimpleNamespace(buckets=buckets, config=config.model)
     server = running_batch.RunningBatch(model, params, prompts, rows=4, max_tokens=ANSWER)
@@ -170,7 +185,7 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     limit = np.full(1, ANSWER, np.int32)
     prefill = _compile(decoding.prefill, mesh, model, params, batch, server.capacity, limit)
     yield prefill
-    words = running_batch.text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
+    words = prefills.text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
     settings = sampling.settings([sampling.Sampling()])
     begin = _compile(decoding.begin, mesh, *prefill.results, words, limit, settings)
     yield begin
@@ -181,6 +196,11 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     yield _compile(decoding.decode, mesh, model, params, joined.results, server.chunk, (2,), True)
     reported = (False, MOST_LOGPROBS, server.all_allowed())
     yield _compile(decoding.decode, mesh, model, params, joined.results, 1, (2,), True, *reported)
+    small = _compile(decoding.decode, mesh, model, integers, joined.results, server.chunk, (2,), False)
+    matrices = {x.shape[-2:] for x in jax.tree.leaves(integers["llm"]) if x.dtype == jnp.int8}
+    restored = facts.written(small.compiled.as_text(), ("bf16", "f32"), matrices)
+    assert not restored, f"int8 weights are restored: {restored[:3]}"
+    yield small
 
 
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
@@ -242,7 +262,7 @@ TEXT = Group(("step: text alone, remat none",), step, more={"remat": "none", "im
 SPLIT = Group(("step: quadrants, tensor=2, remat attention",), step, QUADRANTS, TENSOR, more={"remat": "attention"})
 VALIDATION = Group(("validation",), validation)
 ANSWERS = Group(("answers: prefill", "answers: begin", "answers: decode"), answers)
-SERVED = ("prefill", "begin", "join", "leave", "decode", "decode in a form")
+SERVED = ("prefill", "begin", "join", "leave", "decode", "decode in a form", "decode with int8")
 SERVING = Group(tuple(f"server: {x}" for x in SERVED), serving, alone=True)
 PICTURES = Group(("pictures",), pictures, alone=True)
 BEGINNING = Group(("parameters",), beginning)

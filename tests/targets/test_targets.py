@@ -131,3 +131,19 @@ def test_host_is_seen_in_programs_however_they_reach_it():
   %n = f32[8]{0:T(128)S(1)} copy-start(%x)
 """
     assert facts.host(text) == ["S(5)", "infeed", "outfeed", "send", "xla_ffi_python_gpu_callback"]
+
+
+def test_matrices_are_seen_where_they_are_written():
+    text = """
+%fused.1 (p: s8[8,4]) -> bf16[8,4] {
+  ROOT %c = bf16[8,4]{1,0} convert(%p)
+}
+
+%body.2 (p: s8[8,4]) -> bf16[2,4] {
+  %w = bf16[8,4]{1,0} fusion(%p), kind=kLoop, calls=%fused.1
+  %t = bf16[1,4,8]{2,1,0} copy(%w)
+  %s = s8[8,4]{1,0} copy(%p)
+  %small = bf16[2,4]{1,0} dot(%x, %w)
+}
+"""
+    assert [line.split()[0] for line in facts.written(text, ("bf16",), {(8, 4)})] == ["%w", "%t"]

@@ -9,15 +9,18 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from helpers import tiny_checkpoint
+from flax.traverse_util import flatten_dict
+from helpers import tiny_checkpoint, tiny_run
+from helpers.fixtures import shapes
 from helpers.forged import forge, without
 from helpers.shapes_data import make_shapes
 
 from fusion_jax.errors import UserError
 from fusion_jax.interop import exporting
-from fusion_jax.models import fusion
-from fusion_jax.training import init_from, integrity, resume
+from fusion_jax.models import fusion, weights
+from fusion_jax.training import init_from, integrity, loading, resume
 from fusion_jax.training.about import load_about, save_tokenizer
 from fusion_jax.training.loading import find_checkpoint, load_model
 
@@ -182,3 +185,44 @@ def test_parameters_of_another_model_are_named(two):
     forge(two[1], "about", change)
     with pytest.raises(UserError, match=r"parameters of another model: llm/.* has shape .*, the config asks for"):
         load_model(two[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_that_answers_has_its_weights_as_its_layers_read_them(run, dtype):
+    """Bit for bit: what is read in a dtype is what was saved, cast."""
+    step = run / "stage2" / "checkpoints" / "8"
+    saved = loading.load_params(step, shapes(tiny_run.MODEL))
+    loaded = load_model(step, dtype)
+    assert loaded.model.dtype == dtype
+    assert_equal(loaded.params, weights.as_read(saved, dtype))
+
+
+def test_matrices_become_int8_part_by_part(run, monkeypatch):
+    """Files are read in parts, one array at a time here; only what a part holds is in float32."""
+    step = run / "stage2" / "checkpoints" / "8"
+    whole = load_model(step, "bfloat16", "int8").params
+    sizes = []
+    read = loading.read_params
+
+    def read_part(folder, like):
+        sizes.append(sum(x.size * 4 for x in like.values()))
+        return read(folder, like)
+
+    monkeypatch.setattr(loading, "read_params", read_part)
+    monkeypatch.setattr(loading, "_PART", 1 << 15)
+    assert_equal(load_model(step, "bfloat16", "int8").params, whole)
+    assert len(sizes) > 4 and max(sizes) <= max(1 << 15, *(x.size * 4 for x in jax.tree.leaves(whole)))
+    saved = loading.load_params(step, shapes(tiny_run.MODEL))
+    integers, scales = weights.to_int8(saved["llm"]["head"])
+    assert_equal(
+        {"head": whole["llm"]["head"], "scale": whole["llm"]["head_scale"]}, {"head": integers, "scale": scales}
+    )
+    assert whole["llm"]["embedding"].dtype == "bfloat16" and whole["llm"]["norm"]["scale"].dtype == "float32"
+
+
+def assert_equal(ours, theirs):
+    flat = flatten_dict(theirs, sep="/")
+    assert flatten_dict(ours, sep="/").keys() == flat.keys()
+    for path, x in flatten_dict(ours, sep="/").items():
+        assert x.dtype == flat[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(flat[path], np.float32), err_msg=path)
