@@ -103,11 +103,13 @@ class StageConfig:
     image_folder: str = ""
     """Folder of the images of `data`; empty: the folder that holds `data`."""
     max_length: int = 2048
-    """Positions in a row, visual tokens included; a longer conversation loses its last rounds, or is skipped."""
+    """Positions in a row, visual tokens included; a longer conversation loses its last rounds, or is skipped. Packed
+    rows may be up to twice as long where that leaves fewer gaps."""
     max_question_length: int = 256
-    """Question tokens that one pass of the vision encoder reads; the limit is applied as for `max_length`."""
+    """Most question tokens that one pass of the vision encoder reads; the limit is applied as for `max_length`. Steps
+    are as long as their questions need, in a few sizes."""
     max_rounds: int = 8
-    """Rounds in a row; the limit is applied as for `max_length`."""
+    """Most rounds in a row of `max_length` positions; the limit is applied as for `max_length`."""
     max_images: int = 1
     """Images in a conversation; the limit is applied as for `max_length`."""
     packing: bool = False

@@ -40,6 +40,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "latents", None, "latents l^2 of a round; by default the largest number, which takes most memory"
     )
+    flags.DEFINE_bool(
+        "largest", False, "plan the largest size of steps, which takes most memory, not the most frequent size"
+    )
     flags.DEFINE_float(
         "samples", None, "samples of the whole stage, for chip-hours; by default the published number", lower_bound=1
     )
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> None:
         print(search.ranking(reports))
         best = reports[0]
     else:
-        best = report.analyse(program.compile_step(config, stage, topology, values.latents), topology)
+        best = report.analyse(program.compile_step(config, stage, topology, values.latents, values.largest), topology)
     print(report.table(best, samples))
     print(json.dumps(report.line(best, samples)))
 

@@ -1,7 +1,11 @@
 """Puts JSON or JSONL records and their images into shards, or checks such shards.
 
     python -m fusion_jax.shards --json_path F.json --image_folder D --out SHARDS [--shards N] [--workers N]
-    python -m fusion_jax.shards --out SHARDS --check        # reads everything again: hashes, counts, records
+    python -m fusion_jax.shards --out SHARDS --config CONFIG    # stores how long the records are for this run
+    python -m fusion_jax.shards --out SHARDS --check            # reads everything again: hashes, counts, records
+
+With --config, a run with the same tokenizer, template and model plans its steps without tokenizing every record: see
+data/lengths.py. This can be done at once or later, for shards that exist, and for several configs.
 
 After a kill at any moment, the same command goes on and ends with the same bytes as an undisturbed run. Records that
 cannot be used are left out and counted by reason in the manifest. See data/shard_writing.py.
@@ -14,6 +18,8 @@ import time
 from absl import flags
 
 from fusion_jax.command_line.cli import run_main
+from fusion_jax.command_line.config_flag import define_config
+from fusion_jax.config import RunConfig, from_dict
 from fusion_jax.data import shard_writing
 from fusion_jax.data.shard_checking import check_shards
 from fusion_jax.errors import check
@@ -35,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "max_bad_records", 0.5, "share of unusable records above which to stop, 0 to 1", lower_bound=0, upper_bound=1
     )
+    define_config("run configuration for whose tokenizer, template and model the lengths of the records are stored")
     flags.DEFINE_bool("check", False, "read the shards in --out again and compare them with their manifest")
 
 
@@ -49,7 +56,22 @@ def main(argv: list[str]) -> None:
         check(not problems, f"{values.out} differs from its manifest in {len(problems)} points.")
         log.info("%s is as its manifest says", values.out)
         return
-    check(values.json_path is not None, "Give the records with --json_path, or --check to check what is there.")
+    check(
+        values.json_path is not None or values.config is not None,
+        "Give the records with --json_path, --config to store lengths, or --check to check what is there.",
+    )
+    config = None if values.config is None else from_dict(RunConfig, values.config.to_dict())
+    if values.json_path is not None:
+        _convert(values)
+    if config is not None:
+        from fusion_jax.data import length_writing  # loads JAX, which conversions do without
+
+        start = time.perf_counter()
+        path = length_writing.write_lengths(values.out, config, values.workers)
+        log.info("%s: %.1f MB, %.0f s", path, path.stat().st_size / 1e6, time.perf_counter() - start)
+
+
+def _convert(values: flags.FlagValues) -> None:
     start = time.perf_counter()
     manifest = shard_writing.convert(
         values.json_path,

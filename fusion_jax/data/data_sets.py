@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_jax.data import lengths
 from fusion_jax.data.json_records import DataFile, read_record, scan_json
 from fusion_jax.data.records import understand
 from fusion_jax.data.shards import Shards
@@ -88,6 +89,10 @@ class DataSet:
     def content(self) -> dict[str, Any]:
         """Returns records, bytes and hash of the whole data set."""
         raise NotImplementedError
+
+    def lengths(self, k: int, key: str) -> np.void | None:
+        """Returns the stored `lengths.ENTRY` of a chosen record for a key (`ExampleMaker.lengths_key`), if any."""
+        return None
 
     def place(self, i: int) -> int:
         """Returns which of the chosen records is the i-th to draw."""
@@ -165,6 +170,9 @@ class StoredData(DataSet):
 
     def text(self, k: int) -> Record:
         return self._record(self.records.text(int(self.numbers[k])))
+
+    def lengths(self, k: int, key: str) -> np.void | None:
+        return lengths.entry(self.records, int(self.numbers[k]), key) if isinstance(self.records, Shards) else None
 
     def _record(self, found: tuple[dict[str, Any], list[bytes], str]) -> Record:
         header, images, where = found

@@ -5,6 +5,7 @@ Nothing here loads Grain.
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ def layout_spec(model: FusionConfig, length: int, question_length: int, rounds: 
     )
 
 
+_LENGTHS = 1  # to be raised when the encoding changes, so that stored lengths of before are not used
+
+
 @dataclass(frozen=True)
 class ExampleMaker:
     """Turns records into examples for one model, tokenizer and template; picklable.
@@ -51,6 +55,13 @@ class ExampleMaker:
     tokenizer: Tokenizer
     template: str
     decode: str = "exact"
+
+    @functools.cached_property
+    def lengths_key(self) -> str:
+        """All that the lengths of a record depend on, except the record: see lengths.py."""
+        spec = layout_spec(self.model, 1, 1, 1)
+        template = chat_template.find(self.template, self.tokenizer)
+        return repr((_LENGTHS, self.tokenizer.fingerprint, template, self.model.semantic_exchange, spec))
 
     def __call__(self, record: Record, prompt: bool = False) -> Example:
         """Encodes a record and its images. With `prompt` the conversation ends before its last answer.
@@ -191,6 +202,8 @@ class ExampleLoader:
         """
         if number >= len(self.source):
             return BadRecord("changed", f"record {number}", f"the data now has {len(self.source)} records")
+        if (stored := self._stored(int(number))) is not None:
+            return stored, 0
         try:
             record = self.source.text(number)
             example = self.maker.fitting(record, self.spec, self.longest_latents)
@@ -200,6 +213,21 @@ class ExampleLoader:
         except BadRecord as bad:
             return bad
         return measure(example, self.spec, 0, int(number)), example.dropped_rounds
+
+    def _stored(self, number: int) -> Measured | None:
+        """Returns what the record takes, if its lengths are stored and it fits as a whole."""
+        spec, stored = self.spec, self.source.lengths(number, self.maker.lengths_key)
+        if stored is None:
+            return None
+        length, question, crops, rounds, images = stored.tolist()
+        if (
+            length + rounds * self.longest_latents > spec.length
+            or question > spec.question_length
+            or rounds > spec.rounds
+            or images > spec.images
+        ):
+            return None
+        return Measured(number, length, crops, rounds, question=question)
 
 
 def load_rows(

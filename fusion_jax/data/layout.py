@@ -116,14 +116,16 @@ class LayoutSpec:
 
 
 class Measured(NamedTuple):
-    """What a record takes: its number, positions of its row, crops of its group, rounds with latents of its row; and
-    the step, from 0, before which it was read. While its l^2 is not drawn yet, `length` is without latents."""
+    """What a record takes: its number, positions of its row, crops of its group, rounds with latents of its row; the
+    step, from 0, before which it was read; and the tokens of the question that guides its crops, -1 if a checkpoint of
+    an earlier version lacks them. While its l^2 is not drawn yet, `length` is without latents."""
 
     number: int
     length: int
     crops: int
     rounds: int
     arrived: int = 0
+    question: int = 0
 
 
 def measure(example: Example, spec: LayoutSpec, latent_count: int, number: int = 0) -> Measured:
@@ -133,7 +135,8 @@ def measure(example: Example, spec: LayoutSpec, latent_count: int, number: int =
     visual = sum(spec.tokens_of(tiling) for tiling in tilings)
     length = len(example.input_ids) + visual - example.images + rounds * (latent_count - 1)
     crops = sum(tiling.crops for tiling in tilings) or int(spec.zero_image_for_text and rounds > 0)
-    return Measured(number, length, crops, rounds)
+    question = len(example.question_ids) if spec.question_length else 0
+    return Measured(number, length, crops, rounds, question=question)
 
 
 def check_fits(example: Example, spec: LayoutSpec, latent_count: int) -> None:

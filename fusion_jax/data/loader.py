@@ -45,7 +45,8 @@ log = logging.getLogger("fusion_jax")
 
 _MOST_SENT = 512  # measured records that process 0 sends in one message
 _SENT_AHEAD = 8  # messages that process 0 sends before it waits for the others to have read the first of them
-_MEASURED = (4, 5)  # numbers of a waiting record in a checkpoint; the oldest checkpoints lack `arrived`
+# Numbers of a waiting record in a checkpoint; earlier versions' lack `question`, and the oldest `arrived`, too.
+_MEASURED = (4, 5, 6)
 
 
 class Board(Protocol):
@@ -207,7 +208,7 @@ class _BatchIterator(grain.DatasetIterator):
         broken = [element for _, element in gaps]
         for element in broken:
             self._broken[element.reason] = self._broken.get(element.reason, 0) + 1
-        batch = lay_out_rows(rows, dataclasses.replace(f.loader.spec, crops=step.crops), step.latents, len(f.groups))
+        batch = lay_out_rows(rows, step.spec, step.latents, len(f.groups))
         samples = sum(map(len, step.rows)) - len(broken)
         bad = (*step.bad, *broken)
         fed = Fed(batch, samples, bad, len(broken), planner.checksum, step.done, step.last)
@@ -222,6 +223,8 @@ class _BatchIterator(grain.DatasetIterator):
             numbers = [one.number for one in before[first : first + _MOST_SENT]]
             elements += self._agreed(f"waiting/{planner.step}/{first}", numbers)
         bad = planner.replace_waiting(elements)
+        now = {one.number: one.question for one in planner.waiting}
+        before = [m._replace(question=now.get(m.number, -1)) if m.question < 0 else m for m in before]
         if changed := len(set(before) - set(planner.waiting)):
             what = f"{changed} of the {len(before)} records that were read and waited for their step have changed since"
             log.warning(
@@ -251,8 +254,13 @@ class _BatchIterator(grain.DatasetIterator):
         self._parent.set_state(state["parent"])
         planner = self._planner = self._feeding.planner()
         planner.step, planner.counts = state["step"], Counts(**state["counts"])
-        planner.waiting = [Measured(*measured) for measured in state["waiting"]]
+        planner.waiting = [_measured(one) for one in state["waiting"]]
         self._broken, self._restored = {}, True
+
+
+def _measured(numbers: Sequence[int]) -> Measured:
+    """Returns a waiting record of a checkpoint; its question's length is unknown if an earlier version wrote it."""
+    return Measured(*numbers) if len(numbers) == max(_MEASURED) else Measured(*numbers, question=-1)
 
 
 def _check_state(state, length: int) -> None:
@@ -305,11 +313,15 @@ def training_batches(
     seed = stage_seed(config, stage)
     loader = stage_loader(config, stage, source, tokenizer)
     sizes = sizes or stage_sizes(config, stage, loader, shards)
-    fewest, most = (sizes.groups * pick(sizes.crops.values()) for pick in (min, max))
+    every = [crops for one in (*sizes.smaller, sizes) for crops in one.crops.values()]
+    fewest, most = (sizes.groups * pick(every) for pick in (min, max))
     if sizes.packing or fewest != sizes.rows:
         crops = f"{fewest} to {most}" if fewest < most else str(most)
-        what = f"{sizes.rows} rows of {stage.max_length} and {crops} crops"
+        what = f"{sizes.rows} rows of {sizes.length or stage.max_length} and {crops} crops"
         log.info("%s: %s hold %.0f samples on average", stage.name, what, sizes.samples)
+    for size in sizes.smaller:
+        what = f"records with up to {size.question_length} question tokens and {min(size.rounds.values())} rounds"
+        log.info("%s: %s go into smaller steps of their own", stage.name, what)
     if sizes.samples > 1.1 * stage.batch_size:
         log.warning(
             "%s: steps hold %.0f samples, not batch_size=%d, because each of %d devices and microbatches has as many "

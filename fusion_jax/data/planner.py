@@ -67,7 +67,8 @@ class Step:
     """One planned step.
 
     Attributes:
-      number: from 0. latents: l^2, 0 if all rows are text alone. crops: K of a group. rows: the records of each row.
+      number: from 0. latents: l^2, 0 if all rows are text alone. rows: the records of each row. spec: the layout of
+        its batch.
       bad: the bad records met since the step before.
       done: how much of the stage came before, in steps; if the stage counts epochs, in steps with the average number
         of samples. last: whether the stage ends with this step.
@@ -75,11 +76,16 @@ class Step:
 
     number: int
     latents: int
-    crops: int
     rows: list[list[Measured]]
+    spec: LayoutSpec
     bad: tuple[BadRecord, ...] = ()
     done: float = 0.0
     last: bool = False
+
+    @property
+    def crops(self) -> int:
+        """K of a group, 0 if all rows are text alone."""
+        return self.spec.crops
 
 
 class Planner:
@@ -125,18 +131,19 @@ class Planner:
         """
         if self.is_over():
             return None
-        self._read(read, self._enough)
+        self._read(read, self._missing)
         if not self.waiting and not self._bad:
             return None
         number, done = self.step, self._done()
         latents = draw_latent_count(self._latent_counts, self._seed, number)
-        rows, crops = self._take(latents)
-        latents = latents if crops else 0  # rows of text alone use one program, whatever was drawn
-        self.checksum = zlib.crc32(json.dumps([latents, crops, rows]).encode(), self.checksum)
+        rows, spec = self._take(latents)
+        latents = latents if spec.crops else 0  # rows of text alone use one program, whatever was drawn
+        sizes = [latents, spec.length, spec.crops, spec.rounds, spec.question_length]
+        self.checksum = zlib.crc32(json.dumps([sizes, rows]).encode(), self.checksum)
         if not self._stage.steps:
-            self._read(read, lambda: bool(self.waiting))
+            self._read(read, lambda: 0 if self.waiting else 1)
         bad, self._bad = tuple(self._bad), []
-        return Step(number, latents, crops, rows, bad, done, self.is_over())
+        return Step(number, latents, rows, spec, bad, done, self.is_over())
 
     def replace_waiting(self, elements: Sequence[Element]) -> int:
         """Puts newly measured elements in place of the waiting records, in their order: their file may have been
@@ -152,11 +159,15 @@ class Planner:
         self._bad += bad
         return len(bad)
 
-    def _read(self, read: Callable[[], Element], enough: Callable[[], bool]) -> None:
-        """Reads until there is enough, all is read, or too many records were bad. Nothing that differs between
-        processes may decide when it ends."""
-        bad_in_a_row = 0
-        while self.counts.seen < self._to_read and not enough():
+    def _read(self, read: Callable[[], Element], missing: Callable[[], int]) -> None:
+        """Reads until nothing is missing, all is read, or too many records were bad. Nothing that differs between
+        processes may decide when it ends.
+
+        Args:
+          missing: how many more records are needed at least.
+        """
+        bad_in_a_row = needed = 0
+        while self.counts.seen < self._to_read and (needed := needed or missing()):
             element = read()
             self.counts.seen += 1
             if isinstance(element, BadRecord):
@@ -168,22 +179,23 @@ class Planner:
                     break
             else:
                 bad_in_a_row = 0
+                needed -= 1
                 measured, dropped = element
                 self.waiting.append(measured._replace(arrived=self.step))
                 self.counts.shortened += dropped > 0
                 self.counts.dropped_rounds += dropped
 
-    def _enough(self) -> bool:
-        return plan.enough(self.waiting, self._sizes, self._split, self.step)
+    def _missing(self) -> int:
+        return plan.missing(self.waiting, self._spec, self._sizes, self._split, self.step)
 
-    def _take(self, latents: int) -> tuple[list[list[Measured]], int]:
-        """Returns the records of every row of the next step, which wait no longer, and K."""
+    def _take(self, latents: int) -> tuple[list[list[Measured]], LayoutSpec]:
+        """Returns the records of every row of the next step, which wait no longer, and its layout."""
         planned = plan.plan(self.waiting, self._spec, self._sizes, latents, self._split, self.step)
         rows = [[self.waiting[i] for i in row] for row in planned.rows]
         chosen = {i for row in planned.rows for i in row}
         self.waiting = [measured for i, measured in enumerate(self.waiting) if i not in chosen]
         self.step += 1
-        return rows, planned.crops
+        return rows, dataclasses.replace(self._sizes.spec(self._spec, planned.size, latents), crops=planned.crops)
 
     def _done(self) -> float:
         if self._stage.steps:

@@ -161,7 +161,7 @@ os.register_at_fork(after_in_child=_reader.cache_clear)  # a file position must 
 
 def _fetch(url: str, size: int, sha256: str) -> str:
     """Returns a local copy of a remote shard, named by its hash."""
-    folder = Path(os.environ.get("FUSION_JAX_CACHE") or Path.home() / ".cache" / "fusion_jax") / "shards"
+    folder = _cache_folder()
     target = folder / f"{sha256}.array_record"
     if target.exists() and target.stat().st_size == size:
         return str(target)
@@ -179,6 +179,34 @@ def _fetch(url: str, size: int, sha256: str) -> str:
     finally:
         part.unlink(missing_ok=True)
     return str(target)
+
+
+def local_copy(path: str) -> str:
+    """Returns the path of a file beside shards, or for a URL that of a copy, which its name must identify.
+
+    Raises:
+      FileNotFoundError: there is none. UserError: it cannot be copied.
+    """
+    if not is_url(path):
+        return path
+    target = _cache_folder() / path.rsplit("/", 1)[1]
+    if not target.exists():
+        fs, name = _filesystem(path)
+        part = target.with_suffix(f".{os.getpid()}.part")
+        try:
+            data = fs.cat_file(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            os.replace(part, target)
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            raise UserError(f"Cannot copy {path} to {target.parent}: {e}.") from e
+    return str(target)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("FUSION_JAX_CACHE") or Path.home() / ".cache" / "fusion_jax") / "shards"
 
 
 def hash_file(path: str | Path) -> str:

@@ -63,6 +63,12 @@ class RecordSource:
         part, k = self._find(i)
         return part.text(k)
 
+    def lengths(self, i: int, key: str) -> np.void | None:
+        """Returns what is stored of the record's lengths for a key (`ExampleMaker.lengths_key`), if anything is: see
+        lengths.py."""
+        part, k = self._find(i)
+        return part.lengths(k, key)
+
     def describe(self) -> list[dict[str, Any]]:
         """Describes each data set: see `DataSet.describe`. Raises UserError if a file can no longer be read."""
         return [part.describe() for part in self._parts]

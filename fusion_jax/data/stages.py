@@ -8,8 +8,9 @@ from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data import sources
 from fusion_jax.data.examples import ExampleLoader, ExampleMaker, layout_spec
 from fusion_jax.data.layout import LayoutSpec, Measured
-from fusion_jax.data.plan import Sizes, a_crop_each, size_batches
+from fusion_jax.data.plan import Sizes, a_crop_each
 from fusion_jax.data.sources import RecordSource
+from fusion_jax.data.step_sizes import can_be_smaller, sizes_for
 from fusion_jax.data.tokenizer import Tokenizer
 from fusion_jax.errors import BadRecord, UserError
 from fusion_jax.models.config import FusionConfig
@@ -55,17 +56,10 @@ def stage_sizes(config: RunConfig, stage: StageConfig, loader: ExampleLoader, sh
       shards: parts that the rows of a microbatch are sharded into.
     """
     model = config.model
-    if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
-        return a_crop_each(stage.batch_size, model.drawn_latent_counts)
-    return size_batches(
-        _measured_sample(loader, stage_seed(config, stage)),
-        loader.spec,
-        stage.batch_size,
-        shards * stage.accumulation,
-        model.drawn_latent_counts,
-        stage.max_images * model.most_crops,
-        stage.packing,
-    )
+    if stage.packing or stage.max_images > 1 or model.most_crops > 1 or can_be_smaller(loader.spec):
+        sample = _measured_sample(loader, stage_seed(config, stage))
+        return sizes_for(sample, loader.spec, model, stage, shards)
+    return a_crop_each(stage.batch_size, model.drawn_latent_counts)
 
 
 def _measured_sample(loader: ExampleLoader, seed: int) -> list[Measured]:

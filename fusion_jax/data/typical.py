@@ -6,8 +6,9 @@ batch has, is decided by the code that trains (`data.plan`). Plans need the arra
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,12 +20,15 @@ from fusion_jax.data.conversation import ANSWER_START, IGNORE, IMAGE, LATENTS
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Example, LayoutSpec, Measured
 from fusion_jax.data.packing import Mix
-from fusion_jax.data.plan import WAITING_PACKED, Sizes, a_crop_each, plan, pool, size_batches
+from fusion_jax.data.plan import PATIENCE_LARGE, WAITING_PACKED, Sizes, plan, pool
+from fusion_jax.data.planner import Planner
+from fusion_jax.data.step_sizes import sizes_for
 from fusion_jax.errors import BadRecord, check
 from fusion_jax.models.config import FusionConfig
 
 # (width, height) of images by share, for dynamic resolution: mostly camera formats.
 IMAGE_SIZES = (((640, 480), 0.6), ((480, 640), 0.2), ((500, 500), 0.1), ((1280, 720), 0.1))
+_DRAWN = 8192  # conversations of which many steps consist, again and again
 _FIRST_WORD = 3  # token ids below it are special
 
 
@@ -119,12 +123,13 @@ def _measured(examples: Sequence[Example], spec: LayoutSpec) -> list[Measured]:
 
 
 def typical_rows(
-    config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None
+    config: RunConfig, stage: StageConfig, shards: int, latent_count: int | None = None, largest: bool = False
 ) -> tuple[LayoutSpec, Sizes, list[list[Example]], int]:
     """Plans a typical step of a stage, before it is laid out.
 
     Args:
-      shards: parts that the rows are sharded into. latent_count: l^2; by default the largest.
+      shards: parts that the rows are sharded into. latent_count: l^2; by default the largest. largest: a step of the
+        largest size, which may be rare, filled with usual conversations; by default one of the smallest.
 
     Returns:
       (the layout with its number of crops, the sizes of batches, the conversations of each row, l^2).
@@ -142,13 +147,7 @@ def typical_rows(
     )
     waiting = draw(model, stage, spec, max(WAITING_PACKED * stage.batch_size, 512))
     measured = _measured(waiting, spec)
-    if not stage.packing and stage.max_images == 1 and model.most_crops == 1:
-        sizes = a_crop_each(stage.batch_size, counts)
-    else:
-        groups = shards * stage.accumulation
-        sizes = size_batches(
-            measured[:512], spec, stage.batch_size, groups, counts, stage.max_images * model.most_crops, stage.packing
-        )
+    sizes = sizes_for(measured[:512], spec, model, stage, shards)
     check(
         sizes.rows % (shards * stage.accumulation) == 0,
         f"stage {stage.name!r}: {sizes.rows} rows in {stage.accumulation} microbatch(es) do not divide over the "
@@ -157,9 +156,37 @@ def typical_rows(
     if sizes.samples > 1.1 * stage.batch_size:  # with so many devices a step holds more, and is chosen from more
         waiting = draw(model, stage, spec, math.ceil(pool(sizes)))
         measured = _measured(waiting, spec)
+    if largest:
+        sizes = dataclasses.replace(sizes, smaller=())
     planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
     rows = [[waiting[i] for i in row] for row in planned.rows]
-    return dataclasses.replace(spec, crops=planned.crops), sizes, rows, latent_count
+    fitted = dataclasses.replace(sizes.spec(spec, planned.size, latent_count), crops=planned.crops)
+    return fitted, sizes, rows, latent_count
+
+
+def typical_steps(
+    config: RunConfig, stage: StageConfig, shards: int, steps: int
+) -> Iterator[tuple[LayoutSpec, Sizes, list[Example], int]]:
+    """Plans many typical steps one after the other, as training would, after as many as records may wait for.
+
+    Args:
+      shards: parts that the rows are sharded into.
+
+    Yields:
+      (the step's layout with its number of crops, the sizes of batches, its conversations, l^2).
+    """
+    model = config.model
+    spec = layout_spec(model, stage.max_length, stage.max_question_length, stage.max_rounds, stage.max_images)
+    examples = draw(model, stage, spec, _DRAWN)
+    measured = _measured(examples, spec)
+    sizes = sizes_for(measured[:512], spec, model, stage, shards)
+    endless = dataclasses.replace(stage, steps=PATIENCE_LARGE + steps)
+    planner = Planner(endless, spec, sizes, model.drawn_latent_counts, config.seed, len(examples))
+    records = itertools.cycle(measured)
+    while step := planner.next_step(lambda: (next(records), 0)):
+        if step.number >= PATIENCE_LARGE:
+            chosen = [examples[measured.number] for row in step.rows for measured in row]
+            yield step.spec, sizes, chosen, step.latents
 
 
 def random_batch(

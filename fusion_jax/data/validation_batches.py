@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
-from fusion_jax.data import packing
+from fusion_jax.data import packing, step_sizes
 from fusion_jax.data.examples import ExampleLoader, load_rows
 from fusion_jax.data.layout import LayoutSpec, Measured, lay_out_rows
 from fusion_jax.data.plan import groups_of
@@ -19,11 +19,10 @@ from fusion_jax.errors import BadRecord
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """One batch of validation: the records of every row; S positions a row, K crops a group."""
+    """One batch of validation: the records of every row, and its layout."""
 
     rows: list[list[Measured]]
-    length: int
-    crops: int
+    spec: LayoutSpec
 
 
 def plan_all(
@@ -32,8 +31,8 @@ def plan_all(
     """Plans batches that hold every record, of which there must be one, once, in rows as full as those of a stage.
 
     The longest rows come first. A batch is as long as its longest row, rounded up to one of four lengths, and those of
-    one length have one K: four programs at most. A batch has one group of rows for every shard, with no more rows than
-    a microbatch of the stage; rows stay empty if there are too few.
+    one length have one K, T and R: four programs at most. A batch has one group of rows for every shard, with no more
+    rows than a microbatch of the stage; rows stay empty if there are too few.
 
     Args:
       latents: l^2. shards: parts that rows are sharded into.
@@ -54,9 +53,13 @@ def plan_all(
         groups = math.ceil(len(part) / (rows * shards)) * shards
         by_group = _spread([[records[i] for i in unit] for unit in part], groups, rows)
         crops = max(_crops(group) for group in by_group)
+        units = [[records[i] for i in unit] for unit in part]
+        most = max(sum(m.rounds for m in unit) for unit in units)
+        fitted = step_sizes.fitted(spec, [m for unit in units for m in unit], most)
+        fitted = dataclasses.replace(fitted, length=length, crops=crops)
         for first in range(0, groups, shards):
             filled = [group + [[]] * (rows - len(group)) for group in by_group[first : first + shards]]
-            planned.append(FixedBatch([row for group in filled for row in group], length, crops))
+            planned.append(FixedBatch([row for group in filled for row in group], fitted))
     return planned
 
 
@@ -119,7 +122,6 @@ def fixed_batches(
     for batch in planned:
         own = [batch.rows[i] for i in groups_of(held, len(batch.rows) // shards)]
         rows, gaps = load_rows(loader, own, threads)
-        spec = dataclasses.replace(loader.spec, length=batch.length, crops=batch.crops)
         # As in training: without a crop there are no latents.
-        latents = loader.longest_latents if batch.crops else 0
-        yield lay_out_rows(rows, spec, latents, len(held)), {measured.number: bad for measured, bad in gaps}
+        latents = loader.longest_latents if batch.spec.crops else 0
+        yield lay_out_rows(rows, batch.spec, latents, len(held)), {measured.number: bad for measured, bad in gaps}

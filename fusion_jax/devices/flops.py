@@ -7,7 +7,6 @@ counts half; the backward pass is twice the forward; recomputation does not coun
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,25 +16,7 @@ from fusion_jax.data.conversation import ANSWER_START, IMAGE
 from fusion_jax.data.layout import Example, LayoutSpec, measure
 from fusion_jax.data.tile_windows import tile_windows
 from fusion_jax.models.config import FusionConfig
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The sizes of a batch that decide its FLOPs, without padding.
-
-    Attributes:
-      lengths: tokens of each example in the LLM. crops: for each guided crop, the question tokens that guide it.
-      plain: number of plain crops. supervised: positions with a target. rounds: rounds with latents. latent_count:
-      l^2. windows: tokens in the windows of all latents together.
-    """
-
-    lengths: tuple[int, ...]
-    crops: tuple[int, ...]
-    plain: int
-    supervised: int
-    rounds: int
-    latent_count: int
-    windows: int
+from fusion_jax.models.flops import BatchShape, forward_flops
 
 
 def shape_of(batch: Batch) -> BatchShape:
@@ -97,42 +78,23 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) ->
     return int(tokens)
 
 
-def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
-    """Returns the FLOPs of one forward pass over a batch."""
-    v, m = config.vision, config.llm
-    p, d, dv = v.patches, m.width, v.width
+def padded_shape(batch: Batch, supervised: int = 0) -> BatchShape:
+    """Returns the shape with everything that a dense program computes: whole rows, all crops and rounds, padding too.
 
-    def encoder(length: int) -> float:
-        per_token = 4 * dv * dv + 2 * dv * v.mlp_dim
-        return config.encoder_layers * 2 * (length * per_token + 2 * length * length * dv)
-
-    def projector(tokens: int) -> float:
-        return 2 * tokens * (config.tap_count * dv * d + d * d)
-
-    def back(tokens: int) -> float:
-        return 2 * tokens * (d * dv + dv * dv)
-
-    total = 0.0
-    for question in shape.crops:
-        question = question if config.text_guided else 0
-        total += 2 * p * 3 * v.patch_size**2 * dv + encoder(p + question) + projector(p + question) + back(question)
-        if config.mapping_loss_weight > 0:
-            total += back(p)
-    total += shape.plain * (2 * p * 3 * v.patch_size**2 * dv + encoder(p) + projector(p))
-
-    heads, groups, size = m.heads, m.kv_heads, m.per_head
-    per_token = d * size * (2 * heads + 2 * groups) + 3 * d * m.mlp_dim
-    for length in shape.lengths:
-        total += m.layers * 2 * (length * per_token + length * length * heads * size)  # causal: half of 2 L^2
-    total += 2 * shape.supervised * d * m.vocab_size
-
-    if config.exchange_layers:
-        context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image + config.tokens_per_tile
-        latents = shape.rounds * shape.latent_count
-        per_latent = 5 * d * d  # in (latent half), query, out, two of the MLP
-        per_layer = len(shape.crops) * context * 3 * d * d + latents * per_latent + shape.rounds * d * d
-        total += config.exchange_layers * 2 * (per_layer + shape.windows * 2 * d)
-    return total
+    Args:
+      batch: a batch, or its shapes alone. supervised: positions with a target; a program computes no others' logits.
+    """
+    (rows, length), (groups, crops, questions) = batch.tokens.shape, batch.crop_text.shape
+    _, rounds, latents, window = batch.windows.shape
+    return BatchShape(
+        lengths=(length,) * rows,
+        crops=(questions,) * (groups * crops),
+        plain=groups * crops * batch.quadrants.shape[2],
+        supervised=supervised,
+        rounds=rows * rounds,
+        latent_count=batch.latent_count,
+        windows=rows * rounds * latents * window,
+    )
 
 
 def step_flops(config: FusionConfig, shape: BatchShape) -> float:

@@ -28,7 +28,7 @@ from fusion_jax.devices import flops
 from fusion_jax.errors import BadRecord
 
 PER_PART = 50  # records measured of each data set, if it has as many
-# The fields of one record: its `Measured` without `arrived`; its data set, and whether it is good; text tokens,
+# The fields of one record: the first of its `Measured`; its data set, and whether it is good; text tokens,
 # answers, images, question tokens that guide the encoder, supervised tokens, last rounds left out; FLOPs of its
 # training, the mean over l^2.
 SIZES = Measured._fields[:4]

@@ -3,8 +3,8 @@
 Step n here is step n of the run.
 """
 
-import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ def planned_steps(data: StageData, sample: Sample) -> Iterator[Step]:
     for r in sample.records:
         number, *sizes = (int(r[name]) for name in SIZES)
         bad = BadRecord("bad", f"record {number}", "counted already")
-        known[number] = (Measured(number, *sizes), int(r["dropped"])) if r["good"] else bad
+        known[number] = (Measured(number, *sizes, question=int(r["question"])), int(r["dropped"])) if r["good"] else bad
     numbers = (int(data.order[i]) for i in itertools.count())
 
     def read() -> Element:
@@ -51,7 +51,8 @@ def step_statistics(data: StageData, sample: Sample) -> dict[str, Any] | None:
     steps = list(itertools.islice(planned_steps(data, sample), min(MOST_STEPS, max(2, _affordable(data, usable)))))
     if not usable or not steps:
         return None
-    sizes, length = data.sizes, data.stage.max_length
+    sizes, length = data.sizes, data.sizes.length or data.stage.max_length
+    every = [crops for one in (*sizes.smaller, sizes) for crops in one.crops.values()]
     by_step = [[m.length + m.rounds * step.latents for row in step.rows for m in row] for step in steps]
     in_crops = [(step.crops * sizes.groups, sum(m.crops for row in step.rows for m in row)) for step in steps]
     slots, crops = (sum(column) for column in zip(*in_crops))
@@ -60,7 +61,12 @@ def step_statistics(data: StageData, sample: Sample) -> dict[str, Any] | None:
         "packing": sizes.packing,
         "rows": sizes.rows,
         "groups": sizes.groups,
-        "crops_per_group": [min(sizes.crops.values()), max(sizes.crops.values())],
+        "positions_of_a_row": length,
+        "crops_per_group": [min(every), max(every)],
+        "question_lengths": {
+            str(length): count / len(steps)
+            for length, count in sorted(Counter(step.spec.question_length for step in steps).items())
+        },
         "samples": sum(map(len, by_step)) / len(steps),
         "empty_rows": sum(not row for step in steps for row in step.rows) / len(steps),
         "text_only_steps": sum(step.crops == 0 for step in steps) / len(steps),
@@ -100,7 +106,8 @@ def sample_rows(data: StageData, sample: Sample, rows: int, steps: int = 3) -> l
         chosen = step.rows[: groups * min(share, per_group)]
         loaded = [[data.loader.load(measured.number) for measured in row] for row in chosen]
         examples = [[one for one in row if isinstance(one, Example)] for row in loaded]
-        spec = dataclasses.replace(data.loader.spec, crops=step.crops)
         missing = [one for row in loaded for one in row if isinstance(one, BadRecord)]
-        shown.append(Rows(step.number, lay_out_rows(examples, spec, step.latents, groups), spec, examples, missing))
+        shown.append(
+            Rows(step.number, lay_out_rows(examples, step.spec, step.latents, groups), step.spec, examples, missing)
+        )
     return shown

@@ -115,13 +115,18 @@ def _step_table(step: dict[str, Any], figures: dict[str, Any]) -> Table:
     crops = f"{step['groups']} x {crops}" if step["groups"] > 1 else crops
     lines = [
         ("samples", f"{step['samples']:.1f}", f"batch_size {figures['batch_size']}"),
-        ("rows", number(step["rows"]), f"of {number(figures['max_length'])} positions"),
+        ("rows", number(step["rows"]), f"of {number(step['positions_of_a_row'])} positions"),
         ("empty rows", f"{step['empty_rows']:.1f}", ""),
         ("positions that hold something", percent(step["filled_positions"]), f"of {number(step['positions'])}"),
         ("a row each, padded to the longest", percent(step["padded_to_longest"]), "would hold something"),
         ("crops", crops, "groups x crops" if step["groups"] > 1 else ""),
         ("crops that hold something", percent(step["filled_crops"]), ""),
         ("steps of text alone", percent(step["text_only_steps"]), "without the encoder"),
+        *(
+            (f"steps with questions of up to {length} tokens", percent(share), "")
+            for length, share in step["question_lengths"].items()
+            if len(step["question_lengths"]) > 1
+        ),
         ("text tokens", number(step["text"]), f"of which supervised: {number(step['supervised'])}"),
         ("FLOPs", scaled(step["flops"]), f"the stage: {scaled(step['stage_flops'])}"),
     ]

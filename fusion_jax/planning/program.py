@@ -89,7 +89,9 @@ def bytes_per_chip(tree) -> int:
     )
 
 
-def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None):
+def prepare(
+    config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None, largest: bool = False
+):
     """Checks everything that can be wrong before anything is compiled, and builds the step to compile.
 
     Returns:
@@ -99,7 +101,7 @@ def prepare(config: RunConfig, stage: StageConfig, topology: Topology, latent_co
       UserError: the mesh does not divide the chips, the model or the batch.
     """
     sizes = sharding.mesh_sizes(config.mesh, topology.chips)
-    typical_step = typical.step(config, stage, sizes[0] * sizes[1], latent_count)
+    typical_step = typical.step(config, stage, sizes[0] * sizes[1], latent_count, largest)
     mesh = sharding.make_mesh(config.mesh, topology.devices())
     sharding.check_model(config.model, mesh)
     return mesh, typical_step
@@ -116,13 +118,15 @@ def abstract_arguments(config: RunConfig, stage: StageConfig, mesh: Mesh, step: 
     return tx, labels, (state.abstract(params, tx, mesh), batch, rates)
 
 
-def compile_step(config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None) -> Program:
-    """Compiles a stage's train step, by default at the largest l^2.
+def compile_step(
+    config: RunConfig, stage: StageConfig, topology: Topology, latent_count: int | None = None, largest: bool = False
+) -> Program:
+    """Compiles a stage's train step, by default at the largest l^2; `latent_count`, `largest`: see `typical.step`.
 
     Raises:
       UserError: as for `prepare`.
     """
-    mesh, step = prepare(config, stage, topology, latent_count)
+    mesh, step = prepare(config, stage, topology, latent_count, largest)
     tx, labels, arguments = abstract_arguments(config, stage, mesh, step)
     model = Fusion(config.model, jnp.dtype(config.dtype), config.remat)
     old, batch, _ = arguments

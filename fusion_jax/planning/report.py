@@ -25,15 +25,16 @@ class Report:
     """What a step needs.
 
     Attributes:
-      samples: samples of a step, on average over l^2. model_flops, compiled_flops: FLOPs of all chips that the model
-      needs and that the program computes. kernels: the latter by kind of kernel. hbm_bytes: those of one chip.
-      collectives: bytes that one chip sends, by (kind, mesh axes). exposed, exposed_seconds: the bytes of those beside
-      which the program runs no product, and their least time. seconds: lower bounds by cause, each for that alone.
+      average: what steps of the stage have on average over l^2 and the sizes of steps. model_flops, compiled_flops:
+      FLOPs of all chips that the model needs and that the program computes. kernels: the latter by kind of kernel.
+      hbm_bytes: those of one chip. collectives: bytes that one chip sends, by (kind, mesh axes). exposed,
+      exposed_seconds: the bytes of those beside which the program runs no product, and their least time. seconds:
+      lower bounds by cause, each for that alone.
     """
 
     topology: Topology
     program: Program
-    samples: float
+    average: typical.Average
     model_flops: float
     compiled_flops: float = math.nan
     kernels: dict[str, float] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Report:
 
     @property
     def samples_per_second(self) -> float:
-        return self.samples / self.step_seconds
+        return self.average.samples / self.step_seconds
 
     def chip_hours(self, stage_samples: float) -> float:
         return stage_samples / self.samples_per_second * self.topology.chips / 3600
@@ -75,9 +76,9 @@ def analyse(program: Program, topology: Topology) -> Report:
     config, stage, step, chip = program.config, program.stage, program.step, topology.chip
     model_flops = flops.step_flops(config.model, step.shape)
     shards = sharding.batch_shards(program.mesh)
-    samples = typical.mean_samples(config, stage, shards)
+    average = typical.average(config, stage, shards)
     if not program.text:
-        return Report(topology, program, samples, model_flops)
+        return Report(topology, program, average, model_flops)
     # The only loop whose trip count depends on its data is the cross-entropy's over supervised positions.
     chunks = math.ceil(step.shape.supervised / shards / stage.accumulation / losses.CHUNK)
     work = read(program.text, topology.chips, chunks)
@@ -102,7 +103,7 @@ def analyse(program: Program, topology: Topology) -> Report:
     return Report(
         topology=topology,
         program=program,
-        samples=samples,
+        average=average,
         model_flops=model_flops,
         compiled_flops=compiled * topology.chips,
         kernels={name: count * topology.chips for name, count in {"generated products": work.flops, **by_kind}.items()},
@@ -130,6 +131,7 @@ def line(report: Report, stage_samples: float | None) -> dict:
         "fits": program.fits,
         "hbm_gib_per_chip": _number(program.needed / GIB),
         "compiled_over_model_flops": _number(report.compiled_flops / report.model_flops),
+        "padded_over_model_flops": _number(report.average.padded),
         "collective_gib_per_chip_step": _number(sum(report.collectives.values()) / GIB if program.fits else math.nan),
         "exposed_collective_gib": _number(report.exposed / GIB),
         "exposed_collective_seconds": _number(report.exposed_seconds),
@@ -143,6 +145,18 @@ def line(report: Report, stage_samples: float | None) -> dict:
     }
 
 
+def _sizes(average: typical.Average) -> list[str]:
+    """Formats the sizes of the stage's steps, if there are several, and what padding costs on average."""
+    lines = [f"  padded over model      {average.padded:.3f} of the FLOPs, on average over all steps"]
+    if len(average.sizes) > 1:
+        for length, fewest, most, share in average.sizes:
+            rounds = str(fewest) if fewest == most else f"{fewest} to {most}"
+            lines.append(
+                f"    {share:>4.0%} of the steps     questions of up to {length} tokens, {rounds} rounds a row"
+            )
+    return lines
+
+
 def table(report: Report, stage_samples: float | None) -> str:
     """Formats the report for reading, with what its figures consist of."""
     program, step, topology = report.program, report.program.step, report.topology
@@ -154,7 +168,8 @@ def table(report: Report, stage_samples: float | None) -> str:
         f"  parameters             {program.parameter_count / 1e9:.2f} B",
         f"  step                   {rows} rows of {length}, {groups} groups of {crops} crops, "
         f"l^2 = {step.batch.latent_count}, {program.stage.accumulation} microbatch(es)",
-        f"  samples in a step      {step.samples} at this l^2, {report.samples:.0f} on average",
+        f"  samples in a step      {step.samples} at this l^2, {report.average.samples:.0f} on average",
+        *_sizes(report.average),
         f"  positions in use       {step.tokens / step.batch.tokens.size:.1%} of the rows, "
         f"{len(step.shape.crops) / max(step.batch.crop_kind.size, 1):.1%} of the crops",
         f"HBM of a {noun}, GiB",

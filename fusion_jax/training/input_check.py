@@ -13,7 +13,7 @@ import jax
 
 from fusion_jax.config import RunConfig, StageConfig
 from fusion_jax.data.loader import Fed
-from fusion_jax.data.plan import Sizes
+from fusion_jax.data.plan import Sizes, StepSize
 from fusion_jax.data.planner import Counts
 from fusion_jax.data.sources import RecordSource
 from fusion_jax.data.stages import stage_loader, stage_sizes
@@ -77,7 +77,14 @@ def agreed_sizes(config: RunConfig, stage: StageConfig, source: RecordSource, to
         loader = stage_loader(config, stage, source, tokenizer)
         sizes = dataclasses.asdict(stage_sizes(config, stage, loader, shards))
     sizes = distributed.gather(sizes)[0]
-    return Sizes(**sizes | {"crops": {int(latents): crops for latents, crops in sizes["crops"].items()}})
+
+    def by_count(numbers: dict[str, int]) -> dict[int, int]:  # JSON's keys are strings
+        return {int(latents): number for latents, number in numbers.items()}
+
+    smaller = tuple(
+        StepSize(one["question_length"], by_count(one["rounds"]), by_count(one["crops"])) for one in sizes["smaller"]
+    )
+    return Sizes(**sizes | {"crops": by_count(sizes["crops"]), "smaller": smaller})
 
 
 class InputCheck:

@@ -45,7 +45,7 @@ class Loop:
         self._peak = peaks.peak(model.dtype)
         # The number of shards of a batch, divided by the number that this process holds.
         self._parts = sharding.batch_shards(mesh) / len(sharding.held_shards(mesh))
-        self._compiled: set[int] = set()  # latent counts that have a program
+        self._compiled: set[tuple] = set()  # shapes of batches that have a program
         self._running: deque = deque()  # results of steps that may still be computing
         self._spikes = metrics.Spikes()
         self._begun = time.perf_counter()
@@ -64,9 +64,14 @@ class Loop:
 
     def compute(self, step: int, current: state.TrainState, fed: Fed) -> tuple[state.TrainState, dict]:
         """Returns the next state and the step's values, which may both still be computing."""
-        if fed.batch.latent_count not in self._compiled:
-            self._compiled.add(fed.batch.latent_count)
-            log.info("%s: compiling the step for l^2 = %d", self._stage.name, fed.batch.latent_count)
+        batch = fed.batch
+        shape = batch.latent_count, batch.crop_text.shape, batch.round_crop.shape
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            log.info(
+                "%s: compiling the step for l^2 = %d (%d crops, %d question tokens, %d rounds a row)",
+                *(self._stage.name, batch.latent_count, *shape[1][1:], shape[2][1]),
+            )
         cost = self._parts * flops.step_flops(self._config.model, flops.shape_of(fed.batch))
         rates, self._done = optim.learning_rates(self._stage, fed.done, self._steps), fed.done
         with self._phase("computing") as computed:

@@ -227,6 +227,19 @@ def test_what_waited_is_measured_anew_when_a_run_goes_on(monkeypatch, caplog):
     assert max(same) not in {m.number for rows, *_ in steps for row in rows for m in row}
 
 
+def test_lists_of_earlier_versions_are_completed_and_have_not_changed(monkeypatch, caplog):
+    stage = StageConfig("s", "d", batch_size=4, packing=True, max_length=LENGTH)
+    of = data(40)
+    of.source[:] = [one._replace(question=one.number % 7) for one in of.source]
+    sizes = sizes_of(stage, of, 1, 4)
+    state = next(steps_of(stage, of, sizes, monkeypatch))[-1]
+    older = {**state, "waiting": [one[:5] for one in state["waiting"]]}
+    now, before = (list(steps_of(stage, of, sizes, monkeypatch, one)) for one in (state, older))
+    assert [rows for rows, *_ in now] == [rows for rows, *_ in before]
+    assert {m.question for rows, *_ in before for row in rows for m in row} == set(range(7))
+    assert "changed since" not in caplog.text
+
+
 def test_all_processes_take_what_the_first_measures_anew(monkeypatch):
     """Whatever their own files say by then; and it takes more than one message."""
     monkeypatch.setattr(loader, "_MOST_SENT", 5)

@@ -8,10 +8,14 @@ from fusion_jax.config import StageConfig
 from fusion_jax.data import packing
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import Measured
-from fusion_jax.data.plan import Plan, Sizes, assign_to_groups, enough, plan, size_batches
+from fusion_jax.data.plan import Plan, Sizes, assign_to_groups, missing, plan, size_batches
 from fusion_jax.data.validation_batches import plan_all
 
 SPEC = layout_spec(tiny(), 100, 16, 8)
+
+
+def enough(waiting, sizes, split, step=0):
+    return not missing(waiting, SPEC, sizes, split, step)
 
 
 def records(*crops, length=30, rounds=1):
@@ -151,19 +155,21 @@ def test_validation_holds_every_record_once_in_few_shapes(packed, shards, accumu
     stage = StageConfig("s", "d", batch_size=16, accumulation=accumulation, packing=packed)
     planned = plan_all(all_, layout_spec(tiny(), 2048, 16, 64), 4, stage, shards)
     assert sorted(m for batch in planned for row in batch.rows for m in row) == all_
-    shapes = {batch.length: batch.crops for batch in planned}
-    assert set(shapes) <= {256, 512, 1024, 2048} and {(b.length, b.crops) for b in planned} == set(shapes.items())
+    shapes = {batch.spec.length: batch.spec.crops for batch in planned}
+    assert set(shapes) <= {256, 512, 1024, 2048} and {(b.spec.length, b.spec.crops) for b in planned} == set(
+        shapes.items()
+    )
     (per_shard,) = {len(batch.rows) // shards for batch in planned}
     allowed = 16 // shards // accumulation
     assert per_shard < allowed if packed else per_shard == allowed
     slots = 0
     for batch in planned:
-        slots += len(batch.rows) * batch.length
+        slots += len(batch.rows) * batch.spec.length
         for row in batch.rows:
-            assert sum(m.length + 4 for m in row) <= batch.length and (len(row) <= 1 or packed)
+            assert sum(m.length + 4 for m in row) <= batch.spec.length and (len(row) <= 1 or packed)
         for shard in range(shards):
             group = batch.rows[shard * per_shard : (shard + 1) * per_shard]
-            assert sum(m.crops for row in group for m in row) <= batch.crops
+            assert sum(m.crops for row in group for m in row) <= batch.spec.crops
     assert sum(m.length + 4 for m in all_) / slots > (0.9 if packed else 0.4)
 
 
@@ -171,9 +177,9 @@ def test_validation_of_little_is_short():
     one, spec = [Measured(3, 300, 1, 1)], layout_spec(tiny(), 4096, 16, 8)
     for packed in (True, False):
         (batch,) = plan_all(one, spec, 4, StageConfig("s", "d", batch_size=128, packing=packed), 256)
-        assert (len(batch.rows), batch.length, batch.crops) == (256, 512, 1) and batch.rows.count([]) == 255
+        assert (len(batch.rows), batch.spec.length, batch.spec.crops) == (256, 512, 1) and batch.rows.count([]) == 255
     (batch,) = plan_all(records(0, length=90), SPEC, 4, StageConfig("s", "d"), 1)
-    assert (batch.rows, batch.length, batch.crops) == ([records(0, length=90)], 100, 0)
+    assert (batch.rows, batch.spec.length, batch.spec.crops) == ([records(0, length=90)], 100, 0)
 
 
 def test_sizes_of_unpacked_batches():

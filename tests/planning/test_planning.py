@@ -83,7 +83,7 @@ def test_typical_step_has_the_shapes_of_real_batches():
     assert groups == 4 and len(step.batch.tokens) % 4 == 0
     assert 0.8 < step.tokens / step.batch.tokens.size <= 1
     assert flops.forward_flops(config.model, step.shape) > 0
-    assert typical.mean_samples(config, stage, 4) >= 16 * 0.9
+    assert typical.average(config, stage, 4).samples >= 16 * 0.9
 
 
 @pytest.mark.parametrize(("family", "arguments"), [(flare, "l_3b"), (flare, "x_3b"), (fusion, "3b")])

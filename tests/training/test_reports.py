@@ -156,7 +156,7 @@ def test_validation_losses_are_those_of_one_record_a_row(mixed, preset, packing)
         np.testing.assert_allclose(values[f"validation/{name}"], sums[name] / counts[name], rtol=1e-5)
     assert values["validation/samples"] == counts["samples"] == 11 and values["validation/left_out"] == 1
     rows = sum(len(batch.rows) for batch in reports._planned)
-    positions = sum(len(batch.rows) * batch.length for batch in reports._planned)
+    positions = sum(len(batch.rows) * batch.spec.length for batch in reports._planned)
     assert (rows < 12) == packing and positions < 12 * 300
     assert reports.writer.shown.count("model:") == 3
     listed = [json.loads(line) for line in (mixed / "bad_records.jsonl").read_text().splitlines()]
