@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
+from fusion_jax.models import cpu_attention
 from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
 
 KERNELS = {"reference": reference_attention, "blocked": blocked_attention}
