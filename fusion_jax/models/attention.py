@@ -118,7 +118,7 @@ def cached_attention(
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(batch, 1, heads, size)
 
 
-# The blocked kernel, for CPUs where cpu_attention.c does not serve. XLA's plain attention writes the (B, H, Q, K) scores
+# The blocked kernel, for CPUs without a C compiler. XLA's plain attention writes the (B, H, Q, K) scores
 # to memory several times; one head at a time stays in the cache, and the backward pass recomputes the scores from the
 # saved log-sum-exp.
 
@@ -212,10 +212,10 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
     |---|---|---|
     | TPU | splash | plain |
     | NVIDIA GPU, 16 bits | the decoder's packed rows: Triton flash; others: cuDNN | plain |
-    | CPU, float32 | in C | in C |
-    | CPU, 16 bits, or without a C compiler | one head at a time | plain |
+    | CPU | in C | in C |
+    | CPU without a C compiler | one head at a time | plain |
     """
-    if platform == "cpu" and dtype == jnp.float32 and cpu_attention.available():
+    if platform == "cpu" and cpu_attention.available():
         return cpu_attention.compiled_attention
     # The scores of short rows fit into the processor's cache, where one batched product is faster than a loop.
     if q_length * k_length < 128 * 128:

@@ -27,6 +27,7 @@ results are the same bit for bit however many there are. */
 #include <immintrin.h>
 #define LANES 16
 #define ROWS 8 /* rows of a product that are in registers at a time, times COLUMNS vectors */
+/* The larger one; b if one is not a number. */
 #define LARGER(a, b) ((Vector)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #elif defined(__AVX__)
 #include <immintrin.h>
@@ -60,10 +61,10 @@ INLINE Vector all(float x) { return x - (Vector){0}; }
 INLINE Vector load(const float *p) { return *(const Vector *)p; }
 INLINE void store(float *p, Vector x) { *(Vector *)p = x; }
 
-/* 2^x for x <= 0, within 2 units of the last place; what is below 2^-126 becomes 2^-126. */
+/* 2^x for x <= 0, within 2 units of the last place; what is below 2^-126 becomes 2^-126, and NaN stays NaN. */
 INLINE Vector power_of_2(Vector x) {
     const Vector magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, in the lowest bits */
-    x = LARGER(x, all(-126.0f));
+    x = LARGER(all(-126.0f), x);
     const Vector shifted = x + magic, r = x - (shifted - magic);
     Vector p = all(1.5403530e-4f);
     p = p * r + all(1.3333558e-3f);
@@ -72,7 +73,7 @@ INLINE Vector power_of_2(Vector x) {
     p = p * r + all(2.4022651e-1f);
     p = p * r + all(6.9314718e-1f);
     p = p * r + all(1.0f);
-    return (Vector)((Integers)p + ((Integers)shifted << 23));
+    return p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
 }
 
 /* c (rows x columns vectors) = or += a (rows x depth) b (depth x columns vectors); strides in floats. */
@@ -229,7 +230,7 @@ static void forward_task(const Call *c, int64_t task, float *memory) {
                 for (int j = 0; j < COLUMNS; j++) {
                     float *p = s + i * QUERIES + j * LANES;
                     Vector weight = power_of_2(load(p) - highest[j]);
-                    if (see == SOME) weight = choose(load(p) > all(0.5f * MASKED), weight, all(0.0f));
+                    if (see == SOME) weight = choose(~(load(p) <= all(0.5f * MASKED)), weight, all(0.0f));
                     part[j] += weight;
                     store(p, weight);
                 }
@@ -238,8 +239,9 @@ static void forward_task(const Call *c, int64_t task, float *memory) {
         }
         float *lse = c->d_q + (b * c->heads + h) * c->queries + first; /* the second result of the forward call */
         for (int i = 0; i < count; i++) {
-            const float all_of = ((float *)total)[i], inverse = all_of > 0.0f ? 1.0f / all_of : 0.0f;
-            lse[i] = all_of > 0.0f ? ((float *)peak)[i] + log2f(all_of) : -MASKED;
+            const float sum_of = ((float *)total)[i]; /* 0: sees no key */
+            const float inverse = sum_of != 0.0f ? 1.0f / sum_of : 0.0f;
+            lse[i] = sum_of != 0.0f ? ((float *)peak)[i] + log2f(sum_of) : -MASKED;
             float *to = c->result + at + i * q_stride;
             for (int64_t j = 0; j < size; j++) to[j] = sum[j * QUERIES + i] * inverse;
         }

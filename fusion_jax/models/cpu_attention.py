@@ -61,11 +61,11 @@ def _processor() -> str:
 
 
 def compiled_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
-    """Computes `attention.reference_attention` of float32 arrays in C."""
-    assert q.dtype == k.dtype == v.dtype == jnp.float32
+    """Computes `attention.reference_attention` in C, where `available`; the arithmetic is float32 for every dtype."""
     if q_segments is None:
         q_segments, kv_segments = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    return _attention(causal, window, q, k, v, q_segments, kv_segments)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    return _attention(causal, window, *wide, q_segments, kv_segments).astype(v.dtype)
 
 
 def _call(name: str, causal: bool, window: int, results, *arrays):

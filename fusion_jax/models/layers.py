@@ -29,6 +29,16 @@ def fan_in(branches: int = 1) -> Init:
     return nn.initializers.variance_scaling(1.0 / branches, "fan_in", "truncated_normal")
 
 
+def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """Computes `jnp.dot(x, kernel)`."""
+    if partition.platform() != "cpu":
+        return jnp.dot(x, kernel)
+    # With one axis of rows XLA computes the kernel's gradient without copying operands, in two thirds of the time. For
+    # bfloat16 only products with a float32 result use the processor's matrix unit.
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
 class Dense(nn.Module):
     """y = x W + b with W (inputs, features), the last axis contracted; axis 0 is sharded like the rows of the batch."""
 
@@ -46,7 +56,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param(
                 "bias",
