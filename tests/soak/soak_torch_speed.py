@@ -1,14 +1,15 @@
 """Compares speed on CPU with the same model in PyTorch: `python tests/soak/soak_torch_speed.py [--rounds 5]`.
 
-The model of configs/benchmark_cpu.py and its batch, in float32; PyTorch has its export (`fusion_jax/interop/torch`) with
-eager attention (scores, softmax, product), as the published code computes it. Its step is forward, backward, clipping
-and AdamW, with gradient checkpointing if asked for. Both sides take turns in one process, and the ratio is that of each
-pair, in CPU seconds of all threads, which other work on the machine disturbs less than wall-clock time.
+The model of configs/benchmark_cpu.py and its batch, in float32; PyTorch has its export (`fusion_jax/interop/torch`)
+with eager attention (scores, softmax, product), as the published code computes it. Its step is forward, backward,
+clipping and AdamW, with gradient checkpointing if asked for. Both sides take turns in one process, and the ratio is that
+of each pair, in CPU seconds of all threads, which other work on the machine disturbs less than wall-clock time.
 """
 
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -94,7 +95,7 @@ def main() -> None:
     work = steps.benchmark_work(config)
     model = work.model
     params = fusion.init(model.config, jax.random.key(0))
-    torch.set_num_threads(jax.local_device_count() * len(__import__("os").sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.nn.functional.scaled_dot_product_attention = eager
     with tempfile.TemporaryDirectory() as folder:
         theirs = exported_model.export(Path(folder), model.config, params)
