@@ -2,8 +2,9 @@
 
 The model of configs/benchmark_cpu.py and its batch, in float32; PyTorch has its export (`fusion_jax/interop/torch`)
 with eager attention (scores, softmax, product), as the published code computes it. Its step is forward, backward,
-clipping and AdamW, with gradient checkpointing if asked for. Both sides take turns in one process, and the ratio is that
-of each pair, in CPU seconds of all threads, which other work on the machine disturbs less than wall-clock time.
+clipping and AdamW, with gradient checkpointing if asked for. Both sides take turns in one process, and each ratio is
+that of a pair, in CPU seconds of all threads. Beside other work on the machine give `--threads 1`: PyTorch's threads
+wait for each other busily, which counts as CPU time, and XLA's do not.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--what", default="prefill,decode,step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in PyTorch")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch")
     parser.add_argument("--encoder-layers", type=int, default=26)
     parser.add_argument("--dtype", default="float32", help="of fusion_jax; PyTorch computes in float32")
     options = parser.parse_args()
@@ -95,7 +97,7 @@ def main() -> None:
     work = steps.benchmark_work(config)
     model = work.model
     params = fusion.init(model.config, jax.random.key(0))
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(options.threads)
     torch.nn.functional.scaled_dot_product_attention = eager
     with tempfile.TemporaryDirectory() as folder:
         theirs = exported_model.export(Path(folder), model.config, params)
