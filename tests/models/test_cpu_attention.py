@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,15 @@ def test_not_a_number_comes_out_where_it_went_in():
     q[0, 3, 0, 0] = np.nan
     out = np.asarray(cpu_attention.compiled_attention(*map(jnp.asarray, (q, k, v))))
     assert np.isnan(out[0, 3, 0]).any() and np.isfinite(out[1]).all() and np.isfinite(out[0, 4:]).all()
+
+
+def test_programs_that_run_at_once_give_the_same_bits():
+    (q, k, v), _, segments = arrays("causal")
+    run = jax.jit(functools.partial(cpu_attention.compiled_attention, causal=True))
+    expected = np.asarray(run(q, k, v, *segments))
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(lambda _: np.asarray(run(q, k, v, *segments)), range(40)):
+            np.testing.assert_array_equal(out, expected)
 
 
 def test_is_what_the_processor_runs():
