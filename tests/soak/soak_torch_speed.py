@@ -120,7 +120,7 @@ def main() -> None:
         for _ in range(config.decode_tokens):
             mask = torch.cat([mask, mask[:, :1]], 1)
             token = theirs(token, attention_mask=mask, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        cache.crop(length)
+        cache.crop(-config.decode_tokens)
         return config.decode_tokens
 
     if "prefill" in options.what:
