@@ -42,6 +42,7 @@ results are the same bit for bit however many there are. */
 #define COLUMNS 2
 #define QUERIES (LANES * COLUMNS)
 #define KEYS 96 /* keys of a block: its scores and its part of K and V fit into the first cache */
+#define CAUSAL_KEYS 32 /* smaller ones, so that more of them lie beyond the diagonal and are skipped */
 #define MASKED -1e30f
 #define LOG2_E 1.4426950408889634f
 
@@ -196,6 +197,7 @@ static void forward_task(const Call *c, int64_t task, float *memory) {
     gather(c->k + b * c->keys * k_stride + kv * size, c->keys, k_stride, size, size, 1.0f, k);
     gather(c->v + b * c->keys * k_stride + kv * size, c->keys, k_stride, size, size, 1.0f, v);
     const int32_t *segments = c->k_segments + b * c->keys;
+    const int64_t step = c->causal ? CAUSAL_KEYS : KEYS;
     for (int64_t first = 0; first < c->queries; first += QUERIES) {
         const QueryBlock block = query_block(c, b, first);
         const int count = block.last - block.first + 1;
@@ -204,8 +206,8 @@ static void forward_task(const Call *c, int64_t task, float *memory) {
         memset(sum, 0, sizeof(float) * size * QUERIES);
         Vector peak[COLUMNS], total[COLUMNS];
         for (int j = 0; j < COLUMNS; j++) peak[j] = all(MASKED), total[j] = all(0.0f);
-        for (int64_t from = 0; from < c->keys; from += KEYS) {
-            const int keys = (int)(from + KEYS < c->keys ? KEYS : c->keys - from);
+        for (int64_t from = 0; from < c->keys; from += step) {
+            const int keys = (int)(from + step < c->keys ? step : c->keys - from);
             const int see = visible(c, &block, segments, from, from + keys - 1);
             if (see == NONE) continue;
             product(keys, COLUMNS, (int)size, k + from * size, size, 1, q, QUERIES, s, QUERIES, 0);
@@ -269,6 +271,7 @@ static void backward_task(const Call *c, int64_t task, float *memory) {
     memset(d_k, 0, sizeof(float) * c->keys * width);
     memset(d_v, 0, sizeof(float) * c->keys * width);
     const int32_t *segments = c->k_segments + b * c->keys;
+    const int64_t step = c->causal ? CAUSAL_KEYS : KEYS;
     for (int64_t h = kv * group; h < (kv + 1) * group; h++)
         for (int64_t first = 0; first < c->queries; first += QUERIES) {
             const QueryBlock block = query_block(c, b, first);
@@ -288,8 +291,8 @@ static void backward_task(const Call *c, int64_t task, float *memory) {
             Vector lse[COLUMNS], delta[COLUMNS];
             for (int j = 0; j < COLUMNS; j++) lse[j] = load(lse_of + j * LANES), delta[j] = load(delta_of + j * LANES);
             memset(d_q, 0, sizeof(float) * size * QUERIES);
-            for (int64_t from = 0; from < c->keys; from += KEYS) {
-                const int keys = (int)(from + KEYS < c->keys ? KEYS : c->keys - from);
+            for (int64_t from = 0; from < c->keys; from += step) {
+                const int keys = (int)(from + step < c->keys ? step : c->keys - from);
                 const int see = visible(c, &block, segments, from, from + keys - 1);
                 if (see == NONE) continue;
                 product(keys, COLUMNS, (int)size, k + from * size, size, 1, q, QUERIES, s, QUERIES, 0);
