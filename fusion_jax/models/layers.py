@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.models import partition
@@ -29,8 +29,8 @@ def fan_in(branches: int = 1) -> Init:
     return nn.initializers.variance_scaling(1.0 / branches, "fan_in", "truncated_normal")
 
 
-def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
-    """Computes `jnp.dot(x, kernel)`."""
+def product(x: ArrayLike, kernel: ArrayLike) -> Array:
+    """Computes `jnp.dot(x, kernel)` of (..., I) and (I, O)."""
     if partition.platform() != "cpu":
         return jnp.dot(x, kernel)
     # With one axis of rows XLA computes the kernel's gradient without copying operands, in two thirds of the time.
@@ -39,14 +39,14 @@ def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Arra
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _float32_dot(a: Array, b: Array) -> Array:
+def _float32_dot(a: ArrayLike, b: ArrayLike) -> Array:
     """On CPU only products with a float32 result use the matrix unit for 16 bits; result in the inputs' dtype."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
 @jax.custom_vjp
-def _narrow_product(x: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Array, "N O"]:
-    """Computes `x @ kernel` of 16 bits on CPU; its gradients are such products, too."""
+def _narrow_product(x: ArrayLike, kernel: ArrayLike) -> Array:
+    """Computes `x @ kernel`, (N, I) and (I, O), of 16 bits on CPU; its gradients are such products, too."""
     return _float32_dot(x, kernel)
 
 
