@@ -1,4 +1,4 @@
-"""Both attention kernels against loops in float64: masks, packing, grouped heads, gradients, bfloat16."""
+"""Attention kernels against loops in float64: masks, packing, grouped heads, gradients, bfloat16."""
 
 import functools
 import math
