@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fusion_jax"
 # A package or file imports only what stands on a line above its own, or belongs to itself. The commands come last:
 # every module at the root that is not named here is one.
 LAYERS = (
-    ("files",),
+    ("files", "c_compiler"),
     ("errors",),
     ("values", "web", "command_line"),
     ("batch",),
@@ -26,7 +26,7 @@ LAYERS = (
     ("interop", "inspection", "planning", "benchmarking", "server", "synth"),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-ROOT_LIBRARIES = {"__init__", "errors", "config", "batch", "files"}
+ROOT_LIBRARIES = {"__init__", "errors", "config", "batch", "files", "c_compiler"}
 COMMANDS = {
     *("train", "evaluate", "chat", "serve", "plan", "benchmark", "visualize", "doctor", "synthesize", "convert"),
     *("shards", "inspect"),

@@ -3,23 +3,15 @@
 No package that could be installed instead gives Pillow's bytes: cykooz.resizer is as fast and up to 15 levels off,
 libvips and OpenCV filter in other ways. docs/performance.md has the figures.
 
-The system's C compiler ($CC, cc, gcc or clang) builds a library in the user's cache folder, named by a hash of all that
-decides what is in it, so that it is built once, and again after a change. Any number of processes may do so at once.
-If there is no compiler, or its library does not reproduce Pillow on a small image, Pillow itself does the work, and the
-log says so once.
+If there is no C compiler, or its library does not reproduce Pillow on a small image, Pillow itself does the work, and
+the log says so once.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
-import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from fusion_jax import c_compiler
 
 log = logging.getLogger("fusion_jax")
 
@@ -181,25 +175,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    """Returns the compiled library, which it builds if the cache folder does not have it."""
-    compiler = shlex.split(os.environ.get("CC", "")) or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        raise OSError("no C compiler (cc, gcc or clang) is installed, and $CC names none")
-    command = [*([compiler] if isinstance(compiler, str) else compiler), *FLAGS]
-    what = repr((SOURCE.read_bytes(), command, platform.system(), platform.machine(), platform.libc_ver()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusion_jax")
-    path = cache / f"resample-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # in the same file system, so that replacing is one step
-        made = Path(folder, path.name)
-        run = [*command, "-o", str(made), str(SOURCE)]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode:
-            raise OSError(f"{shlex.join(run)} failed: {done.stderr.strip()[-500:]}")
-        os.replace(made, path)
-    return path
+    return c_compiler.build(SOURCE, FLAGS)
 
 
 def _open(path: Path) -> ctypes.CDLL:

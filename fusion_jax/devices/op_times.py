@@ -18,6 +18,8 @@ KINDS = (
     ("cuDNN attention", r"cudnn|sdpa|flash_?(fprop|bprop)|fort_native"),
     ("Triton attention", r"segment_flash|flash_attention|__triton\$|pallas"),
     ("Triton product", r"gemm_fusion|triton_(gemm|softmax_gemm)|nested_gemm"),
+    ("CPU attention", r"ffi_call"),
+    ("YNNPACK product", r"ynn_fusion"),  # of a CPU
     ("cuBLAS product", r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk|^dot"),
     ("copy", r"memcpy|memset|copy|transpose|concatenate|slice|\bpad\b"),
     ("gather or scatter", r"scatter|gather|sort|select_and"),

@@ -75,13 +75,14 @@ def check_requirements(text: str) -> Findings:
 
 
 def check_compiler() -> Findings:
-    """Looks for the C compiler that builds the fast image resizing (`data/resample.c`)."""
+    """Looks for the C compiler that builds `data/resample.c` (resizing) and `models/cpu_attention.c`."""
     names = (os.environ.get("CC", "").split() or [""])[0], "cc", "gcc", "clang"
     compiler = next((shutil.which(name) for name in names if name and shutil.which(name)), None)
     yield Fact("versions", "C compiler", compiler or "none")
     if not compiler:
         yield Problem(
             False,
-            "There is no C compiler, so images are resized by Pillow alone, which is slower.",
+            "There is no C compiler, so images are resized by Pillow, and attention on CPU computed by XLA, which is "
+            "slower.",
             "Install gcc or clang, or set CC.",
         )

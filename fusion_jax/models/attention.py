@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import partition
+from fusion_jax.models import cpu_attention, partition
 
 MASKED = -1e30  # finite, so that a row without any key does not give NaN
 
@@ -118,8 +118,9 @@ def cached_attention(
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(batch, 1, heads, size)
 
 
-# The blocked kernel, for CPU. XLA's plain attention writes the (B, H, Q, K) scores to memory several times; one head at
-# a time stays in the cache, and the backward pass recomputes the scores from the saved log-sum-exp.
+# The blocked kernel, for CPUs without a C compiler. XLA's plain attention writes the (B, H, Q, K) scores
+# to memory several times; one head at a time stays in the cache, and the backward pass recomputes the scores from the
+# saved log-sum-exp.
 
 
 def _scores(q, k, q_segments, kv_segments, causal, window):
@@ -211,8 +212,11 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
     |---|---|---|
     | TPU | flash that skips unseen blocks, splash for rows too long for it | plain |
     | NVIDIA GPU, 16 bits | the decoder's packed rows: Triton flash; others: cuDNN | plain |
-    | CPU | one head at a time | plain |
+    | CPU | in C | in C |
+    | CPU without a C compiler | one head at a time | plain |
     """
+    if platform == "cpu" and cpu_attention.available():
+        return cpu_attention.compiled_attention
     # The scores of short rows fit into the processor's cache, where one batched product is faster than a loop.
     if q_length * k_length < 128 * 128:
         return reference_attention

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.models import partition, weights
@@ -28,6 +28,33 @@ def normal(stddev: float = 0.02) -> Init:
 def fan_in(branches: int = 1) -> Init:
     """Returns a truncated normal initialiser of variance 1 / fan-in / `branches`, the residual branches that add up."""
     return nn.initializers.variance_scaling(1.0 / branches, "fan_in", "truncated_normal")
+
+
+def product(x: ArrayLike, kernel: ArrayLike) -> Array:
+    """Computes `jnp.dot(x, kernel)` of (..., I) and (I, O)."""
+    if partition.platform() != "cpu":
+        return jnp.dot(x, kernel)
+    # With one axis of rows XLA computes the kernel's gradient without copying operands, in two thirds of the time.
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.dot(rows, kernel) if x.dtype == jnp.float32 else _narrow_product(rows, kernel)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _float32_dot(a: ArrayLike, b: ArrayLike) -> Array:
+    """On CPU only products with a float32 result use the matrix unit for 16 bits; result in the inputs' dtype."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+@jax.custom_vjp
+def _narrow_product(x: ArrayLike, kernel: ArrayLike) -> Array:
+    """Computes `x @ kernel`, (N, I) and (I, O), of 16 bits on CPU; its gradients are such products, too."""
+    return _float32_dot(x, kernel)
+
+
+_narrow_product.defvjp(
+    lambda x, kernel: (_float32_dot(x, kernel), (x, kernel)),
+    lambda arrays, d_y: (_float32_dot(d_y, arrays[1].T), _float32_dot(arrays[0].T, d_y)),
+)
 
 
 class Dense(nn.Module):
@@ -47,7 +74,11 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = weights.product(x.astype(self.dtype), kernel, self.get_variable("params", weights.scale_name("kernel")))
+        x, scales = x.astype(self.dtype), self.get_variable("params", weights.scale_name("kernel"))
+        if scales is None:
+            y = product(x, kernel.astype(self.dtype))
+        else:
+            y = weights.scaled_product(x, kernel, scales)
         if self.use_bias:
             bias = self.param(
                 "bias",

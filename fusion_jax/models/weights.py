@@ -21,12 +21,10 @@ _SCALE = "_scale"  # what the name of a matrix's scales ends in
 _LARGEST = 127
 
 
-def product(
-    x: Float[Array, "... I"], weights: Array, scales: Float[Array, " O"] | None = None
+def scaled_product(
+    x: Float[Array, "... I"], weights: Int8[Array, "I O"], scales: Float[Array, " O"]
 ) -> Float[Array, "... O"]:
-    """Computes x W in the dtype of x; `scales` belong to int8 weights, and scale the float32 sums of the product."""
-    if scales is None:
-        return jnp.dot(x, weights.astype(x.dtype))
+    """Computes x (W scales) in the dtype of x; the float32 sums of the product with the integers are scaled."""
     y = jnp.dot(x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
     return (y * scales).astype(x.dtype)
 

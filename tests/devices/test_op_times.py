@@ -19,6 +19,8 @@ MS = 1e6
         ("gemm_fusion_dot_general_12", "gemm_fusion_dot_general.12", "Triton product"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "custom-call.77", "cuBLAS product"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "", "cuBLAS product"),
+        ("ffi_call.39", "ffi_call.39", "CPU attention"),
+        ("ynn_fusion.7", "ynn_fusion.7", "YNNPACK product"),
         ("MemcpyD2D", "", "copy"),
         ("loop_dynamic_update_slice_fusion_3", "", "copy"),
         ("input_scatter_fusion", "", "gather or scatter"),

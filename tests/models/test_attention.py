@@ -1,4 +1,4 @@
-"""Both attention kernels against loops in float64: masks, packing, grouped heads, gradients, bfloat16."""
+"""Attention kernels against loops in float64: masks, packing, grouped heads, gradients, bfloat16."""
 
 import functools
 import math
@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
+from fusion_jax.models import cpu_attention
 from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
 
 KERNELS = {"reference": reference_attention, "blocked": blocked_attention}
+if cpu_attention.available():
+    KERNELS["compiled"] = cpu_attention.compiled_attention
 HEADS, GROUPS, SIZE = 4, 2, 6
 
 # Two packed examples and padding; one short example and padding.
@@ -87,8 +90,9 @@ def test_forward_equals_loops(kernel, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_both_kernels_agree(case):
-    for ours, plain in zip(run("blocked", case)[1], run("reference", case)[1]):
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "reference"])
+def test_gradients_of_all_kernels_agree(kernel, case):
+    for ours, plain in zip(run(kernel, case)[1], run("reference", case)[1]):
         assert np.abs(plain).max() > 0.1
         np.testing.assert_allclose(ours, plain, atol=5e-6)
 
@@ -164,7 +168,7 @@ def test_the_chosen_kernel_keeps_the_contract_on_long_rows():
     np.testing.assert_allclose(out, loops(q, k, v, segments, segments, True), atol=5e-6)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
 def test_all_products_of_bfloat16_attention_are_of_bfloat16(kernel):
     def total(*arrays):
         return KERNELS[kernel](*arrays).astype(jnp.float32).sum()

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
+<<<<<<< HEAD
 from fusion_jax.models import attention, flash, segment_flash, segment_flash_tpu
+=======
+from fusion_jax.models import attention, cpu_attention, flash, segment_flash
+>>>>>>> h-cpu
 from fusion_jax.models.attention import reference_attention
 from fusion_jax.models.remat import POLICIES
 
@@ -173,10 +177,16 @@ def test_each_device_gets_its_kernel(case):
     assert attention.choose("tpu", *arguments) is flash.tpu_attention
     expected = flash.triton_attention if case == "packed" else flash.cudnn_attention
     assert attention.choose("gpu", *arguments) is expected
-    assert attention.choose("cpu", *arguments) is attention.blocked_attention
     assert attention.choose("gpu", 400, 400, jnp.float32, *arguments[3:]) is reference_attention
-    for platform in ("tpu", "gpu", "cpu"):
+    for platform in ("tpu", "gpu"):
         assert attention.choose(platform, 1, 4000, *arguments[2:]) is reference_attention
+
+
+def test_a_cpu_without_a_compiler_gets_the_kernels_of_xla(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
+    rest = (jnp.bfloat16, True, True, 0)
+    assert attention.choose("cpu", 400, 400, *rest) is attention.blocked_attention
+    assert attention.choose("cpu", 1, 4000, *rest) is reference_attention
 
 
 @pytest.mark.parametrize(

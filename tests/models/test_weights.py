@@ -63,7 +63,7 @@ def test_int8_rounds_each_output_channel_to_its_own_steps():
 def test_product_with_int8_is_that_with_the_restored_matrix(dtype):
     x, w = jnp.asarray(random_array(4, 40), dtype), random_array(40, 5, seed=1)
     integers, scales = weights.to_int8(w)
-    y = weights.product(x, integers, scales)
+    y = weights.scaled_product(x, integers, scales)
     assert y.dtype == dtype
     exact = np.asarray(x, np.float64) @ (np.asarray(integers, np.float64) * np.asarray(scales, np.float64))
     np.testing.assert_allclose(
