@@ -14,11 +14,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
-<<<<<<< HEAD
-from fusion_jax.models import attention, flash, segment_flash, segment_flash_tpu
-=======
-from fusion_jax.models import attention, cpu_attention, flash, segment_flash
->>>>>>> h-cpu
+from fusion_jax.models import attention, cpu_attention, flash, segment_flash, segment_flash_tpu
 from fusion_jax.models.attention import reference_attention
 from fusion_jax.models.remat import POLICIES
 
