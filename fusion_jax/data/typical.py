@@ -158,8 +158,9 @@ def typical_rows(
         measured = _measured(waiting, spec)
     if largest:
         sizes = dataclasses.replace(sizes, smaller=())
-    planned = plan(measured, spec, sizes, latent_count, not spec.zero_image_for_text)
-    rows = [[waiting[i] for i in row] for row in planned.rows]
+    of_size = [one for one in measured if sizes.of(one) == 0]  # those that wait for steps of other sizes are left out
+    planned = plan(of_size, spec, sizes, latent_count, not spec.zero_image_for_text)
+    rows = [[waiting[of_size[i].number] for i in row] for row in planned.rows]
     fitted = dataclasses.replace(sizes.spec(spec, planned.size, latent_count), crops=planned.crops)
     return fitted, sizes, rows, latent_count
 
