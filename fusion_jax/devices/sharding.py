@@ -17,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
@@ -207,14 +208,15 @@ def summed_over_copies(function, mesh: Mesh):
     gradients are added up in each microbatch: there the compiler fails (jax 0.10.2) at collectives along `tensor`.
 
     Args:
-      function: it returns float32 sums over all rows of the slices, (count, B / count, ...) as from `microbatches`.
+      function: it returns sums over all rows of the slices, (count, B / count, ...) as from `microbatches`. Sums of
+        fewer bits are added up, and returned, in float32: on CPU the compiler aborts at collectives of bfloat16.
     """
     if mesh.shape[DATA] == 1 or mesh.shape[TENSOR] > 1:
         return function
 
     def local(*arguments):
         with nn.logical_axis_rules(_RULES_OF_A_COPY):
-            return jax.lax.psum(function(*arguments), DATA)
+            return jax.lax.psum(jax.tree.map(lambda x: x.astype(jnp.float32), function(*arguments)), DATA)
 
     everywhere, rows = PartitionSpec(), PartitionSpec(None, DATA)
     return jax.shard_map(

@@ -241,6 +241,20 @@ MESHES = ["data", "fsdp", "tensor", "mixed", "copies", "mixed, released"]
 
 
 @pytest.mark.slow
+def test_copies_add_up_sums_of_16_bits(ran):
+    arrays, report = ran
+    name = "copies, narrow sums"
+    assert report[name]["losses"][0]["total"] == pytest.approx(report["one"]["losses"][0]["total"], rel=1e-5)
+    differ = 0
+    for key in [key for key in arrays if key.startswith("one|mu|")]:
+        theirs = arrays[key]
+        error = np.linalg.norm(arrays[key.replace("one", name, 1)] - theirs) / max(np.linalg.norm(theirs), 1e-9)
+        assert error < 0.01, key  # of means of both steps' gradients; bfloat16 has 8 bits
+        differ += error > 1e-4
+    assert differ > 10
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_losses_gradients_and_parameters_of_one_device(ran, name):
     arrays, report = ran

@@ -38,6 +38,7 @@ CASES = {
     "tensor": ((1, 1, 8), 1, "mixed", "paper", {}),
     "mixed": ((2, 2, 2), 2, "mixed", "paper", {}),
     "copies": ((2, 4, 1), 2, "mixed", "paper", {"gather": "step"}),
+    "copies, narrow sums": ((2, 4, 1), 2, "mixed", "paper", {"gradient_sums": "bfloat16"}),
     "one, released": ((1, 1, 1), 1, "packed", "released", {}),
     "mixed, released": ((2, 2, 2), 2, "packed", "released", {}),
 }
