@@ -78,19 +78,21 @@ def _window_tokens(tiling: tiles.Tiling, spec: LayoutSpec, latent_count: int) ->
     return int(tokens)
 
 
-def padded_shape(batch: Batch, supervised: int = 0) -> BatchShape:
-    """Returns the shape with everything that a dense program computes: whole rows, all crops and rounds, padding too.
+def padded_shape(batch: Batch, real: BatchShape) -> BatchShape:
+    """Returns the shape with everything that a program computes: whole rows, all crops and rounds, padding too.
+
+    Attention alone is that of the examples, since kernels skip most of what is between them.
 
     Args:
-      batch: a batch, or its shapes alone. supervised: positions with a target; a program computes no others' logits.
+      batch: a batch, or its shapes alone. real: its sizes without padding; a program computes no logits without target.
     """
     (rows, length), (groups, crops, questions) = batch.tokens.shape, batch.crop_text.shape
     _, rounds, latents, window = batch.windows.shape
     return BatchShape(
-        lengths=(length,) * rows,
+        lengths=(*real.lengths, *(1,) * (rows * length - sum(real.lengths))),
         crops=(questions,) * (groups * crops),
         plain=groups * crops * batch.quadrants.shape[2],
-        supervised=supervised,
+        supervised=real.supervised,
         rounds=rows * rounds,
         latent_count=batch.latent_count,
         windows=rows * rounds * latents * window,
