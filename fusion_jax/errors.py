@@ -21,8 +21,10 @@ def check(condition: bool, message: str) -> None:
 def nearest(name: object, known: Iterable[object]) -> str:
     """Returns `did you mean a or b?` with the known names most like this one; empty where there are none."""
     name, known = str(name)[:100], [str(one) for one in known]
-    near = difflib.get_close_matches(name, known, n=3)
+    # One that is very like it, else those that contain it as a word, else any that is a little like it.
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
     near = near or [one for one in known if difflib.get_close_matches(name, one.split("_"), cutoff=0.8)][:3]
+    near = near or difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
