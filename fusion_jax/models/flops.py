@@ -33,9 +33,19 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
     v, m = config.vision, config.llm
     p, d, dv = v.patches, m.width, v.width
 
-    def encoder(length: int) -> int:
-        per_token = 4 * dv * dv + 2 * dv * v.mlp_dim
-        return config.encoder_layers * 2 * (length * per_token + 2 * length * length * dv)
+    early = v.early_layers
+    late = config.encoder_layers - early
+
+    def encoder(question: int) -> int:
+        """See `vision.py` for what image and text see of each other in the early layers."""
+        length = p + question
+        products = config.encoder_layers * length * (4 * dv * dv + 2 * dv * v.mlp_dim)
+        if config.mask == "paper":
+            pairs = early * (p * p + question * length) + late * length * length
+        else:  # early text has no queries
+            products -= early * question * dv * dv
+            pairs = early * p * length + late * length * length
+        return 2 * (products + 2 * pairs * dv)
 
     def projector(tokens: int) -> int:
         return 2 * tokens * (config.tap_count * dv * d + d * d)
@@ -46,10 +56,10 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
     total = 0.0
     for question in shape.crops:
         question = question if config.text_guided else 0
-        total += 2 * p * 3 * v.patch_size**2 * dv + encoder(p + question) + projector(p + question) + back(question)
+        total += 2 * p * 3 * v.patch_size**2 * dv + encoder(question) + projector(p + question) + back(question)
         if config.mapping_loss_weight > 0:
             total += back(p)
-    total += shape.plain * (2 * p * 3 * v.patch_size**2 * dv + encoder(p) + projector(p))
+    total += shape.plain * (2 * p * 3 * v.patch_size**2 * dv + encoder(0) + projector(p))
 
     heads, groups, size = m.heads, m.kv_heads, m.per_head
     per_token = d * size * (2 * heads + 2 * groups) + 3 * d * m.mlp_dim

@@ -13,6 +13,7 @@ from helpers.fixtures import example, lay, mixed_batch, params, tiny
 from PIL import Image
 
 from fusion_jax.devices import flops
+from fusion_jax.models import cpu_attention
 from fusion_jax.models.config import VARIANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import metrics
@@ -48,7 +49,9 @@ def traced(config, batch):
         hidden, visual, _ = model.apply({"params": p}, batch)
         return model.apply({"params": p}, hidden, method="logits"), visual and vars(visual)
 
-    return products(jax.make_jaxpr(run)(params(config), batch).jaxpr)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "available", lambda: False)  # products in C are not in the trace
+        return products(jax.make_jaxpr(run)(params(config), batch).jaxpr)
 
 
 def full_rows(config, **arguments):
@@ -65,13 +68,12 @@ def everywhere(config, batch):
 
 
 def unneeded(config, shape, batch):
-    """Traced, but not counted: the half of causal attention above the diagonal, and the products by which
-    exchange fetches keys and values of whole crops."""
+    """Traced, but not counted: the half of causal attention above the diagonal, and in the exchange the attention to the
+    other crops of the group."""
     m = config.llm
-    context = 9 * shape.latent_count if config.uses_quadrants else config.tokens_per_image
-    fetched = 2 * batch.round_crop.size * batch.crop_kind.shape[1] * context * m.width
     halves = sum(m.layers * 2 * length * length * m.heads * m.per_head for length in shape.lengths)
-    return halves + config.exchange_layers * 2 * fetched
+    others = max(batch.crop_kind.shape[1] - 1, 0) * shape.windows * 2 * m.width
+    return halves + config.exchange_layers * 2 * others
 
 
 @pytest.mark.parametrize(

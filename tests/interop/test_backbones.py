@@ -189,7 +189,7 @@ def test_layers_behind_the_last_tap_stay_in_the_files_alone(folders, tmp_path):
     for name in kept:
         np.testing.assert_array_equal(written[table.VISION + name], given[name].numpy(), err_msg=name)
     # Neither model has them.
-    loaded = load_model(tmp_path / "checkpoint").params
+    loaded = load_model(tmp_path / "checkpoint", dtype="float32").params
     stacks = flatten_dict(loaded["vision"]["layers"], sep="/")
     assert {leaf.shape[0] for leaf in stacks.values()} == {1}
     np.testing.assert_array_equal(

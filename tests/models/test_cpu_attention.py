@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -111,7 +112,8 @@ def test_narrower_vectors_give_the_same(tmp_path, flags):
         "from pathlib import Path; import os\n"
         "assert len(list(Path(os.environ['XDG_CACHE_HOME'], 'fusion_jax').glob('cpu_attention-*.so'))) == 1\n"
     )
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", code, *flags], env=environment, capture_output=True, text=True, timeout=300
     )

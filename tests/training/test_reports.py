@@ -207,7 +207,7 @@ def test_sample_answers_keep_to_the_limits_of_the_stage(mixed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.Answerer, "answer", answer)
-        assert len(reports._sample_answers(None)) == 3
+        assert len(reports._sample_answers({})) == 3
     assert max(lengths) <= spec.length + 32
 
 
