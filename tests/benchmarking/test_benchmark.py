@@ -40,7 +40,7 @@ def test_step_of_a_run_is_timed_at_its_shapes():
     rate = line["model_tflop_per_step"] * 1e3 / line["seconds_per_step"]
     shares = [row["share"] for row in line["operations"]["dearest"]]
     assert len(shares) == 15 and shares == sorted(shares, reverse=True) and sum(shares) > 0
-    assert any("vision/layers" in row["source"] for row in line["operations"]["dearest"])
+    assert any("llm/stack_0/layer" in row["source"] for row in line["operations"]["dearest"])
     assert line["model_gflop_per_second"] == pytest.approx(rate) and 0 < line["mfu"] < 1
 
 

@@ -68,8 +68,8 @@ def everywhere(config, batch):
 
 
 def unneeded(config, shape, batch):
-    """Traced, but not counted: the half of causal attention above the diagonal, and in the exchange the attention to the
-    other crops of the group."""
+    """Traced, but not counted: the half of causal attention above the diagonal, and the attention of the exchange to
+    the other crops of the group."""
     m = config.llm
     halves = sum(m.layers * 2 * length * length * m.heads * m.per_head for length in shape.lengths)
     others = max(batch.crop_kind.shape[1] - 1, 0) * shape.windows * 2 * m.width

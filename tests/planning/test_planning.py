@@ -224,8 +224,8 @@ def test_tiny_model_is_planned_for_four_chips():
     line = report.line(analysed, 1e6)
     assert line["fits"] and 0 < line["hbm_gib_per_chip"] < 1
     assert line["bound_by"] in ("compute", "hbm", "interconnect")
-    # Everything twice forward, once more backward as twice, and padding.
-    assert 4 / 3 < line["compiled_over_model_flops"] < 6
+    # Every product once forward and as two backward (remat `dots` keeps them), more for attention, and padding.
+    assert 1 < line["compiled_over_model_flops"] < 6
     assert {axes for _, axes in analysed.collectives} == {"fsdp"}
     # At least every parameter but norms and biases, gathered for forward and backward in bfloat16.
     assert sum(analysed.collectives.values()) > 2 * 2 * 0.9 * analysed.program.parameter_count * 3 / 4
