@@ -15,6 +15,7 @@ from fusion_jax.data.layout import measure
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.data.workers import progress_bar, run_in_processes
 from fusion_jax.errors import BadRecord, UserError, check
+from fusion_jax.files import whole_file
 
 log = logging.getLogger("fusion_jax")
 
@@ -46,15 +47,11 @@ def write_lengths(folder: str | Path, config: RunConfig, workers: int = 1, progr
     with progress_bar(len(records), 0, "measuring", progress) as bar:
         for start, part in run_in_processes(measure_part, tasks, workers, bar.update):
             entries[start : start + len(part)] = part
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with whole_file(path, part=path.with_suffix(f".{os.getpid()}.part")) as file:
             np.save(file, entries)
-        os.replace(part, path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -66,6 +63,7 @@ def measure_part(task: _Task, advance: Callable[[int], None]) -> tuple[int, np.n
     entries = np.zeros(end - start, lengths.ENTRY)
     most = {name: np.iinfo(lengths.ENTRY[name]).max for name in lengths.ENTRY.names}
     for k in range(end - start):
+        advance(1)
         try:
             example = maker.text(data.text(k))
         except BadRecord:
@@ -73,5 +71,4 @@ def measure_part(task: _Task, advance: Callable[[int], None]) -> tuple[int, np.n
         takes = measure(example, spec, 0)._asdict() | {"images": example.images}
         if all(takes[name] <= largest for name, largest in most.items()):
             entries[k] = tuple(takes[name] for name in lengths.ENTRY.names)
-        advance(1)
     return start, entries

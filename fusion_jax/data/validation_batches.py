@@ -51,9 +51,9 @@ def plan_all(
     planned = []
     for length, part in by_length.items():
         groups = math.ceil(len(part) / (rows * shards)) * shards
-        by_group = _spread([[records[i] for i in unit] for unit in part], groups, rows)
-        crops = max(_crops(group) for group in by_group)
         units = [[records[i] for i in unit] for unit in part]
+        by_group = _spread(units, groups, rows)
+        crops = max(_crops(group) for group in by_group)
         most = max(sum(m.rounds for m in unit) for unit in units)
         fitted = step_sizes.fitted(spec, [m for unit in units for m in unit], most)
         fitted = dataclasses.replace(fitted, length=length, crops=crops)
