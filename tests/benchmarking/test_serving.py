@@ -51,7 +51,7 @@ def test_server_and_batch_job_stand_in_one_table_and_line(folder):
     assert [level["clients"] for level in figures["server"]] == [1, 4, 16]
     for level in (*figures["server"], figures["answerer"]):
         # Random weights rarely end an answer early: all levels have the same prompts and nearly the same answers.
-        assert 1 < level["tokens_per_second"] / level["requests_per_second"] <= 9
+        assert 1 < round(level["tokens_per_second"] / level["requests_per_second"], 6) <= 9
     for level in figures["server"]:
         assert 0 < level["first_token_median"] <= level["first_token_p95"] < 60
     table = [line for line in lines if line.startswith("| ")]
