@@ -22,7 +22,7 @@ setup(
     # configs/ is installed inside of the package, where `--config configs/...` finds it from any folder.
     packages=[*find_packages(include=["fusion_jax", "fusion_jax.*"]), "fusion_jax.configs"],
     package_dir={"fusion_jax.configs": "configs"},
-    package_data={"fusion_jax.data": ["*.c"], "fusion_jax.models": ["*.c"]},
+    package_data={"fusion_jax.data": ["*.c"], "fusion_jax.models": ["*.c", "*.h"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

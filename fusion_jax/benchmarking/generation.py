@@ -79,7 +79,11 @@ def time_decode(model: fusion.Fusion, params, rows: int, question: int, answer: 
 
 def random_params(model: fusion.Fusion) -> dict:
     """Draws weights as a loaded model has them (`models/weights.py`)."""
-    return jax.jit(lambda: weights.as_read(fusion.init(model.config, jax.random.key(0)), model.dtype))()
+
+    def draw():
+        return weights.unstack(weights.as_read(fusion.init(model.config, jax.random.key(0)), model.dtype))
+
+    return jax.jit(draw)()
 
 
 def _sizes(config: ConfigDict) -> tuple[int, int, int]:

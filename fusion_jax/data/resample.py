@@ -175,7 +175,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    return c_compiler.build(SOURCE, FLAGS)
+    return c_compiler.build(SOURCE.stem, (SOURCE,), FLAGS)
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -75,7 +75,7 @@ def check_requirements(text: str) -> Findings:
 
 
 def check_compiler() -> Findings:
-    """Looks for the C compiler that builds `data/resample.c` (resizing) and `models/cpu_attention.c`."""
+    """Looks for the C compiler that builds `data/resample.c` (resizing) and the kernels in `models/`."""
     names = (os.environ.get("CC", "").split() or [""])[0], "cc", "gcc", "clang"
     compiler = next((shutil.which(name) for name in names if name and shutil.which(name)), None)
     yield Fact("versions", "C compiler", compiler or "none")

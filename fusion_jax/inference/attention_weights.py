@@ -13,6 +13,7 @@ from fusion_jax.batch import Batch
 from fusion_jax.models import attention, layers
 from fusion_jax.models.config import FusionConfig
 from fusion_jax.models.fusion import Fusion
+from fusion_jax.models.weights import is_unstacked
 
 
 def _queries_and_keys(module, method: str) -> bool:
@@ -28,15 +29,23 @@ def of_layers(c: FusionConfig, decoder: dict, name: str):
     """The outputs of a submodule of the LLM's layers, (layers, ...), from the stacks that hold them."""
     parts = []
     for i, stack in enumerate(c.stacks()):
-        each = [decoder[f"stack_{i}"][f"layer_{j}"][name]["__call__"][0] for j in range(stack.layers)]
+        blocks = _stacked(decoder[f"stack_{i}"])
+        each = [blocks[f"layer_{j}"][name]["__call__"][0] for j in range(stack.layers)]
         parts.append(jnp.stack(each, 1).reshape(-1, *each[0].shape[1:]))
     return jnp.concatenate(parts)
+
+
+def _stacked(blocks: dict):
+    """Returns what was captured in the blocks of a stack, along the first axis, however their weights are stored."""
+    if not is_unstacked(blocks):
+        return blocks
+    return jax.tree.map(lambda *x: jnp.stack(x), *(blocks[str(i)] for i in range(len(blocks))))
 
 
 def of_exchanges(c: FusionConfig, decoder: dict, name: str):
     """The outputs of a submodule of the exchange layers, (layers, ...)."""
     stacks = [f"stack_{i}" for i, stack in enumerate(c.stacks()) if stack.exchange]
-    return jnp.concatenate([decoder[stack]["exchange"][name]["__call__"][0] for stack in stacks])
+    return jnp.concatenate([_stacked(decoder[stack])["exchange"][name]["__call__"][0] for stack in stacks])
 
 
 def encoder_weights(c: FusionConfig, q, k, text, early):

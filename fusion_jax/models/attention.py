@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.models import cpu_attention, partition
+from fusion_jax.models import cpu_attention, cpu_decoding, cpu_kernels, partition
 
 MASKED = -1e30  # finite, so that a row without any key does not give NaN
 
@@ -103,11 +103,15 @@ def reference_attention(
 
 def cached_attention(
     q: Float[Array, "B 1 H d"],
-    k: Float[Array, "B K d C"],
-    v: Float[Array, "B K C d"],
+    keys: Float[Array, "layers B K d C"],
+    values: Float[Array, "layers B K C d"],
+    layer: Int[Array, ""],
     kv_segments: Int[Array, "B C"],
 ) -> Float[Array, "B 1 H d"]:
-    """Computes attention of one new token over a cache of C slots that holds it; slots of segment 0 are not seen."""
+    """Computes attention of one new token over a layer's C slots, which hold it; slots of segment 0 are not seen."""
+    if cpu_decoding.attends(q, keys, values):
+        return cpu_decoding.cached_attention(q, keys, values, layer, kv_segments)
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (keys, values))
     batch, _, heads, size = q.shape
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
     scores = jnp.einsum("BKGd,BKdC->BKGC", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
@@ -215,7 +219,7 @@ def choose(platform: str, q_length: int, k_length: int, dtype, segments: bool, c
     | CPU | in C | in C |
     | CPU without a C compiler | one head at a time | plain |
     """
-    if platform == "cpu" and cpu_attention.available():
+    if platform == "cpu" and cpu_kernels.available():
         return cpu_attention.compiled_attention
     # The scores of short rows fit into the processor's cache, where one batched product is faster than a loop.
     if q_length * k_length < 128 * 128:

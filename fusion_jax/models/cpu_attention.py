@@ -1,67 +1,22 @@
-"""Attention on CPU in C: cpu_attention.c, compiled for this processor on first use.
+"""Attention on CPU in C (cpu_attention.c), forward and backward.
 
 XLA's own products and elementwise passes write the scores to memory between them; here they stay in the first cache,
-which takes less than half of the processor's time, forward and backward. Without a C compiler the kernels in
-`attention.py` do the work, and the log says so once.
+which takes less than half of the processor's time.
 """
 
-import ctypes
 import functools
-import logging
-import subprocess
-import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from fusion_jax import c_compiler
+from fusion_jax.models.cpu_kernels import BACKWARD, FORWARD
 from fusion_jax.models.remat import ATTENTION
-
-log = logging.getLogger("fusion_jax")
-
-SOURCE = Path(__file__).with_name("cpu_attention.c")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-FORWARD, BACKWARD = "fusion_attention_forward", "fusion_attention_backward"
-_lock = threading.Lock()
-
-
-def available() -> bool:
-    """Returns whether the library is there; compiles and registers it with JAX when first asked."""
-    with _lock:  # threads that come in the meantime wait for the one compilation
-        return _register()
-
-
-@functools.cache
-def _register() -> bool:
-    try:
-        library = ctypes.CDLL(str(_build()))
-        for name in (FORWARD, BACKWARD):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-        return True
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home folder
-        log.warning("Attention runs on XLA's products, at half the speed: %s", e)
-        return False
-
-
-def _build() -> Path:
-    """Returns the library for this processor."""
-    return c_compiler.build(SOURCE, (*FLAGS, f"-I{jax.ffi.include_dir()}"), (_processor(), jax.__version__))
-
-
-def _processor() -> str:
-    """Returns the instructions that this processor has: homes, and so caches, may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def compiled_attention(q, k, v, q_segments=None, kv_segments=None, causal=False, window=0):
-    """Computes `attention.reference_attention` in C, where `available`; the arithmetic is float32 for every dtype."""
+    """Computes `attention.reference_attention` where `cpu_kernels.available`; the arithmetic is float32."""
     if q_segments is None:
         q_segments, kv_segments = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
     wide = (x.astype(jnp.float32) for x in (q, k, v))

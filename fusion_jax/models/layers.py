@@ -78,7 +78,7 @@ class Dense(nn.Module):
         if scales is None:
             y = product(x, kernel.astype(self.dtype))
         else:
-            y = weights.scaled_product(x, kernel, scales)
+            y = weights.scaled_product(x, kernel, scales).astype(self.dtype)
         if self.use_bias:
             bias = self.param(
                 "bias",

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from fusion_jax.models import attention, layers, partition, weights
-from fusion_jax.models.config import FusionConfig, LLMConfig
+from fusion_jax.models.config import FusionConfig, LLMConfig, Stack
 from fusion_jax.models.exchange import ExchangePlan, SemanticExchange
 from fusion_jax.models.remat import remat
 
@@ -87,8 +87,7 @@ class DecoderLayer(nn.Module):
                 jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2)[None], (index, 0, 0, shared.slot, 0)),
             )
         if buffers is not None and length == 1:
-            k, v = (jax.lax.dynamic_index_in_dim(b, index, 0, keepdims=False) for b in buffers)
-            y = attention.cached_attention(q, k, v, shared.cached_segments)
+            y = attention.cached_attention(q, *buffers, index, shared.cached_segments)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
         # There are two residual branches per layer; this keeps the sum of all at the scale of the embedding.
@@ -121,6 +120,21 @@ class Superblock(nn.Module):
         return (x, buffers, index + self.layers), None
 
 
+class _Blocks(nn.Module):
+    """The superblocks of one stack one after the other, each with parameters of its own, `weights.unstack`'s."""
+
+    config: FusionConfig
+    stack: Stack
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, carry, shared: _Shared):
+        for i in range(self.stack.blocks):
+            block = Superblock(self.config, self.stack.layers, self.stack.exchange, self.dtype, name=str(i))
+            carry, _ = block(carry, shared)
+        return carry, None
+
+
 class Decoder(nn.Module):
     """Embedding, superblocks, final norm, head."""
 
@@ -146,7 +160,9 @@ class Decoder(nn.Module):
             )
         block = remat(Superblock, self.remat)
         self.stacks = [
-            nn.scan(
+            _Blocks(self.config, stack, self.dtype, name=f"stack_{i}")
+            if weights.is_unstacked(self.get_variable("params", f"stack_{i}", {}))
+            else nn.scan(
                 block,
                 variable_axes={"params": 0, "intermediates": 0},  # the latter for attention maps alone
                 split_rngs={"params": True},
@@ -174,11 +190,14 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Computes float32 logits over the vocabulary without its padding."""
-        words = self.config.llm.vocab_size
-        kernel = self.head_kernel()[:, :words].astype(self.dtype)
-        logits = jnp.dot(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        kernel, hidden = self.head_kernel(), hidden.astype(self.dtype)
         scales = self.get_variable("params", weights.scale_name("head"))
-        return logits if scales is None else logits * scales[:words]
+        if scales is not None:
+            logits = weights.scaled_product(hidden, kernel, scales)
+        else:
+            logits = jnp.dot(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        # The padding is cut off the logits: cutting it off the weights would copy all others.
+        return logits[..., : self.config.llm.vocab_size]
 
     def __call__(
         self,

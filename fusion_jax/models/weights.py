@@ -6,6 +6,10 @@ token, so they are cast once, when they are loaded, to the same values.
 With int8 a matrix (inputs, outputs) becomes integers, `kernel`, and a scale for each output, `kernel_scale`; it stands
 for their product. `layers.Dense` and the decoder's head multiply by the integers and scale the result, so the matrix is
 never restored.
+
+Training stacks the parameters of the decoder's blocks, so that one block is compiled for all. On CPU and GPU a program
+that reads one block out of a stack copies it first, which for one new token is three times the bytes of the weights:
+there a model that answers holds each block by itself.
 """
 
 from collections.abc import Mapping
@@ -16,6 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
+from fusion_jax.models import cpu_decoding, partition
+
 KINDS = ("full", "int8")  # how weights may be stored
 _SCALE = "_scale"  # what the name of a matrix's scales ends in
 _LARGEST = 127
@@ -24,9 +30,11 @@ _LARGEST = 127
 def scaled_product(
     x: Float[Array, "... I"], weights: Int8[Array, "I O"], scales: Float[Array, " O"]
 ) -> Float[Array, "... O"]:
-    """Computes x (W scales) in the dtype of x; the float32 sums of the product with the integers are scaled."""
-    y = jnp.dot(x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (y * scales).astype(x.dtype)
+    """Computes x (W scales) in float32; the sums of the product with the integers are scaled."""
+    rows = x.reshape(-1, x.shape[-1])
+    if cpu_decoding.multiplies(rows):
+        return cpu_decoding.product(rows, weights, scales).reshape(*x.shape[:-1], -1)
+    return jnp.dot(x, weights.astype(x.dtype), preferred_element_type=jnp.float32) * scales
 
 
 def scale_name(name: str) -> str:
@@ -62,6 +70,29 @@ def as_read(params: dict, dtype: DTypeLike) -> dict:
     if not any(isinstance(x, jax.core.Tracer) for x in changed.values()):
         cast = jax.jit(cast, out_shardings={path: x.sharding for path, x in changed.items()})
     return unflatten_dict(flat | cast(changed), sep="/")
+
+
+def is_unstacked(stack: Mapping[str, object]) -> bool:
+    """Returns whether the parameters of a stack of the decoder are those of each block, by number."""
+    return "0" in stack
+
+
+def of_blocks(path: str, x: Array) -> dict[str, Array]:
+    """Splits one parameter of a stack of the decoder into those of its blocks, by path; returns others as they are.
+
+    Block `i` of `llm/stack_0/layer_1/query/kernel` is `llm/stack_0/i/layer_1/query/kernel`. For a TPU nothing is split:
+    it reads a block where it lies in the stack, and compiles all blocks several times as long as one.
+    """
+    if not path.startswith("llm/stack_") or partition.platform() == "tpu":
+        return {path: x}
+    llm, stack, rest = path.split("/", 2)
+    return {f"{llm}/{stack}/{i}/{rest}": x[i] for i in range(len(x))}
+
+
+def unstack(params: dict) -> dict:
+    """Returns the parameters with each of the decoder's blocks by itself, see `of_blocks`."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({k: v for path, x in flat.items() for k, v in of_blocks(path, x).items()}, sep="/")
 
 
 def becomes_int8(path: str) -> bool:

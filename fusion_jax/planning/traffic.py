@@ -8,6 +8,8 @@ from fusion_jax.planning.hlo import Instruction, Module
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "while"}
 _FREE |= {"replica-id", "call", "conditional", "custom-call-start", "optimization-barrier"}
 
+_SLICES = {"slice", "dynamic-slice"}
+
 
 def hbm_bytes(module: Module, instruction: Instruction, operands: list[Instruction]) -> float:
     """Returns the bytes that one run of an instruction outside fusions moves; a loop or call itself moves none."""
@@ -15,7 +17,7 @@ def hbm_bytes(module: Module, instruction: Instruction, operands: list[Instructi
     if op in _FREE or op.endswith("-done") or op.endswith("-start"):
         return 0.0
     results = sum(s.bytes for s in instruction.shapes if s.in_hbm)
-    if op == "dynamic-slice":
+    if op in _SLICES:
         return 2 * results
     if op == "dynamic-update-slice":
         return 2 * operands[1].shapes[0].bytes
@@ -38,7 +40,7 @@ def _fusion_bytes(module: Module, instruction: Instruction, read: list[float], r
         if one.op != "parameter" or int(one.operands[0]) >= len(read):
             continue
         number, uses = int(one.operands[0]), through_bitcasts(readers, one.name)
-        if uses and all(use.op == "dynamic-slice" for use in uses):
+        if uses and all(use.op in _SLICES for use in uses):
             read[number] = min(read[number], sum(use.shapes[0].bytes for use in uses))
         elif uses and all(use.op == "dynamic-update-slice" for use in uses):
             written = sum(inner[use.operands[1]].shapes[0].bytes for use in uses)

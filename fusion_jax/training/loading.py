@@ -142,7 +142,7 @@ def _checked_shapes(folder: Path, like) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load_for_answers(folder: Path, like, dtype: DTypeLike, kind: str = "full") -> dict:
-    """Loads the parameters as `weights` stores them: in the dtypes that the layers read, or matrices as int8.
+    """Loads the parameters as `weights` stores them: in the dtypes that the layers read, or matrices as int8, by block.
 
     They are read a few at a time and converted at once, so that memory never holds all of them twice.
 
@@ -160,11 +160,21 @@ def load_for_answers(folder: Path, like, dtype: DTypeLike, kind: str = "full") -
         shapes = {path: x if path in whole else x.update(dtype=read[path]) for path, x in part.items()}
         for path, x in read_params(folder, shapes).items():
             if path in whole:
-                params[path], params[weights.scale_name(path)] = jax.block_until_ready(weights.to_int8(x))
+                integers, scales = jax.block_until_ready(weights.to_int8(x))
                 x.delete()
+                params |= _by_block(path, integers) | _by_block(weights.scale_name(path), scales)
             else:
-                params[path] = x
+                params |= _by_block(path, x)
     return unflatten_dict(params, sep="/")
+
+
+def _by_block(path: str, x: jax.Array) -> dict[str, jax.Array]:
+    """Splits a parameter as `weights.of_blocks` does, and frees it."""
+    blocks = weights.of_blocks(path, x)
+    if path not in blocks:
+        jax.block_until_ready(blocks)
+        x.delete()
+    return blocks
 
 
 def _parts(shapes: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:

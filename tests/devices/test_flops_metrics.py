@@ -13,7 +13,7 @@ from helpers.fixtures import example, lay, mixed_batch, params, tiny
 from PIL import Image
 
 from fusion_jax.devices import flops
-from fusion_jax.models import cpu_attention
+from fusion_jax.models import cpu_kernels
 from fusion_jax.models.config import VARIANTS
 from fusion_jax.models.fusion import Fusion
 from fusion_jax.training import metrics
@@ -50,7 +50,7 @@ def traced(config, batch):
         return model.apply({"params": p}, hidden, method="logits"), visual and vars(visual)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_attention, "available", lambda: False)  # products in C are not in the trace
+        patch.setattr(cpu_kernels, "available", lambda: False)  # products in C are not in the trace
         return products(jax.make_jaxpr(run)(params(config), batch).jaxpr)
 
 

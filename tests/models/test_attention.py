@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
-from fusion_jax.models import cpu_attention
+from fusion_jax.models import cpu_attention, cpu_kernels
 from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
 
 KERNELS = {"reference": reference_attention, "blocked": blocked_attention}
-if cpu_attention.available():
+if cpu_kernels.available():
     KERNELS["compiled"] = cpu_attention.compiled_attention
 HEADS, GROUPS, SIZE = 4, 2, 6
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
-from fusion_jax.models import attention, cpu_attention
+from fusion_jax.models import attention, cpu_attention, cpu_kernels
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler: XLA computes attention"
@@ -35,7 +35,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def library():
-    assert cpu_attention.available()
+    assert cpu_kernels.available()
 
 
 def arrays(name):
@@ -104,13 +104,13 @@ def test_is_what_the_processor_runs():
 def test_narrower_vectors_give_the_same(tmp_path, flags):
     """The file is compiled for other processors, in a process of its own, where it takes the place of the usual one."""
     code = (
-        "from fusion_jax.models import cpu_attention; import sys\n"
-        "cpu_attention.FLAGS = (*(f for f in cpu_attention.FLAGS if 'native' not in f), *sys.argv[1:])\n"
-        "assert cpu_attention.available()\n"
+        "from fusion_jax.models import cpu_kernels; import sys\n"
+        "cpu_kernels.FLAGS = (*(f for f in cpu_kernels.FLAGS if 'native' not in f), *sys.argv[1:])\n"
+        "assert cpu_kernels.available()\n"
         "from models.test_cpu_attention import test_equals_plain_attention as t\n"
         "[t(name, True) for name in ('one more than a block', 'causal')]\n"
         "from pathlib import Path; import os\n"
-        "assert len(list(Path(os.environ['XDG_CACHE_HOME'], 'fusion_jax').glob('cpu_attention-*.so'))) == 1\n"
+        "assert len(list(Path(os.environ['XDG_CACHE_HOME'], 'fusion_jax').glob('cpu_kernels-*.so'))) == 1\n"
     )
     paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": paths}
@@ -125,7 +125,7 @@ def test_narrower_vectors_give_the_same(tmp_path, flags):
 def test_without_a_compiler(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(cpu_attention, "_register", functools.cache(cpu_attention._register.__wrapped__))
+    monkeypatch.setattr(cpu_kernels, "_register", functools.cache(cpu_kernels._register.__wrapped__))
     with caplog.at_level(logging.INFO):
         chosen = [attention.choose("cpu", n, n, jnp.float32, True, False, 0) for n in (769, 9)]
     assert chosen == [attention.blocked_attention, attention.reference_attention]

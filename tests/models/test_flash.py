@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.fixtures import random_array
 
-from fusion_jax.models import attention, cpu_attention, flash, segment_flash, segment_flash_tpu
+from fusion_jax.models import attention, cpu_kernels, flash, segment_flash, segment_flash_tpu
 from fusion_jax.models.attention import reference_attention
 from fusion_jax.models.remat import POLICIES
 
@@ -179,7 +179,7 @@ def test_each_device_gets_its_kernel(case):
 
 
 def test_a_cpu_without_a_compiler_gets_the_kernels_of_xla(monkeypatch):
-    monkeypatch.setattr(cpu_attention, "available", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
     rest = (jnp.bfloat16, True, True, 0)
     assert attention.choose("cpu", 400, 400, *rest) is attention.blocked_attention
     assert attention.choose("cpu", 1, 4000, *rest) is reference_attention

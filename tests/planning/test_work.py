@@ -354,3 +354,26 @@ def test_programs_for_gpus_are_read_with_their_loops_collectives_and_kernels():
     # The loop's product, and what the three kernels read and write, once each.
     small, arrays = 32 * 64 + 64 * 128 + 32 * 128, 4 * 2 * 256 * 4 * 64
     assert counted.hbm_bytes == 3 * 2 * small + 2 * (2 * arrays + 4 * 2 * 4 * 256) + 2 * small + 1024
+
+
+SLICED_TEXT = """HloModule jit_step, is_scheduled=true
+
+%layer (p: bf16[32,16], q: bf16[16]) -> bf16[16] {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %q = bf16[16]{0} parameter(1)
+  %s = bf16[1,16]{1,0} slice(%p), slice={[3:4], [0:16]}
+  %b = bf16[16]{0} bitcast(%s)
+  ROOT %r = bf16[16]{0} add(%b, %q)
+}
+
+ENTRY %main (a: bf16[32,16], q: bf16[16]) -> bf16[16] {
+  %a = bf16[32,16]{1,0} parameter(0)
+  %q = bf16[16]{0} parameter(1)
+  %s = bf16[2,16]{1,0} slice(%a), slice={[4:6], [0:16]}
+  ROOT %f = bf16[16]{0} fusion(%a, %q), kind=kLoop, calls=%layer
+}
+"""
+
+
+def test_of_an_array_that_is_only_sliced_the_slices_are_read():
+    assert work.read(SLICED_TEXT, 1).hbm_bytes == 2 * (2 * 2 * 16 + 3 * 16)

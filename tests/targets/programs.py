@@ -118,16 +118,20 @@ def _model(config: RunConfig, mesh: Mesh, remat: str = "none"):
 
 
 def _as_loaded(params, dtype, kind: str):
-    """The parameters as `loading.load_model` stores them."""
+    """The parameters as `loading.load_model` stores them on one device."""
     flat = flatten_dict(params, sep="/")
+    whole = sharding.replicated(next(iter(flat.values())).sharding.mesh)
     read, stored = weights.dtypes(flat, dtype), {}
     for path, x in flat.items():
         stored[path] = _at(x.update(dtype=read[path]), x.sharding)
         if kind == "int8" and weights.becomes_int8(path):
             stored[path] = _at(x.update(dtype=jnp.int8), x.sharding)
             scales = jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1]), jnp.float32)
-            stored[weights.scale_name(path)] = _at(scales, sharding.replicated(x.sharding.mesh))
-    return unflatten_dict(stored, sep="/")
+            stored[weights.scale_name(path)] = _at(scales, whole)
+    places = {path: x.sharding for path, x in stored.items()}
+    with partition.compiled_for(whole.mesh.devices.flat[0].platform):
+        blocks = flatten_dict(jax.eval_shape(weights.unstack, unflatten_dict(stored, sep="/")), sep="/")
+    return unflatten_dict({path: _at(x, places.get(path, whole)) for path, x in blocks.items()}, sep="/")
 
 
 def _prompts(config: RunConfig, mesh: Mesh, rows: int, sizes: Buckets | Steps) -> Batch:
@@ -206,6 +210,7 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
 def pictures(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     """What `fusion_jax.inference.attention_pictures` measures, on one device."""
     model, params = _model(config, mesh)
+    params = _as_loaded(params, model.dtype, "full")
     one = dataclasses.replace(example(config.model, answer=0), labels=None)
     batch = attention_maps.lay_out_prompt(config.model, one, config.model.fixed_latent_count)
     words = (attention_maps.indicator([0], x.shape[-1]) for x in (batch.tokens, batch.crop_text))
