@@ -17,7 +17,7 @@ MOMENTS = (*DTYPES, "int8")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
 GATHERS = ("layer", "step")
-OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
+OPTIMIZER_NAMES = ("adamw", "muon")  # of `training.optimizers.OPTIMIZERS`
 OWN_TEMPLATE = "own"  # the chat template in the tokenizer's folder, see `data.chat_template`
 
 # The smallest and the largest value of each numeric field. A larger value is a mistake: it would fill the memory, or

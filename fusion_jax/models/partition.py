@@ -50,6 +50,17 @@ def constrain(x: ArrayLike, *names: str | None) -> ArrayLike:
     return nn.with_logical_constraint(x, names) if active() else x
 
 
+def devices() -> int:
+    """Returns the number of devices over which a program traced now is sharded."""
+    return jax.sharding.get_abstract_mesh().size if active() else 1
+
+
+def deal(stack: ArrayLike) -> ArrayLike:
+    """Deals the matrices of a stack (N, I, O) to all devices, each whole; zeros fill N up to a multiple of them."""
+    missing = -len(stack) % devices()
+    return constrain(jnp.pad(stack, ((0, missing), (0, 0), (0, 0))), "matrices", None, None)
+
+
 def split(function: Callable, arguments: Sequence[Names], results: Names | tuple[Names, ...]) -> Callable:
     """Makes `function` run on each device's own shard of its arguments; returns it as it is if nothing is sharded.
 
