@@ -128,7 +128,8 @@ class StageConfig:
     steps: int = 0
     """Number of optimizer steps, which replaces `epochs`; 0: `epochs` applies."""
     optimizer: str = "adamw"
-    """Optimizer of the trained parameters."""
+    """Optimizer of the trained parameters; `muon` is for the matrices of layers, with AdamW for all else
+    (docs/training.md)."""
     learning_rate: float = 1e-4
     """Highest learning rate, reached at the end of the warm-up."""
     learning_rate_by_path: dict[str, float] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class StageConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     first_moment: str = "float32"
-    """How Adam's running mean of the gradient is stored: `int8` takes one byte a parameter (docs/training.md)."""
+    """How the running mean of the gradient is stored: `int8` takes one byte a parameter (docs/training.md)."""
     second_moment: str = "float32"
     """How Adam's running mean of the squared gradient is stored, as `first_moment`."""
     master_weights: str = "float32"

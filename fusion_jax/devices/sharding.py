@@ -40,7 +40,6 @@ RULES = (
     ("heads", TENSOR),
     ("mlp", TENSOR),
     ("vocab", TENSOR),
-    ("matrices", AXES),
 )
 # The same among the devices that hold one copy of the parameters, see `summed_over_copies`.
 _RULES_OF_A_COPY = (("batch", FSDP), *((name, axis) for name, axis in RULES if axis in (FSDP, TENSOR)))

@@ -55,12 +55,6 @@ def devices() -> int:
     return jax.sharding.get_abstract_mesh().size if active() else 1
 
 
-def deal(stack: ArrayLike) -> ArrayLike:
-    """Deals the matrices of a stack (N, I, O) to all devices, each whole; zeros fill N up to a multiple of them."""
-    missing = -len(stack) % devices()
-    return constrain(jnp.pad(stack, ((0, missing), (0, 0), (0, 0))), "matrices", None, None)
-
-
 def split(function: Callable, arguments: Sequence[Names], results: Names | tuple[Names, ...]) -> Callable:
     """Makes `function` run on each device's own shard of its arguments; returns it as it is if nothing is sharded.
 

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from fusion_jax.devices import sharding
 from fusion_jax.models import partition
 
 # The root mean square of an update's elements. With 0.2, about that of Adam's updates, one learning rate and one weight
@@ -66,8 +68,23 @@ def groups(shapes: Sequence[tuple[int, ...]], devices: int) -> list[list[int]]:
 
 
 def _orthogonal(stack: jax.Array) -> jax.Array:
-    dealt = partition.deal(stack)
+    padded = jnp.pad(stack, ((0, -len(stack) % partition.devices()), (0, 0), (0, 0)))
+    dealt = _moved(padded, (1, 2, 3))
     # A running mean with decay 0 is its argument; optax has no public function for the steps alone.
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     tx = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
-    return tx.update(dealt, tx.init(dealt))[0][: len(stack)]
+    return _moved(tx.update(dealt, tx.init(dealt))[0], (2, 1))[: len(stack)]
+
+
+def _moved(stack: jax.Array, counts: Sequence[int]) -> jax.Array:
+    """Shards axis 0 of a stack over so many mesh axes, one count after the other.
+
+    Moving along one mesh axis at a time is an exchange of parts; for a move along several, XLA would first copy
+    everything to every device.
+    """
+    if partition.devices() > 1:
+        for count in counts:
+            rest = PartitionSpec.UNCONSTRAINED if count == 1 else None  # of its rows and columns, cut along two axes
+            spec = PartitionSpec((sharding.FSDP, sharding.TENSOR, sharding.DATA)[:count], rest, rest)
+            stack = jax.lax.with_sharding_constraint(stack, spec)
+    return stack
