@@ -25,6 +25,7 @@ from fusion_jax.models import partition
 # The root mean square of an update's elements. With 0.2, about that of Adam's updates, one learning rate and one weight
 # decay serve the matrices and all other parameters (Liu et al., 2025, https://arxiv.org/abs/2502.16982).
 RMS = 0.2
+ENOUGH = 4  # matrices on each device
 
 
 def directions(gradients: Sequence[jax.Array]) -> list[jax.Array]:
@@ -53,7 +54,8 @@ def _wide(x: jax.Array) -> jax.Array:
 def groups(shapes: Sequence[tuple[int, ...]], devices: int) -> list[list[int]]:
     """Returns which stacks (..., I, O) to join, by their indices: those of one size, I x O or O x I.
 
-    A group that has a matrix for every device gets no more, since the memory grows with it.
+    A group gets no more if the devices have equally many of its matrices, or `ENOUGH` each, so that few wait for the
+    others; the memory grows with the group.
     """
     done, filling = [], {}
     for i, shape in enumerate(shapes):
@@ -62,7 +64,8 @@ def groups(shapes: Sequence[tuple[int, ...]], devices: int) -> list[list[int]]:
             filling[size] = []
             done.append(filling[size])
         filling[size].append(i)
-        if sum(math.prod(shapes[j][:-2]) for j in filling[size]) >= devices:
+        count = sum(math.prod(shapes[j][:-2]) for j in filling[size])
+        if count % devices == 0 or count >= ENOUGH * devices:
             del filling[size]
     return done
 

@@ -132,11 +132,12 @@ def test_a_layer_without_gradient_in_a_stack_stays_finite():
     assert not np.any(updates["kernel"][0]) and np.all(np.isfinite(updates["kernel"])) and np.any(updates["kernel"][1])
 
 
-def test_stacks_of_one_size_are_joined_until_every_device_has_a_matrix():
+def test_stacks_of_one_size_are_joined_until_devices_have_equally_many_matrices_or_enough():
     shapes = [(2, 4, 8), (8, 4), (3, 4, 4), (2, 8, 4), (4, 4), (2, 8, 4)]
     assert orthogonal.groups(shapes, 1) == [[0], [1], [2], [3], [4], [5]]
-    assert orthogonal.groups(shapes, 4) == [[0, 1, 3], [2, 4], [5]]
+    assert orthogonal.groups(shapes, 2) == [[0], [1, 3, 5], [2, 4]]
     assert orthogonal.groups(shapes, 64) == [[0, 1, 3, 5], [2, 4]]
+    assert orthogonal.groups([(13, 4, 4), (2, 4, 4), (1, 4, 4)], 3) == [[0], [1, 2]]
 
 
 # Whole steps, with everything that stands around the optimizer.
