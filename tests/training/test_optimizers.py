@@ -21,7 +21,7 @@ from fusion_jax.training import checkpoint, optim, orthogonal, state
 from fusion_jax.training.config_check import state_bytes
 from fusion_jax.training.step import compile_step
 
-CONFIG = tiny(**{"exchange.layers": 1, "vision.layers": 2})
+CONFIG = tiny()  # stacks of two layers, in the encoder of three
 MUON = StageConfig("s", "d.json", batch_size=4, learning_rate=1e-2, warmup_ratio=0.0, optimizer="muon")
 FEW_BITS = {"first_moment": "int8", "second_moment": "int8", "master_weights": "bfloat16", "gradient_sums": "bfloat16"}
 # The beginnings of the paths of all parameters that are not matrices between hidden states, but for norms and biases.
@@ -71,6 +71,7 @@ def test_three_steps_equal_optax_on_each_layer_alone():
         return muons if path not in adam else spared if path.endswith(("scale", "bias")) else adams
 
     parts = {key: x for path, whole in flat(current).items() for key, x in split(path, whole).items()}
+    assert max(i for _, i in parts) == 2
     states = {(path, i): alone(path).init(x) for (path, i), x in parts.items()}
 
     @jax.jit
