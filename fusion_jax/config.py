@@ -17,7 +17,7 @@ MOMENTS = (*DTYPES, "int8")
 DECODES = ("exact", "fast")
 TEMPLATE_NAMES = ("phi3", "llama3", "chatml", "mistral")  # of `data.templates.TEMPLATES`
 GATHERS = ("layer", "step")
-OPTIMIZER_NAMES = ("adamw",)  # of `training.optim.OPTIMIZERS`
+OPTIMIZER_NAMES = ("adamw", "muon")  # of `training.optimizers.OPTIMIZERS`
 OWN_TEMPLATE = "own"  # the chat template in the tokenizer's folder, see `data.chat_template`
 
 # The smallest and the largest value of each numeric field. A larger value is a mistake: it would fill the memory, or
@@ -128,7 +128,8 @@ class StageConfig:
     steps: int = 0
     """Number of optimizer steps, which replaces `epochs`; 0: `epochs` applies."""
     optimizer: str = "adamw"
-    """Optimizer of the trained parameters."""
+    """Optimizer of the trained parameters; `muon` is for the matrices of layers, with AdamW for all else
+    (docs/training.md)."""
     learning_rate: float = 1e-4
     """Highest learning rate, reached at the end of the warm-up."""
     learning_rate_by_path: dict[str, float] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class StageConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     first_moment: str = "float32"
-    """How Adam's running mean of the gradient is stored: `int8` takes one byte a parameter (docs/training.md)."""
+    """How the running mean of the gradient is stored: `int8` takes one byte a parameter (docs/training.md)."""
     second_moment: str = "float32"
     """How Adam's running mean of the squared gradient is stored, as `first_moment`."""
     master_weights: str = "float32"

@@ -17,7 +17,7 @@ from fusion_jax.data.tiles import choose_tiling
 from fusion_jax.errors import UserError
 from fusion_jax.models import remat
 from fusion_jax.models.limits import REMATS
-from fusion_jax.training import optim
+from fusion_jax.training import optim, optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NO_STAGES = ("benchmark_cpu", "common", "quickstart_data", "synthesize", "synthesize_endpoint")
@@ -83,7 +83,7 @@ def gradients(model):
 
 def test_names_in_the_config_are_those_of_the_code():
     assert tuple(templates.TEMPLATES) == TEMPLATE_NAMES and tuple(remat.POLICIES) == REMATS
-    assert tuple(optim.OPTIMIZERS) == OPTIMIZER_NAMES
+    assert tuple(optimizers.OPTIMIZERS) == OPTIMIZER_NAMES
 
 
 def test_all_files_are_looked_at():

@@ -50,6 +50,11 @@ def constrain(x: ArrayLike, *names: str | None) -> ArrayLike:
     return nn.with_logical_constraint(x, names) if active() else x
 
 
+def devices() -> int:
+    """Returns the number of devices over which a program traced now is sharded."""
+    return jax.sharding.get_abstract_mesh().size if active() else 1
+
+
 def split(function: Callable, arguments: Sequence[Names], results: Names | tuple[Names, ...]) -> Callable:
     """Makes `function` run on each device's own shard of its arguments; returns it as it is if nothing is sharded.
 

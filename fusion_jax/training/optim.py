@@ -1,4 +1,4 @@
-"""Defines optimizers, learning rates and freezing by parameter path, and the published schedule.
+"""Defines learning rates and freezing by parameter path, the published schedule, and how updates are applied.
 
 `StageConfig.learn_rows` lets some rows of a frozen word embedding learn: new tokens of an otherwise frozen language
 model. The embedding's gradient is zero in all other rows, and clipping, moments and decay apply to these rows alone.
@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fusion_jax.config import StageConfig
 from fusion_jax.errors import UserError, check
 from fusion_jax.training import rounding
+from fusion_jax.training.optimizers import OPTIMIZERS, name_of
 
 DEFAULT, FROZEN, ROWS = "default", "frozen", "rows"
 EMBEDDING = "llm/embedding"
@@ -54,19 +55,6 @@ def labels(stage: StageConfig, params) -> dict:
         check(chosen[EMBEDDING] == FROZEN, f"{where} needs a freeze that matches {EMBEDDING}; else all its rows learn.")
         chosen[EMBEDDING] = ROWS
     return unflatten_dict(chosen, sep="/")
-
-
-def decays(params) -> dict:
-    """Returns whether weight decay applies to each parameter: to all but norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: _decays(path), params)
-
-
-def _decays(path) -> bool:
-    return path[-1].key not in ("scale", "bias")
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def cosine(step: float, steps: int, warmup_ratio: float) -> float:
@@ -133,81 +121,12 @@ def norm(squares) -> jax.Array:
     return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
-def _adamw(stage: StageConfig) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW (Loshchilov & Hutter, 2019) that leaves alone parameters without a part in a step, as PyTorch's.
-
-    If the squared gradient of a parameter is 0 (the latent table of an l^2 not drawn; the encoder in text-only steps),
-    the parameter, its moments and its count of steps stay as they are. Every parameter has its own count, which
-    corrects the bias of its moments: an int32 vector in the order of the leaves.
-    """
-    decay = optax.MaskedState(optax.EmptyState())
-
-    def init(params):
-        count = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
-        mu, nu = moments(params, stage.first_moment), moments(params, stage.second_moment, signed=False)
-        return optax.ScaleByAdamState(count, mu, nu), decay
-
-    def update(grads, state, params, *, norm, squares):
-        old = state[0]
-        leaves, tree = jax.tree.flatten(grads)
-        names = [_name(path) for path, _ in jax.tree.leaves_with_path(grads)]
-        used = [square > 0 for square in tree.flatten_up_to(squares)]
-        count = old.count + jnp.stack(used)
-        trees = (old.mu, old.nu, params, decays(params))
-        parts = zip(names, leaves, used, count, *map(tree.flatten_up_to, trees))
-        updates, mu, nu = (tree.unflatten(x) for x in zip(*(_of_parameter(stage, norm, *part) for part in parts)))
-        return updates, (optax.ScaleByAdamState(count, mu, nu), decay)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def moments(params, dtype: str, signed: bool = True) -> dict:
-    """Returns a moment of 0 for each parameter, in the form that `rounding.write` keeps.
-
-    Args:
-      dtype: `float32`, `bfloat16` or `int8`, in which moments of norms and biases, which are few, stay float32.
-      signed: whether the moment may be negative.
-    """
-
-    def of(path, parameter):
-        spared = dtype == rounding.INT8 and not _decays(path)
-        return rounding.zeros(parameter, "float32" if spared else dtype, signed)
-
-    return jax.tree.map_with_path(of, params)
-
-
-def _of_parameter(stage: StageConfig, norm, name: str, g, used, count, mu, nu, parameter, decays: bool):
-    """Returns the update and the moments of one parameter."""
-    g = g.astype(jnp.float32)
-    if stage.clip_norm > 0:
-        g = jnp.where(norm < stage.clip_norm, g, g / norm * stage.clip_norm)
-    first = stage.b1 * rounding.read(mu) + (1 - stage.b1) * g
-    second = stage.b2 * rounding.read(nu) + (1 - stage.b2) * g * g
-    steps = jnp.maximum(count, 1)
-    update = first / (1 - stage.b1**steps) / (jnp.sqrt(second / (1 - stage.b2**steps)) + stage.eps)
-    if decays:
-        update = update + stage.weight_decay * parameter
-
-    def rounded(values, old, which):
-        new = rounding.write(values, old, rounding.key_of(f"{which} moment of {name}", count))
-        return jax.tree.map(lambda new, old: jnp.where(used, new, old), new, old)
-
-    return jnp.where(used, update, 0), rounded(first, mu, "first"), rounded(second, nu, "second")
-
-
-# An optimizer is one function of the stage. What it returns takes `update(grads, state, params, *, norm, squares)` and
-# gives updates before the learning rate, decay included: it clips by the global `norm` of the gradients, and leaves
-# alone a parameter whose entry of `squares` is 0. Freezing, rates by path, the schedule and the guard against updates
-# that are not finite come around it, and checkpoints, shardings and the planned memory follow the state of its `init`.
-OPTIMIZERS = {"adamw": _adamw}
-
-
 def _on_rows(tx: optax.GradientTransformationExtraArgs, rows: tuple[int, ...]) -> optax.GradientTransformationExtraArgs:
     """Applies `tx` to trees in which the embedding is replaced by some of its rows."""
 
     def cut(tree):
         def one(path, leaf):
-            return leaf[np.array(rows)] if _name(path) == EMBEDDING else leaf
+            return leaf[np.array(rows)] if name_of(path) == EMBEDDING else leaf
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -247,7 +166,7 @@ def apply_changes(params, changes, label_tree, rows: tuple[int, ...] = (), step:
             return p
         if change is None:
             return p
-        return rounding.write(p.astype(jnp.float32) - change, p, rounding.key_of(_name(path), step))
+        return rounding.write(p.astype(jnp.float32) - change, p, rounding.key_of(name_of(path), step))
 
     return jax.tree.map_with_path(subtract, changes, params, label_tree, is_leaf=lambda change: change is None)
 

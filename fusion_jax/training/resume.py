@@ -28,7 +28,7 @@ _LLM_SIZES = ("width", "mlp_dim", "layers", "heads", "kv_heads", "per_head", "qk
 # change between starts: learning rates, schedule length, loss weight, dtype, accumulation, reports, paths, devices.
 _RUN = ("seed",)
 _STAGE = ("max_length", "max_question_length", "max_rounds", "max_images", "packing", "batch_size", "freeze")
-_STAGE += ("learn_rows",)
+_STAGE += ("learn_rows", "optimizer")
 # Moments in eight bits have other arrays; between float32 and bfloat16 they are converted, as are master weights.
 _EIGHT_BIT = ("first_moment", "second_moment")
 _MODEL_FREE = ("mapping_loss_weight",)

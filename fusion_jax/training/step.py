@@ -12,7 +12,7 @@ from fusion_jax.batch import Batch
 from fusion_jax.config import StageConfig
 from fusion_jax.devices import compiler, sharding
 from fusion_jax.models.fusion import Fusion, head_kernel
-from fusion_jax.training import losses, optim, rounding, state
+from fusion_jax.training import losses, optim, optimizers, rounding, state
 from fusion_jax.training.state import TrainState
 
 
@@ -123,10 +123,15 @@ def train_step(
         updates, opt_state = tx.update(grads, opt_state, params, norm=grad_norm, squares=squares)
         return optim.changes(updates, rates, label_tree), opt_state
 
-    # Computed twice, first for the norm alone: kept for both uses, it would take a copy of all parameters.
-    first, _ = change(*jax.lax.optimization_barrier((grads, old.opt_state, old.params)))
-    update_norm = optim.norm(optim.squares(first))
-    changes, opt_state = change(grads, old.opt_state, old.params)
+    arguments = grads, old.opt_state, old.params
+    if stage.optimizer in optimizers.ELEMENTWISE:
+        # Computed twice, first for the norm alone: kept for both uses, it would take a copy of all parameters.
+        measured, _ = change(*jax.lax.optimization_barrier(arguments))
+        changes, opt_state = change(*arguments)
+    else:
+        changes, opt_state = change(*arguments)
+        measured = changes
+    update_norm = optim.norm(optim.squares(measured))
     params = optim.apply_changes(old.params, changes, label_tree, stage.learn_rows, old.step)
 
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)

@@ -237,7 +237,7 @@ def ran(tmp_path_factory):
     return _run_worker("mesh_worker.py", tmp_path_factory.mktemp("meshes"), 8)
 
 
-MESHES = ["data", "fsdp", "tensor", "mixed", "copies", "mixed, released"]
+MESHES = ["data", "fsdp", "tensor", "mixed", "copies", "mixed, released", "fsdp, muon", "mixed, muon"]
 
 
 @pytest.mark.slow
@@ -257,7 +257,7 @@ def test_copies_add_up_sums_of_16_bits(ran):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_losses_gradients_and_parameters_of_one_device(ran, name):
     arrays, report = ran
-    one = "one, released" if "released" in name else "one"
+    one = ", ".join(["one", *name.split(", ")[1:]])
     for ours, theirs in zip(report[name]["losses"], report[one]["losses"], strict=True):
         for key, value in theirs.items():
             np.testing.assert_allclose(ours[key], value, rtol=1e-5, err_msg=key)

@@ -41,6 +41,9 @@ CASES = {
     "copies, narrow sums": ((2, 4, 1), 2, "mixed", "paper", {"gradient_sums": "bfloat16"}),
     "one, released": ((1, 1, 1), 1, "packed", "released", {}),
     "mixed, released": ((2, 2, 2), 2, "packed", "released", {}),
+    "one, muon": ((1, 1, 1), 1, "mixed", "paper", {"optimizer": "muon"}),
+    "fsdp, muon": ((1, 8, 1), 1, "mixed", "paper", {"optimizer": "muon"}),
+    "mixed, muon": ((2, 2, 2), 2, "mixed", "paper", {"optimizer": "muon"}),
 }
 
 

@@ -265,6 +265,7 @@ STEP = Group(("step: packed, accumulated, remat full",), step, more={"remat": "f
 TILED = Group(("step: a record a row, tiles, remat dots",), step, TILES, more={"remat": "dots", "packing": False})
 TEXT = Group(("step: text alone, remat none",), step, more={"remat": "none", "images": False})
 SPLIT = Group(("step: quadrants, tensor=2, remat attention",), step, QUADRANTS, TENSOR, more={"remat": "attention"})
+MUON = Group(("muon step: tensor=2, remat full",), step, FLARE, TENSOR, more={"remat": "full", "optimizer": "muon"})
 VALIDATION = Group(("validation",), validation)
 ANSWERS = Group(("answers: prefill", "answers: begin", "answers: decode"), answers)
 SERVED = ("prefill", "begin", "join", "leave", "decode", "decode in a form", "decode with int8")
@@ -300,7 +301,7 @@ TARGETS = {
     "tpu": Target("v5e:2x2", (STEP, TILED, TEXT, VALIDATION, ANSWERS, PLANTED, OFF_MESH)),
     # Hosts that hold every second shard, as in slices of several hosts.
     "tpu of several hosts": Target(
-        "v5p:2x2x1", (SPLIT, VALIDATION, ANSWERS, SERVING, PICTURES, BEGINNING), (0, 2, 1, 3)
+        "v5p:2x2x1", (SPLIT, MUON, VALIDATION, ANSWERS, SERVING, PICTURES, BEGINNING), (0, 2, 1, 3)
     ),
     "gpu": Target("h100:1", (STEP, TEXT, VALIDATION, ANSWERS, SERVING, PICTURES, PLANTED)),
     "gpus": Target("h100:4", (SPLIT, TILED, VALIDATION, ANSWERS, BEGINNING)),

@@ -26,6 +26,8 @@ INSTALLED = {
 PERMITTED = {
     # Sums over the places of a word, of attention weights and embeddings that were computed in bfloat16.
     "pictures": {"khtp,t->hkp", "khpt,t->hkp", "hqk,q->hk", "sd,s->d", "jit(measure_word)"},
+    # Newton-Schulz steps, whose products have no name beyond that of the operation.
+    "muon step": {""},
 }
 
 

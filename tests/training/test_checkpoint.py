@@ -21,7 +21,7 @@ from fusion_jax.data.templates import find_template, first_ids
 from fusion_jax.data.tokenizer import load_tokenizer
 from fusion_jax.errors import UserError
 from fusion_jax.models.config import PAPER, ExchangeConfig, FusionConfig, LLMConfig, VisionConfig, replace
-from fusion_jax.training import checkpoint, integrity, optim, resume
+from fusion_jax.training import checkpoint, integrity, optim, optimizers, resume
 from fusion_jax.training.about import describe_run, save_tokenizer
 from fusion_jax.training.checkpoint_folders import steps_in
 from fusion_jax.training.state import TrainState, create
@@ -303,7 +303,7 @@ def test_the_one_count_of_older_checkpoints_becomes_that_of_every_parameter(tmp_
     params = {"a": {"kernel": jnp.ones(3)}, "b": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
     stage = StageConfig("s", "", freeze=("b/kernel",))
     trained = jax.tree.map(lambda label: label != optim.FROZEN, optim.labels(stage, params))
-    adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, mask=optim.decays))
+    adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, mask=optimizers.decays))
     old = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(adam, trained))
     opt_state = old.init(params)
     for _ in range(3):
@@ -434,7 +434,7 @@ def test_what_may_change_between_two_starts():
 
 
 def test_checkpoint_of_another_config_names_every_value():
-    stage = dataclasses.replace(STAGE, batch_size=8, freeze=("^llm/",))
+    stage = dataclasses.replace(STAGE, batch_size=8, freeze=("^llm/",), optimizer="muon")
     model = replace(MODEL, llm=dataclasses.replace(MODEL.llm, layers=4), mask="released")
     with pytest.raises(UserError) as error:
         checked(dataclasses.replace(RUN, model=model, seed=7, stages=(stage,)))
@@ -445,6 +445,7 @@ def test_checkpoint_of_another_config_names_every_value():
         "seed=7 (checkpoint: 42)",
         "first.batch_size=8 (checkpoint: 4)",
         "first.freeze=('^llm/',) (checkpoint: ())",
+        "first.optimizer='muon' (checkpoint: 'adamw')",
     ):
         assert part in str(error.value)
     assert "max_length" not in str(error.value) and "\n" not in str(error.value)

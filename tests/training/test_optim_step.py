@@ -18,7 +18,7 @@ from fusion_jax.data.layout import lay_out
 from fusion_jax.devices import sharding
 from fusion_jax.errors import UserError
 from fusion_jax.models.fusion import Fusion
-from fusion_jax.training import optim, state
+from fusion_jax.training import optim, optimizers, state
 from fusion_jax.training.losses import PARTS
 from fusion_jax.training.step import compile_step
 
@@ -297,7 +297,7 @@ def test_rows_that_cannot_be_meant_are_refused(changes, words):
 
 
 def test_weight_decay_spares_norms_and_biases():
-    decayed = flat(optim.decays(params(CONFIG)))
+    decayed = flat(optimizers.decays(params(CONFIG)))
     spared = {path for path, decays in decayed.items() if not decays}
     assert spared == {path for path in decayed if path.endswith(("/scale", "/bias"))} and spared
     assert {"llm/embedding", "latents_4", "llm/stack_0/exchange/in"} <= {p for p, decays in decayed.items() if decays}
@@ -403,7 +403,7 @@ def test_parameters_without_gradient_stay_and_have_their_own_count_of_steps():
     rates = {"default": 0.01}
     rng = np.random.default_rng(0)
     current, opt_state = begin, tx.init(begin)
-    alone = optax.adamw(0.01, stage.b1, stage.b2, stage.eps, weight_decay=0.1, mask=optim.decays)
+    alone = optax.adamw(0.01, stage.b1, stage.b2, stage.eps, weight_decay=0.1, mask=optimizers.decays)
     expected = {name: (begin[name], alone.init(begin[name])) for name in begin}
     for number in range(6):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), begin)
