@@ -174,8 +174,10 @@ def _memory(analysis, mesh: Mesh) -> float:
 
 def _too_large(message: str) -> tuple[float, float]:
     """Reads (bytes needed, bytes available) from the compiler's error for a program that does not fit; else (0, 0)."""
-    sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    size = r"([\d.]+) ?([KMGT]?)(?:i?B)?"
+    sizes = re.search(f"Used {size} of {size} hbm", message)
+    sizes = sizes or re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message)
     if not sizes:
         return 0.0, 0.0
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return float(sizes[1]) * units[sizes[2]], float(sizes[3]) * units[sizes[4]]

@@ -83,11 +83,11 @@ def _by_parameter(stage: StageConfig, of_muon) -> optax.GradientTransformationEx
         count = old.count + jnp.stack(used)
         old_mu, old_nu, weights = map(tree.flatten_up_to, (old.mu, old.nu, params))
 
-        found = []
+        updated = []
         for path, g, mu, nu, steps in zip(paths, leaves, old_mu, old_nu, jnp.maximum(count, 1)):
             g, mu = _clipped(stage, g, norm), rounding.read(mu)
-            found.append(_muon(g, mu, steps) if of_muon(path) else _adam(stage, g, mu, rounding.read(nu), steps))
-        directions, mu, nu = map(list, zip(*found))
+            updated.append(_muon(g, mu, steps) if of_muon(path) else _adam(stage, g, mu, rounding.read(nu), steps))
+        directions, mu, nu = map(list, zip(*updated))
         matrices = [i for i, path in enumerate(paths) if of_muon(path)]
         for i, direction in zip(matrices, orthogonal.directions([directions[i] for i in matrices])):
             directions[i] = direction

@@ -3,7 +3,7 @@
 Five Newton-Schulz steps (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) take matrix products alone. On
 several devices every matrix is moved to one of them, which computes it whole, and moved back:
 
-    stack of 4 matrices, each cut in columns      dealt to 2 devices        cut as before
+    stack of 4 matrices, each cut in columns      moved to 2 devices        cut as before
         device 0: a b c d, left halves      ->        0: a b          ->      left halves
         device 1: a b c d, right halves               1: c d                  right halves
 
@@ -72,11 +72,11 @@ def groups(shapes: Sequence[tuple[int, ...]], devices: int) -> list[list[int]]:
 
 def _orthogonal(stack: jax.Array) -> jax.Array:
     padded = jnp.pad(stack, ((0, -len(stack) % partition.devices()), (0, 0), (0, 0)))
-    dealt = _moved(padded, (1, 2, 3))
+    spread = _moved(padded, (1, 2, 3))
     # A running mean with decay 0 is its argument; optax has no public function for the steps alone.
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     tx = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
-    return _moved(tx.update(dealt, tx.init(dealt))[0], (2, 1))[: len(stack)]
+    return _moved(tx.update(spread, tx.init(spread))[0], (2, 1))[: len(stack)]
 
 
 def _moved(stack: jax.Array, counts: Sequence[int]) -> jax.Array:

@@ -144,6 +144,10 @@ def test_unreadable_mesh_names_the_axes(text):
 def test_compilers_complaint_about_memory_is_read():
     message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory. Used 18.64G of 15.75G hbm."
     assert program._too_large(message) == (18.64 * 2**30, 15.75 * 2**30)
+    message = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}) exceeds available HBM ({})."
+    for sizes in (("100.50G", "95.74G"), ("100.50GiB", "95.74GiB"), ("107911053312", "102800041574")):
+        needed, limit = program._too_large(message.format(*sizes))
+        assert needed == 100.5 * 2**30 and limit == pytest.approx(95.74 * 2**30)
     assert program._too_large("INTERNAL: something else") == (0.0, 0.0)
 
 
