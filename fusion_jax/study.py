@@ -36,7 +36,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; give --config FILE and --out DIR.")
-    if FLAGS.out is None or FLAGS.config is None:
+    if not FLAGS.out or FLAGS.config is None:
         raise UserError("Give --config FILE and --out DIR.")
     seeds = {} if FLAGS.seeds is None else {"seeds": FLAGS.seeds}
     study, variants = read_study(FLAGS.config.to_dict() | seeds)

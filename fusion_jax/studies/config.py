@@ -18,8 +18,8 @@ from fusion_jax.evals.registry import find_tasks
 
 DATA = "{data}"  # in the study's texts: the folder of the drawn data
 EVALUATION = "evaluation."  # begins the keys of a variant that change its evaluation, not its training
-MOST_SEEDS = 1000
-_RULES = ("official", "published")
+STUDY_RANGES = {"seeds": (1, 1000)}
+EVALUATION_CHOICES = {"guide": GUIDES, "rule": ("official", "published")}
 _VARIED = ("guide", "rule", "limit")  # what a variant may change of its evaluation
 
 
@@ -45,8 +45,8 @@ class EvaluationConfig:
         find_tasks(self.tasks)
         check(self.limit >= 0, f"limit={self.limit} must not be negative.")
         check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
-        check_choice("guide=", self.guide, GUIDES)
-        check_choice("rule=", self.rule, _RULES)
+        for name, allowed in EVALUATION_CHOICES.items():
+            check_choice(f"{name}=", getattr(self, name), allowed)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class StudyConfig:
                 f"variants: {name[:50]!r} must be the name of a folder, without a slash, of at most 100 bytes.",
             )
         check_choice("baseline=", self.baseline, self.variants)
-        check(1 <= self.seeds <= MOST_SEEDS, f"seeds={self.seeds} must be from 1 to {MOST_SEEDS}.")
+        least, most = STUDY_RANGES["seeds"]
+        check(least <= self.seeds <= most, f"seeds={self.seeds} must be from {least} to {most}.")
         check(0 < self.steps_share <= 1, f"steps_share={self.steps_share} must be above 0 and at most 1.")
         check(bool(self.data) or DATA not in self.base, f"base={self.base} names {DATA}, but no data are drawn.")
         check(

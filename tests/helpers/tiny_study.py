@@ -1,7 +1,7 @@
-"""A study of the tiny run: two variants and, with `,guide`, a third that is only evaluated in another way.
+"""A study of the tiny run, `tiny_study.py:DATA`: two variants, two seeds, one stage of four steps, on data that exist.
 
-`tiny_study.py:DATA` has variants of one stage of eight steps, on data that exist; values after it replace keys of the
-study.
+Values after it, with semicolons between them, replace keys of the study: `tiny_study.py:DATA;seeds=1`. With `guide`
+there is a third variant, which is only evaluated in another way.
 """
 
 import ast
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-BASE = Path(__file__).with_name("tiny_run.py")
+BASE = Path(__file__).with_name("tiny_stage.py")
 
 
 def get_config(argument: str = "data"):
-    data, *changes = argument.split(",")
+    data, *changes = argument.split(";")
     values = {
-        "base": f"{BASE}:{data},survival,steps=4,log_every=2,checkpoint_every=2",
+        "base": f"{BASE}:{data}",
         "about": "Expected: nothing.\n\npython -m fusion_jax.study --config ...",
         "variants": {"with A": {}, "without A": {"model.text_guided": False}},
         "baseline": "without A",

@@ -16,7 +16,7 @@ from fusion_jax.studies.folder import Folder, claim
 
 @pytest.fixture
 def tiny(tmp_path):
-    study, variants = read_study(tiny_study.get_config("data,guide").to_dict())
+    study, variants = read_study(tiny_study.get_config("data;guide").to_dict())
     folder = Folder(tmp_path / "out")
     claim(folder, study, variants)
     return study, variants, folder
@@ -48,8 +48,8 @@ def test_a_whole_report(tiny):
     # Two comparisons: the smaller p-value is doubled.
     assert difference["p_questions_holm"] == pytest.approx(2 * difference["p_questions"])
     assert difference["interval"][0] > 0 and "difference" not in of["variants"]["without A"]
-    # Two stages of 100 steps at half a second, fifty rows of 4 TFLOP each.
-    assert found["cost"]["with A"] == {"train_seconds": 100.0, "train_flops": 4e14, "evaluate_seconds": 9.5}
+    # 100 steps at half a second, fifty rows of 4 TFLOP.
+    assert found["cost"]["with A"] == {"train_seconds": 50.0, "train_flops": 2e14, "evaluate_seconds": 9.5}
     assert found["runs"]["no question"]["1"]["workdir"] == "runs/with A/1"
 
     text, page = ((folder.path / f"report.{kind}").read_text() for kind in ("md", "html"))

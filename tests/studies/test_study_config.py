@@ -44,7 +44,7 @@ def test_components_are_all_combinations_of_three(monkeypatch):
 
 
 def test_variants_that_only_evaluate_in_another_way_share_the_runs():
-    study, variants = read_study(tiny_study.get_config("data,guide").to_dict())
+    study, variants = read_study(tiny_study.get_config("data;guide").to_dict())
     assert [(v.name, v.trained_as, v.evaluation.guide) for v in variants] == [
         ("with A", "with A", "question"),
         ("without A", "without A", "question"),
@@ -56,10 +56,11 @@ def test_variants_that_only_evaluate_in_another_way_share_the_runs():
 
 
 def test_changed_keys_reach_the_run():
-    variants = {"a": {}, "b": {"model.exchange.layers": 0, "stages[1].learning_rate": 1}}
+    variants = {"a": {}, "b": {"model.exchange.layers": 0, "stages[0].learning_rate": 1}}
     _, (a, b) = read(variants=variants, baseline="a", common={"log_every": 7}, steps_share=0.5, published=None)
-    assert a.run.log_every == b.run.log_every == 7 and [s.steps for s in b.run.stages] == [2, 2]
-    assert (b.run.model.exchange.layers, b.run.stages[1].learning_rate) == (0, 1.0) != a.run.stages[1].learning_rate
+    assert a.run.log_every == b.run.log_every == 7 and [s.steps for s in b.run.stages] == [2]
+    assert (b.run.model.exchange.layers, b.run.stages[0].learning_rate) == (0, 1.0)
+    assert a.run.stages[0].learning_rate == 0.01
     assert b.changes["stages[0].steps"] == 2
     assert [as_argument(v) for v in ("x", True, 0.5, (4,), [1, 2])] == ["x", "True", "0.5", "(4,)", "(1, 2)"]
 
@@ -154,7 +155,7 @@ def test_other_folders_are_refused(tmp_path):
 def test_descriptions_hold_the_drawn_data(monkeypatch):
     monkeypatch.chdir(ROOT)
     one, two = (
-        describe(*read(base="tests/helpers/tiny_run.py:{data}", data=f"configs/quickstart_data.py:{counts}"))
+        describe(*read(base="tests/helpers/tiny_stage.py:{data}", data=f"configs/quickstart_data.py:{counts}"))
         for counts in ("4,4,4,2,6", "4,4,4,2,8")
     )
     assert first_difference(one, one) == "" and first_difference(one, two) == "data"
