@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ td, th { padding: .25rem .75rem; border-bottom: 1px solid #8885; text-align: rig
 td:first-child, th:first-child { text-align: left }
 img { max-width: 100%; background: #fff } pre { overflow-x: auto }
 """
+_CODE = re.compile("`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text whose characters mean nothing in Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in text)
+    """A text whose characters mean nothing in Markdown, but for backticks around code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one that has no partner
+        parts = [text]
+    parts[::2] = ["".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _cell(text: str) -> str:
@@ -96,7 +102,9 @@ def _element(block: Block) -> str:
         return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>\n"
     if isinstance(block, Text):
         tag = "pre" if block.code else "p"
-        return f"<{tag}>{html.escape(block.text)}</{tag}>\n"
+        text = html.escape(block.text)
+        text = text if block.code else _CODE.sub(r"<code>\1</code>", text)
+        return f"<{tag}>{text}</{tag}>\n"
     if isinstance(block, Figure):
         data = base64.b64encode(block.path.read_bytes()).decode()
         return f'<p><img alt="{html.escape(block.text)}" src="data:image/png;base64,{data}"></p>\n'

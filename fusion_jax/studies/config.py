@@ -15,6 +15,7 @@ from fusion_jax.config import RunConfig, from_dict, to_dict
 from fusion_jax.errors import UserError, check, check_choice
 from fusion_jax.evals.guide import GUIDES
 from fusion_jax.evals.registry import find_tasks
+from fusion_jax.files import brief
 
 DATA = "{data}"  # in the study's texts: the folder of the drawn data
 EVALUATION = "evaluation."  # begins the keys of a variant that change its evaluation, not its training
@@ -143,8 +144,13 @@ def read_study(values: Mapping[str, Any]) -> tuple[StudyConfig, list[Variant]]:
     for name, keys in study.variants.items():
         where = f"variant {name!r}: "
         training = {key: value for key, value in keys.items() if not key.startswith(EVALUATION)}
-        for key in training:
-            check(key not in ("seed", "config.seed"), f"{where}the seed is the study's own; set seeds.")
+        for key, value in (study.common | keys).items():
+            check(key != "seed", f"{where}the seed is the study's own; set seeds.")
+            check(
+                _is_simple(value),
+                f"{where}{key} must be set to a number, a text or a list of them, got {brief(value)}; a key inside of "
+                "a mapping is written model.mask or stages[0].steps.",
+            )
         varied = {key.removeprefix(EVALUATION): keys[key] for key in keys if key not in training}
         for key in varied:
             check_choice(f"{where}key {EVALUATION}", key, _VARIED)
@@ -163,6 +169,12 @@ def read_study(values: Mapping[str, Any]) -> tuple[StudyConfig, list[Variant]]:
         check(twin is None, f"{where}it is the same as the variant {twin!r}.")
         variants.append(Variant(name, same, changes, run, evaluation))
     return study, variants
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether the command line can set a key to this value."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(part, bool | int | float | str) for part in parts)
 
 
 def _changed(base: str, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,10 +135,10 @@ def _cost(found: dict[str, Any]) -> list[Block]:
         flops = cost["train_flops"]
         cells = [f"{flops / 1e12:.3g}", f"{flops / least:.2f}"] if flops else [_NONE, _NONE]
         rows.append([name, *cells, f"{cost['train_seconds']:.0f}", f"{cost['evaluate_seconds']:.0f}"])
-    head = ("variant", "TFLOP of training", "over the least", "seconds of training steps", "seconds of evaluation")
+    head = ("variant", "TFLOP of training", "over the least", "seconds of training", "seconds of evaluation")
     note = (
         "Means over the runs. FLOPs are those that the model's arithmetic needs (docs/performance.md). Seconds depend "
-        "on what else the machine did. Training counts its steps alone, evaluation its whole process."
+        "on what else the machine did. Training counts its steps and their compilation, evaluation its whole process."
     )
     return [Heading("Cost"), Table(head, rows), Text(note)]
 

@@ -56,8 +56,8 @@ def _run(variant: Variant, seed: int, folder: Folder) -> dict[str, Any]:
 def training_cost(variant: Variant, workdir: Path) -> tuple[float, float]:
     """The seconds of all training steps, and the FLOPs that the model's arithmetic needs for them.
 
-    Both are sums over the rows of the metrics, which hold what remains after a restart; start and compilation of later
-    programs are not in them.
+    Both are sums over the rows of the metrics, which hold every step once, whatever was trained again after a kill.
+    Compilation in the middle of a stage counts as time, the start of the process does not.
     """
     seconds = flops = 0.0
     for rows in curves(variant, workdir):

@@ -134,11 +134,15 @@ def test_metrics_after_a_restart_count_every_step_once(tiny):
 def test_texts_stay_texts_in_both_forms():
     parts = [
         blocks.Heading("a <b> & *c*"),
-        *blocks.paragraphs("One | two_three\nfour.\n\n    code <x>\n"),
+        *blocks.paragraphs("One | two_three\nfour, `a_b`.\n\n    code <x>\n"),
         blocks.Table(("name", "figure"), [("<script>", "a|b"), ("---", "-1.0")]),
     ]
     text, page = blocks.markdown(parts), blocks.page("t", parts)
-    assert r"## a \<b\> & \*c\*" in text and r"One \| two\_three four." in text and "```text\n    code <x>\n```" in text
+    assert (
+        r"## a \<b\> & \*c\*" in text
+        and r"One \| two\_three four, `a_b`." in text
+        and "```text\n    code <x>\n```" in text
+    )
     assert r"| \<script\> | a\|b |" in text
     assert (
         "<script>" not in page and "<h2>a &lt;b&gt; &amp; *c*</h2>" in page and "<pre>    code &lt;x&gt;</pre>" in page

@@ -74,6 +74,8 @@ WRONG = {
     "variant 'b': config.model.text_guided must be bool": {"variants": A | {"b": {"model.text_guided": "no"}}},
     "variant 'b': model.mask='papr' is unknown": {"variants": A | {"b": {"model.mask": "papr"}}},
     "variant 'b': --config.stages[7].steps cannot be set": {"variants": A | {"b": {"stages[7].steps": 1}}},
+    "variant 'b': model must be set to a number": {"variants": A | {"b": {"model": {"mask": "none"}}}},
+    "variant 'with A': log_every must be set to a number": {"common": {"log_every": None}},
     "variant 'b': the seed is the study's own": {"variants": A | {"b": {"seed": 1}}},
     "variant 'b': key evaluation.'gide' is unknown": {"variants": A | {"b": {"evaluation.gide": "none"}}},
     "evaluation.guide='non' is unknown": {"variants": A | {"b": {"evaluation.guide": "non"}}},
