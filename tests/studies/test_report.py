@@ -58,7 +58,7 @@ def test_a_whole_report(tiny):
         "```text\npython -m",
         "| with A | 2 |",
         "minus without A",
-        "<0.001",
+        r"| 0.667 | \<0.001 |",
         "A table.",
     ):
         assert words in text

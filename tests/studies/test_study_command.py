@@ -23,15 +23,18 @@ PATIENCE = 240.0
 
 def start(out, data, *flags):
     """The command on the tiny study, in a process group of its own, as a terminal starts it."""
+    config = f"--config={ROOT}/tests/helpers/tiny_study.py:{data}"
+    return run("fusion_jax.study", config, f"--out={out}", *flags)
+
+
+def run(module, *flags):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    config = f"--config={ROOT}/tests/helpers/tiny_study.py:{data}"
-    command = [sys.executable, "-m", "fusion_jax.study", config, f"--out={out}", *flags]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", module, *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -120,6 +123,14 @@ def test_a_study_that_is_stopped_killed_and_shared_ends_whole(data, tmp_path):
     assert (out / "study.json").read_text() == before and (out / "report.md").exists()
     assert sum(starts(out).values()) == 6
 
+    # An encoder that reads no text cannot be guided, and answers with another guide are not mixed.
+    for name, guide, says in (
+        ("without A", "none", "reads no text"),
+        ("with A", "other", "or of another --weights or"),
+    ):
+        where = f"--checkpoint={out}/runs/{name}/0", f"--out={out}/evaluations/{name}/0", f"--data_dir={data}"
+        assert says in finish(run("fusion_jax.evaluate", f"--guide={guide}", *where), 2).splitlines()[-1]
+
     # Another study in this folder.
     said = finish(start(out, f"{data};common={{'log_every':3}}"), 2)
     assert "holds a study with another value of variants.with A.run.log_every; give another --out." in said
@@ -152,17 +163,17 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
 
 
 def test_wrong_flags_end_in_one_sentence(data, tmp_path):
-    started = {
+    flags = {
         "Give --config FILE and --out DIR.": ("--out=",),
         "config.seeds=0 must be from 1": ("--seeds=0",),
         "flag --jobs=0": ("--jobs=0",),
         "holds no study to report on": ("--report",),
         "baseline='none' is unknown; allowed: with A, without A": ("--config.baseline=none",),
-        "config.baselin is not a key; did you mean baseline?": ("--config.baselin=none",),
+        "config.baselin is not a key; did you mean baseline": ("--config.baselin=none",),
     }
-    for says, flags in started.items():
-        said = finish(start(tmp_path / "out", data, *flags), 2)
-        assert says in said.splitlines()[-1], said
+    started = {says: start(tmp_path / "out", data, *some) for says, some in flags.items()}
+    for says, process in started.items():
+        assert says in finish(process, 2).splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
