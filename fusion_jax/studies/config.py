@@ -21,7 +21,7 @@ DATA = "{data}"  # in the study's texts: the folder of the drawn data
 EVALUATION = "evaluation."  # begins the keys of a variant that change its evaluation, not its training
 STUDY_RANGES = {"seeds": (1, 1000)}
 EVALUATION_CHOICES = {"guide": GUIDES, "rule": ("official", "published")}
-_VARIED = ("guide", "rule", "limit")  # what a variant may change of its evaluation
+_VARIED = ("guide",)  # what a variant may change of its evaluation: all must answer the same questions
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class EvaluationConfig:
         check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         for name, allowed in EVALUATION_CHOICES.items():
             check_choice(f"{name}=", getattr(self, name), allowed)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks' folders, which the rule is part of."""
+        return [task.name for task in find_tasks(self.tasks, self.rule)]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ def collect(study: StudyConfig, variants: list[Variant], folder: Folder) -> dict
         "base": study.base,
         "baseline": study.baseline,
         "seeds": study.seeds,
-        "evaluation": {"tasks": list(study.evaluation.tasks), "data_dir": study.evaluation.data_dir},
+        "evaluation": {"tasks": study.evaluation.task_names, "data_dir": study.evaluation.data_dir},
         "missing": {name: sorted({*range(study.seeds)} - {*of}) for name, of in done.items() if len(of) < study.seeds},
-        "tasks": {task: _task(task, study, done, folder) for task in study.evaluation.tasks},
+        "tasks": {task: _task(task, study, done, folder) for task in study.evaluation.task_names},
         "cost": {name: _cost(list(of.values())) for name, of in runs.items() if of},
         "runs": runs,
     }

@@ -54,6 +54,7 @@ class Work:
     Attributes:
       stop: set to end it: children save, and jobs return.
       failed: the last line of the log of each run that failed here, by the run's name.
+      stopped: why, where a run was stopped from outside.
     """
 
     study: StudyConfig
@@ -61,10 +62,11 @@ class Work:
     folder: Folder
     stop: threading.Event = field(default_factory=threading.Event)
     failed: dict[str, str] = field(default_factory=dict)
+    stopped: str = ""
 
     def __post_init__(self):
         self.runs = runs_of(self.study, self.variants)
-        self._start, self._done_before = time.monotonic(), len(self._done())
+        self._start, self._left_before = time.monotonic(), len(self.left)
 
     def do(self, jobs: int) -> None:
         """Does all runs that no other process does, `jobs` at once.
@@ -73,7 +75,7 @@ class Work:
           RunAgain: a run was stopped from outside, after it had saved.
           KeyboardInterrupt: children have saved before it is raised.
         """
-        log.info("%d of %d runs are done", self._done_before, len(self.runs))
+        log.info("%d of %d runs are done", len(self.runs) - self._left_before, len(self.runs))
         with ThreadPoolExecutor(jobs, "job") as pool:
             waiting = {pool.submit(self._job) for _ in range(jobs)}
             try:
@@ -83,13 +85,8 @@ class Work:
                         job.result()
             finally:
                 self.stop.set()  # after an error or Ctrl-C; no job is left otherwise
-        if self._stopped:
-            raise RunAgain(f"{self._stopped}; the same command goes on from here.")
-
-    _stopped = ""
-
-    def _done(self) -> list[Run]:
-        return [run for run in self.runs if self.folder.is_done(run)]
+        if self.stopped:
+            raise RunAgain(f"{self.stopped}; the same command goes on from here.")
 
     @property
     def left(self) -> list[Run]:
@@ -125,7 +122,7 @@ class Work:
             return
         except _Stopped as stopped:
             if not self.stop.is_set():
-                self._stopped = f"{run.name}: {stopped}"
+                self.stopped = f"{run.name}: {stopped}"
                 self.stop.set()
             return
         log.info("%s: done; %s", run.name, self._progress())
@@ -229,12 +226,11 @@ class Work:
         return time.monotonic() - start
 
     def _progress(self) -> str:
-        done = len(self._done())
-        here, left = done - self._done_before, len(self.runs) - done
-        text = f"{done} of {len(self.runs)} runs"
-        if not left:
-            return text
-        return f"{text}, about {duration((time.monotonic() - self._start) / max(here, 1) * left)} left"
+        """How many runs are done, and the time that the others take at the pace of all processes since the start."""
+        left = len(self.left)
+        text = f"{len(self.runs) - left} of {len(self.runs)} runs"
+        pace = (time.monotonic() - self._start) / max(self._left_before - left, 1)
+        return f"{text}, about {duration(pace * left)} left" if left else text
 
 
 def _end(process: subprocess.Popen) -> None:

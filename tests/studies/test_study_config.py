@@ -55,6 +55,12 @@ def test_variants_that_only_evaluate_in_another_way_share_the_runs():
     assert [v.name for v in runs[0].evaluated] == ["with A", "no question"]
 
 
+def test_the_rule_is_part_of_the_names_of_tasks():
+    evaluation = {"data_dir": "x", "tasks": ["chartqa", "mmvp", "mmvp"], "rule": "published"}
+    study, _ = read(evaluation=evaluation)
+    assert study.evaluation.task_names == ["chartqa", "mmvp_published"]
+
+
 def test_changed_keys_reach_the_run():
     variants = {"a": {}, "b": {"model.exchange.layers": 0, "stages[0].learning_rate": 1}}
     _, (a, b) = read(variants=variants, baseline="a", common={"log_every": 7}, steps_share=0.5, published=None)
@@ -78,6 +84,7 @@ WRONG = {
     "variant 'with A': log_every must be set to a number": {"common": {"log_every": None}},
     "variant 'b': the seed is the study's own": {"variants": A | {"b": {"seed": 1}}},
     "variant 'b': key evaluation.'gide' is unknown": {"variants": A | {"b": {"evaluation.gide": "none"}}},
+    "variant 'b': key evaluation.'limit' is unknown; allowed: guide": {"variants": A | {"b": {"evaluation.limit": 3}}},
     "evaluation.guide='non' is unknown": {"variants": A | {"b": {"evaluation.guide": "non"}}},
     "variant 'b': it is the same as the variant 'with A'": {"variants": A | {"b": {"model.text_guided": True}}},
     "needs an encoder that reads text": {
