@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from fusion_jax import config  # noqa: E402
 from fusion_jax.models import config as model  # noqa: E402
 from fusion_jax.models.limits import RANGES  # noqa: E402
+from fusion_jax.studies import config as studies  # noqa: E402
 from fusion_jax.synth import config as synth  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
@@ -29,6 +30,10 @@ A config file is a Python file with a function `get_config`, which returns these
 `configs/common.py` adds the defaults. Any key can be set on the command line, too: `--config.model.llm.layers=4`,
 `'--config.stages[0].steps=100'`. A key that is misspelt or has a value that is not allowed ends the command with one
 sentence and exit code 2.
+"""
+STUDIES_HEAD = """# Configuration of studies
+
+The keys of `python -m fusion_jax.study --config` ([studies.md](studies.md)).
 """
 SYNTHESIS_HEAD = """# Configuration of synthesis
 
@@ -60,6 +65,11 @@ TRAINING = (
     Part(model.LLMConfig, "config.model.llm"),
     Part(model.RopeConfig, "config.model.llm.rope", {"kind": model.ROPE_KINDS}),
     Part(model.ExchangeConfig, "config.model.exchange"),
+)
+STUDIES = (
+    Part(studies.StudyConfig, "config"),
+    Part(studies.EvaluationConfig, "config.evaluation", studies.EVALUATION_CHOICES),
+    Part(studies.PublishedConfig, "config.published"),
 )
 SYNTHESIS = (
     Part(synth.SynthConfig, "config"),
@@ -103,7 +113,7 @@ def is_documented(part: Part) -> bool:
 
 def page() -> str:
     """The whole page in Markdown. Synthesis is on it once all of its fields have their lines."""
-    parts = [HEAD, *map(section, TRAINING)]
+    parts = [HEAD, *map(section, TRAINING), STUDIES_HEAD, *map(section, STUDIES)]
     if all(map(is_documented, SYNTHESIS)):
         parts += [SYNTHESIS_HEAD, *map(section, SYNTHESIS)]
     return "\n".join(parts)

@@ -17,6 +17,7 @@ from absl import flags
 from fusion_jax.command_line.cli import check_output, run_main
 from fusion_jax.errors import check
 from fusion_jax.evals import judge, predictions, report, terminal
+from fusion_jax.evals.guide import GUIDES
 from fusion_jax.evals.registry import TASKS, find_tasks
 from fusion_jax.evals.runner import Output, Result
 from fusion_jax.evals.several import Failed, answer_tasks, failure, prepare_tasks
@@ -42,6 +43,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 32, "questions answered at a time")
     flags.DEFINE_enum(
         "weights", "full", weights.KINDS, "how to store weights: full, in the dtype of computation, or as int8"
+    )
+    flags.DEFINE_enum(
+        "guide",
+        "question",
+        GUIDES,
+        "what the vision encoder reads: the question, another one of the task, or none",
     )
     flags.DEFINE_integer("show", 0, "how many questions of each task to print with their answers", lower_bound=0)
     flags.DEFINE_integer(
@@ -74,7 +81,7 @@ def main(argv: list[str]) -> None:
 
     # Data: a task that cannot be read does not stop the others.
     failed: Failed = {}
-    prepared = prepare_tasks(tasks, Path(FLAGS.data_dir), failed, FLAGS.limit, progress=True)
+    prepared = prepare_tasks(tasks, Path(FLAGS.data_dir), failed, FLAGS.limit, progress=True, guide=FLAGS.guide)
     for one in prepared:
         terminal.describe(one, grader is not None)
     if not prepared and not FLAGS.out:
@@ -82,8 +89,13 @@ def main(argv: list[str]) -> None:
 
     # Model.
     loaded = load_model(FLAGS.checkpoint, kind=FLAGS.weights)  # this decides which step is evaluated
+    check(
+        FLAGS.guide == "question" or loaded.model.config.text_guided,
+        f"--guide={FLAGS.guide}: the vision encoder of {loaded.folder} reads no text (model.text_guided is False).",
+    )
     stored = "" if FLAGS.weights == "full" else f"-{FLAGS.weights}"
-    header = {"checkpoint": predictions.fingerprint(loaded.folder) + stored, "folder": str(loaded.folder)}
+    guided = "" if FLAGS.guide == "question" else f"-guide-{FLAGS.guide}"
+    header = {"checkpoint": predictions.fingerprint(loaded.folder) + stored + guided, "folder": str(loaded.folder)}
     output = None
     if FLAGS.out:
         predictions.check_folder(Path(FLAGS.out), header)

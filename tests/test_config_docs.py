@@ -12,7 +12,7 @@ generate_config = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate_config)
 
 
-PARTS = generate_config.TRAINING
+PARTS = generate_config.TRAINING + generate_config.STUDIES
 if any(map(generate_config.is_documented, generate_config.SYNTHESIS)):
     PARTS += generate_config.SYNTHESIS
 

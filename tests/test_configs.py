@@ -20,7 +20,10 @@ from fusion_jax.models.limits import REMATS
 from fusion_jax.training import optim, optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NO_STAGES = ("benchmark_cpu", "common", "quickstart_data", "synthesize", "synthesize_endpoint")
+NO_STAGES = ("benchmark_cpu", "common", "quickstart_data", "synthesize", "synthesize_endpoint", "studies")
+STUDIES = {
+    f"study_{name}" for name in ("components", "lambda", "latents", "exchange", "mask", "guide")
+}  # tests/studies
 FINETUNE = ("finetune:CHECKPOINT,DATA", "finetune:CHECKPOINT,DATA,all", "finetune:CHECKPOINT,my.json")
 SHIPPED = ("fusion:3b", "fusion:x_8b", "fusion:l_3b", "flare:l_3b", "flare:x_3b", "quickstart:", *FINETUNE)
 SHIPPED += ("ablations:l_3b", "ablations:l_3b,A", "ablations:l_3b,B", "ablations:l_3b,C", "ablations:l_3b,A,B,C")
@@ -89,6 +92,7 @@ def test_names_in_the_config_are_those_of_the_code():
 def test_all_files_are_looked_at():
     assert {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"} == {
         *NO_STAGES,
+        *STUDIES,
         *(name.partition(":")[0] for name in SHIPPED),
     }
 

@@ -20,6 +20,7 @@ LOOKED_AT = {
     "shards.py": {"shards", "records_per_shard", "workers"},
     "evaluate.py": {"limit", "batch_size"},
     "serve.py": {"max_upload_bytes"},
+    "study.py": {"seeds"},
 }
 
 

@@ -23,13 +23,13 @@ LAYERS = (
     ("inference",),
     ("evals",),
     ("training",),
-    ("interop", "inspection", "planning", "benchmarking", "server", "synth"),
+    ("interop", "inspection", "planning", "benchmarking", "server", "synth", "studies"),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 ROOT_LIBRARIES = {"__init__", "errors", "config", "batch", "files", "c_compiler"}
 COMMANDS = {
     *("train", "evaluate", "chat", "serve", "plan", "benchmark", "visualize", "doctor", "synthesize", "convert"),
-    *("shards", "inspect"),
+    *("shards", "inspect", "study"),
 }
 LONGEST, LONG, SHARE = 600, 350, 0.9
 EXPORTED_MODEL = "interop/torch/modeling_fusion.py"  # one file on purpose: transformers loads it as such

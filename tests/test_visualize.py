@@ -41,6 +41,7 @@ SIZES = {"llm.vocab_size": 640, "llm.layers": 3, "exchange.layers": 2, "exchange
 MODELS = {
     "paper": tiny("paper", **SIZES),
     "released": tiny("released", **SIZES),
+    "no mask": tiny("paper", mask="none", **SIZES),
     "tiles": tiny("paper", tile_grids=((1, 2),), tile_tokens=4, **SIZES),
 }
 

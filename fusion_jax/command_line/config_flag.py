@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import traceback
+import zlib
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -47,6 +48,41 @@ def define_config(text: str, default: str | None = None, new_keys: bool = True) 
     except Exception as error:  # an error in --flagfile, or overrides without a config
         say(f"error: {_explain(error, [], [])}")
         sys.exit(2)
+
+
+def load_config(path: str) -> ConfigDict:
+    """Loads a config file, `FILE` or `FILE:ARGUMENT`, as the flag --config does.
+
+    Raises:
+      UserError: there is no such file, it raised an error, or its get_config returned something else.
+    """
+    name = find_config(path.partition(":")[0])
+    try:
+        # The name becomes that of a module, whose variables another file of the same name would overwrite.
+        config = _ConfigFile(f"config_{zlib.crc32(name.encode())}", lock_config=False).load(path)
+        check_config(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error, [name], [])) from error
+    return config
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key such as `model.llm.layers` or `stages[0].steps` to a value, as `--config.KEY=VALUE` does.
+
+    A key that is missing from its mapping is added, and types are not compared: the command checks both.
+
+    Raises:
+      UserError: the config has no place for such a key.
+    """
+    wrong = _wrong_key(config, [f"--config.{key}={value}"])
+    check(wrong is None, f"{wrong}")
+    try:
+        with config.ignore_type():
+            config_path.set_value(key, config, value, accept_new_attributes=True)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"config.{key} cannot be set to {brief(value)}: {shown(_plain(str(error)))}.") from error
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -101,6 +137,13 @@ class _ConfigFile(ConfigFileFlagParser):
     """
 
     def parse(self, path: str) -> Any:
+        config = self.load(path)
+        if isinstance(config, ConfigDict):
+            wrong = _wrong_key(config, _overrides(sys.argv))
+            check(wrong is None, f"{wrong}")
+        return config
+
+    def load(self, path: str) -> Any:
         name, colon, argument = path.partition(":")
         name = find_config(name)
         _make_siblings_importable(name)
@@ -110,8 +153,6 @@ class _ConfigFile(ConfigFileFlagParser):
                 if isinstance(value, list | tuple):
                     with config.unlocked():
                         config[name] = type(value)(map(_as_config, value))
-            wrong = _wrong_key(config, _overrides(sys.argv))
-            check(wrong is None, f"{wrong}")
         return config
 
 

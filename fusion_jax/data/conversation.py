@@ -133,6 +133,12 @@ def encode_prompt(
     return _encode(rounds, tokenizer, template, images, latents, system, literal, greeting)
 
 
+def encode_guide(text: str, tokenizer: Tokenizer, template: Template) -> Int32[np.ndarray, "T"]:
+    """Encodes a text for the vision encoder as `encode_conversation` does questions; an empty one has no tokens."""
+    ids = [*first_ids(tokenizer, template), *tokenizer.encode_parts([(text, False)])] if text else []
+    return np.asarray(ids, np.int32)
+
+
 def _rounds(turns, images: int, finished: bool, where: str, tag: str = IMAGE_TAG) -> list[tuple[str, str | None]]:
     """Returns validated (question, answer) pairs with a `tag` for each image; an unfinished last round has the answer
     None. A single image's tag starts its question, and a newline follows it."""

@@ -46,6 +46,7 @@ class Record:
       literal: control tokens and image tags in the texts are only text; see
         `conversation.encode_prompt`.
       system: the record's own system text, in place of the template's; None for the template's.
+      guide: the text that the vision encoder reads, empty for none; None for the questions themselves.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Record:
     sizes: tuple[tuple[int, int], ...] = ()
     literal: bool = False
     system: str | None = None
+    guide: str | None = None
 
     def __post_init__(self):
         if self.images is None:

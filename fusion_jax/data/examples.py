@@ -89,6 +89,9 @@ class ExampleMaker:
             **more,
         )
         question = encoded.instructs if record.images and model.text_guided else encoded.instructs[:0]
+        if record.guide is not None and record.images and model.text_guided:
+            template = chat_template.find(self.template, self.tokenizer)
+            question = conversation.encode_guide(record.guide, self.tokenizer, template)
         tilings = ()
         if model.tile_grids:
             sizes = record.sizes or [image.read_size(one, record.where) for one in record.images]

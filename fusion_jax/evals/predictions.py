@@ -53,8 +53,8 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         raise UserError(f"{path} is not a file of answers; give another --out.") from e
     if checkpoint != header["checkpoint"]:
         raise UserError(
-            f"{path} holds answers of another checkpoint ({shown(written.get('folder'))}), or of other --weights; give "
-            "another --out, or delete that folder."
+            f"{path} holds answers of another checkpoint ({shown(written.get('folder'))}), or of another "
+            "--weights or --guide; give another --out, or delete that folder."
         )
 
 

@@ -182,7 +182,7 @@ def record(task: Task, question: Question) -> Record:
     turns = [{"from": "human", "value": tags + question.prompt.replace("<image>", "")}]
     first = question.pictures[0].name if images else None
     where, system = f"{task.name}, question {question.id}", question.about.get("system")
-    return Record(question.id, first and Path(first), turns, where, images, system=system)
+    return Record(question.id, first and Path(first), turns, where, images, system=system, guide=question.guide)
 
 
 def _ask(

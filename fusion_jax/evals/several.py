@@ -10,6 +10,7 @@ from typing import Any
 
 from fusion_jax.command_line.cli import explain
 from fusion_jax.errors import RunAgain, UserError, first_line
+from fusion_jax.evals.guide import guided_by
 from fusion_jax.evals.judge import Judge
 from fusion_jax.evals.prepare import Prepared, prepare
 from fusion_jax.evals.runner import Answers, Output, Result, answer_task
@@ -21,10 +22,19 @@ Failed = dict[str, str]  # error by name of the task
 
 
 def prepare_tasks(
-    tasks: Sequence[Task], data_dir: Path, failed: Failed, limit: int = 0, progress: bool = False
+    tasks: Sequence[Task],
+    data_dir: Path,
+    failed: Failed,
+    limit: int = 0,
+    progress: bool = False,
+    guide: str = "question",
 ) -> list[Prepared]:
-    """Prepares the tasks, see `prepare`; the errors of those that cannot be asked go into `failed`."""
-    every = [_attempt(task.name, failed, lambda task=task: prepare(task, data_dir, limit, progress)) for task in tasks]
+    """Prepares the tasks, see `prepare` and `guided_by`; the errors of those that cannot be asked go into `failed`."""
+
+    def one(task: Task) -> Prepared:
+        return guided_by(prepare(task, data_dir, limit, progress), guide)
+
+    every = [_attempt(task.name, failed, lambda task=task: one(task)) for task in tasks]
     return [one for one in every if one is not None]
 
 

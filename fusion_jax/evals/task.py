@@ -46,6 +46,7 @@ class Question:
         replaces the template's system text.
       group: shared by questions that count only together, such as a pair or the rotations of one question.
       control: whether it is asked for comparison only; its answer should be wrong and is not shown as a mistake.
+      guide: the text that the vision encoder reads instead of the prompt, see guide.py; None for the prompt.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Question:
     about: dict[str, Any] = field(default_factory=dict)
     group: str = ""
     control: bool = False
+    guide: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Prediction:
             "reference": q.reference,
             "score": self.score,
             **({"about": q.about} if q.about else {}),
+            **({"control": True} if q.control else {}),
+            **({} if q.guide is None else {"guide": q.guide}),
         }
 
 

@@ -62,7 +62,7 @@ def encoder_weights(c: FusionConfig, q, k, text, early):
     q_text, seen = q[:, patches:], everything
     if early and c.mask == "paper":
         seen = jnp.concatenate([image, jnp.zeros_like(text)], 1)
-    elif early:
+    elif early and c.mask == "released":
         q_text = jnp.zeros_like(k[:, patches:])  # the text attends uniformly, as a query of zeros does
     rows = (
         attention.reference_weights(q[:, :patches], k, image, seen),

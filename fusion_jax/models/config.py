@@ -17,7 +17,7 @@ from fusion_jax.models.limits import MOST_CHOICES, MOST_GRID, MOST_TILES, MOST_T
 QUADRANTS = 4
 ROPE_KINDS = ("default", "llama3", "longrope")
 CHOICES = {  # the values of fields of FusionConfig
-    "mask": ("paper", "released"),
+    "mask": ("paper", "released", "none"),
     "taps": ("paper", "released"),
     "context": ("image", "quadrants"),
     "latent_init": ("learned", "pooled"),
@@ -212,7 +212,8 @@ class FusionConfig:
     tile_tokens: int = 0
     """Tokens of a tile in the LLM, a square number, resized after the projector; 0: one per patch."""
     mask: str = "paper"
-    """Early encoder layers: `paper`: images do not see text; `released`: they do, text attends uniformly."""
+    """Early encoder layers: `paper`: images do not see text; `released`: they do, text attends uniformly; `none`: no
+    mask, as in the late layers."""
     taps: str = "paper"
     """`paper`: means of the shallow and the deep layers; `released`: the last state and both means."""
     context: str = "image"

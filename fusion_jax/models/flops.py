@@ -42,6 +42,8 @@ def forward_flops(config: FusionConfig, shape: BatchShape) -> float:
         products = config.encoder_layers * length * (4 * dv * dv + 2 * dv * v.mlp_dim)
         if config.mask == "paper":
             pairs = early * (p * p + question * length) + late * length * length
+        elif config.mask == "none":
+            pairs = config.encoder_layers * length * length
         else:  # early text has no queries
             products -= early * question * dv * dv
             pairs = early * p * length + late * length * length

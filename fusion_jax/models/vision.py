@@ -6,6 +6,8 @@ Which keys (columns) each query (rows) sees; padding of the text is never seen:
                  image  text           image  text              image  text
          image     x     .               x     x                  x     x
          text      x     x            uniform over both           x     x
+
+With the mask `none` the early half is as the late one.
 """
 
 import flax.linen as nn
@@ -75,7 +77,7 @@ class EncoderLayer(nn.Module):
         if text_segments is None:
             return attention.attention(q, k, v)
         segments = jnp.concatenate([jnp.ones((n, patches), jnp.int32), text_segments], 1)
-        if not self.early:
+        if not self.early or self.mask == "none":
             return attention.attention(q, k, v, segments, segments)
         if self.mask == "paper":
             image = attention.attention(q[:, :patches], k[:, :patches], v[:, :patches])

@@ -27,19 +27,30 @@ _LONGEST = 4096  # bytes of a lock file that are read; ours has a hundred
 _signed: set[int] = set()  # descriptors of the lock files that this process has signed
 
 
+class InUse(UserError):
+    """A live run holds the lock."""
+
+
 @contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path, name: str = FILE) -> Iterator[int]:
     """Keeps other runs out of `workdir`.
 
+    Args:
+      name: of the lock file.
+
+    Yields:
+      The descriptor of the lock file: a child process that inherits it keeps the lock until it ends, too.
+
     Raises:
-      UserError: a live run holds the lock (the message names it), or the lock file cannot be opened or written.
+      InUse: a live run holds the lock; the message names it.
+      UserError: the lock file cannot be opened or written.
     """
-    path = workdir / FILE
+    path = workdir / name
     file = _open(path)
     try:
         try:
             if not try_lock(file):
-                raise UserError(_refusal(workdir, _holder(file)))
+                raise InUse(_refusal(workdir, _holder(file)))
         except OSError as error:
             log.warning("%s: this file system has no locks (%s)", path, error)
         holder = _holder(file)
@@ -54,7 +65,7 @@ def hold(workdir: Path) -> Iterator[None]:
         renewer = threading.Thread(target=_renew, args=(path, done), name="workdir-lock", daemon=True)
         renewer.start()
         try:
-            yield
+            yield file
         finally:
             done.set()
             renewer.join()
@@ -122,14 +133,14 @@ def _refusal(workdir: Path, holder: dict[str, str] | None) -> str:
 
 
 def _outlive(path: Path, workdir: Path, holder: dict[str, str]) -> None:
-    """Waits until a run on another host has not renewed the file for STALE seconds. Raises UserError if it does."""
+    """Waits until a run on another host has not renewed the file for STALE seconds. Raises InUse if it does."""
     stamp = path.stat().st_mtime
     log.info("%s was last used on %s: waiting %.0f s to see whether that run is alive", workdir, holder["host"], STALE)
     deadline = time.monotonic() + STALE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, STALE / 10))
         if path.stat().st_mtime != stamp:
-            raise UserError(_refusal(workdir, holder))
+            raise InUse(_refusal(workdir, holder))
     log.info("%s: taken over from %s", workdir, holder["host"])
 
 

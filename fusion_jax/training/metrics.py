@@ -60,6 +60,7 @@ class Interval:
             "text_tokens_per_second": sums["text_tokens"] / seconds,
             "visual_tokens_per_second": sums["visual_tokens"] / seconds,
             "mfu": self._flops / seconds / peak,
+            "model_flops": self._flops,
             "input_wait_share": self._seconds["input"] / seconds,
             "compute_share": self._seconds["compute"] / seconds,
             "checkpoint_share": self._seconds["checkpoint"] / seconds,

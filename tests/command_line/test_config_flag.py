@@ -1,6 +1,7 @@
 """Config files from any folder, with the package installed as a wheel: given, shipped, copied, misspelt."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_jax.command_line.config_flag import find_config
+from fusion_jax.command_line.config_flag import find_config, load_config, set_key
 from fusion_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -115,3 +116,52 @@ def test_the_given_path_comes_first(tmp_path, monkeypatch):
         assert find_config(odd) == odd
     with pytest.raises(UserError, match=r"There is no config file gone/flare\.py"):
         find_config("gone/flare.py")
+
+
+# Config files that a command loads besides its own.
+
+
+def test_a_file_that_loads_another_keeps_its_own_names(tmp_path):
+    """A study reads the config of its base."""
+    (tmp_path / "inner.py").write_text(
+        '"""Inner."""\nfrom ml_collections import ConfigDict\nNAME = "inner"\n'
+        "def get_config(text='x'):\n    return ConfigDict({'text': text, 'name': NAME})\n"
+    )
+    (tmp_path / "outer.py").write_text(
+        '"""Outer."""\nfrom fusion_jax.command_line.config_flag import load_config\nNAME = "outer"\n'
+        f"def get_config():\n    config = load_config('{tmp_path}/inner.py:a:b')\n"
+        "    config.outer = [NAME, __doc__]\n    return config\n"
+    )
+    config = load_config(str(tmp_path / "outer.py"))
+    assert config.to_dict() == {"text": "a:b", "name": "inner", "outer": ["outer", "Outer."]}
+
+
+def test_keys_are_set_as_on_the_command_line(tmp_path):
+    config = load_config("configs/quickstart.py:data")
+    set_key(config, "model.llm.layers", 7)
+    set_key(config, "stages[-1].learning_rate", 1)
+    set_key(config, "model.new", 1)
+    assert (config.model.llm.layers, config.stages[-1].learning_rate, config.model.new) == (7, 1, 1)
+    for key, says in {
+        "modl.llm.layers": "config.modl is not a key; did you mean model",
+        "stages[9].steps": "stages of the config file has no 9",
+        "stages.steps": "stages of the config file has no",
+        "model..x": "is not a key; write --config.model.llm.layers",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(says)):
+            set_key(config, key, 1)
+
+
+def test_loading_a_file_names_what_is_wrong(tmp_path):
+    file = tmp_path / "bad.py"
+    for text, says in {
+        "x = 1": "has no attribute 'get_config'",
+        "def get_config(:": "line 1: invalid syntax",
+        "import fusion_jaxx": "line 1: ModuleNotFoundError",
+        "def get_config(): raise ValueError('no')": "line 1: ValueError: no",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=re.escape(says)):
+            load_config(str(file))
+    with pytest.raises(UserError, match="There is no config file"):
+        load_config(str(tmp_path / "none.py:x"))

@@ -82,6 +82,7 @@ def unneeded(config, shape, batch):
         ("paper", {}, {}),
         ("paper", {}, {"rounds": 2}),
         ("paper", {"text_guided": False}, {}),
+        ("paper", {"mask": "none"}, {}),
         ("paper", {"mapping_loss_weight": 0.0}, {}),
         ("paper", {"semantic_exchange": False}, {}),
         ("paper", {"llm.head_dim": 6, "llm.vocab_size": 50, "llm.layers": 3}, {}),

@@ -36,6 +36,7 @@ COMMANDS = {
     "fusion_jax.convert": ["export", "--checkpoint=gone", "--out=to", "--format=transformers"],
     "fusion_jax.shards": ["--json_path=gone.json", "--out=out"],
     "fusion_jax.inspect": ["--config=good.py"],
+    "fusion_jax.study": ["--config=good.py", "--out=study"],
 }
 _DICT = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict"
 CONFIGS = {

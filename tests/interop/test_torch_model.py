@@ -101,6 +101,7 @@ MODELS = {
     "released": fixtures.tiny("released"),
     "options": fixtures.tiny(
         "paper",
+        mask="none",
         image_tokens=9,
         **{"vision.image_size": 32, "exchange.layers": 1, "llm.tied_head": True, "llm.qkv_bias": True},
         **{"llm.sliding_window": 5, "llm.head_dim": 6, "llm.rope": LONGROPE},

@@ -139,7 +139,7 @@ def plain_layer(weights, x, sees, uniform):
 
 
 @pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("mask", ["paper", "released"])
+@pytest.mark.parametrize("mask", ["paper", "released", "none"])
 def test_layer_equals_numpy_under_its_mask(mask, early):
     config = tiny(mask=mask)
     x, text = embedded()
@@ -242,7 +242,7 @@ def test_layers_behind_the_last_tap_change_nothing(layers):
         np.testing.assert_allclose(flat(here["layers"])[path], leaf[:3], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("mask", ["paper", "released"])
+@pytest.mark.parametrize("mask", ["paper", "released", "none"])
 def test_random_layers_do_not_depend_on_how_many_run(mask):
     config = tiny(mask=mask, **{"vision.layers": 5})
     every = dataclasses.replace(config, taps="released")
@@ -251,7 +251,7 @@ def test_random_layers_do_not_depend_on_how_many_run(mask):
         np.testing.assert_array_equal(flat(ours)[path], leaf[:3], err_msg=path)
 
 
-@pytest.mark.parametrize("mask", ["paper", "released"])
+@pytest.mark.parametrize("mask", ["paper", "released", "none"])
 def test_padded_question_tokens_have_no_influence(mask):
     config = tiny("released", mask=mask)
     x, text = embedded()
@@ -266,7 +266,7 @@ def test_padded_question_tokens_have_no_influence(mask):
     np.testing.assert_allclose(encode(config, x, wider, wider_mask)[wider_real], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["paper", "released"])
+@pytest.mark.parametrize("mask", ["paper", "released", "none"])
 def test_without_question_the_image_is_encoded_alone(mask):
     config = tiny("released", mask=mask)
     x, text = embedded()

@@ -39,6 +39,20 @@ def test_workdir_of_a_live_run_is_refused_and_of_a_dead_one_taken_over(tmp_path)
         pass
 
 
+def test_a_child_that_inherits_the_lock_keeps_it(tmp_path):
+    with lock.hold(tmp_path, "other.lock") as held:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(held,))
+        with lock.hold(tmp_path):  # another file is another lock
+            pass
+    try:
+        with pytest.raises(lock.InUse), lock.hold(tmp_path, "other.lock"):
+            pass
+    finally:
+        child.communicate(b"\n")
+    with lock.hold(tmp_path, "other.lock"):
+        pass
+
+
 ODD = {
     "garbage": b"\xff\xfe{",
     "zeros": b"\0" * 100,

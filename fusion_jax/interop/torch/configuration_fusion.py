@@ -52,7 +52,7 @@ class FusionConfig(PretrainedConfig):
       image_tokens: tokens of an image, 0 for one per patch.
       tile_grids: (rows, columns) of tiles into which an image may be cut, empty for fixed resolution.
       tile_tokens: tokens of a tile, 0 for one per patch.
-      mask, taps, context, latent_init, text_only: `paper` or `released` arithmetic, see where they are used.
+      mask, taps, context, latent_init, text_only: `paper` or `released` arithmetic, or others, see where they are used.
       template: the text around turns.
     """
 

@@ -45,7 +45,7 @@ class VisionLayer(nn.Module):
     def attend(self, x: Tensor, patches: int, keys: Tensor | None, early: bool) -> Tensor:
         heads, attn = self.config.vision["heads"], self.self_attn
         q, k, v = (split_heads(attn[f"{name}_proj"](x), heads) for name in "qkv")
-        if patches == x.shape[1] or not early:
+        if patches == x.shape[1] or not early or self.config.mask == "none":
             return F.scaled_dot_product_attention(q, k, v, keys)
         q_image, q_text = q[:, :, :patches], q[:, :, patches:]
         if self.config.mask == "paper":  # image queries do not attend to the text
