@@ -79,6 +79,8 @@ def kernels(target: str, name: str) -> dict[str, int]:
     if not any(part in name for part in ("step", "validation", "prefill", "pictures")):
         return {}  # one token attends, or none
     encoder, llm = 0 if "text alone" in name else 4 if "quadrants" in name else 2, 1
+    if platform(target) == "gpu" and name.startswith(("server", "pictures")):  # each block has its own weights
+        llm = programs.TINY["llm.layers"]
     if platform(target) == "tpu":
         forward, backward = {"flash forward": encoder + llm}, {"flash backward": encoder + llm}
     else:
