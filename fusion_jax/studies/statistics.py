@@ -50,7 +50,7 @@ def spread(means: Float[np.ndarray, "R"]) -> float | None:
 def p_runs(first: Float[np.ndarray, "R"], second: Float[np.ndarray, "S"]) -> float | None:
     """The two-sided p-value of a difference between the means of two variants' runs; None where each has only one run.
 
-    Every way of dealing the runs to two variants is counted, or DRAWS of them drawn if there are more.
+    Every way of assigning the runs to two variants is counted, or DRAWS of them drawn if there are more.
     """
     if min(len(first), len(second)) < 2:
         return None
