@@ -30,6 +30,7 @@ def start(out, data, *flags):
 def run(module, *flags):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",  # config files of the tests import their helpers
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
