@@ -46,6 +46,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 8, "requests answered at once", lower_bound=1)
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens", lower_bound=1)
+    flags.DEFINE_float(
+        "prefix_gib", 1.0, "GiB of prompts to keep, so that a later turn prefills its rest (0: none)", lower_bound=0
+    )
     flags.DEFINE_list(
         "lengths", [], "prompt lengths to compile, visual tokens included (default: that of training, and half)"
     )
@@ -96,7 +99,9 @@ def main(argv: list[str]) -> None:
     sizes = (_numbers(name, f[name].value) for name in ("lengths", "question_lengths", "rounds"))
     buckets = buckets_of_training(config.stages, *sizes, f.images)
     prompts = Prompts(config, loaded.tokenizer, buckets, f.latents or None)
-    engine = Engine(RunningBatch(loaded.model, loaded.params, prompts, f.rows, f.max_tokens), f.queue)
+    prefix_bytes = int(f.prefix_gib * (1 << 30))
+    batch = RunningBatch(loaded.model, loaded.params, prompts, f.rows, f.max_tokens, prefix_bytes=prefix_bytes)
+    engine = Engine(batch, f.queue)
     log.info("%s from %s; compiling %s", f.model_name, loaded.folder, buckets)
     engine.start()
     grammars = Grammars(prompts, config.model.llm.vocab_size)
