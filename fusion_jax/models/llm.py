@@ -53,16 +53,16 @@ def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype
 class _Shared:
     """What every layer of one forward pass reads.
 
-    cached_segments is for one new token over a cache, `seen` for several that extend one; else both are None.
+    With a cache, one new token sees the slots of `cached_segments`, several that extend it those of `seen`.
     """
 
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
     segments: Int[Array, "B S"]
     cached_segments: Int[Array, "B C"] | None
-    seen: Bool[Array, "B S C"] | None
     slot: Int[Array, ""] | None
     plan: ExchangePlan | None
+    seen: Bool[Array, "B S C"] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
                 seen = (cached[:, None] > 0) & (distance >= 0)
                 if c.sliding_window:
                     seen &= distance < c.sliding_window
-        shared = _Shared(cos, sin, segments, cached_segments, seen, slot, plan)
+        shared = _Shared(cos, sin, segments, cached_segments, slot, plan, seen)
         carry = (partition.constrain(x.astype(self.dtype), "batch", None, None), buffers, jnp.int32(0))
         for stack in self.stacks:
             carry, _ = stack(carry, shared)
