@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from fusion_jax.data.conversation import ANSWER_START, IMAGE
+from fusion_jax.data.conversation import ANSWER_START
 from fusion_jax.data.layout import Example
 from fusion_jax.inference.prefixes import Prefix
 from fusion_jax.inference.sampling import Sampling
@@ -49,8 +49,7 @@ class Prefixes:
     def find(self, example: Example, how: Sampling, length: int) -> Prefix | None:
         """The kept prompt of the turn before. `length`: the prompt's positions."""
         count = begins_with(example)
-        # An image of the new question is not encoded yet.
-        if not count or not self.keeps(example) or (example.input_ids[count:] == IMAGE).any():
+        if not count or not self.keeps(example):
             return None
         key = self._key(example, count, self._far(length, how))
         if key in self._kept:
@@ -74,7 +73,7 @@ class Prefixes:
         return rope.kind == "longrope" and length + max(how.max_tokens, 1) - 1 > rope.original_length
 
     def _key(self, example: Example, count: int, far: bool) -> bytes:
-        """The digest of a prompt's first `count` ids with all images."""
+        """The digest of a prompt's first `count` ids with all images, so that a new one in a later turn is no hit."""
         digest = hashlib.blake2b(repr((count, far, example.tilings, len(example.question_ids))).encode())
         arrays = example.input_ids[:count], example.question_ids
         for array in (*arrays, *(() if example.crops is None else (example.crops,))):

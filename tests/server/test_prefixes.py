@@ -166,9 +166,9 @@ def test_an_image_in_a_later_turn_is_encoded(engine, alone):
 
 def test_prompts_that_are_prefilled_together_leave_each_its_own(engine, alone):
     """First turns, second turns and other people's first turns, all waiting at once."""
-    one = [chat(70 + k) for k in range(4)]
+    others, first = [chat(60 + k) for k in range(4)], [chat(70 + k) for k in range(4)]
     both = [*(chat(70 + k, 2) for k in range(3)), chat(80)]
-    for records in (one, both, both):
+    for records, hits in ((others, 0), (first, 0), (both, 3), (both, 3)):
         events = [queue.Queue() for _ in records]
         examples = [engine.prepare(record) for record in records]
         before = prefixes(engine).hits
@@ -181,7 +181,7 @@ def test_prompts_that_are_prefilled_together_leave_each_its_own(engine, alone):
                 event = own.get(timeout=300)
                 text, finish = text + event.text, event.finish
             assert text == alone(record)
-        assert prefixes(engine).hits - before == (0 if records is one else 3)
+        assert prefixes(engine).hits - before == hits
         wait_for_programs(engine)  # of several prompts at once
 
 
@@ -193,6 +193,22 @@ def test_the_guide_decides_whether_images_are_kept(tokenizer):
     assert Prefixes(replace(guided, text_guided=False), 1).keeps(make_prompts.example(chat(0)))
     assert Prefixes(MODEL, 1).keeps(make_prompts.example(chat(0)))
     assert not Prefixes(MODEL, 0).keeps(make_prompts.example(chat(0)))
+
+
+def test_every_id_every_pixel_and_the_guiding_question_count(tokenizer):
+    make_prompts = Prompts(dataclasses.replace(config(), model=MODEL), tokenizer, BUCKETS)
+    first, second = make_prompts.example(chat(0)), make_prompts.example(chat(0, 2))
+    kept, none = Prefixes(MODEL, 1 << 20), np.zeros(1)
+    kept.put(first, SHORT, Prefix(none, none, np.int32(42), None))
+    assert kept.find(second, SHORT, 62) is not None
+    for name, count in (("input_ids", len(first.input_ids)), ("question_ids", 1), ("crops", 1)):
+        for place in range(count):
+            changed = getattr(second, name).copy()
+            changed.reshape(-1)[place] ^= 1
+            assert kept.find(dataclasses.replace(second, **{name: changed}), SHORT, 62) is None
+    changed = second.input_ids.copy()
+    changed[len(first.input_ids) :] = 1  # what comes after it does not count
+    assert kept.find(dataclasses.replace(second, input_ids=changed), SHORT, 62) is not None
 
 
 def test_the_oldest_go_when_there_are_too_many_bytes(tokenizer):
