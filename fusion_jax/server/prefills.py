@@ -36,7 +36,7 @@ from fusion_jax.server.prefixes import Prefixes, begins_with
 log = logging.getLogger("fusion_jax")
 
 TOGETHER = (8, 4, 2)  # how many prompts of one shape may be prefilled together
-RESTS = (64, 256, 1024)  # positions that the rest of a prompt is padded to: an answer and the next question
+RESTS = (32, 128, 512, 1024)  # positions that the rest of a prompt is padded to: an answer and the next question
 
 
 @jax.tree_util.register_dataclass
