@@ -132,10 +132,15 @@ def extending_attention(
     """Computes attention of several new tokens over a layer's C slots, which hold them; `seen` are those of each."""
     k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (keys, values))
     batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], size)
-    scores = jnp.einsum("BQKGd,BKdC->BKGQC", q, k, preferred_element_type=jnp.float32) / math.sqrt(size)
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGQC,BKCd->BQKGd", weights, v).reshape(batch, length, heads, size)
+    rows = (batch, k.shape[1], -1, size)
+    # The queries of all heads that share keys are the rows of one product: on a CPU in a quarter of the time.
+    q = q.reshape(batch, length, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BKNd,BKdC->BKNC", q.reshape(rows), k, preferred_element_type=jnp.float32) / math.sqrt(size)
+    scores = jnp.where(seen[:, None, None], scores.reshape(*q.shape[:-1], -1), MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total, weights = weights.sum(-1, keepdims=True), weights.astype(v.dtype).reshape(*rows[:3], k.shape[-1])
+    out = jnp.einsum("BKNC,BKCd->BKNd", weights, v, preferred_element_type=jnp.float32).reshape(q.shape)
+    return (out / total).astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
 # The blocked kernel, for CPUs without a C compiler. XLA's plain attention writes the (B, H, Q, K) scores
