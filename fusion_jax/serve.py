@@ -7,6 +7,7 @@ which supervisors start it again.
 
 import contextlib
 import logging
+import math
 import signal
 
 from absl import flags
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install -e '.[serve]'.") from error
     check(f.max_upload_bytes >= 1, f"--max_upload_bytes={f.max_upload_bytes} must be at least 1.")
+    check(math.isfinite(f.prefix_gib), f"--prefix_gib={f.prefix_gib} must be a number of GiB; 0 keeps nothing.")
     host_names, origins = read_host_names(f.host_names), read_origins(f.cors_origins)
     page = _import_page() if f.page else None
     key = api_key()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import queue
+import subprocess
+import sys
 import time
 
 import jax
@@ -231,6 +233,13 @@ def test_the_oldest_go_when_there_are_too_many_bytes(tokenizer):
     assert kept.bytes == size + prefix(50).nbytes
     kept.put(examples[1], SHORT, prefix(1000))  # too large for all the room
     assert [kept.find(one, SHORT, 9) is not None for one in later] == [True, False, True]
+
+
+@pytest.mark.parametrize("wrong", ["-1", "nan", "inf", "much"])
+def test_sizes_that_are_none_end_the_server_with_a_sentence(wrong):
+    command = [sys.executable, "-m", "fusion_jax.serve", "--checkpoint=nowhere", f"--prefix_gib={wrong}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "prefix_gib" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_metrics_report_what_is_kept(engine):
