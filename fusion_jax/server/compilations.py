@@ -87,9 +87,10 @@ class Compiler:
             self._thread.join(patience)
 
 
-def has_room(compiled: jax.stages.Compiled) -> bool:
-    """Whether the device has room for what a program needs, beside what it holds now."""
+def has_room(compiled: jax.stages.Compiled, reserved: int) -> bool:
+    """Whether the device has room for what a program needs, beside what it holds now and `reserved` bytes."""
     plan, used = compiled.memory_analysis(), jax.local_devices()[0].memory_stats()
     if plan is None or not used or "bytes_limit" not in used:
         return True
-    return plan.temp_size_in_bytes + plan.output_size_in_bytes < used["bytes_limit"] - used["bytes_in_use"]
+    needed = plan.temp_size_in_bytes + plan.output_size_in_bytes + reserved
+    return needed < used["bytes_limit"] - used["bytes_in_use"]

@@ -94,6 +94,7 @@ class Prefills:
         """
         if (begun := self._begun(examples[0], hows[0])) is not None:
             return [self._continue(begun, examples[0], hows[0])]
+        # Those behind one that begins with a kept prompt wait until it has had its turn.
         others = range(1, len(examples))
         whole = next((k for k in others if self._begun(examples[k], hows[k]) is not None), len(examples))
         count, spec = self._choose(whole, self.shape(examples[0]))
@@ -171,7 +172,7 @@ class Prefills:
         batch = self._lay_out([], spec, count)
         limit = np.ones(count, np.int32)
         compiled = prefill.lower(self._model, self._params, batch, self._capacity, limit=limit, keep=True).compile()
-        if count > 1 and not compilations.has_room(compiled):
+        if count > 1 and not compilations.has_room(compiled, self.prefixes.left):
             log.info("%d prompts of %d positions are not prefilled together: too little memory", count, spec.length)
             return
         if count > 1:  # what else such a number of rows needs
@@ -193,7 +194,7 @@ class Prefills:
     def _compile_rest(self, kind: tuple[int, int, int], rest, prefix) -> None:
         limit = np.ones(1, np.int32)
         compiled = extend.lower(self._model, self._params, rest, prefix, self._capacity, limit=limit).compile()
-        if compilations.has_room(compiled):
+        if compilations.has_room(compiled, self.prefixes.left):
             self._rests[kind] = compiled
         else:
             log.info("prompts of %d positions are prefilled whole: too little memory", kind[1])

@@ -41,6 +41,11 @@ class Prefixes:
         self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
 
+    @property
+    def left(self) -> int:
+        """Bytes that may still be used."""
+        return self.most - self.bytes
+
     def keeps(self, example: Example) -> bool:
         """Whether the next turn can continue this prompt."""
         unguided = self._config.guide == "first_round" or not self._config.text_guided or not example.images
