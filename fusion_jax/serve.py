@@ -7,6 +7,7 @@ which supervisors start it again.
 
 import contextlib
 import logging
+import math
 import signal
 
 from absl import flags
@@ -46,6 +47,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 8, "requests answered at once", lower_bound=1)
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get status 429", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 512, "longest answer in tokens", lower_bound=1)
+    flags.DEFINE_float(
+        "prefix_gib", 1.0, "GiB of prompts to keep, so that a later turn prefills its rest (0: none)", lower_bound=0
+    )
     flags.DEFINE_list(
         "lengths", [], "prompt lengths to compile, visual tokens included (default: that of training, and half)"
     )
@@ -85,6 +89,7 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise UserError(f"Serving needs the package {error.name}: pip install -e '.[serve]'.") from error
     check(f.max_upload_bytes >= 1, f"--max_upload_bytes={f.max_upload_bytes} must be at least 1.")
+    check(math.isfinite(f.prefix_gib), f"--prefix_gib={f.prefix_gib} must be a number of GiB; 0 keeps nothing.")
     host_names, origins = read_host_names(f.host_names), read_origins(f.cors_origins)
     page = _import_page() if f.page else None
     key = api_key()
@@ -96,7 +101,9 @@ def main(argv: list[str]) -> None:
     sizes = (_numbers(name, f[name].value) for name in ("lengths", "question_lengths", "rounds"))
     buckets = buckets_of_training(config.stages, *sizes, f.images)
     prompts = Prompts(config, loaded.tokenizer, buckets, f.latents or None)
-    engine = Engine(RunningBatch(loaded.model, loaded.params, prompts, f.rows, f.max_tokens), f.queue)
+    prefix_bytes = int(f.prefix_gib * (1 << 30))
+    batch = RunningBatch(loaded.model, loaded.params, prompts, f.rows, f.max_tokens, prefix_bytes=prefix_bytes)
+    engine = Engine(batch, f.queue)
     log.info("%s from %s; compiling %s", f.model_name, loaded.folder, buckets)
     engine.start()
     grammars = Grammars(prompts, config.model.llm.vocab_size)

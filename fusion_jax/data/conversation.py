@@ -21,7 +21,8 @@ the record in their order; the round's latents come before the turn's text, afte
     And which is larger?                  LATENTS And which is larger?
 
 (each IMAGE and LATENTS is between <vision_start> and <vision_end>). A round's latents query the latest image of that or
-an earlier round, or the first image if none has come yet. The questions of all rounds guide every image.
+an earlier round, or the first image if none has come yet. The questions of all rounds guide every image, or, if the
+model's `guide` is `first_round`, that of the first one.
 """
 
 import re
@@ -56,7 +57,7 @@ class Encoded:
     Attributes:
       input_ids: (S,) token ids, with IMAGE and LATENTS where visual tokens go.
       labels: (S,) the id where the token is supervised, ANSWER_START on the last token before each answer, else IGNORE.
-      instructs: (T,) the question tokens of all rounds, after `first_ids`; [0] in a conversation without an image.
+      instructs: (T,) the question tokens that guide the images, after `first_ids`; [0] without an image.
       rounds: number of questions.
       prompt: the readable text, with tags for placeholders and without BOS.
     """
@@ -77,6 +78,7 @@ def encode_conversation(
     system: str | None = None,
     latents: bool = True,
     latents_without_image: bool = True,
+    first_guides: bool = False,
     where: str = "conversation",
 ) -> Encoded:
     """Encodes a finished conversation, for training.
@@ -91,6 +93,7 @@ def encode_conversation(
       system: the conversation's own system text; None or empty: the template's.
       latents: put a latent placeholder into each round.
       latents_without_image: do so also when there is no image.
+      first_guides: only the first round's question guides the images, not those of all rounds.
       where: the record's place, for errors.
 
     Raises:
@@ -101,7 +104,8 @@ def encode_conversation(
     """
     rounds = _rounds(turns, images, finished=True, where=where)
     _check_system(system, template, where)
-    return _encode(rounds, tokenizer, template, images, latents and (images > 0 or latents_without_image), system)
+    latents = latents and (images > 0 or latents_without_image)
+    return _encode(rounds, tokenizer, template, images, latents, system, first_guides)
 
 
 def encode_prompt(
@@ -113,6 +117,7 @@ def encode_prompt(
     system: str | None = None,
     latents: bool = True,
     latents_without_image: bool = True,
+    first_guides: bool = False,
     literal: bool = False,
     where: str = "conversation",
 ) -> Encoded:
@@ -130,7 +135,7 @@ def encode_prompt(
     _check_system(system, template, where)
     latents = latents and (images > 0 or latents_without_image)
     greeting = turns[0]["value"] if literal and turns[0]["from"] == "gpt" else None
-    return _encode(rounds, tokenizer, template, images, latents, system, literal, greeting)
+    return _encode(rounds, tokenizer, template, images, latents, system, first_guides, literal, greeting)
 
 
 def encode_guide(text: str, tokenizer: Tokenizer, template: Template) -> Int32[np.ndarray, "T"]:
@@ -215,6 +220,7 @@ def _encode(
     images: int,
     latents: bool,
     system: str | None,
+    first_guides: bool,
     literal: bool = False,
     greeting: str | None = None,
 ) -> Encoded:
@@ -250,7 +256,7 @@ def _encode(
         row.labels[end] = ANSWER_START
     instructs = [0]
     if images:
-        texts = ["".join(question.split(tag, images)).strip() for question, _ in rounds]
+        texts = ["".join(question.split(tag, images)).strip() for question, _ in rounds[: 1 if first_guides else None]]
         instructs = [*first, *tokenizer.encode_parts([("".join(texts), literal)])]
     return Encoded(
         input_ids=np.asarray(row.ids, np.int32),

@@ -61,7 +61,8 @@ class ExampleMaker:
         """All that the lengths of a record depend on, except the record: see lengths.py."""
         spec = layout_spec(self.model, 1, 1, 1)
         template = chat_template.find(self.template, self.tokenizer)
-        return repr((_LENGTHS, self.tokenizer.fingerprint, template, self.model.semantic_exchange, spec))
+        model = self.model.semantic_exchange, self.model.guide
+        return repr((_LENGTHS, self.tokenizer.fingerprint, template, *model, spec))
 
     def __call__(self, record: Record, prompt: bool = False) -> Example:
         """Encodes a record and its images. With `prompt` the conversation ends before its last answer.
@@ -84,6 +85,7 @@ class ExampleMaker:
             len(record.images),
             latents=model.semantic_exchange,
             latents_without_image=model.text_only == "zero_image",
+            first_guides=model.guide == "first_round",
             system=record.system,
             where=record.where,
             **more,

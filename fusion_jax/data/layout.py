@@ -58,7 +58,7 @@ class Example:
     Attributes:
       input_ids: (length,) int32 with IMAGE and LATENTS placeholders. labels: (length,) int32 with IGNORE and
         ANSWER_START marks; None for a prompt, whose last token ends the last round's question.
-      question_ids: question tokens of all rounds, int32; empty for text-only conversations.
+      question_ids: question tokens that guide the images, int32; empty for text-only conversations.
       crops: (crops, 5 or 1, H, W, 3) uint8 in the order of the IMAGE placeholders, an image's tiles after its whole
         view; of each crop first the quadrants, then the crop itself. The first axis may be missing if there is one
         crop. None without an image, and until the images are read.

@@ -44,8 +44,22 @@ class State:
     settings: sampling.Settings
 
 
-@functools.partial(compiler.ForPlatform, static_argnames=("model", "capacity"))
-def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[jax.Array, jax.Array, llm.Cache]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Encoding:
+    """What later rounds of a conversation read of its images.
+
+    Attributes:
+      context: (B, C, D), keys and values of the exchange. latents: (B, 1, L, D), the first values of the last round's
+        latents, which are those of any later round that shows no new image.
+    """
+
+    context: jax.Array
+    latents: jax.Array
+
+
+@functools.partial(compiler.ForPlatform, static_argnames=("model", "capacity", "keep"))
+def prefill(model: Fusion, params, batch: Batch, capacity: int, limit, keep: bool = False):
     """Runs the prompts and fills a cache with room for `capacity` tokens a row.
 
     Prompts may be padded on the right, as `data.layout` does, or on the left: each row's next token comes from its own
@@ -53,17 +67,26 @@ def prefill(model: Fusion, params, batch: Batch, capacity: int, limit) -> tuple[
 
     Args:
       limit: (B,) int32, the longest answer of each row. With LongRoPE, prompt and limit together decide the factors.
+      keep: also return what `prefixes.extend` needs.
 
     Returns:
-      float32 logits (B, V) of the next token, its position (B,), and the cache.
+      float32 logits (B, V) of the next token, its position (B,), and the cache; with `keep` also the `Encoding`, or
+      None where no round has latents.
     """
     place = batch.tokens.shape[1] - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
     positions = jnp.take_along_axis(batch.positions, place[:, None], axis=1)[:, 0] + 1
     reach = positions + jnp.maximum(limit, 1) - 1  # the answer's last token is never read
     cache = llm.empty_cache(model.config.llm, reach, capacity, model.dtype)
-    hidden, _, cache = model.apply({"params": params}, batch, cache)
+    hidden, encoded, cache = model.apply({"params": params}, batch, cache)
     last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
-    return model.apply({"params": params}, last, method="logits"), positions, cache
+    results = model.apply({"params": params}, last, method="logits"), positions, cache
+    if not keep:
+        return results
+    if encoded is None or encoded.latents is None:
+        return *results, None
+    latest = jnp.maximum(jnp.sum(batch.latent_start >= 0, axis=1) - 1, 0)
+    latents = jnp.take_along_axis(encoded.latents, latest[:, None, None, None], axis=1)
+    return *results, Encoding(encoded.context, latents)
 
 
 @jax.jit

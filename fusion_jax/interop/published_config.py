@@ -100,7 +100,7 @@ def published_config(model: FusionConfig, template: str, origin: Mapping[str, An
     if not (model.text_guided and model.semantic_exchange and model.needs_back_projection):
         wrong.append("text_guided" if not model.text_guided else "semantic_exchange")
     wrong += ["llm.qkv_bias"] * model.llm.qkv_bias + ["exchange.heads"] * (model.exchange.heads != 16)
-    wrong += ["image_tokens"] * bool(model.image_tokens)
+    wrong += ["image_tokens"] * bool(model.image_tokens) + ["guide"] * (model.guide != "all_rounds")
     family = FAMILIES["phi3" if template == "phi3" else "llama"]
     phi, llm, tower, rope = family is FAMILIES["phi3"], model.llm, model.vision, model.llm.rope
     # Its Llama has neither windows nor LongRoPE; its Phi has neither Llama-3 scaling nor a head size of its own.

@@ -23,6 +23,7 @@ CHOICES = {  # the values of fields of FusionConfig
     "latent_init": ("learned", "pooled"),
     "text_only": ("none", "zero_image"),
     "image_place": ("turn", "first"),
+    "guide": ("all_rounds", "first_round"),
 }
 
 
@@ -226,6 +227,8 @@ class FusionConfig:
     """Whether question tokens with id 0 count as padding (published code; `!` in Llama 3)."""
     image_place: str = "turn"
     """A single image stands in the `turn` that names it, or in the `first` visual place (published code)."""
+    guide: str = "all_rounds"
+    """Whose questions the vision encoder reads: with `first_round`, later turns need no new encoding."""
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

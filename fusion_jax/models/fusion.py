@@ -184,6 +184,23 @@ class Fusion(nn.Module):
         hidden, cache = self.llm(x, batch.segment_ids, batch.positions, plan, cache)
         return hidden, encoded, cache
 
+    def extend(self, batch: Batch, encoded: Visual | None, cache: llm.Cache):
+        """Runs the rest of rows that begin in the cache, without encoding anything.
+
+        Args:
+          batch: the rest; only what the decoder reads of it. Positions go on where the cache ends, places in the row
+            (`round_end`, `latent_start`) begin at 0, and `visual_index` points into the table of `encoded`.
+          encoded: what the rest reads of the images, None without latents.
+
+        Returns:
+          hidden: (B, S, D) after the final norm, and the cache.
+        """
+        if encoded is None:
+            x, plan = self.llm.embed(batch.tokens), None
+        else:
+            x, plan = self.assemble(batch, encoded), self.exchange_plan(batch, encoded)
+        return self.llm(x, batch.segment_ids, batch.positions, plan, cache, extends=True)
+
     def decode(self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: llm.Cache):
         """Decodes one more token per row. Returns float32 logits (B, V) and the cache."""
         x = self.llm.embed(tokens[:, None])

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from fusion_jax.models import attention, layers, partition, weights
 from fusion_jax.models.config import FusionConfig, LLMConfig, Stack
@@ -51,7 +51,10 @@ def empty_cache(config: LLMConfig, reach: Int[Array, " B"], capacity: int, dtype
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Shared:
-    """What every layer of one forward pass reads."""
+    """What every layer of one forward pass reads.
+
+    With a cache, one new token sees the slots of `cached_segments`, several that extend it those of `seen`.
+    """
 
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
@@ -59,6 +62,7 @@ class _Shared:
     cached_segments: Int[Array, "B C"] | None
     slot: Int[Array, ""] | None
     plan: ExchangePlan | None
+    seen: Bool[Array, "B S C"] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -88,6 +92,8 @@ class DecoderLayer(nn.Module):
             )
         if buffers is not None and length == 1:
             y = attention.cached_attention(q, *buffers, index, shared.cached_segments)
+        elif shared.seen is not None:
+            y = attention.extending_attention(q, *buffers, index, shared.seen)
         else:
             y = attention.attention(q, k, v, shared.segments, shared.segments, True, c.sliding_window)
         # There are two residual branches per layer; this keeps the sum of all at the scale of the embedding.
@@ -206,15 +212,17 @@ class Decoder(nn.Module):
         positions: Int[Array, "B S"],
         plan: ExchangePlan | None = None,
         cache: Cache | None = None,
+        extends: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the hidden states after the final norm, and the cache if there is one.
 
-        With a cache, several tokens are a prefill, which needs an empty cache; one token is a decode step.
+        With a cache, several tokens are a prefill, which needs an empty cache, or, if it `extends` the cache, see what
+        that holds; they need a free slot each. One token is a decode step.
         """
         c = self.config.llm
         lengths = layers.example_lengths(segments, positions) if cache is None else cache.reach[:, None]
         cos, sin = layers.rotary(c.rope, c.per_head, positions, lengths)
-        buffers = cached = seen = slot = None
+        buffers = cached = cached_segments = seen = slot = None
         if cache is not None:
             slot = cache.length
             cached, cached_positions = (
@@ -223,10 +231,15 @@ class Decoder(nn.Module):
             )
             buffers = (cache.keys, cache.values)
             # The window counts positions, not slots: there is padding between a prompt and its answer.
-            seen = cached
+            cached_segments = cached
             if c.sliding_window:
-                seen = jnp.where(positions[:, -1:] - cached_positions < c.sliding_window, cached, 0)
-        shared = _Shared(cos, sin, segments, seen, slot, plan)
+                cached_segments = jnp.where(positions[:, -1:] - cached_positions < c.sliding_window, cached, 0)
+            if extends:
+                distance = positions[:, :, None] - cached_positions[:, None]
+                seen = (cached[:, None] > 0) & (distance >= 0)
+                if c.sliding_window:
+                    seen &= distance < c.sliding_window
+        shared = _Shared(cos, sin, segments, cached_segments, slot, plan, seen)
         carry = (partition.constrain(x.astype(self.dtype), "batch", None, None), buffers, jnp.int32(0))
         for stack in self.stacks:
             carry, _ = stack(carry, shared)

@@ -27,6 +27,7 @@ class Metrics:
     def collect(self):
         """Yields the metrics that the engine counts; called by the registry."""
         engine, counts = self.engine, self.engine.statistics
+        prefixes = engine.batch.prefills.prefixes
         for name, text, value in (
             ("fusion_rows", "Requests answered at once at most", engine.rows),
             ("fusion_rows_busy", "Requests being answered", engine.busy),
@@ -38,13 +39,16 @@ class Metrics:
                 "Smaller prefills that are still to be compiled",
                 engine.batch.prefills.pending,
             ),
+            ("fusion_prefix_bytes", "Bytes of kept prompts", prefixes.bytes),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         for name, text, value in (
-            ("fusion_prompt_tokens", "Positions prefilled, visual ones included", counts.prompt_tokens),
+            ("fusion_prompt_tokens", "Positions of prompts, visual and kept ones included", counts.prompt_tokens),
             ("fusion_answer_tokens", "Tokens generated", counts.answer_tokens),
             ("fusion_prefills", "Prompts prefilled", counts.prefills),
             ("fusion_decode_chunks", "Chunks decoded", counts.chunks),
+            ("fusion_prefix_hits", "Prompts that continued the kept one of the turn before", prefixes.hits),
+            ("fusion_prefix_misses", "Prompts of later turns that were prefilled whole", prefixes.misses),
         ):
             yield CounterMetricFamily(name, text, value=value)
         ended = CounterMetricFamily("fusion_answers", "Answers by how they ended", labels=["finish"])

@@ -38,18 +38,25 @@ class RunningBatch:
 
     Args:
       prompts: with `prompts.Buckets`; its longest prompt is P. rows: R. max_tokens: A, the longest answer.
-      chunk: tokens that a step decodes.
+      chunk: tokens that a step decodes. prefix_bytes: see `Prefills`.
     """
 
     def __init__(
-        self, model: Fusion, params, prompts: Prompts, rows: int = 8, max_tokens: int = 512, chunk: int = CHUNK
+        self,
+        model: Fusion,
+        params,
+        prompts: Prompts,
+        rows: int = 8,
+        max_tokens: int = 512,
+        chunk: int = CHUNK,
+        prefix_bytes: int = 0,
     ):
         check(rows >= 1, f"--rows={rows} must be at least 1.")
         check(max_tokens >= 1, f"--max_tokens={max_tokens} must be at least 1.")
         self.model, self.params, self.prompts = model, params, prompts
         self.rows, self.max_tokens, self.chunk = rows, max_tokens, chunk
         self.capacity = prompts.buckets.lengths[-1]
-        self.prefills = Prefills(model, params, prompts, self.capacity, rows)
+        self.prefills = Prefills(model, params, prompts, self.capacity, rows, prefix_bytes)
         self.state: State | None = None
 
     def shapes(self) -> list[tuple[int, int, int, int]]:

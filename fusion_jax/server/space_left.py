@@ -17,7 +17,7 @@ def space_left(prompts: Prompts, record: Record) -> str:
     needs, question = prompts.measure(record)
     rounds, first = prompts.buckets.rounds[-1], len(record.turns) == 1
     left = prompts.buckets.lengths[-1] - needs.length
-    if question:  # the vision encoder reads the questions of all rounds
+    if question and (first or prompts.config.guide == "all_rounds"):  # the vision encoder reads the next one as well
         left = min(left, prompts.buckets.questions[-1] - question)
     words = _rounded(left * len(_TYPICAL.split()) / len(prompts.tokenizer.encode(_TYPICAL)))
     if needs.rounds > rounds:

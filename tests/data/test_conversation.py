@@ -163,6 +163,14 @@ def test_several_images(with_bos):
     assert got.instructs.tolist() == spelt(with_bos, "<s> Two _ cats ? And _ ?")[0]
 
 
+@pytest.mark.parametrize("said", [("Two cats?", "Yes", "And?"), ("Two cats?", "Yes", "And <image>?", "No")])
+def test_the_first_question_alone_guides_all_images_if_the_model_says_so(with_bos, said):
+    got, all_rounds = (encoded(with_bos, TEMPLATES["phi3"], turns(*said), 1, first_guides=one) for one in (True, False))
+    assert got.instructs.tolist() == spelt(with_bos, "<s> Two _ cats ?")[0] == all_rounds.instructs.tolist()[:5]
+    assert len(all_rounds.instructs) > 5
+    assert got.input_ids.tolist() == all_rounds.input_ids.tolist()
+
+
 @pytest.mark.parametrize("name", ["phi3", "llama3", "chatml"])
 def test_a_system_text_takes_the_place_of_the_templates(with_bos, name):
     template = TEMPLATES[name]

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 from helpers import tiny_run
+from helpers.generation import config, make_tokenizer, record
 
 from fusion_jax.config import StageConfig
+from fusion_jax.data.examples import ExampleMaker
 from fusion_jax.data.layout import Measured
-from fusion_jax.inference.prompts import buckets_of_training
+from fusion_jax.errors import UserError
+from fusion_jax.inference.prompts import Buckets, Prompts, buckets_of_training
 
 
 def stage(**sizes):
@@ -41,3 +44,17 @@ def test_prompt_takes_question_and_rounds_of_its_own_size():
     assert (small.length, small.question_length, small.rounds) == (256, 64, 1)
     large = buckets.spec(tiny_run.MODEL, most._replace(rounds=5), 1, 257)
     assert large == dataclasses.replace(small, question_length=1024, rounds=16)
+
+
+def test_the_guide_says_whose_questions_the_encoder_reads(tmp_path):
+    tokenizer, buckets = make_tokenizer(tmp_path), Buckets((200,), (64,), (2,))
+    read, keys = {}, set()
+    for guide in ("first_round", "all_rounds"):
+        model = dataclasses.replace(tiny_run.MODEL, guide=guide)
+        prompts = Prompts(dataclasses.replace(config(), model=model), tokenizer, buckets)
+        read[guide] = [prompts.example(record(0, rounds=rounds)).question_ids.tolist() for rounds in (1, 2)]
+        keys.add(ExampleMaker(model, tokenizer, "phi3").lengths_key)
+    assert read["first_round"][0] == read["first_round"][1] == read["all_rounds"][0] != read["all_rounds"][1]
+    assert len(keys) == 2, "lengths stored for one guide would be used for the other"
+    with pytest.raises(UserError, match=r"model\.guide='last_round'"):
+        dataclasses.replace(tiny_run.MODEL, guide="last_round")

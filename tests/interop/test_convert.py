@@ -360,7 +360,13 @@ def test_interrupted_folders_never_take_the_name(tmp_path):
 def test_models_that_the_published_code_cannot_hold(published, tmp_path):
     importing.write_checkpoint(open_published(published), tmp_path / "checkpoint", progress=False)
     source = exporting.open_checkpoint(tmp_path / "checkpoint")
-    for changes in ({"taps": "paper"}, {"latent_init": "learned"}, {"text_guided": False}, {"image_tokens": 4}):
+    for changes in (
+        {"taps": "paper"},
+        {"latent_init": "learned"},
+        {"text_guided": False},
+        {"image_tokens": 4},
+        {"guide": "first_round"},
+    ):
         with pytest.raises(UserError, match=next(iter(changes))):
             published_config(dataclasses.replace(source.config.model, **changes), "llama3", {}, "float32")
     with pytest.raises(UserError, match="format 'gguf' is unknown; allowed: published, transformers"):

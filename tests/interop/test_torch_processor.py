@@ -73,6 +73,15 @@ def chat(part, question="What is red?", answer=None):
     return turns + [{"role": "assistant", "content": answer}] * (answer is not None)
 
 
+def test_the_first_question_alone_guides_if_the_model_says_so(processors):
+    first, later = chat({"type": "image", "image": picture(0)}), [{"role": "assistant", "content": "A ball."}]
+    later = [*first, *later, {"role": "user", "content": "Where?"}]
+    for guide, same in (("first_round", True), ("all_rounds", False)):
+        _, processor = processors("paper", guide=guide)
+        one, two = (processor([turns], padding=True)["question_ids"] for turns in (first, later))
+        assert (torch.as_tensor(one).tolist() == torch.as_tensor(two).tolist()) == same
+
+
 # Prompts as texts.
 
 

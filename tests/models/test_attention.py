@@ -11,7 +11,13 @@ import pytest
 from helpers.fixtures import random_array
 
 from fusion_jax.models import cpu_attention, cpu_kernels
-from fusion_jax.models.attention import attention, blocked_attention, reference_attention, score_product
+from fusion_jax.models.attention import (
+    attention,
+    blocked_attention,
+    extending_attention,
+    reference_attention,
+    score_product,
+)
 
 KERNELS = {"reference": reference_attention, "blocked": blocked_attention}
 if cpu_kernels.available():
@@ -189,3 +195,17 @@ def test_gradient_of_scores_is_that_of_the_product():
 
     for ours, theirs in zip(gradients(score_product), gradients(jnp.einsum)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [HEADS, GROUPS, 1])
+def test_tokens_that_extend_a_cache_see_it_and_each_other(heads):
+    """Three new tokens behind four of the cache; slot 1 is padding, two slots are free, and a window hides some."""
+    q = random_array(2, 9, HEADS, SIZE, seed=0)
+    k, v = (random_array(2, 9, heads, SIZE, seed=s) for s in (1, 2))
+    segments = np.array([[1, 0, 1, 1, 1, 1, 1, 0, 0]] * 2, np.int32)
+    distance = np.arange(4, 7)[:, None] - np.arange(9)
+    seen = np.broadcast_to((distance >= 0) & (distance < 5) & (segments[:, None] > 0), (2, 3, 9))
+    keys, values = (np.stack([np.full_like(x, 9.0), x]) for x in (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
+    got = extending_attention(*map(jnp.asarray, (q[:, 4:7], keys, values, np.int32(1), seen)))
+    expected = loops(q, k, v, segments, segments, True, 5)[:, 4:7]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

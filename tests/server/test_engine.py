@@ -377,7 +377,7 @@ def test_prompts_of_one_shape_are_prefilled_together_once_their_programs_are_rea
             assert alone(engine, record, how) == text
     finally:
         engine.close(10)
-    assert not engine.batch.prefills._thread.is_alive()
+    assert engine.batch.prefills._compiler.ended
 
 
 def test_prefills_pad_to_the_smallest_shape_that_is_ready(engine):

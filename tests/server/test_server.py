@@ -199,6 +199,28 @@ def test_200_requests_of_16_callers_a_tenth_of_them_broken(client, server, expec
     assert counts["fusion_decode_chunks_total"] < counts["fusion_answer_tokens_total"] / 8  # rows shared their chunks
 
 
+def test_a_second_turn_of_the_official_client_continues_the_first(client, server):
+    """Without an image, since all questions guide this model's images."""
+    said = [{"role": "user", "content": "Which colour is it?"}]
+    later = [*said, {"role": "assistant", "content": "A red circle."}, {"role": "user", "content": "Describe it."}]
+
+    def ask(messages):
+        completion = client.chat.completions.create(model="fusion", messages=messages, max_tokens=8)
+        return completion.choices[0].message.content
+
+    first, whole = ask(said), ask(later)
+    for _ in range(600):
+        if not metrics(server)["fusion_programs_pending"]:
+            break
+        time.sleep(0.1)
+    before = metrics(server)
+    assert (ask(later), ask(said)) == (whole, first)
+    counts = metrics(server)
+    assert counts["fusion_prefix_hits_total"] - before["fusion_prefix_hits_total"] == 1
+    assert counts["fusion_prefix_misses_total"] == before["fusion_prefix_misses_total"] > 0
+    assert counts["fusion_prefix_bytes"] > 0 and counts["fusion_recompilations"] == 0
+
+
 def test_the_key_is_not_in_the_log(server, folder):
     assert KEY not in (folder / "log.txt").read_text()
 

@@ -58,6 +58,12 @@ def test_the_space_left_is_given_in_words(make, length, question, rounds, rounds
     assert re.fullmatch(sentence, text), text
 
 
+def test_only_the_first_question_counts_where_it_alone_guides(make):
+    long = record([" ".join(["red"] * 20)] * 2)
+    assert space_left(make(400, 24), long).startswith("No more words fit")
+    assert space_left(make(400, 24, guide="first_round"), long).startswith("Round 2 of 3; about")
+
+
 @pytest.mark.parametrize("before", [[], ["Which colour is the star?"]])
 def test_so_many_words_do_fit_and_not_many_more(make, before):
     prompts = make(300, 500)

@@ -36,6 +36,7 @@ from fusion_jax.data.plan import Sizes
 from fusion_jax.devices import chips, sharding
 from fusion_jax.inference import attention_maps, attention_weights, decoding, sampling
 from fusion_jax.inference.decoding import CHUNK
+from fusion_jax.inference.prefixes import Prefix, extend, rest_of
 from fusion_jax.inference.prompts import Buckets, Steps, fit
 from fusion_jax.models import fusion as fusion_model
 from fusion_jax.models import partition, weights
@@ -187,11 +188,15 @@ def serving(config: RunConfig, mesh: Mesh) -> Iterator[Compiled]:
     server = running_batch.RunningBatch(model, params, prompts, rows=4, max_tokens=ANSWER)
     batch = _prompts(config, mesh, 1, buckets)
     limit = np.full(1, ANSWER, np.int32)
-    prefill = _compile(decoding.prefill, mesh, model, params, batch, server.capacity, limit)
+    prefill = _compile(decoding.prefill, mesh, model, params, batch, server.capacity, limit, True)
     yield prefill
-    words = prefills.text_only(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch), server.capacity)
+    *prefilled, cache, encoding = prefill.results
+    whole = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch)
+    prefix = Prefix(cache.keys, cache.values, np.int32(LENGTH // 2), encoding)
+    yield _compile(extend, mesh, model, params, rest_of(whole, LENGTH // 2, 32), prefix, server.capacity, limit)
+    words = prefills.text_only(whole, server.capacity)
     settings = sampling.settings([sampling.Sampling()])
-    begin = _compile(decoding.begin, mesh, *prefill.results, words, limit, settings)
+    begin = _compile(decoding.begin, mesh, *prefilled, cache, words, limit, settings)
     yield begin
     rows = _everywhere(jax.eval_shape(server.empty), mesh)
     joined = _compile(running_batch.insert, mesh, rows, begin.results, np.int32(0))
@@ -268,7 +273,7 @@ SPLIT = Group(("step: quadrants, tensor=2, remat attention",), step, QUADRANTS, 
 MUON = Group(("muon step: tensor=2, remat full",), step, FLARE, TENSOR, more={"remat": "full", "optimizer": "muon"})
 VALIDATION = Group(("validation",), validation)
 ANSWERS = Group(("answers: prefill", "answers: begin", "answers: decode"), answers)
-SERVED = ("prefill", "begin", "join", "leave", "decode", "decode in a form", "decode with int8")
+SERVED = ("prefill", "rest", "begin", "join", "leave", "decode", "decode in a form", "decode with int8")
 SERVING = Group(tuple(f"server: {x}" for x in SERVED), serving, alone=True)
 PICTURES = Group(("pictures",), pictures, alone=True)
 BEGINNING = Group(("parameters",), beginning)

@@ -103,6 +103,7 @@ def processor_config(model_config: FusionConfig, tokenizer: Tokenizer, template:
         "zero_image_for_text": model_config.text_only == "zero_image",
         "hide_question_id_zero": model_config.hide_question_id_zero,
         "image_first": model_config.image_place == "first",
+        "first_guides": model_config.guide == "first_round",
         "tile_grids": model_config.tile_grids,
         "tile_tokens": model_config.tokens_per_tile,
     }

@@ -41,6 +41,7 @@ SETTINGS = {
     "zero_image_for_text": False,
     "hide_question_id_zero": False,
     "image_first": False,
+    "first_guides": False,
     "tile_grids": [],
     "tile_tokens": 0,
     "sentencepiece": False,
@@ -80,6 +81,7 @@ class FusionProcessor(ProcessorMixin):
         zero_image_for_text=False,
         hide_question_id_zero=False,
         image_first=False,
+        first_guides=False,
         tile_grids=(),
         tile_tokens=0,
         sentencepiece=False,
@@ -108,6 +110,7 @@ class FusionProcessor(ProcessorMixin):
             bool(latent_count),
             zero_image_for_text,
             text_guided,
+            first_guides,
         )
 
     @classmethod

@@ -67,7 +67,8 @@ class ChatText:
       template: dict, see `FusionProcessor`.
       encode: returns the ids of a text after the token with a certain id, or after none.
       first: ids before every conversation. latents: whether rounds have latents; latents_without_image: whether rounds
-        of text only have them, too. text_guided: whether the question guides the encoder.
+        of text only have them, too. text_guided: whether questions guide the encoder, those of all rounds or, with
+        first_guides, the first.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class ChatText:
         latents: bool,
         latents_without_image: bool,
         text_guided: bool,
+        first_guides: bool,
     ):
         self.template, self.encode, self.first = template, encode, first
-        self.latents, self.latents_without_image, self.text_guided = latents, latents_without_image, text_guided
+        self.latents, self.latents_without_image = latents, latents_without_image
+        self.text_guided, self.first_guides = text_guided, first_guides
         # The end of a question and the header of its answer, where the template writes them separately.
         ended = template["end"] + template["between"]
         self.closing = ended if ended and template["answer"].startswith(ended) else ""
@@ -173,7 +176,8 @@ class ChatText:
                 row.answer(answer, "" if last and chat.end == ANSWERING else template["end"])
         question_ids = []
         if has_image and self.text_guided:
-            texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in chat.rounds]
+            rounds = chat.rounds[:1] if self.first_guides else chat.rounds
+            texts = [question.removeprefix(IMAGE_TAG).strip() for question, _ in rounds]
             question_ids = [*self.first, *self.encode("".join(texts), None)]
         return Encoded(row.ids, row.labels, row.ends, question_ids, "".join(row.prompt))
 
