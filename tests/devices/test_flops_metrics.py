@@ -68,12 +68,13 @@ def everywhere(config, batch):
 
 
 def unneeded(config, shape, batch):
-    """Traced, but not counted: the half of causal attention above the diagonal, and the attention of the exchange to
-    the other crops of the group."""
+    """Traced, but not counted: the half of causal attention above the diagonal, the attention of the exchange to the
+    other crops of the group, and logits of the vocabulary's padding."""
     m = config.llm
     halves = sum(m.layers * 2 * length * length * m.heads * m.per_head for length in shape.lengths)
     others = max(batch.crop_kind.shape[1] - 1, 0) * shape.windows * 2 * m.width
-    return halves + config.exchange_layers * 2 * others
+    padding = 2 * shape.supervised * m.width * (m.padded_vocab - m.vocab_size)
+    return halves + config.exchange_layers * 2 * others + padding
 
 
 @pytest.mark.parametrize(

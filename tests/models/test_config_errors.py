@@ -216,7 +216,7 @@ def with_model(**changes):
         (with_model(vision__heads="2"), ("config.model.vision.heads", "int", "'2'")),
         # The parts' own checks are reached.
         (with_model(vision__heads=3), ("vision.heads=3", "vision.width=16")),
-        (with_model(mask="none"), ("model.mask='none'",)),
+        (with_model(mask="nothing"), ("model.mask='nothing'",)),
     ],
 )  # fmt: skip
 def test_invalid_run_is_refused(make, words):
