@@ -15,6 +15,7 @@ from PIL import Image
 
 from fusion_jax.data.layout import Measured
 from fusion_jax.inference.prompts import Buckets
+from fusion_jax.models.config import FusionConfig
 from fusion_jax.server import api, protocol
 from fusion_jax.server.options import Options
 
@@ -28,7 +29,7 @@ JOIN, DATA, UPLOAD, CANCEL = (f"/gradio_api/{name}" for name in ("queue/join", "
 class Prompts:
     """Tokens are characters, as many as `buckets` say."""
 
-    buckets = Buckets((2000,), (1000,), (40,))
+    buckets, config = Buckets((2000,), (1000,), (40,)), FusionConfig()
 
     def __init__(self):
         self.tokenizer = self
