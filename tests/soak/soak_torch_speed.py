@@ -27,7 +27,7 @@ from configs.benchmark_cpu import get_config
 from fusion_jax.benchmarking import common, steps
 from fusion_jax.inference import decoding
 from fusion_jax.inference.sampling import Sampling
-from fusion_jax.models import fusion
+from fusion_jax.models import fusion, weights
 
 
 def eager(q, k, v, attn_mask=None, is_causal=False):
@@ -101,6 +101,7 @@ def main() -> None:
     torch.nn.functional.scaled_dot_product_attention = eager
     with tempfile.TemporaryDirectory() as folder:
         theirs = exported_model.export(Path(folder), model.config, params)
+    params = weights.unstack(params)
     prompt = common.equal_batch(model.config, 1, config.question_tokens, 0)
     inputs = exported_model.torch_inputs(prompt, labels=False)
     ready, length = jax.tree.map(jnp.asarray, prompt), prompt.tokens.shape[1]
