@@ -1,7 +1,7 @@
 """Keeps the prompts that were prefilled last on the device, so that the next turn of a conversation prefills its rest.
 
 A prompt is kept where later questions do not change how its images are encoded: if the model's `guide` is
-`first_round`, if no question guides its encoder, or if there is no image. It is found again by a digest of all that its
+`first_round`, if no question guides its encoder, or if there is no image. It is looked up by a digest of all that its
 keys and values depend on: token ids (template, system text, and every turn), the pixels that the encoder reads, the
 question that guides it, and LongRoPE's factors. The number of latents is the server's.
 """
@@ -78,7 +78,7 @@ class Prefixes:
         return rope.kind == "longrope" and length + max(how.max_tokens, 1) - 1 > rope.original_length
 
     def _key(self, example: Example, count: int, far: bool) -> bytes:
-        """The digest of a prompt's first `count` ids with all images, so that a new one in a later turn is no hit."""
+        """The digest of a prompt's first `count` ids with all images: one that is new in a later turn is not a hit."""
         digest = hashlib.blake2b(repr((count, far, example.tilings, len(example.question_ids))).encode())
         arrays = example.input_ids[:count], example.question_ids
         for array in (*arrays, *(() if example.crops is None else (example.crops,))):

@@ -22,6 +22,7 @@ from fusion_jax.studies import report
 from fusion_jax.studies.config import StudyConfig, Variant, as_argument
 from fusion_jax.studies.folder import Folder, Run, runs_of, write_json
 from fusion_jax.training import lock
+from fusion_jax.training.metrics import duration
 
 log = logging.getLogger("fusion_jax")
 
@@ -37,14 +38,6 @@ class _Failed(Exception):
 
 class _Stopped(Exception):
     """A child process ended early, because it was asked to."""
-
-
-def duration(seconds: float) -> str:
-    """Writes seconds as 1 h 02 min, 3 min 10 s or 42 s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
 
 
 @dataclass

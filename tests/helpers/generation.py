@@ -2,6 +2,7 @@
 
 import functools
 import io
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +57,12 @@ def weights():
 def answerer(tokenizer, **arguments):
     model = Fusion(tiny_run.MODEL, arguments.pop("dtype", jnp.float32))
     return generate.Answerer(model, weights(), config(), tokenizer, **arguments)
+
+
+def wait_for_programs(engine):
+    """Waits until an engine has compiled what its prompts have asked for."""
+    for _ in range(3000):
+        if not engine.batch.prefills.pending:
+            return
+        time.sleep(0.1)
+    raise AssertionError("programs are still being compiled")

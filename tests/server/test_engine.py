@@ -4,14 +4,13 @@ import dataclasses
 import json
 import queue
 import re
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_run
-from helpers.generation import QUESTIONS, config, make_tokenizer, picture, weights
+from helpers.generation import QUESTIONS, config, make_tokenizer, picture, wait_for_programs, weights
 
 from fusion_jax.data.examples import layout_spec
 from fusion_jax.data.layout import measure
@@ -329,14 +328,6 @@ def read(queues):
             text, finish = text + event.text, event.finish
         texts.append(text)
     return texts
-
-
-def wait_for_programs(engine):
-    for _ in range(3000):
-        if not engine.batch.prefills.pending:
-            return
-        time.sleep(0.1)
-    raise AssertionError("programs are still being compiled")
 
 
 def test_prompts_of_one_shape_are_prefilled_together_once_their_programs_are_ready(tokenizer):

@@ -4,7 +4,6 @@ import dataclasses
 import queue
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import tiny_run
 from helpers.fixtures import params
-from helpers.generation import config, make_tokenizer, picture
+from helpers.generation import config, make_tokenizer, picture, wait_for_programs
 
 from fusion_jax.data.sources import Record
 from fusion_jax.inference.decoding import Encoding
@@ -82,14 +81,6 @@ def ask(engine, record, how=SHORT):
 
 def prefixes(engine) -> Prefixes:
     return engine.batch.prefills.prefixes
-
-
-def wait_for_programs(engine):
-    for _ in range(3000):
-        if not engine.batch.prefills.pending:
-            return
-        time.sleep(0.1)
-    raise AssertionError("programs are still being compiled")
 
 
 def counted(engine, record, how=SHORT):
